@@ -1,0 +1,78 @@
+# Every target does what set-up is still missing first; a second call does none.
+#   make demo    RL from the shipped tiny policy, then the table before and after
+#   make test    all tests          make check   linters, formatter, types
+#   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+# The pinned set; on a CUDA machine give SET=cuda to every call.
+SET := cpu
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.set-up-$(SET)
+UV_VERSION := 0.13.9
+
+.PHONY: setup demo test check models lock clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/$(SET).txt requirements/overrides.txt
+	@if [ ! -x $(RUN)/python ]; then
+	  for python in python3.11 python3; do
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+	      found=$$python; break
+	    fi
+	  done
+	  if [ -z "$${found:-}" ]; then
+	    echo "set-up needs Python 3.11, and neither python3.11 nor python3 on the PATH is that;" \
+	      "install it (Debian: apt-get install python3.11 python3.11-venv python3.11-dev)" >&2
+	    exit 1
+	  fi
+	  if ! "$$found" -m venv $(VENV); then
+	    rm -rf $(VENV)
+	    echo "set-up could not make a virtual environment with $$found;" \
+	      "install its venv module (Debian: apt-get install python3.11-venv)" >&2
+	    exit 1
+	  fi
+	fi
+	if [ ! -x $(RUN)/uv ]; then
+	  $(RUN)/python -m pip --version >/dev/null 2>&1 || $(RUN)/python -m ensurepip >/dev/null
+	  $(RUN)/python -m pip install -q uv==$(UV_VERSION)
+	fi
+	export VIRTUAL_ENV="$(CURDIR)/$(VENV)"
+	echo "set-up: installing requirements/$(SET).txt into $(VENV) (some GB, once)"
+	$(RUN)/uv pip install -q -r requirements/$(SET).txt --override requirements/overrides.txt --no-deps
+	$(RUN)/uv pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP)
+	$(RUN)/equipoise demo
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q
+
+check: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+models: $(STAMP)
+	$(RUN)/equipoise models make qwen3_vl --out build/tiny-qwen3-vl-random
+	$(RUN)/equipoise sft recipes/tiny/cold_start.toml --output models/tiny-qwen3-vl
+
+lock: $(STAMP)
+	@lock() {
+	  $(RUN)/uv pip compile -q pyproject.toml --extra $$1 --extra dev -p 3.11 \
+	    --override requirements/overrides.txt --no-emit-index-url --no-annotate --no-header \
+	    -o requirements/$$1.txt
+	  { printf '# %s\n' "$${@:2}"; grep -v '^#' requirements/$$1.txt; } > requirements/$$1.tmp
+	  mv requirements/$$1.tmp requirements/$$1.txt
+	}
+	lock cpu "Pinned set for machines without a GPU; made by \`make lock\` from pyproject.toml."
+	lock cuda "Pinned set for CUDA machines; made by \`make lock\` from pyproject.toml." \
+	  "Resolved only: nobody has installed or run this set yet."
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,186 @@
+"""The command line: `equipoise COMMAND`, the same as `python -m cluster COMMAND`.
+
+Heavy libraries are imported inside the command that needs them, so that `--help` and
+`--dry-run` answer at once and on a machine that has none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cluster.config import Recipe, RecipeError, UserError, load_recipe, resolved_toml, task_of
+from cluster.placement import Command, Machine, describe, plan
+from tasks.core import DataError
+
+app = typer.Typer(
+    name="equipoise",
+    help="RL post-training for vision-language models that keeps seeing and thinking in balance.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+models = typer.Typer(help="Tiny policies made from the real config classes.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+RecipePath = Annotated[Path, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one field: learner.ranks=2"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster; without it, one of its own"),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and the placement, and stop")
+]
+Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    output: Output = None,
+) -> None:
+    """Train a policy with RL: sample, score, learn, send the weights back."""
+    loaded = load_recipe(recipe, set_ or ())
+    if not _ready(loaded, "train", address, dry_run):
+        return
+    from cluster.train import run_training
+
+    run_training(loaded, address=address, output=output)
+
+
+@app.command()
+def sft(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    output: Output = None,
+) -> None:
+    """Fine-tune a policy on generated demonstrations: the cold start."""
+    loaded = load_recipe(recipe, set_ or ())
+    if loaded.sft is None:
+        raise RecipeError(
+            f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
+            "with steps = 650, or see recipes/tiny/cold_start.toml"
+        )
+    if not _ready(loaded, "sft", address, dry_run):
+        return
+    from cluster.cold_start import run_sft
+
+    run_sft(loaded, address=address, output=output)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder with a policy, or a hub name")],
+    task: Annotated[str, typer.Option(help="sudoku, graph_coloring or module:Class")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the task: blanks=8"),
+    ] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Responses a problem for avg@k")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems")] = 1234567,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
+    chosen = task_of(task, set_ or ())
+    from cluster.evaluate import run_eval
+
+    run_eval(
+        checkpoint,
+        task=chosen,
+        problems=problems,
+        samples=samples,
+        seed=seed,
+        as_json=as_json,
+        address=address,
+    )
+
+
+@models.command()
+def make(
+    family: Annotated[Literal["qwen3_vl", "internvl"], typer.Argument()],
+    out: Annotated[Path, typer.Option(help="Folder to write")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
+) -> None:
+    """Write a tiny policy with random weights, its tokenizer and its processor."""
+    from learner.tiny import make_tiny
+
+    make_tiny(family, out, seed)
+    print(out)
+
+
+@app.command(
+    name="tasks",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def tasks_command(context: typer.Context) -> None:
+    """Generate, import and show data sets of problems."""
+    from cluster.tasks_cli import app as tasks_app
+
+    # `prog_name` makes its own help say `equipoise tasks`.
+    tasks_app(args=context.args, prog_name="equipoise tasks")
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Import Ray, vLLM and DeepSpeed without a start")
+    ] = False,
+) -> None:
+    """Say what this machine has, whether the engines start, and what would fail."""
+    from cluster.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=as_json, quick=quick))
+
+
+@app.command()
+def demo() -> None:
+    """Train the shipped tiny policy for a few minutes and show it before and after."""
+    from cluster.demo import run_demo
+
+    run_demo()
+
+
+def main() -> None:
+    """Run the command line; what the user can put right is one message and exit code 2."""
+    # A recipe's `module:Class` is found from the folder the command is run in, however it is run.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        app()
+    except (UserError, DataError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _ready(recipe: Recipe, command: Command, address: str | None, dry_run: bool) -> bool:
+    """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
+
+    The placement comes as comments, so that all that is printed is a recipe again. Raises
+    PlacementError where this machine lacks what the recipe asks for and no cluster is given.
+    """
+    placement = plan(recipe, Machine.detect(), command)
+    if dry_run:
+        print(resolved_toml(recipe))
+        print("\n".join(f"# {line}".rstrip() for line in describe(placement).splitlines()))
+        return False
+    if address is None:
+        placement.require()
+    return True

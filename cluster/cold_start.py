@@ -1,0 +1,206 @@
+"""The cold start: supervised fine-tuning on demonstrations, before there is anything to reward.
+
+Vision warm-up (where the recipe asks for it), then DeepSpeed SFT with the loss of each segment
+reported apart. Generated demonstrations are of the `train` split.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from torch.utils.data import DataLoader
+
+from cluster.config import Recipe, SftConfig, resolved_toml
+from cluster.problems import ProblemSource, open_sources
+from cluster.runtime import actor_errors, connect, learner_settings, new_run_folder
+from cluster.tracking import Progress, Tracker
+from learner.actor import LearnerGroup
+from learner.batch import TrainBatch, TrainSequence
+from learner.losses import BalancedLoss, Loss, TokenMeanLoss
+from learner.policy import load_policy
+from learner.schedule import learning_rate_at
+from learner.sft import DemonstrationStream, Source, draw
+from learner.warmup import warm_up_vision
+from rollout.tokens import load_processor
+from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
+
+WARMUP_BATCH = 128
+WARMUP_STREAM = 2**31
+"""Warm-up draws from a part of the demonstrations' stream that SFT does not reach."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How small a part of SFT perception is, averaged over a run's last updates."""
+
+    perception_tokens: float
+    perception_loss: float
+
+
+def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
+    """Fine-tune by a recipe's [sft] section and return the run folder.
+
+    The policy is left in `<folder>/checkpoint` as a plain Hugging Face folder. Raises DataError
+    or ModelError for input that cannot be used, RunFailed when a rank ends the run.
+    """
+    sft = recipe.sft
+    if sft is None:
+        raise DataError(f"recipe {recipe.name}: sft: this section is needed and missing")
+    folder = new_run_folder(recipe, output)
+    progress = Progress(sft.steps)
+    sources = demonstration_sources(recipe, open_sources(recipe.tasks))
+    processor = load_processor(recipe.model.path)
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
+        actor_errors(folder),
+        Tracker(folder, resolved_toml(recipe)) as tracker,
+    ):
+        progress.say(f"run folder: {folder}")
+        start_from = recipe.model.path
+        if sft.vision_warmup_steps:
+            start_from = scratch
+            warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
+        connect(address)
+        learner = LearnerGroup(
+            learner_settings(recipe, start_from),
+            recipe.learner.ranks,
+            recipe.learner.cpus,
+            recipe.learner.gpus,
+        )
+        try:
+            learner.start()
+            shares: list[Shares] = []
+            batches = demonstrations(sources, processor, sft.batch_size, recipe.seed)
+            for step in range(1, sft.steps + 1):
+                rate = learning_rate_at(
+                    step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
+                )
+                metrics = learner.update(TrainBatch(tuple(next(batches))), sft_loss(sft), rate)
+                shares.append(perception_shares(metrics))
+                tracker.log(step, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate})
+                if step % 10 == 0 or step == sft.steps:
+                    progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
+                if sft.save_every and step % sft.save_every == 0:
+                    learner.save(folder / "checkpoint")
+            learner.save(folder / "checkpoint")
+        finally:
+            learner.stop()
+            ray.shutdown()
+        summary = summarise(shares, sft, time.perf_counter() - started)
+        (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        progress.say(f"checkpoint: {folder / 'checkpoint'}")
+    return folder
+
+
+def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> list[Source]:
+    """The recipe's tasks as sources of demonstrations; stored rows need a response."""
+    sources = []
+    for index, (config, source) in enumerate(zip(recipe.tasks, opened, strict=True)):
+        rows = tuple((e.problem, e.response) for e in source.train if e.response)
+        if config.data is not None and not rows:
+            raise DataError(
+                f"tasks[{index}].data: {config.data}: no row of split train has a response to "
+                "learn from; SFT needs demonstrations (column `response`)"
+            )
+        sources.append(Source(source.task, source.weight, config.style, source.spec, rows))
+    return sources
+
+
+def demonstrations(
+    sources: Sequence[Source], processor: Any, batch_size: int, seed: int
+) -> Iterator[list[TrainSequence]]:
+    """Endless batches, made ahead of the learner by one worker process."""
+    stream = DemonstrationStream(sources, processor, batch_size, seed)
+    return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def sft_loss(sft: SftConfig) -> Loss:
+    """The loss a recipe asks for."""
+    if sft.balance == "token_mean":
+        return TokenMeanLoss()
+    return BalancedLoss(sft.perception_weight)
+
+
+def warm_up(
+    recipe: Recipe,
+    sft: SftConfig,
+    sources: Sequence[Source],
+    out: Path,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
+    labelled = [s for s in sources if isinstance(s.task, HasVisionLabels)]
+    if len(labelled) < len(sources):
+        missing = next(s.task.name for s in sources if not isinstance(s.task, HasVisionLabels))
+        raise DataError(
+            f"sft.vision_warmup_steps: task {missing!r} has no vision_labels; set it to 0"
+        )
+    policy, processor = load_policy(recipe.model.path, "float32", recipe.model.attention)
+
+    def batches() -> Iterator[list[tuple[str, Problem, np.ndarray]]]:
+        index = WARMUP_STREAM
+        while True:
+            batch = []
+            for _ in range(WARMUP_BATCH):
+                source, problem, _ = draw(sources, recipe.seed, index)
+                index += 1
+                batch.append((source.task.name, problem, source.task.vision_labels(problem)))  # type: ignore[attr-defined]
+            yield batch
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        tracker.log(step + 1, metrics)
+        if (step + 1) % 10 == 0:
+            shown = "  ".join(f"{k.removeprefix('warmup/')} {v:.3f}" for k, v in metrics.items())
+            progress.say(f"vision warm-up {step + 1}/{sft.vision_warmup_steps}  {shown}")
+
+    warm_up_vision(
+        policy, processor, batches(), sft.vision_warmup_steps, sft.vision_warmup_lr, report
+    )
+    policy.model.save_pretrained(out)  # type: ignore[operator]
+    processor.save_pretrained(out)
+
+
+def perception_shares(metrics: dict[str, float]) -> Shares:
+    """Perception's share of response tokens, and of the token-mean loss they would make."""
+    names = (*SEGMENTS, "other")
+    tokens = {n: metrics.get(f"tokens/{n}", 0.0) for n in names}
+    loss = {n: tokens[n] * metrics.get(f"nll/{n}", 0.0) for n in names}
+    return Shares(
+        tokens["perception"] / max(1.0, sum(tokens.values())),
+        loss["perception"] / max(1e-12, sum(loss.values())),
+    )
+
+
+def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -> str:
+    """One progress line: the loss of each segment, in nats a token."""
+    parts = "  ".join(
+        f"{name} {metrics[f'nll/{name}']:.3f}" for name in SEGMENTS if f"nll/{name}" in metrics
+    )
+    left = seconds / step * (steps - step)
+    return f"sft {step}/{steps}  nll: {parts}  {metrics['seconds']:.1f} s/step  ETA {left:.0f} s"
+
+
+def summarise(shares: Sequence[Shares], sft: SftConfig, seconds: float) -> dict[str, Any]:
+    """What the model card tells: wall time and perception's shares, early and late."""
+    fifth = max(1, len(shares) // 5)
+
+    def mean(chosen: Sequence[Shares]) -> dict[str, float]:
+        return {k: float(np.mean([asdict(s)[k] for s in chosen])) for k in asdict(chosen[0])}
+
+    return {
+        "steps": sft.steps,
+        "batch_size": sft.batch_size,
+        "wall_seconds": seconds,
+        "shares_first_fifth": mean(shares[:fifth]),
+        "shares_last_fifth": mean(shares[-fifth:]),
+    }

@@ -1,0 +1,678 @@
+"""Recipes: the one TOML file that says what is trained, on what, how and where.
+
+`load_recipe` reads a file and the command line's `--set` overrides into a frozen `Recipe`, or
+raises a `RecipeError` that lists everything wrong with it at once, one line each: file, field,
+what was wrong, what to do. `resolved_toml` writes a recipe back, every default spelled out, as
+TOML that loads to an equal `Recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime, time
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+REWARD_TERMS = ("outcome", "perception", "perception_graded", "format")
+"""The reward terms a recipe can name without giving `module:Class`."""
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints the message and no traceback."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used; the message has one line for each thing wrong with it."""
+
+
+def _error(message: str, *at: str | int) -> PydanticCustomError:
+    """An error whose message is a whole sentence, placed at the field `at` below the model."""
+    return PydanticCustomError("recipe", "{message}", {"message": message, "at": at})
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys and wrong types are errors, nothing changes later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """[model] The policy: where its weights come from and how they are held."""
+
+    path: Text
+    """A folder with config, weights, tokenizer and processor, or a hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: Positive = 1024
+    """Prompt and response together, in tokens, image placeholders included."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lm_head_float32: bool = True
+
+
+class TaskConfig(Section):
+    """[[tasks]] One source of problems. `weight` is its share of the problems in a step."""
+
+    name: Text
+    """`"sudoku"`, `"graph_coloring"`, or `"module:Class"` on the Python path."""
+    weight: Rate = 1.0
+    data: Text | None = None
+    """A Parquet data set to draw problems from instead of generating them."""
+    knobs: dict[str, Any] = Field(default_factory=dict)
+    """Difficulty of generated problems; resolved against the task's `spec`."""
+    style: Literal["terse", "verbose"] = "terse"
+    """How the chain-of-thought teacher writes SFT demonstrations."""
+
+    @field_validator("name")
+    @classmethod
+    def _task_loads(cls, name: str) -> str:
+        from tasks.load import load_task
+
+        try:
+            load_task(name)
+        except ValueError as error:
+            raise _error(str(error)) from error
+        return name
+
+    @field_validator("knobs")
+    @classmethod
+    def _knobs_fit_the_task(cls, knobs: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from tasks.load import load_task
+
+        if "name" not in info.data:  # already reported
+            return knobs
+        if info.data.get("data") is not None:
+            if knobs:
+                raise _error("knobs generate problems, but `data` is set; remove one of them")
+            return knobs
+        spec = load_task(info.data["name"]).spec
+        try:
+            return spec.model_validate(knobs).model_dump(mode="json", exclude_none=True)
+        except ValidationError as error:
+            raise PydanticCustomError(
+                "nested", "bad knobs", {"error": error, "model": spec}
+            ) from error
+
+
+class SamplerConfig(Section):
+    """[sampler] The vLLM engines. `cpus` and `gpus` are for each of `count` engines."""
+
+    count: Positive = 1
+    tensor_parallel: Positive = 1
+    cpus: Amount = 1.0
+    gpus: Amount = 0.0
+    threads: Count = 0
+    """Intra-op threads of an engine; 0: as many as `cpus`. In the synchronous loop samplers and
+    learner take turns, so on a small machine each may use all its cores."""
+    kv_cache_gib: Rate = 1.0
+    """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
+    max_num_seqs: Positive = 256
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    enforce_eager: bool = True
+    temperature: Amount = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    """0: all tokens."""
+    max_tokens: Positive = 256
+    start_timeout_seconds: Rate = 300.0
+    request_timeout_seconds: Rate = 600.0
+
+    @model_validator(mode="after")
+    def _gpus_fit_tensor_parallel(self) -> SamplerConfig:
+        if self.gpus > 0 and self.gpus != self.tensor_parallel and not self._shares_one_gpu():
+            raise _error(
+                f"got {self.gpus:g} with tensor_parallel = {self.tensor_parallel}; an engine takes "
+                f"one GPU a tensor-parallel rank: write gpus = {self.tensor_parallel}",
+                "gpus",
+            )
+        return self
+
+    def _shares_one_gpu(self) -> bool:
+        return self.gpus < 1 and self.tensor_parallel == 1
+
+
+class RewardTermConfig(Section):
+    """[[reward.terms]] One named component of the reward."""
+
+    name: Text
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the term's class."""
+    on_failure: Literal["abort", "drop_group", "zero"] = "abort"
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        if name in REWARD_TERMS or _CLASS_PATH.fullmatch(name):
+            return name
+        if ":" in name:
+            raise _error(f'expected "module:Class", got "{name}"')
+        near = get_close_matches(name, REWARD_TERMS, n=1)
+        hint = (
+            f'did you mean "{near[0]}"?'
+            if near
+            else f'known: {", ".join(REWARD_TERMS)}, or your own as "module:Class"'
+        )
+        raise _error(f'no reward term "{name}"; {hint}')
+
+
+class RewardConfig(Section):
+    """[reward] What is rewarded. `alpha` is short for `R = alpha * a_p + (1 - alpha) * a`."""
+
+    alpha: Share | None = None
+    terms: Annotated[tuple[RewardTermConfig, ...], Field(strict=False)] = ()
+    compose: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    workers: Positive = 1
+    deadline_seconds: Rate = 60.0
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> RewardConfig:
+        if self.alpha is not None and self.terms:
+            raise _error(
+                "alpha is short for the terms outcome and perception, and terms are given too; "
+                "remove one of them",
+                "alpha",
+            )
+        names = [term.name for term in self.terms]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise _error(
+                    f'"{name}" is already terms[{names.index(name)}]; give it once, with the sum '
+                    "of the weights",
+                    "terms",
+                    i,
+                    "name",
+                )
+        return self
+
+    def effective_terms(self) -> tuple[RewardTermConfig, ...]:
+        """The terms that count: `terms`, or what `alpha` stands for, or outcome alone."""
+        if self.alpha is None:
+            return self.terms or (RewardTermConfig(name="outcome"),)
+        return (
+            RewardTermConfig(name="outcome", weight=1 - self.alpha),
+            RewardTermConfig(name="perception", weight=self.alpha),
+        )
+
+
+class SegmentWeights(Section):
+    """[algorithm.segment_weights] What a token's loss is multiplied by, by its segment."""
+
+    perception: Amount = 1.0
+    reasoning: Amount = 1.0
+    answer: Amount = 1.0
+
+
+class AlgorithmConfig(Section):
+    """[algorithm] One step: sample, score, learn, send the weights back."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    problems_per_step: Positive = 16
+    steps: Positive = 40
+    clip_low: Share = 0.2
+    clip_high: Amount = 0.28
+    entropy_weight: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    drop_zero_variance: bool = True
+    max_staleness: Literal[0] = 0
+    """Policy versions a rollout may lag behind: 0, the synchronous loop."""
+    updates_per_step: Positive = 1
+    """Minibatches a step's rollouts are split into, one optimizer step each."""
+    segment_weights: SegmentWeights = SegmentWeights()
+
+    @model_validator(mode="after")
+    def _enough_to_split(self) -> AlgorithmConfig:
+        if self.updates_per_step > self.problems_per_step:
+            raise _error(
+                f"got {self.updates_per_step}, more than problems_per_step = "
+                f"{self.problems_per_step}; a minibatch needs at least one group",
+                "updates_per_step",
+            )
+        return self
+
+
+class LearnerConfig(Section):
+    """[learner] The DeepSpeed ranks. `cpus` and `gpus` are for each of `ranks`."""
+
+    ranks: Positive = 1
+    cpus: Amount = 1.0
+    gpus: Share = 0.0
+    threads: Count = 0
+    """Intra-op threads of a rank; 0: as many as `cpus`."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    learning_rate: Rate = 2e-5
+    weight_decay: Amount = 0.0
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False),
+    ] = (0.9, 0.999)
+    warmup_steps: Count = 0
+    max_grad_norm: Rate = 1.0
+    micro_batch_tokens: Positive = 8192
+
+
+class TransferConfig(Section):
+    """[transfer] How new weights reach the samplers."""
+
+    transport: Literal["host", "nccl", "ipc"] = "host"
+    deadline_seconds: Rate = 120.0
+    checksum: Literal["first", "always", "never"] = "first"
+
+
+class EvalConfig(Section):
+    """[eval] The held-out measurement before, after and, if `every` > 0, between steps."""
+
+    problems: Positive = 512
+    seed: Count = 1234567
+    samples: Positive = 1
+    """Sampled responses a problem, for avg@k and pass@k."""
+    every: Count = 0
+    """Steps between measurements; 0: only before and after."""
+    passes: Annotated[
+        tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...],
+        Field(strict=False, min_length=1),
+    ] = ("greedy", "oracle")
+    """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all."""
+
+
+class SftConfig(Section):
+    """[sft] The cold start: supervised fine-tuning on demonstrations."""
+
+    steps: Positive
+    batch_size: Positive = 64
+    learning_rate: Rate = 2e-3
+    warmup_steps: Count = 20
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    balance: Literal["token_mean", "fixed"] = "fixed"
+    """`fixed`: L = w * L_perception + (1 - w) * L_rest, each a mean over its own tokens."""
+    perception_weight: Share = 0.5
+    vision_warmup_steps: Count = 0
+    vision_warmup_lr: Rate = 2e-3
+    save_every: Count = 0
+    """Updates between snapshots of the checkpoint; 0: only at the end."""
+
+
+class CheckpointConfig(Section):
+    """[checkpoint] `every` steps, 0 for only at the end; the last `keep` stay."""
+
+    every: Count = 0
+    keep: Positive = 2
+
+
+class OutputConfig(Section):
+    """[output] Where runs are written: `folder/<name>-...`."""
+
+    folder: Text = "runs"
+
+
+class Recipe(Section):
+    """Everything a run is made from; the sections are documented one by one."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    question: str | None = None
+    """What the run should answer, in the user's words."""
+    seed: Count = 0
+    model: ModelConfig
+    tasks: Annotated[tuple[TaskConfig, ...], Field(strict=False)]
+    sampler: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    transfer: TransferConfig = TransferConfig()
+    eval: EvalConfig = EvalConfig()
+    sft: SftConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    output: OutputConfig = OutputConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_task(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        if not tasks:
+            raise _error('needs at least one entry; add [[tasks]] with name = "sudoku"')
+        return tasks
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        if self.sampler.max_tokens >= self.model.max_model_len:
+            raise _error(
+                f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "
+                f"model.max_model_len = {self.model.max_model_len}; lower it or raise that",
+                "sampler",
+                "max_tokens",
+            )
+        if self.transfer.transport != "host" and not (self.sampler.gpus and self.learner.gpus):
+            raise _error(
+                f'"{self.transfer.transport}" moves weights between GPUs, and sampler.gpus or '
+                'learner.gpus is 0; use "host"',
+                "transfer",
+                "transport",
+            )
+        if self.model.attention == "flash_attention_2" and not self.learner.gpus:
+            raise _error(
+                '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
+                "model",
+                "attention",
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `overrides` (`"a.b=c"`, as after `--set`).
+
+    Raises RecipeError, its message one line for each thing wrong.
+    """
+    source = str(path)
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{source}: no such file{_near_file(Path(path))}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number too long for int
+        raise RecipeError(f"{source}: not valid TOML: {error}") from None
+    lines, set_paths = [], []
+    for override in overrides:
+        try:
+            set_paths.append(_apply_override(data, override))
+        except RecipeError as error:
+            lines.append(str(error))
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        lines += [
+            f"{source}: {_dotted(loc)}: {message}{_set_note(loc, set_paths)}"
+            for loc, message in _explain(error.errors(include_url=False), Recipe)
+        ]
+    if lines:
+        raise RecipeError("\n".join(lines))
+    return recipe
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML and falls back to plain text.
+
+    Raises RecipeError when there is no `=` or no key.
+    """
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: expected key=value, such as learner.learning_rate=1e-5")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return key, raw
+    return key, parsed["value"] if len(parsed) == 1 else raw
+
+
+def task_of(name: str, settings: Sequence[str] = ()) -> TaskConfig:
+    """A task named on the command line, with its knobs as `"key=value"` settings.
+
+    Raises RecipeError, its message one line for each thing wrong.
+    """
+    knobs = dict(map(parse_setting, settings))
+    try:
+        return TaskConfig.model_validate({"name": name, "knobs": knobs})
+    except ValidationError as error:
+        lines = []
+        for loc, message in _explain(error.errors(include_url=False), TaskConfig):
+            flag = "--task" if loc[0] == "name" else f"--set {_dotted(loc[1:])}"
+            lines.append(f"{flag}: {message}")
+        raise RecipeError("\n".join(lines)) from None
+
+
+def resolved_toml(recipe: Recipe) -> str:
+    """The recipe as TOML with every default spelled out; loads to an equal recipe."""
+    return "\n".join(_toml_table(recipe.model_dump(exclude_none=True), ())).strip() + "\n"
+
+
+# --- overrides -------------------------------------------------------------------------------
+
+Location = tuple[str | int, ...]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> Location:
+    """Set one value in `data`; unknown keys are left for validation to name."""
+    key, value = parse_setting(override)
+    parts: list[str | int] = []
+    for piece in key.split("."):
+        match = re.fullmatch(r"([^\[\]]*)((?:\[\d{1,6}\])*)", piece)
+        if match is None or not piece:
+            raise RecipeError(
+                f"--set {override}: cannot read the path {key}; write it like "
+                "learner.learning_rate or tasks[0].knobs.noise"
+            )
+        if match[1]:
+            parts.append(match[1])
+        parts += [int(index) for index in re.findall(r"\d+", match[2])]
+    here: Any = data
+    for i, part in enumerate(parts):
+        if isinstance(here, list) and isinstance(part, str) and re.fullmatch(r"\d{1,6}", part):
+            part = parts[i] = int(part)
+        at = _dotted(parts[:i]) if i else "the recipe"
+        if isinstance(here, list):
+            if not isinstance(part, int) or part >= len(here):
+                raise RecipeError(
+                    f"--set {override}: {at} is a list with {len(here)} entries, "
+                    f"and {part!r} is not an index into it"
+                )
+        elif not isinstance(here, dict) or isinstance(part, int):
+            raise RecipeError(f"--set {override}: {at} has nothing below it to set")
+        if i == len(parts) - 1:
+            here[part] = value
+        elif isinstance(here, dict):
+            here = here.setdefault(part, {})
+        else:
+            here = here[part]
+    return tuple(parts)
+
+
+def _set_note(loc: Location, set_paths: Sequence[Location]) -> str:
+    touched = any(loc[: len(p)] == p or p[: len(loc)] == loc for p in set_paths)
+    return " (from --set)" if touched else ""
+
+
+def _near_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.toml")]
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+# --- saying what is wrong --------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "string_type": 'text in quotes ("...")',
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list [...]",
+    "list_type": "a list [...]",
+    "dict_type": "a table",
+    "model_type": "a section (a table)",
+    "string_too_short": "text that is not empty",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _explain(
+    errors: Sequence[ErrorDetails], model: type[BaseModel], below: Location = ()
+) -> Iterator[tuple[Location, str]]:
+    """(field, sentence) for each of pydantic's errors; fields start with `below`."""
+    for error in errors:
+        kind, loc, context = error["type"], error["loc"], error.get("ctx", {})
+        if kind == "too_short" and len(error["input"]) >= context["min_length"]:
+            continue  # counted without its bad entries, which have errors of their own
+        if kind == "nested":
+            nested: ValidationError = context["error"]
+            inner = nested.errors(include_url=False)
+            yield from _explain(inner, context["model"], below + loc)
+        elif kind == "recipe":
+            yield below + loc + tuple(context["at"]), context["message"]
+        elif kind == "value_error":
+            # What a task's own spec says of itself is already a sentence, often "field: ...".
+            said = str(context["error"])
+            field, colon, rest = said.partition(": ")
+            owner = _model_at(model, loc)
+            if colon and owner and field in owner.model_fields:
+                yield (*below, *loc, field), rest
+            else:
+                yield below + loc, said
+        else:
+            yield below + loc, _sentence(kind, loc, error, context, model)
+
+
+def _sentence(
+    kind: str,
+    loc: Location,
+    error: ErrorDetails,
+    context: Mapping[str, Any],
+    model: type[BaseModel],
+) -> str:
+    given = _shown(error["input"])
+    if kind == "extra_forbidden":
+        return f"no such key; {_key_hint(str(loc[-1]), loc[:-1], model)}"
+    if kind == "missing":
+        return "is required and missing; add it"
+    if kind == "literal_error":
+        options = _options_at(model, loc)
+        near = get_close_matches(str(error["input"]), [str(o) for o in options], n=1)
+        hint = f"; did you mean {_shown(near[0])}?" if near else ""
+        expected = str(context["expected"]).replace("'", '"')
+        return f"expected {expected}, got {given}{hint}"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"must be {words} {context[bound]:g}, got {given}"
+    if kind == "string_pattern_mismatch":
+        return f"got {given}; use letters, digits, dots, dashes and underscores"
+    if kind in ("too_short", "too_long") and "field_type" in context:
+        wanted = context.get("min_length", context.get("max_length"))
+        bound = "at least" if kind == "too_short" else "at most"
+        return f"needs {bound} {wanted} entries, got {given}"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, got {given}"
+    message = error["msg"]
+    return f"{message[:1].lower()}{message[1:]}, got {given}"
+
+
+def _key_hint(key: str, section: Location, model: type[BaseModel]) -> str:
+    """What a key that `section` does not have could have been."""
+    owner = _model_at(model, section)
+    known = list(owner.model_fields) if owner else []
+    if near := get_close_matches(key, known, n=1):
+        return f'did you mean "{near[0]}"?'
+    for name, field in model.model_fields.items():
+        below = _model_in(field.annotation)
+        if below is not None and key in below.model_fields and (name,) != section[:1]:
+            return f'did you mean "{name}.{key}"?'
+    return f"known keys: {', '.join(known)}" if known else "remove it"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field's annotation holds, through `| None`, lists and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
+        found = (_model_in(argument) for argument in get_args(annotation))
+        return next((model for model in found if model is not None), None)
+    return None
+
+
+def _model_at(model: type[BaseModel], loc: Location) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):  # an entry of the list whose model is already `current`
+            continue
+        field = current.model_fields.get(part) if current else None
+        current = _model_in(field.annotation) if field else None
+    return current
+
+
+def _options_at(model: type[BaseModel], loc: Location) -> tuple[Any, ...]:
+    owner = _model_at(model, loc[:-1])
+    field = owner.model_fields.get(str(loc[-1])) if owner else None
+    return get_args(field.annotation) if field else ()
+
+
+def _dotted(loc: Sequence[str | int]) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".") or "top"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, str | bool | int | float) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- writing TOML ----------------------------------------------------------------------------
+
+
+def _toml_table(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    """Lines of a table: its values first, then its tables, as TOML wants them."""
+    lines, below = [], []
+    for key, value in table.items():
+        full = (*path, key)
+        name = ".".join(map(_toml_key, full))
+        if isinstance(value, Mapping):
+            below += ["", f"[{name}]", *_toml_table(value, full)]
+        elif isinstance(value, list | tuple) and value and all(map(_is_table, value)):
+            for entry in value:
+                below += ["", f"[[{name}]]", *_toml_table(entry, full)]
+        else:
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
+    return lines + below
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        entries = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items())
+        return f"{{ {', '.join(entries)} }}"
+    raise TypeError(f"TOML has no {type(value).__name__}")

@@ -1,0 +1,146 @@
+"""Evaluation: what a policy gets right, what it sees, and what it thinks given perfect sight.
+
+Each pass is a rollout kind on the same engines: `greedy` and `sampled` answer freely, `oracle`
+is forced to start from `p*`, `oracle_blank` the same with the image blanked, `blind` has no
+image at all. Every number comes with its n and a 95% interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.config import EvalConfig, ModelConfig, Recipe, SamplerConfig, TaskConfig
+from cluster.metrics import EvalPass, EvalTable, eval_table
+from cluster.problems import ProblemSource, held_out, open_sources
+from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
+from rollout.sampler import SamplerPool
+from tasks.core import Problem
+
+PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")
+
+_REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
+    "greedy": ("free", "shown"),
+    "sampled": ("free", "shown"),
+    "oracle": ("oracle", "shown"),
+    "oracle_blank": ("oracle", "blank"),
+    "blind": ("blind", "none"),
+}
+
+
+def evaluate(
+    samplers: SamplerPool,
+    source: ProblemSource,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    passes: Sequence[EvalPass],
+    samples: int = 1,
+) -> EvalTable:
+    """Run the passes on one task's problems.
+
+    `sampling` is the training run's; all passes but `sampled` are greedy. `samples`: responses
+    a problem in the pass `sampled`.
+    """
+    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    found: dict[EvalPass, list[Group]] = {}
+    for name in passes:
+        kind, view = _REQUEST[name]
+        requests = [
+            SampleRequest(
+                group_id=f"eval/{name}/{problem.id}",
+                problem=problem,
+                n=samples if name == "sampled" else 1,
+                sampling=sampling if name == "sampled" else greedy,
+                kind=kind,
+                view=view,
+            )
+            for problem in problems
+        ]
+        found[name] = samplers.sample(requests)
+    return eval_table(source.task, found)
+
+
+def evaluate_all(
+    samplers: SamplerPool, sources: Sequence[ProblemSource], recipe: Recipe
+) -> dict[str, EvalTable]:
+    """The recipe's own evaluation: a table a task, on its held-out problems."""
+    return {
+        source.task.name: evaluate(
+            samplers,
+            source,
+            held_out(source, recipe.eval.seed, recipe.eval.problems),
+            training_sampling(recipe),
+            recipe.eval.passes,
+            recipe.eval.samples,
+        )
+        for source in sources
+    }
+
+
+def training_sampling(recipe: Recipe) -> Sampling:
+    """How a recipe draws tokens."""
+    sampler = recipe.sampler
+    return Sampling(sampler.temperature, sampler.top_p, sampler.top_k, sampler.max_tokens)
+
+
+def run_eval(
+    checkpoint: str,
+    task: TaskConfig,
+    problems: int,
+    samples: int,
+    seed: int,
+    as_json: bool,
+    address: str | None,
+    sampler: SamplerConfig | None = None,
+) -> EvalTable:
+    """`equipoise eval`: all passes of one task on one checkpoint, printed as a table or JSON.
+
+    Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
+    ends the evaluation.
+    """
+    from cluster.runtime import actor_errors, connect, engine_settings
+    from rollout.tokens import load_processor
+
+    recipe = Recipe(
+        name="eval",
+        model=ModelConfig(path=checkpoint),
+        tasks=(task,),
+        sampler=sampler or SamplerConfig(),
+        eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
+    )
+    sources = open_sources(recipe.tasks)
+    load_processor(checkpoint)
+    chosen = held_out(sources[0], seed, problems)
+    console = Console(stderr=as_json)
+    console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
+    with actor_errors(Path(recipe.output.folder)):
+        connect(address)
+        settings = recipe.sampler
+        pool = SamplerPool(
+            engine_settings(recipe),
+            settings.count,
+            settings.cpus,
+            settings.gpus,
+            settings.request_timeout_seconds,
+        )
+        try:
+            pool.wait_ready(settings.start_timeout_seconds)
+            table = evaluate(
+                pool, sources[0], chosen, training_sampling(recipe), PASSES, recipe.eval.samples
+            )
+        finally:
+            pool.stop()
+    if as_json:
+        print(
+            json.dumps(
+                {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict(),
+                indent=2,
+            )
+        )
+    else:
+        console.print(table.to_rich(f"{checkpoint} on {task.name}"))
+    return table

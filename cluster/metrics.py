@@ -1,0 +1,388 @@
+"""From scored rollouts to numbers: accuracies with intervals, tables, metrics of a step.
+
+Pure functions. Shapes: P problems, k responses a problem, G rollouts in a group. Accuracies are
+those of arXiv 2605.29496: `a` end to end, `a_p` perception, `a_r` reasoning given `p*`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from rewards.advantages import is_constant
+from rewards.coupling import Coupling, outcome_couplings
+from rewards.records import ScoredGroup
+from rewards.terms import diagnose
+from rollout.record import Group
+from tasks.core import NO_SEGMENT, SEGMENTS, Task
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+"""`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
+and the image blanked; `blind`: prompt text only."""
+
+PerProblem = Mapping[str, Mapping[str, float]]
+"""metric -> problem id -> value in [0, 1]."""
+
+
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
+
+    `successes` may be fractional: for a mean of values in [0, 1] the interval is then wider
+    than need be, since no such values vary more than a coin of the same mean.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    shrink = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the bound is exact; rounding must not take it past the value itself.
+    low = 0.0 if successes == 0 else max(0.0, middle - half)
+    high = 1.0 if successes == n else min(1.0, middle + half)
+    return low, high
+
+
+def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
+    """Interval of the mean of float [P] values in [0, 1], one a problem, clipped to [0, 1].
+
+    Normal, with the sample standard deviation; Wilson's where the values do not vary, since a
+    width of zero would claim too much.
+    """
+    n = len(values)
+    if n < 2 or is_constant(values):
+        return wilson(min(float(np.sum(values)), float(n)), n, z)
+    mean = float(values.mean())
+    half = z * float(values.std(ddof=1)) / math.sqrt(n)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def avg_at_k(correct: np.ndarray) -> float:
+    """Mean over problems of the share of right responses; bool [P, k]."""
+    return float(np.mean(correct))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 − C(n−c, k)/C(n, k): a problem's chance that one of k responses is right.
+
+    The unbiased estimate from n responses of which c are right (arXiv 2107.03374, eq. 1).
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n = {n}, c = {c}, k = {k}: expected 0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar p-value: of `gained + lost` coins, as uneven or more so."""
+    n, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(n, i) for i in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One metric with its 95 % interval.
+
+    `n` counts problems. `interval` says how [low, high] was made: `wilson` for a right or
+    wrong a problem, `normal` for a mean of per-problem scores.
+    """
+
+    metric: str
+    value: float
+    n: int
+    low: float
+    high: float
+    interval: Literal["wilson", "normal"]
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    """An evaluation: rows to read, and per-problem values for paired comparison."""
+
+    rows: tuple[EvalRow, ...]
+    per_problem: PerProblem
+
+    def __getitem__(self, metric: str) -> EvalRow:
+        for row in self.rows:
+            if row.metric == metric:
+                return row
+        raise KeyError(metric)
+
+    def to_rich(self, title: str = "") -> Table:
+        """A table for the terminal."""
+        table = Table(title=escape(title) or None)
+        table.add_column("metric")
+        for heading in ("value", "95% interval", "n"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            interval = f"{row.low:.3f} – {row.high:.3f}"
+            table.add_row(escape(row.metric), f"{row.value:.3f}", interval, str(row.n))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "per_problem": {name: dict(values) for name, values in self.per_problem.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EvalTable:
+        """Read what `to_dict` wrote."""
+        return cls(tuple(EvalRow(**row) for row in data["rows"]), data["per_problem"])
+
+
+def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTable:
+    """The table of one task's evaluation passes; absent passes leave out their rows.
+
+    Every pass holds one group a problem. Passes other than `sampled` have one rollout a group;
+    with more, a problem counts by the mean of its rollouts.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for name, groups in passes.items():
+        values |= _pass_values(task, name, groups)
+    return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
+
+
+def _pass_values(
+    task: Task, name: EvalPass, groups: Sequence[Group]
+) -> dict[str, dict[str, float]]:
+    """metric -> problem id -> value for one pass."""
+    found: dict[str, dict[str, float]] = {}
+    defects: dict[str, list[tuple[str, ...]]] = {}
+    for group in groups:
+        problem = group.problem.id
+        d = diagnose(task, group)
+        if name == "greedy":
+            metrics = {
+                "a": d.a.mean(),
+                "a_p": d.a_p.mean(),
+                "a_p_graded": d.a_p_graded.mean(),
+                "leak": d.leak.mean(),
+                "self_consistency": d.self_consistency.mean(),
+            }
+            defects[problem] = list(d.defects)
+        elif name == "sampled":
+            n, c, seen = len(d.a), int(d.a.sum()), int(d.a_p.sum())
+            metrics = {f"a avg@{n}": d.a.mean(), f"a_p avg@{n}": d.a_p.mean()}
+            for k in _powers_of_two(n):
+                metrics[f"a pass@{k}"] = pass_at_k(n, c, k)
+                metrics[f"a_p pass@{k}"] = pass_at_k(n, seen, k)
+        else:
+            label = {"oracle": "a_r", "oracle_blank": "a_r_blank", "blind": "blind"}[name]
+            metrics = {label: d.a.mean()}
+        for metric, value in metrics.items():
+            found.setdefault(metric, {})[problem] = float(value)
+    for defect in sorted({d for lists in defects.values() for ds in lists for d in ds}):
+        found[f"defect/{defect}"] = {
+            problem: sum(defect in ds for ds in lists) / len(lists)
+            for problem, lists in defects.items()
+        }
+    return found
+
+
+def _powers_of_two(n: int) -> list[int]:
+    """2, 4, 8, ... up to n, and n itself; empty for one response."""
+    powers = [2**i for i in range(1, n.bit_length()) if 2**i < n]
+    return [*powers, n] if n > 1 else []
+
+
+def _row(metric: str, per_problem: Mapping[str, float]) -> EvalRow:
+    values = np.array(list(per_problem.values()))
+    n, mean = len(values), float(values.mean())
+    if np.isin(values, (0.0, 1.0)).all():
+        return EvalRow(metric, mean, n, *wilson(float(values.sum()), n), "wilson")
+    return EvalRow(metric, mean, n, *mean_interval(values), "normal")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after training.
+
+    Attributes:
+        difference: after − before.
+        overlap: whether the two 95 % intervals share a point.
+        paired: problems measured both times (0 where the two sets differ).
+        gained, lost: paired problems that went from wrong to right, and back.
+        p: exact McNemar p-value of gained against lost; None where not paired or graded.
+    """
+
+    metric: str
+    before: EvalRow
+    after: EvalRow
+    difference: float
+    overlap: bool
+    paired: int
+    gained: int
+    lost: int
+    p: float | None
+
+
+@dataclass(frozen=True)
+class ChangeTable:
+    """Before and after, metric by metric."""
+
+    rows: tuple[Change, ...]
+
+    def to_rich(self, title: str = "") -> Table:
+        """A table for the terminal."""
+        table = Table(title=escape(title) or None)
+        table.add_column("metric")
+        for heading in ("before", "after", "difference", "intervals", "McNemar p", "n"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                escape(row.metric),
+                f"{row.before.value:.3f} [{row.before.low:.3f}, {row.before.high:.3f}]",
+                f"{row.after.value:.3f} [{row.after.low:.3f}, {row.after.high:.3f}]",
+                f"{row.difference:+.3f}",
+                "overlap" if row.overlap else "apart",
+                "" if row.p is None else f"{row.p:.2g}",
+                str(row.after.n),
+            )
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+
+def before_after(before: EvalTable, after: EvalTable) -> ChangeTable:
+    """Compare the metrics both tables have; paired where they hold the same problems."""
+    rows = []
+    metrics = [row.metric for row in before.rows]
+    metrics += [row.metric for row in after.rows if row.metric not in metrics]
+    for metric in metrics:
+        was, now = _values_of(before, metric), _values_of(after, metric)
+        if not was or not now:
+            continue
+        old, new = _row(metric, was), _row(metric, now)
+        paired = len(was) if was.keys() == now.keys() else 0
+        gained = sum(was[i] == 0.0 and now[i] == 1.0 for i in was) if paired else 0
+        lost = sum(was[i] == 1.0 and now[i] == 0.0 for i in was) if paired else 0
+        binary = {*was.values(), *now.values()} <= {0.0, 1.0}
+        rows.append(
+            Change(
+                metric=metric,
+                before=old,
+                after=new,
+                difference=new.value - old.value,
+                overlap=old.low <= new.high and new.low <= old.high,
+                paired=paired,
+                gained=gained,
+                lost=lost,
+                p=mcnemar(gained, lost) if paired and binary else None,
+            )
+        )
+    return ChangeTable(tuple(rows))
+
+
+def _values_of(table: EvalTable, metric: str) -> Mapping[str, float]:
+    """Values by problem; a defect that a table does not know occurred in none of its problems."""
+    if metric.startswith("defect/") and metric not in table.per_problem:
+        return dict.fromkeys(table.per_problem.get("a", {}), 0.0)
+    return table.per_problem.get(metric, {})
+
+
+def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
+    """Every always-logged number that the scored groups of one step can tell, by name.
+
+    A number that is undefined in this step (a correlation with a constant side, rewards when
+    every group was dropped) is left out. `policy_version` is the learner's now, for the lag.
+    """
+    metrics: dict[str, float] = {}
+    metrics |= _reward_metrics(groups)
+    metrics |= _truth_metrics(groups)
+    metrics |= _response_metrics(groups, policy_version)
+    return metrics
+
+
+def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    kept = [g for g in groups if not g.dropped]
+    failures = Counter(f.term for g in groups for f in g.failures)
+    kinds = Counter((f.term, f.kind) for g in groups for f in g.failures)
+    for term in sorted({name for g in groups for name in g.terms} | set(failures)):
+        values = [g.terms[term] for g in kept if term in g.terms]
+        if values:
+            everything = np.concatenate(values)
+            metrics[f"reward/{term}/mean"] = float(everything.mean())
+            metrics[f"reward/{term}/std"] = float(everything.std())
+            constant = sum(is_constant(v) for v in values)
+            metrics[f"reward/{term}/zero_variance"] = constant / len(values)
+        seconds = [g.seconds[term] for g in groups if term in g.seconds]
+        if seconds:
+            metrics[f"reward/{term}/seconds_mean"] = float(np.mean(seconds))
+            metrics[f"reward/{term}/seconds_max"] = max(seconds)
+        metrics[f"reward/{term}/failures"] = float(failures[term])
+    for (term, kind), count in sorted(kinds.items()):
+        metrics[f"reward/{term}/failures/{kind}"] = float(count)
+    if kept:
+        totals = np.concatenate([g.totals for g in kept])
+        metrics["reward/total/mean"] = float(totals.mean())
+        metrics["reward/total/std"] = float(totals.std())
+        metrics["group/zero_variance"] = sum(g.zero_variance for g in kept) / len(kept)
+    metrics["group/count"] = float(len(groups))
+    metrics["group/dropped"] = float(len(groups) - len(kept))
+    return metrics
+
+
+def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    diagnoses = [g.diagnosis for g in groups if g.diagnosis is not None]
+    if not diagnoses:
+        return {}
+    metrics = {
+        "acc/a": float(np.concatenate([d.a for d in diagnoses]).mean()),
+        "acc/a_p": float(np.concatenate([d.a_p for d in diagnoses]).mean()),
+        "acc/a_p_graded": float(np.concatenate([d.a_p_graded for d in diagnoses]).mean()),
+        "acc/self_consistency": float(
+            np.concatenate([d.self_consistency for d in diagnoses]).mean()
+        ),
+        "acc/leak": float(np.concatenate([d.leak for d in diagnoses]).mean()),
+    }
+    perception, reasoning = outcome_couplings(diagnoses)
+    metrics |= _coupling_metrics("outcome_perception", perception)
+    metrics |= _coupling_metrics("outcome_reasoning", reasoning)
+    for defect, count in sorted(
+        Counter(n for d in diagnoses for r in d.defects for n in r).items()
+    ):
+        metrics[f"defects/{defect}"] = float(count)
+    return metrics
+
+
+def _coupling_metrics(name: str, coupling: Coupling) -> dict[str, float]:
+    found = {"pooled": coupling.pooled, "within": coupling.within, "n": coupling.n}
+    found |= {"n_within": coupling.n_within, "zero_variance": coupling.zero_variance}
+    return {f"coupling/{name}/{k}": float(v) for k, v in found.items() if v is not None}
+
+
+def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
+    rollouts = [rollout for g in groups for rollout in g.group.rollouts]
+    if not rollouts:
+        return {}
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    segments = np.concatenate([r.segments for r in rollouts])
+    versions = np.concatenate([r.versions for r in rollouts])
+    metrics = {
+        "response/tokens_mean": float(lengths.mean()),
+        "response/tokens_max": float(lengths.max()),
+        "response/tokens": float(lengths.sum()),
+        "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+    if len(segments):
+        for i, name in [*enumerate(SEGMENTS), (NO_SEGMENT, "none")]:
+            metrics[f"response/share/{name}"] = float((segments == i).mean())
+        metrics["policy/lag_mean"] = float(policy_version - versions.mean())
+        metrics["policy/lag_max"] = float(policy_version - versions.min())
+    return metrics

@@ -1,0 +1,332 @@
+"""What runs where: the actors of a recipe, what each takes, and a rough account of memory.
+
+Pure arithmetic on a recipe and a machine; nothing is started and no heavy library is imported,
+so a recipe for eight GPUs can be looked at on a laptop. Memory is an estimate from parameter
+counts (sources at each formula), meant to catch what cannot fit, not to plan the last GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.config import Recipe, UserError
+
+Command = Literal["train", "sft"]
+
+GIB = 2**30
+
+
+class PlacementError(UserError):
+    """A recipe that asks for more than the machine has."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator as the driver reports it; `memory` in bytes."""
+
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to place on: cores this process may use, bytes of memory, GPUs."""
+
+    cores: int
+    memory: int
+    gpus: tuple[Gpu, ...] = ()
+
+    @classmethod
+    def detect(cls) -> Machine:
+        """This machine, within its container's limits and `CUDA_VISIBLE_DEVICES`."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        quota = _first_word("/sys/fs/cgroup/cpu.max").split()
+        if len(quota) == 2 and quota[0].isdigit():
+            cores = min(cores or 1, max(1, int(quota[0]) // int(quota[1])))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = _first_word("/sys/fs/cgroup/memory.max")
+        if limit.isdigit():
+            memory = min(memory, int(limit))
+        return cls(cores=cores or 1, memory=memory, gpus=_detect_gpus())
+
+
+@dataclass(frozen=True)
+class PolicySize:
+    """What memory depends on: parameters, and the text model's width, depth and vocabulary."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    vocabulary: int
+
+
+KNOWN_POLICIES = {
+    "Qwen/Qwen3-VL-4B-Instruct": PolicySize(4_438_000_000, 2560, 36, 151_936),
+    "OpenGVLab/InternVL3_5-4B-HF": PolicySize(4_700_000_000, 2560, 36, 151_936),
+}
+"""Hub names that recipes here use, so that they can be placed offline. Parameter counts as
+their model cards round them; both hold a Qwen3-4B text model."""
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One Ray actor: its role, what it takes, and its memory parts in bytes by name.
+
+    Memory is in GPU memory where `gpus` > 0 and in main memory elsewhere.
+    """
+
+    role: Literal["sampler", "learner", "reward worker", "driver"]
+    index: int
+    cpus: float
+    gpus: float
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a recipe's actors go, and what stands in the way (`shortages`) or is worth a look.
+
+    `shortages` are sentences naming the fields to lower; empty means that it fits.
+    """
+
+    actors: tuple[Actor, ...]
+    machine: Machine
+    shortages: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def cpus(self) -> float:
+        """Cores taken by all actors."""
+        return sum(actor.cpus for actor in self.actors)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs taken by all actors."""
+        return sum(actor.gpus for actor in self.actors)
+
+    def require(self) -> None:
+        """Raise PlacementError unless the machine has all that the recipe asks for."""
+        if self.shortages:
+            raise PlacementError("\n".join(self.shortages))
+
+
+def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placement:
+    """Place a recipe's actors on a machine; `sft` needs the learner's only.
+
+    Never raises for a recipe that does not fit: see `Placement.require`.
+    """
+    size = policy_size(recipe.model.path)
+    learners = [
+        Actor("learner", i, recipe.learner.cpus, recipe.learner.gpus, learner_memory(recipe, size))
+        for i in range(recipe.learner.ranks)
+    ]
+    samplers, workers = [], []
+    if command == "train":
+        samplers = [
+            Actor(
+                "sampler",
+                i,
+                recipe.sampler.cpus,
+                recipe.sampler.gpus,
+                sampler_memory(recipe, size, machine),
+            )
+            for i in range(recipe.sampler.count)
+        ]
+        # Scoring is short and comes while the engines wait, so it reserves no core.
+        workers = [Actor("reward worker", i, 0, 0, {}) for i in range(recipe.reward.workers)]
+    actors = (Actor("driver", 0, 0, 0, {}), *samplers, *learners, *workers)
+    notes = []
+    if size is None:
+        notes.append(
+            f"model.path = {recipe.model.path} is neither a folder with safetensors weights here "
+            "nor a hub name of known size, so its memory is not estimated"
+        )
+    if any(actor.gpus for actor in samplers):
+        share = recipe.sampler.gpu_memory_utilization
+        notes.append(f"each engine fills {share:.0%} of its GPU with KV cache")
+    for where, need, there in _memory_totals(actors, machine):
+        if need > there:
+            notes.append(
+                f"{where} may not suffice: the estimate is {_gib(need)} of {_gib(there)}; lower "
+                "learner.micro_batch_tokens or sampler.kv_cache_gib, or raise learner.zero_stage"
+            )
+    return Placement(actors, machine, _shortages(recipe, actors, machine, command), tuple(notes))
+
+
+def describe(placement: Placement) -> str:
+    """The placement as a table of text, for `--dry-run`."""
+    rows = [("actor", "cores", "GPUs", "memory (estimate)")]
+    for actor in placement.actors:
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in actor.memory.items())
+        if parts:
+            on = " on each GPU" if actor.gpus else ""
+            memory = f"{_gib(sum(actor.memory.values()))}{on}: {parts}"
+        else:
+            memory = "unknown" if actor.role in ("sampler", "learner") else "small"
+        rows.append((f"{actor.role} {actor.index}", f"{actor.cpus:g}", f"{actor.gpus:g}", memory))
+    rows.append(("in all", f"{placement.cpus:g}", f"{placement.gpus:g}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
+        for row in rows
+    ]
+    machine = placement.machine
+    gpus = ", ".join(f"{gpu.name} {_gib(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
+    lines += ["", f"this machine: {machine.cores} cores, {_gib(machine.memory)}, {gpus}"]
+    if placement.gpus > len(machine.gpus):
+        lines.append(
+            f"needs {placement.gpus:g} GPUs, this machine has {len(machine.gpus)}: dry run only"
+        )
+    if placement.cpus > machine.cores:
+        lines.append(
+            f"needs {placement.cpus:g} cores, this machine has {machine.cores}: dry run only"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in placement.notes)])
+
+
+def policy_size(path: str) -> PolicySize | None:
+    """Size of a policy from its folder's files, or of a known hub name; None where unknown.
+
+    Raises PlacementError for a folder whose files cannot be read.
+    """
+    folder = Path(path)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").is_file():
+        return KNOWN_POLICIES.get(path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        return PolicySize(
+            parameters=sum(map(_count_parameters, weights)),
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            vocabulary=text["vocab_size"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise PlacementError(
+            f"{path}: config.json or a safetensors header there cannot be read "
+            f"({type(error).__name__}: {error}); is the checkpoint whole?"
+        ) from error
+
+
+def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
+    """Bytes on one learner rank, by part.
+
+    Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
+    the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
+    the stage that shards them. Activations follow arXiv 2205.05198, equation 1 without its
+    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision, nothing recomputed;
+    to them comes one micro-batch of float32 logits and their gradient.
+    """
+    if size is None:
+        return {}
+    learner, width = recipe.learner, _width(recipe)
+
+    def shard(total: int, from_stage: int) -> int:
+        return math.ceil(total / (learner.ranks if learner.zero_stage >= from_stage else 1))
+
+    tokens = learner.micro_batch_tokens
+    return {
+        "weights": shard(width * size.parameters, 3),
+        "gradients": shard(width * size.parameters, 2),
+        "optimizer": shard(12 * size.parameters, 1),
+        "activations": 17 * width * tokens * size.hidden * size.layers
+        + 8 * tokens * size.vocabulary,
+    }
+
+
+def sampler_memory(recipe: Recipe, size: PolicySize | None, machine: Machine) -> dict[str, int]:
+    """Bytes of one engine, on each of its GPUs or in main memory, by part.
+
+    On a GPU the engine fills `gpu_memory_utilization` of it, whatever the policy's size.
+    """
+    sampler = recipe.sampler
+    weights = math.ceil(_width(recipe) * size.parameters / sampler.tensor_parallel) if size else 0
+    parts = {"weights": weights} if size else {}
+    if not sampler.gpus:
+        return parts | {"KV cache": int(sampler.kv_cache_gib * GIB)}
+    if machine.gpus:
+        share = sampler.gpu_memory_utilization * min(gpu.memory for gpu in machine.gpus)
+        return parts | {"KV cache and buffers": max(0, int(share) - weights)}
+    return parts
+
+
+def _shortages(
+    recipe: Recipe, actors: tuple[Actor, ...], machine: Machine, command: Command
+) -> tuple[str, ...]:
+    found = []
+    for unit, field, there in (
+        ("cores", "cpus", machine.cores),
+        ("GPUs", "gpus", len(machine.gpus)),
+    ):
+        need = sum(getattr(actor, field) for actor in actors)
+        if need <= there:
+            continue
+        products = [f"learner.ranks × learner.{field}"]
+        if command == "train":
+            products.insert(0, f"sampler.count × sampler.{field}")
+        found.append(
+            f"{' + '.join(products)} = {need:g} {unit}, but this machine has {there}; lower one of "
+            "these fields, or give --address of a cluster that has them"
+        )
+    return tuple(found)
+
+
+def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[str, int, int]]:
+    """(what memory, bytes estimated, bytes there): main memory, and the smallest GPU."""
+    main = sum(sum(a.memory.values()) for a in actors if not a.gpus)
+    totals = [("main memory", main, machine.memory)]
+    if machine.gpus:
+        on_one = [sum(a.memory.values()) for a in actors if a.gpus >= 1]
+        totals.append(("GPU memory", max(on_one, default=0), min(g.memory for g in machine.gpus)))
+    return totals
+
+
+def _width(recipe: Recipe) -> int:
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+def _count_parameters(path: Path) -> int:
+    """Parameters in a safetensors file, from its header alone (8 bytes of length, then JSON)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
+    return sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__")
+
+
+def _detect_gpus() -> tuple[Gpu, ...]:
+    """GPUs that `nvidia-smi` lists and `CUDA_VISIBLE_DEVICES` leaves visible."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return ()  # the tool is there and no working device behind it
+    rows = [line.rsplit(",", 1) for line in out.splitlines() if "," in line]
+    found = [Gpu(name.strip(), int(mib) * 2**20) for name, mib in rows if mib.strip().isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(found)
+    chosen = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    return tuple(found[: len(chosen)])
+
+
+def _first_word(path: str) -> str:
+    """First line of a file of the kernel's, "" where there is none."""
+    try:
+        return Path(path).read_text().split("\n")[0]
+    except OSError:
+        return ""
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

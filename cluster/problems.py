@@ -1,0 +1,89 @@
+"""Where a run's problems come from: generated or stored, mixed by weight, by split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel
+
+from cluster.config import TaskConfig
+from tasks.core import DataError, Problem, Task
+from tasks.datasets import Example, read_examples
+from tasks.load import load_task
+from tasks.splits import Split, draw_problem
+
+
+@dataclass(frozen=True)
+class ProblemSource:
+    """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored examples."""
+
+    task: Task
+    weight: float
+    spec: BaseModel | None
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    @classmethod
+    def open(cls, config: TaskConfig, index: int) -> ProblemSource:
+        """Load the task and, where the recipe names a data set, its splits.
+
+        Raises DataError naming file and field for data that cannot be used.
+        """
+        task = load_task(config.name)
+        if config.data is None:
+            return cls(task, config.weight, task.spec.model_validate(config.knobs), (), ())
+        train = tuple(read_examples(config.data, "train", check_images=True))
+        test = tuple(read_examples(config.data, "test", check_images=True))
+        for split, rows in (("train", train), ("test", test)):
+            if not rows:
+                raise DataError(f"tasks[{index}].data: {config.data}: split {split} has no rows")
+        return cls(task, config.weight, None, train, test)
+
+    def problem(self, split: Split, seed: int, index: int) -> Problem:
+        """Problem `index` of a split; stored rows are gone through in a shuffled order."""
+        if self.spec is not None:
+            return draw_problem(self.task, self.spec, split, seed, index)
+        rows = self.train if split == "train" else self.test
+        epoch, place = divmod(index, len(rows))
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        return rows[int(order[place])].problem
+
+
+def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
+    """All task entries of a recipe, in order."""
+    return [ProblemSource.open(config, index) for index, config in enumerate(configs)]
+
+
+def step_problems(
+    sources: Sequence[ProblemSource], seed: int, step: int, count: int
+) -> list[Problem]:
+    """The problems of training step `step` (from 0): the same for every run with this seed."""
+    weights = np.array([source.weight for source in sources])
+    chosen = np.random.default_rng([seed, step]).choice(
+        len(sources), size=count, p=weights / weights.sum()
+    )
+    return [
+        sources[which].problem("train", seed, step * count + place)
+        for place, which in enumerate(chosen.tolist())
+    ]
+
+
+def held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
+    """`count` test problems of one source, no two with the same id."""
+    found: dict[str, Problem] = {}
+    if source.spec is None and count > len(source.test):
+        raise DataError(
+            f"eval.problems: asked for {count} of task {source.task.name}, whose test split has "
+            f"{len(source.test)}; lower eval.problems"
+        )
+    for index in range(20 * count):
+        problem = source.problem("test", seed, index)
+        found.setdefault(problem.id, problem)
+        if len(found) == count:
+            return list(found.values())
+    raise DataError(
+        f"eval.problems: task {source.task.name}: these knobs allow only {len(found)} different "
+        f"test problems, {count} were asked for; lower eval.problems or loosen the knobs"
+    )

@@ -1,0 +1,213 @@
+"""Everything a run stands on: Ray, its actors, the run folder; started together, ended together.
+
+`Run` is what the driver talks to. A failure of any actor becomes a `RunFailed` with that
+actor's own error on top, is written to the run folder, and ends the run; nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cluster.config import Recipe
+from cluster.problems import ProblemSource, open_sources
+from cluster.tracking import Progress
+from learner.actor import LearnerGroup
+from learner.engine import LearnerSettings
+from rewards.records import RewardError
+from rewards.worker import RewardPool
+from rollout.engine import EngineSettings
+from rollout.sampler import SamplerPool
+from rollout.tokens import load_processor
+from rollout.transfer import HostSender, WeightSender, WeightTransferError
+
+
+class RunFailed(RuntimeError):
+    """A run that an actor ended; the message starts with the actor's own error."""
+
+
+def connect(address: str | None) -> None:
+    """Attach to a Ray cluster, or start a local one that ends with this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A worker that sets its own accelerator variables would hide the CPU-only case from torch.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level="warning",
+        ignore_reinit_error=True,
+        runtime_env={"env_vars": _worker_environment()} if address is None else None,
+    )
+
+
+def _worker_environment() -> dict[str, str]:
+    """What local workers need to find the same code as the driver, and to keep quiet."""
+    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
+    """The folder of a new run: `output`, or `<output.folder>/<name>-<UTC time>`."""
+    if output is not None:
+        return output
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path(recipe.output.folder) / f"{recipe.name}-{stamp}"
+
+
+def threads_for(cpus: float) -> int:
+    """Intra-op threads of an actor that was given `cpus` cores."""
+    return max(1, int(cpus))
+
+
+def engine_settings(recipe: Recipe, model: str | None = None) -> EngineSettings:
+    """What a recipe asks of each sampler engine."""
+    sampler = recipe.sampler
+    return EngineSettings(
+        model=model or recipe.model.path,
+        dtype=recipe.model.dtype,
+        max_model_len=recipe.model.max_model_len,
+        max_num_seqs=sampler.max_num_seqs,
+        kv_cache_gib=sampler.kv_cache_gib,
+        gpu_memory_utilization=sampler.gpu_memory_utilization,
+        tensor_parallel=sampler.tensor_parallel,
+        enforce_eager=sampler.enforce_eager,
+        threads=sampler.threads or threads_for(sampler.cpus),
+        seed=recipe.seed,
+        transport=recipe.transfer.transport,
+    )
+
+
+def learner_settings(recipe: Recipe, model: str | None = None) -> LearnerSettings:
+    """What a recipe asks of each learner rank."""
+    learner = recipe.learner
+    return LearnerSettings(
+        model=model or recipe.model.path,
+        dtype=recipe.model.dtype,
+        attention=recipe.model.attention,
+        head_float32=recipe.model.lm_head_float32,
+        temperature=recipe.sampler.temperature or 1.0,
+        zero_stage=learner.zero_stage,
+        learning_rate=learner.learning_rate,
+        weight_decay=learner.weight_decay,
+        betas=learner.betas,
+        max_grad_norm=learner.max_grad_norm,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        threads=learner.threads or threads_for(learner.cpus),
+        seed=recipe.seed,
+    )
+
+
+class Run:
+    """The live parts of a training run."""
+
+    def __init__(self, recipe: Recipe, sources: list[ProblemSource], say: Progress) -> None:
+        start = time.perf_counter()
+        self.recipe, self.sources = recipe, sources
+        sampler, learner = recipe.sampler, recipe.learner
+        say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
+        self.samplers = SamplerPool(
+            engine_settings(recipe),
+            sampler.count,
+            sampler.cpus,
+            sampler.gpus,
+            sampler.request_timeout_seconds,
+        )
+        self.learner = LearnerGroup(
+            learner_settings(recipe), learner.ranks, learner.cpus, learner.gpus
+        )
+        starting = self.learner.start_async()
+        self.rewards = RewardPool(
+            recipe.reward.effective_terms(),
+            recipe.reward.compose,
+            recipe.algorithm.advantage,
+            recipe.reward.workers,
+            recipe.reward.deadline_seconds,
+        )
+        self.learner.wait(starting)
+        self.samplers.wait_ready(sampler.start_timeout_seconds)
+        self.learner.attach_sender(self._sender())
+        say.say(f"all up after {time.perf_counter() - start:.0f} s")
+
+    def _sender(self) -> WeightSender:
+        transfer = self.recipe.transfer
+        if transfer.transport == "host":
+            return HostSender(self.samplers.clients, transfer.deadline_seconds)
+        from rollout.transports_gpu import GpuSender
+
+        return GpuSender(
+            transfer.transport,
+            self.samplers.clients,
+            self.recipe.sampler.tensor_parallel,
+            transfer.deadline_seconds,
+        )
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint under `<folder>/checkpoints`, keeping the last `checkpoint.keep`."""
+        kept = folder / "checkpoints"
+        kept.mkdir(parents=True, exist_ok=True)
+        self.learner.save(kept / f"step-{step:06d}")
+        for old in sorted(kept.glob("step-*"))[: -self.recipe.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    def stop(self) -> None:
+        """End every actor."""
+        self.samplers.stop()
+        self.rewards.close()
+        self.learner.stop()
+
+
+@contextmanager
+def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) -> Iterator[Run]:
+    """Start a run's actors and end them whatever happens.
+
+    Input that cannot be used is refused before anything is started or written. Raises RunFailed
+    with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
+    """
+    sources = open_sources(recipe.tasks)
+    load_processor(recipe.model.path)
+    with actor_errors(folder):
+        connect(address)
+        run: Run | None = None
+        try:
+            run = Run(recipe, sources, say)
+            yield run
+        finally:
+            if run is not None:
+                run.stop()
+            ray.shutdown()
+
+
+@contextmanager
+def actor_errors(folder: Path) -> Iterator[None]:
+    """Turn an actor's error into RunFailed with that error on top, kept in `folder`."""
+    try:
+        yield
+    except (RayError, RewardError, WeightTransferError, TimeoutError) as error:
+        message = explain(error)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
+        raise RunFailed(message) from error
+
+
+def explain(error: BaseException) -> str:
+    """The actor's own error first, then where it happened."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return f"{type(cause).__name__}: {cause}\n\n{error.traceback_str}"
+    if isinstance(error, RayActorError):
+        return f"an actor's process died: {error}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,239 @@
+"""`equipoise tasks`: make, import and look at problems."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.config import UserError, task_of
+from cluster.terminal import printable
+from tasks.core import DataError, Problem, Task
+from tasks.dataset_import import import_rows
+from tasks.datasets import ResponseStyle, read_examples, side_of, write_dataset
+from tasks.images import check_image, content_hash
+from tasks.load import BUILT_IN, load_task
+from tasks.splits import draw_problem
+
+app = typer.Typer(
+    help="Make, import and look at problems.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+TaskName = Annotated[
+    str, typer.Argument(help='"sudoku", "graph_coloring" or your own "module:Class".')
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A knob of the task, knob=value; repeatable.")
+]
+Style = Annotated[ResponseStyle, typer.Option(help="How the teacher writes the responses.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the data set in the folder.")]
+
+
+@app.command("generate")
+def generate_command(
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    train: Annotated[int, typer.Option(min=0, help="Problems of the train split.")] = 1000,
+    test: Annotated[int, typer.Option(min=0, help="Problems of the test split.")] = 200,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Another split, name=problems; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    settings: Settings = None,
+    style: Style = "terse",
+    force: Force = False,
+) -> None:
+    """Draw problems and write them as a data set: Parquet files and a manifest."""
+    with _for_the_user():
+        maker, spec = _task_and_knobs(task, settings)
+        splits = {"train": train, "test": test} | _more_splits(split or [])
+        splits = {name: rows for name, rows in splits.items() if rows}
+        if not splits:
+            raise UserError("--train, --test: nothing to draw; ask for at least one problem")
+        with _progress(splits) as on_row:
+            manifest = write_dataset(
+                out, splits, maker, spec, seed, style, overwrite=force, on_row=on_row
+            )
+    _echo(_summary(out, manifest))
+
+
+@app.command("import")
+def import_command(
+    task: TaskName,
+    source: Annotated[
+        Path, typer.Argument(help="A .parquet or .jsonl file, or a folder: one file a split.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad rows out and list them in the manifest.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Make a data set from files with the columns query, image, ground_truth[, response]."""
+    with _for_the_user():
+        reader, _ = _task_and_knobs(task, None)
+        with _progress({}) as on_row:
+            manifest = import_rows(
+                source, reader, out, skip_bad=skip_bad, overwrite=force, on_row=on_row
+            )
+    _echo(_summary(out, manifest))
+
+
+@app.command("show")
+def show_command(
+    source: Annotated[str, typer.Argument(help="A data set's folder or file, or a task's name.")],
+    row: Annotated[int, typer.Option(min=0, help="Which problem of the split, from 0.")] = 0,
+    split: Annotated[str, typer.Option(help="Which split of a folder or task.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Draw a task's problem with this seed.")] = 0,
+    settings: Settings = None,
+    style: Style = "terse",
+    task: Annotated[
+        str | None, typer.Option(help="Task that reads a data set of your own task.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", "--out", help="Save the image file here.")
+    ] = None,
+) -> None:
+    """Print one problem as the policy and the checker see it."""
+    with _for_the_user():
+        reader: Task | None
+        if Path(source).exists():
+            if settings:
+                raise UserError("--set: the rows of a data set are drawn already; leave it out")
+            example = next(islice(read_examples(source, split), row, None), None)
+            if example is None:
+                raise UserError(f"{source}: --row {row}: the split has fewer rows")
+            problem, response = example.problem, example.response
+            # A data file may name any module; only what the user names is imported.
+            name = task or (problem.task if problem.task in BUILT_IN else None)
+            reader = _task_and_knobs(name, None)[0] if name else None
+        else:
+            if "/" in source or "\\" in source:
+                raise UserError(f"{source}: no such file or folder")
+            reader, spec = _task_and_knobs(source, settings)
+            problem = draw_problem(reader, spec, side_of(split), seed, row)
+            response = ""
+        if not response and reader is not None and style != "none":
+            response = reader.demonstrate(problem, style)
+        _echo(_shown_problem(problem, response, reader))
+        if image is not None:
+            image.write_bytes(problem.image)
+            _echo(f"image saved to {image}")
+
+
+def _task_and_knobs(name: str, settings: list[str] | None) -> tuple[Task, BaseModel]:
+    chosen = task_of(name, settings or ())
+    task = load_task(chosen.name)
+    return task, task.spec.model_validate(chosen.knobs)
+
+
+@contextmanager
+def _for_the_user() -> Iterator[None]:
+    """Turn what the user can put right into a `UserError`, safe to print."""
+    try:
+        yield
+    except (UserError, DataError, OSError) as error:
+        raise UserError(printable(str(error))) from error
+
+
+@contextmanager
+def _progress(splits: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
+    """A bar a split on standard error; splits of unknown length are counted."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        shown: dict[str, TaskID] = {}
+
+        def on_row(split: str) -> None:
+            if split not in shown:
+                shown[split] = bars.add_task(split, total=splits.get(split))
+            bars.advance(shown[split])
+
+        yield on_row
+
+
+def _more_splits(settings: list[str]) -> dict[str, int]:
+    splits: dict[str, int] = {}
+    for setting in settings:
+        name, _, rows = setting.partition("=")
+        if not rows.isdecimal() or len(rows) > 9:
+            raise UserError(f"--split {setting}: expected name=problems, such as train_rl=1000")
+        splits[name] = int(rows)
+    return splits
+
+
+def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
+    lines = []
+    for name, entry in manifest["splits"].items():
+        line = f"{name}: {entry['rows']} problems, "
+        line += f"{entry['distinct_up_to_symmetry']} different up to symmetry"
+        if "draws" in entry:
+            line += f" ({entry['skipped_repeats']} repeats left out of {entry['draws']} draws)"
+        lines.append(line)
+        if entry["responses"]:
+            share = entry["perception_chars"] / max(entry["response_chars"], 1)
+            lines.append(
+                f"  responses: {entry['responses']}, {entry['responses_right']} right by the "
+                f"task's own checker; perception is {share:.1%} of their characters"
+            )
+    if manifest.get("skipped"):
+        lines.append(f"bad rows left out: {len(manifest['skipped'])} (listed in the manifest)")
+    lines.append(f"wrote {folder}")
+    return "\n".join(lines)
+
+
+def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
+    picture = check_image(problem.image, "image")
+    knobs = ", ".join(f"{name}={value}" for name, value in problem.knobs.items()) or "none"
+    parts = [
+        f"id            {problem.id}",
+        f"task          {problem.task}",
+        f"knobs         {knobs}",
+        f"symmetry key  {problem.symmetry_key}",
+        f"image         {picture.width}x{picture.height}, {len(problem.image)} bytes, "
+        f"sha256 {content_hash(problem.image)}",
+        f"\n[prompt]\n{problem.prompt}",
+        f"\n[p*]\n{problem.perception}",
+    ]
+    if response:
+        parts.append(f"\n[response]\n{response}")
+        parts.append(f"\n[reads as]\n{_verdict(problem, response, task)}")
+    return "\n".join(parts)
+
+
+def _verdict(problem: Problem, response: str, task: Task | None) -> str:
+    if task is None:
+        return f"not read: it is of {problem.task!r}; name its task with --task module:Class"
+    parsed = task.parse(response)
+    exact, graded = False, 0.0
+    if parsed.perception is not None:
+        exact, graded = task.score_perception(problem, parsed.perception)
+    right = parsed.answer is not None and task.check(problem, parsed.answer)
+    start, end = parsed.spans.get("perception", (0, 0))
+    return (
+        f"perception    {'exact' if exact else 'wrong'} (graded {graded:.3f}), "
+        f"{(end - start) / len(response):.1%} of the characters\n"
+        f"answer        {'right' if right else 'wrong'}\n"
+        f"defects       {', '.join(parsed.defects) or 'none'}"
+    )
+
+
+def _echo(text: str) -> None:
+    sys.stdout.write(printable(text) + "\n")

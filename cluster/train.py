@@ -1,0 +1,225 @@
+"""The algorithm, top to bottom: sample, score, learn, send the weights back.
+
+Shapes: P problems a step, G rollouts a group, T response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.config import Recipe, resolved_toml
+from cluster.evaluate import evaluate_all, training_sampling
+from cluster.metrics import EvalTable, before_after, step_metrics
+from cluster.problems import step_problems
+from cluster.runtime import Run, new_run_folder, running
+from cluster.tracking import Progress, Tracker
+from learner.batch import TrainBatch, TrainSequence
+from learner.losses import PolicyLoss
+from learner.schedule import learning_rate_at
+from rewards.advantages import token_advantages
+from rewards.records import ScoredGroup
+from rollout.record import Group, SampleRequest
+from tasks.core import SEGMENTS, Problem, Segment
+
+
+def run_training(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
+    """Train by a recipe and return the run folder.
+
+    Raises DataError or ModelError for input that cannot be used (nothing is written then), and
+    RunFailed when an actor ends the run.
+    """
+    folder = new_run_folder(recipe, output)
+    progress = Progress(recipe.algorithm.steps)
+    with (
+        running(recipe, address, folder, progress) as run,
+        Tracker(folder, resolved_toml(recipe)) as tracker,
+    ):
+        progress.say(f"run folder: {folder}")
+        verify_transfer(run)
+        before = measure(run, tracker, step=0)
+        version = 0
+        for step in range(1, recipe.algorithm.steps + 1):
+            clock = StepClock()
+            problems = step_problems(
+                run.sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
+            )
+            groups = run.samplers.sample(free_requests(recipe, step, problems))
+            clock.lap("sample")
+            scored = run.rewards.score(groups)
+            clock.lap("score")
+            metrics = step_metrics(scored, version)
+            for batch in train_batches(recipe, scored):
+                rate = learning_rate(recipe, step)
+                metrics |= learner_metrics(run.learner.update(batch, policy_loss(recipe), rate))
+                version += 1
+            clock.lap("learn")
+            metrics |= transfer_metrics(run.learner.send_weights(version))
+            clock.lap("transfer")
+            metrics |= {"policy/version": float(version)} | clock.metrics(groups)
+            tracker.log(step, metrics)
+            tracker.log_rollouts(step, scored)
+            progress.step(step, metrics, clock.total())
+            if recipe.eval.every and step % recipe.eval.every == 0 and step < progress.steps:
+                measure(run, tracker, step)
+            if recipe.checkpoint.every and step % recipe.checkpoint.every == 0:
+                run.save(folder, step)
+        after = measure(run, tracker, step=recipe.algorithm.steps)
+        run.learner.save(folder / "checkpoint")
+        report_change(folder, before, after, progress)
+    return folder
+
+
+def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:
+    """One group request a problem, ids unique within the run."""
+    size, sampling = recipe.algorithm.group_size, training_sampling(recipe)
+    return [
+        SampleRequest(f"step-{step}/{place}/{problem.id}", problem, size, sampling)
+        for place, problem in enumerate(problems)
+    ]
+
+
+def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBatch]:
+    """The step's minibatches of whole groups; groups without a gradient are left out.
+
+    Empty when no group has one: the policy stays as it is.
+    """
+    algorithm = recipe.algorithm
+    kept = [
+        g
+        for g in scored
+        if not g.dropped and not (g.zero_variance and algorithm.drop_zero_variance)
+    ]
+    if not any(g.has_gradient for g in kept):
+        return []
+    chosen = algorithm.segment_weights
+    weights: dict[Segment, float] = {s: getattr(chosen, s) for s in SEGMENTS}
+    parts = [kept[i :: algorithm.updates_per_step] for i in range(algorithm.updates_per_step)]
+    return [
+        TrainBatch(
+            tuple(
+                TrainSequence(
+                    prompt_ids=rollout.prompt_ids,
+                    response_ids=rollout.response_ids,
+                    image=group.group.problem.image if rollout.view == "shown" else None,
+                    segments=rollout.segments,
+                    sampler_logprobs=rollout.logprobs,
+                    advantages=token_advantages(float(advantage), rollout.segments, weights),
+                )
+                for group in part
+                for rollout, advantage in zip(group.group.rollouts, group.advantages, strict=True)
+            )
+        )
+        for part in parts
+        if part
+    ]
+
+
+def policy_loss(recipe: Recipe) -> PolicyLoss:
+    """The loss a recipe asks for."""
+    algorithm = recipe.algorithm
+    return PolicyLoss(algorithm.clip_low, algorithm.clip_high, algorithm.entropy_weight)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate of a step: linear warm-up, then constant."""
+    learner = recipe.learner
+    return learning_rate_at(
+        step - 1, recipe.algorithm.steps, learner.learning_rate, learner.warmup_steps, "constant"
+    )
+
+
+def verify_transfer(run: Run) -> None:
+    """Send the untrained weights once: the engines' checksums must not change by it.
+
+    Sampler and learner loaded the same checkpoint, so a wrong name, shape or dtype shows here,
+    before a step is spent. Under `transfer.checksum = "never"` only the transfer is made.
+    """
+    check = run.recipe.transfer.checksum != "never"
+    before = run.samplers.weight_checksums() if check else []
+    run.learner.send_weights(0)
+    after = run.samplers.weight_checksums() if check else []
+    for client, old, new in zip(run.samplers.clients, before, after, strict=False):
+        changed = sorted(name for name in old if old[name] != new.get(name))
+        if changed:
+            raise RuntimeError(
+                f"weight transfer: after sending the weights that sampler {client.name!r} already "
+                f"has, {len(changed)} of its {len(old)} parameters differ, first {changed[0]!r}; "
+                "sampler and learner do not agree on this model's parameter names"
+            )
+
+
+def measure(run: Run, tracker: Tracker, step: int) -> dict[str, EvalTable]:
+    """Evaluate, log under `eval/<task>/`, and return a table a task."""
+    tables = evaluate_all(run.samplers, run.sources, run.recipe)
+    tracker.log(
+        step,
+        {
+            f"eval/{task}/{row.metric}": row.value
+            for task, table in tables.items()
+            for row in table.rows
+        },
+    )
+    return tables
+
+
+def learner_metrics(found: dict[str, float]) -> dict[str, float]:
+    """A learner's update metrics under `learner/`."""
+    return {f"learner/{name}": value for name, value in found.items()}
+
+
+def transfer_metrics(report: object) -> dict[str, float]:
+    """What a weight transfer cost, under `transfer/`."""
+    return {f"transfer/{name}": float(value) for name, value in vars(report).items()}
+
+
+def report_change(
+    folder: Path,
+    before: dict[str, EvalTable],
+    after: dict[str, EvalTable],
+    progress: Progress,
+) -> None:
+    """Print the before/after tables and keep them as `evaluation.json`."""
+    kept = {}
+    for task in before:
+        change = before_after(before[task], after[task])
+        progress.console.print(change.to_rich(f"{task}: before and after"))
+        kept[task] = {
+            "before": before[task].to_dict(),
+            "after": after[task].to_dict(),
+            "change": change.to_dict(),
+        }
+    (folder / "evaluation.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    progress.say(f"checkpoint: {folder / 'checkpoint'}")
+
+
+class StepClock:
+    """Where a step's wall time goes."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        """Seconds since the step began."""
+        return self._last - self._start
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """`time/<phase>` in seconds, tokens/s of both sides, and their idle shares."""
+        tokens = sum(len(r.response_ids) for g in groups for r in g.rollouts)
+        total = max(self.total(), 1e-9)
+        found = {f"time/{name}": seconds for name, seconds in self._laps.items()}
+        found["time/step"] = total
+        found["throughput/sampler_tokens_per_second"] = tokens / max(self._laps["sample"], 1e-9)
+        found["throughput/learner_tokens_per_second"] = tokens / max(self._laps["learn"], 1e-9)
+        found["idle/sampler"] = 1 - self._laps["sample"] / total
+        found["idle/learner"] = 1 - self._laps["learn"] / total
+        return found

@@ -1,0 +1,1 @@
+"""What learns: losses, batching, the DeepSpeed engine and its actors, SFT, checkpoints."""

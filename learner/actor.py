@@ -1,0 +1,109 @@
+"""The learner as Ray sees it: one actor a rank, driven together."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from learner.batch import TrainBatch
+from learner.engine import DeepSpeedLearner, LearnerSettings, WorldPlace
+from learner.losses import Loss
+
+
+@ray.remote
+class LearnerRank:
+    """One DeepSpeed rank in its own process."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def free_address(self) -> str:
+        """`host:port` free on this rank's node, for rank 0 to listen on."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, settings: LearnerSettings, master: str) -> None:
+        self._learner = DeepSpeedLearner(settings, WorldPlace(self._rank, self._size, master))
+
+    def update(self, batch: TrainBatch, loss: Loss, rate: float | None) -> dict[str, float]:
+        return self._learner.update(batch, loss, rate)
+
+    def attach_sender(self, sender: Any) -> None:
+        self._sender = sender
+
+    def send_weights(self, version: int) -> Any:
+        return self._sender.send(self._learner.weights(), version, self._rank)
+
+    def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
+        return self._learner.logprobs(batch)
+
+    def save(self, folder: str) -> None:
+        self._learner.save(Path(folder))
+
+
+class LearnerGroup:
+    """All ranks of the learner; each call runs on every rank and returns rank 0's result.
+
+    An error of any rank is raised at once, with that rank's own traceback on top.
+    """
+
+    def __init__(
+        self, settings: LearnerSettings, ranks: int = 1, cpus: float = 1, gpus: float = 0
+    ) -> None:
+        options = {"num_cpus": cpus, "num_gpus": gpus}
+        self._ranks = [
+            LearnerRank.options(**options, name=None).remote(rank, ranks)  # type: ignore[attr-defined]
+            for rank in range(ranks)
+        ]
+        self._settings = settings
+
+    def start(self) -> None:
+        """Load the model and start DeepSpeed on every rank."""
+        self.wait(self.start_async())
+
+    def start_async(self) -> list[Any]:
+        """Begin `start`; pass the result to `wait`."""
+        master = ray.get(self._ranks[0].free_address.remote())
+        return [rank.start.remote(self._settings, master) for rank in self._ranks]
+
+    def wait(self, futures: list[Any]) -> Any:
+        """Rank 0's result once all ranks are done; the first failure is raised as it happens."""
+        pending = list(futures)
+        while pending:
+            done, pending = ray.wait(pending)
+            ray.get(done)
+        return ray.get(futures[0])
+
+    def update(
+        self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None
+    ) -> dict[str, float]:
+        """One policy update (see `DeepSpeedLearner.update`)."""
+        shared = ray.put(batch)
+        return self.wait([r.update.remote(shared, loss, learning_rate) for r in self._ranks])
+
+    def attach_sender(self, sender: Any) -> None:
+        """Give every rank its `rollout.transfer.WeightSender`, kept for the whole run."""
+        self.wait([r.attach_sender.remote(sender) for r in self._ranks])
+
+    def send_weights(self, version: int) -> Any:
+        """Send the weights to all samplers as a policy version; returns rank 0's report."""
+        return self.wait([r.send_weights.remote(version) for r in self._ranks])
+
+    def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
+        """Log-probs of a batch under the current weights."""
+        shared = ray.put(batch)
+        return self.wait([r.logprobs.remote(shared) for r in self._ranks])
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder."""
+        self.wait([r.save.remote(str(folder)) for r in self._ranks])
+
+    def stop(self) -> None:
+        """Kill the ranks' processes."""
+        for rank in self._ranks:
+            ray.kill(rank)

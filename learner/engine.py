@@ -1,0 +1,316 @@
+"""DeepSpeed behind a small face: update on a batch, offer the weights, save the model.
+
+The only file that imports deepspeed. Every rank is handed the whole batch and takes its own
+share by `plan_micro_batches`, so all ranks agree on denominators without a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
+from learner.losses import Loss, token_statistics
+from learner.policy import load_policy, make_collator
+from tasks.core import SEGMENTS
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What a learner rank is started with.
+
+    micro_batch_tokens: padded tokens of one forward pass. threads: intra-op threads, 0 keeps
+    torch's default. temperature: that of the sampler, so log-probs are of the same distribution.
+    """
+
+    model: str
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    head_float32: bool = True
+    temperature: float = 1.0
+    zero_stage: int = 2
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 8192
+    threads: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WorldPlace:
+    """This rank's place in the group of ranks; `master` is `host:port` of rank 0."""
+
+    rank: int = 0
+    size: int = 1
+    master: str = "127.0.0.1:29500"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or gradient was not finite; the update was not applied."""
+
+
+class DeepSpeedLearner:
+    """One rank of the learner.
+
+    `update` applies one optimizer step; every rank must call it with the same batch.
+    """
+
+    def __init__(self, settings: LearnerSettings, place: WorldPlace) -> None:
+        os.environ.update(
+            RANK=str(place.rank),
+            LOCAL_RANK="0" if not torch.cuda.is_available() else str(place.rank),
+            WORLD_SIZE=str(place.size),
+            MASTER_ADDR=place.master.rsplit(":", 1)[0],
+            MASTER_PORT=place.master.rsplit(":", 1)[1],
+        )
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        policy, self.processor = load_policy(
+            settings.model,
+            settings.dtype,
+            settings.attention,
+            settings.temperature,
+            settings.head_float32,
+        )
+        self._start(policy, settings, place)
+
+    def _start(self, policy: Any, settings: LearnerSettings, place: WorldPlace) -> None:
+        import deepspeed
+
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=0)
+        policy.train()
+        self._settings, self._place = settings, place
+        self._collate = make_collator(policy, self.processor)
+        self._deepspeed = deepspeed
+        # Gradient accumulation is ours (the boundary is set by hand): micro-batches are already
+        # sums over global denominators, so DeepSpeed must not average them.
+        engine, *_ = deepspeed.initialize(
+            model=policy,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": settings.max_grad_norm,
+                "zero_optimization": {"stage": settings.zero_stage},
+                "bf16": {"enabled": settings.dtype == "bfloat16"},
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {
+                        "lr": settings.learning_rate,
+                        "betas": list(settings.betas),
+                        "weight_decay": settings.weight_decay,
+                        "torch_adam": True,
+                    },
+                },
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**31,
+            },
+        )
+        self._engine: Any = engine
+
+    def update(
+        self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None
+    ) -> dict[str, float]:
+        """One optimizer step on a batch; returns metrics over the whole batch, all ranks.
+
+        Metrics: `loss` and `loss/<term>`, `grad_norm` (before clipping), `nll/<segment>` and
+        `entropy/<segment>` (nats a token), `tokens/<segment>` (counts), `padding_share`,
+        `seconds`, and for a policy loss `kl`, `clip_fraction`, `ratio_mean`, `ratio_gap` (max
+        |ρ-1|), `logprob_gap` (max, nats). Raises NonFiniteLoss, before any step is taken.
+        """
+        start = time.perf_counter()
+        if learning_rate is not None:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+        denominators = loss.denominators(batch)
+        found: dict[str, float] = {f"sum/loss/{name}": 0.0 for name in denominators}
+        micro_batches = self._share(batch)
+        for index, micro in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            logprobs, entropy = self._engine(
+                micro.inputs, micro.rows, micro.columns, micro.tokens.ids
+            )
+            terms = loss.sums(logprobs, entropy, micro.tokens)
+            total = logprobs.new_zeros(())
+            for name, value in terms.items():
+                part = value / denominators[name] * micro.weight
+                total = total + part
+                _accumulate(found, {f"sum/loss/{name}": float(part.detach())})
+            if not torch.isfinite(total):
+                raise NonFiniteLoss(
+                    f"the loss of micro-batch {index} is {float(total)}; the update was not applied"
+                )
+            # DeepSpeed averages over ranks; ours are shares of one sum.
+            self._engine.backward(total * self._place.size)
+            if micro.weight:
+                with torch.no_grad():
+                    statistics = token_statistics(logprobs, entropy, micro.tokens, loss)
+                statistics["sum/padded"] = float(micro.inputs["attention_mask"].numel())
+                statistics["sum/kept"] = float(micro.inputs["attention_mask"].sum())
+                _accumulate(found, statistics)
+        norm = self._engine.get_global_grad_norm()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        self._collate.forget()
+        metrics = _summary(_over_ranks(found, self._place.size))
+        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
+        metrics["seconds"] = time.perf_counter() - start
+        return metrics
+
+    @torch.no_grad()
+    def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
+        """float32 [T] log-probs of every sequence's response under the current weights.
+
+        Under ZeRO-3 every rank must call it; each computes all sequences.
+        """
+        was_training = self._engine.module.training
+        self._engine.module.eval()
+        found: list[np.ndarray] = [np.empty(0)] * len(batch.sequences)
+        lengths = [len(s) for s in batch.sequences]
+        for indices in plan_micro_batches(lengths, 1, self._settings.micro_batch_tokens)[0]:
+            chosen = [batch.sequences[i] for i in indices]
+            micro = self._to_device(self._collate(chosen))
+            flat, _ = self._engine.module.run(micro)
+            parts = flat.float().cpu().split([len(s.response_ids) for s in chosen])
+            for index, part in zip(indices, parts, strict=True):
+                found[index] = part.numpy()
+        self._engine.module.train(was_training)
+        self._collate.forget()
+        return found
+
+    def weights(self) -> GatheredWeights:
+        """The current weights as a weight source (see `rollout.transfer.WeightSource`)."""
+        return GatheredWeights(self._engine.module.model, self._deepspeed, self._settings)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder (weights, processor, chat template), atomically.
+
+        Every rank must call it; rank 0 writes. An existing folder is replaced.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for names, tensors in self.weights().iter_groups():
+            state.update(zip(names, (t.detach().cpu().clone() for t in tensors), strict=True))
+        if self._place.rank != 0:
+            return
+        temporary = folder.with_name(f".{folder.name}.partial")
+        temporary.mkdir(parents=True, exist_ok=True)
+        self._engine.module.model.save_pretrained(temporary, state_dict=state)
+        self.processor.save_pretrained(temporary)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+
+    def _share(self, batch: TrainBatch) -> list[MicroBatch]:
+        lengths = [len(s) for s in batch.sequences]
+        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
+        shortest = min(batch.sequences, key=len)
+        return [
+            self._to_device(self._collate([batch.sequences[i] for i in indices]))
+            if indices
+            else self._to_device(self._collate([shortest], weight=0.0))
+            for indices in plan[self._place.rank]
+        ]
+
+    def _to_device(self, micro: MicroBatch) -> MicroBatch:
+        device = self._engine.device
+        if device.type == "cpu":
+            return micro
+        tokens = type(micro.tokens)(**{k: v.to(device) for k, v in vars(micro.tokens).items()})
+        inputs = {name: value.to(device) for name, value in micro.inputs.items()}
+        return MicroBatch(
+            inputs, micro.rows.to(device), micro.columns.to(device), tokens, micro.weight
+        )
+
+
+class GatheredWeights:
+    """A model's parameters under their checkpoint names, one layer group at a time.
+
+    Under ZeRO-3 a group is gathered while it is handed out and let go after, so the extra
+    memory is one group. Tensors have the dtype the sampler computes in.
+    """
+
+    def __init__(self, model: Any, deepspeed: Any, settings: LearnerSettings) -> None:
+        self._groups = layer_groups([name for name, _ in model.named_parameters()])
+        self._parameters = dict(model.named_parameters())
+        self._deepspeed, self._sharded = deepspeed, settings.zero_stage == 3
+        self._dtype = getattr(torch, settings.dtype)
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Yield (names, tensors) by layer group; tensors are valid until the next group."""
+        for names in self._groups:
+            tensors = [self._parameters[name] for name in names]
+            with self._deepspeed.zero.GatheredParameters(tensors, enabled=self._sharded):
+                yield names, [t.data.to(self._dtype) for t in tensors]
+
+
+def layer_groups(names: list[str]) -> list[list[str]]:
+    """Names by layer: consecutive names that share everything up to their first number."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = ".".join(parts[: number + 1]) if number is not None else ""
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _accumulate(found: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        if name.startswith("max/"):
+            found[name] = max(found.get(name, 0.0), value)
+        else:
+            found[name] = found.get(name, 0.0) + value
+
+
+def _over_ranks(found: dict[str, float], ranks: int) -> dict[str, float]:
+    if ranks == 1:
+        return found
+    shares: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(shares, found)
+    total: dict[str, float] = {}
+    for share in shares:
+        _accumulate(total, share)
+    return total
+
+
+def _summary(found: dict[str, float]) -> dict[str, float]:
+    metrics = {
+        name.removeprefix("sum/"): value
+        for name, value in found.items()
+        if name.startswith("sum/loss/")
+    }
+    metrics["loss"] = sum(metrics.values())
+    tokens = 0.0
+    for segment in (*SEGMENTS, "other"):
+        count = found.get(f"sum/tokens/{segment}", 0.0)
+        tokens += count
+        metrics[f"tokens/{segment}"] = count
+        if count:
+            metrics[f"nll/{segment}"] = found[f"sum/nll/{segment}"] / count
+            metrics[f"entropy/{segment}"] = found[f"sum/entropy/{segment}"] / count
+    if found.get("sum/padded"):
+        metrics["padding_share"] = 1 - found["sum/kept"] / found["sum/padded"]
+    if "sum/kl" in found and tokens:
+        metrics["kl"] = found["sum/kl"] / tokens
+        metrics["clip_fraction"] = found["sum/clipped"] / tokens
+        metrics["ratio_mean"] = found["sum/ratio"] / tokens
+        metrics["ratio_gap"] = found["max/ratio_gap"]
+        metrics["logprob_gap"] = found["max/logprob_gap"]
+    return metrics

@@ -1,0 +1,127 @@
+"""Losses as sums of named terms, each over its own global token count.
+
+Every function is pure. A term is a sum over the tokens of one micro-batch; dividing it by the
+token count of the *whole* update (all micro-batches, all ranks) makes the loss independent of
+how the update was split. Shapes: N response tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from learner.batch import Tokens, TrainBatch
+from tasks.core import SEGMENTS
+
+PERCEPTION = SEGMENTS.index("perception")
+
+
+class Loss(Protocol):
+    """A loss: how much each named term weighs, its denominator, and its sum over a micro-batch."""
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        """Global token count of each term, over the whole update."""
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        """Each term's weighted sum over a micro-batch, to be divided by its denominator."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Clipped policy gradient with token-level advantages (GRPO family), plus entropy.
+
+    `L = -Σ_t min(ρ_t A_t, clip(ρ_t, 1-ε_low, 1+ε_high) A_t) / N - β Σ_t H_t / N` with
+    ρ_t = exp(log π(t) - log π_sampler(t)) and N the global token count: PPO's clipped surrogate
+    (1707.06347, eq. 7), group advantages (GRPO, 2402.03300), clip-higher and token mean (DAPO,
+    2503.14476, eq. 8). The ratio is against the sampler's own log-probs.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    entropy_weight: float = 0.0
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        count = float(max(1, batch.response_tokens()))
+        return {"policy": count, "entropy": count}
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        ratio = torch.exp(logprobs - tokens.sampler_logprobs)
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        surrogate = torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+        terms = {"policy": -surrogate.sum()}
+        if self.entropy_weight:
+            terms["entropy"] = -self.entropy_weight * entropy.sum()
+        return terms
+
+
+@dataclass(frozen=True)
+class TokenMeanLoss:
+    """Standard SFT: cross-entropy averaged over all response tokens of the update."""
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        return {"cross_entropy": float(max(1, batch.response_tokens()))}
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        return {"cross_entropy": -logprobs.sum()}
+
+
+@dataclass(frozen=True)
+class BalancedLoss:
+    """SFT that balances seeing and thinking: `L = λ·L_p + (1-λ)·L_r` (arXiv 2605.29496).
+
+    L_p averages over perception tokens, L_r over all other response tokens, each over its own
+    global count. λ equal to perception's token share is `TokenMeanLoss`.
+    """
+
+    perception_weight: float = 0.5
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        counts = batch.segment_tokens()
+        perception = counts.get(PERCEPTION, 0)
+        rest = batch.response_tokens() - perception
+        return {"perception": float(max(1, perception)), "reasoning": float(max(1, rest))}
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        perception = tokens.segments == PERCEPTION
+        zero = logprobs.new_zeros(())
+        return {
+            "perception": -self.perception_weight * torch.where(perception, logprobs, zero).sum(),
+            "reasoning": -(1 - self.perception_weight)
+            * torch.where(perception, zero, logprobs).sum(),
+        }
+
+
+def token_statistics(
+    logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens, loss: Loss
+) -> dict[str, float]:
+    """Sums and maxima of one micro-batch, to be added up (`sum/…`) or maximised (`max/…`)."""
+    found: dict[str, float] = {}
+    for index, segment in enumerate((*SEGMENTS, "other")):
+        chosen = tokens.segments == (index if index < len(SEGMENTS) else -1)
+        found[f"sum/tokens/{segment}"] = float(chosen.sum())
+        found[f"sum/nll/{segment}"] = float(-logprobs[chosen].sum())
+        found[f"sum/entropy/{segment}"] = float(entropy[chosen].sum())
+    if isinstance(loss, PolicyLoss):
+        gap = logprobs - tokens.sampler_logprobs
+        ratio = torch.exp(gap)
+        low, high = 1 - loss.clip_low, 1 + loss.clip_high
+        clipped = ((ratio > high) & (tokens.advantages > 0)) | (
+            (ratio < low) & (tokens.advantages < 0)
+        )
+        found["sum/clipped"] = float(clipped.sum())
+        # k3 of KL(sampler || learner), Schulman 2020: unbiased and never negative.
+        found["sum/kl"] = float((ratio - 1 - gap).sum())
+        found["sum/ratio"] = float(ratio.sum())
+        found["max/logprob_gap"] = float(gap.abs().max()) if len(gap) else 0.0
+        found["max/ratio_gap"] = float((ratio - 1).abs().max()) if len(gap) else 0.0
+    return found

@@ -1,0 +1,107 @@
+"""Demonstrations as training sequences: the same chat prompt and segments a rollout has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+from torch.utils.data import IterableDataset, get_worker_info
+
+from learner.batch import TrainSequence, demonstration
+from rollout.tokens import Decoder, encode, label_segments, render_prompt
+from tasks.core import NO_SEGMENT, DataError, Problem, Style, Task
+from tasks.images import check_image
+from tasks.splits import draw_problem
+
+
+class Demonstrator:
+    """Turns problems and response texts into training sequences for one processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._decoder = Decoder(processor.tokenizer)
+
+    def sequence(self, task: Task, problem: Problem, response: str) -> TrainSequence:
+        """The problem's chat prompt followed by `response` and the end-of-turn token.
+
+        Raises DataError when the task's own parser finds a defect in the response: a defect
+        that is taught is a defect that is learnt.
+        """
+        parsed = task.parse(response)
+        if parsed.defects:
+            raise DataError(
+                f"response of problem {problem.id}: has defect {parsed.defects[0]!r}; "
+                "demonstrations must parse without defects (drop the row or mend its tags)"
+            )
+        tokenizer = self._processor.tokenizer
+        text = render_prompt(self._processor, problem.prompt, with_image=True)
+        image = check_image(problem.image, f"image of problem {problem.id}")
+        prompt = self._processor(images=[image], text=[text])["input_ids"][0]
+        ids = encode(tokenizer, response)
+        _, offsets = self._decoder.decode(ids)
+        segments = np.append(label_segments(offsets, parsed.spans), np.int8(NO_SEGMENT))
+        return demonstration(
+            np.asarray(prompt, np.int32),
+            np.asarray([*ids, tokenizer.eos_token_id], np.int32),
+            problem.image,
+            segments.astype(np.int8),
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where demonstrations of one task come from: generated with `spec`, or stored rows."""
+
+    task: Task
+    weight: float
+    style: Style
+    spec: BaseModel | None = None
+    rows: tuple[tuple[Problem, str], ...] = ()
+
+
+def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Problem, str]:
+    """Demonstration number `index` of an endless stream: (source, problem, response).
+
+    Each index has its own random stream, so any worker makes any part of it and a resumed run
+    goes on where it stopped. Generated problems are of the `train` split.
+    """
+    rng = np.random.default_rng([seed, index])
+    weights = np.array([source.weight for source in sources])
+    source = sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
+    if source.rows:
+        problem, response = source.rows[int(rng.integers(len(source.rows)))]
+        return source, problem, response
+    assert source.spec is not None
+    problem = draw_problem(source.task, source.spec, "train", seed, index)
+    return source, problem, source.task.demonstrate(problem, source.style)
+
+
+class DemonstrationStream(IterableDataset[list[TrainSequence]]):
+    """Batches of demonstrations, made ahead of the learner in a worker process."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: Any,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+    ) -> None:
+        self._sources, self._processor = tuple(sources), processor
+        self._batch_size, self._seed, self._start = batch_size, seed, start
+
+    def __iter__(self) -> Iterator[list[TrainSequence]]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        demonstrator = Demonstrator(self._processor)
+        step = self._start + offset
+        while True:
+            batch = []
+            for index in range(step * self._batch_size, (step + 1) * self._batch_size):
+                source, problem, response = draw(self._sources, self._seed, index)
+                batch.append(demonstrator.sequence(source.task, problem, response))
+            yield batch
+            step += stride

@@ -1,0 +1,1 @@
+"""Reward terms, their composition into advantages, and what they tell about seeing and thinking."""

@@ -1,0 +1,63 @@
+"""From rewards to advantages: one number a rollout, then one a token.
+
+Shapes: G rollouts in a group, T response tokens. Everything is float64 up to the last step.
+A group whose values are all equal carries no signal. It is found by `max == min` before
+anything is normalised: the float mean of six 0.9s is not 0.9, so a test on the standard
+deviation would let rounding noise through as an advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from tasks.core import SEGMENTS, Segment
+
+Estimator = Literal["grpo", "dr_grpo", "rloo"]
+
+EPS = 1e-6
+"""Added to a standard deviation, so that a spread of rounding errors stays a small number."""
+
+
+def is_constant(values: np.ndarray) -> bool:
+    """Whether all values are exactly equal (so a group of one is constant)."""
+    return bool(values.max() == values.min())
+
+
+def group_advantages(rewards: np.ndarray, estimator: Estimator = "grpo") -> np.ndarray:
+    """float64 [G] advantages of float64 [G] rewards, exactly 0 where all rewards are equal.
+
+    `grpo`: (r − mean) / (std + EPS), population standard deviation (arXiv 2402.03300).
+    `dr_grpo`: r − mean (arXiv 2503.20783).
+    `rloo`: r − mean of the other rewards (arXiv 2402.14740).
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if is_constant(rewards):
+        return np.zeros_like(rewards)
+    centred = rewards - rewards.mean()
+    if estimator == "grpo":
+        advantages = centred / (rewards.std() + EPS)
+    elif estimator == "dr_grpo":
+        advantages = centred
+    elif estimator == "rloo":
+        # r_i − (Σr − r_i)/(G−1) is the centred reward times G/(G−1).
+        advantages = centred * (len(rewards) / (len(rewards) - 1))
+    else:
+        raise ValueError(f"advantage estimator {estimator!r}: one of grpo, dr_grpo, rloo")
+    return advantages
+
+
+def token_advantages(
+    advantage: float, segments: np.ndarray, segment_weights: Mapping[Segment, float]
+) -> np.ndarray:
+    """float32 [T]: the rollout's advantage times the weight of each token's segment.
+
+    `segments` is int8 [T] as in `Rollout.segments`; tokens outside every segment, and
+    segments not named in `segment_weights`, weigh 1.
+    """
+    # NO_SEGMENT is -1: the last entry of the table.
+    table = np.array([*(segment_weights.get(s, 1.0) for s in SEGMENTS), 1.0], dtype=np.float64)
+    result: np.ndarray = (advantage * table[segments]).astype(np.float32)
+    return result

@@ -1,0 +1,101 @@
+"""Which skill does the outcome reward teach? Correlations of the outcome with its factors.
+
+Pooled over all rollouts they mix easy and hard problems; what GRPO sees is the correlation
+within a group, so both are given (arXiv 2605.29496 reports the pairing as reward coupling).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewards.advantages import is_constant
+from rewards.records import Diagnosis
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Pearson correlation of a reward with a skill.
+
+    Attributes:
+        pooled: over all rollouts; None where either side is constant.
+        within: both sides centred by group mean, over groups whose reward varies (the only
+            ones GRPO learns from); a skill that is constant in such a group stays in, as
+            reward variance it does not explain. None where undefined.
+        n: rollouts behind `pooled`.
+        n_within: rollouts behind `within`.
+        zero_variance: share of groups whose reward is constant; None without groups.
+    """
+
+    pooled: float | None
+    within: float | None
+    n: int
+    n_within: int
+    zero_variance: float | None
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's r of two float arrays of one length, or None where it is undefined."""
+    if len(x) < 2 or is_constant(x) or is_constant(y):
+        return None
+    return _cosine(x - x.mean(), y - y.mean())
+
+
+def coupling(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Coupling:
+    """Couple a reward with a skill; both are one array [G] a group, bool or float."""
+    rewards = [np.asarray(r, dtype=np.float64) for r in reward]
+    skills = [np.asarray(s, dtype=np.float64) for s in skill]
+    if not rewards:
+        return Coupling(None, None, 0, 0, None)
+    varying = [(r, s) for r, s in zip(rewards, skills, strict=True) if not is_constant(r)]
+    n_within = sum(len(r) for r, _ in varying)
+    within = None
+    if varying:
+        within = _cosine(
+            np.concatenate([_centred(r) for r, _ in varying]),
+            np.concatenate([_centred(s) for _, s in varying]),
+        )
+    x, y = np.concatenate(rewards), np.concatenate(skills)
+    zero_variance = 1.0 - len(varying) / len(rewards)
+    return Coupling(pearson(x, y), within, len(x), n_within, zero_variance)
+
+
+def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Coupling, Coupling]:
+    """Outcome with perception (`a_p`), and outcome with reasoning, on free rollouts.
+
+    True `a_r` needs an oracle pass, which a training step does not make, so reasoning is
+    indicated by `self_consistency`: the answer is valid for the rollout's own perception.
+    """
+    outcome = [d.a for d in diagnoses]
+    return (
+        coupling(outcome, [d.a_p for d in diagnoses]),
+        coupling(outcome, [d.self_consistency for d in diagnoses]),
+    )
+
+
+def independent_reference(p: float, q: float) -> tuple[float | None, float | None]:
+    """(corr(A, P), corr(A, Q)) for A = P·Q, P ~ Bern(p) and Q ~ Bern(q) independent.
+
+    corr(A, P) = √(q(1−p)/(1−pq)) and corr(A, Q) = √(p(1−q)/(1−pq)): the outcome follows the
+    weaker factor. Derivation: E[AP] = pq, Var A = pq(1−pq), Var P = p(1−p). None where a
+    side is constant. Raises ValueError outside [0, 1].
+    """
+    if not (0.0 <= p <= 1.0 and 0.0 <= q <= 1.0):
+        raise ValueError(f"p = {p}, q = {q}: probabilities lie in [0, 1]")
+    if p * q in (0.0, 1.0):
+        return None, None
+    with_p = math.sqrt(q * (1 - p) / (1 - p * q)) if p < 1 else None
+    with_q = math.sqrt(p * (1 - q) / (1 - p * q)) if q < 1 else None
+    return with_p, with_q
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    return np.zeros_like(x) if is_constant(x) else x - x.mean()
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float | None:
+    norm = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
+    return None if norm == 0.0 else max(-1.0, min(1.0, float(x @ y) / norm))

@@ -1,0 +1,110 @@
+"""What scoring a group gives: values or typed failures per term, advantages, and the truth.
+
+Shapes: G rollouts in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rollout.record import Group
+
+FailureKind = Literal["exception", "nan", "wrong_length", "not_numbers", "deadline", "worker_died"]
+"""Why a term gave no values. `nan` covers every value that is not finite."""
+
+
+DIAGNOSIS = "diagnosis"
+"""The name under which a failing task (not a term) is reported; no term may take it."""
+
+
+class TermError(ValueError):
+    """A reward term that a recipe names wrongly or sets up wrongly."""
+
+
+class RewardError(RuntimeError):
+    """Scoring cannot go on; the message starts with the failing term's own traceback."""
+
+
+@dataclass(frozen=True)
+class TermFailure:
+    """One term giving no usable values for one group.
+
+    `traceback` is the term's own, "" where there is none (a deadline, a dead worker).
+    """
+
+    term: str
+    kind: FailureKind
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is true of a group whatever the recipe rewards.
+
+    Attributes:
+        a: bool [G], the answer solves the problem.
+        a_p: bool [G], the own perception equals `p*` exactly.
+        a_p_graded: float64 [G], graded perception score in [0, 1].
+        self_consistency: bool [G], the answer is valid for the own perception.
+        leak: bool [G], perception wrong and answer right.
+        defects: the parser's named defects, one tuple a rollout.
+    """
+
+    a: np.ndarray
+    a_p: np.ndarray
+    a_p_graded: np.ndarray
+    self_consistency: np.ndarray
+    leak: np.ndarray
+    defects: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class ScoredTerms:
+    """Every term run once on one group: each is either in `values` or in `failures`.
+
+    Attributes:
+        values: term name -> float64 [G].
+        failures: what went wrong, one entry a failed term.
+        seconds: term name -> wall time, failed terms included where it is known.
+        diagnosis: None where the task itself failed (then `failures` says so).
+    """
+
+    values: Mapping[str, np.ndarray]
+    failures: tuple[TermFailure, ...]
+    seconds: Mapping[str, float]
+    diagnosis: Diagnosis | None
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its rewards and advantages: what the learner's batch is made of.
+
+    Attributes:
+        terms: term name -> float64 [G], raw values; a failed term is absent when the group
+            is dropped and zero when failures count as zero.
+        totals: float64 [G], the weighted sum of the raw terms; NaN where dropped.
+        advantages: float64 [G], exactly 0 where `zero_variance` or `dropped`.
+        zero_variance: the rollouts cannot be told apart, so the group carries no gradient.
+        dropped: a term failed and the recipe drops such groups.
+        failures, seconds, diagnosis: as in `ScoredTerms`.
+    """
+
+    group: Group
+    terms: Mapping[str, np.ndarray]
+    totals: np.ndarray
+    advantages: np.ndarray
+    zero_variance: bool
+    dropped: bool
+    failures: tuple[TermFailure, ...]
+    seconds: Mapping[str, float]
+    diagnosis: Diagnosis | None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the learner has anything to gain from this group."""
+        return not (self.zero_variance or self.dropped)

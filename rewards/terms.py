@@ -1,0 +1,267 @@
+"""Reward terms: named functions from a whole group to one number a rollout.
+
+A defect scores 0 on what it spoils: the parser leaves an unreadable perception or answer as
+None, and None earns nothing. Nothing here raises for what a term does: a term that fails is
+a typed outcome.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from rewards.records import (
+    DIAGNOSIS,
+    Diagnosis,
+    FailureKind,
+    ScoredTerms,
+    TermError,
+    TermFailure,
+)
+from rollout.record import Group, Rollout
+from tasks.core import Task
+
+
+@runtime_checkable
+class RewardTerm(Protocol):
+    """What a recipe names as a reward: `"outcome"`, or `"module:Class"` for a user's own.
+
+    A term is a pure function of the group: it may be run again on the same group after a
+    worker died. It sees problems with images, parsed segments, tokens and log-probs.
+    """
+
+    name: str
+    """How metrics, weights and records call it."""
+
+    def __call__(self, task: Task, group: Group) -> list[float] | np.ndarray:
+        """One finite number a rollout, in the group's order."""
+
+
+class Outcome:
+    """a: 1 where the parsed answer solves the problem, else 0 (arXiv 2605.29496)."""
+
+    name = "outcome"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in {0, 1}."""
+        return [float(_solved(task, group, rollout)) for rollout in group.rollouts]
+
+
+class Perception:
+    """a_p: 1 where the own perception equals `p*` exactly, else 0 (arXiv 2605.29496)."""
+
+    name = "perception"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in {0, 1}."""
+        return [float(_seen(task, group, rollout)[0]) for rollout in group.rollouts]
+
+
+class PerceptionGraded:
+    """The task's graded perception score: share of cells right, edge F1, and the like."""
+
+    name = "perception_graded"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in [0, 1]."""
+        return [float(_seen(task, group, rollout)[1]) for rollout in group.rollouts]
+
+
+class Format:
+    """max(0, 1 − Σ penalty(defect)) over the named defects of a response.
+
+    Args:
+        penalties: defect name -> penalty; a defect not named here costs `default`.
+        default: by default one defect of any kind costs everything.
+    """
+
+    name = "format"
+
+    def __init__(self, penalties: Mapping[str, float] | None = None, default: float = 1.0) -> None:
+        self.penalties = dict(penalties or {})
+        self.default = default
+        for label, value in [*self.penalties.items(), ("default", default)]:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{label} = {value!r}: a penalty is a finite number >= 0")
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in [0, 1]."""
+        return [
+            max(0.0, 1.0 - math.fsum(self.penalties.get(d, self.default) for d in r.parsed.defects))
+            for r in group.rollouts
+        ]
+
+
+BUILT_IN: dict[str, Callable[..., RewardTerm]] = {
+    term.name: term for term in (Outcome, Perception, PerceptionGraded, Format)
+}
+
+
+def load_term(name: str, args: Mapping[str, Any] | None = None) -> RewardTerm:
+    """The term a recipe names, built-in or `"module:Class"`, made with `args` as keywords.
+
+    Raises `TermError` for an unknown name (with a near miss if there is one), a module or
+    class that cannot be loaded, arguments it does not take, or an object that is no term.
+    """
+    factory: Callable[..., Any]
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise TermError(
+                f"reward term {name!r}: cannot import {module_name!r} ({error}); "
+                "put its folder on PYTHONPATH or into the job's working directory"
+            ) from error
+        if not hasattr(module, attribute):
+            hint = _did_you_mean(attribute, [n for n in dir(module) if not n.startswith("_")])
+            raise TermError(
+                f"reward term {name!r}: module {module_name!r} has no {attribute!r}{hint}"
+            )
+        factory = getattr(module, attribute)
+    elif name in BUILT_IN:
+        factory = BUILT_IN[name]
+    else:
+        hint = _did_you_mean(name, list(BUILT_IN))
+        raise TermError(
+            f"no reward term {name!r}{hint}; there are {', '.join(BUILT_IN)}, "
+            'or a term of your own as "module:Class"'
+        )
+    try:
+        term = factory(**(args or {}))
+    except Exception as error:
+        raise TermError(f"reward term {name!r}: args: {error}") from error
+    if not isinstance(getattr(term, "name", None), str) or not callable(term):
+        raise TermError(
+            f"reward term {name!r}: {type(term).__name__} is no RewardTerm; it needs "
+            "a `name: str` and `__call__(task, group)`"
+        )
+    loaded: RewardTerm = term
+    return loaded
+
+
+def load_terms(specs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[RewardTerm]:
+    """Load every `(name, args)`; raises `TermError` where two terms share a name."""
+    terms = [load_term(name, args) for name, args in specs]
+    names = [term.name for term in terms]
+    for name in names:
+        if names.count(name) > 1 or name == DIAGNOSIS:
+            raise TermError(
+                f"two reward terms are named {name!r}; give one another `name`"
+                if name != DIAGNOSIS
+                else f"a reward term cannot be named {DIAGNOSIS!r}; give it another `name`"
+            )
+    return terms
+
+
+def score_group(
+    task: Task, group: Group, terms: Sequence[RewardTerm], with_diagnosis: bool = True
+) -> ScoredTerms:
+    """Run every term on a group, timed; a failing term is recorded and the rest still run."""
+    values: dict[str, np.ndarray] = {}
+    failures: list[TermFailure] = []
+    seconds: dict[str, float] = {}
+    diagnosis = None
+    for term in terms:
+        outcome, seconds[term.name] = _guarded(term.name, functools.partial(term, task, group))
+        if not isinstance(outcome, TermFailure):
+            outcome = _as_values(term.name, outcome, len(group.rollouts))
+        if isinstance(outcome, TermFailure):
+            failures.append(outcome)
+        else:
+            values[term.name] = outcome
+    if with_diagnosis:
+        outcome, _ = _guarded(DIAGNOSIS, functools.partial(diagnose, task, group))
+        if isinstance(outcome, TermFailure):
+            failures.append(outcome)
+        else:
+            diagnosis = outcome
+    return ScoredTerms(values, tuple(failures), seconds, diagnosis)
+
+
+def diagnose(task: Task, group: Group) -> Diagnosis:
+    """Perception and reasoning truth of a group; needs labels, never used as a reward."""
+    a = [_solved(task, group, rollout) for rollout in group.rollouts]
+    seen = [_seen(task, group, rollout) for rollout in group.rollouts]
+    consistent = [
+        rollout.parsed.perception is not None
+        and rollout.parsed.answer is not None
+        and bool(task.consistent(group.problem, rollout.parsed.perception, rollout.parsed.answer))
+        for rollout in group.rollouts
+    ]
+    a_bool = np.array(a, dtype=bool)
+    a_p = np.array([exact for exact, _ in seen], dtype=bool)
+    return Diagnosis(
+        a=a_bool,
+        a_p=a_p,
+        a_p_graded=np.array([graded for _, graded in seen], dtype=np.float64),
+        self_consistency=np.array(consistent, dtype=bool),
+        leak=a_bool & ~a_p,
+        defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
+    )
+
+
+def _solved(task: Task, group: Group, rollout: Rollout) -> bool:
+    answer = rollout.parsed.answer
+    return answer is not None and bool(task.check(group.problem, answer))
+
+
+def _seen(task: Task, group: Group, rollout: Rollout) -> tuple[bool, float]:
+    perception = rollout.parsed.perception
+    if perception is None:
+        return False, 0.0
+    exact, graded = task.score_perception(group.problem, perception)
+    return bool(exact), float(graded)
+
+
+def _guarded(name: str, call: Callable[[], Any]) -> tuple[Any, float]:
+    """The call's result or its typed failure, and its wall time in seconds."""
+    start = time.perf_counter()
+    try:
+        result = call()
+    except (Exception, SystemExit) as error:
+        # The first frame is this one: the term's own code comes on top.
+        frames = error.__traceback__
+        own = frames.tb_next if frames is not None and frames.tb_next else frames
+        text = "".join(traceback.format_exception(type(error), error, own))
+        message = "".join(traceback.format_exception_only(error)).strip()
+        result = TermFailure(name, "exception", message, text)
+    return result, time.perf_counter() - start
+
+
+def _as_values(name: str, result: Any, size: int) -> np.ndarray | TermFailure:
+    """float64 [size] from what a term returned, or why it cannot be that."""
+
+    def failure(kind: FailureKind, message: str) -> TermFailure:
+        return TermFailure(name, kind, message)
+
+    try:
+        array = np.asarray(result)
+    except Exception as error:
+        return failure("not_numbers", f"returned no array of numbers: {error}")
+    if array.ndim == 1 and len(array) != size:
+        return failure("wrong_length", f"returned {len(array)} values for {size} rollouts")
+    if array.ndim != 1 and array.dtype.kind in "biuf":
+        return failure("wrong_length", f"returned shape {array.shape}, expected ({size},)")
+    # An empty list has a float dtype; strings and None would be turned into numbers by a cast.
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        return failure("not_numbers", f"returned {type(result).__name__} of {array.dtype}")
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        return failure("nan", f"value {bad} of {size} is {values[bad]}")
+    return values
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

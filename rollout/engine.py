@@ -1,0 +1,263 @@
+"""The one file that drives vLLM: prompts in, groups of rollouts out, weights in.
+
+Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args`,
+`generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
+`resume_generation`, `compute_weight_checksums`, `reset_*_cache`, `shutdown`; `SamplingParams`
+with `n`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
+outputs; `RequestOutput.prompt_token_ids`, `CompletionOutput.{token_ids, logprobs,
+weight_versions, finish_reason}`; `worker_extension_cls` and the weight-transfer registry.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from rollout.record import Group, ImageView, Rollout, SampleRequest
+from rollout.tokens import (
+    Decoder,
+    encode,
+    label_segments,
+    load_processor,
+    placeholder_ids,
+    render_prompt,
+)
+from tasks.core import Problem, Task
+from tasks.images import blank_like, check_image
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is started with; sizes in tokens, GiB and threads."""
+
+    model: str
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+    threads: int = 1
+    seed: int = 0
+    transport: str = "host"
+
+
+class SamplerError(RuntimeError):
+    """A request the engine refused or lost; names the problem and the remedy."""
+
+
+class Engine:
+    """A live vLLM engine holding one policy version at a time."""
+
+    def __init__(self, llm: Any, processor: Any, name: str, version: int) -> None:
+        self._llm = llm
+        self._processor = processor
+        self._decoder = Decoder(processor.tokenizer)
+        self._placeholders = placeholder_ids(processor.tokenizer)
+        self._name = name
+        self._version = version
+        self._requests = 0
+
+    @classmethod
+    def start(cls, settings: EngineSettings, name: str = "sampler-0") -> Engine:
+        """Load the model and start the engine's processes (10-40 s on a CPU).
+
+        Raises ModelError when the folder has no processor, and vLLM's own error otherwise.
+        """
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+        # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        if settings.tensor_parallel == 1:
+            # The CPU platform gives an engine core a worker process of its own unless told not
+            # to; AsyncLLM keeps its core in a process either way.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        processor = load_processor(settings.model)
+        args = AsyncEngineArgs(
+            model=settings.model,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            tensor_parallel_size=settings.tensor_parallel,
+            # One rank needs no worker process of its own beside the engine core's.
+            distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
+            enforce_eager=settings.enforce_eager,
+            seed=settings.seed,
+            limit_mm_per_prompt={"image": 1, "video": 0},
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls="rollout.transports.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=settings.transport),
+            disable_log_stats=True,
+        )
+        return cls(AsyncLLM.from_engine_args(args), processor, name, version=0)
+
+    async def sample(self, request: SampleRequest, task: Task) -> Group:
+        """Sample `request.n` responses to one problem as one engine request.
+
+        Prompt and image are processed once for the group. Raises SamplerError naming the
+        problem when the prompt does not fit or the engine fails.
+        """
+        prompt, prefix = self._prompt(request, task)
+        self._requests += 1
+        start = time.perf_counter()
+        final = None
+        try:
+            outputs = self._llm.generate(
+                prompt, self._sampling(request), request_id=f"{self._name}-{self._requests}"
+            )
+            async for output in outputs:
+                final = output
+        except ValueError as error:
+            raise SamplerError(f"problem {request.problem.id}: {error}") from error
+        if final is None or len(final.outputs) != request.n:
+            made = 0 if final is None else len(final.outputs)
+            raise SamplerError(
+                f"problem {request.problem.id}: the engine returned {made} of {request.n} responses"
+            )
+        seconds = time.perf_counter() - start
+        prompt_ids = np.asarray(final.prompt_token_ids, np.int32)
+        rollouts = tuple(
+            self._rollout(request, task, output, prompt_ids, prefix, seconds)
+            for output in sorted(final.outputs, key=lambda output: output.index)
+        )
+        return Group(request.group_id, request.problem, rollouts)
+
+    async def init_weight_transfer(self, info: dict[str, Any]) -> None:
+        """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def begin_weight_update(self, version: int) -> None:
+        """Freeze generation and open a weight update; running requests keep their place."""
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.start_weight_update()
+
+    async def load_weights(self, update: dict[str, Any]) -> None:
+        """Load one bucket of weights (the transport's own update info)."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+
+    async def finish_weight_update(self, version: int) -> None:
+        """Commit the update as `version`, drop every cache made by older weights, go on."""
+        await self._llm.finish_weight_update(weight_version=str(version))
+        # Features of a trained vision tower live in three places; a stale one is silent.
+        await self._llm.reset_mm_cache()
+        await self._llm.reset_encoder_cache()
+        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._version = version
+        await self._llm.resume_generation()
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """Digest of every parameter as the engine holds it, keyed by rank and name."""
+        per_rank = await self._llm.compute_weight_checksums()
+        return {
+            f"{rank}/{name}": digest
+            for rank, digests in enumerate(per_rank)
+            for name, digest in digests.items()
+        }
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        self._llm.shutdown()
+
+    def _prompt(self, request: SampleRequest, task: Task) -> tuple[dict[str, Any], str]:
+        problem = request.problem
+        image = _view(problem, request.view)
+        text = render_prompt(self._processor, problem.prompt, with_image=image is not None)
+        prefix = task.oracle_prefix(problem) if request.kind == "oracle" else ""
+        # Two calls, so that the prefix is tokenised as a response would be.
+        tokenizer = self._processor.tokenizer
+        ids = encode(tokenizer, text) + (encode(tokenizer, prefix) if prefix else [])
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if image is not None:
+            prompt["multi_modal_data"] = {"image": image}
+        return prompt, prefix
+
+    def _sampling(self, request: SampleRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        return SamplingParams(
+            n=request.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            stop_token_ids=self._placeholders,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _rollout(
+        self,
+        request: SampleRequest,
+        task: Task,
+        output: CompletionOutput,
+        prompt_ids: np.ndarray,
+        prefix: str,
+        seconds: float,
+    ) -> Rollout:
+        ids = np.asarray(output.token_ids, np.int32)
+        logprobs = np.asarray(output.logprobs.logprobs, np.float32)
+        if len(logprobs) != len(ids):
+            raise SamplerError(
+                f"problem {request.problem.id}: {len(logprobs)} log-probs for {len(ids)} tokens"
+            )
+        ended = len(ids) > 0 and ids[-1] == self._processor.tokenizer.eos_token_id
+        text, offsets = self._decoder.decode(ids[:-1] if ended else ids)
+        if ended:
+            offsets = np.append(offsets, offsets[-1])
+        parsed = task.parse(prefix + text)
+        return Rollout(
+            rollout_id=f"{request.group_id}/{output.index}",
+            group_id=request.group_id,
+            kind=request.kind,
+            view=request.view,
+            prompt_ids=prompt_ids,
+            response_ids=ids,
+            logprobs=logprobs,
+            versions=self._versions(output, len(ids)),
+            segments=label_segments(offsets, parsed.spans, shift=len(prefix)),
+            prefix=prefix,
+            text=text,
+            parsed=parsed,
+            finish_reason=output.finish_reason or "abort",
+            seconds=seconds,
+            sampler=self._name,
+        )
+
+    def _versions(self, output: CompletionOutput, length: int) -> np.ndarray:
+        versions = np.full(length, self._version, np.int32)
+        for span in output.weight_versions or ():
+            if span.version.isdigit():
+                versions[span.start : span.end] = int(span.version)
+        return versions
+
+
+def _view(problem: Problem, view: ImageView) -> Image.Image | None:
+    if view == "none":
+        return None
+    data = problem.image if view == "shown" else blank_like(problem.image)
+    image: Image.Image = check_image(data, f"image of problem {problem.id}")
+    return image

@@ -1,0 +1,86 @@
+"""The records that cross rooms: what is asked of a sampler and what comes back.
+
+Token in, token out: the ids the engine saw and made are kept as they are and are never made
+again from text. Shapes: P prompt tokens (image placeholders expanded), T response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tasks.core import Parsed, Problem
+
+Kind = Literal["free", "oracle", "blind"]
+"""`free`: image and prompt. `oracle`: `p*` forced as the perception prefix. `blind`: no image."""
+
+ImageView = Literal["shown", "blank", "none"]
+"""`blank`: a canvas of the same size in the image's mean colour. `none`: prompt text only."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature=0` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Ask for `n` responses to one problem: one group."""
+
+    group_id: str
+    problem: Problem
+    n: int
+    sampling: Sampling
+    kind: Kind = "free"
+    view: ImageView = "shown"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt_ids: int32 [P], with the engine's expanded image placeholders and, for kind
+            `oracle`, the forced prefix at the end.
+        response_ids: int32 [T], sampled tokens, the end-of-turn token included if reached.
+        logprobs: float32 [T], the sampler's processed log-probs (nats) of response_ids.
+        versions: int32 [T], policy version that sampled each token.
+        segments: int8 [T], index into `tasks.core.SEGMENTS`, or `NO_SEGMENT`.
+        prefix: forced text before the sampled text ("" but for `oracle`).
+        text: sampled text, decoded; hostile input wherever it is shown.
+        parsed: `prefix + text` read by the task's parser.
+        finish_reason: the engine's word: `stop`, `length`, or `abort`.
+        seconds: wall time from submission to completion of the group.
+    """
+
+    rollout_id: str
+    group_id: str
+    kind: Kind
+    view: ImageView
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    segments: np.ndarray
+    prefix: str
+    text: str
+    parsed: Parsed
+    finish_reason: str
+    seconds: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one problem, in sampling order."""
+
+    group_id: str
+    problem: Problem
+    rollouts: tuple[Rollout, ...]

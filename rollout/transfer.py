@@ -1,0 +1,161 @@
+"""The learner's end of weight transfer: one call sends a policy version to every sampler.
+
+Algorithm code sees `WeightSender.send(source, version)` and never branches on transport. A
+`WeightSource` yields `(name, tensor)` by layer group (the shape of vLLM's `WeightSource`), so a
+ZeRO-3 learner holds one gathered group at a time. Every step has the deadline of the whole
+transfer, and its error names the sampler.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+
+class WeightTransferError(RuntimeError):
+    """A transfer that failed or passed its deadline; names the sampler and the step."""
+
+
+class ParameterMeta(Protocol):
+    """Name, wire dtype and whole shape of one parameter (vLLM's `ParamMeta` fits)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightSource(Protocol):
+    """What a learner offers: its weights under checkpoint names, group by group.
+
+    Iteration may be a collective (ZeRO-3 gathers), so every learner rank iterates, in the same
+    order. `metadata` says beforehand what iteration will yield.
+    """
+
+    def metadata(self) -> list[Any]:
+        """A `ParameterMeta` for each parameter, in the order of iteration."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor), one at a time."""
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """(names, whole tensors) of one layer group at a time, valid until the next."""
+
+
+class SamplerClient(Protocol):
+    """A sampler as the sender sees it: named, and answering with futures."""
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Start a method on the sampler; returns a future."""
+
+    def wait(self, future: Any, seconds: float) -> Any:
+        """Its result; raises TimeoutError after `seconds`, or the sampler's own error."""
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a transfer cost. seconds: wall time; bytes: sent to each sampler; groups: buckets."""
+
+    seconds: float
+    bytes: int
+    groups: int
+    largest_group_bytes: int
+
+
+class WeightSender(Protocol):
+    """Sends a source's weights to all samplers and commits them as a policy version.
+
+    Each learner rank holds one and calls it with its own rank; rank 0 sends and gets a report.
+    """
+
+    def send(self, source: WeightSource, version: int, rank: int) -> TransferReport | None: ...
+
+
+class HostSender:
+    """Transport `host`: one safetensors file in shared memory per layer group.
+
+    Each file is removed once every sampler has read it, so the extra memory is one group.
+    """
+
+    def __init__(
+        self,
+        samplers: Sequence[SamplerClient],
+        deadline_seconds: float,
+        folder: Path | None = None,
+    ) -> None:
+        shared = Path("/dev/shm")
+        self._folder = folder or (shared if shared.is_dir() else Path(tempfile.gettempdir()))
+        self._samplers = list(samplers)
+        self._deadline = deadline_seconds
+
+    def send(self, source: WeightSource, version: int, rank: int) -> TransferReport | None:
+        if rank:
+            for _ in source.iter_groups():
+                pass
+            return None
+        start = time.perf_counter()
+        until = start + self._deadline
+        total = groups = largest = 0
+        self._all("begin_weight_update", until, version)
+        with tempfile.TemporaryDirectory(prefix="equipoise-weights-", dir=self._folder) as folder:
+            for index, (names, tensors) in enumerate(source.iter_groups()):
+                path = os.path.join(folder, f"group-{index:05d}.safetensors")
+                bucket = {
+                    name: t.detach().cpu().contiguous()
+                    for name, t in zip(names, tensors, strict=True)
+                }
+                save_file(bucket, path)
+                size = sum(t.numel() * t.element_size() for t in bucket.values())
+                self._all("load_weights", until, {"path": path, "names": names})
+                os.unlink(path)
+                total, groups, largest = total + size, groups + 1, max(largest, size)
+        self._all("finish_weight_update", until, version)
+        return TransferReport(time.perf_counter() - start, total, groups, largest)
+
+    def _all(self, method: str, until: float, *args: Any) -> None:
+        call_all(self._samplers, method, args, until, self._deadline)
+
+
+def call_all(
+    samplers: Sequence[SamplerClient],
+    method: str,
+    args: Sequence[Any],
+    until: float,
+    deadline_seconds: float,
+) -> None:
+    """Call a method on every sampler at once and wait for all; see `wait_all` for errors."""
+    futures = [(sampler, sampler.call(method, *args)) for sampler in samplers]
+    wait_all(futures, method, until, deadline_seconds)
+
+
+def wait_all(
+    futures: Sequence[tuple[SamplerClient, Any]],
+    method: str,
+    until: float,
+    deadline_seconds: float,
+) -> None:
+    """Wait for every sampler's answer until `until` (`time.perf_counter` seconds).
+
+    Raises WeightTransferError naming the sampler that failed or let the deadline pass.
+    """
+    for sampler, future in futures:
+        try:
+            sampler.wait(future, max(0.0, until - time.perf_counter()))
+        except TimeoutError as error:
+            raise WeightTransferError(
+                f"weight transfer: sampler {sampler.name!r} did not finish {method} within "
+                f"the deadline of {deadline_seconds:g} s (transfer.deadline_seconds)"
+            ) from error
+        except Exception as error:
+            raise WeightTransferError(
+                f"weight transfer: sampler {sampler.name!r} failed in {method}: {error}"
+            ) from error

@@ -1,0 +1,80 @@
+"""Weight-transfer wire, both ends: how a learner's weights reach the live engines.
+
+Worker end: `HostWeightTransferEngine` plugs into vLLM's native weight-transfer API and is
+registered in every engine process by `WorkerExtension` (named in the engine's
+`worker_extension_cls`). Learner end: `rollout/transfer.py`. The wire of transport `host` is a
+safetensors file in shared memory per layer group; its format lives in these two files only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+
+@dataclass
+class HostInitInfo(WeightTransferInitInfo):
+    """`host` needs no handshake: both ends share a file system in memory."""
+
+
+@dataclass
+class HostUpdateInfo(WeightTransferUpdateInfo):
+    """One layer group: a safetensors file and the names it must hold, in order."""
+
+    path: str
+    names: list[str]
+
+
+class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
+    """Loads layer groups from shared memory into a live model, on any device.
+
+    The layerwise reload undoes and redoes what the backend did to the loaded weights (the CPU
+    backend repacks linear layers), so checkpoint names and shapes are what travels.
+    """
+
+    init_info_cls = HostInitInfo
+    update_info_cls = HostUpdateInfo
+
+    def init_transfer_engine(self, init_info: HostInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        # The base class synchronises an accelerator, which a CPU-only host has not.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: HostUpdateInfo) -> None:
+        tensors = load_file(update_info.path, device="cpu")
+        missing = [name for name in update_info.names if name not in tensors]
+        if missing:
+            raise ValueError(f"weight bucket {update_info.path} lacks {missing[0]!r}")
+        self.model.load_weights((name, tensors[name]) for name in update_info.names)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class WorkerExtension:
+    """Imported by each engine process; importing this module registers the `host` transport."""
+
+
+WeightTransferEngineFactory.register_engine("host", HostWeightTransferEngine)

@@ -1,0 +1,129 @@
+"""The contract every task follows: a problem whose seeing and thinking can be scored apart.
+
+A *problem* is one image with a prompt, its canonical perception `p*` (the text a perfect
+reader of the image would write) and what it takes to check an answer. A *task* makes
+problems, reads model responses and scores them. Everything here is pure: no torch, no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import BaseModel
+
+Segment = Literal["perception", "reasoning", "answer"]
+SEGMENTS: tuple[Segment, ...] = ("perception", "reasoning", "answer")
+"""A token's segment is stored as its index here, or `NO_SEGMENT` outside every segment."""
+NO_SEGMENT = -1
+
+Style = Literal["terse", "verbose"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task instance.
+
+    Attributes:
+        id: unique within a data set, stable under regeneration from the same seed.
+        task: the task's name as a recipe writes it (`"sudoku"`, `"module:Class"`).
+        prompt: the user's text; the image is placed before it.
+        image: the encoded image file (PNG or JPEG bytes).
+        perception: canonical perception `p*`, the text the strict parser reads back.
+        truth: JSON-able facts that `Task.check` needs (never shown to the policy).
+        knobs: the difficulty settings the problem was drawn with.
+        symmetry_key: equal for two problems exactly when they are the same problem up to
+            the task's symmetries; a train and a test split share none.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    image: bytes = field(repr=False)
+    perception: str
+    truth: Mapping[str, Any]
+    knobs: Mapping[str, Any]
+    symmetry_key: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a response says, read strictly; parsing never raises and never repairs.
+
+    Attributes:
+        perception: the task's own perception value (a grid, an edge set), or None where it
+            could not be read.
+        reasoning: text between the reasoning tags ("" where there is none).
+        answer: the task's own answer value, or None where it could not be read.
+        spans: segment -> [start, end) in characters of the parsed text, tags included.
+        defects: named defects in order of discovery, without repeats
+            (`missing_perception`, `bad_cell`, `duplicate_tag`, `text_after_answer`, ...).
+    """
+
+    perception: Any | None
+    reasoning: str
+    answer: Any | None
+    spans: Mapping[Segment, tuple[int, int]]
+    defects: tuple[str, ...]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a recipe's `task` must provide; name a user's own as `"module:Class"`.
+
+    A task object is made without arguments and holds no mutable state.
+    """
+
+    name: str
+    spec: type[BaseModel]
+    """The pydantic model of the knobs a recipe may set for `generate` (`extra="forbid"`)."""
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        """Draw one problem; all randomness comes from `rng`."""
+
+    def parse(self, text: str) -> Parsed:
+        """Read a whole response (a forced oracle prefix included). Never raises."""
+
+    def check(self, problem: Problem, answer: Any) -> bool:
+        """Whether a parsed answer solves the problem."""
+
+    def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
+        """(own p equals p* exactly, graded score in [0, 1])."""
+
+    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
+        """Whether the answer is right for the *given* perception, whatever the image shows.
+
+        `problem` lends only what its prompt tells (a vertex count), never its truth.
+        """
+
+    def oracle_prefix(self, problem: Problem) -> str:
+        """The perception segment holding `p*`, up to where the reasoning begins."""
+
+    def solve(self, problem: Problem, perception: Any) -> Any | None:
+        """An exact answer for a perception, or None where it has none (or is ill-posed).
+
+        `problem` lends only what its prompt tells, as in `consistent`.
+        """
+
+    def demonstrate(self, problem: Problem, style: Style) -> str:
+        """A whole correct response: the chain-of-thought teacher."""
+
+    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
+        """A problem from a public data set's row; raises `DataError` naming the field."""
+
+    def to_ground_truth(self, problem: Problem) -> str:
+        """The `ground_truth` of a row from which `from_row` makes the problem again."""
+
+
+@runtime_checkable
+class HasVisionLabels(Protocol):
+    """A task whose images can warm up a vision tower (see `learner/warmup.py`)."""
+
+    def vision_labels(self, problem: Problem) -> np.ndarray:
+        """int64 [K]: K small-class labels read off the image, K and order fixed by the knobs."""
+
+
+class DataError(ValueError):
+    """A data file, row or image that cannot be used; the message names file, field, remedy."""

@@ -1,0 +1,460 @@
+"""Graph colouring: read the edges off a picture, then colour with the fewest colours.
+
+Perception is the edge list (canonical text: `0-1 0-3 1-2`), the answer one letter a vertex
+(`0:a 1:b 2:c`). An answer is checked by constraint, so every optimal colouring is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from math import comb
+from string import ascii_lowercase
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tasks.core import DataError, Parsed, Problem, Style
+from tasks.graph_layout import (
+    RANDOM,
+    Crossings,
+    Layout,
+    Look,
+    auto_line_width,
+    auto_node_size,
+    contrast_ratio,
+    place,
+    render,
+    rgb,
+)
+from tasks.graph_puzzle import (
+    Edge,
+    Planarity,
+    best_coloring,
+    chromatic_number,
+    draw_graph,
+    edge_bounds,
+    is_proper,
+    isomorphism_key,
+    labelled_key,
+)
+from tasks.graph_teacher import terse_steps, verbose_steps
+from tasks.responses import compose_response, oracle_prefix, parse_response, read_json
+
+Edges = frozenset[Edge]
+"""The perception value: unordered pairs, written with i < j."""
+Coloring = tuple[tuple[int, str], ...]
+"""The answer value: (vertex, letter), sorted by vertex, each vertex once."""
+
+MAX_VERTICES = len(ascii_lowercase)
+LEAST_INK_CONTRAST = 1.1
+DEFAULT_DENSITY = 0.5
+
+_NUMBER = "0|[1-9][0-9]{0,2}"
+_EDGE = re.compile(f"({_NUMBER})-({_NUMBER})")
+_ASSIGNMENT = re.compile(f"({_NUMBER}):([a-z])")
+_VERTEX = re.compile(_NUMBER)
+_SEPARATOR = re.compile(r"\s*,\s*|\s+")
+
+_Hex = Annotated[str, Field(pattern=r"^(#[0-9a-fA-F]{6}|random)$")]
+
+
+class GraphColoringSpec(BaseModel):
+    """The knobs of `GraphColoring.generate`; sizes in pixels of the image.
+
+    Reasoning: `vertices`; `edges` (exactly) or else `density` (the expected share of all
+    pairs, clipped to what the other knobs allow; 0.5 if neither is given); `chromatic`, the
+    chromatic number; `planar`. Graphs are always connected.
+
+    Perception: `canvas`; `layout` and `crossings` (see `graph_layout.place`; `few` and `many`
+    shape each picture by local search); `line_width`, `node_size` (diameter), `label_size`
+    (font; None: fitting the canvas). `label_size = 0` draws no labels: vertex 0 is then at the
+    top and the others follow clockwise, which asks for the plain circle layout. `background`,
+    `ink` (edges, outlines), `node_fill`: `#rrggbb` or `random`. `jitter`: coordinates move by up
+    to this much. `noise`: standard deviation in grey levels. `contrast`: 1 as drawn, towards 0
+    faded into the background.
+
+    `prompt`: `brief` says only what must be known, `full` explains the response format.
+
+    `split_by`: what makes two problems the same when data is split. `labelled`: the same edges
+    on the same labels; a relabelled graph is another picture with another edge list.
+    `isomorphism`: any relabelling counts as the same; few graphs remain below 7 vertices (21
+    connected ones of 5).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vertices: int = Field(5, ge=2, le=MAX_VERTICES)
+    edges: int | None = Field(None, ge=1)
+    density: float | None = Field(None, ge=0, le=1)
+    chromatic: int | None = Field(None, ge=2)
+    planar: Planarity = "any"
+
+    canvas: int = Field(448, ge=32, le=2048)
+    layout: Layout = "circle"
+    crossings: Crossings = "any"
+    line_width: float | None = Field(None, ge=0.5, le=32)
+    node_size: float | None = Field(None, ge=4, le=256)
+    label_size: int | None = Field(None, ge=0, le=256)
+    background: _Hex = "#ffffff"
+    ink: _Hex = "#22262e"
+    node_fill: _Hex = "#ffe39a"
+    jitter: float = Field(0.0, ge=0, le=64)
+    noise: float = Field(0.0, ge=0, le=128)
+    contrast: float = Field(1.0, gt=0, le=1)
+
+    prompt: Literal["brief", "full"] = "full"
+    split_by: Literal["labelled", "isomorphism"] = "labelled"
+
+    @model_validator(mode="after")
+    def _possible(self) -> GraphColoringSpec:
+        low, high = edge_bounds(self.vertices, self.chromatic, self.planar)
+        if self.edges is not None:
+            if self.density is not None:
+                raise ValueError("density: cannot be set together with edges; remove one")
+            if not low <= self.edges <= high:
+                raise ValueError(
+                    f"edges: {self.edges} is impossible with vertices={self.vertices}, "
+                    f"chromatic={self.chromatic}, planar={self.planar!r}; use {low} to {high}"
+                )
+        if self.label_size == 0 and (
+            self.layout != "circle" or self.crossings != "any" or self.jitter > 0
+        ):
+            raise ValueError(
+                "label_size: 0 (no labels) leaves vertices told apart by position only; use "
+                'layout="circle", crossings="any" and jitter=0 with it'
+            )
+        if RANDOM not in (self.background, self.ink):
+            ratio = contrast_ratio(rgb(self.background), rgb(self.ink))
+            if ratio < LEAST_INK_CONTRAST:
+                raise ValueError(
+                    f"ink: {self.ink} cannot be seen on background {self.background}; "
+                    "choose colours that differ"
+                )
+        self.look()
+        return self
+
+    def look(self) -> Look:
+        """The drawing settings, sizes left to choose filled in.
+
+        Raises:
+            ValueError: the canvas is too small for the number of vertices.
+        """
+        line_width = self.line_width or auto_line_width(self.canvas)
+        node_size = self.node_size or auto_node_size(
+            self.canvas, self.vertices, self.layout, line_width, self.label_size != 0
+        )
+        label_size = self.label_size
+        if label_size is None:
+            label_size = max(1, round(node_size * (0.75 if self.vertices <= 10 else 0.6)))
+        return Look(
+            canvas=self.canvas,
+            layout=self.layout,
+            crossings=self.crossings,
+            line_width=line_width,
+            node_size=node_size,
+            label_size=label_size,
+            background=self.background,
+            ink=self.ink,
+            node_fill=self.node_fill,
+            jitter=self.jitter,
+            noise=self.noise,
+            contrast=self.contrast,
+        )
+
+
+class GraphColoring:
+    """The graph colouring task."""
+
+    name = "graph_coloring"
+    spec = GraphColoringSpec
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        """Draw one problem; the same graph whatever the perception knobs, and vice versa.
+
+        Raises:
+            ValueError: the knobs ask for the impossible; the message names the remedy.
+        """
+        if not isinstance(spec, GraphColoringSpec):
+            raise TypeError(f"{self.name} needs a GraphColoringSpec, not {type(spec).__name__}")
+        graph_rng, place_rng, paint_rng = (
+            np.random.default_rng(seed) for seed in rng.integers(2**63, size=3)
+        )
+        n = spec.vertices
+        density = DEFAULT_DENSITY if spec.density is None else spec.density
+        edges = draw_graph(graph_rng, n, spec.edges, density, spec.chromatic, spec.planar)
+        look = spec.look()
+        image = render(paint_rng, place(place_rng, n, edges, look), edges, look)
+        key = labelled_key if spec.split_by == "labelled" else isomorphism_key
+        return _problem(
+            prompt=_prompt(spec),
+            image=image,
+            n=n,
+            chromatic=chromatic_number(n, edges),
+            edges=edges,
+            knobs=spec.model_dump(),
+            symmetry_key=key(n, edges),
+        )
+
+    def parse(self, text: str) -> Parsed:
+        """Read a whole response; never raises.
+
+        Perception: `i-j` tokens in any order and orientation, a JSON list of pairs, or a JSON
+        object with `edges` (and `v`, `c`). Defects: `bad_edge`, `self_loop`, `duplicate_edge`
+        (in either orientation), `empty_perception`. Answer: `vertex:letter` tokens or a JSON
+        object of letters by vertex. Defects: `bad_assignment`, `duplicate_vertex`. JSON adds
+        the defects of `responses.read_json`. Any of them leaves the value None: an edge set
+        would hide a repeat, which is misreading all the same.
+        """
+        return parse_response(text, _read_edges, _read_coloring)
+
+    def check(self, problem: Problem, answer: Any) -> bool:
+        """Whether the answer colours every vertex, properly, with the fewest colours."""
+        edges = _true_edges(problem)
+        return _is_optimal(problem.truth["v"], edges, answer, problem.truth["c"])
+
+    def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
+        """(the edge set is exactly right, F1 of its edges); (False, 0.0) if unreadable."""
+        if perception is None:
+            return False, 0.0
+        true = frozenset(_true_edges(problem))
+        if not true and not perception:
+            return True, 1.0
+        f1 = 2 * len(true & perception) / (len(true) + len(perception))
+        return true == perception, f1
+
+    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
+        """Whether the answer is an optimal colouring of the graph as perceived."""
+        n = problem.truth["v"]
+        if perception is None or answer is None or not _in_range(perception, n):
+            return False
+        return _is_optimal(n, perception, answer, chromatic_number(n, perception))
+
+    def oracle_prefix(self, problem: Problem) -> str:
+        """The perception segment holding the true edge list."""
+        return oracle_prefix(problem.perception)
+
+    def solve(self, problem: Problem, perception: Any) -> Coloring | None:
+        """The lexicographically smallest optimal colouring of a perceived graph."""
+        n = problem.truth["v"]
+        if perception is None or not _in_range(perception, n):
+            return None
+        return _letters(best_coloring(n, frozenset(perception)))
+
+    def demonstrate(self, problem: Problem, style: Style) -> str:
+        """A right response; its steps never need to be taken back.
+
+        Each vertex takes the first colour that its listed neighbours leave. Those are the
+        earlier neighbours and, where the smallest optimal colouring looks ahead, a later
+        neighbour for whom a colour is kept.
+        """
+        n, edges = problem.truth["v"], _true_edges(problem)
+        colors = best_coloring(n, frozenset(edges))
+        explain = terse_steps if style == "terse" else verbose_steps
+        return compose_response(
+            problem.perception,
+            explain(n, edges, colors),
+            " ".join(f"{v}:{letter}" for v, letter in _letters(colors)),
+        )
+
+    def vision_labels(self, problem: Problem) -> np.ndarray:
+        """int64 [v(v-1)/2]: 1 where an edge joins the pair, pairs in lexicographic order."""
+        n = problem.truth["v"]
+        matrix = np.zeros((n, n), dtype=np.int64)
+        for i, j in _true_edges(problem):
+            matrix[i, j] = 1
+        return matrix[np.triu_indices(n, 1)]
+
+    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
+        """A problem from `{"v": 7, "c": 3, "edges": [[0, 1], ...]}`.
+
+        Raises:
+            DataError: naming the field of `ground_truth` that is wrong, and what it must be.
+        """
+        n, chromatic, edges = _read_truth(ground_truth)
+        return _problem(
+            prompt=query,
+            image=image,
+            n=n,
+            chromatic=chromatic,
+            edges=edges,
+            knobs={"vertices": n, "edges": len(edges), "chromatic": chromatic},
+            symmetry_key=labelled_key(n, edges),
+        )
+
+    def to_ground_truth(self, problem: Problem) -> str:
+        """`{"v": 7, "c": 3, "edges": [[0, 1], ...]}`."""
+        return json.dumps({name: problem.truth[name] for name in ("v", "c", "edges")})
+
+
+def _problem(
+    prompt: str,
+    image: bytes,
+    n: int,
+    chromatic: int,
+    edges: Sequence[Edge],
+    knobs: Mapping[str, Any],
+    symmetry_key: str,
+) -> Problem:
+    perception = " ".join(f"{i}-{j}" for i, j in edges)
+    identity = b"\0".join((GraphColoring.name.encode(), perception.encode(), image))
+    return Problem(
+        id=f"{GraphColoring.name}-{hashlib.sha256(identity).hexdigest()[:16]}",
+        task=GraphColoring.name,
+        prompt=prompt,
+        image=image,
+        perception=perception,
+        truth={"v": n, "c": chromatic, "edges": [[i, j] for i, j in edges]},
+        knobs=knobs,
+        symmetry_key=symmetry_key,
+    )
+
+
+def _prompt(spec: GraphColoringSpec) -> str:
+    n = spec.vertices
+    where = ""
+    if spec.label_size == 0:
+        where = " Vertex 0 is at the top, the others follow clockwise."
+    if spec.prompt == "brief":
+        return f"Graph of {n} vertices, 0 to {n - 1}.{where} Color it with the fewest colors."
+    return (
+        f"The image shows a connected graph of {n} vertices, numbered 0 to {n - 1}.{where} Color "
+        "its vertices so that no edge joins two vertices of the same color, with as few colors "
+        "as possible (first find the chromatic number).\n"
+        "Reply in three parts. Between <perception> and </perception>: every edge of the graph "
+        'once, as two vertex numbers joined by "-", separated by spaces, such as 0-1 0-2 1-3. '
+        "Between <reasoning> and </reasoning>: your reasoning. Between <answer> and </answer>: "
+        "a color letter (a, b, c, ...) for every vertex, such as 0:a 1:b 2:b 3:a."
+    )
+
+
+def _true_edges(problem: Problem) -> tuple[Edge, ...]:
+    return tuple((i, j) for i, j in problem.truth["edges"])
+
+
+def _in_range(edges: Edges, n: int) -> bool:
+    return all(0 <= i < j < n for i, j in edges)
+
+
+def _is_optimal(n: int, edges: Edges | Sequence[Edge], answer: Any, chromatic: int) -> bool:
+    if answer is None or [v for v, _ in answer] != list(range(n)):
+        return False
+    colors = [letter for _, letter in answer]
+    return is_proper(colors, edges) and len(set(colors)) == chromatic
+
+
+def _letters(colors: Sequence[int]) -> Coloring:
+    return tuple((v, ascii_lowercase[c]) for v, c in enumerate(colors))
+
+
+def _read_edges(text: str) -> tuple[Edges | None, tuple[str, ...]]:
+    """The reader of the perception segment; see `GraphColoring.parse`."""
+    text = text.strip()
+    if not text:
+        return None, ("empty_perception",)
+    pairs: list[tuple[int, int]] = []
+    if text[0] in "[{":
+        value, defects = read_json(text)
+        if defects:
+            return None, defects
+        if isinstance(value, dict):
+            sizes = [value.pop(name) for name in ("v", "c") if name in value]
+            if set(value) != {"edges"} or any(type(size) is not int for size in sizes):
+                return None, ("bad_edge",)
+            value = value["edges"]
+        if not isinstance(value, list):
+            return None, ("bad_edge",)
+        for pair in value:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_vertex, pair))):
+                return None, ("bad_edge",)
+            pairs.append((pair[0], pair[1]))
+    else:
+        for token in _SEPARATOR.split(text):
+            found = _EDGE.fullmatch(token)
+            if found is None:
+                return None, ("bad_edge",)
+            pairs.append((int(found[1]), int(found[2])))
+    if not pairs:
+        return None, ("empty_perception",)
+    edges = frozenset((min(pair), max(pair)) for pair in pairs)
+    found_defects = []
+    if any(i == j for i, j in pairs):
+        found_defects.append("self_loop")
+    if len(edges) < len(pairs):
+        found_defects.append("duplicate_edge")
+    return (None if found_defects else edges), tuple(found_defects)
+
+
+def _read_coloring(text: str) -> tuple[Coloring | None, tuple[str, ...]]:
+    """The reader of the answer segment; see `GraphColoring.parse`."""
+    text = text.strip()
+    colors: list[tuple[int, str]] = []
+    if text.startswith(("[", "{")):
+        value, defects = read_json(text)
+        if defects:
+            return None, defects
+        if not isinstance(value, dict):
+            return None, ("bad_assignment",)
+        for vertex, letter in value.items():
+            if _VERTEX.fullmatch(vertex) is None or not _is_letter(letter):
+                return None, ("bad_assignment",)
+            colors.append((int(vertex), letter))
+    else:
+        for token in _SEPARATOR.split(text):
+            found = _ASSIGNMENT.fullmatch(token)
+            if found is None:
+                return None, ("bad_assignment",)
+            colors.append((int(found[1]), found[2]))
+    if not colors:
+        return None, ("bad_assignment",)
+    if len({v for v, _ in colors}) < len(colors):
+        return None, ("duplicate_vertex",)
+    return tuple(sorted(colors)), ()
+
+
+def _is_vertex(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1000
+
+
+def _is_letter(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 1 and value in ascii_lowercase
+
+
+def _read_truth(ground_truth: str) -> tuple[int, int, tuple[Edge, ...]]:
+    """(vertices, chromatic number, sorted edges) of a row, or `DataError`."""
+    truth, defects = read_json(ground_truth)
+    if defects or not isinstance(truth, dict):
+        raise DataError('ground_truth: must be a JSON object {"v": .., "c": .., "edges": [..]}')
+    for name in ("v", "c", "edges"):
+        if name not in truth:
+            raise DataError(f"ground_truth.{name}: missing; add it to the object")
+    n, chromatic, edges = truth["v"], truth["c"], truth["edges"]
+    if type(n) is not int or not 2 <= n <= MAX_VERTICES:
+        raise DataError(f"ground_truth.v: {n!r:.40} must be an integer of 2 to {MAX_VERTICES}")
+    if not isinstance(edges, list) or not edges:
+        raise DataError("ground_truth.edges: must be a list of at least one pair [i, j]")
+    if len(edges) > comb(n, 2):
+        raise DataError(f"ground_truth.edges: {len(edges)} are too many for v={n}; remove repeats")
+    for index, edge in enumerate(edges):
+        if not (
+            isinstance(edge, list)
+            and len(edge) == 2
+            and all(type(v) is int for v in edge)
+            and 0 <= edge[0] < edge[1] < n
+        ):
+            raise DataError(
+                f"ground_truth.edges[{index}]: {edge!r:.40} must be [i, j] with 0 <= i < j < {n}"
+            )
+    pairs = tuple(sorted((i, j) for i, j in edges))
+    if len(set(pairs)) < len(pairs):
+        raise DataError("ground_truth.edges: an edge occurs twice; remove the repeat")
+    exact = chromatic_number(n, pairs)
+    if type(chromatic) is not int or chromatic != exact:
+        raise DataError(
+            f"ground_truth.c: {chromatic!r:.40} is not the chromatic number of these edges; "
+            f"it must be {exact}"
+        )
+    return n, chromatic, pairs

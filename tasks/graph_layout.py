@@ -1,0 +1,344 @@
+"""Pictures of graphs: where the vertices go and how they are drawn.
+
+Coordinates are pixels, float64 [n, 2], x to the right and y down. A placement is *legible*
+when no two vertices touch and no edge runs into a vertex it does not join; only legible
+placements are drawn.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from math import pi, sin
+from typing import Literal
+
+import networkx as nx
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tasks.graph_puzzle import Edge
+
+Layout = Literal["circle", "spring", "random"]
+Crossings = Literal["any", "few", "many"]
+RGB = tuple[int, int, int]
+
+RANDOM = "random"
+"""The colour that is drawn anew for every picture."""
+MIN_CONTRAST_RATIO = 3.0
+"""Between randomly drawn ink and background; WCAG 2.1 asks this of graphical objects."""
+MIN_NODE = {0: 6.0, 1: 10.0, 2: 13.0}
+"""Smallest vertex diameter (px) chosen automatically, by the digits of its label."""
+STARTS = 4
+MOVES = 800
+SHAPING_MOVES = 400
+"""Moves of the local search: to become legible, and to change the number of crossings."""
+JITTER_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a picture is drawn, all sizes in pixels of the final image.
+
+    Attributes:
+        canvas: side of the square image.
+        layout, crossings: see `place`.
+        line_width: of the edges.
+        node_size: diameter of a vertex.
+        label_size: font size; 0 draws no labels.
+        background, ink, node_fill: `#rrggbb` or `RANDOM`; ink draws edges and outlines.
+        jitter: each coordinate is moved by up to this much.
+        noise: standard deviation of Gaussian noise, in grey levels of 0 to 255.
+        contrast: 1 as drawn, towards 0 faded into the background.
+    """
+
+    canvas: int
+    layout: Layout
+    crossings: Crossings
+    line_width: float
+    node_size: float
+    label_size: int
+    background: str
+    ink: str
+    node_fill: str
+    jitter: float
+    noise: float
+    contrast: float
+
+    @property
+    def radius(self) -> float:
+        """Of the circle layout: as large as fits."""
+        return self.canvas / 2 - self.border
+
+    @property
+    def border(self) -> float:
+        """Distance a vertex's centre keeps from the edge of the image."""
+        return self.node_size / 2 + self.line_width / 2 + self.jitter + 1
+
+    @property
+    def clearance(self) -> float:
+        """Least distance from a vertex's centre to the middle line of another's edge."""
+        return self.node_size / 2 + self.line_width / 2 + _margin(self.canvas)
+
+
+def auto_line_width(canvas: int) -> float:
+    """Two pixels at least, so that thin lines survive a vision tower's patches."""
+    return min(max(2.0, canvas / 150), 4.0)
+
+
+def auto_node_size(canvas: int, n: int, layout: Layout, line_width: float, labelled: bool) -> float:
+    """The largest vertex diameter (px) with which n vertices fit legibly.
+
+    Raises:
+        ValueError: it would be too small to read; the message says which canvas would do.
+    """
+    size = _fitting_node_size(canvas, n, layout, line_width)
+    least = MIN_NODE[len(str(n - 1)) if labelled else 0]
+    if size < least:
+        enough = canvas
+        while _fitting_node_size(enough, n, layout, auto_line_width(enough)) < least:
+            enough += 16
+        raise ValueError(
+            f"canvas: {canvas} px is too small to draw {n} vertices legibly; use at least "
+            f"{enough} (and no wider lines than it gives), or set node_size yourself"
+        )
+    return size
+
+
+def _margin(canvas: int) -> float:
+    """Background (px) that must show between a vertex and an edge that passes it."""
+    return min(max(1.0, canvas / 200), 3.0)
+
+
+def _fitting_node_size(canvas: int, n: int, layout: Layout, line_width: float) -> float:
+    cap = 0.08 * canvas + 9
+    if layout != "circle":
+        return min(cap, canvas / n)
+    radius = canvas / 2 - cap / 2 - line_width / 2 - 1
+    size = min(cap, 1.2 * radius * sin(pi / n))  # 0.6 of the way to the next vertex
+    if n >= 5:  # the chord between a vertex's two neighbours passes this far from it
+        passing = radius * 2 * sin(pi / n) ** 2
+        size = min(size, 2 * (passing - line_width / 2 - _margin(canvas)))
+    return size
+
+
+def place(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -> np.ndarray:
+    """Positions, float64 [n, 2], of a legible drawing.
+
+    `circle`: vertex 0 at the top, the others clockwise in order (in any order where crossings
+    are asked to be few or many). `spring`: force-directed, turned at random. `random`:
+    anywhere. Few or many crossings are sought by local search: the best found, no promise.
+    A placement that is not legible is repaired by moving vertices, except on the circle.
+
+    Raises:
+        ValueError: no legible placement was found; the message names the remedies.
+    """
+    layout_rng, jitter_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
+    judge = _Judge(n, edges, look)
+    starts = 1 if look.layout == "circle" else STARTS
+    for _ in range(starts):
+        positions = _search(layout_rng, _start(layout_rng, n, edges, look), judge, look)
+        if judge.shortfall(positions) > 0:
+            continue
+        if look.jitter == 0:
+            return positions
+        for _ in range(JITTER_TRIES):
+            moved = positions + jitter_rng.uniform(-look.jitter, look.jitter, size=(n, 2))
+            if judge.shortfall(moved) == 0:
+                return moved
+    raise ValueError(
+        f"no legible {look.layout} layout found for {n} vertices and {len(edges)} edges on "
+        f"{look.canvas} px; use a larger canvas, a smaller node_size, line_width or jitter, "
+        'fewer vertices or edges, or another layout ("circle" needs least room)'
+    )
+
+
+def count_crossings(positions: np.ndarray, edges: Sequence[Edge]) -> int:
+    """Pairs of edges without a common vertex that cross in this drawing."""
+    return _crossings(positions, np.asarray(edges).reshape(-1, 2), _apart(edges))
+
+
+def render(
+    rng: np.random.Generator, positions: np.ndarray, edges: Sequence[Edge], look: Look
+) -> bytes:
+    """The picture as a PNG file (RGB), drawn larger and averaged down."""
+    color_rng, noise_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
+    background, ink, fill = _colors(color_rng, look)
+    scale = 4 if look.canvas <= 160 else 2
+    image = Image.new("RGB", (look.canvas * scale,) * 2, background)
+    draw = ImageDraw.Draw(image)
+    at = [(float(x) * scale, float(y) * scale) for x, y in positions]
+    line = max(1, round(look.line_width * scale))
+    for i, j in edges:
+        draw.line([at[i], at[j]], fill=ink, width=line)
+    radius = look.node_size / 2 * scale
+    outline = max(1, round(min(look.line_width, 2.0) * scale * 0.6))
+    label_ink = max(((0, 0, 0), (255, 255, 255)), key=lambda c: contrast_ratio(c, fill))
+    for label, (x, y) in enumerate(at):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, fill=fill, outline=ink, width=outline)
+        if look.label_size:
+            font, (left, top, right, bottom) = _label(str(label), look.label_size * scale)
+            corner = (x - (left + right) / 2, y - (top + bottom) / 2)
+            draw.text(corner, str(label), fill=label_ink, font=font)
+    image = image.reduce(scale)
+    if look.contrast < 1 or look.noise > 0:
+        pixels = np.asarray(image, dtype=np.float64)
+        pixels = background + look.contrast * (pixels - background)
+        pixels = pixels + noise_rng.normal(0.0, look.noise, size=pixels.shape)
+        image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def contrast_ratio(one: RGB, other: RGB) -> float:
+    """From 1 (the same) to 21 (black on white); WCAG 2.1, relative luminance."""
+    brighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+def rgb(color: str) -> RGB:
+    """Of `#rrggbb`."""
+    red, green, blue = bytes.fromhex(color[1:])
+    return red, green, blue
+
+
+class _Judge:
+    """How far a placement is from legible, and how many crossings it has."""
+
+    def __init__(self, n: int, edges: Sequence[Edge], look: Look) -> None:
+        self.look = look
+        self.edges = np.asarray(edges, dtype=np.int64).reshape(-1, 2)  # [m, 2]
+        self.pairs = np.triu_indices(n, 1)
+        passed = [(e, v) for e, edge in enumerate(edges) for v in range(n) if v not in edge]
+        self.passed = np.asarray(passed, dtype=np.int64).reshape(-1, 2)  # [edge, vertex]
+        self.apart = _apart(edges)
+
+    def shortfall(self, positions: np.ndarray) -> float:
+        """Sum of the pixels missing to legible distances; 0 is legible."""
+        one, other = self.pairs
+        gap = np.linalg.norm(positions[one] - positions[other], axis=1)
+        total = np.maximum(1.25 * self.look.node_size - gap, 0).sum()
+        edge, vertex = self.passed.T
+        start, end = positions[self.edges[edge, 0]], positions[self.edges[edge, 1]]
+        along, to = end - start, positions[vertex] - start
+        length = np.maximum((along**2).sum(axis=1), 1e-9)
+        share = ((to * along).sum(axis=1) / length).clip(0, 1)
+        gap = np.linalg.norm(to - share[:, None] * along, axis=1)
+        return float(total + np.maximum(self.look.clearance - gap, 0).sum())
+
+    def score(self, positions: np.ndarray) -> tuple[float, int]:
+        """Smaller is better: legible first, then the crossings as asked for."""
+        sign = {"any": 0, "few": 1, "many": -1}[self.look.crossings]
+        crossings = sign * _crossings(positions, self.edges, self.apart) if sign else 0
+        return self.shortfall(positions), crossings
+
+
+def _apart(edges: Sequence[Edge]) -> np.ndarray:
+    """int64 [pairs, 2]: indices of edges that share no vertex."""
+    pairs = [
+        (a, b)
+        for (a, first), (b, second) in combinations(enumerate(edges), 2)
+        if not set(first) & set(second)
+    ]
+    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _crossings(positions: np.ndarray, edges: np.ndarray, apart: np.ndarray) -> int:
+    a, b = positions[edges[apart[:, 0]]].transpose(1, 0, 2)
+    c, d = positions[edges[apart[:, 1]]].transpose(1, 0, 2)
+
+    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        u, w = q - p, r - p
+        return np.sign(u[:, 0] * w[:, 1] - u[:, 1] * w[:, 0])
+
+    crossed = (side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0)
+    return int(crossed.sum())
+
+
+def _start(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -> np.ndarray:
+    middle = look.canvas / 2
+    if look.layout == "circle":
+        angles = 2 * pi * np.arange(n) / n
+        return middle + look.radius * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
+    if look.layout == "random":
+        return rng.uniform(look.border, look.canvas - look.border, size=(n, 2))
+    graph = nx.Graph()
+    graph.add_nodes_from(range(n))
+    graph.add_edges_from(edges)
+    free = nx.spring_layout(graph, seed=int(rng.integers(2**31)))
+    positions = np.stack([free[v] for v in range(n)])
+    turn = rng.uniform(0, 2 * pi)
+    positions = positions @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    return middle + 2 * look.radius * (positions - (low + high) / 2) / (high - low).max()
+
+
+def _search(
+    rng: np.random.Generator, positions: np.ndarray, judge: _Judge, look: Look
+) -> np.ndarray:
+    """Move one vertex at a time (on the circle: swap two) while the score does not worsen."""
+    as_is = look.crossings == "any"
+    if as_is and look.layout == "circle":
+        return positions
+    n = len(positions)
+    score = judge.score(positions)
+    for move in range(MOVES):
+        if score[0] == 0 and (as_is or move >= SHAPING_MOVES):
+            break
+        trial = positions.copy()
+        if look.layout == "circle":
+            i, j = rng.permutation(n)[:2]
+            trial[[i, j]] = trial[[j, i]]
+        else:
+            v = int(rng.integers(n))
+            low, high = look.border, look.canvas - look.border
+            if look.layout == "random":
+                trial[v] = rng.uniform(low, high, size=2)
+            else:
+                trial[v] = (trial[v] + rng.normal(0, look.canvas / 10, size=2)).clip(low, high)
+        trial_score = judge.score(trial)
+        if trial_score <= score:
+            positions, score = trial, trial_score
+    return positions
+
+
+def _colors(rng: np.random.Generator, look: Look) -> tuple[RGB, RGB, RGB]:
+    """Background, ink and vertex fill; drawn until ink and background are far enough apart."""
+    while True:
+        spare = rng.integers(256, size=(3, 3)).tolist()
+        background, ink, fill = (
+            rgb(f"#{r:02x}{g:02x}{b:02x}" if name == RANDOM else name)
+            for name, (r, g, b) in zip(
+                (look.background, look.ink, look.node_fill), spare, strict=True
+            )
+        )
+        if (
+            RANDOM not in (look.background, look.ink)
+            or contrast_ratio(background, ink) >= MIN_CONTRAST_RATIO
+        ):
+            return background, ink, fill
+
+
+def _luminance(color: RGB) -> float:
+    linear = [
+        c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@lru_cache(maxsize=1024)
+def _label(
+    text: str, size: int
+) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[float, float, float, float]]:
+    """A font of Pillow's own and the ink box of a text drawn with it at the origin."""
+    font = _font(size)
+    return font, font.getbbox(text)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)

@@ -1,0 +1,93 @@
+"""From the name a recipe writes to the task object: `sudoku`, `graph_coloring`, `module:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+
+from pydantic import BaseModel
+
+from tasks.core import Task
+
+BUILT_IN = {
+    "sudoku": "tasks.sudoku:Sudoku",
+    "graph_coloring": "tasks.graph_coloring:GraphColoring",
+}
+
+
+def load_task(name: str) -> Task:
+    """Make the task that `name` stands for.
+
+    Raises:
+        ValueError: an unknown name, a module that is absent or fails on import, a class that
+            is absent, cannot be made without arguments, or lacks members of `Task`.
+    """
+    target = BUILT_IN.get(name, name)
+    module_name, colon, class_name = target.partition(":")
+    if not colon:
+        hint = _did_you_mean(name, BUILT_IN)
+        raise ValueError(
+            f'no task "{name}"{hint}; the built-in tasks are {", ".join(BUILT_IN)}, '
+            'and a task of your own is named "module:Class"'
+        )
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise ValueError(f'task "{name}": expected "module:Class", two Python names')
+
+    made = _import_class(name, module_name, class_name)
+    try:
+        task = made()
+    except Exception as error:
+        raise ValueError(
+            f'task "{name}": {class_name}() failed ({type(error).__name__}: {error}); '
+            "a task is made without arguments"
+        ) from error
+    _check_members(name, task)
+    return task
+
+
+def _import_class(name: str, module_name: str, class_name: str) -> type:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # The named module itself is absent, as opposed to something that it imports.
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f'task "{name}": no module "{error.name}" on the path; run from the folder '
+                "that holds it, or add that folder to PYTHONPATH"
+            ) from error
+        raise ValueError(f'task "{name}": {module_name} cannot be imported: {error}') from error
+    except Exception as error:
+        raise ValueError(
+            f'task "{name}": {module_name} cannot be imported: {type(error).__name__}: {error}'
+        ) from error
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v)]
+        what = "has no class" if found is None else "does not name a class:"
+        hint = _did_you_mean(class_name, classes)
+        raise ValueError(f'task "{name}": module {module_name} {what} "{class_name}"{hint}')
+    return found
+
+
+def _check_members(name: str, task: object) -> None:
+    methods = [n for n, v in vars(Task).items() if inspect.isfunction(v) and n[0] != "_"]
+    missing = [n for n in Task.__annotations__ if not hasattr(task, n)]
+    missing += [n for n in methods if not callable(getattr(task, n, None))]
+    if missing:
+        raise ValueError(
+            f'task "{name}" lacks {", ".join(missing)}; tasks.core.Task says what each must do'
+        )
+    spec = task.spec  # type: ignore[attr-defined]
+    if not (inspect.isclass(spec) and issubclass(spec, BaseModel)):
+        raise ValueError(f'task "{name}": `spec` must be a pydantic model class of its knobs')
+    # A problem carries this name and is later checked by the task it names; a subclass that
+    # kept its parent's name would hand its problems to the parent.
+    own_name = task.name  # type: ignore[attr-defined]
+    if own_name != name:
+        raise ValueError(f'task "{name}": its `name` is {own_name!r}; set name = "{name}"')
+
+
+def _did_you_mean(word: str, known: dict[str, str] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,56 @@
+"""Which split a problem belongs to: decided by the problem itself, once and for all.
+
+A hash of the symmetry key sends every problem, and with it all its symmetric twins, to `train`
+or to `test`. So no training run, data set or evaluation can meet in a problem, whatever their
+seeds and sizes, and nobody has to pass a list of held-out problems around.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from tasks.core import DataError, Problem, Task
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+TEST_SHARE = 0.2
+"""Share of symmetry classes held out. Small spaces (4x4 Sudoku) keep enough of both."""
+
+PATIENCE = 1000
+"""Draws without a problem of the wanted split before the knobs are called too narrow."""
+
+
+def split_of(problem: Problem) -> Split:
+    """The split a problem belongs to, by its task and symmetry key alone."""
+    digest = hashlib.sha256(f"{problem.task}\n{problem.symmetry_key}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if share < TEST_SHARE else "train"
+
+
+def draw_problem(task: Task, spec: BaseModel, split: Split, seed: int, index: int) -> Problem:
+    """Problem number `index` of a split's endless stream.
+
+    Depends on (seed, split, index) and the knobs alone, so any part of the stream can be drawn
+    in any order by any process. The problem's puzzle is fixed by the reasoning knobs; the
+    perception knobs change its picture only.
+
+    Raises DataError when the task cannot draw with these knobs, or they leave too few problems.
+    """
+    stream = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index))
+    rng = np.random.default_rng(stream)
+    for _ in range(PATIENCE):
+        try:
+            problem = task.generate(rng, spec)
+        except ValueError as error:
+            raise DataError(f"{task.name}: drawing problem {index} of {split}: {error}") from error
+        if split_of(problem) == split:
+            return problem
+    raise DataError(
+        f"{task.name}: {PATIENCE} draws brought no problem of the {split} split; these knobs allow "
+        "too few problems that differ up to symmetry: loosen them (larger problems, wider ranges)"
+    )

@@ -1,0 +1,435 @@
+"""Sudoku as a puzzle: exact solving, the technique it takes, drawing at random, symmetry.
+
+A grid is a tuple of rows of ints, 0 for a blank. In here a board is a flat list of size*size
+ints, and a set of digits is an int whose bit d-1 stands for digit d.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+from typing import Literal
+
+import numpy as np
+
+Grid = tuple[tuple[int, ...], ...]
+Technique = Literal["naked_singles", "hidden_singles", "search"]
+
+GENERATE_TRIES = 200
+SEARCH_NODES = 20_000
+"""Search gives up after so many nodes (under a second), as perceptions are model text."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which row, column and box each cell is in; units are rows, then columns, then boxes."""
+
+    size: int
+    full: int
+    row: tuple[int, ...]
+    col: tuple[int, ...]
+    box: tuple[int, ...]
+    units: tuple[tuple[int, ...], ...]
+
+
+@cache
+def layout_of(cell_count: int) -> Layout:
+    """The layout of a board of 16 or 81 cells."""
+    side = {16: 2, 81: 3}[cell_count]
+    size = side * side
+    cells = range(cell_count)
+    row = tuple(cell // size for cell in cells)
+    col = tuple(cell % size for cell in cells)
+    box = tuple(r // side * side + c // side for r, c in zip(row, col, strict=True))
+    units = tuple(
+        tuple(cell for cell in cells if of[cell] == k)
+        for of in (row, col, box)
+        for k in range(size)
+    )
+    return Layout(size, (1 << size) - 1, row, col, box, units)
+
+
+def flat(grid: Sequence[Sequence[int]]) -> list[int]:
+    """A grid as a board."""
+    return [cell for row in grid for cell in row]
+
+
+def as_grid(board: Sequence[int], size: int) -> Grid:
+    """A board as a grid."""
+    return tuple(tuple(board[start : start + size]) for start in range(0, size * size, size))
+
+
+def _used_digits(
+    cells: Sequence[int], layout: Layout
+) -> tuple[list[int], list[int], list[int]] | None:
+    """Digits placed in each row, column and box; None where a digit is there twice."""
+    rows, cols, boxes = ([0] * layout.size for _ in range(3))
+    for cell, digit in enumerate(cells):
+        if digit:
+            bit = 1 << (digit - 1)
+            r, c, b = layout.row[cell], layout.col[cell], layout.box[cell]
+            if (rows[r] | cols[c] | boxes[b]) & bit:
+                return None
+            rows[r] |= bit
+            cols[c] |= bit
+            boxes[b] |= bit
+    return rows, cols, boxes
+
+
+def units_of(cell: int, layout: Layout) -> tuple[int, int, int]:
+    """Numbers of a cell's row, column and box in `layout.units`."""
+    return (
+        layout.row[cell],
+        layout.size + layout.col[cell],
+        2 * layout.size + layout.box[cell],
+    )
+
+
+def candidates_of(cells: Sequence[int], cell: int) -> int:
+    layout = layout_of(len(cells))
+    used = 0
+    for unit in units_of(cell, layout):
+        for other in layout.units[unit]:
+            if cells[other]:
+                used |= 1 << (cells[other] - 1)
+    return layout.full & ~used
+
+
+def digits_of(mask: int) -> list[int]:
+    return [digit for digit in range(1, mask.bit_length() + 1) if mask >> (digit - 1) & 1]
+
+
+def unique_solution(puzzle: Sequence[Sequence[int]]) -> Grid | None:
+    """The one solution, or None where there is none, several, or too much to search."""
+    found = find_solutions(flat(puzzle), limit=2)
+    return None if found is None or len(found) != 1 else as_grid(found[0], len(puzzle))
+
+
+def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
+    """Up to `limit` solutions of a board; None where the search takes over `SEARCH_NODES`.
+
+    Exact depth-first search on the cell with the fewest candidates (or a digit's only place).
+    """
+    layout = layout_of(len(board))
+    cells = list(board)
+    used = _used_digits(cells, layout)
+    if used is None:
+        return []
+    rows, cols, boxes = used
+    blanks = [cell for cell, digit in enumerate(cells) if not digit]
+    found: list[list[int]] = []
+    nodes = 0
+
+    def descend() -> None:
+        nonlocal nodes
+        nodes += 1
+        chosen, options, fewest = -1, 0, layout.size + 1
+        candidates = [0] * len(cells)
+        for cell in blanks:
+            if cells[cell]:
+                continue
+            open_ = layout.full & ~(
+                rows[layout.row[cell]] | cols[layout.col[cell]] | boxes[layout.box[cell]]
+            )
+            count = open_.bit_count()
+            if count < fewest:
+                chosen, options, fewest = cell, open_, count
+                if count == 0:
+                    return
+                if count == 1:
+                    break
+            candidates[cell] = open_
+        if chosen < 0:
+            found.append(list(cells))
+            return
+        if fewest > 1:
+            for unit in layout.units:
+                once = twice = filled = 0
+                for cell in unit:
+                    if cells[cell]:
+                        filled |= 1 << (cells[cell] - 1)
+                    else:
+                        twice |= once & candidates[cell]
+                        once |= candidates[cell]
+                if once | filled != layout.full:
+                    return
+                only = once & ~twice
+                if only:
+                    options = only & -only
+                    chosen = next(cell for cell in unit if candidates[cell] & options)
+                    break
+        row, col, box = layout.row[chosen], layout.col[chosen], layout.box[chosen]
+        while options and len(found) < limit and nodes <= SEARCH_NODES:
+            bit = options & -options
+            options ^= bit
+            cells[chosen] = bit.bit_length()
+            rows[row] ^= bit
+            cols[col] ^= bit
+            boxes[box] ^= bit
+            descend()
+            cells[chosen] = 0
+            rows[row] ^= bit
+            cols[col] ^= bit
+            boxes[box] ^= bit
+
+    descend()
+    return None if nodes > SEARCH_NODES and len(found) < limit else found
+
+
+def technique_needed(puzzle: Sequence[Sequence[int]]) -> Technique:
+    """The easiest technique that solves the puzzle alone; `search` where singles do not."""
+    board = flat(puzzle)
+    if _singles_solve(board, hidden=False):
+        return "naked_singles"
+    return "hidden_singles" if _singles_solve(board, hidden=True) else "search"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One digit placed: the only one for its cell, or in `unit` the only place for the digit.
+
+    `candidates` is what the cell could hold before the step, one bit a digit.
+    """
+
+    cell: int
+    digit: int
+    candidates: int
+    unit: int | None
+
+
+def singles(cells: list[int], hidden: bool) -> Iterator[Step]:
+    """Fill `cells` in place by singles, first in reading order, until none is left.
+
+    A hidden single is looked for only where no naked one is left. Also stops where a cell has
+    no candidate. Does nothing where a digit is twice in a unit.
+    """
+    layout = layout_of(len(cells))
+    used = _used_digits(cells, layout)
+    if used is None:
+        return
+    rows, cols, boxes = used
+    blanks = [cell for cell, digit in enumerate(cells) if not digit]
+    while blanks:
+        candidates = dict.fromkeys(blanks, 0)
+        step: Step | None = None
+        for cell in blanks:
+            open_ = layout.full & ~(
+                rows[layout.row[cell]] | cols[layout.col[cell]] | boxes[layout.box[cell]]
+            )
+            if not open_ & (open_ - 1):
+                if not open_:
+                    return
+                step = Step(cell, open_.bit_length(), open_, None)
+                break
+            candidates[cell] = open_
+        if step is None and hidden:
+            step = _first_hidden_single(candidates, layout)
+        if step is None:
+            return
+        bit = 1 << (step.digit - 1)
+        cells[step.cell] = step.digit
+        rows[layout.row[step.cell]] |= bit
+        cols[layout.col[step.cell]] |= bit
+        boxes[layout.box[step.cell]] |= bit
+        blanks.remove(step.cell)
+        yield step
+
+
+def _first_hidden_single(candidates: dict[int, int], layout: Layout) -> Step | None:
+    """A digit with one place in a unit; `candidates` maps each blank cell to its digits."""
+    for number, unit in enumerate(layout.units):
+        once = twice = 0
+        for cell in unit:
+            open_ = candidates.get(cell, 0)
+            twice |= once & open_
+            once |= open_
+        only = once & ~twice
+        if only:
+            bit = only & -only
+            cell = next(cell for cell in unit if candidates.get(cell, 0) & bit)
+            return Step(cell, bit.bit_length(), candidates[cell], number)
+    return None
+
+
+def _singles_solve(board: Sequence[int], hidden: bool) -> bool:
+    cells = list(board)
+    for _ in singles(cells, hidden):
+        pass
+    return 0 not in cells
+
+
+# --- drawing at random ---------------------------------------------------------------------
+
+
+def draw_puzzle(
+    rng: np.random.Generator, size: int, blanks: int, technique: str
+) -> tuple[Grid, Grid]:
+    """(puzzle, solution): cells cleared one by one in random order while the rule holds.
+
+    Raises:
+        ValueError: blanks and technique were not met together in `GENERATE_TRIES` tries.
+    """
+    for _ in range(GENERATE_TRIES):
+        solution = _random_solution(rng, size)
+        puzzle = list(solution)
+        left = blanks
+        for cell in rng.permutation(size * size).tolist():
+            if not left:
+                break
+            if _can_clear(puzzle, cell, technique):
+                puzzle[cell] = 0
+                left -= 1
+        grid = as_grid(puzzle, size)
+        if not left and (technique == "any" or technique_needed(grid) == technique):
+            return grid, as_grid(solution, size)
+    raise ValueError(
+        f"sudoku: no {size}x{size} puzzle with blanks={blanks} and technique={technique!r} in "
+        f"{GENERATE_TRIES} tries; "
+        + (
+            "lower blanks"
+            if technique in ("any", "naked_singles")
+            else 'change blanks (harder techniques need more blanks) or set technique to "any"'
+        )
+    )
+
+
+def _can_clear(puzzle: list[int], cell: int, technique: str) -> bool:
+    """Whether the puzzle stays solvable (uniquely, or by the singles named) without the cell.
+
+    Singles are sound and clearing never helps them, so cells refused once stay refused.
+    """
+    trial = list(puzzle)
+    trial[cell] = 0
+    others = [digit for digit in digits_of(candidates_of(trial, cell)) if digit != puzzle[cell]]
+    if not others:
+        return True
+    if technique in ("naked_singles", "hidden_singles"):
+        return _singles_solve(trial, hidden=technique == "hidden_singles")
+    for other in others:
+        trial[cell] = other
+        if find_solutions(trial, limit=1) != []:
+            return False
+    return True
+
+
+@cache
+def _all_4x4_solutions() -> list[list[int]]:
+    found = find_solutions([0] * 16, limit=288)
+    assert found is not None
+    return found
+
+
+def _random_solution(rng: np.random.Generator, size: int) -> list[int]:
+    """A full grid; uniform on 4x4, on 9x9 a shuffled completion of three random boxes."""
+    if size == 4:
+        grids = _all_4x4_solutions()
+        return grids[int(rng.integers(len(grids)))]
+    board = np.zeros((9, 9), dtype=np.int64)
+    for corner in (0, 3, 6):
+        board[corner : corner + 3, corner : corner + 3] = (rng.permutation(9) + 1).reshape(3, 3)
+    found = find_solutions(board.reshape(-1).tolist(), limit=1)
+    assert found  # three boxes on the diagonal share no unit, so they can always be completed
+    lines = [_shuffled_lines(rng) for _ in range(2)]
+    shuffled: list[int] = np.asarray(found[0]).reshape(9, 9)[np.ix_(*lines)].reshape(-1).tolist()
+    return shuffled
+
+
+def _shuffled_lines(rng: np.random.Generator) -> np.ndarray:
+    """int64 [9]: lines permuted within bands and bands permuted."""
+    return np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)])
+
+
+# --- symmetry ------------------------------------------------------------------------------
+
+
+def symmetry_key(puzzle: Sequence[Sequence[int]]) -> str:
+    """Equal for puzzles that are one puzzle up to the symmetries of Sudoku.
+
+    The group: relabelling digits, transposing, permuting rows within a band and columns within
+    a stack, permuting bands and stacks. On 4x4 the key is the hash of an exact canonical form,
+    so it is equal for no other puzzles. On 9x9 it is a hash of Weisfeiler-Lehman colours of
+    cells, lines, boxes and digits: equal throughout the group, and different puzzles
+    could in principle share it, which keeps splits disjoint all the same.
+    """
+    board = np.asarray(puzzle, dtype=np.int64).reshape(-1)
+    if board.size == 16:
+        return f"sudoku4-{_canonical_4x4(board):x}"
+    return f"sudoku9-{_refined_colours_9x9(board)}"
+
+
+@cache
+def _symmetries_4x4() -> np.ndarray:
+    """int64 [128, 16]: every cell permutation of the group, as indices into a board."""
+    cells = np.arange(16).reshape(4, 4)
+    pairs = list(permutations(range(2)))
+    lines = [
+        [2 * band + line for band in bands for line in (inner[band])]
+        for bands in pairs
+        for inner in product(pairs, repeat=2)
+    ]
+    return np.array(
+        [
+            turned[np.ix_(rows, cols)].reshape(-1)
+            for turned in (cells, cells.T)
+            for rows in lines
+            for cols in lines
+        ]
+    )
+
+
+def _canonical_4x4(board: np.ndarray) -> int:
+    """Least member of the board's orbit (digits named by first occurrence), in base 5."""
+    orbit = board[_symmetries_4x4()]  # [128, 16]
+    first = np.full((orbit.shape[0], 5), -1)  # where each digit first occurs
+    for digit in range(1, 5):
+        there = orbit == digit
+        first[:, digit] = np.where(there.any(axis=1), there.argmax(axis=1), 16)
+    # A stable sort gives digits that do not occur the last names, which are not used.
+    names = first.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    renamed = np.take_along_axis(names, orbit, axis=1)
+    return int((renamed @ (5 ** np.arange(15, -1, -1, dtype=np.int64))).min())
+
+
+_WL_ROUNDS = 8
+
+
+def _refined_colours_9x9(board: np.ndarray) -> str:
+    """Weisfeiler-Lehman colours of the incidence structure, as a hash of their multisets.
+
+    Rows and columns are one kind of node, so transposing changes nothing; sums of mixed
+    colours stand for multisets, so neither does any order.
+    """
+    layout = layout_of(81)
+    row, col, box = np.array(layout.row), np.array(layout.col), np.array(layout.box)
+    clue = board > 0
+    cells = np.where(clue, np.uint64(2), np.uint64(1))
+    for _ in range(_WL_ROUNDS):
+        mixed = _mix(cells)
+        # Lines meet boxes in threes, which is what tells bands and stacks.
+        row_thirds = mixed.reshape(9, 3, 3).sum(axis=2)  # [row, stack]
+        col_thirds = mixed.reshape(3, 3, 9).sum(axis=1).T  # [column, band]
+        rows = _mix(row_thirds).sum(axis=1)
+        cols = _mix(col_thirds).sum(axis=1)
+        bands = _mix(rows).reshape(3, 3).sum(axis=1)
+        stacks = _mix(cols).reshape(3, 3).sum(axis=1)
+        boxes = mixed.reshape(3, 3, 3, 3).sum(axis=(1, 3)).reshape(9)
+        digits = np.zeros(10, dtype=np.uint64)
+        np.add.at(digits, board, mixed)
+        digits[0] = 0
+        across = _mix(rows[row] ^ _mix(row_thirds)[row, col // 3] ^ _mix(bands)[row // 3])
+        down = _mix(cols[col] ^ _mix(col_thirds)[col, row // 3] ^ _mix(stacks)[col // 3])
+        cells = _mix(
+            _mix(cells) ^ _mix(across + down) ^ _mix(_mix(boxes[box])) ^ _mix(digits[board] + clue)
+        )
+    return hashlib.sha256(np.sort(cells).astype("<u8").tobytes()).hexdigest()[:24]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """uint64 to uint64, element by element: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    mixed = np.asarray(values, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

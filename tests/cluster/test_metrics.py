@@ -1,0 +1,210 @@
+"""Figures against SciPy, brute force and hand-worked groups."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from cluster.metrics import (
+    EvalTable,
+    avg_at_k,
+    before_after,
+    eval_table,
+    mcnemar,
+    mean_interval,
+    pass_at_k,
+    step_metrics,
+    wilson,
+)
+from rewards.compose import Composition, compose_groups
+from rewards.terms import Outcome, Perception
+from tests.rewards.toys import TASK, Misbehaves, group, score
+
+
+def test_wilson_equals_scipy() -> None:
+    for n in (1, 2, 7, 50, 512):
+        for successes in {0, 1, n // 3, n // 2, n - 1, n}:
+            expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+            assert wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 9)[0] == 0.0
+    assert wilson(9, 9)[1] == 1.0
+    for successes, n in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="successes"):
+            wilson(successes, n)
+
+
+def test_mean_interval_covers_and_never_claims_certainty() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(500):
+        low, high = mean_interval(rng.beta(2, 1, size=60))
+        hits += low <= 2 / 3 <= high
+    assert 0.92 <= hits / 500 <= 0.98
+    low, high = mean_interval(np.ones(20))
+    assert low < 1.0 == high
+    assert mean_interval(np.full(6, 0.9))[0] < 0.9
+
+
+def test_pass_at_k_equals_drawing_every_subset() -> None:
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c > n or k > n:
+            continue
+        right = [True] * c + [False] * (n - c)
+        draws = list(itertools.combinations(right, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert pass_at_k(8, 3, 1) == pytest.approx(3 / 8)
+    for n, c, k in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
+        with pytest.raises(ValueError, match="expected"):
+            pass_at_k(n, c, k)
+    assert avg_at_k(np.array([[True, False], [True, True]])) == 0.75
+
+
+def test_mcnemar_equals_scipys_binomial_test() -> None:
+    assert mcnemar(0, 0) == 1.0
+    for gained, lost in ((1, 0), (5, 5), (12, 3), (3, 12), (120, 60)):
+        expected = stats.binomtest(gained, gained + lost, 0.5).pvalue
+        assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def passes() -> dict:
+    return {
+        "greedy": [group(1, "1;2;"), group(2, "3;4;x"), group(3, "3;5;"), group(4, ";;x,y")],
+        "sampled": [group(1, "1;2;", "1;3;", "1;2;"), group(2, "2;1;", "3;1;", "2;3;")],
+        "oracle": [group(1, "1;2;"), group(2, "2;4;")],
+        "oracle_blank": [group(1, "1;2;"), group(2, "2;5;")],
+        "blind": [group(1, ";3;"), group(2, ";4;")],
+    }
+
+
+def test_the_evaluation_table_on_groups_worked_out_by_hand() -> None:
+    table = eval_table(TASK, passes())
+    assert {row.metric: (row.value, row.n) for row in table.rows} == {
+        "a": (0.5, 4),
+        "a_p": (0.5, 4),
+        "a_p_graded": (pytest.approx((1 + 0.5 + 1 + 0) / 4), 4),
+        "leak": (0.25, 4),
+        "self_consistency": (0.25, 4),
+        "defect/x": (0.5, 4),
+        "defect/y": (0.25, 4),
+        "a avg@3": (pytest.approx(1 / 3), 2),
+        "a_p avg@3": (pytest.approx((1 + 2 / 3) / 2), 2),
+        "a pass@2": (0.5, 2),
+        "a_p pass@2": (1.0, 2),
+        "a pass@3": (0.5, 2),
+        "a_p pass@3": (1.0, 2),
+        "a_r": (1.0, 2),
+        "a_r_blank": (0.5, 2),
+        "blind": (0.5, 2),
+    }
+    assert all(row.low <= row.value <= row.high for row in table.rows)
+    assert (table["a"].low, table["a"].high) == wilson(2, 4)
+    assert table["a"].interval == "wilson"
+    assert table["a_p_graded"].interval == "normal"
+    again = EvalTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again == table
+
+
+def test_intervals_of_sampled_passes_count_problems_not_responses() -> None:
+    # Eight copies of each answer tell no more about the problems than one does.
+    one = [group(i, f"{i};{2 * i if i % 2 else 1};", name=f"p{i}") for i in range(40)]
+    eight = [group(i, *[f"{i};{2 * i if i % 2 else 1};"] * 8, name=f"p{i}") for i in range(40)]
+    narrow = eval_table(TASK, {"sampled": eight})["a avg@8"]
+    plain = eval_table(TASK, {"greedy": one})["a"]
+    assert (narrow.low, narrow.high, narrow.n) == (plain.low, plain.high, 40)
+
+
+def test_before_after_pairs_problems_and_tests_what_changed() -> None:
+    def table(right: set[int], count: int = 20, defect: str = "") -> EvalTable:
+        groups = [
+            group(i % 10, f"{i % 10};{2 * (i % 10) if i in right else 1};{defect}", name=f"p{i}")
+            for i in range(count)
+        ]
+        return eval_table(TASK, {"greedy": groups})
+
+    before, after = table({0, 1, 2}, defect="x"), table({1, *range(3, 20)})
+    rows = {row.metric: row for row in before_after(before, after).rows}
+    assert (rows["a"].gained, rows["a"].lost, rows["a"].paired) == (17, 2, 20)
+    assert rows["a"].p == pytest.approx(stats.binomtest(2, 19, 0.5).pvalue)
+    assert rows["a"].difference == pytest.approx(0.75)
+    assert not rows["a"].overlap
+    assert (rows["a_p"].p, rows["a_p"].overlap, rows["a_p"].difference) == (1.0, True, 0.0)
+    # A defect that is gone is a change too.
+    assert (rows["defect/x"].before.value, rows["defect/x"].after.value) == (1.0, 0.0)
+    # Other problems: no pairing, and no p-value.
+    other = {row.metric: row for row in before_after(before, table({0}, count=19)).rows}
+    assert other["a"].p is None
+    assert other["a"].paired == 0
+
+
+def test_tables_show_hostile_names_as_they_are() -> None:
+    table = eval_table(TASK, {"greedy": [group(1, "1;2;[red]x[/red]")]})
+    out = io.StringIO()
+    console = Console(file=out, width=120)
+    console.print(table.to_rich("a [bold]title"))
+    console.print(before_after(table, table).to_rich())
+    assert out.getvalue().count("[red]x[/red]") == 2
+    assert "a [bold]title" in out.getvalue()
+
+
+def test_step_metrics_on_groups_worked_out_by_hand() -> None:
+    groups = [
+        group(1, "1;2;", "2;4;x", tokens=4),
+        group(2, "2;4;", "2;4;", tokens=8, finish_reason="length"),
+        group(0, "0;0;", "0;1;x,y", tokens=4),
+    ]
+    terms = [Outcome(), Perception(), Misbehaves("nan")]
+    composition = Composition(
+        {"outcome": 0.7, "perception": 0.3, "nan": 0.0}, on_failure={"nan": "drop_group"}
+    )
+    scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)
+    found = step_metrics(scored, policy_version=8)
+    expected = {
+        "reward/outcome/mean": 0.75,
+        "reward/outcome/std": np.std([1, 0, 1, 1]),
+        "reward/outcome/zero_variance": 0.5,
+        "reward/outcome/failures": 0,
+        "reward/nan/failures": 1,
+        "reward/nan/failures/nan": 1,
+        "reward/total/mean": 0.75,
+        "group/count": 3,
+        "group/dropped": 1,
+        "group/zero_variance": 0.5,
+        "acc/a": 4 / 6,
+        "acc/a_p": 5 / 6,
+        "acc/leak": 0.0,
+        "acc/self_consistency": 5 / 6,
+        "defects/x": 2,
+        "defects/y": 1,
+        "coupling/outcome_perception/n": 6,
+        "coupling/outcome_perception/zero_variance": 1 / 3,
+        "response/tokens_mean": (4 + 5 + 8 + 9 + 4 + 5) / 6,
+        "response/tokens": 35,
+        "response/truncated": 1 / 3,
+        "policy/lag_mean": 1,
+        "policy/lag_max": 1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    a, a_p = [1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1]
+    pooled = stats.pearsonr(a, a_p).statistic
+    assert found["coupling/outcome_perception/pooled"] == pytest.approx(pooled)
+    # Groups 1 and 3 vary in a; only group 1 varies in a_p with it.
+    assert found["coupling/outcome_perception/within"] == pytest.approx(0.5 / np.sqrt(1.0 * 0.5))
+    assert found["reward/outcome/seconds_max"] >= found["reward/outcome/seconds_mean"] > 0
+    assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
+
+
+def test_an_undefined_number_is_absent_not_nan() -> None:
+    one = group(1, "1;2;", "1;2;")
+    found = step_metrics(
+        compose_groups([one], [score(one, Outcome())], Composition({"outcome": 1.0})), 7
+    )
+    assert "coupling/outcome_perception/pooled" not in found
+    assert found["coupling/outcome_perception/zero_variance"] == 1.0
+    assert step_metrics([], 0) == {"group/count": 0.0, "group/dropped": 0.0}

@@ -1,0 +1,196 @@
+"""Terms: values against hand-worked and independent ones; failures typed, never swallowed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import REWARD_TERMS
+from rewards.records import DIAGNOSIS, TermError
+from rewards.terms import (
+    BUILT_IN,
+    Format,
+    Outcome,
+    Perception,
+    PerceptionGraded,
+    diagnose,
+    load_term,
+    load_terms,
+)
+from tests.rewards.toys import TASK, Length, Misbehaves, group, score
+
+#            seen, solved        wrong seen, leak   right seen, wrong  unreadable
+FOUR = ("5;10;", "4;10;bad_cell", "5;9;", ";;missing_perception,missing_answer")
+
+
+def test_built_in_terms_on_a_group_worked_out_by_hand() -> None:
+    found = score(
+        group(5, *FOUR),
+        Outcome(),
+        Perception(),
+        PerceptionGraded(),
+        Format({"bad_cell": 0.25}, default=0.75),
+    )
+    assert not found.failures
+    assert found.values["outcome"].tolist() == [1, 1, 0, 0]
+    assert found.values["perception"].tolist() == [1, 0, 1, 0]
+    assert found.values["perception_graded"].tolist() == [1, 0.5, 1, 0]
+    assert found.values["format"].tolist() == [1, 0.75, 1, 0]
+    assert all(v.dtype == np.float64 for v in found.values.values())
+    assert found.seconds.keys() == found.values.keys()
+    assert all(s >= 0 for s in found.seconds.values())
+
+
+def test_diagnosis_is_there_whatever_is_rewarded() -> None:
+    found = score(group(5, *FOUR, "4;8;")).diagnosis
+    assert found is not None
+    assert found.a.tolist() == [True, True, False, False, False]
+    assert found.a_p.tolist() == [True, False, True, False, False]
+    assert found.leak.tolist() == [False, True, False, False, False]
+    assert found.self_consistency.tolist() == [True, False, False, False, True]
+    assert found.defects[3] == ("missing_perception", "missing_answer")
+
+
+def test_terms_equal_an_independent_reading_of_random_groups() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n = int(rng.integers(10))
+        texts, outcome, perception, graded, form = [], [], [], [], []
+        for _ in range(int(rng.integers(1, 9))):
+            p = None if rng.random() < 0.2 else int(rng.integers(10))
+            a = None if rng.random() < 0.2 else int(rng.integers(20))
+            k = int(rng.integers(3))
+            texts.append(f"{'' if p is None else p};{'' if a is None else a};{'x,y,z'[: 2 * k]}")
+            outcome.append(float(a == 2 * n))
+            perception.append(float(p == n))
+            graded.append(0.0 if p is None else 1 / (1 + abs(p - n)))
+            form.append([1.0, 0.7, 0.4][k])
+        terms = [load_term(name) for name in ("outcome", "perception", "perception_graded")]
+        found = score(group(n, *texts), *terms, Format(default=0.3))
+        assert found.values["outcome"].tolist() == outcome
+        assert found.values["perception"].tolist() == perception
+        assert found.values["perception_graded"].tolist() == graded
+        np.testing.assert_allclose(found.values["format"], form, rtol=0, atol=1e-12)
+
+
+@given(
+    penalties=st.dictionaries(st.sampled_from("abcde"), st.floats(0, 3), max_size=5),
+    default=st.floats(0, 3),
+    defects=st.lists(st.sampled_from("abcdefg"), unique=True),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_format_falls_with_every_defect_and_stays_in_range(
+    penalties: dict[str, float], default: float, defects: list[str]
+) -> None:
+    term = Format(penalties, default)
+    scores = [
+        term(TASK, group(1, f";;{','.join(defects[:k])}"))[0] for k in range(len(defects) + 1)
+    ]
+    assert scores[0] == 1.0
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] >= 0.0
+
+
+@pytest.mark.parametrize("penalty", [-0.1, math.nan, math.inf, "1", True])
+def test_format_refuses_a_penalty_that_is_none(penalty: object) -> None:
+    with pytest.raises(TermError, match=r"'format': args: bad_cell = .*finite number"):
+        load_term("format", {"penalties": {"bad_cell": penalty}})
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        ("nan", "nan"),
+        ("inf", "nan"),
+        ("short", "wrong_length"),
+        ("empty", "wrong_length"),
+        ("matrix", "wrong_length"),
+        ("none", "not_numbers"),
+        ("nones", "not_numbers"),
+        ("words", "not_numbers"),
+        ("scalar", "wrong_length"),
+        ("ragged", "not_numbers"),
+        ("complex", "not_numbers"),
+        ("huge", "not_numbers"),
+        ("raise", "exception"),
+        ("exit", "exception"),
+    ],
+)
+def test_a_failing_term_is_typed_and_the_others_still_score(what: str, kind: str) -> None:
+    found = score(group(0, "0;0;", "1;2;"), Misbehaves(what), Outcome())
+    (failure,) = found.failures
+    assert (failure.term, failure.kind) == (what, kind)
+    assert failure.message
+    assert what not in found.values
+    assert what in found.seconds
+    assert found.values["outcome"].tolist() == [1, 0]
+    assert found.diagnosis is not None
+
+
+def test_an_exception_keeps_the_terms_own_traceback() -> None:
+    (failure,) = score(group(0, "0;0;"), Misbehaves("raise")).failures
+    assert "toys.py" in failure.traceback
+    assert 'raise KeyError("no such cell")' in failure.traceback
+    assert "_guarded" not in failure.traceback
+    assert failure.message == "KeyError: 'no such cell'"
+
+
+def test_a_failing_checker_is_reported_as_the_tasks_fault_too() -> None:
+    found = score(group(1, "1;666;"), Outcome(), Perception())
+    assert [f.term for f in found.failures] == ["outcome", DIAGNOSIS]
+    assert found.diagnosis is None
+    assert found.values["perception"].tolist() == [1]
+
+
+def test_integers_and_booleans_count_as_numbers() -> None:
+    class Flags:
+        name = "flags"
+
+        def __call__(self, task: object, group: object) -> list[bool]:
+            return [True, False]
+
+    assert score(group(1, "1;2;", "1;3;"), Flags()).values["flags"].tolist() == [1.0, 0.0]
+
+
+def test_terms_load_by_name_and_by_class() -> None:
+    assert {name: load_term(name).name for name in BUILT_IN} == {n: n for n in BUILT_IN}
+    assert set(REWARD_TERMS) == set(BUILT_IN)
+    mine = load_term("tests.rewards.toys:Length", {"scale": 2.0})
+    assert mine(TASK, group(1, "1;2;")).tolist() == [8.0]
+    assert isinstance(mine, Length)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("percption", {}, "did you mean 'perception'"),
+        ("zzz", {}, "outcome, perception"),
+        ("tests.rewards.toys:Lenght", {}, "did you mean 'Length'"),
+        ("tests.rewards.nowhere:Length", {}, "PYTHONPATH"),
+        ("tests.rewards.toys:NoTerm", {}, "no RewardTerm"),
+        ("tests.rewards.toys:TASK", {}, "not callable"),
+        ("outcome", {"wieght": 1}, "args"),
+    ],
+)
+def test_a_term_that_cannot_be_loaded_says_why(name: str, args: dict, says: str) -> None:
+    with pytest.raises(TermError, match="reward term") as error:
+        load_term(name, args)
+    assert says in str(error.value)
+
+
+def test_two_terms_never_share_a_name() -> None:
+    with pytest.raises(TermError, match="'outcome'"):
+        load_terms([("outcome", {}), ("outcome", {})])
+    with pytest.raises(TermError, match="diagnosis"):
+        load_terms([("tests.rewards.toys:Misbehaves", {"what": "diagnosis"})])
+
+
+def test_diagnose_leaves_the_group_alone() -> None:
+    one = group(5, *FOUR)
+    before = [r.parsed for r in one.rollouts]
+    diagnose(TASK, one)
+    assert [r.parsed for r in one.rollouts] == before

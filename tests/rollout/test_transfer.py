@@ -1,0 +1,99 @@
+"""Weight transfer: deadlines, names in errors, one group in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rollout.transfer import HostSender, WeightTransferError
+
+
+class Sampler:
+    """A sampler in a thread that keeps what it loaded, or hangs or fails in one method."""
+
+    def __init__(self, name: str, hangs_in: str = "", fails_in: str = "") -> None:
+        self.name, self.hangs_in, self.fails_in = name, hangs_in, fails_in
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.version: int | None = None
+        self.files_seen: list[int] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def call(self, method: str, *args: Any) -> Future[None]:
+        return self._thread.submit(self._run, method, *args)
+
+    def wait(self, future: Future[None], seconds: float) -> None:
+        future.result(seconds)
+
+    def _run(self, method: str, *args: Any) -> None:
+        if method == self.hangs_in:
+            time.sleep(1.5)
+        if method == self.fails_in:
+            raise ValueError("out of cheese")
+        if method == "load_weights":
+            path = Path(args[0]["path"])
+            self.files_seen.append(len(os.listdir(path.parent)))
+            tensors = load_file(path)
+            assert list(tensors) and set(tensors) == set(args[0]["names"])
+            self.loaded |= tensors
+        if method == "finish_weight_update":
+            self.version = args[0]
+
+
+class Source:
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.groups = [
+            {f"layers.{i}.weight": torch.randn(4, 8, generator=generator).t()} for i in range(5)
+        ]
+
+    def metadata(self) -> list[Any]:
+        return []
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return (item for group in self.groups for item in group.items())
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        for group in self.groups:
+            yield list(group), list(group.values())
+
+
+def test_every_sampler_gets_every_tensor_and_one_file_lives_at_a_time(tmp_path: Path) -> None:
+    samplers = [Sampler("a"), Sampler("b")]
+    report = HostSender(samplers, 30, tmp_path).send(Source(), 7, rank=0)
+    assert report is not None
+    for sampler in samplers:
+        for name, tensor in Source():
+            assert torch.equal(sampler.loaded[name], tensor)
+        assert sampler.version == 7
+        assert set(sampler.files_seen) == {1}
+    assert (report.groups, report.bytes) == (5, 5 * 4 * 8 * 4)
+    assert report.largest_group_bytes == 4 * 8 * 4
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["begin_weight_update", "load_weights", "finish_weight_update"])
+def test_a_sampler_that_hangs_is_named_at_the_deadline(tmp_path: Path, method: str) -> None:
+    samplers = [Sampler("quick"), Sampler("sleepy", hangs_in=method)]
+    with pytest.raises(WeightTransferError, match=rf"'sleepy' did not finish {method}.*0\.5 s"):
+        HostSender(samplers, 0.5, tmp_path).send(Source(), 1, rank=0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sampler_that_fails_is_named_with_its_own_error(tmp_path: Path) -> None:
+    samplers = [Sampler("fine"), Sampler("broken", fails_in="load_weights")]
+    with pytest.raises(WeightTransferError, match="'broken' failed in load_weights: out of cheese"):
+        HostSender(samplers, 30, tmp_path).send(Source(), 1, rank=0)
+
+
+def test_other_ranks_gather_and_send_nothing(tmp_path: Path) -> None:
+    sampler = Sampler("a")
+    assert HostSender([sampler], 30, tmp_path).send(Source(), 1, rank=1) is None
+    assert not sampler.loaded and sampler.version is None

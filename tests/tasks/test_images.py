@@ -1,0 +1,158 @@
+"""What passes the image gate is whole and of sane size; everything else is named and refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tasks.core import DataError
+from tasks.images import MAX_PIXELS, blank_like, check_image, content_hash
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IEND", b"")
+
+
+PNG = encoded(noise(7, 5))
+
+
+def test_pixels_come_through_unchanged() -> None:
+    image = check_image(PNG, "x")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.asarray(noise(7, 5)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_no_proper_prefix_of_an_image_passes(kind: str) -> None:
+    data = encoded(noise(24, 24), kind)
+    check_image(data, "x")
+    for length in range(len(data)):
+        with pytest.raises(DataError, match=r"^data\.bin: row 3: "):
+            check_image(data[:length], "data.bin: row 3")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, len(PNG) - 1), st.integers(1, 255))
+def test_no_changed_byte_in_a_png_passes(at: int, change: int) -> None:
+    damaged = bytearray(PNG)
+    damaged[at] ^= change
+    with pytest.raises(DataError):
+        check_image(bytes(damaged), "x")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([b"", PNG[:8], PNG[:33], b"\xff\xd8\xff\xe0", b"RIFF\x20\x00\x00\x00WEBPVP8 "]),
+    st.binary(max_size=200),
+)
+def test_hostile_bytes_raise_only_data_errors(start: bytes, rest: bytes) -> None:
+    with pytest.raises(DataError):
+        check_image(start + rest, "x")
+
+
+def test_truncation_is_found_even_where_pillow_was_told_to_accept_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DataError, match="truncated"):
+        check_image(PNG[:-20], "x")
+
+
+def test_size_is_judged_from_the_header() -> None:
+    # There are no pixels to decode here, so this error can only come from the header.
+    with pytest.raises(DataError, match=r"big.png: .*20000x20000.*limit is 16 Mpx; scale it down"):
+        check_image(png_header(20_000, 20_000), "big.png")
+
+
+def test_a_real_decompression_bomb_is_refused() -> None:
+    bomb = encoded(Image.new("1", (20_000, 20_000)), compress_level=1)
+    assert len(bomb) < 1_000_000
+    with pytest.raises(DataError, match="20000x20000"):
+        check_image(bomb, "x")
+
+
+@pytest.mark.parametrize("side", [4001, 10_000, 20_000])
+def test_large_jpeg_is_refused_from_its_header(side: int) -> None:
+    data = bytearray(encoded(noise(16, 16), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    with pytest.raises(DataError, match=r"too large|limit"):
+        check_image(bytes(data), "x")
+
+
+def test_the_limit_is_exact() -> None:
+    check_image(encoded(noise(10, 10)), "x", max_pixels=100)
+    with pytest.raises(DataError, match="10x10"):
+        check_image(encoded(noise(10, 10)), "x", max_pixels=99)
+    assert MAX_PIXELS < 20_000 * 20_000
+
+
+def test_zero_size_and_empty() -> None:
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(DataError, match=f"{size[0]}x{size[1]}"):
+            check_image(png_header(*size), "x")
+    with pytest.raises(DataError, match="empty"):
+        check_image(b"", "x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_animated_images_are_refused(kind: str) -> None:
+    data = encoded(noise(8, 8), kind, save_all=True, append_images=[noise(8, 8, 1)])
+    with pytest.raises(DataError, match="animated"):
+        check_image(data, "x")
+
+
+def test_other_formats_and_deep_channels_are_refused() -> None:
+    for kind in ("GIF", "BMP", "TIFF", "EPS"):
+        with pytest.raises(DataError, match="save it as PNG"):
+            check_image(encoded(noise(8, 8), kind), "x")
+    with pytest.raises(DataError, match="8-bit"):
+        check_image(encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16))), "x")
+
+
+def test_transparent_pixels_become_white() -> None:
+    for clear in (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), Image.new("LA", (2, 2), (0, 0))):
+        assert check_image(encoded(clear), "x").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: width and height swap
+    assert check_image(encoded(noise(8, 4), "JPEG", exif=exif), "x").size == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_blank_has_the_size_and_mean_colour(kind: str) -> None:
+    data = encoded(noise(9, 6), kind)
+    shown, blank = (np.asarray(check_image(d, "x")) for d in (data, blank_like(data)))
+    assert blank.shape == shown.shape
+    assert len(np.unique(blank.reshape(-1, 3), axis=0)) == 1
+    assert np.abs(blank[0, 0] - shown.reshape(-1, 3).mean(0)).max() <= 0.5
+
+
+def test_content_hash_is_sha256() -> None:
+    assert content_hash(b"abc").startswith("ba7816bf8f01cfea")

@@ -1,0 +1,186 @@
+"""The divide into train and test: shares, and no symmetric twin across it, by brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks import graph_coloring, sudoku
+from tasks.core import DataError, Problem
+from tasks.load import load_task
+from tasks.splits import SPLITS, TEST_SHARE, draw_problem, split_of
+
+COUNT = 10_000
+SUDOKU: dict[str, Any] = {
+    "size": 4, "blanks": 8, "cell_size": 16, "font_size": 12, "margin": 0, "prompt": "brief",
+}  # fmt: skip
+GRAPH: dict[str, Any] = {
+    "vertices": 6, "canvas": 64, "layout": "circle", "label_size": 0, "prompt": "brief",
+}  # fmt: skip
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures: they take half of the time, and it is puzzles that are told apart."""
+    monkeypatch.setattr(sudoku, "render", lambda *_: b"")
+    monkeypatch.setattr(graph_coloring, "render", lambda *_: b"")
+    monkeypatch.setattr(graph_coloring, "place", lambda *_: None)
+
+
+def divided(name: str, knobs: dict[str, Any], count: int) -> dict[str, list[Problem]]:
+    """`count` problems by the side they fall on, and some that each side's stream brings."""
+    task = load_task(name)
+    spec = task.spec(**knobs)
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+    for _ in range(count):
+        problem = task.generate(rng, spec)
+        found[split_of(problem)].append(problem)
+    # The hash draws classes, so it is their share that is binomial.
+    test, train = (len({p.symmetry_key for p in found[split]}) for split in ("test", "train"))
+    sigma = (TEST_SHARE * (1 - TEST_SHARE) / (test + train)) ** 0.5
+    assert abs(test / (test + train) - TEST_SHARE) < 3 * sigma
+    for split in SPLITS:
+        drawn = [draw_problem(task, spec, split, seed=9, index=index) for index in range(100)]
+        assert {split_of(problem) for problem in drawn} == {split}
+        found[split] += drawn
+    keys = {split: {p.symmetry_key for p in problems} for split, problems in found.items()}
+    assert not keys["train"] & keys["test"]
+    return found
+
+
+def sudoku_group() -> np.ndarray:
+    """int64 [128, 16]: cell permutations, grown from a line swap, a band swap and transposing."""
+    cells = np.arange(16).reshape(4, 4)
+    steps = [cells.T, cells[[1, 0, 2, 3]], cells[[2, 3, 0, 1]]]
+    group = new = {tuple(range(16))}
+    while new:
+        new = {tuple(np.array(g)[step.reshape(-1)].tolist()) for g in new for step in steps} - group
+        group = group | new
+    return np.array(sorted(group))
+
+
+SUDOKU_GROUP = sudoku_group()
+DIGIT_NAMES = np.array([(0, *names) for names in permutations((1, 2, 3, 4))])  # [24, 5]
+
+
+def sudoku_twins(problem: Problem) -> set[int]:
+    """Every puzzle that is this one up to symmetry, itself first: a number in base 5 each."""
+    board = np.reshape(problem.truth["puzzle"], 16)
+    twins = DIGIT_NAMES[:, board[SUDOKU_GROUP]] @ 5 ** np.arange(16)  # [24, 128]
+    return set(twins.reshape(-1).tolist())
+
+
+def sudoku_number(problem: Problem) -> int:
+    return int(np.reshape(problem.truth["puzzle"], 16) @ 5 ** np.arange(16))
+
+
+def graph_number(problem: Problem) -> int:
+    """The adjacency bits of a graph of six vertices."""
+    pairs = {pair: 1 << bit for bit, pair in enumerate(combinations(range(6), 2))}
+    return sum(pairs[i, j] for i, j in problem.truth["edges"])
+
+
+def graph_twins(problem: Problem) -> set[int]:
+    """Every graph that is this one up to labels."""
+    matrix = np.zeros((6, 6), dtype=np.int64)
+    for i, j in problem.truth["edges"]:
+        matrix[i, j] = matrix[j, i] = 1
+    orders = np.array(list(permutations(range(6))))  # [720, 6]
+    rows, columns = np.triu_indices(6, 1)
+    return set((matrix[orders[:, rows], orders[:, columns]] @ (1 << np.arange(15))).tolist())
+
+
+def twins_of(problems: list[Problem], number: Any, twins: Any) -> tuple[set[int], int]:
+    """(all that is symmetric to one of the problems, how many classes that is)."""
+    covered: set[int] = set()
+    classes = 0
+    for problem in problems:
+        if number(problem) not in covered:
+            orbit = twins(problem)
+            assert number(problem) in orbit
+            covered |= orbit
+            classes += 1
+    return covered, classes
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_sudoku_of_ten_thousand_has_a_twin_across_the_divide() -> None:
+    assert len(SUDOKU_GROUP) == 128
+    found = divided("sudoku", SUDOKU, COUNT)
+    held_out, classes = twins_of(found["test"], sudoku_number, sudoku_twins)
+    assert held_out.isdisjoint(map(sudoku_number, found["train"]))
+    # The key is exact: it tells as many puzzles apart as there are orbits, and no more.
+    assert classes == len({p.symmetry_key for p in found["test"]}) > 150
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_graph_of_ten_thousand_is_on_both_sides_of_the_divide() -> None:
+    found = divided("graph_coloring", GRAPH, COUNT)
+    edges = {split: {p.perception for p in problems} for split, problems in found.items()}
+    assert not edges["train"] & edges["test"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_split_by_isomorphism_no_relabelled_graph_is_across_the_divide() -> None:
+    found = divided("graph_coloring", GRAPH | {"split_by": "isomorphism"}, 1000)
+    held_out, classes = twins_of(found["test"], graph_number, graph_twins)
+    assert held_out.isdisjoint(map(graph_number, found["train"]))
+    assert classes == len({p.symmetry_key for p in found["test"]}) > 5
+
+
+def test_any_part_of_a_stream_can_be_drawn_alone() -> None:
+    task = load_task("sudoku")
+    spec = task.spec(**SUDOKU)
+    first = [draw_problem(task, spec, "test", 3, index) for index in range(6)]
+    again = [draw_problem(task, spec, "test", 3, index) for index in reversed(range(6))]
+    assert first == again[::-1]
+    other = [
+        draw_problem(task, spec, split, seed, index)
+        for split, seed, index in (("train", 3, 0), ("test", 4, 0), ("test", 3, 6))
+    ]
+    assert len({p.id for p in first + other}) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "other"),
+    [
+        ("sudoku", SUDOKU, {"noise": 20, "jitter": 2, "ink": "random"}),
+        ("graph_coloring", GRAPH, {"noise": 20, "background": "random"}),
+    ],
+)
+def test_another_look_at_a_stream_shows_the_same_puzzles(
+    name: str, plain: dict[str, Any], other: dict[str, Any]
+) -> None:
+    task = load_task(name)
+    for split in SPLITS:
+        for index in range(4):
+            one, two = (
+                draw_problem(task, task.spec(**knobs), split, 0, index)
+                for knobs in (plain, plain | other)
+            )
+            assert one.truth == two.truth and one.image != two.image
+
+
+def test_sides_are_decided_for_good() -> None:
+    task = load_task("sudoku")
+    problem = draw_problem(task, task.spec(**SUDOKU), "train", 0, 0)
+    sides = [split_of(replace(problem, symmetry_key=f"key-{n}"))[1] for n in range(24)]
+    # Changing these moves held-out problems of old runs and data sets into training.
+    assert "".join(sides) == "rrerreeerrrerrrrerrrrrrr"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_too_narrow_knobs_say_what_to_change() -> None:
+    task = load_task("graph_coloring")
+    only_one = {"vertices": 2, "canvas": 64}
+    with pytest.raises(DataError, match=r"no problem of the (train|test) split.*loosen them"):
+        for split in SPLITS:
+            draw_problem(task, task.spec(**only_one), split, 0, 0)
+    impossible = {"vertices": 6, "edges": 9, "chromatic": 3, "planar": "nonplanar"}
+    with pytest.raises(DataError, match=r"drawing problem 7 of test: .* relax one"):
+        draw_problem(task, task.spec(**impossible), "test", 0, 7)
