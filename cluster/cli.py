@@ -13,8 +13,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.config import Recipe, RecipeError, UserError, load_recipe, resolved_toml, task_of
+from cluster.config import (
+    Recipe,
+    RecipeError,
+    RunFailed,
+    UserError,
+    load_recipe,
+    resolved_toml,
+    task_of,
+)
 from cluster.placement import Command, Machine, describe, plan
+from rollout.tokens import ModelError
 from tasks.core import DataError
 
 app = typer.Typer(
@@ -165,9 +174,12 @@ def main() -> None:
         sys.path.insert(0, os.getcwd())
     try:
         app()
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ModelError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except RunFailed as error:
+        print(f"the run failed: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _ready(recipe: Recipe, command: Command, address: str | None, dry_run: bool) -> bool:

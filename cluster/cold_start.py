@@ -19,6 +19,7 @@ import ray
 from torch.utils.data import DataLoader
 
 from cluster.config import Recipe, SftConfig, resolved_toml
+from cluster.placement import require_cluster
 from cluster.problems import ProblemSource, open_sources
 from cluster.runtime import actor_errors, connect, learner_settings, new_run_folder
 from cluster.tracking import Progress, Tracker
@@ -70,6 +71,7 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
             start_from = scratch
             warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
         connect(address)
+        require_cluster(recipe, ray.cluster_resources(), "sft")
         learner = LearnerGroup(
             learner_settings(recipe, start_from),
             recipe.learner.ranks,

@@ -46,6 +46,10 @@ class UserError(Exception):
     """Something the user can put right; the command line prints the message and no traceback."""
 
 
+class RunFailed(RuntimeError):
+    """A run that one of its actors ended; the message starts with the actor's own error."""
+
+
 class RecipeError(UserError):
     """A recipe that cannot be used; the message has one line for each thing wrong with it."""
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +159,10 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
                 f"{where} may not suffice: the estimate is {_gib(need)} of {_gib(there)}; lower "
                 "learner.micro_batch_tokens or sampler.kv_cache_gib, or raise learner.zero_stage"
             )
-    return Placement(actors, machine, _shortages(recipe, actors, machine, command), tuple(notes))
+    asked = {"cores": sum(a.cpus for a in actors), "GPUs": sum(a.gpus for a in actors)}
+    found = {"cores": machine.cores, "GPUs": len(machine.gpus)}
+    shortages = _shortages(asked, found, "this machine has", command)
+    return Placement(actors, machine, shortages, tuple(notes))
 
 
 def describe(placement: Placement) -> str:
@@ -259,23 +263,34 @@ def sampler_memory(recipe: Recipe, size: PolicySize | None, machine: Machine) ->
     return parts
 
 
+def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Command) -> None:
+    """Raise PlacementError where a Ray cluster lacks what a recipe asks for.
+
+    `resources` as `ray.cluster_resources()` gives them. Ray itself would wait for ever.
+    """
+    sampler, learner = recipe.sampler, recipe.learner
+    samplers = sampler.count if command == "train" else 0
+    cpus = samplers * sampler.cpus + learner.ranks * learner.cpus
+    gpus = samplers * sampler.gpus + learner.ranks * learner.gpus
+    there = {"cores": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
+    found = _shortages({"cores": cpus, "GPUs": gpus}, there, "the cluster has", command)
+    if found:
+        raise PlacementError("\n".join(found))
+
+
 def _shortages(
-    recipe: Recipe, actors: tuple[Actor, ...], machine: Machine, command: Command
+    need: Mapping[str, float], there: Mapping[str, float], who: str, command: Command
 ) -> tuple[str, ...]:
     found = []
-    for unit, field, there in (
-        ("cores", "cpus", machine.cores),
-        ("GPUs", "gpus", len(machine.gpus)),
-    ):
-        need = sum(getattr(actor, field) for actor in actors)
-        if need <= there:
+    for unit, field in (("cores", "cpus"), ("GPUs", "gpus")):
+        if need[unit] <= there[unit]:
             continue
         products = [f"learner.ranks × learner.{field}"]
         if command == "train":
             products.insert(0, f"sampler.count × sampler.{field}")
         found.append(
-            f"{' + '.join(products)} = {need:g} {unit}, but this machine has {there}; lower one of "
-            "these fields, or give --address of a cluster that has them"
+            f"{' + '.join(products)} = {need[unit]:g} {unit}, but {who} {there[unit]:g}; lower one "
+            "of these fields, or give --address of a cluster that has them"
         )
     return tuple(found)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.config import Recipe
+from cluster.config import Recipe, RunFailed
+from cluster.placement import require_cluster
 from cluster.problems import ProblemSource, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
@@ -28,10 +29,6 @@ from rollout.engine import EngineSettings
 from rollout.sampler import SamplerPool
 from rollout.tokens import load_processor
 from rollout.transfer import HostSender, WeightSender, WeightTransferError
-
-
-class RunFailed(RuntimeError):
-    """A run that an actor ended; the message starts with the actor's own error."""
 
 
 def connect(address: str | None) -> None:
@@ -181,6 +178,7 @@ def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) ->
     load_processor(recipe.model.path)
     with actor_errors(folder):
         connect(address)
+        require_cluster(recipe, ray.cluster_resources(), "train")
         run: Run | None = None
         try:
             run = Run(recipe, sources, say)

@@ -25,6 +25,10 @@ from rollout.record import Group, SampleRequest
 from tasks.core import SEGMENTS, Problem, Segment
 
 
+MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 0.5}
+"""Largest on-policy log-prob gap in nats that arithmetic alone explains."""
+
+
 def run_training(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
     """Train by a recipe and return the run folder.
 
@@ -59,6 +63,7 @@ def run_training(recipe: Recipe, address: str | None = None, output: Path | None
             metrics |= transfer_metrics(run.learner.send_weights(version))
             clock.lap("transfer")
             metrics |= {"policy/version": float(version)} | clock.metrics(groups)
+            warn_of_mismatch(recipe, metrics, progress)
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
             progress.step(step, metrics, clock.total())
@@ -149,6 +154,21 @@ def verify_transfer(run: Run) -> None:
                 f"has, {len(changed)} of its {len(old)} parameters differ, first {changed[0]!r}; "
                 "sampler and learner do not agree on this model's parameter names"
             )
+
+
+def warn_of_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
+    """Say it when sampler and learner disagree on the step's tokens before the first update.
+
+    The proof that a transfer arrived: checksums on a CPU cannot see packed linear layers. Only
+    the step's first update is on-policy, so more updates a step are not judged.
+    """
+    gap = metrics.get("learner/logprob_gap", 0.0)
+    limit = MISMATCH_LIMIT[recipe.model.dtype]
+    if recipe.algorithm.updates_per_step == 1 and gap > limit:
+        progress.say(
+            f"warning: sampler and learner log-probs differ by up to {gap:.2g} nats (more than "
+            f"{limit:g} for {recipe.model.dtype}); their weights or inputs are not the same"
+        )
 
 
 def measure(run: Run, tracker: Tracker, step: int) -> dict[str, EvalTable]:

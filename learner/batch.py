@@ -7,12 +7,13 @@ whole micro-batch, laid end to end in sequence order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tasks.images import check_image
 
@@ -70,22 +71,61 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """The distinct images of a micro-batch: the vision tower runs once on each.
+
+    Attributes:
+        inputs: what the tower reads, of the distinct images end to end (`pixel_values` and what
+            else the family needs).
+        images: int64 [I], the distinct image of each sequence that has one, in sequence order.
+        rows: int64 [R], the same in rows of `pixel_values` (an image may be several tiles).
+    """
+
+    inputs: dict[str, torch.Tensor]
+    images: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward pass: model inputs and where its response tokens are predicted.
 
     Attributes:
-        inputs: keyword arguments of the model (`input_ids` [B, L], `attention_mask` [B, L],
-            image tensors in sequence order, and what else the family needs).
+        inputs: keyword arguments of the model (`input_ids` [B, L], and what else the family
+            needs to place its tokens). Padding is on the right, where causal attention never
+            looks from a real token, so there is no attention mask.
+        vision: the images. A micro-batch without any carries one blank image that nothing uses:
+            its features count zero times, so every rank runs the same modules in each step.
         rows, columns: int64 [N], the hidden state that predicts each response token.
         tokens: the targets and their training signal.
         weight: 0.0 for a filler that only keeps ranks in step, else 1.0.
+        real_tokens: how many of `input_ids` are not padding.
     """
 
     inputs: dict[str, torch.Tensor]
+    vision: Vision
     rows: torch.Tensor
     columns: torch.Tensor
     tokens: Tokens
     weight: float
+    real_tokens: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            "inputs": {name: value.to(device) for name, value in self.inputs.items()},
+            "vision": Vision(
+                {name: value.to(device) for name, value in self.vision.inputs.items()},
+                self.vision.images,
+                self.vision.rows.to(device),
+            ),
+            "rows": self.rows.to(device),
+            "columns": self.columns.to(device),
+            "tokens": Tokens(**{k: v.to(device) for k, v in vars(self.tokens).items()}),
+        }
+        return replace(self, **moved)
 
 
 def plan_micro_batches(
@@ -115,6 +155,19 @@ def plan_micro_batches(
     return plan
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image as the checkpoint's processor made it.
+
+    Attributes:
+        inputs: the model's image tensors.
+        placeholders: how many prompt tokens stand for it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    placeholders: int
+
+
 class Collator:
     """Builds micro-batches for one family of models.
 
@@ -125,27 +178,43 @@ class Collator:
         self._processor = processor
         self._accepts = set(forward_parameters)
         self._image_token_id = image_token_id
-        self._encoded: dict[bytes, dict[str, torch.Tensor]] = {}
+        self._image_token = processor.tokenizer.convert_ids_to_tokens(image_token_id)
+        self._encoded: dict[bytes, EncodedImage] = {}
+        (self._blank,) = self._process([Image.new("RGB", (64, 64), (128, 128, 128))])
 
-    def encode_image(self, image: bytes) -> dict[str, torch.Tensor]:
-        """The model's image tensors for one encoded image, cached until `forget`.
+    def encode_images(self, images: Iterable[bytes]) -> list[EncodedImage]:
+        """Each encoded image file as the model's tensors, cached until `forget`.
 
         Raises DataError for an image that cannot be used.
         """
-        known = self._encoded.get(image)
-        if known is None:
-            picture = check_image(image, "training image")
-            token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
-            out = self._processor(images=[picture], text=[token], return_tensors="pt")
-            known = {
-                name: value
-                for name, value in out.items()
-                if name in self._accepts
-                and name not in ("input_ids", "attention_mask", "mm_token_type_ids")
-            }
-            known["placeholders"] = (out["input_ids"] == self._image_token_id).sum()
-            self._encoded[image] = known
-        return known
+        images = list(images)
+        by_size: dict[tuple[int, int], dict[bytes, Image.Image]] = {}
+        for image in dict.fromkeys(images):
+            if image not in self._encoded:
+                picture = check_image(image, "training image")
+                by_size.setdefault(picture.size, {})[image] = picture
+        # A processor's call costs more than its work on a small image, and images of one size
+        # make tensors of one shape: one call a size, cut into equal parts.
+        for pictures in by_size.values():
+            self._encoded |= zip(pictures, self._process(list(pictures.values())), strict=True)
+        return [self._encoded[image] for image in images]
+
+    def _process(self, pictures: list[Image.Image]) -> list[EncodedImage]:
+        """Encode pictures of one size."""
+        out = self._processor(
+            images=pictures, text=[self._image_token] * len(pictures), return_tensors="pt"
+        )
+        placeholders = (out["input_ids"] == self._image_token_id).sum(-1).tolist()
+        parts = {
+            name: value.chunk(len(pictures))
+            for name, value in out.items()
+            if name in self._accepts
+            and name not in ("input_ids", "attention_mask", "mm_token_type_ids")
+        }
+        return [
+            EncodedImage({name: chunks[i] for name, chunks in parts.items()}, placeholders[i])
+            for i in range(len(pictures))
+        ]
 
     def forget(self) -> None:
         """Drop encoded images (after each update, so memory stays that of one batch)."""
@@ -154,40 +223,33 @@ class Collator:
     def __call__(self, sequences: Sequence[TrainSequence], weight: float = 1.0) -> MicroBatch:
         """Pad and stack. Raises ValueError when a prompt's placeholders do not fit its image."""
         widths = [len(s) - 1 for s in sequences]
-        length = max(widths)
-        ids = torch.full(
-            (len(sequences), length), self._processor.tokenizer.pad_token_id, dtype=torch.long
-        )
-        mask = torch.zeros(len(sequences), length, dtype=torch.long)
-        image_mask = torch.zeros(len(sequences), length, dtype=torch.int32)
+        shape = (len(sequences), max(widths))
+        ids = torch.full(shape, self._processor.tokenizer.pad_token_id, dtype=torch.long)
+        image_mask = torch.zeros(shape, dtype=torch.int32)
+        shown = [s.image for s in sequences if s.image is not None]
+        encoded = dict(zip(shown, self.encode_images(shown), strict=True))
         rows, columns = [], []
-        images: dict[str, list[torch.Tensor]] = {}
         for row, sequence in enumerate(sequences):
             prompt, response = sequence.prompt_ids, sequence.response_ids
             # The last token is only ever a target.
-            ids[row, : widths[row]] = torch.from_numpy(
-                np.concatenate([prompt, response[:-1]]).astype(np.int64)
-            )
-            mask[row, : widths[row]] = 1
-            placeholders = prompt == self._image_token_id
-            image_mask[row, : len(prompt)] = torch.from_numpy(placeholders.astype(np.int32))
+            known = np.concatenate([prompt, response])[:-1].astype(np.int64)
+            placeholders = known == self._image_token_id
+            expected = encoded[sequence.image].placeholders if sequence.image is not None else 0
+            if placeholders.sum() != expected:
+                raise ValueError(
+                    f"sequence {row}: {placeholders.sum()} image placeholders before its last "
+                    f"token but {expected} visual features from its image; sampler and learner "
+                    "must load the same processor, and end a response at a sampled placeholder"
+                )
+            ids[row, : widths[row]] = torch.from_numpy(known)
+            image_mask[row, : widths[row]] = torch.from_numpy(placeholders)
             rows.append(torch.full((len(response),), row, dtype=torch.long))
             columns.append(torch.arange(len(response)) + len(prompt) - 1)
-            expected = 0
-            if sequence.image is not None:
-                encoded = self.encode_image(sequence.image)
-                expected = int(encoded["placeholders"])
-                for name, value in encoded.items():
-                    if name != "placeholders":
-                        images.setdefault(name, []).append(value)
-            if int(placeholders.sum()) != expected:
-                raise ValueError(
-                    f"sequence {row}: {int(placeholders.sum())} image placeholders in the prompt "
-                    f"but {expected} visual features from its image; sampler and learner must "
-                    "load the same processor"
-                )
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        inputs |= {name: torch.cat(values) for name, values in images.items()}
+        inputs = {"input_ids": ids}
+        for name in self._blank.inputs:
+            # Tensors that place image tokens (a grid, a size) go with every use of the image.
+            if name != "pixel_values" and shown:
+                inputs[name] = torch.cat([encoded[image].inputs[name] for image in shown])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = image_mask
         tokens = Tokens(
@@ -196,7 +258,29 @@ class Collator:
             sampler_logprobs=_flat(sequences, "sampler_logprobs", torch.float32),
             advantages=_flat(sequences, "advantages", torch.float32),
         )
-        return MicroBatch(inputs, torch.cat(rows), torch.cat(columns), tokens, weight)
+        return MicroBatch(
+            inputs=inputs,
+            vision=self._vision(encoded, shown),
+            rows=torch.cat(rows),
+            columns=torch.cat(columns),
+            tokens=tokens,
+            weight=weight,
+            real_tokens=sum(widths),
+        )
+
+    def _vision(self, encoded: Mapping[bytes, EncodedImage], shown: Sequence[bytes]) -> Vision:
+        """What the tower reads for `encoded` (or one blank), and which image each use shows."""
+        distinct = list(encoded.values()) or [self._blank]
+        place = {image: index for index, image in enumerate(encoded)}
+        heights = [len(image.inputs["pixel_values"]) for image in distinct]
+        starts = np.cumsum([0, *heights])
+        images = [place[image] for image in shown]
+        rows = [np.arange(starts[i], starts[i + 1]) for i in images]
+        return Vision(
+            {n: torch.cat([image.inputs[n] for image in distinct]) for n in self._blank.inputs},
+            torch.tensor(images, dtype=torch.long),
+            torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])),
+        )
 
 
 def _flat(sequences: Sequence[TrainSequence], name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -6,16 +6,18 @@ share by `plan_micro_batches`, so all ranks agree on denominators without a coll
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.losses import Loss, token_statistics
@@ -129,7 +131,8 @@ class DeepSpeedLearner:
         Metrics: `loss` and `loss/<term>`, `grad_norm` (before clipping), `nll/<segment>` and
         `entropy/<segment>` (nats a token), `tokens/<segment>` (counts), `padding_share`,
         `seconds`, and for a policy loss `kl`, `clip_fraction`, `ratio_mean`, `ratio_gap` (max
-        |ρ-1|), `logprob_gap` (max, nats). Raises NonFiniteLoss, before any step is taken.
+        |ρ-1|), `logprob_gap` (max, nats). Raises NonFiniteLoss, before any step is taken; the
+        run cannot go on from there (other ranks may wait in a collective).
         """
         start = time.perf_counter()
         if learning_rate is not None:
@@ -140,9 +143,7 @@ class DeepSpeedLearner:
         micro_batches = self._share(batch)
         for index, micro in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            logprobs, entropy = self._engine(
-                micro.inputs, micro.rows, micro.columns, micro.tokens.ids
-            )
+            logprobs, entropy = self._engine(micro, entropy_gradient=loss.uses_entropy)
             terms = loss.sums(logprobs, entropy, micro.tokens)
             total = logprobs.new_zeros(())
             for name, value in terms.items():
@@ -158,17 +159,33 @@ class DeepSpeedLearner:
             if micro.weight:
                 with torch.no_grad():
                     statistics = token_statistics(logprobs, entropy, micro.tokens, loss)
-                statistics["sum/padded"] = float(micro.inputs["attention_mask"].numel())
-                statistics["sum/kept"] = float(micro.inputs["attention_mask"].sum())
+                statistics["sum/padded"] = float(micro.inputs["input_ids"].numel())
+                statistics["sum/kept"] = float(micro.real_tokens)
                 _accumulate(found, statistics)
-        norm = self._engine.get_global_grad_norm()
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        norm = self._step()
         self._collate.forget()
         metrics = _summary(_over_ranks(found, self._place.size))
-        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
+        metrics["grad_norm"] = norm
         metrics["seconds"] = time.perf_counter() - start
         return metrics
+
+    def _step(self) -> float:
+        """Take the optimizer step and return the global gradient norm before clipping.
+
+        Raises NonFiniteLoss, with nothing applied, when that norm is not finite.
+        """
+        norm: float | None = None
+        if not self._engine.zero_optimization():
+            # Without ZeRO every rank holds the whole reduced gradient, and DeepSpeed clips by its
+            # norm without telling it or looking whether it is finite.
+            norm = _norm(self._engine.module.parameters())
+        if norm is None or math.isfinite(norm):
+            self._engine.step()
+            # ZeRO computes the norm within the step, and skips the step if it is not finite.
+            norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(f"the gradient norm is {norm}; the update was not applied")
+        return norm
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
@@ -182,7 +199,7 @@ class DeepSpeedLearner:
         lengths = [len(s) for s in batch.sequences]
         for indices in plan_micro_batches(lengths, 1, self._settings.micro_batch_tokens)[0]:
             chosen = [batch.sequences[i] for i in indices]
-            micro = self._to_device(self._collate(chosen))
+            micro = self._collate(chosen).to(self._engine.device)
             flat, _ = self._engine.module.run(micro)
             parts = flat.float().cpu().split([len(s.response_ids) for s in chosen])
             for index, part in zip(indices, parts, strict=True):
@@ -200,64 +217,103 @@ class DeepSpeedLearner:
 
         Every rank must call it; rank 0 writes. An existing folder is replaced.
         """
+        model = self._engine.module.model
         state: dict[str, torch.Tensor] = {}
-        for names, tensors in self.weights().iter_groups():
-            state.update(zip(names, (t.detach().cpu().clone() for t in tensors), strict=True))
+        for names, tensors in self.weights().parameter_groups():
+            if self._place.rank == 0:
+                state.update(zip(names, (t.detach().cpu().clone() for t in tensors), strict=True))
         if self._place.rank != 0:
             return
+        buffers = dict(model.named_buffers())
+        state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
         temporary = folder.with_name(f".{folder.name}.partial")
-        temporary.mkdir(parents=True, exist_ok=True)
-        self._engine.module.model.save_pretrained(temporary, state_dict=state)
+        old = folder.with_name(f".{folder.name}.old")
+        for leftover in (temporary, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=state)
         self.processor.save_pretrained(temporary)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
             folder.rename(old)
-            temporary.rename(folder)
+        temporary.rename(folder)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
 
     def _share(self, batch: TrainBatch) -> list[MicroBatch]:
         lengths = [len(s) for s in batch.sequences]
         plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
         shortest = min(batch.sequences, key=len)
         return [
-            self._to_device(self._collate([batch.sequences[i] for i in indices]))
-            if indices
-            else self._to_device(self._collate([shortest], weight=0.0))
+            (
+                self._collate([batch.sequences[i] for i in indices])
+                if indices
+                else self._collate([shortest], weight=0.0)
+            ).to(self._engine.device)
             for indices in plan[self._place.rank]
         ]
 
-    def _to_device(self, micro: MicroBatch) -> MicroBatch:
-        device = self._engine.device
-        if device.type == "cpu":
-            return micro
-        tokens = type(micro.tokens)(**{k: v.to(device) for k, v in vars(micro.tokens).items()})
-        inputs = {name: value.to(device) for name, value in micro.inputs.items()}
-        return MicroBatch(
-            inputs, micro.rows.to(device), micro.columns.to(device), tokens, micro.weight
-        )
+
+@dataclass(frozen=True)
+class ParameterMeta:
+    """What a weight source will yield: a checkpoint name, dtype and whole shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class GatheredWeights:
     """A model's parameters under their checkpoint names, one layer group at a time.
 
+    transformers may hold a parameter under another name, or split otherwise, than its checkpoint
+    does; names, shapes and splits here are those of `save_pretrained`, which samplers read.
     Under ZeRO-3 a group is gathered while it is handed out and let go after, so the extra
     memory is one group. Tensors have the dtype the sampler computes in.
     """
 
     def __init__(self, model: Any, deepspeed: Any, settings: LearnerSettings) -> None:
-        self._groups = layer_groups([name for name, _ in model.named_parameters()])
+        self._model = model
         self._parameters = dict(model.named_parameters())
+        self._groups = layer_groups(list(self._parameters))
         self._deepspeed, self._sharded = deepspeed, settings.zero_stage == 3
         self._dtype = getattr(torch, settings.dtype)
 
+    def metadata(self) -> list[ParameterMeta]:
+        """What iteration will yield, in its order, without gathering anything."""
+        found = []
+        for names in self._groups:
+            parameters = [self._parameters[name] for name in names]
+            shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+            empty = [torch.empty(shape, dtype=self._dtype, device="meta") for shape in shapes]
+            for name, tensor in self._checkpoint_form(names, empty).items():
+                found.append(ParameterMeta(name, tensor.dtype, tuple(tensor.shape)))
+        return found
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor), one at a time."""
+        for names, tensors in self.iter_groups():
+            yield from zip(names, tensors, strict=True)
+
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         """Yield (names, tensors) by layer group; tensors are valid until the next group."""
+        for names, tensors in self.parameter_groups():
+            converted = self._checkpoint_form(names, tensors)
+            yield list(converted), list(converted.values())
+
+    def parameter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """The same under the names and in the form that the module tree holds."""
         for names in self._groups:
-            tensors = [self._parameters[name] for name in names]
-            with self._deepspeed.zero.GatheredParameters(tensors, enabled=self._sharded):
-                yield names, [t.data.to(self._dtype) for t in tensors]
+            parameters = [self._parameters[name] for name in names]
+            with self._deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
+                yield names, [p.data.to(self._dtype) for p in parameters]
+
+    def _checkpoint_form(
+        self, names: list[str], tensors: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state = dict(zip(names, tensors, strict=True))
+        converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
+        return converted
 
 
 def layer_groups(names: list[str]) -> list[list[str]]:
@@ -269,6 +325,12 @@ def layer_groups(names: list[str]) -> list[list[str]]:
         key = ".".join(parts[: number + 1]) if number is not None else ""
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """Euclidean norm of all gradients together, in float32."""
+    norms = [p.grad.float().norm() for p in parameters if p.grad is not None]
+    return float(torch.stack(norms).norm())
 
 
 def _accumulate(found: dict[str, float], more: dict[str, float]) -> None:

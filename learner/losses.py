@@ -21,6 +21,10 @@ PERCEPTION = SEGMENTS.index("perception")
 class Loss(Protocol):
     """A loss: how much each named term weighs, its denominator, and its sum over a micro-batch."""
 
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether `sums` needs the gradient of the entropies."""
+
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         """Global token count of each term, over the whole update."""
 
@@ -44,6 +48,10 @@ class PolicyLoss:
     clip_high: float = 0.28
     entropy_weight: float = 0.0
 
+    @property
+    def uses_entropy(self) -> bool:
+        return self.entropy_weight != 0
+
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         count = float(max(1, batch.response_tokens()))
         return {"policy": count, "entropy": count}
@@ -64,6 +72,10 @@ class PolicyLoss:
 class TokenMeanLoss:
     """Standard SFT: cross-entropy averaged over all response tokens of the update."""
 
+    @property
+    def uses_entropy(self) -> bool:
+        return False
+
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         return {"cross_entropy": float(max(1, batch.response_tokens()))}
 
@@ -82,6 +94,10 @@ class BalancedLoss:
     """
 
     perception_weight: float = 0.5
+
+    @property
+    def uses_entropy(self) -> bool:
+        return False
 
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         counts = batch.segment_tokens()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from learner.batch import Collator, MicroBatch
+from learner.batch import Collator, MicroBatch, Vision
 from rollout.tokens import ModelError, load_processor
 
 
@@ -31,32 +31,58 @@ class Policy(nn.Module):
         self.head_float32 = head_float32
 
     def forward(
-        self,
-        inputs: dict[str, torch.Tensor],
-        rows: torch.Tensor,
-        columns: torch.Tensor,
-        targets: torch.Tensor,
+        self, batch: MicroBatch, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probs [N], entropies [N]) in nats of `targets` [N] at hidden[rows, columns]."""
+        """(log-probs [N], entropies [N]) in nats of a micro-batch's response tokens.
+
+        Entropies carry a gradient only if asked to: it keeps another [N, V] tensor alive.
+        """
         model: Any = self.model
+        features = model.model.get_image_features(**batch.vision.inputs, return_dict=True)
+        inputs = dict(batch.inputs)
+        if len(batch.vision.images):
+            inputs["mm_encoder_outputs"] = {"image": _use(features, batch.vision)}
         hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
-        chosen = hidden[rows, columns]  # [N, hidden]
+        chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
+        if not len(batch.vision.images):
+            chosen = chosen + 0.0 * _total(features)
         if self.head_float32:
             chosen = chosen.float()
         logits = model.lm_head(chosen).float()  # [N, V]
         if self.temperature != 1.0:
             logits = logits / self.temperature
         logits = torch.log_softmax(logits, dim=-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1)
-        entropy = -(logits.exp() * logits).sum(-1)
+        logprobs = logits.gather(-1, batch.tokens.ids[:, None]).squeeze(-1)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy = -(logits.exp() * logits).sum(-1)
         return logprobs, entropy
 
     def run(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` on a micro-batch."""
-        log: tuple[torch.Tensor, torch.Tensor] = self(
-            batch.inputs, batch.rows, batch.columns, batch.tokens.ids
-        )
-        return log
+        """`forward`, typed."""
+        found: tuple[torch.Tensor, torch.Tensor] = self(batch)
+        return found
+
+
+def _use(features: Any, vision: Vision) -> Any:
+    """Image features, which are of distinct images, laid out as the sequences use them."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):  # [rows of pixel_values, tokens, hidden]
+            return value[vision.rows]
+        return tuple(value[i] for i in vision.images.tolist())  # a tensor an image
+
+    features.pooler_output = pick(features.pooler_output)
+    deepstack = getattr(features, "deepstack_features", None)
+    if deepstack is not None:
+        features.deepstack_features = [pick(level) for level in deepstack]
+    return features
+
+
+def _total(features: Any) -> torch.Tensor:
+    """The sum over everything `_use` would have used."""
+    parts = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+    tensors = [t for part in parts for t in ([part] if isinstance(part, torch.Tensor) else part)]
+    return torch.stack([t.sum() for t in tensors]).sum()
 
 
 def load_policy(
@@ -80,6 +106,11 @@ def load_policy(
             f"model.path: {path}: could not be loaded as an image-text-to-text model "
             f"({str(error).splitlines()[0]})"
         ) from error
+    if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
+        raise ModelError(
+            f"model.path: {path}: {type(model).__name__} does not take image features computed "
+            "beforehand (mm_encoder_outputs); Qwen3-VL, InternVL and most others of transformers do"
+        )
     if head_float32 and dtype != "float32":
         _float32_head(model.lm_head)
     return Policy(model, temperature, head_float32), processor

@@ -94,9 +94,9 @@ def warm_up_vision(
 
 def _features(model: Any, collate: Any, images: Sequence[bytes]) -> torch.Tensor:
     """[B, F] visual features of each image, flattened in reading order."""
-    encoded = [collate.encode_image(image) for image in images]
-    names = [name for name in encoded[0] if name != "placeholders"]
-    inputs = {name: torch.cat([e[name] for e in encoded]) for name in names}
+    encoded = collate.encode_images(images)
+    names = encoded[0].inputs
+    inputs = {name: torch.cat([image.inputs[name] for image in encoded]) for name in names}
     output = model.model.get_image_features(**inputs, return_dict=True).pooler_output
     tensors = output if isinstance(output, list | tuple) else list(output)
     return torch.stack([t.flatten() for t in tensors])

@@ -1,0 +1,189 @@
+"""The whole loop on real parts: Ray, vLLM and DeepSpeed, two policy updates, both families.
+
+InternVL runs in the local mode on two ZeRO-3 ranks; Qwen3-VL runs as a Ray job submitted to a
+head node on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from cluster.tracking import read_metrics, read_rollouts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """
+name = "end-to-end"
+seed = 3
+
+[model]
+path = "{model}"
+max_model_len = 192
+
+[[tasks]]
+name = "sudoku"
+[tasks.knobs]
+size = 4
+blanks = 8
+cell_size = 16
+font_size = 12
+margin = 0
+prompt = "brief"
+
+[[tasks]]
+name = "graph_coloring"
+[tasks.knobs]
+vertices = 6
+canvas = 96
+label_size = 0
+prompt = "brief"
+
+[sampler]
+max_tokens = 24
+max_num_seqs = 64
+
+[reward]
+terms = [
+    {{ name = "outcome", weight = 0.5 }},
+    {{ name = "perception", weight = 0.5 }},
+    {{ name = "tests.cluster.wordiness:Wordiness", weight = 0.1 }},
+]
+
+[algorithm]
+group_size = 4
+problems_per_step = 4
+steps = 2
+
+[learner]
+learning_rate = 1e-3
+{learner}
+
+[eval]
+problems = 8
+"""
+
+
+def write_recipe(folder: Path, model: Path, learner: str = "") -> Path:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=model, learner=learner), encoding="utf-8")
+    return recipe
+
+
+def check_run(run: Path, model: Path) -> None:
+    """What any finished two-update run must have left behind."""
+    table = read_metrics(run).to_pylist()
+    metrics = {(row["step"], row["name"]): row["value"] for row in table}
+    assert metrics[2, "policy/version"] == 2
+    # On-policy: before its first update the learner's policy is the sampler's.
+    for step in (1, 2):
+        assert metrics[step, "learner/ratio_gap"] < 1e-4
+        assert metrics[step, "learner/logprob_gap"] < 1e-4
+        assert metrics[step, "learner/clip_fraction"] == 0
+        assert metrics[step, "learner/grad_norm"] > 0
+        assert metrics[step, "reward/wordiness/std"] > 0
+        assert metrics[step, "transfer/bytes"] > 1e6
+    for name in ("acc/a", "acc/a_p", "group/zero_variance", "idle/sampler", "time/step"):
+        assert (1, name) in metrics
+    for step, version in ((1, 0), (2, 1)):
+        rows = read_rollouts(run, step).to_pylist()
+        assert len(rows) == 16
+        assert {v for row in rows for v in row["versions"]} == {version}
+        assert all((run / "images" / f"{row['image_sha256']}.png").exists() for row in rows)
+    trained, start = (
+        load_file(run / "checkpoint" / "model.safetensors"),
+        load_file(model / "model.safetensors"),
+    )
+    assert trained.keys() == start.keys()
+    changed = [name for name in start if not np.array_equal(start[name], trained[name])]
+    assert len(changed) > 0.9 * len(start)
+    assert (run / "checkpoint" / "chat_template.jinja").exists()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert set(evaluation) == {"sudoku", "graph_coloring"}
+    for table in evaluation.values():
+        assert {"a", "a_p", "a_r"} <= {row["metric"] for row in table["after"]["rows"]}
+
+
+def environment(**more: str) -> dict[str, str]:
+    quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | quiet | more
+
+
+def test_internvl_on_two_zero3_ranks_in_local_mode(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    # Fractions of a core, so that a sampler and two ranks fit on the smallest machine.
+    recipe = write_recipe(
+        tmp_path, tiny_models["internvl"], "ranks = 2\ncpus = 0.5\nzero_stage = 3"
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    check_run(run, tiny_models["internvl"])
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A head node on loopback with its own ports; yields the dashboard's address."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    # Ray puts sockets under its temporary folder, whose path must stay short.
+    scratch = Path(f"/tmp/eq-{os.getpid()}")
+    head = subprocess.Popen(
+        [
+            ray,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            "--node-ip-address=127.0.0.1",
+            f"--port={ports[0]}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[1]}",
+            f"--temp-dir={scratch}",
+        ],
+        env=environment(),
+        stdout=(tmp_path / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    address = f"http://127.0.0.1:{ports[1]}"
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", ports[1])) == 0:
+                break
+        assert head.poll() is None, (tmp_path / "head.log").read_text()
+        time.sleep(0.5)
+    yield address
+    head.terminate()
+    head.wait(60)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def test_qwen3_vl_as_a_submitted_ray_job(
+    ray_head: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
+    run = tmp_path / "run"
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    command = [ray, "job", "submit", "--address", ray_head, "--working-dir", str(ROOT), "--"]
+    command += [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check_run(run, tiny_models["qwen3_vl"])
