@@ -60,7 +60,10 @@ check: $(STAMP)
 
 models: $(STAMP)
 	$(RUN)/equipoise models make qwen3_vl --out build/tiny-qwen3-vl-random
-	$(RUN)/equipoise sft recipes/tiny/cold_start.toml --output models/tiny-qwen3-vl
+	rm -rf build/cold-start
+	$(RUN)/equipoise sft recipes/tiny/cold_start.toml --output build/cold-start
+	rm -rf models/tiny-qwen3-vl
+	cp -r build/cold-start/checkpoint models/tiny-qwen3-vl
 
 lock: $(STAMP)
 	@lock() {

@@ -18,10 +18,19 @@ import numpy as np
 import ray
 from torch.utils.data import DataLoader
 
+from cluster.card import model_card
 from cluster.config import Recipe, SftConfig, resolved_toml
+from cluster.evaluate import PASSES, evaluate_all
+from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
 from cluster.problems import ProblemSource, open_sources
-from cluster.runtime import actor_errors, connect, learner_settings, new_run_folder
+from cluster.runtime import (
+    actor_errors,
+    connect,
+    learner_settings,
+    new_run_folder,
+    sampling_from,
+)
 from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
@@ -57,7 +66,8 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
         raise DataError(f"recipe {recipe.name}: sft: this section is needed and missing")
     folder = new_run_folder(recipe, output)
     progress = Progress(sft.steps)
-    sources = demonstration_sources(recipe, open_sources(recipe.tasks))
+    opened = open_sources(recipe.tasks)
+    sources = demonstration_sources(recipe, opened)
     processor = load_processor(recipe.model.path)
     started = time.perf_counter()
     with (
@@ -96,11 +106,33 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
             learner.save(folder / "checkpoint")
         finally:
             learner.stop()
-            ray.shutdown()
         summary = summarise(shares, sft, time.perf_counter() - started)
         (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        progress.say(f"checkpoint: {folder / 'checkpoint'}")
+        tables = measure_checkpoint(recipe, opened, folder, address, progress)
+        ray.shutdown()
+    card = model_card(recipe, summary, tables)
+    (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
+    progress.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
+
+
+def measure_checkpoint(
+    recipe: Recipe,
+    opened: Sequence[ProblemSource],
+    folder: Path,
+    address: str | None,
+    progress: Progress,
+) -> dict[str, EvalTable]:
+    """All evaluation passes on the recipe's tasks; printed, and kept as `evaluation.json`."""
+    progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
+    measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": PASSES})})
+    with sampling_from(measured, str(folder / "checkpoint")) as samplers:
+        tables = evaluate_all(samplers, opened, measured)
+    for task, table in tables.items():
+        progress.console.print(table.to_rich(f"{recipe.name} on {task}"))
+    kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
+    (folder / "evaluation.json").write_text(kept, encoding="utf-8")
+    return tables
 
 
 def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> list[Source]:

@@ -69,7 +69,7 @@ def evaluate_all(
 ) -> dict[str, EvalTable]:
     """The recipe's own evaluation: a table a task, on its held-out problems."""
     return {
-        source.task.name: evaluate(
+        source.label: evaluate(
             samplers,
             source,
             held_out(source, recipe.eval.seed, recipe.eval.problems),
@@ -102,7 +102,10 @@ def run_eval(
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.
     """
-    from cluster.runtime import actor_errors, connect, engine_settings
+    import ray
+
+    from cluster.placement import require_cluster
+    from cluster.runtime import actor_errors, connect, sampling_from
     from rollout.tokens import load_processor
 
     recipe = Recipe(
@@ -119,21 +122,12 @@ def run_eval(
     console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
     with actor_errors(Path(recipe.output.folder)):
         connect(address)
-        settings = recipe.sampler
-        pool = SamplerPool(
-            engine_settings(recipe),
-            settings.count,
-            settings.cpus,
-            settings.gpus,
-            settings.request_timeout_seconds,
-        )
-        try:
-            pool.wait_ready(settings.start_timeout_seconds)
+        require_cluster(recipe, ray.cluster_resources(), "train")
+        with sampling_from(recipe, checkpoint) as pool:
             table = evaluate(
                 pool, sources[0], chosen, training_sampling(recipe), PASSES, recipe.eval.samples
             )
-        finally:
-            pool.stop()
+        ray.shutdown()
     if as_json:
         print(
             json.dumps(

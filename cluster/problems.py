@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,19 @@ from tasks.datasets import Example, read_examples
 from tasks.load import load_task
 from tasks.splits import Split, draw_problem
 
+PATIENCE = 200
+"""Draws in a row without a new test problem before there are taken to be no more."""
+
 
 @dataclass(frozen=True)
 class ProblemSource:
-    """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored examples."""
+    """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored examples.
 
+    `label` names the entry in tables and metrics: the task's name, with a number from the
+    second entry of one task on.
+    """
+
+    label: str
     task: Task
     weight: float
     spec: BaseModel | None
@@ -26,20 +35,21 @@ class ProblemSource:
     test: tuple[Example, ...]
 
     @classmethod
-    def open(cls, config: TaskConfig, index: int) -> ProblemSource:
+    def open(cls, config: TaskConfig, index: int, label: str) -> ProblemSource:
         """Load the task and, where the recipe names a data set, its splits.
 
         Raises DataError naming file and field for data that cannot be used.
         """
         task = load_task(config.name)
         if config.data is None:
-            return cls(task, config.weight, task.spec.model_validate(config.knobs), (), ())
+            spec = task.spec.model_validate(config.knobs)
+            return cls(label, task, config.weight, spec, (), ())
         train = tuple(read_examples(config.data, "train", check_images=True))
         test = tuple(read_examples(config.data, "test", check_images=True))
         for split, rows in (("train", train), ("test", test)):
             if not rows:
                 raise DataError(f"tasks[{index}].data: {config.data}: split {split} has no rows")
-        return cls(task, config.weight, None, train, test)
+        return cls(label, task, config.weight, None, train, test)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem `index` of a split; stored rows are gone through in a shuffled order."""
@@ -53,7 +63,12 @@ class ProblemSource:
 
 def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
     """All task entries of a recipe, in order."""
-    return [ProblemSource.open(config, index) for index, config in enumerate(configs)]
+    sources: list[ProblemSource] = []
+    for index, config in enumerate(configs):
+        before = sum(other.name == config.name for other in configs[:index])
+        label = f"{config.name}-{before + 1}" if before else config.name
+        sources.append(ProblemSource.open(config, index, label))
+    return sources
 
 
 def step_problems(
@@ -73,16 +88,20 @@ def step_problems(
 def held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
     """`count` test problems of one source, no two with the same id."""
     found: dict[str, Problem] = {}
+    barren = 0
     if source.spec is None and count > len(source.test):
         raise DataError(
             f"eval.problems: asked for {count} of task {source.task.name}, whose test split has "
             f"{len(source.test)}; lower eval.problems"
         )
-    for index in range(20 * count):
+    for index in itertools.count():
         problem = source.problem("test", seed, index)
+        barren = barren + 1 if problem.id in found else 0
         found.setdefault(problem.id, problem)
         if len(found) == count:
             return list(found.values())
+        if barren == PATIENCE:
+            break
     raise DataError(
         f"eval.problems: task {source.task.name}: these knobs allow only {len(found)} different "
         f"test problems, {count} were asked for; lower eval.problems or loosen the knobs"

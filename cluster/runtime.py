@@ -40,7 +40,7 @@ def connect(address: str | None) -> None:
         address=address,
         include_dashboard=None if address else False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level="error",
         ignore_reinit_error=True,
         runtime_env={"env_vars": _worker_environment()} if address is None else None,
     )
@@ -106,6 +106,24 @@ def learner_settings(recipe: Recipe, model: str | None = None) -> LearnerSetting
         threads=learner.threads or threads_for(learner.cpus),
         seed=recipe.seed,
     )
+
+
+@contextmanager
+def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
+    """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
+    sampler = recipe.sampler
+    pool = SamplerPool(
+        engine_settings(recipe, model),
+        sampler.count,
+        sampler.cpus,
+        sampler.gpus,
+        sampler.request_timeout_seconds,
+    )
+    try:
+        pool.wait_ready(sampler.start_timeout_seconds)
+        yield pool
+    finally:
+        pool.stop()
 
 
 class Run:

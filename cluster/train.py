@@ -24,7 +24,6 @@ from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
 from tasks.core import SEGMENTS, Problem, Segment
 
-
 MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 0.5}
 """Largest on-policy log-prob gap in nats that arithmetic alone explains."""
 

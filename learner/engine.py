@@ -140,9 +140,12 @@ class DeepSpeedLearner:
                 group["lr"] = learning_rate
         denominators = loss.denominators(batch)
         found: dict[str, float] = {f"sum/loss/{name}": 0.0 for name in denominators}
-        micro_batches = self._share(batch)
-        for index, micro in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+        lengths = [len(s) for s in batch.sequences]
+        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
+        share = plan[self._place.rank]
+        for index, indices in enumerate(share):
+            self._engine.set_gradient_accumulation_boundary(index == len(share) - 1)
+            micro = self._micro_batch(batch, indices)
             logprobs, entropy = self._engine(micro, entropy_gradient=loss.uses_entropy)
             terms = loss.sums(logprobs, entropy, micro.tokens)
             total = logprobs.new_zeros(())
@@ -240,18 +243,13 @@ class DeepSpeedLearner:
         if old.exists():
             shutil.rmtree(old)
 
-    def _share(self, batch: TrainBatch) -> list[MicroBatch]:
-        lengths = [len(s) for s in batch.sequences]
-        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
-        shortest = min(batch.sequences, key=len)
-        return [
-            (
-                self._collate([batch.sequences[i] for i in indices])
-                if indices
-                else self._collate([shortest], weight=0.0)
-            ).to(self._engine.device)
-            for indices in plan[self._place.rank]
-        ]
+    def _micro_batch(self, batch: TrainBatch, indices: list[int]) -> MicroBatch:
+        """The sequences at `indices`, or a filler where there is none."""
+        if indices:
+            micro = self._collate([batch.sequences[i] for i in indices])
+        else:
+            micro = self._collate([min(batch.sequences, key=len)], weight=0.0)
+        return micro.to(self._engine.device)
 
 
 @dataclass(frozen=True)

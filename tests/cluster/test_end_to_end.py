@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -187,3 +188,66 @@ def test_qwen3_vl_as_a_submitted_ray_job(
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     check_run(run, tiny_models["qwen3_vl"])
+
+
+def test_a_killed_engine_ends_the_run_with_its_own_error(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
+    command += ["--set", "algorithm.steps=1000"]
+    with (tmp_path / "out.log").open("w") as log:
+        driver = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + 400
+            while not list((run / "rollouts").glob("*.parquet")):
+                assert driver.poll() is None, (tmp_path / "out.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            engines = [p for p in psutil.Process(driver.pid).children(recursive=True)]
+            killed = [p for p in engines if "VLLM::EngineCore" in " ".join(p.cmdline())]
+            assert killed
+            for process in killed:
+                process.kill()
+            # Far below every time-out of the recipe: the death is seen, not waited for.
+            assert driver.wait(120) == 1
+        finally:
+            driver.kill()
+    printed = (tmp_path / "out.log").read_text()
+    assert "the run failed: EngineDeadError" in printed
+    assert "EngineDeadError" in (run / "error.txt").read_text().splitlines()[0]
+    # What was finished before is there to debug with.
+    assert read_metrics(run).num_rows > 0
+
+
+def test_sft_of_both_tasks_measures_what_it_made(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
+    text = recipe.read_text() + (
+        "\n[sft]\nsteps = 3\nbatch_size = 8\nvision_warmup_steps = 2\nlearning_rate = 1e-3\n"
+    )
+    # One image size for the warm-up's probe.
+    recipe.write_text(text.replace("canvas = 96", "canvas = 64"))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cluster", "sft", str(recipe), "--output", str(run)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = read_metrics(run).to_pylist()
+    metrics = {(row["step"], row["name"]): row["value"] for row in rows}
+    for segment in ("perception", "reasoning", "answer"):
+        assert metrics[3, f"sft/nll/{segment}"] < metrics[1, f"sft/nll/{segment}"]
+    assert (2, "warmup/sudoku/accuracy") in metrics
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for table in evaluation.values():
+        found = {row["metric"]: row for row in table["rows"]}
+        for name in ("a", "a_p", "a_p_graded", "a_r", "a_r_blank", "blind", "leak", "a avg@1"):
+            assert found[name]["n"] == 8
+            assert 0 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= 1
+    card = (run / "checkpoint" / "README.md").read_text()
+    assert "perception's share" in card and "a_r_blank" in card

@@ -101,7 +101,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     learner._step = watched  # type: ignore[method-assign]
     for batch in job.batches:
         outcome.metrics.append(learner.update(batch, job.loss, job.settings.learning_rate))
-        if not outcome.moments:
+        if not outcome.moments and job.settings.dtype == "float32":
             for name, parameter in named.items():
                 if job.settings.zero_stage:
                     moment = safe_get_full_optimizer_state(parameter, "exp_avg")
