@@ -102,11 +102,15 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems")] = 512,
     samples: Annotated[int, typer.Option(min=1, help="Responses a problem for avg@k")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the problems")] = 1234567,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe whose [model] and [sampler] sections to run with")
+    ] = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
     """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
     chosen = task_of(task, set_ or ())
+    like = load_recipe(recipe) if recipe else None
     from cluster.evaluate import run_eval
 
     run_eval(
@@ -117,6 +121,7 @@ def evaluate(
         seed=seed,
         as_json=as_json,
         address=address,
+        like=like,
     )
 
 
@@ -129,8 +134,9 @@ def make(
     """Write a tiny policy with random weights, its tokenizer and its processor."""
     from learner.tiny import make_tiny
 
-    make_tiny(family, out, seed)
-    print(out)
+    sizes = make_tiny(family, out, seed)
+    shown = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
+    print(f"{out}: {shown}")
 
 
 @app.command(

@@ -23,10 +23,10 @@ from cluster.config import Recipe, SftConfig, resolved_toml
 from cluster.evaluate import PASSES, evaluate_all
 from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
-from cluster.problems import ProblemSource, open_sources
+from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.runtime import (
     actor_errors,
-    connect,
+    connected,
     learner_settings,
     new_run_folder,
     sampling_from,
@@ -49,7 +49,7 @@ WARMUP_STREAM = 2**31
 
 @dataclass(frozen=True)
 class Shares:
-    """How small a part of SFT perception is, averaged over a run's last updates."""
+    """How small a part perception is of one SFT update."""
 
     perception_tokens: float
     perception_loss: float
@@ -70,58 +70,71 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
     sources = demonstration_sources(recipe, opened)
     processor = load_processor(recipe.model.path)
     started = time.perf_counter()
+    for source in opened:
+        held_out(source, recipe.eval.seed, recipe.eval.problems)
     with (
         tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
         actor_errors(folder),
-        Tracker(folder, resolved_toml(recipe)) as tracker,
+        connected(address),
     ):
-        progress.say(f"run folder: {folder}")
-        start_from = recipe.model.path
-        if sft.vision_warmup_steps:
-            start_from = scratch
-            warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
-        connect(address)
         require_cluster(recipe, ray.cluster_resources(), "sft")
-        learner = LearnerGroup(
-            learner_settings(recipe, start_from),
-            recipe.learner.ranks,
-            recipe.learner.cpus,
-            recipe.learner.gpus,
-        )
-        try:
-            learner.start()
-            shares: list[Shares] = []
+        with Tracker(folder, resolved_toml(recipe)) as tracker:
+            progress.say(f"run folder: {folder}")
+            start_from = recipe.model.path
+            if sft.vision_warmup_steps:
+                start_from = scratch
+                warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
             batches = demonstrations(sources, processor, sft.batch_size, recipe.seed)
-            for step in range(1, sft.steps + 1):
-                rate = learning_rate_at(
-                    step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
-                )
-                metrics = learner.update(TrainBatch(tuple(next(batches))), sft_loss(sft), rate)
-                shares.append(perception_shares(metrics))
-                tracker.log(step, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate})
-                if step % 10 == 0 or step == sft.steps:
-                    progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
-                if sft.save_every and step % sft.save_every == 0:
-                    learner.save(folder / "checkpoint")
-            learner.save(folder / "checkpoint")
-        finally:
-            learner.stop()
+            shares = fine_tune(recipe, sft, start_from, batches, folder, tracker, progress)
         summary = summarise(shares, sft, time.perf_counter() - started)
         (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        tables = measure_checkpoint(recipe, opened, folder, address, progress)
-        ray.shutdown()
+        tables = measure_checkpoint(recipe, opened, folder, progress)
     card = model_card(recipe, summary, tables)
     (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
 
 
-def measure_checkpoint(
+def fine_tune(
     recipe: Recipe,
-    opened: Sequence[ProblemSource],
+    sft: SftConfig,
+    start_from: str,
+    batches: Iterator[list[TrainSequence]],
     folder: Path,
-    address: str | None,
+    tracker: Tracker,
     progress: Progress,
+) -> list[Shares]:
+    """All updates of SFT; leaves `<folder>/checkpoint` and returns perception's share of each."""
+    started = time.perf_counter()
+    learner = LearnerGroup(
+        learner_settings(recipe, start_from),
+        recipe.learner.ranks,
+        recipe.learner.cpus,
+        recipe.learner.gpus,
+        recipe.learner.timeout_seconds,
+    )
+    shares: list[Shares] = []
+    try:
+        learner.start()
+        for step in range(1, sft.steps + 1):
+            rate = learning_rate_at(
+                step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
+            )
+            metrics = learner.update(TrainBatch(tuple(next(batches))), sft_loss(sft), rate)
+            shares.append(perception_shares(metrics))
+            tracker.log(step, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate})
+            if step % 10 == 0 or step == sft.steps:
+                progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
+            if sft.save_every and step % sft.save_every == 0:
+                learner.save(folder / "checkpoint")
+        learner.save(folder / "checkpoint")
+    finally:
+        learner.stop()
+    return shares
+
+
+def measure_checkpoint(
+    recipe: Recipe, opened: Sequence[ProblemSource], folder: Path, progress: Progress
 ) -> dict[str, EvalTable]:
     """All evaluation passes on the recipe's tasks; printed, and kept as `evaluation.json`."""
     progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")

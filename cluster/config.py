@@ -131,15 +131,14 @@ class SamplerConfig(Section):
     threads: Count = 0
     """Intra-op threads of an engine; 0: as many as `cpus`. In the synchronous loop samplers and
     learner take turns, so on a small machine each may use all its cores."""
-    kv_cache_gib: Rate = 1.0
+    kv_cache_gib: Positive = 1
     """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
     max_num_seqs: Positive = 256
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     enforce_eager: bool = True
-    temperature: Amount = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Count = 0
-    """0: all tokens."""
+    temperature: Rate = 1.0
+    """Training samples from the whole distribution at this temperature: a cut-off (top-p, top-k)
+    would give the sampler log-probs that the learner cannot have. Evaluation is greedy."""
     max_tokens: Positive = 256
     start_timeout_seconds: Rate = 300.0
     request_timeout_seconds: Rate = 600.0
@@ -212,6 +211,12 @@ class RewardConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _composition_makes_sense(self) -> RewardConfig:
+        if self.terms and all(term.weight == 0 for term in self.terms):
+            raise _error("all weights are 0, so nothing is rewarded; weigh one of them", "terms")
+        return self
+
     def effective_terms(self) -> tuple[RewardTermConfig, ...]:
         """The terms that count: `terms`, or what `alpha` stands for, or outcome alone."""
         if self.alpha is None:
@@ -276,6 +281,8 @@ class LearnerConfig(Section):
     warmup_steps: Count = 0
     max_grad_norm: Rate = 1.0
     micro_batch_tokens: Positive = 8192
+    timeout_seconds: Rate = 3600.0
+    """How long one call (start, update, save) may take before the run ends with an error."""
 
 
 class TransferConfig(Section):
@@ -283,7 +290,8 @@ class TransferConfig(Section):
 
     transport: Literal["host", "nccl", "ipc"] = "host"
     deadline_seconds: Rate = 120.0
-    checksum: Literal["first", "always", "never"] = "first"
+    checksum: Literal["first", "never"] = "first"
+    """`first`: sending the weights the engines already have must leave their checksums alone."""
 
 
 class EvalConfig(Section):
@@ -360,6 +368,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
+        if self.reward.compose == "normalize_then_sum" and self.algorithm.advantage != "grpo":
+            raise _error(
+                f'"normalize_then_sum" normalises as GRPO does, and algorithm.advantage is '
+                f'"{self.algorithm.advantage}"; use "grpo" or "sum_then_normalize"',
+                "reward",
+                "compose",
+            )
         if self.sampler.max_tokens >= self.model.max_model_len:
             raise _error(
                 f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "

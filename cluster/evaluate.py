@@ -45,7 +45,7 @@ def evaluate(
     `sampling` is the training run's; all passes but `sampled` are greedy. `samples`: responses
     a problem in the pass `sampled`.
     """
-    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    greedy = replace(sampling, temperature=0.0)
     found: dict[EvalPass, list[Group]] = {}
     for name in passes:
         kind, view = _REQUEST[name]
@@ -84,7 +84,7 @@ def evaluate_all(
 def training_sampling(recipe: Recipe) -> Sampling:
     """How a recipe draws tokens."""
     sampler = recipe.sampler
-    return Sampling(sampler.temperature, sampler.top_p, sampler.top_k, sampler.max_tokens)
+    return Sampling(temperature=sampler.temperature, max_tokens=sampler.max_tokens)
 
 
 def run_eval(
@@ -95,9 +95,11 @@ def run_eval(
     seed: int,
     as_json: bool,
     address: str | None,
-    sampler: SamplerConfig | None = None,
+    like: Recipe | None = None,
 ) -> EvalTable:
     """`equipoise eval`: all passes of one task on one checkpoint, printed as a table or JSON.
+
+    `like`: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
 
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.
@@ -105,14 +107,16 @@ def run_eval(
     import ray
 
     from cluster.placement import require_cluster
-    from cluster.runtime import actor_errors, connect, sampling_from
+    from cluster.runtime import actor_errors, connected, sampling_from
     from rollout.tokens import load_processor
 
     recipe = Recipe(
         name="eval",
-        model=ModelConfig(path=checkpoint),
+        model=like.model.model_copy(update={"path": checkpoint})
+        if like
+        else ModelConfig(path=checkpoint),
         tasks=(task,),
-        sampler=sampler or SamplerConfig(),
+        sampler=like.sampler if like else SamplerConfig(),
         eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
     )
     sources = open_sources(recipe.tasks)
@@ -120,14 +124,12 @@ def run_eval(
     chosen = held_out(sources[0], seed, problems)
     console = Console(stderr=as_json)
     console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
-    with actor_errors(Path(recipe.output.folder)):
-        connect(address)
-        require_cluster(recipe, ray.cluster_resources(), "train")
+    with actor_errors(Path(recipe.output.folder)), connected(address):
+        require_cluster(recipe, ray.cluster_resources(), "eval")
         with sampling_from(recipe, checkpoint) as pool:
             table = evaluate(
                 pool, sources[0], chosen, training_sampling(recipe), PASSES, recipe.eval.samples
             )
-        ray.shutdown()
     if as_json:
         print(
             json.dumps(

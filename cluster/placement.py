@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from cluster.config import Recipe, UserError
 
-Command = Literal["train", "sft"]
+Command = Literal["train", "sft", "eval"]
 
 GIB = 2**30
 
@@ -120,7 +120,7 @@ class Placement:
 
 
 def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placement:
-    """Place a recipe's actors on a machine; `sft` needs the learner's only.
+    """Place a recipe's actors on a machine; `sft` runs its samplers after its learner.
 
     Never raises for a recipe that does not fit: see `Placement.require`.
     """
@@ -131,20 +131,17 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     ]
     samplers, workers = [], []
     if command == "train":
+        memory = sampler_memory(recipe, size, machine)
         samplers = [
-            Actor(
-                "sampler",
-                i,
-                recipe.sampler.cpus,
-                recipe.sampler.gpus,
-                sampler_memory(recipe, size, machine),
-            )
+            Actor("sampler", i, recipe.sampler.cpus, recipe.sampler.gpus, memory)
             for i in range(recipe.sampler.count)
         ]
         # Scoring is short and comes while the engines wait, so it reserves no core.
         workers = [Actor("reward worker", i, 0, 0, {}) for i in range(recipe.reward.workers)]
     actors = (Actor("driver", 0, 0, 0, {}), *samplers, *learners, *workers)
     notes = []
+    if command == "sft":
+        notes.append("the samplers that measure the result start when the learner has ended")
     if size is None:
         notes.append(
             f"model.path = {recipe.model.path} is neither a folder with safetensors weights here "
@@ -153,15 +150,15 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     if any(actor.gpus for actor in samplers):
         share = recipe.sampler.gpu_memory_utilization
         notes.append(f"each engine fills {share:.0%} of its GPU with KV cache")
-    for where, need, there in _memory_totals(actors, machine):
-        if need > there:
+    for where, estimate, present in _memory_totals(actors, machine):
+        if estimate > present:
             notes.append(
-                f"{where} may not suffice: the estimate is {_gib(need)} of {_gib(there)}; lower "
-                "learner.micro_batch_tokens or sampler.kv_cache_gib, or raise learner.zero_stage"
+                f"{where} may not suffice: the estimate is {_gib(estimate)} of {_gib(present)}; "
+                "lower learner.micro_batch_tokens or sampler.kv_cache_gib, or raise "
+                "learner.zero_stage"
             )
-    asked = {"cores": sum(a.cpus for a in actors), "GPUs": sum(a.gpus for a in actors)}
-    found = {"cores": machine.cores, "GPUs": len(machine.gpus)}
-    shortages = _shortages(asked, found, "this machine has", command)
+    there = {"cores": machine.cores, "GPUs": len(machine.gpus)}
+    shortages = _shortages(_need(recipe, command), there, "this machine has")
     return Placement(actors, machine, shortages, tuple(notes))
 
 
@@ -268,31 +265,35 @@ def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Com
 
     `resources` as `ray.cluster_resources()` gives them. Ray itself would wait for ever.
     """
-    sampler, learner = recipe.sampler, recipe.learner
-    samplers = sampler.count if command == "train" else 0
-    cpus = samplers * sampler.cpus + learner.ranks * learner.cpus
-    gpus = samplers * sampler.gpus + learner.ranks * learner.gpus
     there = {"cores": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
-    found = _shortages({"cores": cpus, "GPUs": gpus}, there, "the cluster has", command)
+    found = _shortages(_need(recipe, command), there, "the cluster has")
     if found:
         raise PlacementError("\n".join(found))
 
 
-def _shortages(
-    need: Mapping[str, float], there: Mapping[str, float], who: str, command: Command
-) -> tuple[str, ...]:
-    found = []
+def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
+    """unit -> {product of fields: amount} that a command holds at one time."""
+    sampler, learner = recipe.sampler, recipe.learner
+    found = {}
     for unit, field in (("cores", "cpus"), ("GPUs", "gpus")):
-        if need[unit] <= there[unit]:
-            continue
-        products = [f"learner.ranks × learner.{field}"]
-        if command == "train":
-            products.insert(0, f"sampler.count × sampler.{field}")
-        found.append(
-            f"{' + '.join(products)} = {need[unit]:g} {unit}, but {who} {there[unit]:g}; lower one "
-            "of these fields, or give --address of a cluster that has them"
-        )
-    return tuple(found)
+        sample = {f"sampler.count × sampler.{field}": sampler.count * getattr(sampler, field)}
+        learn = {f"learner.ranks × learner.{field}": learner.ranks * getattr(learner, field)}
+        if command == "sft":  # one after the other
+            found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
+        else:
+            found[unit] = sample if command == "eval" else sample | learn
+    return found
+
+
+def _shortages(
+    need: Mapping[str, Mapping[str, float]], there: Mapping[str, float], who: str
+) -> tuple[str, ...]:
+    return tuple(
+        f"{' + '.join(products)} = {sum(products.values()):g} {unit}, but {who} {there[unit]:g}; "
+        "lower one of these fields, or give --address of a cluster that has them"
+        for unit, products in need.items()
+        if sum(products.values()) > there[unit]
+    )
 
 
 def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[str, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
@@ -44,15 +45,26 @@ class ProblemSource:
         if config.data is None:
             spec = task.spec.model_validate(config.knobs)
             return cls(label, task, config.weight, spec, (), ())
+        if not Path(config.data).is_dir():
+            raise DataError(
+                f"tasks[{index}].data: {config.data}: expected the folder of a data set, with a "
+                "train and a test split; make one with `equipoise tasks generate` or `import`"
+            )
         train = tuple(read_examples(config.data, "train", check_images=True))
         test = tuple(read_examples(config.data, "test", check_images=True))
         for split, rows in (("train", train), ("test", test)):
             if not rows:
                 raise DataError(f"tasks[{index}].data: {config.data}: split {split} has no rows")
+            other = next((e.problem for e in rows if e.problem.task != config.name), None)
+            if other is not None:
+                raise DataError(
+                    f"tasks[{index}].data: {config.data}: split {split} holds problem {other.id} "
+                    f"of task {other.task!r}, but tasks[{index}].name is {config.name!r}"
+                )
         return cls(label, task, config.weight, None, train, test)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        """Problem `index` of a split; stored rows are gone through in a shuffled order."""
+        """Problem `index` of a split; stored rows come in an order shuffled anew each epoch."""
         if self.spec is not None:
             return draw_problem(self.task, self.spec, split, seed, index)
         rows = self.train if split == "train" else self.test

@@ -17,13 +17,14 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.config import Recipe, RunFailed
+from cluster.config import Recipe, RunFailed, UserError
 from cluster.placement import require_cluster
-from cluster.problems import ProblemSource, open_sources
+from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.engine import LearnerSettings
-from rewards.records import RewardError
+from rewards.records import RewardError, TermError
+from rewards.terms import load_terms
 from rewards.worker import RewardPool
 from rollout.engine import EngineSettings
 from rollout.sampler import SamplerPool
@@ -31,11 +32,10 @@ from rollout.tokens import load_processor
 from rollout.transfer import HostSender, WeightSender, WeightTransferError
 
 
-def connect(address: str | None) -> None:
-    """Attach to a Ray cluster, or start a local one that ends with this process."""
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A worker that sets its own accelerator variables would hide the CPU-only case from torch.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
         address=address,
         include_dashboard=None if address else False,
@@ -44,6 +44,10 @@ def connect(address: str | None) -> None:
         ignore_reinit_error=True,
         runtime_env={"env_vars": _worker_environment()} if address is None else None,
     )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _worker_environment() -> dict[str, str]:
@@ -58,10 +62,15 @@ def _worker_environment() -> dict[str, str]:
 
 
 def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
-    """The folder of a new run: `output`, or `<output.folder>/<name>-<UTC time>`."""
+    """The folder of a new run: `output`, or `<output.folder>/<name>-<UTC time>`.
+
+    Raises UserError where `output` already holds something: two runs must not mix.
+    """
     if output is not None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"--output {output}: already holds something; name a new folder")
         return output
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     return Path(recipe.output.folder) / f"{recipe.name}-{stamp}"
 
 
@@ -88,15 +97,17 @@ def engine_settings(recipe: Recipe, model: str | None = None) -> EngineSettings:
     )
 
 
-def learner_settings(recipe: Recipe, model: str | None = None) -> LearnerSettings:
-    """What a recipe asks of each learner rank."""
+def learner_settings(
+    recipe: Recipe, model: str | None = None, temperature: float = 1.0
+) -> LearnerSettings:
+    """What a recipe asks of each learner rank; `temperature` is that of the tokens' sampler."""
     learner = recipe.learner
     return LearnerSettings(
         model=model or recipe.model.path,
         dtype=recipe.model.dtype,
         attention=recipe.model.attention,
         head_float32=recipe.model.lm_head_float32,
-        temperature=recipe.sampler.temperature or 1.0,
+        temperature=temperature,
         zero_stage=learner.zero_stage,
         learning_rate=learner.learning_rate,
         weight_decay=learner.weight_decay,
@@ -142,7 +153,11 @@ class Run:
             sampler.request_timeout_seconds,
         )
         self.learner = LearnerGroup(
-            learner_settings(recipe), learner.ranks, learner.cpus, learner.gpus
+            learner_settings(recipe, temperature=sampler.temperature),
+            learner.ranks,
+            learner.cpus,
+            learner.gpus,
+            learner.timeout_seconds,
         )
         starting = self.learner.start_async()
         self.rewards = RewardPool(
@@ -194,17 +209,19 @@ def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) ->
     """
     sources = open_sources(recipe.tasks)
     load_processor(recipe.model.path)
-    with actor_errors(folder):
-        connect(address)
+    for source in sources:
+        held_out(source, recipe.eval.seed, recipe.eval.problems)
+    try:
+        load_terms([(term.name, term.args) for term in recipe.reward.effective_terms()])
+    except TermError as error:
+        raise UserError(f"reward.terms: {error}") from error
+    with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "train")
-        run: Run | None = None
+        run = Run(recipe, sources, say)
         try:
-            run = Run(recipe, sources, say)
             yield run
         finally:
-            if run is not None:
-                run.stop()
-            ray.shutdown()
+            run.stop()
 
 
 @contextmanager

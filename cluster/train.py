@@ -22,6 +22,7 @@ from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
+from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS, Problem, Segment
 
 MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 0.5}
@@ -54,14 +55,15 @@ def run_training(recipe: Recipe, address: str | None = None, output: Path | None
             scored = run.rewards.score(groups)
             clock.lap("score")
             metrics = step_metrics(scored, version)
-            for batch in train_batches(recipe, scored):
-                rate = learning_rate(recipe, step)
-                metrics |= learner_metrics(run.learner.update(batch, policy_loss(recipe), rate))
-                version += 1
+            rate = learning_rate(recipe, step)
+            batches = train_batches(recipe, scored)
+            updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]
+            version += len(updates)
+            metrics |= learner_metrics(updates) | {"learner/lr": rate}
             clock.lap("learn")
             metrics |= transfer_metrics(run.learner.send_weights(version))
             clock.lap("transfer")
-            metrics |= {"policy/version": float(version)} | clock.metrics(groups)
+            metrics |= {"policy/version": float(version)} | clock.metrics(groups, batches)
             warn_of_mismatch(recipe, metrics, progress)
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
@@ -138,8 +140,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def verify_transfer(run: Run) -> None:
     """Send the untrained weights once: the engines' checksums must not change by it.
 
-    Sampler and learner loaded the same checkpoint, so a wrong name, shape or dtype shows here,
-    before a step is spent. Under `transfer.checksum = "never"` only the transfer is made.
+    Sampler and learner loaded the same checkpoint, so tensors that land in the wrong place or
+    dtype show here, before a step is spent; that they land at all shows in `learner/logprob_gap`
+    of the next steps. Under `transfer.checksum = "never"` only the transfer is made. Raises
+    WeightTransferError naming the sampler and the first parameter that changed.
     """
     check = run.recipe.transfer.checksum != "never"
     before = run.samplers.weight_checksums() if check else []
@@ -148,7 +152,7 @@ def verify_transfer(run: Run) -> None:
     for client, old, new in zip(run.samplers.clients, before, after, strict=False):
         changed = sorted(name for name in old if old[name] != new.get(name))
         if changed:
-            raise RuntimeError(
+            raise WeightTransferError(
                 f"weight transfer: after sending the weights that sampler {client.name!r} already "
                 f"has, {len(changed)} of its {len(old)} parameters differ, first {changed[0]!r}; "
                 "sampler and learner do not agree on this model's parameter names"
@@ -158,12 +162,11 @@ def verify_transfer(run: Run) -> None:
 def warn_of_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
     """Say it when sampler and learner disagree on the step's tokens before the first update.
 
-    The proof that a transfer arrived: checksums on a CPU cannot see packed linear layers. Only
-    the step's first update is on-policy, so more updates a step are not judged.
+    The proof that a transfer arrived: checksums on a CPU cannot see packed linear layers.
     """
     gap = metrics.get("learner/logprob_gap", 0.0)
     limit = MISMATCH_LIMIT[recipe.model.dtype]
-    if recipe.algorithm.updates_per_step == 1 and gap > limit:
+    if gap > limit:
         progress.say(
             f"warning: sampler and learner log-probs differ by up to {gap:.2g} nats (more than "
             f"{limit:g} for {recipe.model.dtype}); their weights or inputs are not the same"
@@ -184,9 +187,19 @@ def measure(run: Run, tracker: Tracker, step: int) -> dict[str, EvalTable]:
     return tables
 
 
-def learner_metrics(found: dict[str, float]) -> dict[str, float]:
-    """A learner's update metrics under `learner/`."""
-    return {f"learner/{name}": value for name, value in found.items()}
+def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A step's update metrics under `learner/`: means over its updates, `seconds` their sum.
+
+    `ratio_gap` and `logprob_gap` are those of the first update: only then does the learner hold
+    the weights that sampled.
+    """
+    if not updates:
+        return {}
+    names = set.intersection(*(set(update) for update in updates))
+    found = {name: sum(u[name] for u in updates) / len(updates) for name in names}
+    found["seconds"] = sum(u["seconds"] for u in updates)
+    found |= {name: updates[0][name] for name in ("ratio_gap", "logprob_gap")}
+    return {f"learner/{name}": value for name, value in sorted(found.items())}
 
 
 def transfer_metrics(report: object) -> dict[str, float]:
@@ -231,14 +244,16 @@ class StepClock:
         """Seconds since the step began."""
         return self._last - self._start
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """`time/<phase>` in seconds, tokens/s of both sides, and their idle shares."""
+    def metrics(self, groups: Sequence[Group], batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """`time/<phase>` in seconds, response tokens/s of both sides, and their idle shares."""
         tokens = sum(len(r.response_ids) for g in groups for r in g.rollouts)
+        learnt = sum(batch.response_tokens() for batch in batches)
         total = max(self.total(), 1e-9)
         found = {f"time/{name}": seconds for name, seconds in self._laps.items()}
         found["time/step"] = total
         found["throughput/sampler_tokens_per_second"] = tokens / max(self._laps["sample"], 1e-9)
-        found["throughput/learner_tokens_per_second"] = tokens / max(self._laps["learn"], 1e-9)
+        if learnt:
+            found["throughput/learner_tokens_per_second"] = learnt / self._laps["learn"]
         found["idle/sampler"] = 1 - self._laps["sample"] / total
         found["idle/learner"] = 1 - self._laps["learn"] / total
         return found

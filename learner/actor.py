@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,19 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, settings: LearnerSettings, ranks: int = 1, cpus: float = 1, gpus: float = 0
+        self,
+        settings: LearnerSettings,
+        ranks: int = 1,
+        cpus: float = 1,
+        gpus: float = 0,
+        timeout_seconds: float = 3600.0,
     ) -> None:
         options = {"num_cpus": cpus, "num_gpus": gpus}
         self._ranks = [
             LearnerRank.options(**options, name=None).remote(rank, ranks)  # type: ignore[attr-defined]
             for rank in range(ranks)
         ]
-        self._settings = settings
+        self._settings, self._timeout = settings, timeout_seconds
 
     def start(self) -> None:
         """Load the model and start DeepSpeed on every rank."""
@@ -72,11 +78,21 @@ class LearnerGroup:
         return [rank.start.remote(self._settings, master) for rank in self._ranks]
 
     def wait(self, futures: list[Any]) -> Any:
-        """Rank 0's result once all ranks are done; the first failure is raised as it happens."""
+        """Rank 0's result once all ranks are done; the first failure is raised as it happens.
+
+        Raises TimeoutError naming the ranks that did not answer in time.
+        """
         pending = list(futures)
+        until = time.monotonic() + self._timeout
         while pending:
-            done, pending = ray.wait(pending)
+            done, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()))
             ray.get(done)
+            if pending and not done:
+                silent = [str(rank) for rank, f in enumerate(futures) if f in pending]
+                raise TimeoutError(
+                    f"no answer from learner rank {', '.join(silent)} within {self._timeout:g} s "
+                    "(learner.timeout_seconds); does the cluster have its cores and GPUs free?"
+                )
         return ray.get(futures[0])
 
     def update(

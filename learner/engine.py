@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class DeepSpeedLearner:
     def __init__(self, settings: LearnerSettings, place: WorldPlace) -> None:
         os.environ.update(
             RANK=str(place.rank),
-            LOCAL_RANK="0" if not torch.cuda.is_available() else str(place.rank),
+            LOCAL_RANK="0",  # Ray shows a rank its own GPU and no other
             WORLD_SIZE=str(place.size),
             MASTER_ADDR=place.master.rsplit(":", 1)[0],
             MASTER_PORT=place.master.rsplit(":", 1)[1],
@@ -229,19 +230,9 @@ class DeepSpeedLearner:
             return
         buffers = dict(model.named_buffers())
         state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
-        temporary = folder.with_name(f".{folder.name}.partial")
-        old = folder.with_name(f".{folder.name}.old")
-        for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, state_dict=state)
-        self.processor.save_pretrained(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        if old.exists():
-            shutil.rmtree(old)
+        with replacing(folder) as fresh:
+            model.save_pretrained(fresh, state_dict=state)
+            self.processor.save_pretrained(fresh)
 
     def _micro_batch(self, batch: TrainBatch, indices: list[int]) -> MicroBatch:
         """The sequences at `indices`, or a filler where there is none."""
@@ -312,6 +303,28 @@ class GatheredWeights:
         state = dict(zip(names, tensors, strict=True))
         converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
         return converted
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; it takes the place of `folder` once the block ends without error.
+
+    After an error, or if the process dies within the block, `folder` is as it was.
+    """
+    fresh = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def layer_groups(names: list[str]) -> list[list[str]]:

@@ -83,7 +83,7 @@ def test_every_error_is_reported_at_once_with_file_and_field(tmp_path: Path) -> 
         [sampler]
         cout = 3
         zero_stage = 3
-        top_p = 0
+        temperature = 0
         [[reward.terms]]
         name = "outcome"
         [[reward.terms]]
@@ -108,7 +108,7 @@ def test_every_error_is_reported_at_once_with_file_and_field(tmp_path: Path) -> 
         "tasks[0].knobs.noise": 'expected a number, got "much"',
         "sampler.cout": 'no such key; did you mean "count"?',
         "sampler.zero_stage": 'no such key; did you mean "learner.zero_stage"?',
-        "sampler.top_p": "must be more than 0, got 0",
+        "sampler.temperature": "must be more than 0, got 0",
         "reward.terms[1].name": 'no reward term "percption"; did you mean "perception"?',
         "algorithm.steps": 'expected a whole number, got "40"',
         "learner.betas[1]": 'expected a number, got "a"',
@@ -137,6 +137,7 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
         ("sampler.gpus=2", "sampler.gpus"),
         ("algorithm.updates_per_step=17", "algorithm.updates_per_step"),
         ("algorithm.max_staleness=1", "algorithm.max_staleness"),
+        ("reward.terms=[{name='outcome', weight=0}]", "reward.terms"),
         ("algorithm.kl_weight=0.1", "algorithm.kl_weight"),
         ("reward.alpha=1.5", "reward.alpha"),
         ("learner.learning_rate=inf", "learner.learning_rate"),

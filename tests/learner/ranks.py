@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
 import socket
 import traceback
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from learner.batch import TrainBatch
-from learner.engine import DeepSpeedLearner, LearnerSettings, WorldPlace
+from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
 from learner.losses import Loss
 
 
@@ -25,20 +28,32 @@ class Job:
     settings: LearnerSettings
     batches: tuple[TrainBatch, ...]
     loss: Loss
+    learning_rate: float
     save: str | None = None
 
 
 @dataclass
 class Outcome:
-    """What rank 0 saw: `gradients` and `moments` are of the first update, before clipping and
-    after; `weights` are those of the end, `module_names` the names in the module tree."""
+    """What rank 0 saw.
+
+    Attributes:
+        metrics: of each update; norms: of each update's gathered gradients, before the step.
+        gradients, moments: of the first update by module name: before clipping, and AdamW's first
+            moment after the step.
+        after_first, weights: checkpoint names after the first update and at the end.
+        logprobs: of the first batch at the end.
+        error: of an update that was refused.
+    """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    after_first: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    error: str = ""
 
 
 def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) -> dict[str, Outcome]:
@@ -73,6 +88,7 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
 def _rank(place: WorldPlace, jobs: dict[str, Job], out: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # DeepSpeed calls collectives by their older names
     try:
         found: Any = {name: _do(job, place) for name, job in jobs.items()}
     except BaseException:
@@ -92,23 +108,29 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     step = learner._step
 
     def watched() -> float:
-        if not outcome.gradients:
-            outcome.gradients.update(
-                {name: safe_get_full_grad(p).clone() for name, p in named.items()}
-            )
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in named.items()}
+        outcome.gradients = outcome.gradients or gradients
+        outcome.norms.append(
+            math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        )
         return step()
 
     learner._step = watched  # type: ignore[method-assign]
+    source = learner.weights()
     for batch in job.batches:
-        outcome.metrics.append(learner.update(batch, job.loss, job.settings.learning_rate))
-        if not outcome.moments and job.settings.dtype == "float32":
+        try:
+            outcome.metrics.append(learner.update(batch, job.loss, job.learning_rate))
+        except NonFiniteLoss as error:
+            outcome.error = str(error)
+            break
+        if not outcome.moments:
             for name, parameter in named.items():
                 if job.settings.zero_stage:
                     moment = safe_get_full_optimizer_state(parameter, "exp_avg")
                 else:
                     moment = learner._engine.optimizer.state[parameter]["exp_avg"]
                 outcome.moments[name] = moment.clone()
-    source = learner.weights()
+            outcome.after_first = {name: tensor.clone() for name, tensor in source}
     outcome.metadata = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     outcome.weights = {name: tensor.clone() for name, tensor in source}
     outcome.logprobs = learner.logprobs(job.batches[0])

@@ -1,0 +1,41 @@
+"""Tiny policies of both families, loaded once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.policy import Policy, load_policy
+from learner.tiny import FAMILIES
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each model family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_path(family: str, tiny_models: dict[str, Path], tmp_path_factory: Any) -> str:
+    """A tiny policy whose weights are all in play.
+
+    A fresh one has zero biases and unit norms, behind which a swapped or lost tensor hides.
+    """
+    policy, processor = load_policy(str(tiny_models[family]))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    out = tmp_path_factory.mktemp("shaken") / family
+    policy.model.save_pretrained(out)  # type: ignore[operator]
+    processor.save_pretrained(out)
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def loaded(model_path: str) -> tuple[Policy, Any]:
+    """(policy, processor) of `model_path`; a test that changes it loads its own."""
+    return load_policy(model_path)

@@ -1,0 +1,115 @@
+"""Batching: nothing lost, nothing doubled, images that fit their prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.batch import plan_micro_batches
+from learner.policy import Policy, make_collator
+from tasks.core import DataError
+from tests.learner.samples import mixed_batch, placeholder, sequence
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    ranks=st.integers(1, 4),
+    budget=st.integers(1, 2000),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_plan_deals_every_sequence_once_within_the_budget(
+    lengths: list[int], ranks: int, budget: int
+) -> None:
+    plan = plan_micro_batches(lengths, ranks, budget)
+    assert len(plan) == ranks
+    assert sorted(i for batches in plan for b in batches for i in b) == list(range(len(lengths)))
+    assert len({len(batches) for batches in plan}) == 1
+    for batches in plan:
+        for batch in batches:
+            padded = len(batch) * max((lengths[i] for i in batch), default=0)
+            assert padded <= budget or len(batch) == 1
+    loads = [sum(lengths[i] for batches in [rank] for b in batches for i in b) for rank in plan]
+    # Dealt by length, ranks differ by at most one longest sequence.
+    assert max(loads) - min(loads) <= max(lengths)
+    if max(lengths) * len(lengths) <= budget:
+        assert len(plan[0]) == 1
+
+
+def test_a_micro_batch_predicts_every_response_token_from_the_one_before(
+    loaded: tuple[Policy, Any],
+) -> None:
+    policy, processor = loaded
+    batch = mixed_batch(processor)
+    micro = make_collator(policy, processor)(batch.sequences)
+    at = 0
+    for row, s in enumerate(batch.sequences):
+        whole = np.concatenate([s.prompt_ids, s.response_ids])
+        for offset, target in enumerate(s.response_ids):
+            assert micro.rows[at] == row
+            assert micro.columns[at] == len(s.prompt_ids) + offset - 1
+            assert micro.tokens.ids[at] == target
+            at += 1
+        width = len(whole) - 1
+        assert micro.inputs["input_ids"][row, :width].tolist() == whole[:-1].tolist()
+        pad = processor.tokenizer.pad_token_id
+        assert (micro.inputs["input_ids"][row, width:] == pad).all()
+    assert at == len(micro.tokens.ids) == batch.response_tokens()
+    assert micro.real_tokens == sum(len(s) - 1 for s in batch.sequences)
+
+
+def test_an_image_of_a_whole_group_is_encoded_and_looked_at_once(
+    loaded: tuple[Policy, Any],
+) -> None:
+    policy, processor = loaded
+    one = sequence(processor, 0, (64, 64), 9)
+    other = sequence(processor, 1, (64, 64), 9)
+    collate = make_collator(policy, processor)
+    single = len(collate([one]).vision.inputs["pixel_values"])
+    group = collate([one, other, one, one, other])
+    assert len(group.vision.inputs["pixel_values"]) == 2 * single
+    assert group.vision.images.tolist() == [0, 1, 0, 0, 1]
+
+
+def test_images_encoded_together_are_those_encoded_alone(loaded: tuple[Policy, Any]) -> None:
+    policy, processor = loaded
+    files = [sequence(processor, i, s, 9).image for i, s in enumerate([(64, 64), (96, 64)] * 2)]
+    together = make_collator(policy, processor).encode_images([f for f in files if f])
+    for file, found in zip(files, together, strict=True):
+        (alone,) = make_collator(policy, processor).encode_images([file or b""])
+        assert found.placeholders == alone.placeholders
+        assert found.inputs.keys() == alone.inputs.keys()
+        for name in alone.inputs:
+            assert torch.equal(found.inputs[name], alone.inputs[name])
+
+
+def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: tuple[Policy, Any]) -> None:
+    policy, processor = loaded
+    collate = make_collator(policy, processor)
+    good = sequence(processor, 0, (64, 64), 9)
+    lost = replace(good, image=None)
+    with pytest.raises(ValueError, match=r"sequence 1: 16 image placeholders .* but 0 visual"):
+        collate([good, lost])
+    blind = replace(good, prompt_ids=good.prompt_ids[good.prompt_ids != placeholder(processor)])
+    with pytest.raises(ValueError, match=r"sequence 0: 0 image placeholders .* but 16 visual"):
+        collate([blind])
+    middle = replace(good, response_ids=np.full(9, placeholder(processor), np.int32))
+    with pytest.raises(ValueError, match=r"sequence 0: 24 image placeholders"):
+        collate([middle])
+    with pytest.raises(DataError, match="training image"):
+        collate([replace(good, image=b"not an image")])
+
+
+def test_a_response_of_no_tokens_is_no_trouble(loaded: tuple[Policy, Any]) -> None:
+    policy, processor = loaded
+    good = sequence(processor, 0, (64, 64), 9)
+    empty = sequence(processor, 1, (64, 64), 0)
+    with torch.no_grad():
+        alone, _ = policy.eval().run(make_collator(policy, processor)([good]))
+        both, _ = policy.eval().run(make_collator(policy, processor)([empty, good]))
+    torch.testing.assert_close(both, alone, rtol=0, atol=1e-5)
