@@ -60,10 +60,12 @@ check: $(STAMP)
 
 models: $(STAMP)
 	$(RUN)/equipoise models make qwen3_vl --out build/tiny-qwen3-vl-random
-	rm -rf build/cold-start
+	rm -rf build/cold-start build/cold-start-think
 	$(RUN)/equipoise sft recipes/tiny/cold_start.toml --output build/cold-start
+	$(RUN)/equipoise sft recipes/tiny/cold_start_think.toml --output build/cold-start-think
 	rm -rf models/tiny-qwen3-vl
-	cp -r build/cold-start/checkpoint models/tiny-qwen3-vl
+	cp -r build/cold-start-think/checkpoint models/tiny-qwen3-vl
+	cp build/cold-start/checkpoint/README.md models/tiny-qwen3-vl/cold_start.md
 
 lock: $(STAMP)
 	@lock() {

@@ -236,12 +236,14 @@ class ChangeTable:
     rows: tuple[Change, ...]
 
     def to_rich(self, title: str = "") -> Table:
-        """A table for the terminal."""
+        """A table for the terminal: the accuracies; defects by name are in `to_dict`."""
         table = Table(title=escape(title) or None)
-        table.add_column("metric")
-        for heading in ("before", "after", "difference", "intervals", "McNemar p", "n"):
-            table.add_column(heading, justify="right")
+        table.add_column("metric", no_wrap=True)
+        for heading in ("before", "after", "change", "intervals", "McNemar p", "n"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
+            if row.metric.startswith("defect/"):
+                continue
             table.add_row(
                 escape(row.metric),
                 f"{row.before.value:.3f} [{row.before.low:.3f}, {row.before.high:.3f}]",

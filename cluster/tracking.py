@@ -342,7 +342,9 @@ class Progress:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
-        self.console = console or Console()
+        # A log file has no width; its tables should not be squeezed into 80 columns.
+        wide = Console()
+        self.console = console or (wide if wide.is_terminal else Console(width=110))
         self._recent: deque[float] = deque(maxlen=10)
 
     def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:

@@ -12,6 +12,12 @@ from learner.policy import Policy, load_policy
 from learner.tiny import FAMILIES
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices on a shared machine: threads that wait for each other only cost time."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Each model family in turn."""

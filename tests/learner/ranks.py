@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,10 @@ from learner.losses import Loss
 
 @dataclass(frozen=True)
 class Job:
-    """Updates on `batches`, one after the other, by a fresh learner."""
+    """Updates, one after the other, by a fresh learner; refused ones are gone past."""
 
     settings: LearnerSettings
-    batches: tuple[TrainBatch, ...]
-    loss: Loss
+    updates: tuple[tuple[TrainBatch, Loss], ...]
     learning_rate: float
     save: str | None = None
 
@@ -42,7 +43,7 @@ class Outcome:
             moment after the step.
         after_first, weights: checkpoint names after the first update and at the end.
         logprobs: of the first batch at the end.
-        error: of an update that was refused.
+        errors: of updates that were refused.
     """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Outcome:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
-    error: str = ""
+    errors: list[str] = field(default_factory=list)
 
 
 def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) -> dict[str, Outcome]:
@@ -69,12 +70,12 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
     ]
     for process in processes:
         process.start()
+    until = time.monotonic() + seconds
     try:
-        for process in processes:
-            process.join(seconds)
-            assert process.exitcode is not None, f"a rank did not end within {seconds} s"
-            if process.exitcode:
-                break
+        # A rank that fails leaves the others waiting for it.
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+            assert time.monotonic() < until, f"ranks did not end within {seconds} s"
+            wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
     finally:
         for process in processes:
             process.kill()
@@ -117,12 +118,12 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
 
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
-    for batch in job.batches:
+    for batch, loss in job.updates:
         try:
-            outcome.metrics.append(learner.update(batch, job.loss, job.learning_rate))
+            outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
-            outcome.error = str(error)
-            break
+            outcome.errors.append(str(error))
+            continue
         if not outcome.moments:
             for name, parameter in named.items():
                 if job.settings.zero_stage:
@@ -133,7 +134,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
             outcome.after_first = {name: tensor.clone() for name, tensor in source}
     outcome.metadata = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     outcome.weights = {name: tensor.clone() for name, tensor in source}
-    outcome.logprobs = learner.logprobs(job.batches[0])
+    outcome.logprobs = learner.logprobs(job.updates[0][0])
     if job.save:
         learner.save(Path(job.save))
     learner._engine.destroy()

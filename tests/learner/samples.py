@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from learner.batch import TrainBatch, TrainSequence
+from learner.batch import Tokens, TrainBatch, TrainSequence
 from learner.sft import Demonstrator
 from rollout.tokens import encode, render_prompt
 from tasks.core import Problem
@@ -17,6 +18,22 @@ from tasks.load import load_task
 
 TASK = load_task("sudoku")
 SPEC = TASK.spec(size=4, blanks=8, cell_size=16, margin=0, font_size=12, prompt="brief")
+
+
+@dataclass(frozen=True)
+class CliffLoss:
+    """A loss of value 0 (or NaN) whose gradient is infinite."""
+
+    value: float = 0.0
+    uses_entropy: bool = False
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        return {"cliff": 1.0}
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        return {"cliff": (logprobs - logprobs.detach()).sqrt().sum() + self.value}
 
 
 def problem(seed: int, size: tuple[int, int] | None = None) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from learner.losses import PolicyLoss
 from learner.policy import load_policy, make_collator
 from learner.tiny import FAMILIES
 from tests.learner.ranks import Job, Outcome, run_ranks
-from tests.learner.samples import mixed_batch
+from tests.learner.samples import CliffLoss, mixed_batch
 from tests.learner.test_policy import plain_logprobs
 
 RATE = 1e-3
 CLIP = 0.5
 LOSS = PolicyLoss(entropy_weight=0.01)
 TWO = {"qwen3_vl": ("0", "1", "2", "3", "2 whole"), "internvl": ("0", "3")}
-ONE = {"qwen3_vl": ("0", "0 whole", "2", "3"), "internvl": ("0 whole",)}
+ONE = {"qwen3_vl": ("0", "0 whole"), "internvl": ("0 whole",)}
+REFUSING = (0, 2, 3)
 SAVED = ("2/qwen3_vl/3", "1/qwen3_vl/0", "2/internvl/3", "1/internvl/0 whole")
 NAMES = {
     "model.language_model.": "language_model.model.",
@@ -67,11 +69,7 @@ class Ranks:
                 for case in cases
             }
             if ranks == 1:
-                jobs |= {
-                    f"{kind} {stage}": self.poisoned(kind, stage)
-                    for kind in ("loss", "gradient")
-                    for stage in (0, 2, 3)
-                }
+                jobs |= {f"refused {stage}": self.refused(stage) for stage in REFUSING}
             out = folder / f"ranks-{ranks}"
             out.mkdir()
             self.outcomes |= run_ranks(ranks, jobs, out, seconds=300)
@@ -85,17 +83,14 @@ class Ranks:
             max_grad_norm=CLIP,
         )
         save = str(self.folder / name.replace("/", "-")) if name in SAVED else None
-        return Job(settings, self.batches[family], LOSS, RATE, save)
+        return Job(settings, tuple((b, LOSS) for b in self.batches[family]), RATE, save)
 
-    def poisoned(self, kind: str, stage: int) -> Job:
-        """An update that must be refused: its loss is NaN, or its gradient too large to norm."""
+    def refused(self, stage: int) -> Job:
+        """Two updates to refuse: one for its gradient, one for its loss."""
         clean = self.job(f"1/qwen3_vl/{stage}")
-        *rest, last = clean.batches[0].sequences
-        if kind == "loss":
-            rest.append(replace(last, sampler_logprobs=last.sampler_logprobs * np.nan))
-        else:
-            rest.append(replace(last, advantages=np.float32(1e30) * np.sign(last.advantages)))
-        return replace(clean, batches=(TrainBatch(tuple(rest)),), save=None)
+        batch, _ = clean.updates[0]
+        updates = ((batch, CliffLoss()), (batch, CliffLoss(math.nan)))
+        return replace(clean, updates=updates, save=None)
 
     def stored(self, folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
@@ -182,7 +177,7 @@ def test_the_step_is_adamw_on_the_clipped_gradient(ranks: Ranks, family: str) ->
         scale = CLIP / outcome.norms[0]
         for parameter, gradient in outcome.gradients.items():
             moment = outcome.moments[parameter] / (1 - 0.9)
-            torch.testing.assert_close(moment, gradient * scale, rtol=1e-3, atol=1e-7)
+            assert (moment - gradient * scale).norm() < 1e-4 * CLIP, (name, parameter)
             at = checkpoint_name(family, parameter)
             expected = start[at] - RATE * moment / (moment.abs() + 1e-8)
             gap = (outcome.after_first[at] - expected).abs().max()
@@ -222,12 +217,12 @@ def test_a_saved_folder_is_the_learner_that_wrote_it(ranks: Ranks, name: str) ->
     np.testing.assert_allclose(found.numpy(), told, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_is_refused_whole(ranks: Ranks, kind: str, stage: int) -> None:
-    outcome = ranks.outcomes[f"{kind} {stage}"]
-    assert kind in outcome.error
-    assert "was not applied" in outcome.error
+@pytest.mark.parametrize("stage", REFUSING)
+def test_an_update_that_is_not_finite_is_refused_whole(ranks: Ranks, stage: int) -> None:
+    outcome = ranks.outcomes[f"refused {stage}"]
+    gradient, loss = outcome.errors
+    assert "gradient norm" in gradient and "not applied" in gradient
+    assert "loss of micro-batch 0 is nan" in loss and "not applied" in loss
     stored = ranks.stored(ranks.paths["qwen3_vl"])
     assert all(torch.equal(stored[name], outcome.weights[name]) for name in stored)
 
