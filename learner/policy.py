@@ -39,7 +39,7 @@ class Policy(nn.Module):
         """
         model: Any = self.model
         features = model.model.get_image_features(**batch.vision.inputs, return_dict=True)
-        inputs = dict(batch.inputs)
+        inputs: dict[str, Any] = dict(batch.inputs)
         if len(batch.vision.images):
             inputs["mm_encoder_outputs"] = {"image": _use(features, batch.vision)}
         hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -23,6 +25,7 @@ class Demonstrator:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._decoder = Decoder(processor.tokenizer)
+        self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
     def sequence(self, task: Task, problem: Problem, response: str) -> TrainSequence:
         """The problem's chat prompt followed by `response` and the end-of-turn token.
@@ -37,18 +40,22 @@ class Demonstrator:
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
         tokenizer = self._processor.tokenizer
-        text = render_prompt(self._processor, problem.prompt, with_image=True)
         image = check_image(problem.image, f"image of problem {problem.id}")
-        prompt = self._processor(images=[image], text=[text])["input_ids"][0]
         ids = encode(tokenizer, response)
         _, offsets = self._decoder.decode(ids)
         segments = np.append(label_segments(offsets, parsed.spans), np.int8(NO_SEGMENT))
         return demonstration(
-            np.asarray(prompt, np.int32),
+            self._prompt(problem.prompt, image.size),
             np.asarray([*ids, tokenizer.eos_token_id], np.int32),
             problem.image,
             segments.astype(np.int8),
         )
+
+    def _make_prompt(self, prompt: str, size: tuple[int, int]) -> np.ndarray:
+        """int32 [P], placeholders expanded: how many there are depends on the image's size only."""
+        text = render_prompt(self._processor, prompt, with_image=True)
+        made = self._processor(images=[Image.new("RGB", size)], text=[text])
+        return np.asarray(made["input_ids"][0], np.int32)
 
 
 @dataclass(frozen=True)

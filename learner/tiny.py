@@ -8,7 +8,7 @@ special tokens (a special tag would vanish when decoded with `skip_special_token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,11 +44,13 @@ MERGE = 2
 # one thing to say; the rest splits as in the usual byte-level pattern.
 _PIECES = Regex(r"</?[a-z]+>\n?|r\dc\d| ?[0-9\-]| ?[A-Za-z]+|\n| +|[^\sA-Za-z0-9]")
 
+# What is said does not depend on how it is drawn, so the pictures are as small as they go.
+_SUDOKU = {"size": 4, "cell_size": 16, "font_size": 12, "margin": 0}
 _CORPUS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("sudoku", {"size": 4, "blanks": 8, "prompt": "brief"}),
-    ("sudoku", {"size": 4, "blanks": 6, "prompt": "full"}),
-    ("graph_coloring", {"vertices": 5, "prompt": "brief"}),
-    ("graph_coloring", {"vertices": 7, "prompt": "full"}),
+    ("sudoku", _SUDOKU | {"blanks": 8, "prompt": "brief"}),
+    ("sudoku", _SUDOKU | {"blanks": 6, "prompt": "full"}),
+    ("graph_coloring", {"canvas": 96, "vertices": 5, "prompt": "brief"}),
+    ("graph_coloring", {"canvas": 96, "vertices": 7, "prompt": "full"}),
 )
 
 _QWEN_TEMPLATE = (
@@ -86,16 +88,19 @@ def make_tiny(family: Family, out: Path, seed: int = 0) -> dict[str, int]:
     }
 
 
-def _corpus(seed: int) -> Iterator[str]:
+@cache
+def _corpus(seed: int) -> tuple[str, ...]:
+    """Prompts and demonstrations of the built-in tasks."""
+    texts = []
     for index, (name, knobs) in enumerate(_CORPUS):
         task = load_task(name)
         spec = task.spec(**knobs)
         rng = np.random.default_rng([seed, index])
         for _ in range(150):
             problem = task.generate(rng, spec)
-            yield problem.prompt
-            yield task.demonstrate(problem, "terse")
-            yield task.demonstrate(problem, "verbose")
+            texts += [problem.prompt]
+            texts += [task.demonstrate(problem, "terse"), task.demonstrate(problem, "verbose")]
+    return tuple(texts)
 
 
 def _tokenizer(family: Family, seed: int) -> PreTrainedTokenizerFast:

@@ -150,9 +150,12 @@ def made_by_the_drivers() -> set[str]:
     clock = StepClock()
     for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/train.py").read_text()):
         clock.lap(phase)
-    names = set(clock.metrics([], [])) | {"throughput/learner_tokens_per_second"} | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    names.add("throughput/learner_tokens_per_second")
     for file in ("cluster/train.py", "cluster/cold_start.py", "learner/warmup.py"):
-        for name in re.findall(r'"((?:policy|sft|warmup)/[\w{}/]*\w)"', (ROOT / file).read_text()):
+        for name in re.findall(
+            r'"((?:policy|sft|warmup|learner)/[\w{}/]*\w)"', (ROOT / file).read_text()
+        ):
             names.add(re.sub(r"{\w+}", "sudoku", name))
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import multiprocessing
 import os
@@ -65,7 +66,9 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
     context = multiprocessing.get_context("spawn")
     out = [folder / f"rank-{rank}.pickle" for rank in range(ranks)]
     processes = [
-        context.Process(target=_rank, args=(WorldPlace(rank, ranks, master), jobs, str(out[rank])))
+        context.Process(
+            target=_rank, args=(WorldPlace(rank, ranks, master), jobs, str(out[rank]), seconds - 5)
+        )
         for rank in range(ranks)
     ]
     for process in processes:
@@ -86,7 +89,8 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
     return found[0]
 
 
-def _rank(place: WorldPlace, jobs: dict[str, Job], out: str) -> None:
+def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> None:
+    faulthandler.dump_traceback_later(seconds)  # where a rank that hangs stands
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # DeepSpeed calls collectives by their older names

@@ -1,0 +1,150 @@
+"""The driver's own arithmetic: which groups are learnt from, in which minibatch, at which rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.config import Recipe, load_recipe
+from cluster.problems import held_out, open_sources, step_problems
+from cluster.train import free_requests, learner_metrics, learning_rate, train_batches
+from rewards.compose import Composition, compose_groups
+from rewards.records import ScoredGroup
+from rewards.terms import load_term
+from tasks.core import DataError
+from tasks.splits import split_of
+from tests.rewards.toys import group, score
+
+RECIPE = """
+name = "x"
+seed = 5
+[model]
+path = "m"
+[[tasks]]
+name = "sudoku"
+weight = 3
+knobs = { size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0, prompt = "brief" }
+[[tasks]]
+name = "graph_coloring"
+knobs = { vertices = 6, canvas = 64, label_size = 0, prompt = "brief" }
+[learner]
+learning_rate = 1e-4
+warmup_steps = 4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    path = tmp_path / "x.toml"
+    path.write_text(RECIPE)
+    return load_recipe(path)
+
+
+def scored(answers: list[bool], name: str) -> ScoredGroup:
+    """A scored group of the toy task whose rollouts are right or wrong as told."""
+    made = group(3, *("3;6;" if right else "3;5;" for right in answers), name=name)
+    (found,) = compose_groups(
+        [made], [score(made, load_term("outcome"))], Composition({"outcome": 1.0})
+    )
+    return found
+
+
+def test_groups_without_a_gradient_are_left_out(recipe: Recipe) -> None:
+    groups = [scored([True, False], "a"), scored([True, True], "b"), scored([False, True], "c")]
+    (batch,) = train_batches(recipe, groups)
+    assert len(batch.sequences) == 4
+    advantages = [float(s.advantages[0]) for s in batch.sequences]
+    assert advantages == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    assert train_batches(recipe, [scored([True, True], "b")]) == []
+
+
+def test_zero_variance_groups_count_as_tokens_where_the_recipe_keeps_them(recipe: Recipe) -> None:
+    algorithm = recipe.algorithm.model_copy(update={"drop_zero_variance": False})
+    kept = recipe.model_copy(update={"algorithm": algorithm})
+    groups = [scored([True, False], "a"), scored([True, True], "b")]
+    (batch,) = train_batches(kept, groups)
+    assert len(batch.sequences) == 4
+    assert all((s.advantages == 0).all() for s in batch.sequences[2:])
+
+
+def test_dropped_groups_never_reach_the_learner(recipe: Recipe) -> None:
+    bad = replace(scored([True, False], "a"), dropped=True)
+    (batch,) = train_batches(recipe, [bad, scored([True, False], "b")])
+    assert len(batch.sequences) == 2
+
+
+def test_minibatches_hold_whole_groups_and_every_group_once(recipe: Recipe) -> None:
+    algorithm = recipe.algorithm.model_copy(update={"updates_per_step": 2})
+    split = recipe.model_copy(update={"algorithm": algorithm})
+    groups = [scored([True, False, False], name) for name in "abcde"]
+    batches = train_batches(split, groups)
+    assert [len(b.sequences) for b in batches] == [9, 6]
+    for batch in batches:
+        total = sum(float(s.advantages[0]) for s in batch.sequences)
+        assert total == pytest.approx(0, abs=1e-5)
+
+
+def test_step_metrics_of_several_updates_keep_the_first_ratio() -> None:
+    updates = [
+        {"loss": 1.0, "ratio_gap": 1e-6, "logprob_gap": 1e-6, "seconds": 2.0},
+        {"loss": 3.0, "ratio_gap": 0.4, "logprob_gap": 0.3, "seconds": 1.0},
+    ]
+    assert learner_metrics(updates) == {
+        "learner/loss": 2.0,
+        "learner/ratio_gap": 1e-6,
+        "learner/logprob_gap": 1e-6,
+        "learner/seconds": 3.0,
+    }
+    assert learner_metrics([]) == {}
+
+
+def test_the_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:
+    rates = [learning_rate(recipe, step) for step in range(1, 8)]
+    assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4])
+
+
+def test_problems_are_the_same_for_every_run_with_a_seed(recipe: Recipe) -> None:
+    sources = open_sources(recipe.tasks)
+
+    def ids(seed: int) -> list[str]:
+        opened = open_sources(recipe.tasks)
+        return [p.id for step in range(3) for p in step_problems(opened, seed, step, 16)]
+
+    first, again, other = ids(5), ids(5), ids(6)
+    assert first == again
+    assert first != other
+    problems = step_problems(sources, 5, 0, 400)
+    share = np.mean([p.task == "sudoku" for p in problems])
+    assert 0.68 < share < 0.82  # 3 of 4, within 3 standard errors
+    assert {split_of(p) for p in problems} == {"train"}
+    requests = free_requests(recipe, 1, problems)
+    assert len({r.group_id for r in requests}) == 400
+    assert {r.n for r in requests} == {8}
+
+
+def test_held_out_problems_are_of_the_test_split_and_differ(recipe: Recipe) -> None:
+    for source in open_sources(recipe.tasks):
+        problems = held_out(source, 1, 60)
+        assert {split_of(p) for p in problems} == {"test"}
+        assert len({p.id for p in problems}) == 60
+
+
+def test_too_few_held_out_problems_are_an_error_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(RECIPE.replace("vertices = 6", "vertices = 4"))
+    source = open_sources(load_recipe(path).tasks)[1]
+    with pytest.raises(DataError, match=r"eval\.problems.*lower eval\.problems"):
+        held_out(source, 1, 500)
+
+
+def test_two_entries_of_one_task_have_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    text = RECIPE.replace("size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0", "")
+    path.write_text(text.replace("sudoku", "graph_coloring").replace("{ ,", "{"))
+    assert [s.label for s in open_sources(load_recipe(path).tasks)] == [
+        "graph_coloring",
+        "graph_coloring-2",
+    ]

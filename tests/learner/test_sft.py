@@ -1,0 +1,128 @@
+"""Demonstrations: the right tokens in the right segments, the same stream for any workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from learner.batch import TrainSequence
+from learner.policy import Policy
+from learner.schedule import learning_rate_at
+from learner.sft import DemonstrationStream, Demonstrator, Source, draw
+from rollout.tokens import Decoder, render_prompt
+from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
+from tasks.images import check_image
+from tasks.load import load_task
+from tests.learner.samples import SPEC, TASK, problem
+
+GRAPHS = load_task("graph_coloring")
+
+
+@pytest.mark.parametrize("style", ["terse", "verbose"])
+@pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
+def test_the_tokens_of_a_segment_say_what_the_parser_found_there(
+    loaded: tuple[Policy, Any], task: Any, style: Style
+) -> None:
+    _, processor = loaded
+    decoder, demonstrator = Decoder(processor.tokenizer), Demonstrator(processor)
+    for seed in range(8):
+        drawn = task.generate(np.random.default_rng(seed), SPEC if task is TASK else task.spec())
+        response = task.demonstrate(drawn, style)
+        spans = task.parse(response).spans
+        s = demonstrator.sequence(task, drawn, response)
+        assert decoder.decode(s.response_ids[:-1])[0] == response
+        assert s.response_ids[-1] == processor.tokenizer.eos_token_id
+        assert s.segments[-1] == NO_SEGMENT
+        for index, segment in enumerate(SEGMENTS):
+            text, _ = decoder.decode(s.response_ids[s.segments == index])
+            start, end = spans[segment]
+            assert text.strip() == response[start:end].strip()
+            assert text
+        between, _ = decoder.decode(s.response_ids[:-1][s.segments[:-1] == NO_SEGMENT])
+        assert not between.strip()
+
+
+def test_the_prompt_is_the_processors_own(loaded: tuple[Policy, Any]) -> None:
+    _, processor = loaded
+    demonstrator = Demonstrator(processor)
+    for size in ((64, 64), (96, 64), (64, 64)):
+        drawn = problem(1, size)
+        text = render_prompt(processor, drawn.prompt, with_image=True)
+        expected = processor(images=[check_image(drawn.image, "test")], text=[text])["input_ids"][0]
+        found = demonstrator.sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
+        assert found.prompt_ids.tolist() == list(expected)
+
+
+def test_a_defective_demonstration_is_refused(loaded: tuple[Policy, Any]) -> None:
+    drawn = problem(0)
+    response = TASK.demonstrate(drawn, "terse").replace("</answer>", "")
+    with pytest.raises(DataError, match=f"problem {drawn.id}: has defect"):
+        Demonstrator(loaded[1]).sequence(TASK, drawn, response)
+    with pytest.raises(DataError, match=f"image of problem {drawn.id}"):
+        Demonstrator(loaded[1]).sequence(
+            TASK, replace(drawn, image=b""), TASK.demonstrate(drawn, "terse")
+        )
+
+
+def sources() -> list[Source]:
+    graphs = GRAPHS.spec(vertices=4, prompt="brief")
+    return [Source(TASK, 3.0, "terse", SPEC), Source(GRAPHS, 1.0, "verbose", graphs)]
+
+
+def first_batches(processor: Any, count: int, workers: int, **how: int) -> list[list[bytes]]:
+    """What the first batches hold, as bytes."""
+    stream = DemonstrationStream(sources(), processor, 3, seed=5, **how)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    return [[content(s) for s in batch] for batch in islice(loader, count)]
+
+
+def content(s: TrainSequence) -> bytes:
+    return b"".join([s.prompt_ids.tobytes(), s.response_ids.tobytes(), s.segments.tobytes()]) + (
+        s.image or b""
+    )
+
+
+def test_the_stream_is_the_same_for_any_number_of_workers(loaded: tuple[Policy, Any]) -> None:
+    _, processor = loaded
+    plain = first_batches(processor, 5, workers=0)
+    assert len({s for batch in plain for s in batch}) == 15
+    assert first_batches(processor, 5, workers=0) == plain
+    assert first_batches(processor, 5, workers=2) == plain
+    assert first_batches(processor, 3, workers=1, start=2) == plain[2:]
+
+
+def test_draws_follow_the_weights_and_take_stored_rows_where_there_are_some() -> None:
+    drawn = [draw(sources(), 1, i) for i in range(60)]
+    share = sum(source.task is TASK for source, _, _ in drawn) / len(drawn)
+    assert 0.55 < share < 0.95
+    assert len({p.symmetry_key for _, p, _ in drawn}) > 30
+    row = (problem(3), "stored")
+    source = Source(TASK, 1.0, "terse", rows=(row,))
+    assert draw([source], 0, 9) == (source, *row)
+
+
+@given(
+    steps=st.integers(1, 500),
+    warmup=st.integers(0, 100),
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_learning_rate_rises_to_its_peak_and_never_again(
+    steps: int, warmup: int, schedule: str
+) -> None:
+    rates = [learning_rate_at(i, steps, 2.0, warmup, schedule) for i in range(steps)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    rise, fall = rates[:warmup], rates[warmup:]
+    assert rise == pytest.approx([2.0 * (i + 1) / warmup for i in range(len(rise))])
+    assert all(a >= b - 1e-12 for a, b in pairwise(fall))
+    if fall:
+        assert fall[0] == pytest.approx(2.0)
+    if len(fall) > 1:
+        assert fall[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)

@@ -1,0 +1,48 @@
+"""The vision warm-up teaches the tower, and only the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.policy import load_policy
+from learner.warmup import warm_up_vision
+from tasks.core import Problem
+from tests.learner.samples import TASK
+
+# Nearly full grids: each digit fills a quarter of them, so guessing reads 0.25 of the cells right.
+SPEC = TASK.spec(size=4, blanks=1, cell_size=16, margin=0, font_size=12, prompt="brief")
+Labelled = list[tuple[str, Problem, np.ndarray]]
+
+
+def batches(size: int) -> Iterator[Labelled]:
+    index = 0
+    while True:
+        drawn = [TASK.generate(np.random.default_rng([3, index + i]), SPEC) for i in range(size)]
+        index += size
+        yield [(TASK.name, p, TASK.vision_labels(p)) for p in drawn]  # type: ignore[attr-defined]
+
+
+def test_a_few_steps_read_digits_better_and_leave_the_language_model_alone(
+    model_path: str,
+) -> None:
+    policy, processor = load_policy(model_path)
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    curve: list[dict[str, float]] = []
+    last = warm_up_vision(
+        policy, processor, batches(32), 16, 1e-3, lambda step, m: curve.append(dict(m))
+    )
+    assert len(curve) == 16
+    assert curve[-1] == last
+    read = [metrics[f"warmup/{TASK.name}/accuracy"] for metrics in curve]
+    assert max(read[:3]) < 0.35
+    assert min(read[-3:]) > 0.45
+    moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
+    tower = {n for n in before if not n.startswith(("model.language_model", "lm_head"))}
+    assert moved <= tower
+    assert len(moved) > 0.8 * len(tower)
+    gradients: list[Any] = [p.grad for p in policy.model.parameters()]
+    assert not any(g is not None and g.any() for g in gradients)
