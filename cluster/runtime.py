@@ -58,9 +58,6 @@ def _worker_environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Sampler and learner take turns on the same cores: threads that spin while they wait
-        # would take them from each other, and from whatever else a laptop does.
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
