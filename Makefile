@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml requirements/$(SET).txt requirements/overrides.txt
 	fi
 	export VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 	echo "set-up: installing requirements/$(SET).txt into $(VENV) (some GB, once)"
-	$(RUN)/uv pip install -q -r requirements/$(SET).txt --override requirements/overrides.txt --no-deps
+	$(RUN)/uv pip install -q --compile-bytecode -r requirements/$(SET).txt --override requirements/overrides.txt --no-deps
 	$(RUN)/uv pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 

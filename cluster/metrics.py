@@ -155,6 +155,24 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
     return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
 
 
+def pooled(tables: Sequence[EvalTable]) -> EvalTable:
+    """One table over the problems of several tasks: the metrics that all of them have.
+
+    Every problem counts once, whatever its task. Raises ValueError where two tables share a
+    problem id.
+    """
+    first, *others = tables
+    values: dict[str, dict[str, float]] = {}
+    for metric in first.per_problem:
+        if metric.startswith("defect/") or any(metric not in t.per_problem for t in others):
+            continue
+        merged = {k: v for table in tables for k, v in table.per_problem[metric].items()}
+        if len(merged) != sum(len(table.per_problem[metric]) for table in tables):
+            raise ValueError(f"{metric}: two tables share a problem id")
+        values[metric] = merged
+    return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
+
+
 def _pass_values(
     task: Task, name: EvalPass, groups: Sequence[Group]
 ) -> dict[str, dict[str, float]]:

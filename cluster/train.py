@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
-from cluster.metrics import EvalTable, before_after, step_metrics
+from cluster.metrics import EvalTable, before_after, pooled, step_metrics
 from cluster.problems import step_problems
 from cluster.runtime import Run, new_run_folder, running
 from cluster.tracking import Progress, Tracker
@@ -213,7 +213,9 @@ def report_change(
     after: dict[str, EvalTable],
     progress: Progress,
 ) -> None:
-    """Print the before/after tables and keep them as `evaluation.json`."""
+    """Print the before/after tables, each task's and all together; keep `evaluation.json`."""
+    if len(before) > 1:
+        before, after = (t | {"all tasks": pooled(list(t.values()))} for t in (before, after))
     kept = {}
     for task in before:
         change = before_after(before[task], after[task])

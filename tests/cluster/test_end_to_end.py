@@ -110,7 +110,8 @@ def check_run(run: Path, model: Path) -> None:
     assert len(changed) > 0.9 * len(start)
     assert (run / "checkpoint" / "chat_template.jinja").exists()
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert set(evaluation) == {"sudoku", "graph_coloring"}
+    assert set(evaluation) == {"sudoku", "graph_coloring", "all tasks"}
+    assert {row["n"] for row in evaluation["all tasks"]["after"]["rows"]} == {16}
     for table in evaluation.values():
         assert {"a", "a_p", "a_r"} <= {row["metric"] for row in table["after"]["rows"]}
 

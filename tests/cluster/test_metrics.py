@@ -19,6 +19,7 @@ from cluster.metrics import (
     mcnemar,
     mean_interval,
     pass_at_k,
+    pooled,
     step_metrics,
     wilson,
 )
@@ -208,3 +209,14 @@ def test_an_undefined_number_is_absent_not_nan() -> None:
     assert "coupling/outcome_perception/pooled" not in found
     assert found["coupling/outcome_perception/zero_variance"] == 1.0
     assert step_metrics([], 0) == {"group/count": 0.0, "group/dropped": 0.0}
+
+
+def test_pooling_counts_every_problem_once() -> None:
+    one = EvalTable((), {"a": {"p": 1.0, "q": 0.0}, "a_p": {"p": 1.0, "q": 1.0}, "defect/x": {}})
+    two = EvalTable((), {"a": {"r": 1.0}, "leak": {"r": 0.0}})
+    table = pooled([one, two])
+    assert [row.metric for row in table.rows] == ["a"]
+    assert table["a"].value == pytest.approx(2 / 3)
+    assert (table["a"].low, table["a"].high) == wilson(2, 3)
+    with pytest.raises(ValueError, match="share a problem"):
+        pooled([one, one])
