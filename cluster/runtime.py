@@ -240,7 +240,7 @@ def explain(error: BaseException) -> str:
     """The actor's own error first, then where it happened."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return f"{type(cause).__name__}: {cause}\n\n{error.traceback_str}"
+        return f"{type(cause).__name__}: {cause}\n\n{error}"
     if isinstance(error, RayActorError):
         return f"an actor's process died: {error}"
     return f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from safetensors.numpy import load_file
 from cluster.tracking import read_metrics, read_rollouts
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKEN = secrets.token_hex(32)
+"""Ray's dashboard takes jobs from whoever holds the cluster's token."""
 
 RECIPE = """
 name = "end-to-end"
@@ -118,6 +121,7 @@ def check_run(run: Path, model: Path) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    quiet |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | quiet | more
 
 
@@ -139,9 +143,9 @@ def test_internvl_on_two_zero3_ranks_in_local_mode(
 
 @pytest.fixture
 def ray_head(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A head node on loopback with its own ports; yields the dashboard's address."""
+    """A head node on loopback with its own ports and token; yields the dashboard's address."""
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
@@ -159,6 +163,8 @@ def ray_head(tmp_path: Path):  # type: ignore[no-untyped-def]
             f"--port={ports[0]}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={ports[1]}",
+            # The default is one fixed port, which another Ray on this machine may hold.
+            f"--dashboard-agent-listen-port={ports[2]}",
             f"--temp-dir={scratch}",
         ],
         env=environment(),
@@ -166,12 +172,15 @@ def ray_head(tmp_path: Path):  # type: ignore[no-untyped-def]
         stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{ports[1]}"
-    for _ in range(240):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", ports[1])) == 0:
-                break
+    # Jobs are taken once the dashboard has found the node's agent.
+    hello = [ray, "job", "submit", "--address", address, "--", "true"]
+    for attempt in range(40):
+        done = subprocess.run(hello, env=environment(), capture_output=True, text=True, timeout=120)
+        if done.returncode == 0:
+            break
         assert head.poll() is None, (tmp_path / "head.log").read_text()
-        time.sleep(0.5)
+        assert attempt < 39, done.stdout[-2000:] + done.stderr[-2000:]
+        time.sleep(1)
     yield address
     head.terminate()
     head.wait(60)
