@@ -156,6 +156,9 @@ def wait_all(
                 f"the deadline of {deadline_seconds:g} s (transfer.deadline_seconds)"
             ) from error
         except Exception as error:
+            # Ray wraps what the sampler raised; the sampler's own words belong on the first line.
+            own = getattr(error, "cause", None) or error
             raise WeightTransferError(
-                f"weight transfer: sampler {sampler.name!r} failed in {method}: {error}"
+                f"weight transfer: sampler {sampler.name!r} failed in {method}: "
+                f"{type(own).__name__}: {own}"
             ) from error

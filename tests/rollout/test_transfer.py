@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 
 from rollout.transfer import HostSender, WeightTransferError
@@ -89,8 +90,26 @@ def test_a_sampler_that_hangs_is_named_at_the_deadline(tmp_path: Path, method: s
 
 def test_a_sampler_that_fails_is_named_with_its_own_error(tmp_path: Path) -> None:
     samplers = [Sampler("fine"), Sampler("broken", fails_in="load_weights")]
-    with pytest.raises(WeightTransferError, match="'broken' failed in load_weights: out of cheese"):
+    named = "'broken' failed in load_weights: ValueError: out of cheese"
+    with pytest.raises(WeightTransferError, match=named):
         HostSender(samplers, 30, tmp_path).send(Source(), 1, rank=0)
+
+
+class RaySampler(Sampler):
+    """Wraps what its method raised as Ray does: the error itself is the `cause`."""
+
+    def wait(self, future: Future[None], seconds: float) -> None:
+        try:
+            future.result(seconds)
+        except ValueError as error:
+            raise RayTaskError("load_weights", "many lines", error) from error
+
+
+def test_the_error_a_remote_sampler_raised_is_on_the_first_line(tmp_path: Path) -> None:
+    broken = RaySampler("broken", fails_in="load_weights")
+    with pytest.raises(WeightTransferError) as raised:
+        HostSender([broken], 30, tmp_path).send(Source(), 1, rank=0)
+    assert str(raised.value).splitlines()[0].endswith("ValueError: out of cheese")
 
 
 def test_other_ranks_gather_and_send_nothing(tmp_path: Path) -> None:
