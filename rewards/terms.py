@@ -26,8 +26,14 @@ from rewards.records import (
     TermError,
     TermFailure,
 )
-from rollout.record import Group, Rollout
-from tasks.core import Task
+from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
+from tasks.core import Problem, Task
+
+ModelRequest = SampleRequest | ScoreRequest
+"""What a term may ask a model: to write responses, or to score given tokens."""
+
+Reply = Group | np.ndarray
+"""A `Group` for a `SampleRequest`; float32 [T] log-probs in nats for a `ScoreRequest`."""
 
 
 @runtime_checkable
@@ -42,6 +48,39 @@ class RewardTerm(Protocol):
     """How metrics, weights and records call it."""
 
     def __call__(self, task: Task, group: Group) -> list[float] | np.ndarray:
+        """One finite number a rollout, in the group's order."""
+
+
+@runtime_checkable
+class AskingTerm(Protocol):
+    """A term that needs a model's answers: it asks, samplers answer, it scores.
+
+    Both halves are pure functions that run in a reward worker; the requests between them run on
+    the policy's own samplers, or on a sampler with a frozen checkpoint.
+    """
+
+    name: str
+    model: str
+    """Checkpoint of the frozen model that answers; "" is the current policy."""
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> Sequence[ModelRequest]:
+        """What to ask about a group. `other` is another problem of the step, of the same task,
+        with another image (for swaps); None where the step has none."""
+
+    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> list[float] | np.ndarray:
+        """One finite number a rollout, from one reply a request, in the order of `ask`."""
+
+
+@runtime_checkable
+class RemoteTerm(Protocol):
+    """A term that waits for others (a judge behind HTTP): its `__call__` is a coroutine.
+
+    Several groups are in flight at once on one event loop, in an actor of the term's own.
+    """
+
+    name: str
+
+    async def __call__(self, task: Task, group: Group) -> list[float] | np.ndarray:
         """One finite number a rollout, in the group's order."""
 
 

@@ -40,6 +40,25 @@ class SampleRequest:
     sampling: Sampling
     kind: Kind = "free"
     view: ImageView = "shown"
+    prefix: str = ""
+    """Text the response is forced to start with, beside what the kind itself forces."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Ask for the log-probs of given response tokens, with this image or another.
+
+    Attributes:
+        request_id: names the request in errors.
+        problem: its prompt is what the tokens answer.
+        response_ids: int32 [T], the tokens to score; T may be 0.
+        image: encoded image to show in place of the problem's own; None: prompt text only.
+    """
+
+    request_id: str
+    problem: Problem
+    response_ids: np.ndarray
+    image: bytes | None
 
 
 @dataclass(frozen=True)
