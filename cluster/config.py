@@ -8,15 +8,12 @@ TOML that loads to an equal `Recipe`.
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import date, datetime, time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -27,7 +24,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
+
+from cluster.recipe_errors import Location, dotted, explain
+from cluster.toml_writer import table_lines
+from tasks.core import SEGMENTS, Segment
 
 REWARD_TERMS = ("outcome", "perception", "perception_graded", "format")
 """The reward terms a recipe can name without giving `module:Class`."""
@@ -38,6 +39,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -161,10 +164,50 @@ class RewardTermConfig(Section):
     """[[reward.terms]] One named component of the reward."""
 
     name: Text
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)] | None = (
+        None
+    )
+    """What metrics and records call it; needed where one term is in a recipe twice."""
+    weight: Weight = 1.0
+    """0 logs the term without rewarding it."""
+    final_weight: Weight | None = None
+    """The weight at the end of the schedule, where it has one."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the run's steps after which `final_weight` is reached and kept."""
+    segments: Annotated[tuple[Segment, ...], Field(strict=False, min_length=1)] = SEGMENTS
+    """The tokens that get this term's advantage: credit by segment."""
+    gate: Text | None = None
+    """Another entry (its label, or its name): below `gate_threshold` this one counts as 0."""
+    gate_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the term's class."""
     on_failure: Literal["abort", "drop_group", "zero"] = "abort"
+
+    @model_validator(mode="after")
+    def _schedule_goes_somewhere(self) -> RewardTermConfig:
+        if (self.schedule == "constant") != (self.final_weight is None):
+            missing = self.final_weight is None
+            raise _error(
+                f'"{self.schedule}" needs the weight it goes to; add final_weight'
+                if missing
+                else 'final_weight is given, and a "constant" weight never gets there; write '
+                'schedule = "linear" or "cosine"',
+                "schedule",
+            )
+        return self
+
+    @property
+    def entry(self) -> str:
+        """What other entries call this one."""
+        return self.label or self.name
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a share of the run in [0, 1]."""
+        from rewards.compose import weight_at
+
+        end = self.weight if self.final_weight is None else self.final_weight
+        return weight_at(self.weight, end, self.schedule, progress / self.schedule_share)
 
     @field_validator("name")
     @classmethod
@@ -189,7 +232,17 @@ class RewardConfig(Section):
     terms: Annotated[tuple[RewardTermConfig, ...], Field(strict=False)] = ()
     compose: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     workers: Positive = 1
+    """Processes that run the terms that compute; each reserves no core of its own."""
     deadline_seconds: Rate = 60.0
+    """One call of the computing terms."""
+    answer_seconds: Rate = 600.0
+    """All that terms ask a model in a step."""
+    remote_seconds: Rate = 300.0
+    """One group at a remote term (a judge), its retries included."""
+    remote_in_flight: Positive = 8
+    """Groups that a remote term has in flight at once."""
+    memory_gib: Rate = 4.0
+    """What a reward worker may allocate before its term fails with a MemoryError."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> RewardConfig:
@@ -199,12 +252,12 @@ class RewardConfig(Section):
                 "remove one of them",
                 "alpha",
             )
-        names = [term.name for term in self.terms]
+        names = [term.entry for term in self.terms]
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise _error(
                     f'"{name}" is already terms[{names.index(name)}]; give it once, with the sum '
-                    "of the weights",
+                    "of the weights, or give one of them a label",
                     "terms",
                     i,
                     "name",
@@ -212,8 +265,23 @@ class RewardConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _gates_are_other_entries(self) -> RewardConfig:
+        names = [term.entry for term in self.terms]
+        for i, term in enumerate(self.terms):
+            if term.gate is not None and (term.gate not in names or term.gate == term.entry):
+                others = ", ".join(f'"{name}"' for name in names if name != term.entry)
+                raise _error(
+                    f'got "{term.gate}", which is no other entry; there is {others or "none"} '
+                    "(a gate that should not be rewarded itself has weight = 0)",
+                    "terms",
+                    i,
+                    "gate",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _composition_makes_sense(self) -> RewardConfig:
-        if self.terms and all(term.weight == 0 for term in self.terms):
+        if self.terms and not any(term.weight or term.final_weight for term in self.terms):
             raise _error("all weights are 0, so nothing is rewarded; weigh one of them", "terms")
         return self
 
@@ -343,7 +411,7 @@ class OutputConfig(Section):
 class Recipe(Section):
     """Everything a run is made from; the sections are documented one by one."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Name
     question: str | None = None
     """What the run should answer, in the user's words."""
     seed: Count = 0
@@ -422,8 +490,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         lines += [
-            f"{source}: {_dotted(loc)}: {message}{_set_note(loc, set_paths)}"
-            for loc, message in _explain(error.errors(include_url=False), Recipe)
+            f"{source}: {dotted(loc)}: {message}{_set_note(loc, set_paths)}"
+            for loc, message in explain(error.errors(include_url=False), Recipe)
         ]
     if lines:
         raise RecipeError("\n".join(lines))
@@ -456,20 +524,18 @@ def task_of(name: str, settings: Sequence[str] = ()) -> TaskConfig:
         return TaskConfig.model_validate({"name": name, "knobs": knobs})
     except ValidationError as error:
         lines = []
-        for loc, message in _explain(error.errors(include_url=False), TaskConfig):
-            flag = "--task" if loc[0] == "name" else f"--set {_dotted(loc[1:])}"
+        for loc, message in explain(error.errors(include_url=False), TaskConfig):
+            flag = "--task" if loc[0] == "name" else f"--set {dotted(loc[1:])}"
             lines.append(f"{flag}: {message}")
         raise RecipeError("\n".join(lines)) from None
 
 
 def resolved_toml(recipe: Recipe) -> str:
     """The recipe as TOML with every default spelled out; loads to an equal recipe."""
-    return "\n".join(_toml_table(recipe.model_dump(exclude_none=True), ())).strip() + "\n"
+    return "\n".join(table_lines(recipe.model_dump(exclude_none=True))).strip() + "\n"
 
 
 # --- overrides -------------------------------------------------------------------------------
-
-Location = tuple[str | int, ...]
 
 
 def _apply_override(data: dict[str, Any], override: str) -> Location:
@@ -490,7 +556,7 @@ def _apply_override(data: dict[str, Any], override: str) -> Location:
     for i, part in enumerate(parts):
         if isinstance(here, list) and isinstance(part, str) and re.fullmatch(r"\d{1,6}", part):
             part = parts[i] = int(part)
-        at = _dotted(parts[:i]) if i else "the recipe"
+        at = dotted(parts[:i]) if i else "the recipe"
         if isinstance(here, list):
             if not isinstance(part, int) or part >= len(here):
                 raise RecipeError(
@@ -517,181 +583,3 @@ def _near_file(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.toml")]
     near = get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
-
-
-# --- saying what is wrong --------------------------------------------------------------------
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "string_type": 'text in quotes ("...")',
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "tuple_type": "a list [...]",
-    "list_type": "a list [...]",
-    "dict_type": "a table",
-    "model_type": "a section (a table)",
-    "string_too_short": "text that is not empty",
-}
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("more than", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("less than", "lt"),
-}
-
-
-def _explain(
-    errors: Sequence[ErrorDetails], model: type[BaseModel], below: Location = ()
-) -> Iterator[tuple[Location, str]]:
-    """(field, sentence) for each of pydantic's errors; fields start with `below`."""
-    for error in errors:
-        kind, loc, context = error["type"], error["loc"], error.get("ctx", {})
-        if kind == "too_short" and len(error["input"]) >= context["min_length"]:
-            continue  # counted without its bad entries, which have errors of their own
-        if kind == "nested":
-            nested: ValidationError = context["error"]
-            inner = nested.errors(include_url=False)
-            yield from _explain(inner, context["model"], below + loc)
-        elif kind == "recipe":
-            yield below + loc + tuple(context["at"]), context["message"]
-        elif kind == "value_error":
-            # What a task's own spec says of itself is already a sentence, often "field: ...".
-            said = str(context["error"])
-            field, colon, rest = said.partition(": ")
-            owner = _model_at(model, loc)
-            if colon and owner and field in owner.model_fields:
-                yield (*below, *loc, field), rest
-            else:
-                yield below + loc, said
-        else:
-            yield below + loc, _sentence(kind, loc, error, context, model)
-
-
-def _sentence(
-    kind: str,
-    loc: Location,
-    error: ErrorDetails,
-    context: Mapping[str, Any],
-    model: type[BaseModel],
-) -> str:
-    given = _shown(error["input"])
-    if kind == "extra_forbidden":
-        return f"no such key; {_key_hint(str(loc[-1]), loc[:-1], model)}"
-    if kind == "missing":
-        return "is required and missing; add it"
-    if kind == "literal_error":
-        options = _options_at(model, loc)
-        near = get_close_matches(str(error["input"]), [str(o) for o in options], n=1)
-        hint = f"; did you mean {_shown(near[0])}?" if near else ""
-        expected = str(context["expected"]).replace("'", '"')
-        return f"expected {expected}, got {given}{hint}"
-    if kind in _BOUNDS:
-        words, bound = _BOUNDS[kind]
-        return f"must be {words} {context[bound]:g}, got {given}"
-    if kind == "string_pattern_mismatch":
-        return f"got {given}; use letters, digits, dots, dashes and underscores"
-    if kind in ("too_short", "too_long") and "field_type" in context:
-        wanted = context.get("min_length", context.get("max_length"))
-        bound = "at least" if kind == "too_short" else "at most"
-        return f"needs {bound} {wanted} entries, got {given}"
-    if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {given}"
-    message = error["msg"]
-    return f"{message[:1].lower()}{message[1:]}, got {given}"
-
-
-def _key_hint(key: str, section: Location, model: type[BaseModel]) -> str:
-    """What a key that `section` does not have could have been."""
-    owner = _model_at(model, section)
-    known = list(owner.model_fields) if owner else []
-    if near := get_close_matches(key, known, n=1):
-        return f'did you mean "{near[0]}"?'
-    for name, field in model.model_fields.items():
-        below = _model_in(field.annotation)
-        if below is not None and key in below.model_fields and (name,) != section[:1]:
-            return f'did you mean "{name}.{key}"?'
-    return f"known keys: {', '.join(known)}" if known else "remove it"
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field's annotation holds, through `| None`, lists and `Annotated`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
-        found = (_model_in(argument) for argument in get_args(annotation))
-        return next((model for model in found if model is not None), None)
-    return None
-
-
-def _model_at(model: type[BaseModel], loc: Location) -> type[BaseModel] | None:
-    current: type[BaseModel] | None = model
-    for part in loc:
-        if isinstance(part, int):  # an entry of the list whose model is already `current`
-            continue
-        field = current.model_fields.get(part) if current else None
-        current = _model_in(field.annotation) if field else None
-    return current
-
-
-def _options_at(model: type[BaseModel], loc: Location) -> tuple[Any, ...]:
-    owner = _model_at(model, loc[:-1])
-    field = owner.model_fields.get(str(loc[-1])) if owner else None
-    return get_args(field.annotation) if field else ()
-
-
-def _dotted(loc: Sequence[str | int]) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".") or "top"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, str | bool | int | float) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# --- writing TOML ----------------------------------------------------------------------------
-
-
-def _toml_table(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    """Lines of a table: its values first, then its tables, as TOML wants them."""
-    lines, below = [], []
-    for key, value in table.items():
-        full = (*path, key)
-        name = ".".join(map(_toml_key, full))
-        if isinstance(value, Mapping):
-            below += ["", f"[{name}]", *_toml_table(value, full)]
-        elif isinstance(value, list | tuple) and value and all(map(_is_table, value)):
-            for entry in value:
-                below += ["", f"[[{name}]]", *_toml_table(entry, full)]
-        else:
-            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
-    return lines + below
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, Mapping):
-        entries = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items())
-        return f"{{ {', '.join(entries)} }}"
-    raise TypeError(f"TOML has no {type(value).__name__}")

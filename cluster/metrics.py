@@ -353,6 +353,9 @@ def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics["reward/total/mean"] = float(totals.mean())
         metrics["reward/total/std"] = float(totals.std())
         metrics["group/zero_variance"] = sum(g.zero_variance for g in kept) / len(kept)
+        for column, segment in enumerate(SEGMENTS):
+            silent = sum(not g.advantages[:, column].any() for g in kept)
+            metrics[f"group/zero_variance/{segment}"] = silent / len(kept)
     metrics["group/count"] = float(len(groups))
     metrics["group/dropped"] = float(len(groups) - len(kept))
     return metrics

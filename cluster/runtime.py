@@ -23,9 +23,9 @@ from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.engine import LearnerSettings
+from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
-from rewards.terms import load_terms
-from rewards.worker import RewardPool
+from rewards.terms import AskingTerm, load_terms
 from rollout.engine import EngineSettings
 from rollout.sampler import SamplerPool
 from rollout.tokens import load_processor
@@ -119,19 +119,31 @@ def learner_settings(
     )
 
 
-@contextmanager
-def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
-    """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
+def sampler_pool(recipe: Recipe, model: str | None = None) -> SamplerPool:
+    """The recipe's samplers, on the policy or on another checkpoint; not yet waited for."""
     sampler = recipe.sampler
-    pool = SamplerPool(
+    return SamplerPool(
         engine_settings(recipe, model),
         sampler.count,
         sampler.cpus,
         sampler.gpus,
         sampler.request_timeout_seconds,
     )
+
+
+def frozen_models(recipe: Recipe) -> list[str]:
+    """Checkpoints of frozen models that the recipe's reward terms ask, each once."""
+    terms = load_terms(recipe.reward.effective_terms()).values()
+    models = (term.model for term in terms if isinstance(term, AskingTerm))
+    return list(dict.fromkeys(model for model in models if model))
+
+
+@contextmanager
+def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
+    """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
+    pool = sampler_pool(recipe, model)
     try:
-        pool.wait_ready(sampler.start_timeout_seconds)
+        pool.wait_ready(recipe.sampler.start_timeout_seconds)
         yield pool
     finally:
         pool.stop()
@@ -145,13 +157,7 @@ class Run:
         self.recipe, self.sources = recipe, sources
         sampler, learner = recipe.sampler, recipe.learner
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
-        self.samplers = SamplerPool(
-            engine_settings(recipe),
-            sampler.count,
-            sampler.cpus,
-            sampler.gpus,
-            sampler.request_timeout_seconds,
-        )
+        self.samplers = sampler_pool(recipe)
         self.learner = LearnerGroup(
             learner_settings(recipe, temperature=sampler.temperature),
             learner.ranks,
@@ -160,15 +166,25 @@ class Run:
             learner.timeout_seconds,
         )
         starting = self.learner.start_async()
+        self.frozen = {model: sampler_pool(recipe, model) for model in frozen_models(recipe)}
+        reward = recipe.reward
         self.rewards = RewardPool(
-            recipe.reward.effective_terms(),
-            recipe.reward.compose,
+            reward.effective_terms(),
+            reward.compose,
             recipe.algorithm.advantage,
-            recipe.reward.workers,
-            recipe.reward.deadline_seconds,
+            reward.workers,
+            Limits(
+                deadline_seconds=reward.deadline_seconds,
+                answer_seconds=reward.answer_seconds,
+                remote_seconds=reward.remote_seconds,
+                remote_in_flight=reward.remote_in_flight,
+                memory_gib=reward.memory_gib,
+            ),
+            {"": self.samplers, **self.frozen},
         )
         self.learner.wait(starting)
-        self.samplers.wait_ready(sampler.start_timeout_seconds)
+        for pool in (self.samplers, *self.frozen.values()):
+            pool.wait_ready(sampler.start_timeout_seconds)
         self.learner.attach_sender(self._sender())
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 
@@ -195,7 +211,8 @@ class Run:
 
     def stop(self) -> None:
         """End every actor."""
-        self.samplers.stop()
+        for pool in (self.samplers, *self.frozen.values()):
+            pool.stop()
         self.rewards.close()
         self.learner.stop()
 
@@ -212,7 +229,7 @@ def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) ->
     for source in sources:
         held_out(source, recipe.eval.seed, recipe.eval.problems)
     try:
-        load_terms([(term.name, term.args) for term in recipe.reward.effective_terms()])
+        load_terms(recipe.reward.effective_terms())
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
     with actor_errors(folder), connected(address):

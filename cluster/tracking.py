@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.terminal import printable
+from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import ScoredGroup
 from rollout.record import Group
 
@@ -78,7 +79,7 @@ ROLLOUT_SCHEMA = pa.schema(
         # What it earned.
         "terms": pa.map_(pa.string(), pa.float64()),
         "total": pa.float64(),
-        "advantage": pa.float64(),
+        "advantages": pa.map_(pa.string(), pa.float64()),  # by `CREDIT_COLUMNS`
         "zero_variance": pa.bool_(),
         "dropped": pa.bool_(),
         "failures": pa.list_(pa.string()),  # "term: kind: message", of the whole group
@@ -312,7 +313,7 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> d
         "sampler": rollout.sampler,
         "terms": [(name, float(values[i])) for name, values in scored.terms.items()],
         "total": float(scored.totals[i]),
-        "advantage": float(scored.advantages[i]),
+        "advantages": list(zip(CREDIT_COLUMNS, scored.advantages[i].tolist(), strict=True)),
         "zero_variance": scored.zero_variance,
         "dropped": scored.dropped,
         "failures": [f"{f.term}: {f.kind}: {f.message}" for f in scored.failures],

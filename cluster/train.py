@@ -52,9 +52,9 @@ def run_training(recipe: Recipe, address: str | None = None, output: Path | None
             )
             groups = run.samplers.sample(free_requests(recipe, step, problems))
             clock.lap("sample")
-            scored = run.rewards.score(groups)
+            scored = run.rewards.score(groups, (step - 1) / recipe.algorithm.steps)
             clock.lap("score")
-            metrics = step_metrics(scored, version)
+            metrics = step_metrics(scored, version) | reward_metrics(run)
             rate = learning_rate(recipe, step)
             batches = train_batches(recipe, scored)
             updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]
@@ -112,10 +112,10 @@ def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBa
                     image=group.group.problem.image if rollout.view == "shown" else None,
                     segments=rollout.segments,
                     sampler_logprobs=rollout.logprobs,
-                    advantages=token_advantages(float(advantage), rollout.segments, weights),
+                    advantages=token_advantages(advantages, rollout.segments, weights),
                 )
                 for group in part
-                for rollout, advantage in zip(group.group.rollouts, group.advantages, strict=True)
+                for rollout, advantages in zip(group.group.rollouts, group.advantages, strict=True)
             )
         )
         for part in parts
@@ -185,6 +185,12 @@ def measure(run: Run, tracker: Tracker, step: int) -> dict[str, EvalTable]:
         },
     )
     return tables
+
+
+def reward_metrics(run: Run) -> dict[str, float]:
+    """What the reward workers count since the run began: restarts, and remote terms' own counts."""
+    counts = {f"reward/{name}": value for name, value in run.rewards.counts().items()}
+    return counts | {"reward/worker_restarts": float(run.rewards.restarts)}
 
 
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:

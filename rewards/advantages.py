@@ -1,6 +1,6 @@
 """From rewards to advantages: one number a rollout, then one a token.
 
-Shapes: G rollouts in a group, T response tokens. Everything is float64 up to the last step.
+Shapes: G rollouts in a group, T response tokens, C credit columns. Float64 up to the last step.
 A group whose values are all equal carries no signal. It is found by `max == min` before
 anything is normalised: the float mean of six 0.9s is not 0.9, so a test on the standard
 deviation would let rounding noise through as an advantage.
@@ -16,6 +16,9 @@ import numpy as np
 from tasks.core import SEGMENTS, Segment
 
 Estimator = Literal["grpo", "dr_grpo", "rloo"]
+
+CREDIT_COLUMNS = (*SEGMENTS, "none")
+"""Where an advantage may go: the tokens of a segment, and the tokens outside every segment."""
 
 EPS = 1e-6
 """Added to a standard deviation, so that a spread of rounding errors stays a small number."""
@@ -50,14 +53,16 @@ def group_advantages(rewards: np.ndarray, estimator: Estimator = "grpo") -> np.n
 
 
 def token_advantages(
-    advantage: float, segments: np.ndarray, segment_weights: Mapping[Segment, float]
+    advantages: np.ndarray, segments: np.ndarray, segment_weights: Mapping[Segment, float]
 ) -> np.ndarray:
-    """float32 [T]: the rollout's advantage times the weight of each token's segment.
+    """float32 [T]: the rollout's advantage in each token's segment, times the segment's weight.
 
-    `segments` is int8 [T] as in `Rollout.segments`; tokens outside every segment, and
-    segments not named in `segment_weights`, weigh 1.
+    Args:
+        advantages: float64 [C], one a credit column (see `CREDIT_COLUMNS`).
+        segments: int8 [T], as in `Rollout.segments`.
+        segment_weights: segments not named, and tokens outside every segment, weigh 1.
     """
-    # NO_SEGMENT is -1: the last entry of the table.
+    # NO_SEGMENT is -1: the last credit column and the last entry of the table.
     table = np.array([*(segment_weights.get(s, 1.0) for s in SEGMENTS), 1.0], dtype=np.float64)
-    result: np.ndarray = (advantage * table[segments]).astype(np.float32)
+    result: np.ndarray = (np.asarray(advantages) * table)[segments].astype(np.float32)
     return result

@@ -1,49 +1,54 @@
-"""Several named rewards become one advantage a rollout.
+"""Several named rewards become the advantages of a rollout: one a credit column.
 
-Shapes: G rollouts in a group; a batch is the groups of one step. All in float64.
+A term's credit may go to the tokens of some segments only (as MoCA, arXiv 2605.14054, and
+Perceval, 2604.24583, do). Each column has a total of its own, the weighted sum of the terms that
+are credited to it, and is normalised on its own; without routing all columns are equal. Tokens
+outside every segment get all terms: what the parser could not place is answerable for everything.
+
+Shapes: G rollouts in a group, C credit columns; a batch is the groups of one step. In float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from rewards.advantages import EPS, Estimator, group_advantages, is_constant
+from rewards.advantages import CREDIT_COLUMNS, EPS, Estimator, group_advantages, is_constant
 from rewards.records import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
+from rewards.terms import TermSpec
 from rollout.record import Group
+from tasks.core import Segment
 
 Method = Literal["sum_then_normalize", "normalize_then_sum"]
 OnFailure = Literal["abort", "drop_group", "zero"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
-class TermSpec(Protocol):
-    """What a recipe says of one term; `[[reward.terms]]` fits as it is."""
-
-    @property
-    def name(self) -> str:
-        """`"outcome"` or `"module:Class"`."""
-
-    @property
-    def weight(self) -> float:
-        """Its share in the total; 0 logs the term without rewarding it."""
-
-    @property
-    def args(self) -> Mapping[str, Any]:
-        """Keyword arguments of the term's class."""
+class RewardRule(TermSpec, Protocol):
+    """What a recipe says of one term: how it is loaded, and how it counts."""
 
     @property
     def on_failure(self) -> OnFailure:
         """What happens to a group on which the term fails."""
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments whose tokens get its advantage."""
 
-def alpha_weights(alpha: float) -> dict[str, float]:
-    """R = α·a_p + (1−α)·a as term weights (arXiv 2605.29496); raises outside [0, 1]."""
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha = {alpha}: a share between 0 (outcome only) and 1")
-    return {"perception": alpha, "outcome": 1.0 - alpha}
+    @property
+    def gate(self) -> str | None:
+        """The entry (its label, or its name) that must pass for this term to count."""
+
+    @property
+    def gate_threshold(self) -> float:
+        """The value from which on the gate is passed."""
+
+    def weight_at(self, progress: float) -> float:
+        """Its weight at a share of the run in [0, 1]; 0 logs the term without rewarding it."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,22 @@ class Composition:
         estimator: see `advantages.group_advantages`; GDPO standardises, so it is `grpo`.
         on_failure: term name -> what its failure does: end the run (also where a term is
             not named), drop the group, or count as zero.
+        credit: term name -> segments that get its advantage; a term not named goes to all.
+        gates: term name -> (gate's name, threshold): the term counts as 0 in the total of a
+            rollout whose gate is below the threshold (as PEARL, arXiv 2511.18437, rewards
+            reasoning only behind passed perception). The raw value is logged as it is.
     """
 
     weights: Mapping[str, float]
     method: Method = "sum_then_normalize"
     estimator: Estimator = "grpo"
     on_failure: Mapping[str, OnFailure] = field(default_factory=dict)
+    credit: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+    gates: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.weights or not any(self.weights.values()):
-            raise ValueError("weights: at least one reward term needs a weight other than 0")
+        if not self.weights:
+            raise ValueError("weights: at least one reward term is needed")
         if not np.isfinite(list(self.weights.values())).all():
             raise ValueError(f"weights: {dict(self.weights)}: every weight is a finite number")
         if self.method == "normalize_then_sum" and self.estimator != "grpo":
@@ -75,6 +86,21 @@ class Composition:
                 f"estimator {self.estimator!r}: normalize_then_sum standardises every term; "
                 "use 'grpo', or sum_then_normalize"
             )
+
+    def credited(self, column: str) -> dict[str, float]:
+        """The weights of the terms that are credited to a column of `CREDIT_COLUMNS`."""
+        return {
+            name: weight
+            for name, weight in self.weights.items()
+            if column == "none" or column in self.credit.get(name, CREDIT_COLUMNS)
+        }
+
+    def gated(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Values with 0 where a term's gate is not passed; raises KeyError for a missing gate."""
+        passed = dict(values)
+        for name, (gate, threshold) in self.gates.items():
+            passed[name] = np.where(values[gate] >= threshold, values[name], 0.0)
+        return passed
 
     def policy(self, failure: TermFailure) -> OnFailure:
         """What this failure does to its group.
@@ -88,9 +114,25 @@ class Composition:
         return "abort" if "abort" in policies else "zero"
 
 
+def weight_at(start: float, end: float, schedule: Schedule, progress: float) -> float:
+    """A weight at a share `progress` of its schedule, clipped to [0, 1].
+
+    `linear`: start + (end − start)·x. `cosine`: start + (end − start)·(1 − cos πx)/2: slow at
+    both ends. `constant`: start, whatever `end` is.
+    """
+    x = min(1.0, max(0.0, progress))
+    if schedule == "constant":
+        return start
+    share = x if schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
+    return start + (end - start) * share
+
+
 def weighted_sum(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """float64 [G]: Σ w_k·values_k in the order of `weights`; a missing term is a KeyError."""
-    total = np.zeros_like(values[next(iter(weights))], dtype=np.float64)
+    """float64 [G]: Σ w_k·values_k in the order of `weights`, zeros for no weights.
+
+    A missing term is a KeyError.
+    """
+    total = np.zeros(len(next(iter(values.values()))), dtype=np.float64)
     for name, weight in weights.items():
         total = total + weight * values[name]
     return total
@@ -106,7 +148,7 @@ def normalize_then_sum(
     included. Those groups keep exactly 0.
     """
     sums = [
-        weighted_sum({name: group_advantages(group[name]) for name in weights}, weights)
+        weighted_sum({name: group_advantages(values) for name, values in group.items()}, weights)
         for group in batch
     ]
     if not sums:
@@ -133,33 +175,29 @@ def compose_groups(
         for name, policy in policies.items():
             if policy == "zero" and name != DIAGNOSIS:
                 filled[name] = np.zeros(len(group.rollouts))
-        missing = sorted(set(composition.weights) - set(filled) - set(policies))
+        needed = set(composition.weights) | {gate for gate, _ in composition.gates.values()}
+        missing = sorted(needed - set(filled) - set(policies))
         if missing:
             raise RewardError(f"weights name {missing}, which no reward term scored")
         values.append(filled)
         dropped.append("drop_group" in policies.values())
 
     kept = [i for i, drop in enumerate(dropped) if not drop]
-    if composition.method == "normalize_then_sum":
-        whitened = normalize_then_sum([values[i] for i in kept], composition.weights)
-        advantages = dict(zip(kept, whitened, strict=True))
-    else:
-        advantages = {
-            i: group_advantages(weighted_sum(values[i], composition.weights), composition.estimator)
-            for i in kept
-        }
+    gated = {i: composition.gated(values[i]) for i in kept}
+    columns = _column_advantages([gated[i] for i in kept], composition)
+    advantages = dict(zip(kept, columns, strict=True))
 
     result = []
     for i, (group, terms) in enumerate(zip(groups, scored, strict=True)):
         size = len(group.rollouts)
-        advantage = advantages.get(i, np.zeros(size))
+        advantage = advantages.get(i, np.zeros((size, len(CREDIT_COLUMNS))))
         result.append(
             ScoredGroup(
                 group=group,
                 terms=values[i],
                 totals=np.full(size, np.nan)
                 if dropped[i]
-                else weighted_sum(values[i], composition.weights),
+                else weighted_sum(gated[i], composition.weights),
                 advantages=advantage,
                 zero_variance=not dropped[i] and not advantage.any(),
                 dropped=dropped[i],
@@ -169,6 +207,27 @@ def compose_groups(
             )
         )
     return result
+
+
+def _column_advantages(
+    batch: Sequence[Mapping[str, np.ndarray]], composition: Composition
+) -> list[np.ndarray]:
+    """float64 [G, C] of each group; columns credited with the same terms are worked out once."""
+    found: dict[tuple[str, ...], list[np.ndarray]] = {}
+    columns: list[list[np.ndarray]] = []
+    for column in CREDIT_COLUMNS:
+        weights = composition.credited(column)
+        key = tuple(weights)
+        if key not in found:
+            if composition.method == "normalize_then_sum":
+                found[key] = normalize_then_sum(batch, weights)
+            else:
+                found[key] = [
+                    group_advantages(weighted_sum(values, weights), composition.estimator)
+                    for values in batch
+                ]
+        columns.append(found[key])
+    return [np.stack(of_group, axis=1) for of_group in zip(*columns, strict=True)]
 
 
 def raise_if_fatal(failures: Sequence[TermFailure], group: Group, composition: Composition) -> None:

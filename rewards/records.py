@@ -5,16 +5,25 @@ Shapes: G rollouts in a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from rollout.record import Group
+from rollout.record import Group, SampleRequest, ScoreRequest
 
-FailureKind = Literal["exception", "nan", "wrong_length", "not_numbers", "deadline", "worker_died"]
-"""Why a term gave no values. `nan` covers every value that is not finite."""
+FailureKind = Literal[
+    "exception", "nan", "wrong_length", "not_numbers", "deadline", "worker_died", "model"
+]
+"""Why a term gave no values. `nan` covers every value that is not finite; `model`: the sampler
+that was asked refused or died."""
+
+ModelRequest = SampleRequest | ScoreRequest
+"""What a term may ask a model: to write responses, or to score given tokens."""
+
+Reply = Group | np.ndarray
+"""A `Group` for a `SampleRequest`; float32 [T] log-probs in nats for a `ScoreRequest`."""
 
 
 DIAGNOSIS = "diagnosis"
@@ -65,7 +74,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class ScoredTerms:
-    """Every term run once on one group: each is either in `values` or in `failures`.
+    """Every term run once on one group: each is in `values`, `failures` or still in `requests`.
 
     Attributes:
         values: term name -> float64 [G].
@@ -78,6 +87,8 @@ class ScoredTerms:
     failures: tuple[TermFailure, ...]
     seconds: Mapping[str, float]
     diagnosis: Diagnosis | None
+    requests: Mapping[str, Sequence[ModelRequest]] = field(default_factory=dict)
+    """Asking terms: what a model has to answer before they can score."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,9 @@ class ScoredGroup:
     Attributes:
         terms: term name -> float64 [G], raw values; a failed term is absent when the group
             is dropped and zero when failures count as zero.
-        totals: float64 [G], the weighted sum of the raw terms; NaN where dropped.
-        advantages: float64 [G], exactly 0 where `zero_variance` or `dropped`.
+        totals: float64 [G], the weighted sum of all terms behind their gates; NaN where dropped.
+        advantages: float64 [G, C], a column a segment and one for tokens outside every segment
+            (`rewards.advantages.CREDIT_COLUMNS`); exactly 0 where `zero_variance` or `dropped`.
         zero_variance: the rollouts cannot be told apart, so the group carries no gradient.
         dropped: a term failed and the recipe drops such groups.
         failures, seconds, diagnosis: as in `ScoredTerms`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import math
 import time
 import traceback
@@ -22,6 +23,8 @@ from rewards.records import (
     DIAGNOSIS,
     Diagnosis,
     FailureKind,
+    ModelRequest,
+    Reply,
     ScoredTerms,
     TermError,
     TermFailure,
@@ -29,11 +32,21 @@ from rewards.records import (
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from tasks.core import Problem, Task
 
-ModelRequest = SampleRequest | ScoreRequest
-"""What a term may ask a model: to write responses, or to score given tokens."""
 
-Reply = Group | np.ndarray
-"""A `Group` for a `SampleRequest`; float32 [T] log-probs in nats for a `ScoreRequest`."""
+class TermSpec(Protocol):
+    """How a recipe names a term; `[[reward.terms]]` fits as it is."""
+
+    @property
+    def name(self) -> str:
+        """`"outcome"` or `"module:Class"`."""
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """Keyword arguments of the term's class."""
+
+    @property
+    def label(self) -> str | None:
+        """What metrics and records call it; None: the term's own name."""
 
 
 @runtime_checkable
@@ -140,12 +153,14 @@ class Format:
         ]
 
 
-BUILT_IN: dict[str, Callable[..., RewardTerm]] = {
+Term = RewardTerm | AskingTerm | RemoteTerm
+
+BUILT_IN: dict[str, Callable[..., Term]] = {
     term.name: term for term in (Outcome, Perception, PerceptionGraded, Format)
 }
 
 
-def load_term(name: str, args: Mapping[str, Any] | None = None) -> RewardTerm:
+def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
     """The term a recipe names, built-in or `"module:Class"`, made with `args` as keywords.
 
     Raises `TermError` for an unknown name (with a near miss if there is one), a module or
@@ -179,52 +194,127 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> RewardTerm:
         term = factory(**(args or {}))
     except Exception as error:
         raise TermError(f"reward term {name!r}: args: {error}") from error
-    if not isinstance(getattr(term, "name", None), str) or not callable(term):
+    if not isinstance(getattr(term, "name", None), str) or not isinstance(
+        term, AskingTerm | RewardTerm
+    ):
         raise TermError(
             f"reward term {name!r}: {type(term).__name__} is no RewardTerm; it needs "
-            "a `name: str` and `__call__(task, group)`"
+            "a `name: str` and `__call__(task, group)`, or `model`, `ask` and `score`"
         )
-    loaded: RewardTerm = term
+    loaded: Term = term
     return loaded
 
 
-def load_terms(specs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[RewardTerm]:
-    """Load every `(name, args)`; raises `TermError` where two terms share a name."""
-    terms = [load_term(name, args) for name, args in specs]
-    names = [term.name for term in terms]
-    for name in names:
-        if names.count(name) > 1 or name == DIAGNOSIS:
-            raise TermError(
-                f"two reward terms are named {name!r}; give one another `name`"
-                if name != DIAGNOSIS
-                else f"a reward term cannot be named {DIAGNOSIS!r}; give it another `name`"
-            )
+def is_remote(term: Term) -> bool:
+    """Whether a term waits for others: its `__call__` is a coroutine."""
+    return inspect.iscoroutinefunction(type(term).__call__)
+
+
+def load_terms(specs: Sequence[TermSpec]) -> dict[str, Term]:
+    """Load the terms by what metrics call them: an entry's `label`, or the term's own name.
+
+    Raises `TermError` where two share a name, or one is no term.
+    """
+    terms: dict[str, Term] = {}
+    for spec in specs:
+        term = load_term(spec.name, spec.args)
+        name = spec.label or term.name
+        if name == DIAGNOSIS:
+            raise TermError(f"a reward term cannot be named {DIAGNOSIS!r}; give it another label")
+        if name in terms:
+            raise TermError(f"two reward terms are named {name!r}; give one a `label` of its own")
+        terms[name] = term
     return terms
 
 
 def score_group(
-    task: Task, group: Group, terms: Sequence[RewardTerm], with_diagnosis: bool = True
+    task: Task,
+    group: Group,
+    terms: Mapping[str, Term],
+    with_diagnosis: bool = True,
+    other: Problem | None = None,
 ) -> ScoredTerms:
-    """Run every term on a group, timed; a failing term is recorded and the rest still run."""
+    """Run every term on a group, timed; a failing term is recorded and the rest still run.
+
+    Asking terms only ask here (`requests`), see `read_replies`. `other`: see `AskingTerm.ask`.
+    """
     values: dict[str, np.ndarray] = {}
+    requests: dict[str, Sequence[ModelRequest]] = {}
     failures: list[TermFailure] = []
     seconds: dict[str, float] = {}
     diagnosis = None
-    for term in terms:
-        outcome, seconds[term.name] = _guarded(term.name, functools.partial(term, task, group))
-        if not isinstance(outcome, TermFailure):
-            outcome = _as_values(term.name, outcome, len(group.rollouts))
+    for name, term in terms.items():
+        if isinstance(term, AskingTerm):
+            asked, seconds[name] = _guarded(name, functools.partial(_ask, term, task, group, other))
+            if isinstance(asked, TermFailure):
+                failures.append(asked)
+            else:
+                requests[name] = asked
+            continue
+        outcome, seconds[name] = _scored(name, functools.partial(term, task, group), group)
         if isinstance(outcome, TermFailure):
             failures.append(outcome)
         else:
-            values[term.name] = outcome
+            values[name] = outcome
     if with_diagnosis:
-        outcome, _ = _guarded(DIAGNOSIS, functools.partial(diagnose, task, group))
+        found, _ = _guarded(DIAGNOSIS, functools.partial(diagnose, task, group))
+        if isinstance(found, TermFailure):
+            failures.append(found)
+        else:
+            diagnosis = found
+    return ScoredTerms(values, tuple(failures), seconds, diagnosis, requests)
+
+
+def read_replies(
+    task: Task, group: Group, terms: Mapping[str, Term], replies: Mapping[str, Sequence[Reply]]
+) -> ScoredTerms:
+    """The second half of every asking term that `replies` has answers for."""
+    values: dict[str, np.ndarray] = {}
+    failures: list[TermFailure] = []
+    seconds: dict[str, float] = {}
+    for name, answers in replies.items():
+        term = terms[name]
+        assert isinstance(term, AskingTerm)
+        outcome, seconds[name] = _scored(
+            name, functools.partial(term.score, task, group, answers), group
+        )
         if isinstance(outcome, TermFailure):
             failures.append(outcome)
         else:
-            diagnosis = outcome
-    return ScoredTerms(values, tuple(failures), seconds, diagnosis)
+            values[name] = outcome
+    return ScoredTerms(values, tuple(failures), seconds, None)
+
+
+async def score_remote(name: str, term: RemoteTerm, task: Task, group: Group) -> ScoredTerms:
+    """One remote term on a group: its values or its typed failure."""
+    start = time.perf_counter()
+    try:
+        outcome = as_values(name, await term(task, group), len(group.rollouts))
+    except (Exception, SystemExit) as error:
+        outcome = failure_of(name, error)
+    seconds = {name: time.perf_counter() - start}
+    if isinstance(outcome, TermFailure):
+        return ScoredTerms({}, (outcome,), seconds, None)
+    return ScoredTerms({name: outcome}, (), seconds, None)
+
+
+def _ask(
+    term: AskingTerm, task: Task, group: Group, other: Problem | None
+) -> tuple[ModelRequest, ...]:
+    asked = tuple(term.ask(task, group, other))
+    wrong = next((r for r in asked if not isinstance(r, SampleRequest | ScoreRequest)), None)
+    if wrong is not None:
+        raise TypeError(f"`ask` gave a {type(wrong).__name__}, no SampleRequest or ScoreRequest")
+    return asked
+
+
+def _scored(
+    name: str, call: Callable[[], Any], group: Group
+) -> tuple[np.ndarray | TermFailure, float]:
+    result, seconds = _guarded(name, call)
+    if not isinstance(result, TermFailure):
+        result = as_values(name, result, len(group.rollouts))
+    return result, seconds
 
 
 def diagnose(task: Task, group: Group) -> Diagnosis:
@@ -268,16 +358,21 @@ def _guarded(name: str, call: Callable[[], Any]) -> tuple[Any, float]:
     try:
         result = call()
     except (Exception, SystemExit) as error:
-        # The first frame is this one: the term's own code comes on top.
-        frames = error.__traceback__
-        own = frames.tb_next if frames is not None and frames.tb_next else frames
-        text = "".join(traceback.format_exception(type(error), error, own))
-        message = "".join(traceback.format_exception_only(error)).strip()
-        result = TermFailure(name, "exception", message, text)
+        result = failure_of(name, error)
     return result, time.perf_counter() - start
 
 
-def _as_values(name: str, result: Any, size: int) -> np.ndarray | TermFailure:
+def failure_of(name: str, error: BaseException) -> TermFailure:
+    """What a term raised, its own code on top of the traceback."""
+    # The first frame is ours that caught it.
+    frames = error.__traceback__
+    own = frames.tb_next if frames is not None and frames.tb_next else frames
+    text = "".join(traceback.format_exception(type(error), error, own))
+    message = "".join(traceback.format_exception_only(error)).strip()
+    return TermFailure(name, "exception", message, text)
+
+
+def as_values(name: str, result: Any, size: int) -> np.ndarray | TermFailure:
     """float64 [size] from what a term returned, or why it cannot be that."""
 
     def failure(kind: FailureKind, message: str) -> TermFailure:

@@ -1,42 +1,43 @@
-"""Terms run in processes of their own: one that crashes, hangs or eats memory harms nobody else.
+"""The actors terms run in: processes of their own, with a limit on their memory.
 
-A pool hands each worker one small chunk of groups at a time. A chunk that dies or passes its
-deadline is tried again piece by piece, one group and one term a call, so the blame falls on
-exactly one term and everything else still gets its values.
+`RewardWorker` runs terms that compute, one chunk of groups a call. `RemoteWorker` runs one term
+that waits for others, many groups at once on one event loop.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from rewards.advantages import Estimator
-from rewards.compose import Composition, Method, TermSpec, compose_groups, raise_if_fatal
-from rewards.records import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
-from rewards.terms import RewardTerm, load_terms, score_group
+from rewards.records import DIAGNOSIS, Reply, ScoredTerms
+from rewards.terms import (
+    RemoteTerm,
+    Term,
+    TermSpec,
+    is_remote,
+    load_terms,
+    read_replies,
+    score_group,
+    score_remote,
+)
 from rollout.record import Group
-from tasks.core import Task
+from tasks.core import Problem, Task
 from tasks.load import load_task
 
-CHUNK = 8
-"""Groups a call: enough to make a call's overhead small, few enough to retry cheaply."""
-START_SECONDS = 120.0
-"""How long a worker process may take to start, or to start again."""
+Replies = Mapping[str, Sequence[Reply]]
+"""Asking term -> a reply a request."""
 
 
 class RewardWorker:
-    """The actor: terms, the tasks its groups name, and nothing else."""
+    """Terms that compute, the tasks their groups name, and nothing else."""
 
-    def __init__(self, specs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def __init__(self, specs: Sequence[TermSpec], memory_gib: float) -> None:
         self.specs = specs
-        self.terms: list[RewardTerm] = []
+        self.terms: dict[str, Term] = {}
         self.tasks: dict[str, Task] = {}
+        limit_memory(memory_gib)
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> list[str]:
@@ -45,170 +46,68 @@ class RewardWorker:
         Not done in `__init__`: an error there costs the actor and arrives as a wall of text.
         """
         self.terms = load_terms(self.specs)
-        return [term.name for term in self.terms]
+        return list(self.terms)
 
-    def score(self, groups: Sequence[Group], parts: Sequence[str]) -> list[ScoredTerms]:
-        """Run the terms (and the diagnosis) named in `parts` on every group."""
-        terms = [term for term in self.terms if term.name in parts]
-        for name in {group.problem.task for group in groups} - set(self.tasks):
-            self.tasks[name] = load_task(name)
+    def score(
+        self, chunk: Sequence[tuple[Group, Problem | None]], parts: Sequence[str]
+    ) -> list[ScoredTerms]:
+        """Run the terms (and the diagnosis) named in `parts` on every group; see `score_group`."""
+        terms = {name: term for name, term in self.terms.items() if name in parts}
         return [
-            score_group(self.tasks[group.problem.task], group, terms, DIAGNOSIS in parts)
-            for group in groups
+            score_group(self._task(group), group, terms, DIAGNOSIS in parts, other)
+            for group, other in chunk
         ]
 
+    def read(
+        self, chunk: Sequence[tuple[Group, Replies]], parts: Sequence[str]
+    ) -> list[ScoredTerms]:
+        """Let the asking terms named in `parts` read what they were answered."""
+        return [
+            read_replies(
+                self._task(group),
+                group,
+                self.terms,
+                {name: found for name, found in replies.items() if name in parts},
+            )
+            for group, replies in chunk
+        ]
 
-@dataclass(frozen=True)
-class _Job:
-    groups: tuple[int, ...]
-    parts: tuple[str, ...]
-
-
-class _Slot:
-    """One worker and its only call in flight; `job` is None while the process starts."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-        self.start()
-
-    def start(self) -> None:
-        self.job: _Job | None = None
-        self.call: Any = self.actor.ready.remote()
-        self.until = time.monotonic() + START_SECONDS
-
-    def give(self, job: _Job, groups: Sequence[Group], deadline_seconds: float) -> None:
-        self.job = job
-        self.call = self.actor.score.remote([groups[i] for i in job.groups], job.parts)
-        self.until = time.monotonic() + deadline_seconds
+    def _task(self, group: Group) -> Task:
+        name = group.problem.task
+        if name not in self.tasks:
+            self.tasks[name] = load_task(name)
+        return self.tasks[name]
 
 
-class RewardPool:
-    """Scores groups on worker processes under a recipe's composition and failure policy."""
+class RemoteWorker:
+    """One term that waits for others; its calls share an event loop."""
 
-    def __init__(
-        self,
-        terms: Sequence[TermSpec],
-        method: Method = "sum_then_normalize",
-        estimator: Estimator = "grpo",
-        workers: int = 1,
-        deadline_seconds: float = 60.0,
-    ) -> None:
-        """Start the workers and wait until their terms are loaded; the deadline is a call's.
+    def __init__(self, spec: TermSpec, memory_gib: float) -> None:
+        self.spec = spec
+        limit_memory(memory_gib)
 
-        Raises `RewardError` if a worker cannot start, with the reason (an unknown term, say),
-        and ValueError for a composition that makes no sense.
-        """
-        self.deadline_seconds = deadline_seconds
-        self.restarts = 0
-        """Workers that died or were ended since the pool was made."""
-        actor = ray.remote(RewardWorker).options(num_cpus=0, max_restarts=-1)
-        specs = [(term.name, dict(term.args)) for term in terms]
-        self._slots = [_Slot(actor.remote(specs)) for _ in range(workers)]
-        starts = [slot.call for slot in self._slots]
-        while any(slot.call is not None for slot in self._slots):
-            self._wait()
-        # A user's class goes by its own `name` from here on, not by "module:Class".
-        names: list[str] = ray.get(starts[0])
-        self._parts = (*names, DIAGNOSIS)
-        self.composition = Composition(
-            weights={name: term.weight for name, term in zip(names, terms, strict=True)},
-            method=method,
-            estimator=estimator,
-            on_failure={name: term.on_failure for name, term in zip(names, terms, strict=True)},
-        )
+    @ray.method(max_task_retries=-1)
+    async def ready(self) -> None:
+        """Load the term in this process; the first call after any start."""
+        ((self.name, term),) = load_terms([self.spec]).items()
+        assert is_remote(term)
+        self.term: RemoteTerm = term  # type: ignore[assignment]
 
-    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Score groups, in order.
+    async def score(self, group: Group) -> ScoredTerms:
+        """The term on one group: values or a typed failure."""
+        return await score_remote(self.name, self.term, load_task(group.problem.task), group)
 
-        Raises `RewardError` when a term fails under the policy `abort`, or a worker does not
-        start again; the pool is closed then.
-        """
-        indices = range(len(groups))
-        queue = deque(_Job(tuple(indices[i : i + CHUNK]), self._parts) for i in indices[::CHUNK])
-        pieces: list[list[ScoredTerms]] = [[] for _ in groups]
-        while queue or any(slot.job for slot in self._slots):
-            for slot in self._slots:
-                if queue and slot.call is None:
-                    slot.give(queue.popleft(), groups, self.deadline_seconds)
-            for job, result in self._wait():
-                if isinstance(result, list):
-                    for i, scored in zip(job.groups, result, strict=True):
-                        self._end_if_fatal(scored.failures, groups[i])
-                        pieces[i].append(scored)
-                elif len(job.groups) * len(job.parts) > 1:
-                    queue.extend(_Job((i,), (part,)) for i in job.groups for part in job.parts)
-                else:
-                    self._end_if_fatal((result,), groups[job.groups[0]])
-                    pieces[job.groups[0]].append(ScoredTerms({}, (result,), {}, None))
-        return compose_groups(groups, [_merge(found) for found in pieces], self.composition)
-
-    def close(self) -> None:
-        """End every worker process."""
-        for slot in self._slots:
-            ray.kill(slot.actor)
-
-    def _end_if_fatal(self, failures: Sequence[TermFailure], group: Group) -> None:
-        """Under `abort`, end on the first failure instead of scoring what is left."""
-        try:
-            raise_if_fatal(failures, group, self.composition)
-        except RewardError:
-            self.close()
-            raise
-
-    def _wait(self) -> list[tuple[_Job, list[ScoredTerms] | TermFailure]]:
-        """Wait until a call ends or is due; the jobs that ended, with values or the failure.
-
-        Raises `RewardError` for a worker that does not start.
-        """
-        busy = [slot for slot in self._slots if slot.call is not None]
-        first_due = min(slot.until for slot in busy)
-        calls = [slot.call for slot in busy]
-        ray.wait(calls, timeout=max(0.0, first_due - time.monotonic()))
-        ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        results = []
-        for slot in busy:
-            if slot.call not in ended and time.monotonic() < slot.until:
-                continue
-            job, result = slot.job, self._collect(slot, slot.call in ended)
-            if job is not None:
-                results.append((job, result))
-            elif isinstance(result, TermFailure):
-                self.close()
-                raise RewardError(f"a reward worker cannot start: {result.message}")
-        return results
-
-    def _collect(self, slot: _Slot, ended: bool) -> Any:
-        """The result of a call that ended or is overdue; the slot is free or starting then."""
-        term = slot.job.parts[0] if slot.job else ""
-        if not ended:
-            ray.kill(slot.actor, no_restart=False)
-            waited = self.deadline_seconds if slot.job else START_SECONDS
-            self._restart(slot)
-            return TermFailure(term, "deadline", f"no result within {waited:g} s")
-        try:
-            result = ray.get(slot.call)
-        except RayTaskError as error:
-            # Not a term's own exception (those are values here): the term file cannot be
-            # loaded, or something in the group cannot be unpickled.
-            result = TermFailure(term, "exception", str(error.cause), str(error))
-        except RayError as error:
-            result = TermFailure(term, "worker_died", str(error))
-            self._restart(slot)
-            return result
-        slot.call, slot.job = None, None
-        return result
-
-    def _restart(self, slot: _Slot) -> None:
-        self.restarts += 1
-        slot.start()
+    async def counts(self) -> dict[str, float]:
+        """What the term counts of its own calls (requests, retries, ...), since it was loaded."""
+        counts = getattr(self.term, "counts", None)
+        return {name: float(value) for name, value in counts().items()} if counts else {}
 
 
-def _merge(pieces: Sequence[ScoredTerms]) -> ScoredTerms:
-    """One record from a group's pieces: the whole, or one piece a term after a retry."""
-    diagnoses = [piece.diagnosis for piece in pieces if piece.diagnosis is not None]
-    return ScoredTerms(
-        values={name: v for piece in pieces for name, v in piece.values.items()},
-        failures=tuple(failure for piece in pieces for failure in piece.failures),
-        seconds={name: s for piece in pieces for name, s in piece.seconds.items()},
-        diagnosis=diagnoses[0] if diagnoses else None,
-    )
+def limit_memory(gib: float) -> None:
+    """Let this process allocate `gib` more than it holds now; past that it gets a MemoryError.
+
+    The limit is on private writable memory (RLIMIT_DATA): Ray's shared object store is not in it.
+    """
+    with open("/proc/self/statm") as statm:
+        held = int(statm.read().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (held + int(gib * 2**30), resource.RLIM_INFINITY))

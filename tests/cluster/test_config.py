@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from cluster.config import (
     Recipe,
     RecipeError,
-    _toml_table,
     load_recipe,
     parse_setting,
     resolved_toml,
     task_of,
 )
+from cluster.toml_writer import table_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -273,7 +273,7 @@ values = st.recursive(
 @given(st.dictionaries(keys, values, max_size=4))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_writer_writes_what_tomllib_reads(table: dict[str, Any]) -> None:
-    assert tomllib.loads("\n".join(_toml_table(table, ()))) == table
+    assert tomllib.loads("\n".join(table_lines(table, ()))) == table
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

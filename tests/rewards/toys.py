@@ -6,16 +6,18 @@ The image shows a number n; perception says which, the answer is its double. A r
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
-from rewards.records import ScoredTerms
+from rewards.records import Reply, ScoredTerms
 from rewards.terms import score_group
-from rollout.record import Group, Rollout
+from rollout.record import Group, Rollout, SampleRequest, Sampling
 from tasks.core import Parsed, Problem, Style, Task
 
 
@@ -120,7 +122,7 @@ def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **field
 
 def score(one: Group, *terms: Any) -> ScoredTerms:
     """Score a group in this process."""
-    return score_group(TASK, one, terms)
+    return score_group(TASK, one, {term.name: term for term in terms})
 
 
 class Length:
@@ -172,3 +174,79 @@ class Misbehaves:
 
 class NoTerm:
     """Lacks a name and cannot be called."""
+
+
+class Hog:
+    """Allocates without end on groups of the number 0."""
+
+    name = "hog"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        held = []
+        while group.problem.truth["n"] == 0:
+            held.append(np.ones(2**24))  # 128 MiB, written to
+        return [1.0] * len(group.rollouts)
+
+
+class Asks:
+    """1 where a model says what the rollout says; asks about rollouts that saw something."""
+
+    name = "asks"
+
+    def __init__(self, model: str = "", misbehaves: str = "") -> None:
+        self.model, self.misbehaves = model, misbehaves
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
+        if self.misbehaves == "ask" and group.problem.truth["n"] == 0:
+            raise KeyError("nothing to ask")
+        if self.misbehaves == "words":
+            return ["what do you see?"]  # type: ignore[list-item]
+        shown = group.problem if other is None else other
+        return [
+            SampleRequest(r.rollout_id, shown, 1, Sampling(0.0), "blind", "none", r.text)
+            for r in group.rollouts
+            if r.parsed.perception is not None
+        ]
+
+    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> list[float]:
+        if self.misbehaves == "score" and group.problem.truth["n"] == 0:
+            os._exit(17)
+        answers = iter(replies)
+        found = []
+        for rollout in group.rollouts:
+            reply = next(answers) if rollout.parsed.perception is not None else None
+            same = isinstance(reply, Group) and reply.rollouts[0].text == rollout.text
+            found.append(float(same))
+        return found
+
+
+class Waits:
+    """A remote term: waits a moment, or does `what` on groups of the number 0."""
+
+    name = "waits"
+
+    def __init__(self, what: str = "") -> None:
+        self.what = what
+        self.calls = self.now = self.most = 0
+
+    async def __call__(self, task: Task, group: Group) -> list[float]:
+        self.calls += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.05)
+        self.now -= 1
+        if group.problem.truth["n"] == 0:
+            if self.what == "hang":
+                await asyncio.sleep(600)
+            if self.what == "block":
+                time.sleep(600)
+            if self.what == "crash":
+                os._exit(17)
+            if self.what == "raise":
+                raise ConnectionError("nobody at home")
+            if self.what == "short":
+                return [1.0]
+        return [float(len(r.text)) for r in group.rollouts]
+
+    def counts(self) -> dict[str, float]:
+        return {"calls": self.calls, "most": self.most}
