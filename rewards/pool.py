@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rewards.advantages import Estimator
 from rewards.compose import Composition, Method, RewardRule, compose_groups, raise_if_fatal
@@ -39,8 +39,8 @@ CHUNK = 8
 """Groups a call: enough to make a call's overhead small, few enough to retry cheaply."""
 START_SECONDS = 120.0
 """How long a worker process may take to start, or to start again."""
-REMOTE_TRIES = 3
-"""How often a group is given to a remote term whose process dies under it."""
+LOOP_SECONDS = 3.0
+"""How long a remote term's event loop may stand still once one of its groups is overdue."""
 
 
 class Answerer(Protocol):
@@ -362,50 +362,69 @@ class _RemoteTerm:
             raise RewardError(f"reward term {self.name!r} cannot start: {error}") from error
 
     def score(self, groups: Sequence[Group]) -> list[ScoredTerms]:
-        """The term on every group, in order."""
+        """The term on every group, in order.
+
+        Where the process dies or its event loop stands still, each group that was in flight is
+        given again, alone: then the blame is certain.
+        """
         results: dict[int, ScoredTerms] = {}
-        tries = [0] * len(groups)
-        queue = deque(range(len(groups)))
+        queue, suspects = deque(range(len(groups))), deque[int]()
         flying: dict[Any, tuple[int, float]] = {}
-        while queue or flying:
-            while queue and len(flying) < self._limits.remote_in_flight:
-                index = queue.popleft()
-                tries[index] += 1
+        while queue or suspects or flying:
+            limit = 1 if suspects else self._limits.remote_in_flight
+            while (suspects or queue) and len(flying) < limit:
+                index = (suspects or queue).popleft()
                 until = time.monotonic() + self._limits.remote_seconds
                 flying[self._actor.score.remote(groups[index])] = (index, until)
             first_due = min(until for _, until in flying.values())
             ray.wait(list(flying), timeout=max(0.0, first_due - time.monotonic()))
             ended, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
-            died = None
+            lost: dict[int, TermFailure] = {}
             for call in ended:
                 index, _ = flying.pop(call)
                 try:
                     results[index] = ray.get(call)
                 except RayTaskError as error:
-                    results[index] = self._failed("exception", str(error.cause), str(error))
+                    failure = self._failure("exception", str(error.cause), str(error))
+                    results[index] = ScoredTerms({}, (failure,), {}, None)
                 except RayError as error:
-                    died = error
-                    if tries[index] < REMOTE_TRIES:
-                        queue.append(index)
-                    else:
-                        results[index] = self._failed("worker_died", str(error))
+                    lost[index] = self._failure("worker_died", str(error))
+            waited = f"no result within {self._limits.remote_seconds:g} s"
             overdue = [call for call, (_, until) in flying.items() if time.monotonic() >= until]
-            for call in overdue:
-                index, _ = flying.pop(call)
-                waited = self._limits.remote_seconds
-                results[index] = self._failed("deadline", f"no result within {waited:g} s")
+            if overdue and not lost and self._loop_turns():
+                for call in overdue:
+                    index, _ = flying.pop(call)
+                    ray.cancel(call)
+                    failure = self._failure("deadline", waited)
+                    results[index] = ScoredTerms({}, (failure,), {}, None)
+            elif overdue:
+                ray.kill(self._actor, no_restart=False)
+                lost = {
+                    index: self._failure("deadline", waited) for index, _ in flying.values()
+                } | lost
+                flying.clear()
             if self._closed:
                 raise RewardError(f"reward term {self.name!r} was stopped")
-            if overdue:
-                # It may hold the event loop; what else was in flight is given again.
-                ray.kill(self._actor, no_restart=False)
-                queue.extend(index for index, _ in flying.values())
+            if lost:
+                lost |= {index: self._failure("worker_died", "") for index, _ in flying.values()}
                 flying.clear()
-            if overdue or died is not None:
+                if len(lost) == 1:
+                    ((index, failure),) = lost.items()
+                    results[index] = ScoredTerms({}, (failure,), {}, None)
+                else:
+                    suspects.extend(lost)
                 self.restarts += 1
                 self._ready = self._actor.ready.remote()
                 self.wait_ready()
         return [results[index] for index in range(len(groups))]
+
+    def _loop_turns(self) -> bool:
+        """Whether the actor still answers: a term that waits does, one that blocks does not."""
+        try:
+            ray.get(self._actor.counts.remote(), timeout=LOOP_SECONDS)
+        except (GetTimeoutError, RayError):
+            return False
+        return True
 
     def counts(self) -> dict[str, float]:
         """The term's own counts; see `RemoteWorker.counts`."""
@@ -416,8 +435,8 @@ class _RemoteTerm:
         self._closed = True
         ray.kill(self._actor)
 
-    def _failed(self, kind: FailureKind, message: str, traceback: str = "") -> ScoredTerms:
-        return ScoredTerms({}, (TermFailure(self.name, kind, message, traceback),), {}, None)
+    def _failure(self, kind: FailureKind, message: str, traceback: str = "") -> TermFailure:
+        return TermFailure(self.name, kind, message, traceback)
 
 
 @dataclass(frozen=True)
