@@ -26,6 +26,14 @@ from rewards.records import (
     TermError,
     TermFailure,
 )
+from rewards.surrogates import (
+    BlindPolicy,
+    BlindSolver,
+    GroupAgreement,
+    ImageDependence,
+    SelfConsistency,
+)
+from rewards.verbosity import Length, Repetition
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from tasks.core import Problem, Task
 
@@ -140,8 +148,20 @@ class Format:
         ]
 
 
-BUILT_IN: dict[str, Callable[..., RewardTerm]] = {
-    term.name: term for term in (Outcome, Perception, PerceptionGraded, Format)
+Term = RewardTerm | AskingTerm | RemoteTerm
+
+BUILT_IN: dict[str, Callable[..., Term]] = {
+    Outcome.name: Outcome,
+    Perception.name: Perception,
+    PerceptionGraded.name: PerceptionGraded,
+    Format.name: Format,
+    Length.name: Length,
+    Repetition.name: Repetition,
+    GroupAgreement.name: GroupAgreement,
+    SelfConsistency.name: SelfConsistency,
+    BlindSolver.name: BlindSolver,
+    BlindPolicy.name: BlindPolicy,
+    ImageDependence.name: ImageDependence,
 }
 
 
@@ -179,12 +199,14 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> RewardTerm:
         term = factory(**(args or {}))
     except Exception as error:
         raise TermError(f"reward term {name!r}: args: {error}") from error
-    if not isinstance(getattr(term, "name", None), str) or not callable(term):
+    if not isinstance(getattr(term, "name", None), str) or not isinstance(
+        term, AskingTerm | RewardTerm
+    ):
         raise TermError(
             f"reward term {name!r}: {type(term).__name__} is no RewardTerm; it needs "
-            "a `name: str` and `__call__(task, group)`"
+            "a `name: str` and `__call__(task, group)`, or `model`, `ask` and `score`"
         )
-    loaded: RewardTerm = term
+    loaded: Any = term
     return loaded
 
 

@@ -157,7 +157,9 @@ def test_integers_and_booleans_count_as_numbers() -> None:
 
 
 def test_terms_load_by_name_and_by_class() -> None:
-    assert {name: load_term(name).name for name in BUILT_IN} == {n: n for n in BUILT_IN}
+    needed = {"length": {"max_tokens": 64, "buffer": 16}}
+    for name in BUILT_IN:
+        assert load_term(name, needed.get(name)).name == name
     assert set(REWARD_TERMS) == set(BUILT_IN)
     mine = load_term("tests.rewards.toys:Length", {"scale": 2.0})
     assert mine(TASK, group(1, "1;2;")).tolist() == [8.0]
