@@ -30,18 +30,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 REWARD_TERMS = (
-    "outcome",
-    "perception",
-    "perception_graded",
-    "format",
-    "length",
-    "repetition",
-    "group_agreement",
-    "self_consistency",
-    "blind_solver",
-    "blind_policy",
-    "image_dependence",
-)
+    "outcome", "perception", "perception_graded", "format", "length", "repetition",
+    "group_agreement", "self_consistency", "blind_solver", "blind_policy", "image_dependence",
+)  # fmt: skip
 """The reward terms a recipe can name without giving `module:Class`."""
 
 Positive = Annotated[int, Field(ge=1)]

@@ -34,7 +34,9 @@ class Length:
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [−1, 0]."""
         free = self.max_tokens - self.buffer
-        return [-min(1.0, max(0, len(r.response_ids) - free) / self.buffer) for r in group.rollouts]
+        return [
+            0.0 - min(1.0, max(0, len(r.response_ids) - free) / self.buffer) for r in group.rollouts
+        ]
 
 
 class Repetition:
