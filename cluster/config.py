@@ -30,7 +30,10 @@ from cluster.recipe_errors import Location, dotted, explain
 from cluster.toml_writer import table_lines
 from tasks.core import SEGMENTS, Segment
 
-REWARD_TERMS = ("outcome", "perception", "perception_graded", "format")
+REWARD_TERMS = (
+    "outcome", "perception", "perception_graded", "format", "length", "repetition",
+    "group_agreement", "self_consistency", "blind_solver", "blind_policy", "image_dependence",
+)  # fmt: skip
 """The reward terms a recipe can name without giving `module:Class`."""
 
 Positive = Annotated[int, Field(ge=1)]

@@ -29,6 +29,14 @@ from rewards.records import (
     TermError,
     TermFailure,
 )
+from rewards.surrogates import (
+    BlindPolicy,
+    BlindSolver,
+    GroupAgreement,
+    ImageDependence,
+    SelfConsistency,
+)
+from rewards.verbosity import Length, Repetition
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from tasks.core import Problem, Task
 
@@ -156,7 +164,17 @@ class Format:
 Term = RewardTerm | AskingTerm | RemoteTerm
 
 BUILT_IN: dict[str, Callable[..., Term]] = {
-    term.name: term for term in (Outcome, Perception, PerceptionGraded, Format)
+    Outcome.name: Outcome,
+    Perception.name: Perception,
+    PerceptionGraded.name: PerceptionGraded,
+    Format.name: Format,
+    Length.name: Length,
+    Repetition.name: Repetition,
+    GroupAgreement.name: GroupAgreement,
+    SelfConsistency.name: SelfConsistency,
+    BlindSolver.name: BlindSolver,
+    BlindPolicy.name: BlindPolicy,
+    ImageDependence.name: ImageDependence,
 }
 
 

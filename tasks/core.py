@@ -7,7 +7,7 @@ problems, reads model responses and scores them. Everything here is pure: no tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -123,6 +123,29 @@ class HasVisionLabels(Protocol):
 
     def vision_labels(self, problem: Problem) -> np.ndarray:
         """int64 [K]: K small-class labels read off the image, K and order fixed by the knobs."""
+
+
+@runtime_checkable
+class HasPerceptionItems(Protocol):
+    """A task whose perception is made of parts that can be right one by one.
+
+    The reward `group_agreement` with `mode = "soft"` lets the rollouts of a group vote on them.
+    """
+
+    def perception_items(self, perception: Any) -> frozenset[Hashable]:
+        """What a parsed perception claims, one item a claim (a cell's value, an edge)."""
+
+
+@runtime_checkable
+class CanLeak(Protocol):
+    """A task that can tell when a perception holds the answer, so that no solver is needed."""
+
+    def states_answer(self, problem: Problem, perception: Any) -> bool:
+        """Whether a parsed perception states the answer.
+
+        `problem` lends only what its prompt tells, never its truth. Must be False for the
+        perception of every honest reading, `p*` above all.
+        """
 
 
 class DataError(ValueError):

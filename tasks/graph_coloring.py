@@ -268,6 +268,14 @@ class GraphColoring:
             matrix[i, j] = 1
         return matrix[np.triu_indices(n, 1)]
 
+    def perception_items(self, perception: Edges) -> frozenset[Edge]:
+        """The edges, undirected: (i, j) with i < j."""
+        return frozenset(perception)
+
+    def states_answer(self, problem: Problem, perception: Edges) -> bool:
+        """Never: a list of edges has no place for a colour."""
+        return False
+
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
         """A problem from `{"v": 7, "c": 3, "edges": [[0, 1], ...]}`.
 

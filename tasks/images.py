@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 
+import numpy as np
 from PIL import Image, ImageOps, ImageStat
 
 from tasks.core import DataError
@@ -86,6 +87,33 @@ def blank_like(data: bytes) -> bytes:
     red, green, blue = (round(mean) for mean in ImageStat.Stat(image).mean)
     out = io.BytesIO()
     Image.new("RGB", image.size, (red, green, blue)).save(out, format="PNG")
+    return out.getvalue()
+
+
+def mask_patches(data: bytes, patch_size: int, share: float) -> bytes:
+    """A PNG of the image with `share` of its square patches painted black, as in PAPO.
+
+    PAPO (arXiv 2507.06448) blackens each patch with that probability; here the number is exact,
+    `share` times the patches rounded, at least one. Which ones follows from the image's bytes
+    alone, so every rollout of a problem, and every run, sees the same mask.
+
+    Args:
+        data: the whole encoded file.
+        patch_size: side of a patch in pixels; patches at the right and lower edge are cut off.
+        share: of the patches, above 0 and up to 1.
+
+    Raises:
+        DataError: as `check_image`.
+    """
+    pixels = np.array(check_image(data, "image to mask"))
+    rows, columns = (-(-side // patch_size) for side in pixels.shape[:2])
+    rng = np.random.default_rng(int(content_hash(data), 16))
+    count = max(1, round(share * rows * columns))
+    for patch in rng.permutation(rows * columns)[:count].tolist():
+        y, x = (patch_size * at for at in divmod(patch, columns))
+        pixels[y : y + patch_size, x : x + patch_size] = 0
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
     return out.getvalue()
 
 

@@ -182,6 +182,17 @@ def parse_response(text: str, read_perception: Reader, read_answer: Reader) -> P
     )
 
 
+def without_preamble(segment: str) -> str:
+    """A perception segment without the prose that may stand before a JSON block.
+
+    A segment in tags is returned as it is: a strict reader leaves no room for prose in it.
+    """
+    if _TAG.search(segment) is not None:
+        return segment
+    blocks = _json_blocks(segment)
+    return segment[blocks[0][0] :] if blocks else segment
+
+
 def read_json(text: str) -> tuple[Any | None, tuple[str, ...]]:
     """A JSON list or object, under limits of length, depth and digits; else (None, defects)."""
     text = text.strip()

@@ -205,6 +205,23 @@ class Sudoku:
         """int64 [size*size]: the digit in each cell in reading order, 0 for a blank."""
         return np.asarray(problem.truth["puzzle"], dtype=np.int64).reshape(-1)
 
+    def perception_items(self, perception: Grid) -> frozenset[tuple[int, int, int]]:
+        """(row, column, value) of every cell; a blank is a claim too, of value 0."""
+        return frozenset(
+            (r, c, cell) for r, row in enumerate(perception) for c, cell in enumerate(row)
+        )
+
+    def states_answer(self, problem: Problem, perception: Grid) -> bool:
+        """Whether the perceived grid has no blank left, right or wrong.
+
+        No finer line can be drawn from one grid alone: one blank is enough for a puzzle
+        (`blanks = 1`), so a grid with a blank may be an honest reading, and how many blanks the
+        image has is a perception label. A grid with some blanks filled in therefore passes. It
+        does not pass unnoticed: every filled cell contradicts those who saw it blank, so
+        `group_agreement` in mode `soft` pays it less, cell by cell.
+        """
+        return all(cell for row in perception for cell in row)
+
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
         """A problem from a row whose ground truth is the puzzle as a JSON list, 0 for a blank.
 

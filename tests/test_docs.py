@@ -154,7 +154,7 @@ def made_by_the_drivers() -> set[str]:
     names.add("throughput/learner_tokens_per_second")
     for file in ("cluster/train.py", "cluster/cold_start.py", "learner/warmup.py"):
         for name in re.findall(
-            r'"((?:policy|sft|warmup|learner)/[\w{}/]*\w)"', (ROOT / file).read_text()
+            r'"((?:policy|sft|warmup|learner|reward)/[\w{}/]*\w)"', (ROOT / file).read_text()
         ):
             names.add(re.sub(r"{\w+}", "sudoku", name))
     return names

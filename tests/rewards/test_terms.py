@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import REWARD_TERMS
+from cluster.config import REWARD_TERMS, RewardTermConfig
 from rewards.records import DIAGNOSIS, TermError
 from rewards.terms import (
     BUILT_IN,
@@ -157,7 +157,9 @@ def test_integers_and_booleans_count_as_numbers() -> None:
 
 
 def test_terms_load_by_name_and_by_class() -> None:
-    assert {name: load_term(name).name for name in BUILT_IN} == {n: n for n in BUILT_IN}
+    needed = {"length": {"max_tokens": 64, "buffer": 16}}
+    for name in BUILT_IN:
+        assert load_term(name, needed.get(name)).name == name
     assert set(REWARD_TERMS) == set(BUILT_IN)
     mine = load_term("tests.rewards.toys:Length", {"scale": 2.0})
     assert mine(TASK, group(1, "1;2;")).tolist() == [8.0]
@@ -184,9 +186,12 @@ def test_a_term_that_cannot_be_loaded_says_why(name: str, args: dict, says: str)
 
 def test_two_terms_never_share_a_name() -> None:
     with pytest.raises(TermError, match="'outcome'"):
-        load_terms([("outcome", {}), ("outcome", {})])
+        load_terms([RewardTermConfig(name="outcome"), RewardTermConfig(name="outcome")])
+    second = RewardTermConfig(name="outcome", label="again")
+    assert list(load_terms([RewardTermConfig(name="outcome"), second])) == ["outcome", "again"]
+    toy = "tests.rewards.toys:Misbehaves"
     with pytest.raises(TermError, match="diagnosis"):
-        load_terms([("tests.rewards.toys:Misbehaves", {"what": "diagnosis"})])
+        load_terms([RewardTermConfig(name=toy, args={"what": "diagnosis"})])
 
 
 def test_diagnose_leaves_the_group_alone() -> None:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from tasks.core import SEGMENTS, DataError, HasVisionLabels, Parsed, Problem, Task
+from tasks.core import (
+    SEGMENTS,
+    CanLeak,
+    DataError,
+    HasPerceptionItems,
+    HasVisionLabels,
+    Parsed,
+    Problem,
+    Task,
+)
 from tasks.graph_coloring import GraphColoring, GraphColoringSpec
 from tasks.graph_layout import count_crossings, place
 from tasks.graph_puzzle import (
@@ -552,3 +561,13 @@ def test_a_row_becomes_the_same_problem() -> None:
 def test_bad_rows_are_named(truth: str, field: str) -> None:
     with pytest.raises(DataError, match=re.escape(field)):
         TASK.from_row("q", b"", truth)
+
+
+def test_items_are_undirected_edges_and_no_edge_list_states_a_coloring() -> None:
+    assert isinstance(TASK, HasPerceptionItems) and isinstance(TASK, CanLeak)
+    seen = read("1-0 2-1").perception
+    assert TASK.perception_items(seen) == TASK.perception_items(read("0-1 1-2").perception)
+    assert TASK.perception_items(seen) == {(0, 1), (1, 2)}
+    made = problem(0, **SMALL)
+    for perception in (seen, TASK.parse(TASK.oracle_prefix(made)).perception):
+        assert TASK.states_answer(made, perception) is False

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks.core import DataError
-from tasks.images import MAX_PIXELS, blank_like, check_image, content_hash
+from tasks.images import MAX_PIXELS, blank_like, check_image, content_hash, mask_patches
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -156,3 +156,51 @@ def test_blank_has_the_size_and_mean_colour(kind: str) -> None:
 
 def test_content_hash_is_sha256() -> None:
     assert content_hash(b"abc").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize(("width", "height", "patch"), [(40, 24, 8), (41, 27, 8), (30, 30, 14)])
+def test_masking_blackens_the_promised_share_of_patches(
+    share: float, width: int, height: int, patch: int
+) -> None:
+    bright = np.maximum(np.asarray(noise(width, height)), 1)
+    data = encoded(Image.fromarray(bright))
+    masked = np.asarray(check_image(mask_patches(data, patch, share), "x"))
+    assert masked.shape == bright.shape
+    black = touched = total = 0
+    for y in range(0, height, patch):
+        for x in range(0, width, patch):
+            part = np.s_[y : y + patch, x : x + patch]
+            total += 1
+            black += not masked[part].any()
+            touched += bool((masked[part] != bright[part]).any())
+    assert black == touched == max(1, round(share * total))
+
+
+def test_masking_is_decided_by_the_image_alone() -> None:
+    one, two = encoded(noise(64, 64, 1)), encoded(noise(64, 64, 2))
+    assert mask_patches(one, 8, 0.5) == mask_patches(one, 8, 0.5)
+
+    def where(data: bytes) -> list[bool]:
+        pixels = np.asarray(check_image(mask_patches(data, 8, 0.5), "x"))
+        tiles = pixels.reshape(8, 8, 8, 8, 3).any(axis=(1, 3, 4))
+        return [not tile for tile in tiles.ravel().tolist()]
+
+    assert where(one) != where(two)
+    np.random.seed(1)
+    assert mask_patches(one, 8, 0.5) == mask_patches(one, 8, 0.5)
+
+
+def test_masking_covers_every_patch_alike() -> None:
+    """Over many images no patch is favoured: each is masked close to `share` of the time."""
+    counts = np.zeros((4, 4))
+    for seed in range(300):
+        pixels = np.asarray(check_image(mask_patches(encoded(noise(16, 16, seed)), 4, 0.5), "x"))
+        counts += ~pixels.reshape(4, 4, 4, 4, 3).any(axis=(1, 3, 4))
+    assert counts.sum() == 300 * 8
+    assert np.abs(counts / 300 - 0.5).max() < 0.15  # 5 standard deviations
+
+
+def test_an_image_that_cannot_be_read_is_not_masked() -> None:
+    with pytest.raises(DataError, match="image to mask"):
+        mask_patches(PNG[:-20], 8, 0.5)

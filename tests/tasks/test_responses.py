@@ -18,6 +18,7 @@ from tasks.responses import (
     parse_response,
     read_json,
     split_response,
+    without_preamble,
 )
 
 TAGS = [f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/")]
@@ -214,3 +215,15 @@ def test_long_hostile_text_takes_linear_time() -> None:
         start = time.process_time()
         parse_response(text, read_json, read_json)
         assert time.process_time() - start < 3.0, unit
+
+
+@pytest.mark.parametrize("prose", ["", "I see: ", "a ] stray [ bracket\n", '"quoted [ "\n', "<b>"])
+def test_the_preamble_of_a_json_perception_can_be_cut_off(prose: str) -> None:
+    text = f"{prose}[[1, 2], [3, 4]] so [5]"
+    start, end = split_response(text).spans["perception"]
+    assert without_preamble(text[start:end]) == "[[1, 2], [3, 4]]"
+
+
+def test_a_perception_in_tags_has_no_preamble() -> None:
+    for segment in ("<perception>\nnot [1] this\n</perception>", "no block", ""):
+        assert without_preamble(segment) == segment

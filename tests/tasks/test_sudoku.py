@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from tasks.core import DataError, HasVisionLabels, Problem, Task
+from tasks.core import CanLeak, DataError, HasPerceptionItems, HasVisionLabels, Problem, Task
 from tasks.sudoku import Sudoku, SudokuSpec, grid_text
 from tasks.sudoku_puzzle import find_solutions, symmetry_key, technique_needed, unique_solution
 
@@ -485,3 +485,30 @@ def test_long_hostile_text_is_read_in_time() -> None:
         start = time.process_time()
         TASK.parse(f"<perception>{text}</perception><answer>{text}</answer>")
         assert time.process_time() - start < 3, unit
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 4), min_size=16, max_size=16))
+def test_items_tell_grids_apart_cell_by_cell(seed: int, values: list[int]) -> None:
+    assert isinstance(TASK, HasPerceptionItems)
+    one = tuple(tuple(values[4 * r : 4 * r + 4]) for r in range(4))
+    two = draw(seed, **TINY).truth["puzzle"]
+    assert len(TASK.perception_items(one)) == 16
+    different = sum(one[r][c] != two[r][c] for r, c in product(range(4), repeat=2))
+    assert len(TASK.perception_items(one) - TASK.perception_items(two)) == different
+
+
+def test_only_a_grid_without_a_blank_states_the_answer() -> None:
+    assert isinstance(TASK, CanLeak)
+    for seed, blanks in product(range(3), (1, 5, 12)):
+        made = draw(seed, **TINY, blanks=blanks)
+        truth = made.truth
+        honest = TASK.parse(TASK.oracle_prefix(made)).perception
+        assert not TASK.states_answer(made, honest)
+        assert TASK.states_answer(made, truth["solution"])
+        wrong = [[5 - digit for digit in row] for row in truth["solution"]]
+        assert TASK.states_answer(made, wrong)
+        r, c = next((r, c) for r, c in product(range(4), repeat=2) if not truth["puzzle"][r][c])
+        last = [list(row) for row in truth["solution"]]
+        last[r][c] = 0
+        assert not TASK.states_answer(made, last)

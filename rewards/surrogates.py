@@ -1,0 +1,406 @@
+"""Surrogates: rewards for seeing that need no perception labels.
+
+| term | what it takes as evidence of a right perception |
+|---|---|
+| `GroupAgreement` | the other rollouts of the group saw the same |
+| `SelfConsistency` | the own answer follows from it |
+| `BlindSolver` | the task's exact solver gets from it to a right answer |
+| `BlindPolicy` | a model without the image gets from it to a right answer |
+| `ImageDependence` | the image made its tokens likelier |
+
+None of them looks at `p*`. The blind ones check an answer, as the outcome does; the others need
+no truth at all. An unreadable perception earns 0 everywhere and is never sent to a model.
+
+Guards: every term takes `max_perception_tokens` (tags included; 0: no cap), above which a
+perception earns 0. The blind ones take `leakage_check`: a perception that states the answer
+would earn everything without having been seen (see `tasks.core.CanLeak`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rewards.arguments import flag, number, one_of, positive, whole
+from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
+from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Parsed, Problem, Task
+from tasks.images import blank_like, mask_patches
+from tasks.responses import without_preamble
+
+PERCEPTION = SEGMENTS.index("perception")
+
+
+class GroupAgreement:
+    """How far the own perception is the group's: self-consistency voting, used as a reward.
+
+    Majority voting over samples is arXiv 2203.11171, as a reward TTRL (arXiv 2504.16084); that
+    the vote is on the perception, and the soft form, are ours. With G rollouts:
+
+    - `plurality`: 1 where the own perception is in a largest cluster of equal perceptions with
+      at least 2 members; tied clusters all count.
+    - `soft`: with w(e) the share of the *other* rollouts whose perception holds item e,
+      r_i = 2 Σ_{e∈i} w(e) / (|i| + Σ_e w(e)), the F1 of the own items against the others' votes;
+      0 where that is 0/0. The items are the task's (`HasPerceptionItems`).
+
+    A rollout that cannot be read votes for nothing, but counts among the G − 1 others: where few
+    can be read there is little evidence, and little is paid. A perception above
+    `max_perception_tokens` earns nothing; it still votes, as it has been read.
+
+    Raises TypeError for `soft` on a task without `perception_items`.
+    """
+
+    name = "group_agreement"
+
+    def __init__(self, mode: str = "plurality", max_perception_tokens: int = 0) -> None:
+        self.mode = one_of("mode", mode, ("plurality", "soft"))
+        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in [0, 1]; perceptions must compare with `==`."""
+        if self.mode == "soft" and not isinstance(task, HasPerceptionItems):
+            raise TypeError(
+                f'group_agreement: mode = "soft" needs a method `perception_items(perception)`, '
+                f'which task {task.name!r} lacks; add it, or set mode = "plurality"'
+            )
+        seen = [rollout.parsed.perception for rollout in group.rollouts]
+        if isinstance(task, HasPerceptionItems) and self.mode == "soft":
+            agreement = _soft([None if p is None else task.perception_items(p) for p in seen])
+        else:
+            agreement = _plurality(seen)
+        return [
+            0.0 if _perception(rollout, self.max_perception_tokens) is None else value
+            for rollout, value in zip(group.rollouts, agreement, strict=True)
+        ]
+
+
+class SelfConsistency:
+    """1 where the answer is valid for the own perception, whatever the image shows.
+
+    The judge that `acc/self_consistency` uses, as a reward. It never looks at the image: a
+    policy can earn it in full by inventing a problem and solving that.
+    """
+
+    name = "self_consistency"
+
+    def __init__(self, max_perception_tokens: int = 0) -> None:
+        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in {0, 1}."""
+        return [float(self._holds(task, group.problem, rollout)) for rollout in group.rollouts]
+
+    def _holds(self, task: Task, problem: Problem, rollout: Rollout) -> bool:
+        perception, answer = _perception(rollout, self.max_perception_tokens), rollout.parsed.answer
+        if perception is None or answer is None:
+            return False
+        return bool(task.consistent(problem, perception, answer))
+
+
+class BlindSolver:
+    """1 where the task's exact solver gets a right answer out of the own perception.
+
+    R_p = check(solve(p)): a perception is good if it suffices for the answer, as in RACRO
+    (arXiv 2506.04559) and MoCA (arXiv 2605.14054), whose solvers are language models. An exact
+    solver never errs, so what is left to be wrong is the perception. It pays some wrong ones:
+    a clue overlooked that the others imply, an edge that changes no colour.
+
+    Args:
+        leakage_check: a perception that states the answer earns 0.
+        max_perception_tokens: a longer perception earns 0; 0 is no cap.
+    """
+
+    name = "blind_solver"
+
+    def __init__(self, leakage_check: bool = True, max_perception_tokens: int = 0) -> None:
+        self.leakage_check = flag("leakage_check", leakage_check)
+        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        """float [G] in {0, 1}; equal perceptions are solved once."""
+        solved: list[tuple[Any, float]] = []
+        values = []
+        for rollout in group.rollouts:
+            perception = _usable(
+                task, group.problem, rollout, self.max_perception_tokens, self.leakage_check
+            )
+            if perception is None:
+                values.append(0.0)
+                continue
+            value = next((v for known, v in solved if known == perception), None)
+            if value is None:
+                answer = task.solve(group.problem, perception)
+                value = float(answer is not None and bool(task.check(group.problem, answer)))
+                solved.append((perception, value))
+            values.append(value)
+        return values
+
+
+class BlindPolicy:
+    """1 where a model that is shown no image answers right from the own perception.
+
+    The perception segment is forced as the start of a response to the prompt alone; the model
+    goes on from where the reasoning begins. Vision-SR1 (arXiv 2508.19652) asks the policy
+    itself, MoCA (arXiv 2605.14054) and RACRO (arXiv 2506.04559) a frozen model. Nothing but the
+    segment is forced: text around it could carry the answer past the parser.
+
+    Args:
+        model: checkpoint of the frozen model that answers; "" is the current policy.
+        max_tokens: of the continuation; one that is cut has no answer and earns 0.
+        temperature: 0 is greedy.
+        leakage_check: a perception that states the answer earns 0.
+        max_perception_tokens: a longer perception earns 0; 0 is no cap.
+    """
+
+    name = "blind_policy"
+
+    def __init__(
+        self,
+        model: str = "",
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        leakage_check: bool = True,
+        max_perception_tokens: int = 0,
+    ) -> None:
+        if not isinstance(model, str):
+            raise ValueError(f"model = {model!r}: a checkpoint's folder or name as text")
+        self.model = model
+        self.sampling = Sampling(
+            temperature=number("temperature", temperature),
+            max_tokens=whole("max_tokens", max_tokens, 1),
+        )
+        self.leakage_check = flag("leakage_check", leakage_check)
+        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
+        """One request for each different perception text that may earn something."""
+        return [
+            SampleRequest(
+                group_id=f"{group.group_id}/{self.name}-{i}",
+                problem=group.problem,
+                n=1,
+                sampling=self.sampling,
+                kind="blind",
+                view="none",
+                prefix=prefix,
+            )
+            for i, prefix in enumerate(_different(self._prefixes(task, group)))
+        ]
+
+    def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
+        """float [G] in {0, 1}."""
+        prefixes = self._prefixes(task, group)
+        asked = _different(prefixes)
+        _expect_replies(self.name, len(asked), replies)
+        values: dict[str | None, float] = {None: 0.0}
+        for prefix, reply in zip(asked, replies, strict=True):
+            if not isinstance(reply, Group) or len(reply.rollouts) != 1:
+                raise ValueError(f"{self.name}: expected a group of one rollout as a reply")
+            answer = reply.rollouts[0].parsed.answer
+            values[prefix] = float(answer is not None and bool(task.check(group.problem, answer)))
+        return [values[prefix] for prefix in prefixes]
+
+    def _prefixes(self, task: Task, group: Group) -> list[str | None]:
+        """What is forced for each rollout, None where it earns nothing anyhow."""
+        usable = [
+            _usable(task, group.problem, rollout, self.max_perception_tokens, self.leakage_check)
+            is not None
+            for rollout in group.rollouts
+        ]
+        return [
+            blind_prefix(task, group.problem, rollout) if use else None
+            for use, rollout in zip(usable, group.rollouts, strict=True)
+        ]
+
+
+class ImageDependence:
+    """clip(g, 0, cap) / cap, g the mean log-prob gain of the perception tokens by the image.
+
+    g = mean_t [log π(t | image) − log π(t | altered image)] over the tokens of the perception
+    segment, in nats a token: a sample of KL(π(· | image) ‖ π(· | masked image)), which PAPO
+    (arXiv 2507.06448) adds to the loss. Both sides are scored by one model in one way, so the
+    sampling temperature has no part in it. It tells whether the perception came from the image,
+    not whether it is right.
+
+    Args:
+        view: what the image is altered to: `masked`, random patches black; `blank`, its mean
+            colour; `swapped`, another problem's image.
+        cap: gain in nats a token that earns 1.
+        patch_size: of `masked`, in pixels; PAPO's 14 is one patch of Qwen2.5-VL.
+        share: of `masked`, of the patches.
+        max_perception_tokens: a longer perception earns 0; 0 is no cap.
+    """
+
+    name = "image_dependence"
+    model = ""
+
+    def __init__(
+        self,
+        view: str = "masked",
+        cap: float = 1.0,
+        patch_size: int = 14,
+        share: float = 0.6,
+        max_perception_tokens: int = 0,
+    ) -> None:
+        self.view = one_of("view", view, ("masked", "blank", "swapped"))
+        self.cap = positive("cap", cap)
+        self.patch_size = whole("patch_size", patch_size, 1)
+        self.share = positive("share", share, most=1.0)
+        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> list[ScoreRequest]:
+        """Two requests, image and altered image, for each different run of tokens.
+
+        Raises ValueError where the view is `swapped` and there is no other image.
+        """
+        runs = _different([_key(ids) for ids in self._runs(group)])
+        if not runs:
+            return []
+        problem = group.problem
+        images = {"image": problem.image, self.view: self._altered(problem, other)}
+        return [
+            ScoreRequest(
+                request_id=f"{group.group_id}/{self.name}-{i}-{label}",
+                problem=problem,
+                response_ids=np.frombuffer(run, dtype=np.int32),
+                image=image,
+            )
+            for i, run in enumerate(runs)
+            for label, image in images.items()
+        ]
+
+    def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
+        """float [G] in [0, 1]."""
+        ids_of = self._runs(group)
+        runs = _different([_key(ids) for ids in ids_of])
+        _expect_replies(self.name, 2 * len(runs), replies)
+        gains: dict[bytes, np.ndarray] = {}
+        for run, shown, altered in zip(runs, replies[::2], replies[1::2], strict=True):
+            gains[run] = self._logprobs(run, shown) - self._logprobs(run, altered)
+        values = []
+        for rollout, ids in zip(group.rollouts, ids_of, strict=True):
+            if ids is None:
+                values.append(0.0)
+                continue
+            seeing = rollout.segments[: len(ids)] == PERCEPTION
+            gain = gains[ids.tobytes()][seeing].mean()
+            values.append(float(np.clip(gain, 0.0, self.cap) / self.cap))
+        return values
+
+    def _runs(self, group: Group) -> list[np.ndarray | None]:
+        """int32 response tokens up to the end of the perception, None where nothing is earned."""
+        return [
+            None
+            if _perception(r, self.max_perception_tokens) is None
+            or not (r.segments == PERCEPTION).any()
+            else np.asarray(
+                r.response_ids[: np.flatnonzero(r.segments == PERCEPTION)[-1] + 1], dtype=np.int32
+            )
+            for r in group.rollouts
+        ]
+
+    def _altered(self, problem: Problem, other: Problem | None) -> bytes:
+        if self.view == "masked":
+            return mask_patches(problem.image, self.patch_size, self.share)
+        if self.view == "blank":
+            return blank_like(problem.image)
+        if other is None:
+            raise ValueError(
+                f'{self.name}: view = "swapped" needs another problem of the task in the step, '
+                "and there is none; raise algorithm.problems_per_step, or set view to "
+                '"masked" or "blank"'
+            )
+        return other.image
+
+    def _logprobs(self, run: bytes, reply: Group | np.ndarray) -> np.ndarray:
+        """float64 [T] of a reply."""
+        count = len(run) // np.dtype(np.int32).itemsize
+        if not isinstance(reply, np.ndarray) or reply.shape != (count,):
+            raise ValueError(f"{self.name}: expected {count} log-probs as a reply")
+        return reply.astype(np.float64)
+
+
+def blind_prefix(task: Task, problem: Problem, rollout: Rollout) -> str:
+    """A rollout's readable perception segment, ending as `task.oracle_prefix` does.
+
+    Prose in front of a JSON perception is left out where the task reads the rest the same.
+    Raises ValueError where the task's parser does not say where the perception lies.
+    """
+    oracle = task.oracle_prefix(problem)
+    ending = oracle[_perception_span(task, task.parse(oracle))[1] :]
+    start, end = _perception_span(task, rollout.parsed)
+    segment = (rollout.prefix + rollout.text)[start:end]
+    bare = without_preamble(segment) + ending
+    return bare if task.parse(bare).perception == rollout.parsed.perception else segment + ending
+
+
+def _perception_span(task: Task, parsed: Parsed) -> tuple[int, int]:
+    if "perception" not in parsed.spans:
+        raise ValueError(
+            f"blind_policy: `parse` of task {task.name!r} read a perception without saying where "
+            'it is; put it into `Parsed.spans["perception"]`'
+        )
+    return parsed.spans["perception"]
+
+
+def _perception(rollout: Rollout, cap: int) -> Any | None:
+    """The own perception, None where it is unreadable or has more than `cap` tokens."""
+    if cap and int((rollout.segments == PERCEPTION).sum()) > cap:
+        return None
+    return rollout.parsed.perception
+
+
+def _usable(
+    task: Task, problem: Problem, rollout: Rollout, cap: int, leakage_check: bool
+) -> Any | None:
+    """The perception that a blind solver may work on, None where it would earn nothing."""
+    perception = _perception(rollout, cap)
+    if perception is None or not leakage_check:
+        return perception
+    if isinstance(task, CanLeak):
+        leaks = bool(task.states_answer(problem, perception))
+    else:
+        answer = rollout.parsed.answer
+        leaks = answer is not None and bool(perception == answer)
+    return None if leaks else perception
+
+
+def _plurality(seen: Sequence[Any | None]) -> list[float]:
+    """1 for the members of the largest clusters with at least 2 members; [G]."""
+    sizes = [0 if own is None else sum(p is not None and p == own for p in seen) for own in seen]
+    largest = max(sizes, default=0)
+    return [float(size == largest >= 2) for size in sizes]
+
+
+def _soft(claims: Sequence[frozenset[Any] | None]) -> list[float]:
+    """F1 of each rollout's items against the others' votes; [G].
+
+    In whole numbers up to the one division: equal claims get equal values to the last bit, in
+    whatever order the rollouts come, so that a group that agrees has exactly no variance.
+    """
+    votes = Counter(item for items in claims if items is not None for item in items)
+    total = sum(votes.values())
+    values = []
+    for items in claims:
+        # Both terms of the fraction times G − 1.
+        shared = 0 if items is None else sum(votes[item] - 1 for item in items)
+        size = 0 if items is None else len(items)
+        below = size * (len(claims) - 1) + total - size
+        values.append(2 * shared / below if shared else 0.0)
+    return values
+
+
+def _different(keys: Sequence[Any | None]) -> list[Any]:
+    """The distinct keys in order of first appearance, without None."""
+    return list(dict.fromkeys(key for key in keys if key is not None))
+
+
+def _key(ids: np.ndarray | None) -> bytes | None:
+    return None if ids is None else ids.tobytes()
+
+
+def _expect_replies(name: str, count: int, replies: Sequence[Any]) -> None:
+    if len(replies) != count:
+        raise ValueError(f"{name}: asked {count} requests and got {len(replies)} replies")
