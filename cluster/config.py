@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-REWARD_TERMS = ("outcome", "perception", "perception_graded", "format")
+REWARD_TERMS = ("outcome", "perception", "perception_graded", "format", "judge")
 """The reward terms a recipe can name without giving `module:Class`."""
 
 Positive = Annotated[int, Field(ge=1)]

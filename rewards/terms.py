@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from rewards.judge import Judge
 from rewards.records import (
     DIAGNOSIS,
     Diagnosis,
@@ -140,8 +141,8 @@ class Format:
         ]
 
 
-BUILT_IN: dict[str, Callable[..., RewardTerm]] = {
-    term.name: term for term in (Outcome, Perception, PerceptionGraded, Format)
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    term.name: term for term in (Outcome, Perception, PerceptionGraded, Format, Judge)
 }
 
 

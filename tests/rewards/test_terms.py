@@ -157,7 +157,9 @@ def test_integers_and_booleans_count_as_numbers() -> None:
 
 
 def test_terms_load_by_name_and_by_class() -> None:
-    assert {name: load_term(name).name for name in BUILT_IN} == {n: n for n in BUILT_IN}
+    needs = {"judge": {"base_url": "http://localhost:8000/v1", "model": "m"}}
+    loaded = {name: load_term(name, needs.get(name)).name for name in BUILT_IN}
+    assert loaded == {n: n for n in BUILT_IN}
     assert set(REWARD_TERMS) == set(BUILT_IN)
     mine = load_term("tests.rewards.toys:Length", {"scale": 2.0})
     assert mine(TASK, group(1, "1;2;")).tolist() == [8.0]
