@@ -107,7 +107,7 @@ _REMEDY: dict[Kind, str] = {
     "no_completion": "check that base_url is an OpenAI-compatible API",
     "huge_reply": "check that base_url is an OpenAI-compatible API; lower max_tokens",
     "empty_reply": "raise max_tokens if the judge thinks before it replies",
-    "malformed": 'set structured (true, or "choice" for vLLM), raise max_tokens, or take another judge',
+    "malformed": 'set structured (true, or "choice" for vLLM) or raise max_tokens',
     "out_of_range": 'set structured (true, or "choice" for vLLM), or take another judge',
 }
 
@@ -476,7 +476,7 @@ class Judge:
             return _refusal(status, bytes(found), response.headers.get("Retry-After"))
         if len(found) > MAX_REPLY_BYTES:
             return _Miss("huge_reply", f"more than {MAX_REPLY_BYTES} bytes", True, status)
-        another_may_differ = self.settings.temperature > 0 or self.settings.structured
+        another_may_differ = self.settings.temperature > 0 or bool(self.settings.structured)
         return _read_reply(bytes(found), another_may_differ)
 
     def _open_session(self) -> _Session:
@@ -486,6 +486,8 @@ class Judge:
             settings = self.settings
             client = httpx.AsyncClient(
                 timeout=None,  # one deadline for the whole request, in _request
+                # Over plain http there is no certificate to load authorities for.
+                verify=settings.base_url.lower().startswith("https:"),
                 limits=httpx.Limits(max_keepalive_connections=settings.concurrency),
                 # A proxy set for the world outside cannot reach a server on this machine.
                 trust_env=urlsplit(settings.base_url).hostname not in _LOOPBACK,
