@@ -33,6 +33,7 @@ from tasks.core import SEGMENTS, Segment
 REWARD_TERMS = (
     "outcome", "perception", "perception_graded", "format", "length", "repetition",
     "group_agreement", "self_consistency", "blind_solver", "blind_policy", "image_dependence",
+    "judge",
 )  # fmt: skip
 """The reward terms a recipe can name without giving `module:Class`."""
 

@@ -157,9 +157,9 @@ class RewardPool:
         return compose_groups(groups, [_merge(found) for found in pieces], composition)
 
     def counts(self) -> dict[str, float]:
-        """What remote terms count of their calls, as `<term>/<name>`, since the pool was made."""
+        """What remote terms count, as `<term>/calls/<name>`, since the process of each started."""
         return {
-            f"{remote.name}/{name}": value
+            f"{remote.name}/calls/{name}": value
             for remote in self._remote
             for name, value in remote.counts().items()
         }

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from rewards.judge import Judge
 from rewards.records import (
     DIAGNOSIS,
     Diagnosis,
@@ -175,6 +176,7 @@ BUILT_IN: dict[str, Callable[..., Term]] = {
     BlindSolver.name: BlindSolver,
     BlindPolicy.name: BlindPolicy,
     ImageDependence.name: ImageDependence,
+    Judge.name: Judge,
 }
 
 

@@ -152,6 +152,7 @@ def made_by_the_drivers() -> set[str]:
         clock.lap(phase)
     names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
     names.add("throughput/learner_tokens_per_second")
+    names |= {"reward/judge/calls/requests", "reward/judge/calls/failures/timeout"}
     for file in ("cluster/train.py", "cluster/cold_start.py", "learner/warmup.py"):
         for name in re.findall(
             r'"((?:policy|sft|warmup|learner|reward)/[\w{}/]*\w)"', (ROOT / file).read_text()

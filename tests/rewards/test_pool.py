@@ -194,7 +194,7 @@ def test_remote_terms_wait_side_by_side_and_never_too_many() -> None:
     assert [g.terms["waits"].tolist() for g in found] == [
         [float(len(r.text)) for r in g.rollouts] for g in groups
     ]
-    assert pool.counts() == {"waits/calls": 12.0, "waits/most": 3.0}
+    assert pool.counts() == {"waits/calls/sent": 12.0, "waits/calls/most": 3.0}
     pool.close()
 
 

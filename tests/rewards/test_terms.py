@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,7 +158,10 @@ def test_integers_and_booleans_count_as_numbers() -> None:
 
 
 def test_terms_load_by_name_and_by_class() -> None:
-    needed = {"length": {"max_tokens": 64, "buffer": 16}}
+    needed: dict[str, dict[str, Any]] = {
+        "length": {"max_tokens": 64, "buffer": 16},
+        "judge": {"base_url": "http://localhost:8000/v1", "model": "m"},
+    }
     for name in BUILT_IN:
         assert load_term(name, needed.get(name)).name == name
     assert set(REWARD_TERMS) == set(BUILT_IN)

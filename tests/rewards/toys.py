@@ -249,4 +249,4 @@ class Waits:
         return [float(len(r.text)) for r in group.rollouts]
 
     def counts(self) -> dict[str, float]:
-        return {"calls": self.calls, "most": self.most}
+        return {"sent": self.calls, "most": self.most}
