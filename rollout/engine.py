@@ -2,12 +2,13 @@
 
 Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args`,
 `generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
-`resume_generation`, `compute_weight_checksums`, `reset_*_cache`, `shutdown`; `SamplingParams`
+`resume_generation`, `compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`,
+`shutdown`; `SamplingParams`
 with `n`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
 outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
 `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
-`CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `EngineDeadError` and
-`EngineGenerateError`; `worker_extension_cls` and the weight-transfer registry.
+`CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
+errors and `EngineDeadError`; `worker_extension_cls` and the weight-transfer registry.
 """
 
 from __future__ import annotations
@@ -207,7 +208,9 @@ class Engine:
         """
         if self._frozen:
             raise SamplerError(f"{self._name}: a frozen model takes no weight updates")
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        # Clearing here would take vLLM's cache of processed images with it, on one side of the
+        # engine's queue and then on the other: a request in between would lose its image.
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
         await self._llm.start_weight_update()
 
     async def load_weights(self, update: dict[str, Any]) -> None:
@@ -219,10 +222,10 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update as `version`, drop every cache made by older weights, go on."""
         await self._llm.finish_weight_update(weight_version=str(version))
-        # Features of a trained vision tower live in three places; a stale one is silent.
-        await self._llm.reset_mm_cache()
-        await self._llm.reset_encoder_cache()
+        # What a trained vision tower made lives in two places; a stale one is silent. The cache
+        # of processed images holds pixels, which no weight changes.
         await self._llm.reset_prefix_cache(reset_running_requests=True)
+        await self._llm.reset_encoder_cache()
         self._version = version
         await self._llm.resume_generation()
 
@@ -257,7 +260,8 @@ class Engine:
         self, problem: Problem, prompt: dict[str, Any], params: Any, count: int
     ) -> RequestOutput:
         """The finished output of one engine request, with `count` responses."""
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        from vllm.exceptions import VLLMError
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._requests += 1
         final = None
@@ -265,12 +269,12 @@ class Engine:
             request_id = f"{self._name}-{self._requests}"
             async for output in self._llm.generate(prompt, params, request_id=request_id):
                 final = output
-        except ValueError as error:
-            raise SamplerError(f"problem {problem.id}: {error}") from error
         except EngineDeadError as error:
             raise EngineDied(f"{self._name}: the engine's process died: {error}") from error
-        except EngineGenerateError as error:
-            raise SamplerError(f"problem {problem.id}: the engine failed: {error!r}") from error
+        except VLLMError as error:
+            # What is neither a refusal nor a dead engine comes wrapped in an empty error.
+            own = error.__cause__ or error
+            raise SamplerError(f"problem {problem.id}: {own}") from error
         made = 0 if final is None else len(final.outputs)
         if final is None or made != count:
             raise SamplerError(

@@ -172,8 +172,8 @@ def answer_all(
     """Ask the samplers and wait at most `seconds`: one reply or `ReplyError` a request, in order.
 
     Each request is a call of its own, so one that fails, hangs or takes its sampler down leaves
-    the replies that others already have. What is late is cancelled: an engine drops it, and a
-    sampler that is busy never begins it.
+    the replies that others already have. What is late is cancelled, and the engine drops it, as
+    soon as its sampler listens.
     """
     until = time.monotonic() + seconds
     places = deal(requests, len(samplers))
