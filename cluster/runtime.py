@@ -79,8 +79,10 @@ def threads_for(cpus: float) -> int:
     return max(1, int(cpus))
 
 
-def engine_settings(recipe: Recipe, model: str | None = None) -> EngineSettings:
-    """What a recipe asks of each sampler engine."""
+def engine_settings(
+    recipe: Recipe, model: str | None = None, frozen: bool = False
+) -> EngineSettings:
+    """What a recipe asks of each sampler engine; `frozen` for a model that is no policy."""
     sampler = recipe.sampler
     return EngineSettings(
         model=model or recipe.model.path,
@@ -94,6 +96,7 @@ def engine_settings(recipe: Recipe, model: str | None = None) -> EngineSettings:
         threads=sampler.threads or threads_for(sampler.cpus),
         seed=recipe.seed,
         transport=recipe.transfer.transport,
+        frozen=frozen,
     )
 
 

@@ -2,10 +2,13 @@
 
 Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args`,
 `generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
-`resume_generation`, `compute_weight_checksums`, `reset_*_cache`, `shutdown`; `SamplingParams`
+`resume_generation`, `compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`,
+`shutdown`; `SamplingParams`
 with `n`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
-outputs; `RequestOutput.prompt_token_ids`, `CompletionOutput.{token_ids, logprobs,
-weight_versions, finish_reason}`; `worker_extension_cls` and the weight-transfer registry.
+outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
+`logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
+`CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
+errors and `EngineDeadError`; `worker_extension_cls` and the weight-transfer registry.
 """
 
 from __future__ import annotations
@@ -18,25 +21,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from rollout.record import Group, ImageView, Rollout, SampleRequest
+from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
 from rollout.tokens import (
     Decoder,
     encode,
+    encode_literal,
     label_segments,
     load_processor,
+    load_reader,
     placeholder_ids,
     render_prompt,
+    tokenizer_of,
 )
 from tasks.core import Problem, Task
 from tasks.images import blank_like, check_image
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is started with; sizes in tokens, GiB and threads."""
+    """What an engine is started with; sizes in tokens, GiB and threads.
+
+    A `frozen` engine takes no weight updates, and its model may be a text-only language model.
+    """
 
     model: str
     dtype: str = "float32"
@@ -49,22 +58,29 @@ class EngineSettings:
     threads: int = 1
     seed: int = 0
     transport: str = "host"
+    frozen: bool = False
 
 
 class SamplerError(RuntimeError):
     """A request the engine refused or lost; names the problem and the remedy."""
 
 
+class EngineDied(SamplerError):
+    """The engine's process ended; no later request will be answered."""
+
+
 class Engine:
     """A live vLLM engine holding one policy version at a time."""
 
-    def __init__(self, llm: Any, processor: Any, name: str, version: int) -> None:
+    def __init__(self, llm: Any, processor: Any, name: str, frozen: bool = False) -> None:
         self._llm = llm
+        self._frozen = frozen
         self._processor = processor
-        self._decoder = Decoder(processor.tokenizer)
-        self._placeholders = placeholder_ids(processor.tokenizer)
+        self._tokenizer = tokenizer_of(processor)
+        self._decoder = Decoder(self._tokenizer)
+        self._placeholders = placeholder_ids(self._tokenizer)
         self._name = name
-        self._version = version
+        self._version = 0
         self._requests = 0
 
     @classmethod
@@ -87,7 +103,13 @@ class Engine:
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        processor = load_processor(settings.model)
+        processor = (load_reader if settings.frozen else load_processor)(settings.model)
+        chosen: dict[str, Any] = {}
+        if tokenizer_of(processor) is not processor:
+            chosen["limit_mm_per_prompt"] = {"image": 1, "video": 0}
+        if not settings.frozen:
+            chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
+            chosen["weight_transfer_config"] = WeightTransferConfig(backend=settings.transport)
         args = AsyncEngineArgs(
             model=settings.model,
             dtype=settings.dtype,
@@ -99,44 +121,79 @@ class Engine:
             distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
             enforce_eager=settings.enforce_eager,
             seed=settings.seed,
-            limit_mm_per_prompt={"image": 1, "video": 0},
             logprobs_mode="processed_logprobs",
-            worker_extension_cls="rollout.transports.WorkerExtension",
-            weight_transfer_config=WeightTransferConfig(backend=settings.transport),
             disable_log_stats=True,
+            **chosen,
         )
-        return cls(AsyncLLM.from_engine_args(args), processor, name, version=0)
+        return cls(AsyncLLM.from_engine_args(args), processor, name, settings.frozen)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:
         """Sample `request.n` responses to one problem as one engine request.
 
         Prompt and image are processed once for the group. Raises SamplerError naming the
-        problem when the prompt does not fit or the engine fails.
+        problem when the prompt does not fit or the engine fails, EngineDied when it is gone.
         """
-        prompt, prefix = self._prompt(request, task)
-        self._requests += 1
+        problem = request.problem
+        prefix = task.oracle_prefix(problem) if request.kind == "oracle" else ""
+        prefix += request.prefix
+        # Tokenised apart from the prompt, as a response would be.
+        forced = encode_literal(self._tokenizer, prefix) if prefix else []
+        prompt = self._prompt(problem, _view(problem, request.view), forced)
         start = time.perf_counter()
-        final = None
-        try:
-            outputs = self._llm.generate(
-                prompt, self._sampling(request), request_id=f"{self._name}-{self._requests}"
-            )
-            async for output in outputs:
-                final = output
-        except ValueError as error:
-            raise SamplerError(f"problem {request.problem.id}: {error}") from error
-        if final is None or len(final.outputs) != request.n:
-            made = 0 if final is None else len(final.outputs)
-            raise SamplerError(
-                f"problem {request.problem.id}: the engine returned {made} of {request.n} responses"
-            )
+        final = await self._generate(problem, prompt, self._sampling(request), request.n)
         seconds = time.perf_counter() - start
         prompt_ids = np.asarray(final.prompt_token_ids, np.int32)
         rollouts = tuple(
             self._rollout(request, task, output, prompt_ids, prefix, seconds)
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
-        return Group(request.group_id, request.problem, rollouts)
+        return Group(request.group_id, problem, rollouts)
+
+    async def score(self, request: ScoreRequest) -> np.ndarray:
+        """float32 [T]: log-probs (nats, temperature 1) of the response's tokens under the policy.
+
+        All tokens are of one policy version: a weight update starts a running request again.
+        Raises SamplerError naming the problem when the tokens do not fit, hold a placeholder
+        before their end, or did not reach the model as they are; EngineDied when it is gone.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        problem, count = request.problem, len(request.response_ids)
+        if not count:
+            return np.zeros(0, np.float32)
+        *given, last = [int(token) for token in request.response_ids]
+        if placed := sorted(set(self._placeholders) & set(given)):
+            raise SamplerError(
+                f"problem {problem.id}: cannot score special token {placed[0]} before the last "
+                "place: as an input it would announce an image, and no sampler makes one there"
+            )
+        image = None
+        if request.image is not None:
+            image = check_image(request.image, f"image of request {request.request_id}")
+        prompt = self._prompt(problem, image, given)
+        # The last token is only ever a target: as no input it needs no room in the context,
+        # and a placeholder there announces nothing. Greedy, so the one token that an engine
+        # must make leaves its random stream alone.
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            logprob_token_ids=[last],
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = await self._generate(problem, prompt, params, 1)
+        places, sampled = final.prompt_logprobs, final.outputs[0].logprobs
+        start = len(final.prompt_token_ids) - len(given)
+        if list(final.prompt_token_ids[start:]) != given or places.token_ids[start - 1 :] != given:
+            raise SamplerError(
+                f"problem {problem.id}: the engine did not score the {count} tokens it was given"
+            )
+        # Places hold one entry a prompt token but none for the first; `sampled` holds the token
+        # made and then the one asked for.
+        return np.asarray([*places.logprobs[start - 1 :], sampled.logprobs[1]], np.float32)
 
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
@@ -145,8 +202,15 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def begin_weight_update(self, version: int) -> None:
-        """Freeze generation and open a weight update; running requests keep their place."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        """Freeze generation and open a weight update; running requests keep their place.
+
+        Raises SamplerError where the model is frozen.
+        """
+        if self._frozen:
+            raise SamplerError(f"{self._name}: a frozen model takes no weight updates")
+        # Clearing here would take vLLM's cache of processed images with it, on one side of the
+        # engine's queue and then on the other: a request in between would lose its image.
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
         await self._llm.start_weight_update()
 
     async def load_weights(self, update: dict[str, Any]) -> None:
@@ -158,10 +222,10 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update as `version`, drop every cache made by older weights, go on."""
         await self._llm.finish_weight_update(weight_version=str(version))
-        # Features of a trained vision tower live in three places; a stale one is silent.
-        await self._llm.reset_mm_cache()
-        await self._llm.reset_encoder_cache()
+        # What a trained vision tower made lives in two places; a stale one is silent. The cache
+        # of processed images holds pixels, which no weight changes.
         await self._llm.reset_prefix_cache(reset_running_requests=True)
+        await self._llm.reset_encoder_cache()
         self._version = version
         await self._llm.resume_generation()
 
@@ -178,18 +242,45 @@ class Engine:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
-    def _prompt(self, request: SampleRequest, task: Task) -> tuple[dict[str, Any], str]:
-        problem = request.problem
-        image = _view(problem, request.view)
+    def _prompt(
+        self, problem: Problem, image: Image.Image | None, forced: list[int]
+    ) -> dict[str, Any]:
+        if image is not None and self._tokenizer is self._processor:
+            raise SamplerError(
+                f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
+                'an image; ask it with view "none", or to score with no image'
+            )
         text = render_prompt(self._processor, problem.prompt, with_image=image is not None)
-        prefix = task.oracle_prefix(problem) if request.kind == "oracle" else ""
-        # Two calls, so that the prefix is tokenised as a response would be.
-        tokenizer = self._processor.tokenizer
-        ids = encode(tokenizer, text) + (encode(tokenizer, prefix) if prefix else [])
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        prompt: dict[str, Any] = {"prompt_token_ids": encode(self._tokenizer, text) + forced}
         if image is not None:
             prompt["multi_modal_data"] = {"image": image}
-        return prompt, prefix
+        return prompt
+
+    async def _generate(
+        self, problem: Problem, prompt: dict[str, Any], params: Any, count: int
+    ) -> RequestOutput:
+        """The finished output of one engine request, with `count` responses."""
+        from vllm.exceptions import VLLMError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._requests += 1
+        final = None
+        try:
+            request_id = f"{self._name}-{self._requests}"
+            async for output in self._llm.generate(prompt, params, request_id=request_id):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDied(f"{self._name}: the engine's process died: {error}") from error
+        except VLLMError as error:
+            # What is neither a refusal nor a dead engine comes wrapped in an empty error.
+            own = error.__cause__ or error
+            raise SamplerError(f"problem {problem.id}: {own}") from error
+        made = 0 if final is None else len(final.outputs)
+        if final is None or made != count:
+            raise SamplerError(
+                f"problem {problem.id}: the engine returned {made} of {count} responses"
+            )
+        return final
 
     def _sampling(self, request: SampleRequest) -> Any:
         from vllm import SamplingParams
@@ -224,7 +315,7 @@ class Engine:
             raise SamplerError(
                 f"problem {request.problem.id}: {len(logprobs)} log-probs for {len(ids)} tokens"
             )
-        ended = len(ids) > 0 and ids[-1] == self._processor.tokenizer.eos_token_id
+        ended = len(ids) > 0 and ids[-1] == self._tokenizer.eos_token_id
         text, offsets = self._decoder.decode(ids[:-1] if ended else ids)
         if ended:
             offsets = np.append(offsets, offsets[-1])

@@ -41,7 +41,10 @@ class SampleRequest:
     kind: Kind = "free"
     view: ImageView = "shown"
     prefix: str = ""
-    """Text the response is forced to start with, beside what the kind itself forces."""
+    """Text the response is forced to start with, after what the kind itself forces.
+
+    It may come from a model: a special token spelled out in it is read as plain characters.
+    """
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,12 @@ class ScoreRequest:
     Attributes:
         request_id: names the request in errors.
         problem: its prompt is what the tokens answer.
-        response_ids: int32 [T], the tokens to score; T may be 0.
+        response_ids: int32 [T], the tokens to score; T may be 0. A special token that is not
+            end-of-turn or padding may only be the last, as the sampler leaves it.
         image: encoded image to show in place of the problem's own; None: prompt text only.
+
+    The reply is float32 [T], nats at temperature 1 over the whole vocabulary: equal to a
+    rollout's own log-probs where it was sampled so.
     """
 
     request_id: str
@@ -75,13 +82,13 @@ class Rollout:
     """One sampled response.
 
     Attributes:
-        prompt_ids: int32 [P], with the engine's expanded image placeholders and, for kind
-            `oracle`, the forced prefix at the end.
+        prompt_ids: int32 [P], with the engine's expanded image placeholders and the forced
+            prefix, if any, at the end.
         response_ids: int32 [T], sampled tokens, the end-of-turn token included if reached.
         logprobs: float32 [T], the sampler's processed log-probs (nats) of response_ids.
         versions: int32 [T], policy version that sampled each token.
         segments: int8 [T], index into `tasks.core.SEGMENTS`, or `NO_SEGMENT`.
-        prefix: forced text before the sampled text ("" but for `oracle`).
+        prefix: all forced text before the sampled text: the kind's own, then the request's.
         text: sampled text, decoded; hostile input wherever it is shown.
         parsed: `prefix + text` read by the task's parser.
         finish_reason: the engine's word: `stop`, `length`, or `abort`.
@@ -112,3 +119,19 @@ class Group:
     group_id: str
     problem: Problem
     rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class ReplyError:
+    """Why a request has no reply.
+
+    Attributes:
+        request_id: the `request_id` of a ScoreRequest, the `group_id` of a SampleRequest.
+        kind: `refused` by the engine or failed in reading its answer; not answered by the
+            `deadline`; `sampler_died` before or while answering.
+        message: names the problem or the sampler.
+    """
+
+    request_id: str
+    kind: Literal["refused", "deadline", "sampler_died"]
+    message: str

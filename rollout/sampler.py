@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from rollout.engine import Engine, EngineSettings
-from rollout.record import Group, SampleRequest
+from rollout.engine import Engine, EngineDied, EngineSettings
+from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest
 from tasks.load import load_task
 
 
@@ -30,6 +32,12 @@ class Sampler:
         return await asyncio.gather(
             *(self._engine.sample(r, load_task(r.problem.task)) for r in requests)
         )
+
+    async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
+        """A group for a SampleRequest, float32 [T] log-probs for a ScoreRequest."""
+        if isinstance(request, ScoreRequest):
+            return await self._engine.score(request)
+        return await self._engine.sample(request, load_task(request.problem.task))
 
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer(info)
@@ -67,7 +75,7 @@ class RaySamplerClient:
 
 
 class SamplerPool:
-    """All samplers. Requests are dealt to them by expected tokens, results keep their order."""
+    """All samplers of one model. Requests are dealt out by tokens, results keep their order."""
 
     def __init__(
         self,
@@ -76,9 +84,10 @@ class SamplerPool:
         cpus: float,
         gpus: float,
         request_timeout_seconds: float,
+        name: str = "sampler",
     ) -> None:
         self._timeout = request_timeout_seconds
-        names = [f"sampler-{index}" for index in range(count)]
+        names = [f"{name}-{index}" for index in range(count)]
         self.clients = [
             RaySamplerClient(
                 name,
@@ -101,11 +110,8 @@ class SamplerPool:
     def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
         """One group a request, in order. Raises TimeoutError naming a sampler that hangs."""
         shares: list[list[int]] = [[] for _ in self.clients]
-        load = [0] * len(self.clients)
-        for index, request in enumerate(requests):
-            lightest = load.index(min(load))
-            shares[lightest].append(index)
-            load[lightest] += request.n * request.sampling.max_tokens
+        for index, place in enumerate(deal(requests, len(self.clients))):
+            shares[place].append(index)
         pending = {
             client.call("sample", [requests[i] for i in share]): (client, share)
             for client, share in zip(self.clients, shares, strict=True)
@@ -125,6 +131,12 @@ class SamplerPool:
                 groups.update(zip(share, ray.get(future), strict=True))
         return [groups[index] for index in range(len(requests))]
 
+    def answer(
+        self, requests: Sequence[SampleRequest | ScoreRequest], seconds: float
+    ) -> list[Group | np.ndarray | ReplyError]:
+        """One reply a request, in order; see `answer_all`. Neither raises nor hangs."""
+        return answer_all(self.clients, requests, seconds)
+
     def weight_checksums(self) -> list[dict[str, str]]:
         """Per sampler: digest of every parameter as the engine holds it."""
         futures = [client.call("weight_checksums") for client in self.clients]
@@ -137,3 +149,65 @@ class SamplerPool:
             with contextlib.suppress(TimeoutError, RayError):
                 client.wait(client.call("shutdown"), 10)
             ray.kill(client.actor)
+
+
+def deal(requests: Sequence[SampleRequest | ScoreRequest], samplers: int) -> list[int]:
+    """Which sampler answers each request: the one with the fewest tokens to do so far."""
+    load = [0] * samplers
+    places = []
+    for request in requests:
+        places.append(load.index(min(load)))
+        if isinstance(request, SampleRequest):
+            load[places[-1]] += request.n * request.sampling.max_tokens
+        else:
+            load[places[-1]] += 1 + len(request.response_ids)
+    return places
+
+
+def answer_all(
+    samplers: Sequence[RaySamplerClient],
+    requests: Sequence[SampleRequest | ScoreRequest],
+    seconds: float,
+) -> list[Group | np.ndarray | ReplyError]:
+    """Ask the samplers and wait at most `seconds`: one reply or `ReplyError` a request, in order.
+
+    Each request is a call of its own, so one that fails, hangs or takes its sampler down leaves
+    the replies that others already have. What is late is cancelled, and the engine drops it, as
+    soon as its sampler listens.
+    """
+    until = time.monotonic() + seconds
+    places = deal(requests, len(samplers))
+    calls = [
+        samplers[place].call("answer", request)
+        for place, request in zip(places, requests, strict=True)
+    ]
+    left = max(0.0, until - time.monotonic())
+    done = set(ray.wait(calls, num_returns=len(calls), timeout=left)[0]) if calls else set()
+    replies: list[Group | np.ndarray | ReplyError] = []
+    for call, place, request in zip(calls, places, requests, strict=True):
+        if call in done:
+            replies.append(_reply(call, samplers[place].name, _id(request)))
+            continue
+        ray.cancel(call)
+        message = f"{samplers[place].name}: no answer within {seconds:g} s"
+        replies.append(ReplyError(_id(request), "deadline", message))
+    return replies
+
+
+def _reply(call: Any, sampler: str, request_id: str) -> Group | np.ndarray | ReplyError:
+    """What a finished call returned, or its error as a `ReplyError`."""
+    try:
+        reply: Group | np.ndarray = ray.get(call)
+    except RayTaskError as error:
+        own = error.cause
+        if isinstance(own, EngineDied):
+            return ReplyError(request_id, "sampler_died", str(own))
+        return ReplyError(request_id, "refused", f"{sampler}: {type(own).__name__}: {own}")
+    except RayError as error:
+        first = str(error).splitlines()[0]
+        return ReplyError(request_id, "sampler_died", f"{sampler}: {type(error).__name__}: {first}")
+    return reply
+
+
+def _id(request: SampleRequest | ScoreRequest) -> str:
+    return request.group_id if isinstance(request, SampleRequest) else request.request_id

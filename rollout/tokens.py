@@ -19,10 +19,10 @@ class ModelError(ValueError):
     """A checkpoint that cannot be used; the message names the folder and the remedy."""
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, field: str = "model.path") -> Any:
     """The Hugging Face processor of a checkpoint folder or hub name.
 
-    Raises ModelError naming the folder when it holds none, or none that reads images.
+    Raises ModelError naming `field` and the folder when it holds none, or none that reads images.
     """
     from transformers import AutoProcessor
 
@@ -30,14 +30,43 @@ def load_processor(path: str) -> Any:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path: {path}: no processor could be loaded ({str(error).splitlines()[0]}); a "
+            f"{field}: {path}: no processor could be loaded ({str(error).splitlines()[0]}); a "
             "VLM folder holds preprocessor_config.json and its tokenizer beside the weights"
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ModelError(
-            f"model.path: {path}: has no image processor; Equipoise trains vision-language models"
+            f"{field}: {path}: has no image processor; Equipoise trains vision-language models"
         )
     return processor
+
+
+def load_reader(path: str) -> Any:
+    """What reads prompts for a frozen model: a VLM's processor, a text-only model's tokenizer.
+
+    Raises ModelError when the checkpoint has no config, or not the reader its config asks for.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if hasattr(config, "vision_config"):
+            return load_processor(path, "frozen model")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"frozen model: {path}: no tokenizer could be loaded ({str(error).splitlines()[0]}); a "
+            "folder holds config.json and its tokenizer beside the weights"
+        ) from error
+    if not tokenizer.chat_template:
+        raise ModelError(f"frozen model: {path}: has no chat template; take an instruct checkpoint")
+    return tokenizer
+
+
+def tokenizer_of(reader: Any) -> Any:
+    """The tokenizer of a processor; a text-only model's reader is the tokenizer itself."""
+    return getattr(reader, "tokenizer", reader)
 
 
 def render_prompt(processor: Any, prompt: str, *, with_image: bool) -> str:
@@ -45,15 +74,18 @@ def render_prompt(processor: Any, prompt: str, *, with_image: bool) -> str:
 
     The image placeholder is not yet expanded to one token a visual feature. Raises DataError
     when the prompt holds the text of a special token: it would be read as one.
+    `processor` may be a text-only model's tokenizer (see `load_reader`).
     """
-    for special in special_tokens(processor.tokenizer).values():
+    for special in special_tokens(tokenizer_of(processor)).values():
         if special in prompt:
             raise DataError(
                 f"prompt: contains the special token {special!r}, which the tokenizer would not "
                 "read as text; remove it from the prompt"
             )
-    content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
-    content.append({"type": "text", "text": prompt})
+    parts = [{"type": "image"}] if with_image else []
+    parts.append({"type": "text", "text": prompt})
+    # Templates of text-only models take a string.
+    content = prompt if tokenizer_of(processor) is processor else parts
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -63,6 +95,14 @@ def render_prompt(processor: Any, prompt: str, *, with_image: bool) -> str:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of text, adding nothing."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_literal(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text as plain characters: special tokens spelled out in it are not read."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     return ids
 
 

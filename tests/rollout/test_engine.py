@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 from learner.batch import TrainSequence
 from learner.engine import layer_groups
 from learner.policy import Policy, load_policy, make_collator
-from rollout.engine import Engine, EngineSettings
-from rollout.record import Group, SampleRequest, Sampling
-from rollout.tokens import encode, special_tokens
+from rollout.engine import Engine, EngineSettings, SamplerError
+from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
+from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
 from rollout.transfer import HostSender
 from tasks.core import SEGMENTS, Problem
 from tasks.load import load_task
@@ -72,23 +73,36 @@ class Live:
 
     def learner_gap(self, which: str, groups: Sequence[Group]) -> float:
         """Largest |log-prob difference| between the engine and a padded Hugging Face batch."""
+        return self.gap(
+            which,
+            [
+                (r.prompt_ids, r.response_ids, g.problem.image if r.view == "shown" else None)
+                for g in groups
+                for r in g.rollouts
+            ],
+            [r.logprobs for g in groups for r in g.rollouts],
+        )
+
+    def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
+        """The same for (prompt ids, response ids, image) and the engine's log-probs of them."""
         policy = self.weights[which]
         sequences = [
-            TrainSequence(
-                r.prompt_ids,
-                r.response_ids,
-                g.problem.image if r.view == "shown" else None,
-                r.segments,
-                r.logprobs,
-                np.zeros_like(r.logprobs),
-            )
-            for g in groups
-            for r in g.rollouts
+            TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
+            for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
         ]
         batch = make_collator(policy, self.processor)(sequences)
         with torch.no_grad():
-            logprobs, _ = policy.eval().run(batch)
-        return float((logprobs - batch.tokens.sampler_logprobs).abs().max())
+            expected, _ = policy.eval().run(batch)
+        return float((expected - batch.tokens.sampler_logprobs).abs().max())
+
+    def score(
+        self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
+    ) -> list[np.ndarray]:
+        futures = [
+            self.call("score", ScoreRequest(f"s{i}", problem, ids, image))
+            for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
+        ]
+        return [self.wait(future, 300) for future in futures]
 
 
 class _Source:
@@ -207,3 +221,159 @@ def test_greedy_is_deterministic_and_placeholders_only_end_a_response(live: Live
     for group in live.sample(problems, n=8, sampling=Sampling(temperature=2.0, max_tokens=60)):
         for rollout in group.rollouts:
             assert not specials & set(rollout.response_ids[:-1].tolist())
+
+
+def test_a_forced_prefix_goes_on_after_what_the_kind_forces(live: Live) -> None:
+    problem = mixed_sizes(1)[0]
+    live.send("perturbed", 0)
+    tokenizer = live.processor.tokenizer
+    (seen,) = live.sample([problem], kind="oracle", prefix="<reasoning>\nr1")
+    (blind,) = live.sample([problem], kind="blind", view="none", prefix="<perception>\n1-2\n")
+    for group, prefix in (
+        (seen, TASK.oracle_prefix(problem) + "<reasoning>\nr1"),
+        (blind, "<perception>\n1-2\n"),
+    ):
+        shown = group is seen
+        ids = encode(tokenizer, prefix)
+        prompt = encode(tokenizer, render_prompt(live.processor, problem.prompt, with_image=shown))
+        for rollout in group.rollouts:
+            assert rollout.prefix == prefix
+            assert rollout.prompt_ids[-len(ids) :].tolist() == ids
+            assert rollout.parsed == TASK.parse(prefix + rollout.text)
+            assert shown or rollout.prompt_ids.tolist() == prompt + ids
+    assert live.learner_gap("perturbed", [seen, blind]) < 1e-4
+
+
+def test_a_special_token_spelled_out_in_a_prefix_stays_text(live: Live) -> None:
+    problem = mixed_sizes(1)[0]
+    specials = special_tokens(live.processor.tokenizer)
+    live.send("perturbed", 0)
+    (plain,) = live.sample([problem])
+    hostile = "<perception>\n" + "".join(specials.values())
+    (group,) = live.sample([problem], prefix=hostile)
+    count = len(plain.rollouts[0].prompt_ids)
+    for rollout in group.rollouts:
+        assert rollout.prompt_ids[:count].tolist() == plain.rollouts[0].prompt_ids.tolist()
+        assert not set(specials) & set(rollout.prompt_ids[count:].tolist())
+        decoded = live.processor.tokenizer.decode(rollout.prompt_ids[count:].tolist())
+        assert decoded == hostile == rollout.prefix
+    assert live.learner_gap("perturbed", [group]) < 1e-4
+
+
+def drawn(groups: Sequence[Group]) -> tuple[list[tuple[Problem, np.ndarray]], list[Rollout]]:
+    """What to score of every rollout, and the rollouts."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    return [(g.problem, r.response_ids) for g in groups for r in g.rollouts], rollouts
+
+
+def worst(found: Sequence[np.ndarray], rollouts: Sequence[Rollout]) -> float:
+    """Largest |difference| from the rollouts' own sampler log-probs, over all tokens."""
+    assert all(f.dtype == np.float32 for f in found)
+    assert [len(f) for f in found] == [len(r.response_ids) for r in rollouts]
+    return max(
+        float(np.abs(f - r.logprobs).max()) for f, r in zip(found, rollouts, strict=True) if len(f)
+    )
+
+
+def test_scores_are_the_rollouts_own_log_probs(live: Live) -> None:
+    live.send("perturbed", 0)
+    problems = mixed_sizes(9)
+    scored, rollouts = drawn(live.sample(problems, n=8, sampling=Sampling(max_tokens=90)))
+    images = [problem.image for problem, _ in scored]
+    found = live.score(scored, images)
+    assert worst(found, rollouts) < 1e-4
+    # Again: nothing that scoring itself left in a cache changes what it says.
+    assert worst(live.score(scored, images), rollouts) < 1e-4
+    # Among them are responses that end in a placeholder, which must not become an image.
+    last = {int(ids[-1]) for _, ids in scored}
+    image_token = live.weights["original"].model.config.image_token_id  # type: ignore[union-attr]
+    assert last & set(placeholder_ids(live.processor.tokenizer))
+    forced = [(p, np.append(ids[:-1], image_token).astype(np.int32)) for p, ids in scored[:9]]
+    inputs = [(r.prompt_ids, ids, p.image) for (p, ids), r in zip(forced, rollouts, strict=False)]
+    assert live.gap("perturbed", inputs, live.score(forced, images[:9])) < 1e-4
+
+
+def test_scores_under_another_image_and_under_none(live: Live) -> None:
+    live.send("perturbed", 0)
+    problems = mixed_sizes(6)
+    groups = live.sample(problems)
+    scored, rollouts = drawn(groups)
+    others = [problems[(i // 2 + 1) % 6].image for i in range(len(scored))]
+    swapped = [
+        replace(problem, image=image) for problem, image in zip(problems, others[::2], strict=True)
+    ]
+    prompts = [g.rollouts[0].prompt_ids for g in live.sample(swapped, n=1)]
+    inputs = [(prompts[i // 2], ids, others[i]) for i, (_, ids) in enumerate(scored)]
+    found = live.score(scored, others)
+    assert live.gap("perturbed", inputs, found) < 1e-4
+    assert worst(found, rollouts) > 1e-3, "another image must make a difference"
+    tokenizer, processor = live.processor.tokenizer, live.processor
+    text = [
+        encode(tokenizer, render_prompt(processor, p.prompt, with_image=False)) for p, _ in scored
+    ]
+    inputs = [
+        (np.asarray(t, np.int32), ids, None) for t, (_, ids) in zip(text, scored, strict=True)
+    ]
+    found = live.score(scored, [None] * len(scored))
+    assert live.gap("perturbed", inputs, found) < 1e-4
+
+
+def test_scores_beside_sampling_and_through_weight_updates(live: Live) -> None:
+    """Many at once, so that prompts are read in chunks and mixed with decoding."""
+    problems = mixed_sizes(9)
+    long = Sampling(max_tokens=120)
+    live.send("perturbed", 0)
+    scored, rollouts = drawn(live.sample(problems, n=8, sampling=long))
+    images = [problem.image for problem, _ in scored]
+    requests = [
+        ScoreRequest(f"s{i}", problem, ids, image)
+        for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
+    ]
+    sampling = [
+        live.call("sample", SampleRequest(f"g{i}", problem, 8, long), TASK)
+        for i, problem in enumerate(problems)
+    ]
+    scoring = [live.call("score", request) for request in requests]
+    assert worst([live.wait(f, 300) for f in scoring], rollouts) < 1e-4
+    assert live.learner_gap("perturbed", [live.wait(f, 300) for f in sampling]) < 1e-4
+
+    live.send("original", 1)
+    inputs = [(r.prompt_ids, r.response_ids, i) for r, i in zip(rollouts, images, strict=True)]
+    assert live.gap("original", inputs, live.score(scored, images)) < 1e-4
+
+    # An update in the middle: each request is wholly of the one version or of the other.
+    scoring = [live.call("score", request) for request in requests]
+    live.send("perturbed", 2)
+    for index, future in enumerate(scoring):
+        found = live.wait(future, 300)
+        new, old = (
+            live.gap(which, [inputs[index]], [found]) for which in ("perturbed", "original")
+        )
+        assert min(new, old) < 1e-4 < max(new, old)
+    assert worst(live.score(scored, images), rollouts) < 1e-4
+
+
+def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(live: Live) -> None:
+    live.send("perturbed", 0)
+    problem = mixed_sizes(1)[0]
+    scored, rollouts = drawn(live.sample([problem], n=1, sampling=Sampling(max_tokens=500)))
+    ids = rollouts[0].response_ids
+    none = np.zeros(0, np.int32)
+    (found,) = live.score([(problem, none)], [problem.image])
+    assert found.shape == (0,) and found.dtype == np.float32
+    # A response that fills the context to its last place, and one token more.
+    room = 512 - len(rollouts[0].prompt_ids)
+    text = next(int(i) for i in ids if i not in placeholder_ids(live.processor.tokenizer))
+    full = np.full(room, text, np.int32)
+    (found,) = live.score([(problem, full)], [problem.image])
+    assert live.gap("perturbed", [(rollouts[0].prompt_ids, full, problem.image)], [found]) < 1e-4
+    with pytest.raises(SamplerError, match=rf"problem {problem.id}: .*512"):
+        live.score([(problem, np.append(full, text))], [problem.image])
+    for token in placeholder_ids(live.processor.tokenizer):
+        with pytest.raises(SamplerError, match=f"special token {token} before the last place"):
+            live.score([(problem, np.array([text, token, text], np.int32))], [problem.image])
+    for token in (10**6, -1):
+        for odd in ([text, token], [token, text]):
+            with pytest.raises(SamplerError, match=f"problem {problem.id}"):
+                live.score([(problem, np.array(odd, np.int32))], [problem.image])
+    assert worst(live.score(scored, [problem.image]), rollouts) < 1e-4

@@ -1,0 +1,281 @@
+"""The pool on a real local Ray: whatever becomes of a request, the others get their answers.
+
+The first half uses actors that answer, raise, hang and die as they are told; the second a real
+engine on a text-only language model, which no weight update reaches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+
+from rollout.engine import EngineDied, EngineSettings, SamplerError
+from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest
+from rollout.sampler import RaySamplerClient, SamplerPool, answer_all, deal
+from rollout.tokens import ModelError, encode, load_processor, load_reader, render_prompt
+from tasks.core import Problem
+from tasks.load import load_task
+from tasks.splits import draw_problem
+
+ROOT = Path(__file__).parents[2]
+TASK = load_task("graph_coloring")
+NONE = np.zeros(0, np.int32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+def problems(count: int) -> list[Problem]:
+    spec = TASK.spec(vertices=4, canvas=64, layout="circle", label_size=0, prompt="brief")
+    return [draw_problem(TASK, spec, "train", 5, i) for i in range(count)]
+
+
+@ray.remote(num_cpus=0)
+class Told:
+    """Does what a request's id says before the dash; scores with the number after it."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.cancelled: list[str] = []
+
+    async def log(self) -> tuple[list[str], list[str]]:
+        return self.begun, self.cancelled
+
+    async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
+        if isinstance(request, SampleRequest):
+            return Group(request.group_id, request.problem, ())
+        self.begun.append(request.request_id)
+        what, _, number = request.request_id.partition("-")
+        try:
+            if what == "refuse":
+                raise SamplerError("problem p: too long")
+            if what == "dead":
+                raise EngineDied("told-0: the engine's process died")
+            if what == "crash":
+                raise KeyError("x")
+            if what == "exit":
+                await asyncio.sleep(0.5)
+                os._exit(3)
+            if what == "hang":
+                await asyncio.sleep(3600)
+            if what == "block":
+                time.sleep(3.0)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.request_id)
+            raise
+        return np.array([float(number)], np.float32)
+
+
+def told(count: int) -> list[RaySamplerClient]:
+    actors = [RaySamplerClient(f"told-{i}", Told.remote()) for i in range(count)]
+    ray.get([client.call("log") for client in actors])
+    return actors
+
+
+def asked(*ids: str) -> list[ScoreRequest]:
+    (problem,) = problems(1)
+    return [ScoreRequest(name, problem, NONE, None) for name in ids]
+
+
+def kinds(replies: Sequence[Any]) -> list[Any]:
+    """A score as its number, an error as its kind."""
+    return [r.kind if isinstance(r, ReplyError) else float(r[0]) for r in replies]
+
+
+def cancelled(sampler: RaySamplerClient, *ids: str) -> None:
+    """Wait until none of these calls runs in the sampler any more."""
+    until = time.monotonic() + 30
+    while True:
+        begun, ended = ray.get(sampler.call("log"))
+        if not (set(begun) - set(ended)) & set(ids):
+            return
+        assert time.monotonic() < until, f"still running: {set(ids) - set(ended)}"
+        time.sleep(0.05)
+
+
+def test_replies_come_in_order_and_a_refusal_spoils_nothing() -> None:
+    samplers = told(2)
+    requests = asked(*(f"ok-{i}" for i in range(7)), "refuse-0", "crash-0", "dead-0", "ok-9")
+    replies = answer_all(samplers, requests, 60)
+    assert kinds(replies) == [*range(7), "refused", "refused", "sampler_died", 9]
+    refused, crashed, died = replies[7:10]
+    assert isinstance(refused, ReplyError) and refused.request_id == "refuse-0"
+    assert refused.message.endswith("SamplerError: problem p: too long")
+    assert isinstance(crashed, ReplyError) and "KeyError" in crashed.message
+    assert isinstance(died, ReplyError) and died.message == "told-0: the engine's process died"
+    (group,) = answer_all(samplers, [SampleRequest("g", problems(1)[0], 1, Sampling())], 60)
+    assert isinstance(group, Group) and group.group_id == "g"
+    assert answer_all(samplers, [], 60) == []
+
+
+def test_what_hangs_is_late_and_is_cancelled() -> None:
+    samplers = told(1)
+    replies = answer_all(samplers, asked("hang-0", "ok-1", "hang-2", "ok-3"), 2.0)
+    assert kinds(replies) == ["deadline", 1, "deadline", 3]
+    late = replies[0]
+    assert isinstance(late, ReplyError) and late.message == "told-0: no answer within 2 s"
+    cancelled(samplers[0], "hang-0", "hang-2")
+    assert kinds(answer_all(samplers, asked("ok-4"), 60)) == [4]
+
+
+def test_a_sampler_that_does_not_listen_costs_the_deadline_and_then_drops_what_was_late() -> None:
+    samplers = told(1)
+    busy = samplers[0].call("answer", asked("block-0")[0])
+    time.sleep(0.5)
+    replies = answer_all(samplers, asked("hang-1", "hang-2"), 0.5)
+    assert kinds(replies) == ["deadline", "deadline"]
+    assert not ray.wait([busy], timeout=0)[0], "the answer came while the sampler was still busy"
+    assert kinds(answer_all(samplers, asked("ok-3"), 60)) == [3]
+    cancelled(samplers[0], "hang-1", "hang-2")
+
+
+def test_a_sampler_that_dies_takes_only_its_own_requests() -> None:
+    samplers = told(2)
+    # Equal requests alternate: the first, third and fifth go to the first sampler.
+    replies = answer_all(samplers, asked("exit-0", "ok-1", "hang-2", "ok-3", "ok-4", "ok-5"), 60)
+    assert kinds(replies) == ["sampler_died", 1, "sampler_died", 3, 4, 5]
+    died = replies[0]
+    assert isinstance(died, ReplyError) and died.message.startswith("told-0: ")
+    assert kinds(answer_all(samplers, asked("ok-6", "ok-7"), 60)) == ["sampler_died", 7]
+
+
+def test_requests_are_dealt_by_tokens() -> None:
+    (problem,) = problems(1)
+    big = SampleRequest("g", problem, 8, Sampling(max_tokens=100))
+    small = ScoreRequest("s", problem, np.zeros(99, np.int32), None)
+    assert deal([big, *[small] * 8, big, small], 2) == [0, *[1] * 8, 0, 1]
+    assert deal([small] * 6, 3) == [0, 1, 2] * 2
+    assert deal([], 2) == []
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_text_model: Path) -> Iterator[SamplerPool]:
+    settings = EngineSettings(str(tiny_text_model), max_model_len=256, frozen=True)
+    pool = SamplerPool(settings, 1, cpus=1, gpus=0, request_timeout_seconds=120, name="frozen")
+    pool.wait_ready(300)
+    yield pool
+    pool.stop()
+
+
+def test_a_text_only_model_answers_without_an_image(
+    frozen: SamplerPool, tiny_text_model: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    asked = problems(3)
+    blind = Sampling(max_tokens=30)
+    requests = [
+        SampleRequest(f"g{i}", p, 2, blind, "blind", "none", "<perception>\n")
+        for i, p in enumerate(asked)
+    ]
+    replies = frozen.answer(requests, 120)
+    groups = [reply for reply in replies if isinstance(reply, Group)]
+    assert [g.group_id for g in groups] == ["g0", "g1", "g2"]
+    reader = load_reader(str(tiny_text_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_text_model).eval()
+    for group in groups:
+        text = render_prompt(reader, group.problem.prompt, with_image=False) + "<perception>\n"
+        for rollout in group.rollouts:
+            assert rollout.prompt_ids.tolist() == encode(reader, text)
+            assert rollout.prefix == "<perception>\n" and rollout.sampler == "frozen-0"
+            ids = torch.as_tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]))
+            with torch.no_grad():
+                logits = model(ids[None].long()).logits[0, len(rollout.prompt_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).numpy()
+            expected = expected[np.arange(len(expected)), rollout.response_ids]
+            assert np.abs(expected - rollout.logprobs).max() < 1e-4
+    # Scoring prefix and response together is scoring the same text.
+    forced = np.asarray(encode(reader, "<perception>\n"), np.int32)
+    rollouts = [(g.problem, r) for g in groups for r in g.rollouts]
+    scores = frozen.answer(
+        [
+            ScoreRequest(r.rollout_id, p, np.concatenate([forced, r.response_ids]), None)
+            for p, r in rollouts
+        ],
+        120,
+    )
+    for score, (_, rollout) in zip(scores, rollouts, strict=True):
+        assert isinstance(score, np.ndarray)
+        assert np.abs(score[len(forced) :] - rollout.logprobs).max() < 1e-4
+
+
+def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: SamplerPool) -> None:
+    (problem,) = problems(1)
+    long = replace(problem, prompt="a b c " * 200)
+    special = replace(problem, prompt="<|im_end|>")
+    good = ScoreRequest("good", problem, np.arange(50, 60, dtype=np.int32), None)
+    replies = frozen.answer(
+        [
+            SampleRequest("shown", problem, 1, Sampling()),
+            replace(good, request_id="image", image=problem.image),
+            SampleRequest("long", long, 1, Sampling(), view="none"),
+            replace(good, request_id="special", problem=special),
+            good,
+        ],
+        120,
+    )
+    assert [getattr(reply, "kind", "answered") for reply in replies] == ["refused"] * 4 + [
+        "answered"
+    ]
+    messages = [reply.message for reply in replies if isinstance(reply, ReplyError)]
+    assert all('text-only model and cannot be shown an image; ask it with view "none"' in m
+               for m in messages[:2])  # fmt: skip
+    assert f"problem {problem.id}: " in messages[2] and "256" in messages[2]
+    assert "special token '<|im_end|>'" in messages[3]
+    (client,) = frozen.clients
+    with pytest.raises(SamplerError, match="frozen-0: a frozen model takes no weight updates"):
+        client.wait(client.call("begin_weight_update", 1), 60)
+    assert isinstance(frozen.answer([good], 120)[0], np.ndarray)
+
+
+def test_readers_of_policies_and_of_frozen_models(
+    tiny_text_model: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"model\.path: .* image processor"):
+        load_processor(str(tiny_text_model))
+    for folder in tiny_models.values():
+        assert hasattr(load_reader(str(folder)), "image_processor")
+    with pytest.raises(ModelError, match=r"frozen model: .* no tokenizer could be loaded"):
+        load_reader(str(tmp_path))
+    reader = load_reader(str(tiny_text_model))
+    with pytest.raises(ModelError, match=r"frozen model: .* has no chat template"):
+        reader.chat_template = None
+        reader.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_bytes((tiny_text_model / "config.json").read_bytes())
+        load_reader(str(tmp_path))
+
+
+def test_an_engine_whose_process_is_killed_says_so(frozen: SamplerPool) -> None:
+    """The last test with this engine. Only processes below this one are looked at."""
+    (problem,) = problems(1)
+    below = psutil.Process().children(recursive=True)
+    cores = [p for p in below if "EngineCore" in " ".join(p.cmdline())]
+    assert len(cores) == 1
+    slow = SampleRequest("slow", problem, 64, Sampling(max_tokens=180), view="none")
+    cores[0].kill()
+    replies = frozen.answer(
+        [slow, ScoreRequest("s", problem, np.array([70, 71], np.int32), None)], 60
+    )
+    assert [getattr(reply, "kind", "answered") for reply in replies] == ["sampler_died"] * 2
+    assert "frozen-0: the engine's process died" in replies[1].message  # type: ignore[union-attr]
