@@ -122,7 +122,7 @@ def learner_settings(
     )
 
 
-def sampler_pool(recipe: Recipe, model: str | None = None) -> SamplerPool:
+def sampler_pool(recipe: Recipe, model: str | None = None, name: str = "sampler") -> SamplerPool:
     """The recipe's samplers, on the policy or on another checkpoint; not yet waited for."""
     sampler = recipe.sampler
     return SamplerPool(
@@ -131,6 +131,7 @@ def sampler_pool(recipe: Recipe, model: str | None = None) -> SamplerPool:
         sampler.cpus,
         sampler.gpus,
         sampler.request_timeout_seconds,
+        name,
     )
 
 
@@ -169,7 +170,10 @@ class Run:
             learner.timeout_seconds,
         )
         starting = self.learner.start_async()
-        self.frozen = {model: sampler_pool(recipe, model) for model in frozen_models(recipe)}
+        self.frozen = {
+            model: sampler_pool(recipe, model, f"frozen-{place}")
+            for place, model in enumerate(frozen_models(recipe))
+        }
         reward = recipe.reward
         self.rewards = RewardPool(
             reward.effective_terms(),

@@ -69,15 +69,6 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
-class ReplyError:
-    """What stands in place of an answer that a sampler could not give."""
-
-    request_id: str
-    kind: Literal["refused", "deadline", "sampler_died"]
-    message: str
-
-
-@dataclass(frozen=True)
 class Rollout:
     """One sampled response.
 
