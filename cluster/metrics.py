@@ -18,13 +18,11 @@ from rich.table import Table
 
 from rewards.advantages import is_constant
 from rewards.coupling import Coupling, outcome_couplings
+from rewards.intervals import Z95, wilson
 from rewards.records import ScoredGroup
 from rewards.terms import diagnose
 from rollout.record import Group
 from tasks.core import NO_SEGMENT, SEGMENTS, Task
-
-Z95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
 
 EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
@@ -32,26 +30,6 @@ and the image blanked; `blind`: prompt text only."""
 
 PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
-
-
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
-
-    `successes` may be fractional: for a mean of values in [0, 1] the interval is then wider
-    than need be, since no such values vary more than a coin of the same mean.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    shrink = 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is exact; rounding must not take it past the value itself.
-    low = 0.0 if successes == 0 else max(0.0, middle - half)
-    high = 1.0 if successes == n else min(1.0, middle + half)
-    return low, high
 
 
 def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
