@@ -221,15 +221,10 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
 
 
 def _rollout(task: Task, row: Row) -> Rollout:
-    kept = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason")
-    tokens = {name: np.array(row[name], dtype) for name, dtype in TOKEN_COLUMNS.items()}
-    return Rollout(
-        **{name: row[name] for name in kept},
-        **tokens,
-        parsed=task.parse(row["prefix"] + row["text"]),
-        seconds=row["seconds"],
-        sampler=row["sampler"],
-    )
+    names = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason")
+    fields: dict[str, Any] = {name: row[name] for name in (*names, "seconds", "sampler")}
+    fields |= {name: np.array(row[name], dtype) for name, dtype in TOKEN_COLUMNS.items()}
+    return Rollout(**fields, parsed=task.parse(row["prefix"] + row["text"]))
 
 
 def _image(run_dir: Path, file: Path, sha: str) -> bytes:

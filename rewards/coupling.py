@@ -78,9 +78,7 @@ def coupling(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Coupl
     return Coupling(pearson(x, y), within, len(x), n_within, zero_variance)
 
 
-def correlation_statistics(
-    reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]
-) -> Statistics:
+def correlation_statistics(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Statistics:
     """Pooled and within-group correlation, as in `coupling`, of any resample of the groups.
 
     Both follow from sums over groups, so a resample costs one product with K group sums.

@@ -81,9 +81,9 @@ def reliability(
     """Judge one term; both arguments hold one array [G] a group. Intervals resample groups."""
     values = [np.asarray(v, dtype=np.float64) for v in values]
     truth = [np.asarray(t, dtype=bool) for t in a_p]
-    none = Estimate(None, None, None)
     if not values:
-        return Reliability(None, None, *[none] * 6, (), 0, 0)
+        none = Estimate(None, None, None)
+        return Reliability(None, None, none, none, none, none, none, none, (), 0, 0)
     everything, right = np.concatenate(values), np.concatenate(truth)
     constant = sum(is_constant(v) for v in values)
     parts = [
@@ -95,11 +95,17 @@ def reliability(
     def statistics(weights: np.ndarray) -> np.ndarray:
         return np.concatenate([part(weights) for part in parts], axis=1)
 
-    found = group_bootstrap(statistics, len(values), resamples, seed, size=len(everything))
+    pooled, within, auc, auc_within, brier = group_bootstrap(
+        statistics, len(values), resamples, seed, size=len(everything)
+    )
     return Reliability(
-        float(everything.mean()),
-        float(right.mean()),
-        *found,
+        mean=float(everything.mean()),
+        a_p=float(right.mean()),
+        pooled=pooled,
+        within=within,
+        auc=auc,
+        auc_within=auc_within,
+        brier=brier,
         zero_variance=Estimate(constant / len(values), *wilson(constant, len(values))),
         calibration=calibration(everything, right),
         n=len(everything),
