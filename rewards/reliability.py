@@ -137,8 +137,7 @@ def auc_statistics(values: Sequence[np.ndarray], truth: Sequence[np.ndarray]) ->
     ordered = everything[order]
     # Where each block of equal values starts.
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    pairs = np.array([t.sum() * (~t).sum() for t in truth], dtype=np.float64)
-    won = np.array([(roc_auc(v, t) or 0.0) for v, t in zip(values, truth, strict=True)]) * pairs
+    won, pairs = np.array([_won(v, t) for v, t in zip(values, truth, strict=True)]).T
 
     def statistics(weights: np.ndarray) -> np.ndarray:
         drawn = weights[:, group_of]
@@ -152,6 +151,13 @@ def auc_statistics(values: Sequence[np.ndarray], truth: Sequence[np.ndarray]) ->
         return np.stack([pooled, within], axis=1)
 
     return statistics
+
+
+def _won(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """(pairs of a group won by the right perception, ties half; all its pairs), G small."""
+    right, wrong = values[truth.astype(bool)][:, None], values[~truth.astype(bool)]
+    ties = np.count_nonzero(right == wrong)
+    return np.count_nonzero(right > wrong) + ties / 2, float(right.size * wrong.size)
 
 
 def calibration(values: np.ndarray, truth: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
