@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,9 +50,7 @@ def test_auc_equals_every_pair_and_scipy() -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
-@given(
-    st.lists(GROUP, min_size=1, max_size=6), st.lists(st.integers(0, 3), min_size=6, max_size=6)
-)
+@given(st.lists(GROUP, min_size=1, max_size=6), st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_a_resample_scores_like_the_groups_it_drew(
     groups: list[tuple[list[float], list[bool]]], times: list[int]
 ) -> None:
@@ -116,7 +116,7 @@ def test_calibration_bins_part_the_rollouts_and_rise_with_a_calibrated_term() ->
     assert len(bins) == 10
     assert sum(b.n for b in bins) == 5000
     assert all(b.n == 500 for b in bins)
-    assert all(a.high < b.low for a, b in zip(bins, bins[1:], strict=False))
+    assert all(a.high < b.low for a, b in itertools.pairwise(bins))
     assert all(b.a_p_low <= b.a_p <= b.a_p_high for b in bins)
     assert all(abs(b.a_p - b.mean) < 0.08 for b in bins)
     # Equal values are never parted, however many there are.
