@@ -125,6 +125,29 @@ def evaluate(
     )
 
 
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="A run folder, as `equipoise train` printed it")],
+    rescore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TERM[={JSON}]",
+            help='Judge a further term on the stored rollouts: format={"default": 0.5}; repeatable',
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown tables and nothing else")
+    ] = False,
+) -> None:
+    """Say what a stored run's rewards taught, and which reward terms can be trusted."""
+    if as_json and markdown:
+        raise UserError("--json and --markdown: choose one")
+    from cluster.diagnose import run_diagnose
+
+    run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
+
+
 @models.command()
 def make(
     family: Annotated[Literal["qwen3_vl", "internvl"], typer.Argument()],

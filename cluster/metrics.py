@@ -17,14 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from rewards.advantages import is_constant
-from rewards.coupling import Coupling, outcome_couplings
+from rewards.coupling import Coupling, coupling, outcome_couplings
+from rewards.intervals import Z95, wilson
 from rewards.records import ScoredGroup
+from rewards.reliability import roc_auc
 from rewards.terms import diagnose
 from rollout.record import Group
 from tasks.core import NO_SEGMENT, SEGMENTS, Task
-
-Z95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
 
 EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
@@ -32,26 +31,6 @@ and the image blanked; `blind`: prompt text only."""
 
 PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
-
-
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
-
-    `successes` may be fractional: for a mean of values in [0, 1] the interval is then wider
-    than need be, since no such values vary more than a coin of the same mean.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    shrink = 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is exact; rounding must not take it past the value itself.
-    low = 0.0 if successes == 0 else max(0.0, middle - half)
-    high = 1.0 if successes == n else min(1.0, middle + half)
-    return low, high
 
 
 def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
@@ -324,6 +303,7 @@ def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str
     metrics: dict[str, float] = {}
     metrics |= _reward_metrics(groups)
     metrics |= _truth_metrics(groups)
+    metrics |= _reliability_metrics(groups)
     metrics |= _response_metrics(groups, policy_version)
     return metrics
 
@@ -384,10 +364,32 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
-def _coupling_metrics(name: str, coupling: Coupling) -> dict[str, float]:
-    found = {"pooled": coupling.pooled, "within": coupling.within, "n": coupling.n}
-    found |= {"n_within": coupling.n_within, "zero_variance": coupling.zero_variance}
-    return {f"coupling/{name}/{k}": float(v) for k, v in found.items() if v is not None}
+def _coupling_metrics(name: str, found: Coupling) -> dict[str, float]:
+    values = {"pooled": found.pooled, "within": found.within, "n": found.n}
+    values |= {"n_within": found.n_within, "zero_variance": found.zero_variance}
+    return {f"coupling/{name}/{k}": float(v) for k, v in values.items() if v is not None}
+
+
+def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Every term against true `a_p`; zeros that stand for a failed term are left out."""
+    metrics: dict[str, float] = {}
+    for term in sorted({name for g in groups for name in g.terms}):
+        judged = [
+            (g.terms[term], g.diagnosis.a_p)
+            for g in groups
+            if g.diagnosis is not None
+            and term in g.terms
+            and all(f.term != term for f in g.failures)
+        ]
+        if not judged:
+            continue
+        values, truth = [v for v, _ in judged], [t for _, t in judged]
+        found = coupling(values, truth)
+        auc = roc_auc(np.concatenate(values), np.concatenate(truth))
+        for name, value in (("pooled", found.pooled), ("within", found.within), ("auc", auc)):
+            if value is not None:
+                metrics[f"reliability/{term}/{name}"] = value
+    return metrics
 
 
 def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:

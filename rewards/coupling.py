@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rewards.advantages import is_constant
+from rewards.intervals import RESAMPLES, Estimate, Statistics, group_bootstrap
 from rewards.records import Diagnosis
+
+ROUNDING = 1e-12
+"""A sum of squares this small beside its uncentred one is a constant and its rounding."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class Coupling:
 
     pooled: float | None
     within: float | None
+    n: int
+    n_within: int
+    zero_variance: float | None
+
+
+@dataclass(frozen=True)
+class CouplingEstimate:
+    """A `Coupling` whose correlations have 95 % intervals, from resampling groups."""
+
+    pooled: Estimate
+    within: Estimate
     n: int
     n_within: int
     zero_variance: float | None
@@ -61,6 +76,47 @@ def coupling(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Coupl
     x, y = np.concatenate(rewards), np.concatenate(skills)
     zero_variance = 1.0 - len(varying) / len(rewards)
     return Coupling(pearson(x, y), within, len(x), n_within, zero_variance)
+
+
+def correlation_statistics(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Statistics:
+    """Pooled and within-group correlation, as in `coupling`, of any resample of the groups.
+
+    Both follow from sums over groups, so a resample costs one product with K group sums.
+    """
+    rewards = [np.asarray(r, dtype=np.float64) for r in reward]
+    skills = [np.asarray(s, dtype=np.float64) for s in skill]
+    # A shift of the origin changes no correlation and keeps the sums of squares exact.
+    x_mean, y_mean = np.concatenate(rewards).mean(), np.concatenate(skills).mean()
+    sums = np.zeros((len(rewards), 9))
+    for row, r, s in zip(sums, rewards, skills, strict=True):
+        x, y = r - x_mean, s - y_mean
+        row[:6] = len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y
+        if not is_constant(r):
+            x, y = _centred(r), _centred(s)
+            row[6:] = x @ x, y @ y, x @ y
+
+    def statistics(weights: np.ndarray) -> np.ndarray:
+        n, x, y, xx, yy, xy, within_xx, within_yy, within_xy = (weights @ sums).T
+        pooled = _correlation(xx - x * x / n, yy - y * y / n, xy - x * y / n, xx, yy)
+        within = _correlation(within_xx, within_yy, within_xy, within_xx, within_yy)
+        return np.stack([pooled, within], axis=1)
+
+    return statistics
+
+
+def estimate_coupling(
+    reward: Sequence[np.ndarray],
+    skill: Sequence[np.ndarray],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> CouplingEstimate:
+    """`coupling` with 95 % intervals over resampled groups (see `intervals.group_bootstrap`)."""
+    found = coupling(reward, skill)
+    pooled = within = Estimate(None, None, None)
+    if found.n:
+        statistics = correlation_statistics(reward, skill)
+        pooled, within = group_bootstrap(statistics, len(reward), resamples, seed)
+    return CouplingEstimate(pooled, within, found.n, found.n_within, found.zero_variance)
 
 
 def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Coupling, Coupling]:
@@ -94,6 +150,16 @@ def independent_reference(p: float, q: float) -> tuple[float | None, float | Non
 
 def _centred(x: np.ndarray) -> np.ndarray:
     return np.zeros_like(x) if is_constant(x) else x - x.mean()
+
+
+def _correlation(
+    xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, x_scale: np.ndarray, y_scale: np.ndarray
+) -> np.ndarray:
+    """xy / √(xx·yy) [R], NaN where a side is constant but for rounding at its scale."""
+    varies = (xx > ROUNDING * x_scale) & (yy > ROUNDING * y_scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.clip(xy / np.sqrt(xx * yy), -1.0, 1.0)
+    return np.where(varies, ratio, np.nan)
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> float | None:

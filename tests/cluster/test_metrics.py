@@ -225,3 +225,23 @@ def test_pooling_counts_every_problem_once() -> None:
     assert (table["a"].low, table["a"].high) == wilson(2, 3)
     with pytest.raises(ValueError, match="share a problem"):
         pooled([one, one])
+
+
+def test_a_step_tells_each_terms_reliability_where_it_is_defined() -> None:
+    groups = [group(1, "1;2;", "1;3;", "2;4;"), group(2, "2;4;", "3;4;"), group(0, "0;0;", "1;0;")]
+    composition = Composition({"outcome": 1.0}, on_failure={"nan": "zero"})
+    found = [score(g, Outcome(), Perception(), Misbehaves("nan")) for g in groups]
+    metrics = step_metrics(compose_groups(groups, found, composition), 7)
+    a_p = np.array([1, 1, 0, 1, 0, 1, 0])
+    a = np.array([1, 0, 0, 1, 1, 1, 1])
+    assert metrics["reliability/outcome/pooled"] == pytest.approx(stats.pearsonr(a, a_p).statistic)
+    # Only the first group's outcome varies.
+    expected = stats.pearsonr(a[:3], a_p[:3]).statistic
+    assert metrics["reliability/outcome/within"] == pytest.approx(expected)
+    u = stats.mannwhitneyu(a[a_p == 1], a[a_p == 0]).statistic
+    assert metrics["reliability/outcome/auc"] == pytest.approx(u / 12)
+    assert metrics["reliability/perception/auc"] == 1.0
+    # `nan` gives ones, and zeros for the group it failed on: those are not its values.
+    assert "reliability/nan/pooled" not in metrics
+    assert "reliability/nan/within" not in metrics
+    assert metrics["reliability/nan/auc"] == 0.5

@@ -1,0 +1,98 @@
+"""Intervals: of a proportion, and of anything by resampling whole groups.
+
+Rollouts of one problem resemble each other, so resampling single rollouts would claim too much.
+Shapes: K groups, R resamples, S statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+RESAMPLES = 1000
+MOST_UNDEFINED = 0.05
+"""Share of resamples in which a statistic may be undefined before its interval is given up."""
+CHUNK = 2**22
+"""Numbers held at once while resampling: 32 MiB."""
+
+Statistics = Callable[[np.ndarray], np.ndarray]
+"""float64 [R, K], how often each group is drawn -> float64 [R, S], NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; None where undefined, or where groups are too few."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
+
+    `successes` may be fractional: for a mean of values in [0, 1] the interval is then wider
+    than need be, since no such values vary more than a coin of the same mean.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    shrink = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the bound is exact; rounding must not take it past the value itself.
+    low = 0.0 if successes == 0 else max(0.0, middle - half)
+    high = 1.0 if successes == n else min(1.0, middle + half)
+    return low, high
+
+
+def group_bootstrap(
+    statistics: Statistics, groups: int, resamples: int = RESAMPLES, seed: int = 0, size: int = 0
+) -> tuple[Estimate, ...]:
+    """S estimates with percentile intervals over resampled groups (the cluster bootstrap).
+
+    The percentiles are expanded (Hesterberg 2015, The American Statistician 69): plain ones are
+    too narrow for few groups. `size`: numbers the statistics hold for one resample, if more than
+    K. A statistic that is undefined in more than `MOST_UNDEFINED` of the resamples has no
+    interval, nor has any where there is but one group. One that is at its bound in every
+    resample (an AUC of 1) has an interval of no width. The same seed gives the same interval.
+    """
+    values = statistics(np.ones((1, groups)))[0]
+    drawn = []
+    if groups > 1:
+        rng = np.random.default_rng(seed)
+        rows = max(1, CHUNK // max(groups, size))
+        for start in range(0, resamples, rows):
+            count = min(rows, resamples - start)
+            weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=count)
+            drawn.append(statistics(weights.astype(np.float64)))
+    found = np.concatenate(drawn) if drawn else np.full((1, len(values)), np.nan)
+    tail = _expanded_tail(groups)
+    return tuple(_estimate(float(v), one, tail) for v, one in zip(values, found.T, strict=True))
+
+
+def _expanded_tail(groups: int) -> float:
+    """Φ(−√(K/(K−1))·t) for the 97.5 % quantile t of K − 1 degrees of freedom; 0.025 as K grows."""
+    if groups < 2:
+        return 0.025
+    t = stats.t.ppf(0.975, groups - 1)
+    return float(stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * t))
+
+
+def _estimate(value: float, drawn: np.ndarray, tail: float) -> Estimate:
+    if math.isnan(value):
+        return Estimate(None, None, None)
+    defined = drawn[~np.isnan(drawn)]
+    if len(defined) < (1 - MOST_UNDEFINED) * len(drawn):
+        return Estimate(value, None, None)
+    low, high = np.quantile(defined, (tail, 1 - tail))
+    return Estimate(value, float(low), float(high))

@@ -1,0 +1,162 @@
+"""Rollouts read back: what was scored can be scored again, and a spoilt file says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.stored import read_groups, read_scores, stored_steps
+from cluster.tracking import Tracker
+from rewards.compose import Composition, compose_groups
+from rewards.records import ScoredGroup
+from rewards.terms import Outcome, Perception, diagnose, score_group
+from tasks.core import DataError
+from tests.rewards.toys import TASK, Length, Misbehaves, group, score
+
+
+def scored(*groups: object, composition: Composition | None = None) -> list[ScoredGroup]:
+    weights = composition or Composition({"outcome": 0.7, "perception": 0.3})
+    found = [score(g, Outcome(), Perception(), Misbehaves("nan")) for g in groups]  # type: ignore[arg-type]
+    return compose_groups(groups, found, weights)  # type: ignore[arg-type]
+
+
+LENIENT = Composition({"outcome": 1.0}, on_failure={"nan": "drop_group"})
+ZERO = Composition({"outcome": 1.0}, on_failure={"nan": "zero"})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    first = group(5, "5;10;", "4;10;bad_cell", ";;x,y", name="a")
+    second = group(3, "3;6;", kind="oracle", prefix="", finish_reason="length", name="b")
+    with Tracker(tmp_path / "run") as tracker:
+        tracker.log_rollouts(2, scored(first, second, group(0, "0;0;"), composition=LENIENT))
+        tracker.log_rollouts(11, scored(group(0, "0;0;", "1;2;"), composition=ZERO))
+    return tmp_path / "run"
+
+
+def file_of(run: Path) -> Path:
+    return run / "rollouts" / "step-000002.parquet"
+
+
+def rewrite(run: Path, column: str, values: list[object] | None, type_: object = None) -> None:
+    """Replace a column of step 2 (None removes it)."""
+    table = pq.read_table(file_of(run))
+    index = table.schema.get_field_index(column)
+    if values is None:
+        table = table.remove_column(index)
+    else:
+        kind = type_ or table.schema.field(index).type
+        table = table.set_column(index, column, pa.array(values, kind))
+    pq.write_table(table, file_of(run))
+
+
+def test_groups_come_back_as_they_were(run: Path) -> None:
+    originals = scored(
+        group(5, "5;10;", "4;10;bad_cell", ";;x,y", name="a"),
+        group(3, "3;6;", kind="oracle", prefix="", finish_reason="length", name="b"),
+        group(0, "0;0;"),
+        composition=LENIENT,
+    )
+    assert stored_steps(run) == [2, 11]
+    back = read_groups(run, 2)
+    assert len(back) == 3
+    for old, new in zip(originals, back, strict=True):
+        assert new.group.group_id == old.group.group_id
+        assert new.group.problem == old.group.problem
+        for a, b in zip(old.group.rollouts, new.group.rollouts, strict=True):
+            for name, value in vars(a).items():
+                if isinstance(value, np.ndarray):
+                    assert value.dtype == getattr(b, name).dtype
+                    assert np.array_equal(value, getattr(b, name))
+                else:
+                    assert value == getattr(b, name)
+        assert {n: v.tolist() for n, v in new.scores.terms.items()} == {
+            n: v.tolist() for n, v in old.terms.items()
+        }
+        assert np.array_equal(new.scores.totals, old.totals, equal_nan=True)
+        assert (new.scores.zero_variance, new.scores.dropped) == (old.zero_variance, old.dropped)
+        assert (new.scores.step, new.scores.task) == (2, TASK.name)
+        # Scored again, the same comes out.
+        again = score_group(TASK, new.group, [Outcome(), Length()])
+        assert np.array_equal(again.values["outcome"], old.terms["outcome"])
+        found, true = diagnose(TASK, new.group), new.scores.diagnosis
+        assert true is not None
+        assert found.defects == true.defects
+        for name in ("a", "a_p", "a_p_graded", "self_consistency", "leak"):
+            assert np.array_equal(getattr(found, name), getattr(true, name))
+    failure = back[2].scores.failures[0]
+    assert (failure.term, failure.kind) == ("nan", "nan")
+    assert "nan" not in back[2].scores.terms
+
+
+def test_scores_alone_are_those_of_the_groups(run: Path) -> None:
+    for step in (2, 11):
+        for alone, whole in zip(read_scores(run, step), read_groups(run, step), strict=True):
+            assert alone.group_id == whole.group.group_id
+            assert alone.totals.tolist() == pytest.approx(whole.scores.totals, nan_ok=True)
+    # A failure that counts as zero is a number of the reward and none of the term.
+    (zeroed,) = read_scores(run, 11)
+    assert zeroed.terms["nan"].tolist() == [0.0, 0.0]
+    assert set(zeroed.measured()) == {"outcome", "perception"}
+
+
+def test_the_advantage_is_not_needed_and_an_undiagnosed_group_has_no_diagnosis(run: Path) -> None:
+    for name in pq.read_schema(file_of(run)).names:
+        if name.startswith("advantage"):
+            rewrite(run, name, None)
+    rewrite(run, "leak", [None] * 5)
+    assert [s.diagnosis for s in read_scores(run, 2)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("terms", None, "missing"),
+        ("text", None, "missing"),
+        ("prefix", ["", None, "", "", ""], "empty cells"),
+        ("truth", ["{"] * 5, "Expecting"),
+        ("task", ["tests.rewards.toys:Tripling"] * 5, "Tripling"),
+        ("image_sha256", ["../../secret"] * 5, "no SHA-256"),
+        ("image_sha256", ["0" * 64] * 5, "is missing"),
+        ("failures", [["it broke"]] * 5, "it broke"),
+        ("terms", [[("outcome", 1.0)], *[[]] * 4], "different terms"),
+    ],
+)
+def test_a_spoilt_column_is_named(
+    run: Path, column: str, values: list[object] | None, words: str
+) -> None:
+    rewrite(run, column, values)
+    with pytest.raises(DataError) as caught:
+        read_groups(run, 2)
+    message = str(caught.value)
+    assert "step-000002.parquet" in message
+    assert repr(column) in message
+    assert words in message
+
+
+def test_a_column_of_another_type_is_named(run: Path) -> None:
+    rewrite(run, "step", ["two"] * 5, pa.string())
+    with pytest.raises(DataError, match=r"step-000002\.parquet: column 'step'"):
+        read_scores(run, 2)
+
+
+def test_spoilt_files_and_folders_are_named(run: Path, tmp_path: Path) -> None:
+    image = next((run / "images").iterdir())
+    kept = image.read_bytes()
+    image.write_bytes(b"another picture")
+    with pytest.raises(DataError, match=image.name):
+        [read_groups(run, step) for step in (2, 11)]
+    image.write_bytes(kept)
+    with pytest.raises(DataError, match=r"step-000007\.parquet: no such file"):
+        read_scores(run, 7)
+    file_of(run).write_bytes(b"PAR1 half a file")
+    with pytest.raises(DataError, match=r"step-000002\.parquet: not a readable Parquet"):
+        read_scores(run, 2)
+    with pytest.raises(DataError, match="no folder"):
+        stored_steps(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no run with rollouts"):
+        stored_steps(tmp_path)
