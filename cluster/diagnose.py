@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class PhaseReport:
         groups, rollouts: with a diagnosis; the figures are theirs.
         undiagnosed: groups on which the task's own code failed.
         a, a_p: shares of right answers and of right perceptions; None without rollouts.
+        leak: share of right answers on wrong perceptions. `independent` knows none: where it is
+            large, the outcome follows perception less than that.
         q: share of answers that are right for the rollout's *own* perception, whether or not that
             is the true one: how often thinking succeeds on what was seen.
         perception: the outcome with `a_p`.
@@ -67,6 +70,7 @@ class PhaseReport:
     a: float | None
     a_p: float | None
     q: float | None
+    leak: float | None
     perception: CouplingEstimate
     reasoning: CouplingEstimate
     independent: tuple[float | None, float | None]
@@ -226,12 +230,13 @@ def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
 
 def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> PhaseReport:
     diagnoses = [s.diagnosis for s in scores if s.diagnosis is not None]
-    a, a_p, q = (
+    a, a_p, q, leak = (
         float(np.concatenate(arrays).mean()) if arrays else None
         for arrays in (
             [d.a for d in diagnoses],
             [d.a_p for d in diagnoses],
             [d.self_consistency for d in diagnoses],
+            [d.leak for d in diagnoses],
         )
     )
     outcome = [d.a for d in diagnoses]
@@ -249,6 +254,7 @@ def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> 
         a=a,
         a_p=a_p,
         q=q,
+        leak=leak,
         perception=estimate_coupling(outcome, [d.a_p for d in diagnoses]),
         reasoning=estimate_coupling(outcome, [d.self_consistency for d in diagnoses]),
         independent=(None, None) if a_p is None or q is None else independent_reference(a_p, q),
@@ -278,7 +284,7 @@ def _coupling_sheet(report: TaskReport) -> Sheet:
     for phase in report.phases:
         head = (
             *(phase.phase, "{}–{}".format(*phase.steps), str(phase.groups)),
-            *(_number(value) for value in (phase.a, phase.a_p, phase.q)),
+            *(_number(value) for value in (phase.a, phase.a_p, phase.q, phase.leak)),
         )
         pairs = (
             ("perception", phase.perception, phase.independent[0]),
@@ -299,13 +305,14 @@ def _coupling_sheet(report: TaskReport) -> Sheet:
     return Sheet(
         f"{report.task}: what the outcome is coupled with",
         (
-            *("phase", "steps", "groups", "a", "a_p", "q", "outcome with", "pooled"),
+            *("phase", "steps", "groups", "a", "a_p", "q", "leak", "outcome with", "pooled"),
             *("if independent", "within group", "constant groups"),
         ),
         tuple(rows),
         "Pearson correlations with 95% intervals from resampling groups. q: share of answers right "
-        "for the rollout's own perception. If independent: the pooled correlation if seeing and "
-        "thinking succeeded independently at a_p and q."
+        "for the rollout's own perception. Leak: perception wrong, answer right. If independent: "
+        "the pooled correlation if seeing and thinking succeeded independently at a_p and q, "
+        "without leaks."
         + (f" {undiagnosed} groups are left out: the task's code failed." if undiagnosed else ""),
     )
 
@@ -392,6 +399,8 @@ def _interval(found: Estimate, signed: bool = False) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is; intervals are harmless and stay readable."""
+    if re.fullmatch(r"[-+.,\d\[\] ]+", text):
+        return text
     line = printable(text).replace("\n", " ")
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#&~$" else c for c in line)

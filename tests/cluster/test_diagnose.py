@@ -128,6 +128,7 @@ def test_reliability_coupling_failures_and_hacking_of_a_known_run(run: Path) -> 
     for found, expected in zip((whole.perception, whole.reasoning), whole.independent, strict=True):
         assert found.pooled.value == pytest.approx(expected, abs=0.1)
     assert whole.q == pytest.approx(0.7, abs=0.05)
+    assert whole.leak == np.concatenate([s.diagnosis.leak for s in scores if s.diagnosis]).mean()
 
     flags = {name: found is not None and found.flagged for name, found in report.drifts.items()}
     assert flags == {
