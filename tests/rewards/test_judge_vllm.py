@@ -36,7 +36,8 @@ def vllm_url(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     command += ["--distributed-executor-backend", "uni"]
     command += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     # What a random model writes between two JSON tokens is white space without end.
-    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
+    no_spaces = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+    command += ["--structured-outputs-config", no_spaces]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     settings |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
@@ -49,7 +50,7 @@ def vllm_url(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 600
+        until = time.monotonic() + 1200
         while not _healthy(url):
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < until, log.read_text()[-4000:]
