@@ -7,6 +7,7 @@ engine on a text-only language model, which no weight update reaches.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -269,8 +270,12 @@ def test_readers_of_policies_and_of_frozen_models(
 def test_an_engine_whose_process_is_killed_says_so(frozen: SamplerPool) -> None:
     """The last test with this engine. Only processes below this one are looked at."""
     (problem,) = problems(1)
-    below = psutil.Process().children(recursive=True)
-    cores = [p for p in below if "EngineCore" in " ".join(p.cmdline())]
+    cores = []
+    for process in psutil.Process().children(recursive=True):
+        # One that has ended meanwhile is not the one looked for.
+        with contextlib.suppress(psutil.Error):
+            if "EngineCore" in " ".join(process.cmdline()):
+                cores.append(process)
     assert len(cores) == 1
     slow = SampleRequest("slow", problem, 64, Sampling(max_tokens=180), view="none")
     cores[0].kill()
