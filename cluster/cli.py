@@ -132,7 +132,9 @@ def report(
         Literal["html", "md", "json", "parquet"],
         typer.Option("--format", help="A page, tables as text, all as data, or flat tables"),
     ] = "html",
-    output: Annotated[Path | None, typer.Option(help="File to write instead of RUN/report.*")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write instead of RUN/report.*")
+    ] = None,
 ) -> None:
     """Show what a run did: summary, curves, and its rollouts to look at, in one file."""
     from cluster.report import run_report

@@ -229,7 +229,7 @@ def build(record: RunRecord) -> Report:
             "The run ended before its first step.",
         ),
         Section(
-            "reward", "What the reward follows", charts("coupling", "reliability"),
+            "reward", "Reward and credit", charts("coupling", "reliability"),
             present(reliability_table(metrics)),
             "No coupling was logged.",
         ),
@@ -299,7 +299,8 @@ def to_markdown(report: Report) -> str:
     lines = [f"# {_md(report.title)}", ""]
     lines += [f"*{_md(report.question)}*", ""] if report.question else []
     lines += [_md(report.words.lead), ""]
-    lines += [f"- {_md(text)}" for text in report.words.findings]
+    for finding in report.words.findings:
+        lines += [f"- {_md(finding.text)}", *(f"  - {_md(text)}" for text in finding.details)]
     if report.words.warnings:
         lines += ["", "Warnings:", "", *(f"- {_md(text)}" for text in report.words.warnings)]
     for section in report.sections:

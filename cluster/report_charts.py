@@ -47,7 +47,7 @@ def smoothed(values: Sequence[float]) -> tuple[float, ...]:
         return tuple(values)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return tuple(
-        float((sums[min(n, i + half + 1)] - sums[max(0, i - half)]))
+        float(sums[min(n, i + half + 1)] - sums[max(0, i - half)])
         / (min(n, i + half + 1) - max(0, i - half))
         for i in range(n)
     )
@@ -148,7 +148,8 @@ def plane(metrics: Metrics, evaluation: Mapping[str, Any] | None) -> Chart | Non
             "From before (hollow) to after (filled) on held-out problems, with 95 % intervals. "
             "Right is better seeing, up is better thinking given the true perception. Dotted: "
             "equal product of the two, which is a where they are independent.",
-            alt, tuple(lines), "path", "a_p, perception accuracy", "a_r, reasoning accuracy given p*",
+            alt, tuple(lines), "path",
+            "a_p, perception accuracy", "a_r, reasoning accuracy given p*",
         )  # fmt: skip
     see, think = metrics.get("acc/a_p"), metrics.get("acc/self_consistency")
     if see is None or think is None or see.steps != think.steps:
@@ -232,9 +233,7 @@ def _lines(
         caption += " Thin: each step; thick: moving mean."
     if y_from_zero:
         limits = (0, 1.05 * max(max(line.raw or line.y) for line in lines) or 1)
-    return Chart(
-        name, title, caption, _in_words(lines), tuple(lines), y_limits=limits, log_y=log_y
-    )
+    return Chart(name, title, caption, _in_words(lines), tuple(lines), y_limits=limits, log_y=log_y)
 
 
 def _in_words(lines: Sequence[Line]) -> str:
@@ -305,9 +304,7 @@ def _coupling(metrics: Metrics) -> Chart | None:
         return chart
     pairs = zip(smoothed(see.values), smoothed(think.values), strict=True)
     # Rounding of the moving mean must not leave [0, 1].
-    reference = [
-        independent_reference(*(min(1.0, max(0.0, v)) for v in (p, q))) for p, q in pairs
-    ]
+    reference = [independent_reference(*(min(1.0, max(0.0, v)) for v in (p, q))) for p, q in pairs]
     extra = []
     for i, segment in enumerate(("perception", "reasoning")):
         known = [
@@ -315,9 +312,7 @@ def _coupling(metrics: Metrics) -> Chart | None:
         ]
         if known:
             x, y = zip(*known, strict=True)
-            extra.append(
-                Line(f"{segment}, independent", x, y, SEGMENT_ROLES[segment], "dashed")
-            )
+            extra.append(Line(f"{segment}, independent", x, y, SEGMENT_ROLES[segment], "dashed"))
     lines = (*chart.lines, *extra)
     low = min(-0.05, *(min(line.y) for line in lines))
     return Chart(

@@ -1,7 +1,8 @@
 """Plots of a report: a chart as plain data, drawn by matplotlib as SVG to stand inside HTML.
 
 The SVG names roles, not colours: each colour is a CSS variable of the page, so one drawing
-serves light, dark and print. It holds no address, no script and no id that another plot uses.
+serves light, dark and print. It holds no address, no script and no id that another plot uses;
+the legend is the page's.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+
+from cluster.terminal import printable
 
 Role = Literal["perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4"]
 """A colour of the page. The segments' own are used for nothing else than their segment."""
@@ -74,10 +78,10 @@ _MARKS: dict[str, str] = {
     )
 } | {"paper": "#010230"}
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "equipoise",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": _MARKS["ink"],
     "axes.edgecolor": _MARKS["grid"],
     "axes.labelcolor": _MARKS["muted"],
@@ -93,41 +97,45 @@ _STYLE: dict[str, Any] = {
     "ytick.color": _MARKS["grid"],
     "ytick.labelcolor": _MARKS["muted"],
     "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "path.simplify": True,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "text.parse_math": False,  # a task's name may hold a dollar sign
 }
 
 
 def to_svg(chart: Chart) -> str:
-    """An `<svg>` element for the inside of an HTML page; the same chart gives the same text."""
+    """An `<svg>` element for the inside of an HTML page; the same chart gives the same text.
+
+    `chart` holds at least one line.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Inches at 72 points, as wide as a column of the page and near a phone's width.
-    sizes = {"path": (4.9, 4.4), "change": (4.9, 0.95 + 0.34 * len(chart.lines))}
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=sizes.get(chart.kind, (4.9, 2.7)), layout="constrained")
+    rows = len(chart.lines)
+    width, height = {"path": (4.4, 4.1), "change": (4.4, 0.55 + 0.4 * rows)}.get(
+        chart.kind, (4.4, 2.2)
+    )  # inches at 72 points: as wide as a column of the page, about a phone's width
+    labels = max(len(line.label) for line in chart.lines) if chart.kind == "change" else 0
+    left, bottom = max(0.62, 0.085 * labels), 0.46
+    right = 0.42 if chart.kind == "path" else 0.22
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=(width, height))
         figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
-        {"lines": _lines, "stack": _stack, "path": _path, "change": _change}[chart.kind](
-            axes, chart
+        # Fixed margins: a layout engine would take most of a report's time.
+        axes = figure.add_axes(
+            (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + 0.1) / height)
         )
+        axes.patch.set_visible(False)
+        draw = {"lines": _lines, "stack": _stack, "path": _path, "change": _change}
+        draw[chart.kind](axes, chart)
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
-        labelled = len({line.label for line in chart.lines}) > 1 or chart.kind == "stack"
-        if labelled and chart.kind not in ("change", "path"):
-            figure.legend(
-                loc="outside upper left",
-                ncols=min(3, len(chart.lines)),
-                handlelength=2.4,
-                columnspacing=1.2,
-                borderaxespad=0.1,
-            )
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     return _inline(out.getvalue(), chart)
@@ -141,25 +149,25 @@ def _lines(axes: Any, chart: Chart) -> None:
             rx, ry = thinned(line.x, line.raw)
             axes.plot(rx, ry, color=color, linewidth=0.7, alpha=0.35)
         marker = "o" if len(x) < 8 else None
-        axes.plot(
-            x, y, color=color, linestyle=line.dash, marker=marker, markersize=3.5, label=line.label
-        )
+        axes.plot(x, y, color=color, linestyle=line.dash, marker=marker, markersize=3.5)
     if chart.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.tick_params(axis="y", which="minor", length=0)
 
 
 def _stack(axes: Any, chart: Chart) -> None:
     x = chart.lines[0].x
     xs = thinned(x, x)[0]
     layers = [thinned(x, line.y)[1] for line in chart.lines]
-    # Hatches tell layers apart without colour.
+    # Hatches tell layers apart without colour; the page's legend has the same.
     hatches = ["", "////", "....", "\\\\\\\\", "xxxx"]
     base = np.zeros(len(xs))
     for line, layer, hatch in zip(chart.lines, layers, hatches * 3, strict=False):
         top = base + np.asarray(layer)
         axes.fill_between(
             xs, base, top, facecolor=_MARKS[line.role], edgecolor=_MARKS["paper"], hatch=hatch,
-            linewidth=0.6, alpha=0.8, label=line.label,
+            linewidth=0.6, alpha=0.8,
         )  # fmt: skip
         base = top
     if len(xs) > 1:
@@ -174,7 +182,7 @@ def _path(axes: Any, chart: Chart) -> None:
         axes.plot(on, product / on, color=_MARKS["grid"], linewidth=0.9, linestyle="dotted")
         axes.annotate(
             f"{product:g}", (1, product), xytext=(3, 0), textcoords="offset points",
-            color=_MARKS["muted"], fontsize=7.5, va="center", annotation_clip=False,
+            color=_MARKS["muted"], fontsize=8.5, va="center", annotation_clip=False,
         )  # fmt: skip
     for line in chart.lines:
         color = _MARKS[line.role]
@@ -192,8 +200,8 @@ def _path(axes: Any, chart: Chart) -> None:
                 arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 4, "linewidth": 1.2},
             )  # fmt: skip
         axes.annotate(
-            line.label, (line.x[-1], line.y[-1]), xytext=(8, 7), textcoords="offset points",
-            fontsize=9, color=_MARKS["ink"],
+            printable(line.label), (line.x[-1], line.y[-1]), xytext=(8, 7),
+            textcoords="offset points", fontsize=10.5, color=_MARKS["ink"],
         )  # fmt: skip
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
@@ -212,7 +220,7 @@ def _change(axes: Any, chart: Chart) -> None:
             axes.plot(
                 [line.x[i]], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color
             )
-    axes.set_yticks(list(rows), [line.label for line in chart.lines])
+    axes.set_yticks(list(rows), [printable(line.label) for line in chart.lines])
     axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(chart.lines) - 0.5, -0.5)
@@ -224,7 +232,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     if len(x) <= MOST_POINTS:
         return list(x), list(y)
     cuts = np.linspace(0, len(x), MOST_POINTS + 1).astype(int)
-    pairs = [(np.mean(x[a:b]), np.mean(y[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pairs = [(np.mean(x[a:b]), np.mean(y[a:b])) for a, b in pairwise(cuts)]
     return [float(p) for p, _ in pairs], [float(q) for _, q in pairs]
 
 

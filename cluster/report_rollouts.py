@@ -122,10 +122,11 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
                 chosen[entry.rollout_id] = entry
                 most -= 1
 
-    by_cell, by_defect, by_step, by_problem, strata = (
-        defaultdict(list), defaultdict(list), defaultdict(list), defaultdict(list),
-        defaultdict(list),
-    )  # type: tuple[dict[Any, list[Entry]], ...]  # fmt: skip
+    by_cell: dict[tuple[int, str], list[Entry]] = defaultdict(list)
+    by_defect: dict[str, list[Entry]] = defaultdict(list)
+    by_step: dict[int, list[Entry]] = defaultdict(list)
+    by_problem: dict[str, list[Entry]] = defaultdict(list)
+    strata: dict[tuple[int, str, int], list[Entry]] = defaultdict(list)
     for entry in order:
         by_cell[entry.cell, entry.task].append(entry)
         by_step[entry.step].append(entry)
@@ -133,8 +134,8 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
         strata[entry.step, entry.task, entry.cell].append(entry)
         for defect in entry.defects:
             by_defect[defect].append(entry)
-    for key in sorted(by_cell):
-        take(by_cell[key], max(1, min(5, limit // (2 * len(by_cell)))))
+    for found in (by_cell[key] for key in sorted(by_cell)):
+        take(found, max(1, min(5, limit // (2 * len(by_cell)))))
     for defect in sorted(by_defect, key=lambda d: (len(by_defect[d]), d))[: limit // 4]:
         take(by_defect[defect], 1)
     again = [p for p, found in by_problem.items() if len({e.step for e in found}) > 1]
@@ -360,9 +361,9 @@ def _how(
     said = f"All {total} rollouts of {read} steps are here."
     if kept < total:
         said = (
-            f"{kept} of {total} rollouts of {read} steps are here, chosen so that every step, task, "
-            "defect and cell of seeing × thinking that occurs is represented. They are not in "
-            "proportion; the counts beside the filters say how many there were in all."
+            f"{kept} of {total} rollouts of {read} steps are here, chosen so that every step, "
+            "task, defect and cell of seeing × thinking that occurs is represented. They are not "
+            "in proportion; the counts beside the filters say how many there were in all."
         )
     if read < files:
         said += f" They were read from {read} of the run's {files} steps, evenly spaced."

@@ -36,6 +36,16 @@ class Table:
     align: str
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    folded: bool = False
+    """Shown only when asked for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence and the numbers behind it."""
+
+    text: str
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Words:
     """The head of a report: one paragraph, what followed from it, what to be wary of."""
 
     lead: str
-    findings: tuple[str, ...]
+    findings: tuple[Finding, ...]
     warnings: tuple[str, ...]
 
 
@@ -80,16 +90,17 @@ def reward_words(recipe: Mapping[str, Any]) -> str:
     return " + ".join(named) if named else "outcome (a)"
 
 
-def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[str, ...]:
+def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[Finding, ...]:
     """Before and after in sentences, and whether it learnt to see or to think."""
-    said: list[str] = []
+    said: list[Finding] = []
     both = {task: t for task, t in evaluation.items() if t.get("change", {}).get("rows")}
     # With several tasks the verdict is on all of them first.
     for task in sorted(both, key=lambda t: (t != "all tasks", list(both).index(t))):
         rows = {row["metric"]: row for row in both[task]["change"]["rows"]}
-        changes = [_change_words(m, rows[m]) for m in ("a", "a_p", "a_r") if m in rows]
+        changes = tuple(_change_words(m, rows[m]) for m in ("a", "a_p", "a_r") if m in rows)
         where = f"{task}: " if len(both) > 1 else ""
-        said.append(f"{where}{verdict(both[task])} " + " ".join(changes))
+        text = verdict(both[task])
+        said.append(Finding(where + (text[0].lower() + text[1:] if where else text), changes))
     if said:
         return tuple(said)
     see, think = metrics.get("acc/a_p"), metrics.get("acc/self_consistency")
@@ -100,9 +111,12 @@ def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[str, ...]
             for name, s in (("a_p", see), ("self-consistency", think))
         ]
         said.append(
-            "No measurement before and after, so only training's own rollouts can tell, first "
-            f"fifth against last fifth of the steps: {', '.join(moved)}. They come without "
-            "intervals and on other problems each step."
+            Finding(
+                "Nothing was measured before and after, so only training's own rollouts can tell, "
+                "first fifth against last fifth of the steps, on other problems each step and "
+                "without intervals.",
+                tuple(moved),
+            )
         )
     return tuple(said)
 
@@ -123,7 +137,9 @@ def verdict(tables: Mapping[str, Any]) -> str:
     down = [word for word, move in moves.items() if move < 0]
     if not moves:
         return "Neither seeing nor thinking was measured."
-    text = f"It learnt to {' and to '.join(up)}" if up else "It learnt nothing that is beyond chance"
+    text = (
+        f"It learnt to {' and to '.join(up)}" if up else "It learnt nothing that is beyond chance"
+    )
     if "think" not in moves:
         text += " (thinking, a_r, was not measured)"
     text += f", and got worse at {'ing and '.join(down)}ing" if down else ""
@@ -133,7 +149,8 @@ def verdict(tables: Mapping[str, Any]) -> str:
     value, low, high = index
     which = "thinking" if low > 0 else "seeing" if high < 0 else None
     compared = f"{which} gained more" if which else "neither clearly gained more than the other"
-    return f"{text}; {compared} (Δa_r − Δa_p = {value:+.3f}, 95 % [{low:+.3f}, {high:+.3f}])."
+    interval = f"95 % [{_signed(low)}, {_signed(high)}]"
+    return f"{text}; {compared} (Δa_r − Δa_p = {_signed(value)}, {interval})."
 
 
 def counts(row: Mapping[str, Any]) -> bool:
@@ -164,8 +181,8 @@ def _change_words(metric: str, row: Mapping[str, Any]) -> str:
     before, after = row["before"], row["after"]
     p = f", McNemar p {row['p']:.2g}" if row["p"] is not None else ""
     return (
-        f"{metric} {_interval(before)} → {_interval(after)}: {row['difference']:+.3f}, intervals "
-        f"{'overlap' if row['overlap'] else 'apart'}{p}, n {after['n']}."
+        f"{metric} {_interval(before)} → {_interval(after)}, {_signed(row['difference'])}: "
+        f"intervals {'overlap' if row['overlap'] else 'apart'}{p}, n {after['n']}"
     )
 
 
@@ -173,6 +190,8 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """A table a task, and one of the defects; an evaluation without a before has one column."""
     tables = []
     for task, found in evaluation.items():
+        columns: tuple[str, ...]
+        rows: list[tuple[str, ...]]
         if "change" in found:
             changes = found["change"]["rows"]
             columns = ("metric", "before", "after", "change", "95 % intervals", "McNemar p", "n")
@@ -181,7 +200,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
                     METRIC_NAMES.get(row["metric"], row["metric"]),
                     _interval(row["before"]),
                     _interval(row["after"]),
-                    f"{row['difference']:+.3f}",
+                    _signed(row["difference"]),
                     "overlap" if row["overlap"] else "apart",
                     "" if row["p"] is None else f"{row['p']:.2g}",
                     str(row["after"]["n"]),
@@ -204,7 +223,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
             short = tuple((r[0].removeprefix("defect/"), *r[1:]) for r in defects)
             named = ("defect", *columns[1:])
             tables.append(
-                Table(f"{task}: share of responses with a defect", named, align, short)
+                Table(f"{task}: share of responses with a defect", named, align, short, folded=True)
             )
     return tables
 
@@ -228,13 +247,14 @@ def training_table(metrics: Metrics) -> Table | None:
             continue
         n = max(1, len(series.values) // 5)
         first, last = float(np.mean(series.values[:n])), float(np.mean(series.values[-n:]))
-        rows.append((name, _short(first), _short(last), f"{last - first:+.3g}"))
+        rows.append((name, _short(first), _short(last), _signed(last - first)))
     if not rows:
         return None
     return Table(
         "Training, first against last fifth of the steps",
         ("metric", "first", "last", "change"), "lrrr", tuple(rows),
         "Means over steps. Each step draws other problems, so small changes are chance.",
+        folded=True,
     )  # fmt: skip
 
 
@@ -299,7 +319,7 @@ def events_table(metrics: Metrics) -> Table | None:
     rows = []
     for name, series in sorted(metrics.items()):
         total = sum(series.values)
-        counted = name.startswith("reward/") and "/failures" in name or name == "group/dropped"
+        counted = (name.startswith("reward/") and "/failures" in name) or name == "group/dropped"
         if (counted or name.startswith("defects/")) and total > 0:
             at = [s for s, v in zip(series.steps, series.values, strict=True) if v > 0]
             rows.append((name, f"{total:,.0f}", str(len(at)), _span(at)))
@@ -310,7 +330,8 @@ def events_table(metrics: Metrics) -> Table | None:
         rows.append(("steps without an update", "", str(len(idle)), _span(idle)))
     if not rows:
         return None
-    return Table("Events", ("event", "count", "steps", "first – last step"), "lrrr", tuple(rows))
+    title = "Failures, defects, dropped groups"
+    return Table(title, ("event", "count", "steps", "first – last step"), "lrrr", tuple(rows))
 
 
 def warnings(recipe: Mapping[str, Any], metrics: Metrics) -> list[str]:
@@ -367,7 +388,11 @@ def settings_table(recipe: Mapping[str, Any], versions: Mapping[str, Any]) -> Ta
         rows.append(("commit", f"{git.get('commit')}{changed}"))
     machine = versions.get("machine", {})
     rows += [(f"machine {name}", str(value)) for name, value in machine.items()]
-    return Table("Recipe, versions, machine", ("setting", "value"), "ll", tuple(rows)) if rows else None
+    return (
+        Table("Recipe, versions, machine", ("setting", "value"), "ll", tuple(rows))
+        if rows
+        else None
+    )
 
 
 def short_path(value: Any) -> str:
@@ -400,6 +425,10 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _span(steps: Sequence[int]) -> str:
     return f"{min(steps)} – {max(steps)}" if len(steps) > 1 else str(steps[0])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _short(value: float) -> str:

@@ -25,6 +25,7 @@ from rollout.record import Group, SampleRequest
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS, Problem, Segment
 
+
 def run_training(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
     """Train by a recipe and return the run folder.
 

@@ -274,7 +274,7 @@
     found = all.filter((r) => passes(r, f));
     list.replaceChildren(...found.map((r, i) => {
       const sub = make("span", { class: "sub" });
-      sub.append(visible(r.task), r.defects.length ? ` · ${r.defects.length} defects` : "", r.note ? ` · ${r.note}` : "");
+      sub.append(visible(r.task), r.defects.length ? ` · ${r.defects.length} ${r.defects.length > 1 ? "defects" : "defect"}` : "", r.note ? ` · ${r.note}` : "");
       const row = make("li", { role: "option", id: `r${i}`, "aria-selected": "false" },
         make("span", { class: "glyph", title: data.cells[r.cell], "aria-label": data.cells[r.cell] }, GLYPHS[r.cell]),
         make("span", {}, `step ${r.step}${r.a ? " ✓" : " ✗"}`), make("span", { class: "num" }, number(r.total)), sub);
