@@ -79,7 +79,7 @@ def _seen_grid(true: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> 
                 wrong.append(f"row {r} column {c}: saw {saw or 'a blank'}, is {real or 'a blank'}")
             cells[-1].append(cell)
     right = size * size - len(wrong)
-    return _grid(cells, f"{right} of {size * size} cells right. {_named(wrong)}".strip())
+    return _grid(cells, f"{right} of {size * size} cells right. {_named(wrong, 'Wrong: ')}".strip())
 
 
 def _answered_grid(seen: Sequence[Sequence[int]] | None, answer: Sequence[Sequence[int]]) -> Figure:
@@ -178,8 +178,13 @@ def _answered_graph(
     }
 
 
-def _named(things: Sequence[str]) -> str:
+def _named(things: Sequence[str], before: str = "") -> str:
     if not things:
         return ""
     more = f" and {len(things) - MOST_NAMED} more" if len(things) > MOST_NAMED else ""
-    return ("; " if any(" " in t for t in things) else ", ").join(things[:MOST_NAMED]) + more + "."
+    return (
+        before
+        + ("; " if any(" " in t for t in things) else ", ").join(things[:MOST_NAMED])
+        + more
+        + "."
+    )
