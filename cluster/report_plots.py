@@ -112,12 +112,13 @@ def to_svg(chart: Chart) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = len(chart.lines)
     width, height = {"path": (4.4, 4.1), "change": (4.4, 0.55 + 0.4 * rows)}.get(
         chart.kind, (4.4, 2.2)
     )  # inches at 72 points: as wide as a column of the page, about a phone's width
-    labels = max(len(line.label) for line in chart.lines) if chart.kind == "change" else 0
+    labels = max(len(_short(line.label)) for line in chart.lines) if chart.kind == "change" else 0
     left, bottom = max(0.62, 0.085 * labels), 0.46
     right = 0.42 if chart.kind == "path" else 0.22
     with matplotlib.rc_context():
@@ -134,6 +135,8 @@ def to_svg(chart: Chart) -> str:
         draw[chart.kind](axes, chart)
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
+        if chart.kind in ("lines", "stack"):
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
         out = io.StringIO()
@@ -161,7 +164,7 @@ def _stack(axes: Any, chart: Chart) -> None:
     xs = thinned(x, x)[0]
     layers = [thinned(x, line.y)[1] for line in chart.lines]
     # Hatches tell layers apart without colour; the page's legend has the same.
-    hatches = ["", "////", "....", "\\\\\\\\", "xxxx"]
+    hatches = ["", "///", "---", "\\\\\\", "xxx"]
     base = np.zeros(len(xs))
     for line, layer, hatch in zip(chart.lines, layers, hatches * 3, strict=False):
         top = base + np.asarray(layer)
@@ -199,9 +202,11 @@ def _path(axes: Any, chart: Chart) -> None:
                 "", (line.x[-1], line.y[-1]), xytext=(line.x[-2], line.y[-2]),
                 arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 4, "linewidth": 1.2},
             )  # fmt: skip
+        side = -1 if line.x[-1] > 0.6 else 1
         axes.annotate(
-            printable(line.label), (line.x[-1], line.y[-1]), xytext=(8, 7),
+            _short(line.label), (line.x[-1], line.y[-1]), xytext=(8 * side, 9),
             textcoords="offset points", fontsize=10.5, color=_MARKS["ink"],
+            ha="right" if side < 0 else "left",
         )  # fmt: skip
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
@@ -220,11 +225,17 @@ def _change(axes: Any, chart: Chart) -> None:
             axes.plot(
                 [line.x[i]], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color
             )
-    axes.set_yticks(list(rows), [printable(line.label) for line in chart.lines])
+    axes.set_yticks(list(rows), [_short(line.label) for line in chart.lines])
     axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(chart.lines) - 0.5, -0.5)
     axes.set_xlim(0, 1)
+
+
+def _short(label: str) -> str:
+    """A label of at most 28 characters, its end kept: tasks of one module differ there."""
+    text = printable(label)
+    return text if len(text) <= 28 else f"…{text[-27:]}"
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

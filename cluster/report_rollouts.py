@@ -324,10 +324,11 @@ def _images(folder: Path, hashes: Iterable[str]) -> tuple[dict[str, str], int | 
     """
     files = {h: folder / f"{h}.png" for h in hashes if re.fullmatch(r"[0-9a-f]{64}", h or "")}
     stored = {h: file.read_bytes() for h, file in files.items() if file.is_file()}
-    kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff\xe0": "image/jpeg"}
     if sum(map(len, stored.values())) <= IMAGE_BYTES:
+        png = b"\x89PNG"
         return {
-            h: _uri(kinds.get(data[:4], "image/jpeg"), data) for h, data in stored.items()
+            h: _uri("image/png" if data.startswith(png) else "image/jpeg", data)
+            for h, data in stored.items()
         }, None
     sample = _evenly(sorted(stored), 8)
     for side in IMAGE_SIDES:

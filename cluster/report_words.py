@@ -137,12 +137,13 @@ def verdict(tables: Mapping[str, Any]) -> str:
     down = [word for word, move in moves.items() if move < 0]
     if not moves:
         return "Neither seeing nor thinking was measured."
-    text = (
-        f"It learnt to {' and to '.join(up)}" if up else "It learnt nothing that is beyond chance"
-    )
-    if "think" not in moves:
-        text += " (thinking, a_r, was not measured)"
-    text += f", and got worse at {'ing and '.join(down)}ing" if down else ""
+    worse = f"got worse at {' and at '.join(f'{word}ing' for word in down)}"
+    if up:
+        text = f"It learnt to {' and to '.join(up)}" + (f", and {worse}" if down else "")
+    else:
+        text = f"It {worse}" if down else "It learnt nothing that is beyond chance"
+    text += "" if "think" in moves else " (thinking, a_r, was not measured)"
+    text += "" if "see" in moves else " (seeing, a_p, was not measured)"
     index = asymmetry(tables)
     if index is None or not (up or down):
         return f"{text}."
