@@ -205,6 +205,7 @@ def build(record: RunRecord) -> Report:
     if not evaluation:
         wary.append("There is no evaluation.json: nothing was measured before and after training.")
     wary += warnings(record.recipe, metrics)
+    compared = any("change" in tables for tables in evaluation.values())
     curves = training_charts(metrics, record.shown.cells)
     named = {chart.name: chart for chart in curves}
 
@@ -216,7 +217,7 @@ def build(record: RunRecord) -> Report:
 
     sections = (
         Section(
-            "outcome", "Before and after",
+            "outcome", "Before and after" if compared or not evaluation else "Held-out problems",
             (*present(change_chart(evaluation), plane(metrics, evaluation)),
              *evaluation_curves(metrics)),
             tuple(evaluation_tables(evaluation)),

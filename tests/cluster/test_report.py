@@ -444,7 +444,8 @@ def test_a_cold_start_has_one_column_and_no_verdict(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path).read_text("utf-8")).text
     assert "Cold start of tiny-vlm on demonstrations of sudoku" in text
     assert "0.250 [0.000, 1.000]" in text
-    assert "learnt" not in text.split("Before and after")[0]
+    assert "learnt" not in text.split("Learning curves")[0]
+    assert "Before and after" not in text
     rows = pq.read_table(run_report(tmp_path, "parquet")).to_pylist()
     assert [r["value"] for r in rows if r["source"] == "evaluation"] == [0.5, 0.25]
 
