@@ -148,6 +148,23 @@ def diagnose(
     run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run")],
+    form: Annotated[
+        Literal["html", "md", "json", "parquet"],
+        typer.Option("--format", help="A page, tables as text, all as data, or flat tables"),
+    ] = "html",
+    output: Annotated[
+        Path | None, typer.Option(help="File to write instead of RUN/report.*")
+    ] = None,
+) -> None:
+    """Show what a run did: summary, curves, and its rollouts to look at, in one file."""
+    from cluster.report import run_report
+
+    print(f"report: {run_report(run, form, output)}")
+
+
 @models.command()
 def make(
     family: Annotated[Literal["qwen3_vl", "internvl"], typer.Argument()],

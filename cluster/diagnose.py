@@ -6,7 +6,6 @@ perception from a wrong one, and whether a reward rose while perception fell.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from rewards.hacking import Drift, drift, thirds
 from rewards.intervals import Estimate
 from rewards.records import DIAGNOSIS, Diagnosis, TermError
 from rewards.reliability import Reliability, reliability
-from rewards.terms import AskingTerm, RewardTerm, load_term, score_group
+from rewards.terms import AskingTerm, Term, is_remote, load_term, score_group
 from tasks.load import load_task
 
 PHASES = ("first third", "second third", "last third")
@@ -164,19 +163,17 @@ def load_scores(run: Path, rescore: Sequence[str] = ()) -> list[StoredScores]:
             scores, task = stored.scores, load_task(stored.group.problem.task)
             for spec, term in terms.items():
                 label = f"{spec} (rescored)"
-                fresh = score_group(task, stored.group, [term], with_diagnosis=False)
-                failed = tuple(replace(failure, term=label) for failure in fresh.failures)
-                given = {label: fresh.values[term.name]} if term.name in fresh.values else {}
+                fresh = score_group(task, stored.group, {label: term}, with_diagnosis=False)
                 scores = replace(
                     scores,
-                    terms={**scores.terms, **given},
-                    failures=(*scores.failures, *failed),
+                    terms={**scores.terms, **fresh.values},
+                    failures=(*scores.failures, *fresh.failures),
                 )
             found.append(scores)
     return found
 
 
-def rescored_term(spec: str) -> RewardTerm:
+def rescored_term(spec: str) -> Term:
     """The term that `TERM` or `TERM={"arg": 1}` names; raises UserError for what cannot be run."""
     name, _, text = spec.partition("=")
     try:
@@ -191,7 +188,7 @@ def rescored_term(spec: str) -> RewardTerm:
         term = load_term(name, args)
     except TermError as error:
         raise UserError(f"--rescore {spec}: {error}") from error
-    if isinstance(term, AskingTerm) or inspect.iscoroutinefunction(type(term).__call__):
+    if isinstance(term, AskingTerm) or is_remote(term):
         raise UserError(
             f"--rescore {spec}: this term asks a model or a server, and `diagnose` starts none; "
             "log it in a training run with weight 0"

@@ -25,6 +25,9 @@ from rewards.terms import diagnose
 from rollout.record import Group
 from tasks.core import NO_SEGMENT, SEGMENTS, Task
 
+MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 0.5}
+"""Largest on-policy log-prob gap in nats that arithmetic alone explains, by dtype."""
+
 EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
 and the image blanked; `blind`: prompt text only."""

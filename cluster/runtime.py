@@ -122,11 +122,13 @@ def learner_settings(
     )
 
 
-def sampler_pool(recipe: Recipe, model: str | None = None, name: str = "sampler") -> SamplerPool:
+def sampler_pool(
+    recipe: Recipe, model: str | None = None, name: str = "sampler", frozen: bool = False
+) -> SamplerPool:
     """The recipe's samplers, on the policy or on another checkpoint; not yet waited for."""
     sampler = recipe.sampler
     return SamplerPool(
-        engine_settings(recipe, model),
+        engine_settings(recipe, model, frozen),
         sampler.count,
         sampler.cpus,
         sampler.gpus,
@@ -171,7 +173,7 @@ class Run:
         )
         starting = self.learner.start_async()
         self.frozen = {
-            model: sampler_pool(recipe, model, f"frozen-{place}")
+            model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
             for place, model in enumerate(frozen_models(recipe))
         }
         reward = recipe.reward

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
-from cluster.metrics import EvalTable, before_after, pooled, step_metrics
+from cluster.metrics import MISMATCH_LIMIT, EvalTable, before_after, pooled, step_metrics
 from cluster.problems import step_problems
+from cluster.report import write_report
 from cluster.runtime import Run, new_run_folder, running
 from cluster.tracking import Progress, Tracker
 from learner.batch import TrainBatch, TrainSequence
@@ -24,9 +25,6 @@ from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS, Problem, Segment
-
-MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 0.5}
-"""Largest on-policy log-prob gap in nats that arithmetic alone explains."""
 
 
 def run_training(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
@@ -75,6 +73,7 @@ def run_training(recipe: Recipe, address: str | None = None, output: Path | None
         after = measure(run, tracker, step=recipe.algorithm.steps)
         run.learner.save(folder / "checkpoint")
         report_change(folder, before, after, progress)
+    progress.say(f"report: {write_report(folder)}")
     return folder
 
 

@@ -81,7 +81,7 @@ def test_groups_come_back_as_they_were(run: Path) -> None:
         assert (new.scores.zero_variance, new.scores.dropped) == (old.zero_variance, old.dropped)
         assert (new.scores.step, new.scores.task) == (2, TASK.name)
         # Scored again, the same comes out.
-        again = score_group(TASK, new.group, [Outcome(), Length()])
+        again = score_group(TASK, new.group, {"outcome": Outcome(), "length": Length()})
         assert np.array_equal(again.values["outcome"], old.terms["outcome"])
         found, true = diagnose(TASK, new.group), new.scores.diagnosis
         assert true is not None

@@ -22,6 +22,7 @@ from cluster.tracking import (
     read_metrics,
     read_rollouts,
 )
+from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import Outcome, Perception
@@ -99,7 +100,8 @@ def test_rollouts_come_back_whole(tmp_path: Path) -> None:
         assert (row["step"], row["finish_reason"]) == (12, rollout.finish_reason)
         assert row["defects"] == list(rollout.parsed.defects)
         assert dict(row["terms"]) == {name: v[i] for name, v in g.terms.items()}
-        assert (row["total"], row["advantage"]) == (g.totals[i], g.advantages[i])
+        assert row["total"] == g.totals[i]
+        assert dict(row["advantages"]) == dict(zip(CREDIT_COLUMNS, g.advantages[i], strict=True))
         assert row["a"] == g.diagnosis.a[i]
         assert row["leak"] == g.diagnosis.leak[i]
         assert json.loads(row["truth"]) == dict(g.group.problem.truth)

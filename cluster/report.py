@@ -1,0 +1,378 @@
+"""`equipoise report RUN`: what a run did, as one HTML file that needs nothing else.
+
+`read_run` reads the folder, `build` makes the view model (`Report`), and `to_html`,
+`to_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is: of
+a run that crashed, is still going or left no rollouts, it says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.config import UserError
+from cluster.report_charts import (
+    CELLS,
+    Metrics,
+    Series,
+    change_chart,
+    evaluation_curves,
+    plane,
+    training_charts,
+)
+from cluster.report_plots import Chart, to_svg
+from cluster.report_rollouts import Shown, embedded, read_shown
+from cluster.report_words import (
+    Table,
+    Words,
+    evaluation_tables,
+    events_table,
+    findings,
+    lead,
+    reliability_table,
+    settings_table,
+    time_table,
+    training_table,
+    warnings,
+)
+from cluster.terminal import printable
+from cluster.tracking import read_metrics
+
+Format = Literal["html", "md", "json", "parquet"]
+
+FLAT_SCHEMA = pa.schema(
+    {
+        "source": pa.string(),  # metric, or evaluation
+        "task": pa.string(),
+        "when": pa.string(),  # before, after; null for metrics
+        "step": pa.int64(),
+        "name": pa.string(),
+        "value": pa.float64(),
+        "low": pa.float64(),
+        "high": pa.float64(),
+        "n": pa.int64(),
+        "wall_seconds": pa.float64(),  # since the epoch
+    }
+)
+
+
+class NoRun(UserError):
+    """A folder that holds no run; the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds, read; `problems` says in words what could not be read."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    metrics: Metrics
+    metric_rows: pa.Table | None
+    evaluation: Mapping[str, Any]
+    error: str
+    ended: bool
+    shown: Shown
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: charts, then tables."""
+
+    name: str
+    title: str
+    charts: tuple[Chart, ...]
+    tables: tuple[Table, ...]
+    missing: str = ""
+    """What to say where both are empty."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The view model: all a page shows, as plain data."""
+
+    title: str
+    question: str
+    words: Words
+    sections: tuple[Section, ...]
+    shown: Shown
+    error: str
+    settings: Table | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `RUN/report.html` and return where it is.
+
+    Raises NoRun for a folder that holds no run; a file of the run that cannot be read is a
+    warning in the report.
+    """
+    path = run_dir / "report.html"
+    _put(path, lambda beside: beside.write_text(to_html(build(read_run(run_dir))), "utf-8"))
+    return path
+
+
+def run_report(run_dir: Path, form: Format = "html", output: Path | None = None) -> Path:
+    """`equipoise report`: write the report in a format and return where it is.
+
+    Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
+    """
+    record = read_run(run_dir)
+    path = output or run_dir / f"report.{form}"
+    writers: dict[Format, Callable[[Path], object]] = {
+        "html": lambda p: p.write_text(to_html(build(record)), encoding="utf-8"),
+        "md": lambda p: p.write_text(to_markdown(build(record)), encoding="utf-8"),
+        "json": lambda p: p.write_text(to_json(build(record)), encoding="utf-8"),
+        "parquet": lambda p: pq.write_table(to_parquet(record), p),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _put(path, writers[form])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another --output") from error
+    return path
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run folder, running, ended or crashed.
+
+    Raises NoRun where there is neither a recipe nor a metric nor a rollout.
+    """
+    parts = ("recipe.toml", "metrics.parquet", "metrics", "rollouts")
+    if not any((run_dir / part).exists() for part in parts):
+        raise NoRun(
+            f"{run_dir}: no run is here (none of {', '.join(parts)}); give the folder that "
+            "`equipoise train` printed"
+        )
+    problems: list[str] = []
+
+    def read(name: str, how: Callable[[Path], Any], empty: Any) -> Any:
+        path = run_dir / name
+        if not path.exists():
+            return empty
+        try:
+            return how(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.append(f"{name} cannot be read: {type(error).__name__}: {error}")
+            return empty
+
+    recipe = read("recipe.toml", lambda p: tomllib.loads(p.read_text("utf-8")), {})
+    versions = read("versions.json", lambda p: json.loads(p.read_text("utf-8")), {})
+    evaluation = read("evaluation.json", lambda p: json.loads(p.read_text("utf-8")), {})
+    error = read("error.txt", lambda p: p.read_text("utf-8", "replace"), "")
+    rows: pa.Table | None = None
+    try:
+        rows = read_metrics(run_dir)
+    except FileNotFoundError:
+        problems.append("No metrics were logged: the run ended before its first evaluation.")
+    except (OSError, pa.ArrowException) as failure:
+        problems.append(f"The metrics cannot be read: {failure}")
+    shown = read_shown(run_dir)
+    return RunRecord(
+        name=str(recipe.get("name") or run_dir.resolve().name),
+        recipe=recipe,
+        versions=versions,
+        metrics=_series(rows),
+        metric_rows=rows,
+        evaluation=evaluation,
+        error=error,
+        ended=not any((run_dir / "metrics").glob("part-*.parquet")),
+        shown=shown,
+        problems=(*problems, *shown.problems),
+    )
+
+
+def build(record: RunRecord) -> Report:
+    """The view model of a run."""
+    metrics, evaluation = record.metrics, record.evaluation
+    wary = list(record.problems)
+    if record.error:
+        first = record.error.strip().splitlines() or [""]
+        wary.insert(0, f"The run failed: {first[0][:300]}")
+    elif not record.ended:
+        wary.insert(0, "The run is still going, or it was killed: its metrics are not yet joined.")
+    if not evaluation:
+        wary.append("There is no evaluation.json: nothing was measured before and after training.")
+    wary += warnings(record.recipe, metrics)
+    compared = any("change" in tables for tables in evaluation.values())
+    curves = training_charts(metrics, record.shown.cells)
+    named = {chart.name: chart for chart in curves}
+
+    def charts(*names: str) -> tuple[Chart, ...]:
+        return tuple(named[n] for n in names if n in named)
+
+    def present(*things: Any) -> tuple[Any, ...]:
+        return tuple(thing for thing in things if thing is not None)
+
+    sections = (
+        Section(
+            "outcome", "Before and after" if compared or not evaluation else "Held-out problems",
+            (*present(change_chart(evaluation), plane(metrics, evaluation)),
+             *evaluation_curves(metrics)),
+            tuple(evaluation_tables(evaluation)),
+            "Nothing was measured before and after, and training logged no accuracies.",
+        ),
+        Section(
+            "learning", "Learning curves",
+            charts("accuracy", "cells", "rewards", "entropy", "share", "length", "groups", "sft"),
+            present(training_table(metrics)),
+            "The run ended before its first step.",
+        ),
+        Section(
+            "reward", "Reward and credit", charts("coupling", "reliability"),
+            present(reliability_table(metrics)),
+            "No coupling was logged.",
+        ),
+        Section(
+            "machine", "Time and machinery",
+            charts("time", "throughput", "idle", "mismatch", "gradient"),
+            present(time_table(metrics)),
+            "No step was timed.",
+        ),
+        Section(
+            "events", "Events and failures", (), present(events_table(metrics)),
+            "Nothing failed, nothing was dropped and no response had a defect.",
+        ),
+    )  # fmt: skip
+    return Report(
+        title=record.name,
+        question=str(record.recipe.get("question", "")),
+        words=Words(lead(record.recipe, metrics), findings(evaluation, metrics), tuple(wary)),
+        sections=sections,
+        shown=record.shown,
+        error=record.error,
+        settings=settings_table(record.recipe, record.versions),
+    )
+
+
+def to_html(report: Report) -> str:
+    """One self-contained page. Its policy allows no script but its own and no network."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cluster", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shown"] = printable
+    assert environment.loader is not None
+    style = environment.loader.get_source(environment, "report.css")[0]
+    script = environment.loader.get_source(environment, "report.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    cells = [sum(row[i] for row in report.shown.cells.values()) for i in range(len(CELLS))]
+    shown = [r["cell"] for r in report.shown.rollouts]
+    data = {
+        "rollouts": report.shown.rollouts,
+        "images": report.shown.images,
+        "cells": CELLS,
+    }
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        svg=lambda chart: jinja2.filters.Markup(to_svg(chart)),
+        style=jinja2.filters.Markup(style),
+        script=jinja2.filters.Markup(script),
+        digest=digest,
+        data=jinja2.filters.Markup(embedded(data)),
+        cells=[(CELLS[i], cells[i], shown.count(i)) for i in range(len(CELLS))],
+        steps=sorted({r["step"] for r in report.shown.rollouts}),
+        tasks=sorted({r["task"] for r in report.shown.rollouts}),
+        terms=sorted({name for r in report.shown.rollouts for name, _ in r["terms"]}),
+        defects=sorted({d for r in report.shown.rollouts for d in r["defects"]}),
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """The summary and the tables."""
+    lines = [f"# {_md(report.title)}", ""]
+    lines += [f"*{_md(report.question)}*", ""] if report.question else []
+    lines += [_md(report.words.lead), ""]
+    for finding in report.words.findings:
+        lines += [f"- {_md(finding.text)}", *(f"  - {_md(text)}" for text in finding.details)]
+    if report.words.warnings:
+        lines += ["", "Warnings:", "", *(f"- {_md(text)}" for text in report.words.warnings)]
+    for section in report.sections:
+        lines += ["", f"## {section.title}"]
+        if not section.charts and not section.tables:
+            lines += ["", section.missing]
+        for table in section.tables:
+            lines += ["", f"### {_md(table.title)}", "", f"| {' | '.join(table.columns)} |"]
+            lines.append("|" + "|".join("---:" if a == "r" else "---" for a in table.align) + "|")
+            lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in table.rows]
+            lines += ["", _md(table.note)] if table.note else []
+    return "\n".join(lines) + "\n"
+
+
+def to_json(report: Report) -> str:
+    """The whole view model without the images."""
+    found = asdict(report)
+    found["shown"]["images"] = sorted(found["shown"]["images"])
+    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+
+
+def to_parquet(record: RunRecord) -> pa.Table:
+    """Metrics and evaluation as one flat table (`FLAT_SCHEMA`)."""
+    rows = [
+        {"source": "metric"} | row
+        for row in (record.metric_rows.to_pylist() if record.metric_rows is not None else ())
+    ]
+    for task, tables in record.evaluation.items():
+        for when in ("before", "after"):
+            found = tables.get(when) if when in tables else tables if when == "after" else None
+            for row in (found or {}).get("rows", ()):
+                kept = {name: row[name] for name in ("value", "low", "high", "n")}
+                rows.append(
+                    {"source": "evaluation", "task": task, "when": when, "name": row["metric"]}
+                    | kept
+                )
+    return pa.Table.from_pylist(rows, schema=FLAT_SCHEMA)
+
+
+def _series(rows: pa.Table | None) -> dict[str, Series]:
+    """Metric rows by name, in the order of their first appearance, steps rising."""
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    if rows is not None:
+        columns = (rows[name].to_pylist() for name in ("step", "name", "value"))
+        for step, name, value in zip(*columns, strict=True):
+            points[name][step] = math.nan if value is None else value
+    found = {}
+    for name, at in points.items():
+        good = [(s, v) for s, v in sorted(at.items()) if math.isfinite(v)]
+        bad = tuple(s for s, v in sorted(at.items()) if not math.isfinite(v))
+        found[name] = Series(tuple(s for s, _ in good), tuple(v for _, v in good), bad)
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON-able: no NaN, tuples as lists, keys as text."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _md(text: str) -> str:
+    """Text that stays text in Markdown and inside a table's cell."""
+    safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in safe)
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside, then put into place: a reader never sees half a report."""
+    beside = path.with_name(f".{path.name}.tmp")
+    write(beside)
+    beside.replace(path)

@@ -1,0 +1,265 @@
+"""Plots of a report: a chart as plain data, drawn by matplotlib as SVG to stand inside HTML.
+
+The SVG names roles, not colours: each colour is a CSS variable of the page, so one drawing
+serves light, dark and print. It holds no address, no script and no id that another plot uses;
+the legend is the page's.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from cluster.terminal import printable
+
+Role = Literal["perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4"]
+"""A colour of the page. The segments' own are used for nothing else than their segment."""
+
+OTHER_ROLES: tuple[Role, ...] = ("c1", "c2", "c3", "c4")
+Dash = Literal["solid", "dashed", "dotted", "dashdot"]
+DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
+MOST_POINTS = 400
+"""Longer curves are thinned to means of this many stretches before they are drawn."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve, layer, path or row of a chart; x and y are of one length.
+
+    Attributes:
+        raw: the values behind a smoothed y, drawn faintly; () for none.
+        x_range, y_range: (low, high) for each point, or () for none: intervals.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    role: Role
+    dash: Dash = "solid"
+    raw: tuple[float, ...] = ()
+    x_range: tuple[tuple[float, float], ...] = ()
+    y_range: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of a report.
+
+    Attributes:
+        name: unique in a page; an HTML id.
+        alt: what the picture shows, in words, for who cannot see it.
+        kind: `lines`; `stack`: layers that add up; `path`: lines through a plane from a hollow
+            start to a filled end; `change`: a row a line, x = (before, after).
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    lines: tuple[Line, ...]
+    kind: Literal["lines", "stack", "path", "change"] = "lines"
+    x_label: str = "step"
+    y_label: str = ""
+    y_limits: tuple[float, float] | None = None
+    log_y: bool = False
+
+
+# Colours that occur nowhere else in the SVG, each replaced by a variable of the page.
+_MARKS: dict[str, str] = {
+    name: f"#0102{i + 16:x}"
+    for i, name in enumerate(
+        ("perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4", "grid")
+    )
+} | {"paper": "#010230"}
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "equipoise",
+    "font.size": 10,
+    "text.color": _MARKS["ink"],
+    "axes.edgecolor": _MARKS["grid"],
+    "axes.labelcolor": _MARKS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _MARKS["grid"],
+    "grid.linewidth": 0.6,
+    "xtick.color": _MARKS["grid"],
+    "xtick.labelcolor": _MARKS["muted"],
+    "ytick.color": _MARKS["grid"],
+    "ytick.labelcolor": _MARKS["muted"],
+    "lines.linewidth": 1.6,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "text.parse_math": False,  # a task's name may hold a dollar sign
+}
+
+
+def to_svg(chart: Chart) -> str:
+    """An `<svg>` element for the inside of an HTML page; the same chart gives the same text.
+
+    `chart` holds at least one line.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = len(chart.lines)
+    width, height = {"path": (4.4, 4.1), "change": (4.4, 0.55 + 0.4 * rows)}.get(
+        chart.kind, (4.4, 2.2)
+    )  # inches at 72 points: as wide as a column of the page, about a phone's width
+    labels = max(len(_short(line.label)) for line in chart.lines) if chart.kind == "change" else 0
+    left, bottom = max(0.62, 0.085 * labels), 0.46
+    right = 0.42 if chart.kind == "path" else 0.22
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=(width, height))
+        figure.patch.set_visible(False)
+        # Fixed margins: a layout engine would take most of a report's time.
+        axes = figure.add_axes(
+            (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + 0.1) / height)
+        )
+        axes.patch.set_visible(False)
+        draw = {"lines": _lines, "stack": _stack, "path": _path, "change": _change}
+        draw[chart.kind](axes, chart)
+        axes.set_xlabel(chart.x_label)
+        axes.set_ylabel(chart.y_label)
+        if chart.kind in ("lines", "stack"):
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        if chart.y_limits:
+            axes.set_ylim(*chart.y_limits)
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    return _inline(out.getvalue(), chart)
+
+
+def _lines(axes: Any, chart: Chart) -> None:
+    for line in chart.lines:
+        x, y = thinned(line.x, line.y)
+        color = _MARKS[line.role]
+        if line.raw:
+            rx, ry = thinned(line.x, line.raw)
+            axes.plot(rx, ry, color=color, linewidth=0.7, alpha=0.35)
+        marker = "o" if len(x) < 8 else None
+        axes.plot(x, y, color=color, linestyle=line.dash, marker=marker, markersize=3.5)
+    if chart.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.tick_params(axis="y", which="minor", length=0)
+
+
+def _stack(axes: Any, chart: Chart) -> None:
+    x = chart.lines[0].x
+    xs = thinned(x, x)[0]
+    layers = [thinned(x, line.y)[1] for line in chart.lines]
+    # Hatches tell layers apart without colour; the page's legend has the same.
+    hatches = ["", "///", "---", "\\\\\\", "xxx"]
+    base = np.zeros(len(xs))
+    for line, layer, hatch in zip(chart.lines, layers, hatches * 3, strict=False):
+        top = base + np.asarray(layer)
+        axes.fill_between(
+            xs, base, top, facecolor=_MARKS[line.role], edgecolor=_MARKS["paper"], hatch=hatch,
+            linewidth=0.6, alpha=0.8,
+        )  # fmt: skip
+        base = top
+    if len(xs) > 1:
+        axes.set_xlim(xs[0], xs[-1])
+    axes.set_ylim(0, float(base.max()) if len(base) and base.max() > 0 else 1)
+
+
+def _path(axes: Any, chart: Chart) -> None:
+    grid = np.linspace(0.01, 1, 200)
+    for product in (0.1, 0.25, 0.5, 0.75):
+        on = grid[grid >= product]
+        axes.plot(on, product / on, color=_MARKS["grid"], linewidth=0.9, linestyle="dotted")
+        axes.annotate(
+            f"{product:g}", (1, product), xytext=(3, 0), textcoords="offset points",
+            color=_MARKS["muted"], fontsize=8.5, va="center", annotation_clip=False,
+        )  # fmt: skip
+    for line in chart.lines:
+        color = _MARKS[line.role]
+        axes.plot(line.x, line.y, color=color, linestyle=line.dash, linewidth=1.4)
+        for i in (0, -1) if len(line.x) > 1 else (0,):
+            x, y = line.x[i], line.y[i]
+            if line.x_range and line.y_range:
+                axes.plot(line.x_range[i], (y, y), color=color, linewidth=0.9, alpha=0.7)
+                axes.plot((x, x), line.y_range[i], color=color, linewidth=0.9, alpha=0.7)
+            face = _MARKS["paper"] if i == 0 else color
+            axes.plot([x], [y], "o", markersize=6, markerfacecolor=face, markeredgecolor=color)
+        if len(line.x) > 1 and (line.x[0], line.y[0]) != (line.x[-1], line.y[-1]):
+            axes.annotate(
+                "", (line.x[-1], line.y[-1]), xytext=(line.x[-2], line.y[-2]),
+                arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 4, "linewidth": 1.2},
+            )  # fmt: skip
+        side = -1 if line.x[-1] > 0.6 else 1
+        axes.annotate(
+            _short(line.label), (line.x[-1], line.y[-1]), xytext=(8 * side, 9),
+            textcoords="offset points", fontsize=10.5, color=_MARKS["ink"],
+            ha="right" if side < 0 else "left",
+        )  # fmt: skip
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_aspect("equal")
+
+
+def _change(axes: Any, chart: Chart) -> None:
+    rows = range(len(chart.lines))
+    for row, line in zip(rows, chart.lines, strict=True):
+        color = _MARKS[line.role]
+        axes.plot(line.x, (row, row), color=color, linewidth=1, alpha=0.5)
+        for i, (low, high) in enumerate(line.x_range):
+            y = row + (-0.14, 0.14)[i]
+            axes.plot((low, high), (y, y), color=color, linewidth=1.4)
+            face = _MARKS["paper"] if i == 0 else color
+            axes.plot(
+                [line.x[i]], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color
+            )
+    axes.set_yticks(list(rows), [_short(line.label) for line in chart.lines])
+    axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(len(chart.lines) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+
+
+def _short(label: str) -> str:
+    """A label of at most 28 characters, its end kept: tasks of one module differ there."""
+    text = printable(label)
+    return text if len(text) <= 28 else f"…{text[-27:]}"
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `MOST_POINTS` points: means over equal stretches of a longer curve."""
+    if len(x) <= MOST_POINTS:
+        return list(x), list(y)
+    cuts = np.linspace(0, len(x), MOST_POINTS + 1).astype(int)
+    pairs = [(np.mean(x[a:b]), np.mean(y[a:b])) for a, b in pairwise(cuts)]
+    return [float(p) for p, _ in pairs], [float(q) for _, q in pairs]
+
+
+def _inline(svg: str, chart: Chart) -> str:
+    """The element alone, its ids prefixed, colours as variables, fonts left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
+    svg = svg.replace("url(#", f"url(#{chart.name}-").replace("xlink:href", "href")
+    svg = svg.replace('href="#', f'href="#{chart.name}-')
+    for role, mark in _MARKS.items():
+        svg = svg.replace(mark, f"var(--{role})")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    box = re.search(r'viewBox="([^"]+)"', svg)
+    assert box is not None  # matplotlib always writes one
+    opening = f'<svg class="plot" viewBox="{box[1]}" aria-hidden="true" focusable="false">'
+    svg = re.sub(r"^<svg[^>]*>", opening, svg)
+    return re.sub(r">\s+<", "><", svg).strip()
