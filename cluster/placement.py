@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Recipe, UserError
+from rewards.records import TermError
+from rewards.terms import find_term, load_term
 
 Command = Literal["train", "sft", "eval"]
 
 GIB = 2**30
+UNKNOWN_SIZES = ("sampler", "frozen model", "learner")
+"""Roles whose memory may be unknown; the others take little."""
 
 
 class PlacementError(UserError):
@@ -84,7 +88,7 @@ class Actor:
     Memory is in GPU memory where `gpus` > 0 and in main memory elsewhere.
     """
 
-    role: Literal["sampler", "learner", "reward worker", "driver"]
+    role: Literal["sampler", "frozen model", "learner", "reward worker", "driver"]
     index: int
     cpus: float
     gpus: float
@@ -129,16 +133,26 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
         Actor("learner", i, recipe.learner.cpus, recipe.learner.gpus, learner_memory(recipe, size))
         for i in range(recipe.learner.ranks)
     ]
-    samplers, workers = [], []
+    samplers, frozen, workers = [], [], []
     if command == "train":
         memory = sampler_memory(recipe, size, machine)
         samplers = [
             Actor("sampler", i, recipe.sampler.cpus, recipe.sampler.gpus, memory)
             for i in range(recipe.sampler.count)
         ]
+        frozen = [
+            Actor(
+                "frozen model",
+                i,
+                recipe.sampler.cpus,
+                recipe.sampler.gpus,
+                sampler_memory(recipe, policy_size(model), machine),
+            )
+            for i, model in enumerate(frozen_models(recipe))
+        ]
         # Scoring is short and comes while the engines wait, so it reserves no core.
         workers = [Actor("reward worker", i, 0, 0, {}) for i in range(recipe.reward.workers)]
-    actors = (Actor("driver", 0, 0, 0, {}), *samplers, *learners, *workers)
+    actors = (Actor("driver", 0, 0, 0, {}), *samplers, *frozen, *learners, *workers)
     notes = []
     if command == "sft":
         notes.append("the samplers that measure the result start when the learner has ended")
@@ -171,7 +185,7 @@ def describe(placement: Placement) -> str:
             on = " on each GPU" if actor.gpus else ""
             memory = f"{_gib(sum(actor.memory.values()))}{on}: {parts}"
         else:
-            memory = "unknown" if actor.role in ("sampler", "learner") else "small"
+            memory = "unknown" if actor.role in UNKNOWN_SIZES else "small"
         rows.append((f"{actor.role} {actor.index}", f"{actor.cpus:g}", f"{actor.gpus:g}", memory))
     rows.append(("in all", f"{placement.cpus:g}", f"{placement.gpus:g}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -191,6 +205,22 @@ def describe(placement: Placement) -> str:
             f"needs {placement.cpus:g} cores, this machine has {machine.cores}: dry run only"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in placement.notes)])
+
+
+def frozen_models(recipe: Recipe) -> list[str]:
+    """Checkpoints that the recipe's reward terms ask beside the policy, each once.
+
+    Each runs on one engine, placed as [sampler] places one of the policy's. Raises UserError for
+    a term that cannot be loaded.
+    """
+    found: dict[str, None] = {}
+    for entry in recipe.reward.effective_terms():
+        try:
+            if hasattr(find_term(entry.name), "ask"):
+                found[load_term(entry.name, entry.args).model] = None  # type: ignore[union-attr]
+        except TermError as error:
+            raise UserError(f"reward.terms: {error}") from error
+    return [model for model in found if model]
 
 
 def policy_size(path: str) -> PolicySize | None:
@@ -282,6 +312,10 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
             found[unit] = sample if command == "eval" else sample | learn
+        models = len(frozen_models(recipe)) if command == "train" else 0
+        if models:
+            one = models * getattr(sampler, field)
+            found[unit] |= {f"{models} frozen model(s) of reward.terms × sampler.{field}": one}
     return found
 
 

@@ -18,17 +18,17 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Recipe, RunFailed, UserError
-from cluster.placement import require_cluster
+from cluster.placement import frozen_models, require_cluster
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.engine import LearnerSettings
 from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
-from rewards.terms import AskingTerm, load_terms
+from rewards.terms import load_terms
 from rollout.engine import EngineSettings
 from rollout.sampler import SamplerPool
-from rollout.tokens import load_processor
+from rollout.tokens import load_processor, load_reader
 from rollout.transfer import HostSender, WeightSender, WeightTransferError
 
 
@@ -125,23 +125,19 @@ def learner_settings(
 def sampler_pool(
     recipe: Recipe, model: str | None = None, name: str = "sampler", frozen: bool = False
 ) -> SamplerPool:
-    """The recipe's samplers, on the policy or on another checkpoint; not yet waited for."""
+    """The recipe's samplers on the policy or another checkpoint, or the one of a frozen model.
+
+    They are not yet waited for.
+    """
     sampler = recipe.sampler
     return SamplerPool(
         engine_settings(recipe, model, frozen),
-        sampler.count,
+        1 if frozen else sampler.count,
         sampler.cpus,
         sampler.gpus,
         sampler.request_timeout_seconds,
         name,
     )
-
-
-def frozen_models(recipe: Recipe) -> list[str]:
-    """Checkpoints of frozen models that the recipe's reward terms ask, each once."""
-    terms = load_terms(recipe.reward.effective_terms()).values()
-    models = (term.model for term in terms if isinstance(term, AskingTerm))
-    return list(dict.fromkeys(model for model in models if model))
 
 
 @contextmanager
@@ -241,6 +237,8 @@ def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) ->
         load_terms(recipe.reward.effective_terms())
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
+    for model in frozen_models(recipe):
+        load_reader(model)
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "train")
         run = Run(recipe, sources, say)

@@ -180,13 +180,12 @@ BUILT_IN: dict[str, Callable[..., Term]] = {
 }
 
 
-def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
-    """The term a recipe names, built-in or `"module:Class"`, made with `args` as keywords.
+def find_term(name: str) -> Callable[..., Any]:
+    """What a recipe names: a built-in term's class, or a user's own by `"module:Class"`.
 
-    Raises `TermError` for an unknown name (with a near miss if there is one), a module or
-    class that cannot be loaded, arguments it does not take, or an object that is no term.
+    Raises `TermError` for an unknown name (with a near miss if there is one), or a module or
+    class that cannot be loaded.
     """
-    factory: Callable[..., Any]
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
@@ -201,15 +200,23 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
             raise TermError(
                 f"reward term {name!r}: module {module_name!r} has no {attribute!r}{hint}"
             )
-        factory = getattr(module, attribute)
-    elif name in BUILT_IN:
-        factory = BUILT_IN[name]
-    else:
+        found: Callable[..., Any] = getattr(module, attribute)
+        return found
+    if name not in BUILT_IN:
         hint = _did_you_mean(name, list(BUILT_IN))
         raise TermError(
             f"no reward term {name!r}{hint}; there are {', '.join(BUILT_IN)}, "
             'or a term of your own as "module:Class"'
         )
+    return BUILT_IN[name]
+
+
+def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
+    """The term a recipe names (see `find_term`), made with `args` as keywords.
+
+    Raises `TermError` also for arguments it does not take, or an object that is no term.
+    """
+    factory = find_term(name)
     try:
         term = factory(**(args or {}))
     except Exception as error:

@@ -7,17 +7,19 @@ import importlib
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.config import load_recipe
+from cluster.config import RewardConfig, load_recipe
 from cluster.metrics import EvalPass, eval_table, step_metrics
 from cluster.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.compose import Composition, compose_groups
-from rewards.terms import Outcome, load_term
+from rewards.judge import JudgeSettings
+from rewards.terms import BUILT_IN, Outcome, load_term
 from rollout.record import Group, Rollout
 from tasks.dataset_import import import_rows
 from tasks.datasets import read_examples, write_dataset
@@ -62,6 +64,18 @@ def test_every_file_that_is_named_exists_and_every_file_is_on_the_map() -> None:
         if path.name != "__init__.py"
     }
     assert files - on_the_map == set()
+
+
+def test_every_reward_term_is_in_the_guide_and_its_recipes_load() -> None:
+    terms = DOCS["rewards.md"].split("\n\n| term |")[1].split("\n\n")[0]
+    assert set(first_column(terms.replace("|---", ""))) == set(BUILT_IN)
+    for place in range(3):
+        reward = tomllib.loads(block("rewards.md", "toml", place))["reward"]
+        for entry in RewardConfig.model_validate(reward).terms:
+            if entry.name == "judge":  # made only where its key is
+                JudgeSettings.model_validate(entry.args)
+            else:
+                load_term(entry.name, entry.args)
 
 
 def test_every_name_in_the_index_of_papers_exists() -> None:

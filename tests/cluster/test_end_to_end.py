@@ -62,6 +62,10 @@ terms = [
     {{ name = "outcome", weight = 0.5 }},
     {{ name = "perception", weight = 0.5 }},
     {{ name = "tests.cluster.wordiness:Wordiness", weight = 0.1 }},
+    {{ name = "group_agreement", weight = 0.1, segments = ["perception"] }},
+    {{ name = "blind_solver", weight = 0.0, gate = "perception" }},
+    {{ name = "blind_policy", weight = 0.1, args = {{ max_tokens = 8 }} }},
+    {{ name = "image_dependence", weight = 0.1, final_weight = 0.0, schedule = "linear" }},
 ]
 
 [algorithm]
@@ -97,6 +101,9 @@ def check_run(run: Path, model: Path) -> None:
         assert metrics[step, "learner/grad_norm"] > 0
         assert metrics[step, "reward/wordiness/std"] > 0
         assert metrics[step, "transfer/bytes"] > 1e6
+        for term in ("blind_policy", "image_dependence", "blind_solver", "group_agreement"):
+            assert metrics[step, f"reward/{term}/failures"] == 0
+            assert metrics[step, f"reward/{term}/mean"] >= 0
     for name in ("acc/a", "acc/a_p", "group/zero_variance", "idle/sampler", "time/step"):
         assert (1, name) in metrics
     for step, version in ((1, 0), (2, 1)):
@@ -112,6 +119,7 @@ def check_run(run: Path, model: Path) -> None:
     changed = [name for name in start if not np.array_equal(start[name], trained[name])]
     assert len(changed) > 0.9 * len(start)
     assert (run / "checkpoint" / "chat_template.jinja").exists()
+    assert "Content-Security-Policy" in (run / "report.html").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert set(evaluation) == {"sudoku", "graph_coloring", "all tasks"}
     assert {row["n"] for row in evaluation["all tasks"]["after"]["rows"]} == {16}
