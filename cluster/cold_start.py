@@ -84,7 +84,7 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
             if sft.vision_warmup_steps:
                 start_from = scratch
                 warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
-            batches = demonstrations(sources, processor, sft.batch_size, recipe.seed)
+            batches = demonstrations(sources, processor, sft, recipe.seed)
             shares = fine_tune(recipe, sft, start_from, batches, folder, tracker, progress)
         summary = summarise(shares, sft, time.perf_counter() - started)
         (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -163,10 +163,12 @@ def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> li
 
 
 def demonstrations(
-    sources: Sequence[Source], processor: Any, batch_size: int, seed: int
+    sources: Sequence[Source], processor: Any, sft: SftConfig, seed: int
 ) -> Iterator[list[TrainSequence]]:
     """Endless batches, made ahead of the learner by one worker process."""
-    stream = DemonstrationStream(sources, processor, batch_size, seed)
+    stream = DemonstrationStream(
+        sources, processor, sft.batch_size, seed, blind_share=sft.blind_share
+    )
     return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
 
 

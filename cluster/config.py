@@ -393,6 +393,9 @@ class SftConfig(Section):
     balance: Literal["token_mean", "fixed"] = "fixed"
     """`fixed`: L = w * L_perception + (1 - w) * L_rest, each a mean over its own tokens."""
     perception_weight: Share = 0.5
+    blind_share: Share = 0.0
+    """Share of demonstrations without the image: the perception is given, the rest is learnt.
+    1.0 makes a solver for the term `blind_policy` out of a policy that thinks with its eyes."""
     vision_warmup_steps: Count = 0
     vision_warmup_lr: Rate = 2e-3
     save_every: Count = 0

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
 from rollout.tokens import Decoder, encode, label_segments, render_prompt
-from tasks.core import NO_SEGMENT, DataError, Problem, Style, Task
+from tasks.core import NO_SEGMENT, DataError, Parsed, Problem, Style, Task
 from tasks.images import check_image
 from tasks.splits import draw_problem
 
@@ -27,11 +27,16 @@ class Demonstrator:
         self._decoder = Decoder(processor.tokenizer)
         self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
-    def sequence(self, task: Task, problem: Problem, response: str) -> TrainSequence:
+    def sequence(
+        self, task: Task, problem: Problem, response: str, blind: bool = False
+    ) -> TrainSequence:
         """The problem's chat prompt followed by `response` and the end-of-turn token.
 
-        Raises DataError when the task's own parser finds a defect in the response: a defect
-        that is taught is a defect that is learnt.
+        With `blind` there is no image, and the response's perception is given instead of learnt,
+        as a request of kind `blind` with that prefix gives it.
+
+        Raises DataError when the task's own parser finds a defect in the response (a defect
+        that is taught is a defect that is learnt), or no perception in one to be given.
         """
         parsed = task.parse(response)
         if parsed.defects:
@@ -40,22 +45,42 @@ class Demonstrator:
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
         tokenizer = self._processor.tokenizer
-        image = check_image(problem.image, f"image of problem {problem.id}")
-        ids = encode(tokenizer, response)
+        given = _given(problem, response, parsed) if blind else 0
+        size = None if blind else check_image(problem.image, f"image of problem {problem.id}").size
+        ids = encode(tokenizer, response[given:])
         _, offsets = self._decoder.decode(ids)
-        segments = np.append(label_segments(offsets, parsed.spans), np.int8(NO_SEGMENT))
+        segments = label_segments(offsets, parsed.spans, shift=given)
+        prompt = self._prompt(problem.prompt, size)
+        if given:
+            prompt = np.append(prompt, encode(tokenizer, response[:given])).astype(np.int32)
         return demonstration(
-            self._prompt(problem.prompt, image.size),
+            prompt,
             np.asarray([*ids, tokenizer.eos_token_id], np.int32),
-            problem.image,
-            segments.astype(np.int8),
+            None if blind else problem.image,
+            np.append(segments, np.int8(NO_SEGMENT)).astype(np.int8),
         )
 
-    def _make_prompt(self, prompt: str, size: tuple[int, int]) -> np.ndarray:
-        """int32 [P], placeholders expanded: how many there are depends on the image's size only."""
+    def _make_prompt(self, prompt: str, size: tuple[int, int] | None) -> np.ndarray:
+        """int32 [P], placeholders expanded: how many there are depends on the image's size only.
+
+        Without a size there is no image.
+        """
+        if size is None:
+            bare = render_prompt(self._processor, prompt, with_image=False)
+            return np.asarray(encode(self._processor.tokenizer, bare), np.int32)
         text = render_prompt(self._processor, prompt, with_image=True)
         made = self._processor(images=[Image.new("RGB", size)], text=[text])
         return np.asarray(made["input_ids"][0], np.int32)
+
+
+def _given(problem: Problem, response: str, parsed: Parsed) -> int:
+    """Characters of a response up to where its reasoning begins."""
+    if "perception" not in parsed.spans:
+        raise DataError(
+            f"response of problem {problem.id}: has no perception to be given (sft.blind_share)"
+        )
+    end = parsed.spans["perception"][1]
+    return len(response) - len(response[end:].lstrip())
 
 
 @dataclass(frozen=True)
@@ -96,8 +121,10 @@ class DemonstrationStream(IterableDataset[list[TrainSequence]]):
         batch_size: int,
         seed: int,
         start: int = 0,
+        blind_share: float = 0.0,
     ) -> None:
         self._sources, self._processor = tuple(sources), processor
+        self._blind_share = blind_share
         self._batch_size, self._seed, self._start = batch_size, seed, start
 
     def __iter__(self) -> Iterator[list[TrainSequence]]:
@@ -109,6 +136,8 @@ class DemonstrationStream(IterableDataset[list[TrainSequence]]):
             batch = []
             for index in range(step * self._batch_size, (step + 1) * self._batch_size):
                 source, problem, response = draw(self._sources, self._seed, index)
-                batch.append(demonstrator.sequence(source.task, problem, response))
+                chance = np.random.default_rng([self._seed, index, 1]).random()
+                blind = chance < self._blind_share
+                batch.append(demonstrator.sequence(source.task, problem, response, blind))
             yield batch
             step += stride

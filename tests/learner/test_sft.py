@@ -16,7 +16,7 @@ from learner.batch import TrainSequence
 from learner.policy import Policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
-from rollout.tokens import Decoder, render_prompt
+from rollout.tokens import Decoder, encode, render_prompt
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
 from tasks.images import check_image
 from tasks.load import load_task
@@ -58,6 +58,25 @@ def test_the_prompt_is_the_processors_own(loaded: tuple[Policy, Any]) -> None:
         expected = processor(images=[check_image(drawn.image, "test")], text=[text])["input_ids"][0]
         found = demonstrator.sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
         assert found.prompt_ids.tolist() == list(expected)
+
+
+@pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
+def test_a_blind_demonstration_starts_where_a_blind_request_does(
+    loaded: tuple[Policy, Any], task: Any
+) -> None:
+    _, processor = loaded
+    drawn = task.generate(np.random.default_rng(3), SPEC if task is TASK else task.spec())
+    response = task.demonstrate(drawn, "terse")
+    blind = Demonstrator(processor).sequence(task, drawn, response, blind=True)
+    bare = render_prompt(processor, drawn.prompt, with_image=False)
+    forced = encode(processor.tokenizer, task.oracle_prefix(drawn))
+    assert blind.image is None
+    assert blind.prompt_ids.tolist() == [*encode(processor.tokenizer, bare), *forced]
+    text, _ = Decoder(processor.tokenizer).decode(blind.response_ids[:-1])
+    assert task.oracle_prefix(drawn) + text == response
+    assert SEGMENTS.index("perception") not in blind.segments
+    whole = Demonstrator(processor).sequence(task, drawn, response)
+    assert blind.segments.tolist() == whole.segments[-len(blind.segments) :].tolist()
 
 
 def test_a_defective_demonstration_is_refused(loaded: tuple[Policy, Any]) -> None:
