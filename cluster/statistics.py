@@ -32,12 +32,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 from cluster.metrics import mcnemar, wilson
 
 LEVEL = 0.95
 """Coverage of every interval here."""
+
+SMALLEST_P = 1e-15
+"""Smaller p-values are given as this."""
 
 PHASES = ("early", "middle", "late")
 """Thirds of training, for correlations that change on the way."""
@@ -71,7 +74,7 @@ def crossed_interval(
     MS_p = S·var(problem means) and MS_r of the residual, the mean's variance is A + B with
     A = MS_s / SP (seeds, and the noise of single answers) and B = max(0, MS_p − MS_r) / SP
     (problems). The half width is √(t²·A + z²·B), t with S − 1 degrees of freedom: those of two
-    independent parts added in quadrature (Howe 1974, doi 10.1080/01621459.1974.10480206). With one
+    independent parts added in quadrature (Howe 1974). With one
     seed it is t·√(var / P) with P − 1 degrees of freedom.
 
     Values that do not vary at all (every answer right) get Wilson's bound of 0 in P problems on
@@ -131,13 +134,15 @@ def _p_value(mean: float, parts: Parts) -> float:
     if sum(variance for variance, _ in parts) == 0:
         return 0.0
 
-    def excess(log_alpha: float) -> float:
-        return _half_width(math.exp(log_alpha), parts) - abs(mean)
-
-    smallest = math.log(1e-15)
-    if excess(smallest) < 0:
-        return 1e-15
-    return math.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
+    # Bisection on log p: the half width falls as the level rises.
+    low, high = math.log(SMALLEST_P), 0.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if _half_width(math.exp(middle), parts) > abs(mean):
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
