@@ -206,6 +206,7 @@ class Results:
     def __init__(self, table: pa.Table) -> None:
         self._problems: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
         self._numbers: dict[tuple[str, ...], dict[int, dict[int, float]]] = {}
+        self.last_step: dict[tuple[str, str], int] = {}
         arms: dict[str, None] = {}
         difficulties: dict[str, None] = {}
         tasks: dict[str, None] = {}
@@ -216,6 +217,8 @@ class Results:
             if task:
                 tasks[task] = None
             key = (difficulty, arm, task, metric)
+            last = self.last_step.get((difficulty, arm), 0)
+            self.last_step[difficulty, arm] = max(last, step)
             if problem:
                 when = "before" if step == 0 else "after"
                 self._problems.setdefault((*key, when), {}).setdefault(seed, {})[problem] = value
@@ -350,30 +353,28 @@ def _comparisons(
 
 
 def _asymmetries(results: Results, difficulty: str, task: str, arm: str) -> Iterator[Asymmetry]:
-    last = 0
-    if task != ALL_TASKS:
-        steps = [results.numbers(difficulty, arm, task, m) for m in ("a_r", "a_p")]
-        seeds = sorted(set(steps[0]) & set(steps[1]))
-        shared = (
-            sorted(set.intersection(*(set(s[seed]) for s in steps for seed in seeds)))
-            if seeds
-            else []
+    last = results.last_step.get((difficulty, arm), 0)
+    reasoning, perception = (results.numbers(difficulty, arm, task, m) for m in ("a_r", "a_p"))
+    seeds = sorted(set(reasoning) & set(perception))
+    every = [set(by[seed]) for by in (reasoning, perception) for seed in seeds]
+    steps = set.intersection(*every) if every else set()
+    for step in sorted(steps - {0, last}) if 0 in steps else ():
+        r, p = (
+            np.array([[by[seed][0], by[seed][step]] for seed in seeds]).T
+            for by in (reasoning, perception)
         )
-        last = max(shared, default=0)
-        for step in shared:
-            if 0 < step < last and 0 in shared:
-                r, p = (np.array([[s[seed][0], s[seed][step]] for seed in seeds]).T for s in steps)
-                index = asymmetry((r[0], r[1]), (p[0], p[1]))
-                yield Asymmetry(difficulty, task, arm, step, seed_interval(index, (-2, 2)))
-    parts = [
-        results.problems(difficulty, arm, task, metric, when)
-        for metric in ("a_r", "a_p")
-        for when in ("before", "after")
-    ]
-    arrays = aligned(*parts)
+        index = seed_interval(asymmetry((r[0], r[1]), (p[0], p[1])), (-2, 2))
+        yield Asymmetry(difficulty, task, arm, step, index)
+    arrays = aligned(
+        *(
+            results.problems(difficulty, arm, task, metric, when)
+            for metric in ("a_r", "a_p")
+            for when in ("before", "after")
+        )
+    )
     if arrays[0].size:
-        index = asymmetry((arrays[0], arrays[1]), (arrays[2], arrays[3]))
-        yield Asymmetry(difficulty, task, arm, last, crossed_interval(index, (-2, 2)))
+        by_problem = asymmetry((arrays[0], arrays[1]), (arrays[2], arrays[3]))
+        yield Asymmetry(difficulty, task, arm, last, crossed_interval(by_problem, (-2, 2)))
 
 
 def _couplings(results: Results, difficulty: str, arm: str) -> Iterator[Coupling]:

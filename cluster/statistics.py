@@ -202,7 +202,7 @@ def band(curves: np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)
     """Mean over seeds with its t-interval at each step, of curves [S, K].
 
     Pointwise: each interval holds the truth 95 % of the time, the whole band less often. NaN
-    marks a step that a seed lacks; a step that all lack is left out of no place: it gets NaN.
+    marks a step that a seed lacks; a step that all lack has the value NaN and no interval.
     """
     found = []
     for column in np.asarray(curves, dtype=np.float64).T:
