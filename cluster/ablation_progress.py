@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -140,15 +141,23 @@ class GridProgress:
         self.console.print(text, soft_wrap=True, highlight=False)
 
     def _table(self) -> Table:
-        table = Table()
+        """The cells at work and those that failed; how many others there are below."""
+        counts = Counter(self._state.values())
+        took = [s for cell, s in self._seconds.items() if self._state[cell] == "finished"]
+        caption = f"{counts['finished']} finished, {counts['failed']} failed, "
+        caption += f"{counts['waiting']} waiting"
+        if took:
+            left = fmean(took) * (counts["waiting"] + counts["running"]) / max(1, counts["running"])
+            caption += f"; about {left / 60:.0f} minutes left"
+        table = Table(caption=caption)
         for heading in ("cell", "state", "steps", "time"):
             table.add_column(heading, justify="left" if heading in ("cell", "state") else "right")
-        styles = {"running": "cyan", "finished": "green", "failed": "red", "waiting": "dim"}
         for cell, state in self._state.items():
-            steps = self._steps[cell] if state == "finished" else self._done.get(cell, 0)
-            seconds = self._seconds.get(cell)
-            if state == "running":
-                seconds = time.monotonic() - self._began[cell]
-            clock = "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-            table.add_row(cell, Text(state, styles[state]), f"{steps}/{self._steps[cell]}", clock)
+            if state not in ("running", "failed"):
+                continue
+            seconds = self._seconds.get(cell) or time.monotonic() - self._began[cell]
+            clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+            style = "red" if state == "failed" else "cyan"
+            steps = f"{self._done.get(cell, 0)}/{self._steps[cell]}"
+            table.add_row(cell, Text(state, style), steps, clock)
         return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -36,15 +37,6 @@ from tests.cluster.toy_runs import make_runs
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "cluster" / "toy_cell.py"
 RUNNER = LocalRunner((sys.executable, "-S", str(TOY)))
-LAUNCH = """
-import sys
-from pathlib import Path
-from cluster.ablate import LocalRunner
-from cluster.ablation_config import load_ablation
-from cluster.ablation_report import ablate_to_the_end
-runner = LocalRunner((sys.executable, "-S", sys.argv[3]))
-raise SystemExit(ablate_to_the_end(load_ablation(sys.argv[1]), Path(sys.argv[2]), runner=runner))
-"""
 CHANGE = """
 def change(path):
     path.write_text(path.read_text().replace("seed = 1", "seed = 2"))
@@ -97,15 +89,33 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return made
 
 
-def launch(path: Path, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(path), str(folder), str(TOY)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Launcher:
+    """A launcher in a process of its own, forked so that it starts at once; prints to a file."""
+
+    def __init__(self, path: Path, folder: Path, **environment: str) -> None:
+        self._log = path.with_suffix(".log")
+        self._log.write_text("")
+
+        def work() -> None:
+            os.environ.update(environment)
+            sys.stdout = self._log.open("w", buffering=1)
+            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=RUNNER))
+
+        self.process = multiprocessing.get_context("fork").Process(target=work)
+        self.process.start()
+
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def wait_for_any(self, lines: tuple[str, ...]) -> None:
+        wait_for(lambda: any(line in self.printed() for line in lines), f"none of {lines}")
+
+    def end(self, number: int) -> int | None:
+        """Send a signal and return the exit code."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        self.process.join(60)
+        return self.process.exitcode
 
 
 def outcome(folder: Path) -> tuple[list[object], dict[str, object], list[object]]:
@@ -143,22 +153,19 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
     chance = random.Random(4)
     finished: dict[Path, int] = {}
     for least in range(3):
-        launcher = launch(path, killed, TOY_SLEEP="0.6")
-        assert launcher.stdout is not None
-        started = [f"[{done}/6] started" for done in range(least, 6)]
-        while not launcher.stdout.readline().startswith(tuple(started)):
-            assert launcher.poll() is None
+        launcher = Launcher(path, killed, TOY_SLEEP="0.6")
+        started = tuple(f"[{done}/6] started" for done in range(least, 6))
+        launcher.wait_for_any(started)
         time.sleep(chance.uniform(0.0, 0.5))
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
+        assert launcher.end(signal.SIGKILL) == -signal.SIGKILL
         assert {file: file.stat().st_mtime_ns for file in finished} == finished
         finished = {f: f.stat().st_mtime_ns for f in killed.glob("cells/*/result.json")}
     assert 0 < len(finished) < 6, "nothing to keep, or nothing left to do"
-    last = launch(path, killed)
-    printed, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, printed
+    last = Launcher(path, killed)
+    last.process.join(120)
+    assert last.process.exitcode == 0, last.printed()
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    assert printed.count("had result") == len(finished)
+    assert last.printed().count("had result") == len(finished)
     assert ablate_to_the_end(load_ablation(path), calm, runner=RUNNER) == 0
     assert outcome(killed) == outcome(calm)
     assert len(outcome(calm)[2]) == 6
@@ -169,11 +176,10 @@ def test_a_killed_launchers_cell_dies_with_it_and_starts_from_nothing(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, folder = write(), tmp_path / "out"
-    launcher = launch(path, folder, TOY_SLEEP="600")
+    launcher = Launcher(path, folder, TOY_SLEEP="600")
     wait_for(lambda: list(folder.glob("cells/*/run/rollouts/*")), "no cell began")
     assert marked(folder)
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    launcher.end(signal.SIGKILL)
     wait_for(lambda: not marked(folder), "the cell outlived its launcher")
     (started,) = folder.glob("cells/*")
     assert not (started / "result.json").exists()
@@ -213,11 +219,10 @@ def test_ctrl_c_ends_the_cells_and_goes_on_later(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, folder = write(parallel=2), tmp_path / "out"
-    launcher = launch(path, folder, TOY_SLEEP="600")
+    launcher = Launcher(path, folder, TOY_SLEEP="600")
     wait_for(lambda: len(list(folder.glob("cells/*/run/rollouts/*"))) == 2, "no two cells")
-    launcher.send_signal(signal.SIGTERM)
-    printed, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 130 and "goes on from here" in printed
+    assert launcher.end(signal.SIGTERM) == 130
+    assert "goes on from here" in launcher.printed()
     assert not marked(folder)
     assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
 
@@ -287,13 +292,12 @@ def test_a_cell_that_leaves_no_whole_run_has_failed(
 
 def test_two_launchers_never_share_a_folder(write: Callable[..., Path], tmp_path: Path) -> None:
     path, folder = write(), tmp_path / "out"
-    first = launch(path, folder, TOY_SLEEP="600")
+    first = Launcher(path, folder, TOY_SLEEP="600")
     wait_for(lambda: list(folder.glob("cells/*/run")), "no cell began")
-    with pytest.raises(UserError, match=rf"process {first.pid}\) is at work"):
+    with pytest.raises(UserError, match=rf"process {first.process.pid}\) is at work"):
         ablate_to_the_end(load_ablation(path), folder, runner=RUNNER)
-    assert first.poll() is None and marked(folder)
-    first.kill()
-    first.wait()
+    assert first.process.is_alive() and marked(folder)
+    first.end(signal.SIGKILL)
     # The lock died with its holder, whatever the file says.
     assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
 
