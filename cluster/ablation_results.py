@@ -483,6 +483,7 @@ def _sentences(summary: Summary) -> list[str]:
         if c.metric != "a":
             continue
         d = c.difference
+        seeds = "1 seed" if d.seeds == 1 else f"{d.seeds} seeds"
         where = f"On {c.task}{f' ({c.difficulty})' if c.difficulty else ''}, `{c.arm}`"
         if c.p_holm is None:
             verdict = "one seed decides nothing about others"
@@ -495,7 +496,7 @@ def _sentences(summary: Summary) -> list[str]:
             verdict = f"one seed only, so this says nothing about other seeds; {verdict}"
         found.append(
             f"- {where} ends at a {d.value:+.3f} {_interval(d)} against `{c.reference}` "
-            f"({_p(c.p_holm)}, {d.seeds} seeds): {verdict}."
+            f"({_p(c.p_holm)}, {seeds}): {verdict}."
         )
     return found or ["- There is no second arm with a seed of the reference to compare with."]
 

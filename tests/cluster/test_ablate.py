@@ -101,7 +101,7 @@ class Launcher:
             sys.stdout = self._log.open("w", buffering=1)
             raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=RUNNER))
 
-        self.process = multiprocessing.get_context("fork").Process(target=work)
+        self.process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
         self.process.start()
 
     def printed(self) -> str:
@@ -206,7 +206,15 @@ def test_a_process_that_a_cell_left_behind_is_ended_before_the_cell_starts_again
         env=os.environ | {MARK: f"{here}-other"},
     )
     try:
-        assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0
+        alive = []
+
+        class Watching(LocalRunner):
+            def command(self, recipe: Path, run: Path, job: str) -> list[str]:
+                alive.append(stray.poll() is None)
+                return super().command(recipe, run, job)
+
+        assert ablate_to_the_end(ablation, folder, runner=Watching(RUNNER.train)) == 0
+        assert alive == [False, False]
         assert stray.wait(10) == -signal.SIGKILL
         assert bystander.poll() is None
         assert not (here / "half-written").exists()
