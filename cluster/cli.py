@@ -165,6 +165,29 @@ def report(
     print(f"report: {run_report(run, form, output)}")
 
 
+@app.command()
+def ablate(
+    ablation: Annotated[Path, typer.Argument(help="A TOML ablation: recipes/ablations/...")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and what they cost, and stop")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the ablation; a second call goes on in it")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Run each cell as a Ray job: http://HEAD:8265")
+    ] = None,
+) -> None:
+    """Compare reward designs: paired arms, the same seeds, problems and budget, and intervals.
+
+    Exit code 1 when a cell failed or arms turned out not to be paired.
+    """
+    from cluster.ablation_config import load_ablation
+    from cluster.ablation_report import ablate_to_the_end
+
+    raise typer.Exit(ablate_to_the_end(load_ablation(ablation), output, address, dry_run))
+
+
 @models.command()
 def make(
     family: Annotated[Literal["qwen3_vl", "internvl"], typer.Argument()],

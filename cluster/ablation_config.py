@@ -1,0 +1,330 @@
+"""Ablations: the TOML file that names a question, a base recipe, arms, seeds and a budget.
+
+`load_ablation` reads it into an `Ablation` with one resolved recipe a cell (arm × difficulty ×
+seed), or raises a `RecipeError` with one line for each thing wrong, as `load_recipe` does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from cluster.config import (
+    Count,
+    Positive,
+    Rate,
+    Recipe,
+    RecipeError,
+    Section,
+    Share,
+    Text,
+    load_recipe,
+)
+from cluster.recipe_errors import dotted, explain
+from cluster.toml_writer import _value as toml_value
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]
+Settings = dict[str, Any]
+
+NOT_AN_ARMS = {
+    "seed": "the ablation's seeds decide it",
+    "name": "each cell gets a name of its own",
+    "question": "the ablation's question stands in every cell",
+    "output": "cells write below the ablation's folder",
+    "algorithm.steps": "[budget] decides how long a run is",
+}
+"""Fields that no arm or difficulty may set, and what decides them instead."""
+
+PAIRED = ("model", "tasks", "eval", "algorithm.problems_per_step")
+"""Fields that must be equal over arms: with the seed they decide initial weights, training
+problems in their order, and what is measured."""
+
+
+class ArmConfig(Section):
+    """[[arms]] One variant. The first arm is the reference that the others are compared with."""
+
+    name: Label
+    note: str | None = None
+    """What is different here, in words."""
+    reward: Settings | None = None
+    """Replaces the base recipe's whole [reward] section."""
+    set: Settings = Field(default_factory=dict)
+    """Single fields of the recipe: `set = { "learner.learning_rate" = 1e-5 }`."""
+
+
+class DifficultyConfig(Section):
+    """[[difficulties]] A named change of the base recipe that every arm is run under."""
+
+    name: Label
+    note: str | None = None
+    set: Settings = Field(default_factory=dict)
+
+
+class BudgetConfig(Section):
+    """[budget] What every cell may spend, the same for all arms."""
+
+    kind: Literal["updates"]
+    amount: Positive
+    """Optimizer updates of one cell."""
+    expected_minutes: Rate | None = None
+    """A cell's expected minutes on the machine the file was written for, until one is measured."""
+
+
+class AblationConfig(Section):
+    """An ablation file."""
+
+    question: Text
+    base: Text
+    """The recipe that arms vary; a path relative to this file."""
+    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    arms: Annotated[tuple[ArmConfig, ...], Field(strict=False, min_length=1)]
+    difficulties: Annotated[tuple[DifficultyConfig, ...], Field(strict=False)] = ()
+    budget: BudgetConfig
+    parallel: Positive = 1
+    """Cells at one time, where the cores allow it."""
+    target: Share | None = None
+    """The training accuracy that costs are counted to; by default what the reference ends at."""
+
+    @model_validator(mode="after")
+    def _names_and_seeds_are_distinct(self) -> AblationConfig:
+        groups: list[tuple[str, list[Any]]] = [
+            ("arms", [arm.name for arm in self.arms]),
+            ("difficulties", [difficulty.name for difficulty in self.difficulties]),
+            ("seeds", list(self.seeds)),
+        ]
+        for section, values in groups:
+            for i, value in enumerate(values):
+                if value in values[:i]:
+                    where = f"{section}[{values.index(value)}]"
+                    message = f"{json.dumps(value)} is already {where}; give each one once"
+                    raise PydanticCustomError(
+                        "recipe", "{message}", {"message": message, "at": (section, i)}
+                    )
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of an ablation. `difficulty` is "" where the file names none."""
+
+    id: str
+    arm: str
+    difficulty: str
+    seed: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A read ablation; `name` is the file's stem. Cells come seed by seed, so that every seed's
+    arms can be compared as soon as possible."""
+
+    name: str
+    config: AblationConfig
+    base: Recipe
+    cells: tuple[Cell, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: all that decides the results, so not `parallel`."""
+        config = self.config.model_dump(mode="json", exclude={"parallel", "base", "budget"})
+        budget = self.config.budget.model_dump(mode="json", exclude={"expected_minutes"})
+        return config | {"budget": budget, "base": self.base.model_dump(mode="json")}
+
+
+def load_ablation(path: str | Path) -> Ablation:
+    """Read an ablation file and resolve the recipe of every cell.
+
+    Raises RecipeError, its message one line for each thing wrong.
+    """
+    source = Path(path)
+    config = _read(source)
+    base_path = source.parent / config.base
+    try:
+        base = load_recipe(base_path)
+    except RecipeError as error:
+        lines = str(error).splitlines()
+        raise RecipeError("\n".join(f"{source}: base: {line}" for line in lines)) from None
+    errors = [f"{source}: {line}" for line in _misplaced(config)]
+    if not errors:
+        errors = [f"{source}: {line}" for line in _refused(config, base_path)]
+    if errors:
+        raise RecipeError("\n".join(dict.fromkeys(errors)))
+    cells = tuple(
+        _cell(source.stem, config, base_path, arm, difficulty, seed)
+        for seed in config.seeds
+        for difficulty in config.difficulties or (None,)
+        for arm in config.arms
+    )
+    errors = [f"{source}: {line}" for line in _unpaired(config, cells)]
+    if errors:
+        raise RecipeError("\n".join(dict.fromkeys(errors)))
+    return Ablation(source.stem, config, base, cells)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two `Ablation.identity` dicts: `budget.amount: 40 -> 60`."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        if before.get(key, ...) != after.get(key, ...):
+            was = _shown(before[key]) if key in before else "not there"
+            now = _shown(after[key]) if key in after else "gone"
+            found.append(f"{key}: {was} -> {now}")
+    return found
+
+
+def _read(source: Path) -> AblationConfig:
+    try:
+        data = tomllib.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{source}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: not valid TOML: {error}") from None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", source.stem):
+        raise RecipeError(
+            f"{source}: the file's name names the ablation; use at most 32 letters, digits, dots, "
+            "dashes and underscores"
+        )
+    try:
+        return AblationConfig.model_validate(data)
+    except ValidationError as error:
+        lines = explain(error.errors(include_url=False), AblationConfig)
+        raise RecipeError("\n".join(f"{source}: {dotted(at)}: {said}" for at, said in lines)) from (
+            None
+        )
+
+
+def _flat(settings: Settings, below: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables; `a.b = 1` in TOML is a table in a table."""
+    for key, value in settings.items():
+        full = f"{below}.{key}" if below else key
+        if isinstance(value, dict) and value:
+            yield from _flat(value, full)
+        else:
+            yield full, value
+
+
+def _overrides(*parts: ArmConfig | DifficultyConfig | None) -> list[str]:
+    """What `load_recipe` takes, in order: later ones win."""
+    found = []
+    for part in parts:
+        if isinstance(part, ArmConfig) and part.reward is not None:
+            found.append(f"reward={toml_value(part.reward)}")
+        if part is not None:
+            found += [f"{key}={toml_value(value)}" for key, value in _flat(part.set)]
+    return found
+
+
+def _named(config: AblationConfig) -> list[tuple[str, ArmConfig | DifficultyConfig]]:
+    arms = [(f"arms[{i}] ({arm.name})", arm) for i, arm in enumerate(config.arms)]
+    harder = [(f"difficulties[{i}] ({d.name})", d) for i, d in enumerate(config.difficulties)]
+    return [*arms, *harder]
+
+
+def _misplaced(config: AblationConfig) -> Iterator[str]:
+    for where, part in _named(config):
+        for key, _ in _flat(part.set):
+            for field, instead in NOT_AN_ARMS.items():
+                if key == field or key.startswith(f"{field}."):
+                    yield f"{where}.set: {key}: {instead}; remove it"
+
+
+def _refused(config: AblationConfig, base: Path) -> Iterator[str]:
+    """What the recipe loader says of each arm and difficulty alone, then of them together."""
+    alone = list(_named(config))
+    lines = [line for where, part in alone for line in _complaints(where, base, part)]
+    yield from lines
+    if not lines:
+        for i, arm in enumerate(config.arms):
+            for j, harder in enumerate(config.difficulties):
+                where = f"arms[{i}] ({arm.name}) with difficulties[{j}] ({harder.name})"
+                yield from _complaints(where, base, harder, arm)
+
+
+def _complaints(where: str, base: Path, *parts: ArmConfig | DifficultyConfig) -> Iterator[str]:
+    try:
+        load_recipe(base, _overrides(*parts))
+    except RecipeError as error:
+        for line in str(error).splitlines():
+            said = line.removeprefix(f"{base}: ").removesuffix(" (from --set)")
+            yield f"{where}: {said.removeprefix('--set ')}"
+
+
+def _cell(
+    name: str,
+    config: AblationConfig,
+    base: Path,
+    arm: ArmConfig,
+    difficulty: DifficultyConfig | None,
+    seed: int,
+) -> Cell:
+    parts = [arm.name, *([difficulty.name] if difficulty else []), f"seed-{seed}"]
+    cell = "--".join(parts)
+    recipe = load_recipe(
+        base,
+        [
+            *_overrides(difficulty, arm),
+            f"seed={seed}",
+            f"name={toml_value(cell)}",
+            f"question={toml_value(config.question)}",
+        ],
+    )
+    # A remainder is an error of `_unpaired`, which names the arm.
+    steps = max(1, config.budget.amount // recipe.algorithm.updates_per_step)
+    algorithm = recipe.algorithm.model_copy(update={"steps": steps})
+    recipe = recipe.model_copy(update={"algorithm": algorithm})
+    return Cell(cell, arm.name, difficulty.name if difficulty else "", seed, recipe)
+
+
+def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
+    """Arms that would not start from the same weights and problems, or spend another budget."""
+    first: dict[tuple[str, int], Cell] = {}
+    places = {arm.name: f"arms[{i}] ({arm.name})" for i, arm in enumerate(config.arms)}
+    for cell in cells:
+        where = places[cell.arm]
+        updates = cell.recipe.algorithm.updates_per_step
+        if config.budget.amount % updates:
+            yield (
+                f"budget.amount: {config.budget.amount} updates cannot be made in whole steps of "
+                f"{where}, whose algorithm.updates_per_step is {updates}"
+            )
+        reference = first.setdefault((cell.difficulty, cell.seed), cell)
+        for field in PAIRED:
+            if _at(cell.recipe, field) != _at(reference.recipe, field):
+                yield (
+                    f"{where}: {field} differs from that of {places[reference.arm]}, so the arms "
+                    "would not be paired; set it in the base recipe, or as [[difficulties]]"
+                )
+
+
+def _at(recipe: Recipe, field: str) -> Any:
+    found: Any = recipe
+    for part in field.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _leaves(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            yield from _leaves(below, (*at, key))
+    elif isinstance(value, list | tuple) and value:
+        for i, below in enumerate(value):
+            yield from _leaves(below, (*at, i))
+    else:
+        yield dotted(at), list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

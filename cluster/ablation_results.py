@@ -1,0 +1,586 @@
+"""From the folders of an ablation's cells to one table of results and to what they say.
+
+`collect` reads finished cells into a table (`RESULT_SCHEMA`, kept as `results.parquet`);
+`summarise` is a pure function of that table: intervals, paired differences, curves and costs,
+JSON-able (`summary.json`) and, by `in_words`, as text (`summary.md`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.ablate import cell_folder, is_finished, read_failure
+from cluster.ablation_config import Ablation
+from cluster.statistics import (
+    PHASES,
+    Estimate,
+    PairedTest,
+    Reach,
+    asymmetry,
+    band,
+    correlation_interval,
+    cost_to_reach,
+    crossed_interval,
+    holm,
+    mean_correlation,
+    mean_level,
+    paired_test,
+    phase_of,
+    reach,
+    seed_interval,
+)
+from cluster.tracking import read_metrics
+
+RESULT_SCHEMA = pa.schema(
+    {
+        "cell": pa.string(),
+        "arm": pa.string(),
+        "difficulty": pa.string(),  # "" where the ablation names none
+        "seed": pa.int64(),
+        "step": pa.int64(),  # 0: before training
+        "task": pa.string(),  # "" for metrics of a training step
+        "metric": pa.string(),
+        "problem": pa.string(),  # "" for a number of the whole step or evaluation
+        "value": pa.float64(),
+    }
+)
+"""Rows with a problem are its value in the evaluation before (step 0) or after training."""
+
+ALL_TASKS = "all tasks"
+COMPARED = ("a", "a_p", "a_r")
+"""Accuracies that arms are compared by; others are in the table to compare by hand."""
+CURVES = ("acc/a", "acc/a_p", "acc/leak", "reward/total/mean")
+COUPLINGS = ("outcome_perception", "outcome_reasoning")
+SPENT = {"tokens": "response/tokens", "seconds": "time/step"}
+"""Costs of reaching an accuracy, and the metric of a step that adds to each."""
+ACCURACY = (0.0, 1.0)
+DIFFERENCE = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One arm's accuracy on one task before and after training, and its change."""
+
+    difficulty: str
+    task: str
+    arm: str
+    metric: str
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm less the reference after training, at the same seeds and problems.
+
+    Attributes:
+        p_holm: `difference.p` adjusted over the arms compared on this difficulty, task and
+            metric; None where there is no p.
+        test: McNemar's tests seed by seed; None for values that are not right or wrong.
+    """
+
+    difficulty: str
+    task: str
+    arm: str
+    reference: str
+    metric: str
+    difference: Estimate
+    p_holm: float | None
+    test: PairedTest | None
+
+
+@dataclass(frozen=True)
+class Asymmetry:
+    """Δa_r − Δa_p of an arm since step 0; above 0 where thinking gained more than seeing.
+
+    At the last step over seeds and problems, at earlier evaluations over seeds.
+    """
+
+    difficulty: str
+    task: str
+    arm: str
+    step: int
+    index: Estimate
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Within-group correlation of the outcome with seeing or thinking in a third of training."""
+
+    difficulty: str
+    arm: str
+    of: str
+    phase: str
+    correlation: Estimate
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of training step by step with its band, and its mean level over training."""
+
+    difficulty: str
+    arm: str
+    metric: str
+    steps: tuple[int, ...]
+    points: tuple[Estimate, ...]
+    mean_level: Estimate
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm spent until training accuracy `acc/a` reached `target`."""
+
+    difficulty: str
+    arm: str
+    unit: str
+    target: float
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything an ablation says, in numbers. `reference` is the first arm."""
+
+    question: str
+    reference: str
+    levels: tuple[Level, ...]
+    comparisons: tuple[Comparison, ...]
+    asymmetries: tuple[Asymmetry, ...]
+    couplings: tuple[Coupling, ...]
+    curves: tuple[Curve, ...]
+    costs: tuple[Cost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; NaN (a step that no seed has) becomes null."""
+        found: dict[str, Any] = _without_nan(asdict(self))
+        return found
+
+
+def collect(ablation: Ablation, folder: Path) -> pa.Table:
+    """The results (`RESULT_SCHEMA`) of every finished cell, in the ablation's order."""
+    tables = []
+    for cell in ablation.cells:
+        if not is_finished(folder, cell):
+            continue
+        run = cell_folder(folder, cell) / "run"
+        rows: list[tuple[int, str, str, str, float]] = []
+        for row in read_metrics(run).to_pylist():
+            rows.append((row["step"], *_task_of(row["name"]), "", row["value"]))
+        steps = max((row[0] for row in rows), default=0)
+        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        for task, tables_of in evaluation.items():
+            if task == ALL_TASKS:  # its problems are those of the others
+                continue
+            for step, when in ((0, "before"), (steps, "after")):
+                for metric, values in tables_of[when]["per_problem"].items():
+                    rows += [(step, task, metric, problem, v) for problem, v in values.items()]
+        constant = [cell.id, cell.arm, cell.difficulty, cell.seed]
+        columns = [[value] * len(rows) for value in constant] + [
+            list(c) for c in zip(*rows, strict=True)
+        ]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)]
+        tables.append(pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA))
+    return pa.concat_tables(tables) if tables else RESULT_SCHEMA.empty_table()
+
+
+def _task_of(name: str) -> tuple[str, str]:
+    """(task, metric) of a logged name: `eval/sudoku/a` is `a` of sudoku, others of no task."""
+    if name.startswith("eval/"):
+        _, task, metric = name.split("/", 2)
+        return task, metric
+    return "", name
+
+
+class Results:
+    """A table of results, by what one asks of it."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._problems: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
+        self._numbers: dict[tuple[str, ...], dict[int, dict[int, float]]] = {}
+        self.last_step: dict[tuple[str, str], int] = {}
+        arms: dict[str, None] = {}
+        difficulties: dict[str, None] = {}
+        tasks: dict[str, None] = {}
+        names = ["difficulty", "arm", "seed", "step", "task", "metric", "problem", "value"]
+        columns = [table.column(name).to_pylist() for name in names]
+        for difficulty, arm, seed, step, task, metric, problem, value in zip(*columns, strict=True):
+            arms[arm] = difficulties[difficulty] = None
+            if task:
+                tasks[task] = None
+            key = (difficulty, arm, task, metric)
+            last = self.last_step.get((difficulty, arm), 0)
+            self.last_step[difficulty, arm] = max(last, step)
+            if problem:
+                when = "before" if step == 0 else "after"
+                self._problems.setdefault((*key, when), {}).setdefault(seed, {})[problem] = value
+            else:
+                self._numbers.setdefault(key, {}).setdefault(seed, {})[step] = value
+        self.arms, self.difficulties, self.tasks = list(arms), list(difficulties), list(tasks)
+
+    def problems(
+        self, difficulty: str, arm: str, task: str, metric: str, when: str
+    ) -> dict[int, dict[str, float]]:
+        """seed -> problem -> value; `ALL_TASKS` has every task's problems."""
+        if task != ALL_TASKS:
+            return self._problems.get((difficulty, arm, task, metric, when), {})
+        merged: dict[int, dict[str, float]] = {}
+        for name in self.tasks:
+            by_seed = self._problems.get((difficulty, arm, name, metric, when), {})
+            for seed, values in by_seed.items():
+                merged.setdefault(seed, {}).update({f"{name}/{k}": v for k, v in values.items()})
+        return merged
+
+    def numbers(
+        self, difficulty: str, arm: str, task: str, metric: str
+    ) -> dict[int, dict[int, float]]:
+        """seed -> step -> value of a whole step or evaluation."""
+        return self._numbers.get((difficulty, arm, task, metric), {})
+
+
+def aligned(*parts: Mapping[int, Mapping[str, float]]) -> list[np.ndarray]:
+    """Arrays [S, P] of the seeds and problems that all parts have, in one order.
+
+    Problems are those that every one of those seeds has. Empty arrays where nothing is shared.
+    """
+    seeds = sorted(set.intersection(*(set(part) for part in parts)))
+    if not seeds:
+        return [np.zeros((0, 0)) for _ in parts]
+    shared = set.intersection(*(set(part[seed]) for part in parts for seed in seeds))
+    problems = sorted(shared)
+    return [np.array([[part[s][p] for p in problems] for s in seeds]) for part in parts]
+
+
+def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float | None) -> Summary:
+    """All statistics of a table of results; `arms[0]` is the reference.
+
+    `target` is the accuracy that costs are counted to; None: for each difficulty the mean of the
+    reference's `acc/a` over the last third of training. Comparisons use the seeds that both arms
+    have finished.
+    """
+    results = Results(table)
+    arms = [arm for arm in arms if arm in results.arms]
+    tasks = [*results.tasks, *([ALL_TASKS] if len(results.tasks) > 1 else [])]
+    places = [(d, task) for d in results.difficulties for task in tasks]
+    return Summary(
+        question=question,
+        reference=arms[0] if arms else "",
+        levels=tuple(
+            level
+            for difficulty, task in places
+            for arm in arms
+            for level in _levels(results, difficulty, task, arm)
+        ),
+        comparisons=tuple(
+            comparison
+            for difficulty, task in places
+            for metric in COMPARED
+            for comparison in _comparisons(results, difficulty, task, metric, arms)
+        ),
+        asymmetries=tuple(
+            found
+            for difficulty, task in places
+            for arm in arms
+            for found in _asymmetries(results, difficulty, task, arm)
+        ),
+        couplings=tuple(
+            found
+            for difficulty in results.difficulties
+            for arm in arms
+            for found in _couplings(results, difficulty, arm)
+        ),
+        curves=tuple(
+            found
+            for difficulty in results.difficulties
+            for arm in arms
+            for found in _curves(results, difficulty, arm)
+        ),
+        costs=tuple(
+            found
+            for difficulty in results.difficulties
+            for found in _costs(results, difficulty, arms, target)
+        ),
+    )
+
+
+def _levels(results: Results, difficulty: str, task: str, arm: str) -> Iterator[Level]:
+    for metric in COMPARED:
+        before, after = aligned(
+            *(results.problems(difficulty, arm, task, metric, w) for w in ("before", "after"))
+        )
+        if after.size:
+            yield Level(
+                difficulty,
+                task,
+                arm,
+                metric,
+                # Before training all seeds are one checkpoint: greedy, they give the same answers.
+                before=crossed_interval(before[:1], ACCURACY),
+                after=crossed_interval(after, ACCURACY),
+                change=crossed_interval(after - before, DIFFERENCE),
+            )
+
+
+def _comparisons(
+    results: Results, difficulty: str, task: str, metric: str, arms: Sequence[str]
+) -> list[Comparison]:
+    found = []
+    for arm in arms[1:]:
+        ours, reference = aligned(
+            results.problems(difficulty, arm, task, metric, "after"),
+            results.problems(difficulty, arms[0], task, metric, "after"),
+        )
+        if ours.size:
+            binary = bool(np.isin(ours, (0, 1)).all() and np.isin(reference, (0, 1)).all())
+            difference = crossed_interval(ours - reference, DIFFERENCE)
+            test = paired_test(reference, ours) if binary else None
+            found.append((arm, difference, test))
+    adjusted = iter(holm([d.p for _, d, _ in found if d.p is not None]))
+    return [
+        Comparison(
+            difficulty, task, arm, arms[0], metric, d, None if d.p is None else next(adjusted), test
+        )
+        for arm, d, test in found
+    ]
+
+
+def _asymmetries(results: Results, difficulty: str, task: str, arm: str) -> Iterator[Asymmetry]:
+    last = results.last_step.get((difficulty, arm), 0)
+    reasoning, perception = (results.numbers(difficulty, arm, task, m) for m in ("a_r", "a_p"))
+    seeds = sorted(set(reasoning) & set(perception))
+    every = [set(by[seed]) for by in (reasoning, perception) for seed in seeds]
+    steps = set.intersection(*every) if every else set()
+    for step in sorted(steps - {0, last}) if 0 in steps else ():
+        r, p = (
+            np.array([[by[seed][0], by[seed][step]] for seed in seeds]).T
+            for by in (reasoning, perception)
+        )
+        index = seed_interval(asymmetry((r[0], r[1]), (p[0], p[1])), (-2, 2))
+        yield Asymmetry(difficulty, task, arm, step, index)
+    arrays = aligned(
+        *(
+            results.problems(difficulty, arm, task, metric, when)
+            for metric in ("a_r", "a_p")
+            for when in ("before", "after")
+        )
+    )
+    if arrays[0].size:
+        by_problem = asymmetry((arrays[0], arrays[1]), (arrays[2], arrays[3]))
+        yield Asymmetry(difficulty, task, arm, last, crossed_interval(by_problem, (-2, 2)))
+
+
+def _couplings(results: Results, difficulty: str, arm: str) -> Iterator[Coupling]:
+    for name in COUPLINGS:
+        values = results.numbers(difficulty, arm, "", f"coupling/{name}/within")
+        counts = results.numbers(difficulty, arm, "", f"coupling/{name}/n_within")
+        steps = max((step for by in counts.values() for step in by), default=0)
+        for phase in PHASES:
+            by_seed = []
+            for seed in sorted(set(values) & set(counts)):
+                chosen = [s for s in values[seed] if s > 0 and phase_of(s, steps) == phase]
+                mean = mean_correlation(
+                    np.array([values[seed][s] for s in chosen]),
+                    np.array([counts[seed][s] for s in chosen]),
+                )
+                if mean is not None:
+                    by_seed.append(mean)
+            if by_seed:
+                yield Coupling(difficulty, arm, name, phase, correlation_interval(by_seed))
+
+
+def _curves(results: Results, difficulty: str, arm: str) -> Iterator[Curve]:
+    evaluated = [(t, m) for t in results.tasks for m in COMPARED]
+    for task, metric in [("", m) for m in CURVES] + evaluated:
+        by_seed = results.numbers(difficulty, arm, task, metric)
+        steps = sorted({step for values in by_seed.values() for step in values})
+        if not steps:
+            continue
+        curves = np.array(
+            [[by_seed[seed].get(step, math.nan) for step in steps] for seed in sorted(by_seed)]
+        )
+        bounds = (-math.inf, math.inf) if metric.startswith("reward/") else ACCURACY
+        areas = [
+            mean_level(np.array(sorted(values)), np.array([values[s] for s in sorted(values)]))
+            for _, values in sorted(by_seed.items())
+        ]
+        yield Curve(
+            difficulty,
+            arm,
+            f"eval/{task}/{metric}" if task else metric,
+            tuple(steps),
+            tuple(band(curves, bounds)),
+            seed_interval(areas, bounds),
+        )
+
+
+def _costs(
+    results: Results, difficulty: str, arms: Sequence[str], target: float | None
+) -> Iterator[Cost]:
+    if target is None:
+        reference = results.numbers(difficulty, arms[0], "", "acc/a") if arms else {}
+        last = [
+            [values[s] for s in sorted(values)][-max(1, len(values) // 3) :]
+            for values in reference.values()
+        ]
+        if not last:
+            return
+        target = float(np.mean([np.mean(values) for values in last]))
+    for arm in arms:
+        accuracy = results.numbers(difficulty, arm, "", "acc/a")
+        for unit, metric in SPENT.items():
+            amounts = results.numbers(difficulty, arm, "", metric)
+            costs, spent = [], []
+            for seed in sorted(set(accuracy) & set(amounts)):
+                steps = sorted(set(accuracy[seed]) & set(amounts[seed]))
+                cost = np.array([amounts[seed][s] for s in steps])
+                values = np.array([accuracy[seed][s] for s in steps])
+                costs.append(cost_to_reach(cost, values, target))
+                spent.append(float(cost.sum()))
+            if costs:
+                yield Cost(difficulty, arm, unit, target, reach(costs, spent))
+
+
+# --- in words ----------------------------------------------------------------------------------
+
+
+def in_words(summary: Summary, ablation: Ablation, folder: Path) -> str:
+    """The summary as Markdown: what was run, the answer in sentences, then the tables."""
+    budget = ablation.config.budget
+    done = [cell for cell in ablation.cells if is_finished(folder, cell)]
+    failed = [(c.id, e) for c in ablation.cells if (e := read_failure(folder, c)) is not None]
+    lines = [
+        f"# {ablation.name}",
+        "",
+        summary.question,
+        "",
+        f"{len(done)} of {len(ablation.cells)} cells finished; each {budget.amount} "
+        f"{budget.kind}; seeds {', '.join(map(str, ablation.config.seeds))}. Intervals are 95 %, "
+        "over seeds and test problems; differences are paired by seed and problem, and their p is "
+        "Holm-adjusted over arms.",
+    ]
+    lines += [f"- FAILED {cell}: {error}" for cell, error in failed]
+    lines += ["", "## Answer", "", *_sentences(summary)]
+    lines += ["", "## Accuracies", "", *_level_table(summary.levels)]
+    lines += ["", f"## Against `{summary.reference}`", "", *_comparison_table(summary.comparisons)]
+    lines += ["", "## Seeing and thinking", "", *_asymmetry_table(summary)]
+    lines += ["", "## Couplings of the outcome within groups", "", *_coupling_table(summary)]
+    lines += ["", "## Over training", "", *_training_table(summary)]
+    lines += ["", "## Cost of an accuracy", "", *_cost_table(summary.costs)]
+    return "\n".join(lines) + "\n"
+
+
+def _sentences(summary: Summary) -> list[str]:
+    found = []
+    for c in summary.comparisons:
+        if c.metric != "a":
+            continue
+        d = c.difference
+        seeds = "1 seed" if d.seeds == 1 else f"{d.seeds} seeds"
+        where = f"On {c.task}{f' ({c.difficulty})' if c.difficulty else ''}, `{c.arm}`"
+        if c.p_holm is None:
+            verdict = "one seed decides nothing about others"
+        elif c.p_holm < 0.05:
+            verdict = "more" if d.value > 0 else "less"
+            verdict = f"{verdict} than other seeds and problems explain"
+        else:
+            verdict = "no difference shown: the interval or the adjusted p allows none"
+        if d.seeds == 1:
+            verdict = f"one seed only, so this says nothing about other seeds; {verdict}"
+        found.append(
+            f"- {where} ends at a {d.value:+.3f} {_interval(d)} against `{c.reference}` "
+            f"({_p(c.p_holm)}, {seeds}): {verdict}."
+        )
+    return found or ["- There is no second arm with a seed of the reference to compare with."]
+
+
+def _level_table(levels: Iterable[Level]) -> list[str]:
+    rows = [
+        (_place(v), f"`{v.arm}`", v.metric, _show(v.before), _show(v.after), _show(v.change, "+"))
+        for v in levels
+    ]
+    return _markdown(("task", "arm", "metric", "before", "after", "change"), rows)
+
+
+def _comparison_table(comparisons: Iterable[Comparison]) -> list[str]:
+    rows = []
+    for c in comparisons:
+        test = ("", "", "")
+        if c.test is not None:
+            each = ", ".join(f"{p:.2g}" for p in c.test.p_by_seed)
+            test = (str(c.test.gained), str(c.test.lost), each)
+        raw = "" if c.difference.p is None else f"{c.difference.p:.2g}"
+        adjusted = "" if c.p_holm is None else f"{c.p_holm:.2g}"
+        rows.append(
+            (_place(c), f"`{c.arm}`", c.metric, _show(c.difference, "+"), raw, adjusted, *test)
+        )
+    head = ("task", "arm", "metric", "difference", "p", "p (Holm)", "gained", "lost")
+    return _markdown((*head, "McNemar p by seed"), rows)
+
+
+def _asymmetry_table(summary: Summary) -> list[str]:
+    rows = [
+        (_place(v), f"`{v.arm}`", str(v.step), _show(v.index, "+")) for v in summary.asymmetries
+    ]
+    return _markdown(("task", "arm", "step", "Δa_r − Δa_p"), rows)
+
+
+def _coupling_table(summary: Summary) -> list[str]:
+    cells = {(c.difficulty, c.arm, c.of, c.phase): _show(c.correlation) for c in summary.couplings}
+    keys = list(dict.fromkeys((c.difficulty, c.arm, c.of) for c in summary.couplings))
+    rows = [(k[0], f"`{k[1]}`", k[2], *(cells.get((*k, p), "") for p in PHASES)) for k in keys]
+    return _markdown(("difficulty", "arm", "correlation", *PHASES), rows)
+
+
+def _training_table(summary: Summary) -> list[str]:
+    rows = [(c.difficulty, f"`{c.arm}`", c.metric, _show(c.mean_level)) for c in summary.curves]
+    return _markdown(("difficulty", "arm", "metric", "mean level over training"), rows)
+
+
+def _cost_table(costs: Iterable[Cost]) -> list[str]:
+    rows = []
+    for c in costs:
+        r = c.reach
+        median = f"not within {r.spent_at_least:,.0f}" if r.median is None else f"{r.median:,.0f}"
+        reached = f"{r.reached} of {r.seeds}"
+        rows.append((c.difficulty, f"`{c.arm}`", f"{c.target:.3f}", reached, c.unit, median))
+    head = ("difficulty", "arm", "training a", "seeds that reached it", "unit", "median")
+    return _markdown(head, rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _place(row: Level | Comparison | Asymmetry) -> str:
+    return f"{row.task} ({row.difficulty})" if row.difficulty else row.task
+
+
+def _show(estimate: Estimate, sign: str = "") -> str:
+    return f"{estimate.value:{sign}.3f} {_interval(estimate)}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "(one seed)"
+    return f"[{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _p(value: float | None) -> str:
+    return "no p" if value is None else f"p = {value:.2g}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(below) for below in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
