@@ -31,23 +31,40 @@ from rollout.sampler import SamplerPool
 from rollout.tokens import load_processor, load_reader
 from rollout.transfer import HostSender, WeightSender, WeightTransferError
 
+LOCAL_RAY_TRIES = 3
+
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address=address,
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level="error",
-        ignore_reinit_error=True,
-        runtime_env={"env_vars": _worker_environment()} if address is None else None,
-    )
+    _attach(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _attach(address: str | None) -> None:
+    """`ray.init`, tried again where a local node was slow to come up.
+
+    Ray gives a new node 30 seconds, which a busy machine can take; it raises a bare Exception.
+    """
+    for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="error",
+                ignore_reinit_error=True,
+                runtime_env={"env_vars": _worker_environment()} if address is None else None,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if address is not None or not tries_left or "timed out" not in str(error):
+                raise
 
 
 def _worker_environment() -> dict[str, str]:
