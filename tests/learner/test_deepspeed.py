@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from learner.batch import TrainBatch
 from learner.engine import LearnerSettings, layer_groups, replacing
-from learner.losses import PolicyLoss
 from learner.policy import load_policy, make_collator
+from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import CliffLoss, mixed_batch
