@@ -307,22 +307,78 @@ class SegmentWeights(Section):
     answer: Amount = 1.0
 
 
+class EntropyWeights(Section):
+    """[algorithm.entropy_weights] A bonus on a segment's entropy, a mean over its own tokens."""
+
+    perception: Weight = 0.0
+    reasoning: Weight = 0.0
+    answer: Weight = 0.0
+
+
+class PapoConfig(Section):
+    """[algorithm.papo] PAPO's implicit perception loss: a second view of masked images."""
+
+    weight: Rate = 0.02
+    """Of the KL between the views, which is maximised."""
+    entropy_weight: Amount = 0.0
+    """Of the entropies of both views, which are minimised ("double entropy")."""
+    patch_size: Positive = 14
+    share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Of an image's patches, those painted black."""
+
+
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": {"aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
+    "gspo": {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"aggregation": "token_mean", "clip_low": 1.0, "clip_high": 4.0},
+}
+"""What a loss comes with: a range for a token's ratio would never clip a geometric mean of many."""
+
+
 class AlgorithmConfig(Section):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
     group_size: Annotated[int, Field(ge=2)] = 8
     problems_per_step: Positive = 16
     steps: Positive = 40
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
     clip_low: Share = 0.2
     clip_high: Amount = 0.28
-    entropy_weight: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    kl_weight: Amount = 0.0
+    """Of the KL to the policy that sampled."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_weight: Weight = 0.0
+    """Of a bonus on the mean entropy of all response tokens."""
     drop_zero_variance: bool = True
     max_staleness: Literal[0] = 0
     """Policy versions a rollout may lag behind: 0, the synchronous loop."""
     updates_per_step: Positive = 1
     """Minibatches a step's rollouts are split into, one optimizer step each."""
     segment_weights: SegmentWeights = SegmentWeights()
+    entropy_weights: EntropyWeights = EntropyWeights()
+    papo: PapoConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | data
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient(self) -> AlgorithmConfig:
+        if self.kl_weight and self.updates_per_step == 1 and self.max_staleness == 0:
+            raise _error(
+                f"got {self.kl_weight:g}, but with one update a step the learner still is the "
+                "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
+                "or leave kl_weight out",
+                "kl_weight",
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_to_split(self) -> AlgorithmConfig:

@@ -18,7 +18,7 @@ from cluster.report import write_report
 from cluster.runtime import Run, new_run_folder, running
 from cluster.tracking import Progress, Tracker
 from learner.batch import TrainBatch, TrainSequence
-from learner.losses import PolicyLoss
+from learner.policy_loss import Papo, PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.records import ScoredGroup
@@ -125,7 +125,18 @@ def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBa
 def policy_loss(recipe: Recipe) -> PolicyLoss:
     """The loss a recipe asks for."""
     algorithm = recipe.algorithm
-    return PolicyLoss(algorithm.clip_low, algorithm.clip_high, algorithm.entropy_weight)
+    return PolicyLoss(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        entropy_weight=algorithm.entropy_weight,
+        objective=algorithm.loss,
+        aggregation=algorithm.aggregation,
+        max_tokens=recipe.sampler.max_tokens,
+        kl_weight=algorithm.kl_weight,
+        kl_estimator=algorithm.kl_estimator,
+        entropy_weights={s: getattr(algorithm.entropy_weights, s) for s in SEGMENTS},
+        papo=Papo(**algorithm.papo.model_dump()) if algorithm.papo else None,
+    )
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -62,12 +62,21 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The response tokens of a micro-batch, flat; every tensor is [N]."""
+    """The response tokens of a micro-batch, flat; every tensor is [N].
+
+    `sequences` is int64: which sequence of the micro-batch a token belongs to, from 0. A sequence
+    is whole within its micro-batch, so a loss may look at all tokens of one.
+    """
 
     ids: torch.Tensor
     segments: torch.Tensor
     sampler_logprobs: torch.Tensor
     advantages: torch.Tensor
+    sequences: torch.Tensor
+
+    def first(self, count: int) -> Tokens:
+        """The first `count` tokens."""
+        return Tokens(**{name: value[:count] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -252,16 +261,18 @@ class Collator:
                 inputs[name] = torch.cat([encoded[image].inputs[name] for image in shown])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = image_mask
+        row_of = torch.cat(rows)
         tokens = Tokens(
             ids=_flat(sequences, "response_ids", torch.long),
             segments=_flat(sequences, "segments", torch.int8),
             sampler_logprobs=_flat(sequences, "sampler_logprobs", torch.float32),
             advantages=_flat(sequences, "advantages", torch.float32),
+            sequences=row_of,
         )
         return MicroBatch(
             inputs=inputs,
             vision=self._vision(encoded, shown),
-            rows=torch.cat(rows),
+            rows=row_of,
             columns=torch.cat(columns),
             tokens=tokens,
             weight=weight,

@@ -10,9 +10,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.losses import Loss, token_statistics
 from learner.policy import load_policy, make_collator
+from learner.policy_loss import PolicyLoss
 from tasks.core import SEGMENTS
+from tasks.images import mask_patches
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,22 @@ class DeepSpeedLearner:
         denominators = loss.denominators(batch)
         found: dict[str, float] = {f"sum/loss/{name}": 0.0 for name in denominators}
         lengths = [len(s) for s in batch.sequences]
-        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
+        mask = _mask(loss)
+        # Two views of a sequence go through one forward pass, in half the budget each.
+        budget = self._settings.micro_batch_tokens // (2 if mask else 1)
+        plan = plan_micro_batches(lengths, self._place.size, budget)
         share = plan[self._place.rank]
         for index, indices in enumerate(share):
             self._engine.set_gradient_accumulation_boundary(index == len(share) - 1)
-            micro = self._micro_batch(batch, indices)
+            micro = self._micro_batch(batch, indices, mask)
             logprobs, entropy = self._engine(micro, entropy_gradient=loss.uses_entropy)
-            terms = loss.sums(logprobs, entropy, micro.tokens)
+            tokens, masked = micro.tokens, {}
+            if mask and isinstance(loss, PolicyLoss):
+                logprobs, masked_logprobs = logprobs.chunk(2)
+                entropy, masked_entropy = entropy.chunk(2)
+                tokens = tokens.first(len(logprobs))
+                masked = loss.masked_sums(logprobs, entropy, masked_logprobs, masked_entropy)
+            terms = loss.sums(logprobs, entropy, tokens) | masked
             total = logprobs.new_zeros(())
             for name, value in terms.items():
                 part = value / denominators[name] * micro.weight
@@ -162,7 +174,7 @@ class DeepSpeedLearner:
             self._engine.backward(total * self._place.size)
             if micro.weight:
                 with torch.no_grad():
-                    statistics = token_statistics(logprobs, entropy, micro.tokens, loss)
+                    statistics = token_statistics(logprobs, entropy, tokens, loss)
                 statistics["sum/padded"] = float(micro.inputs["input_ids"].numel())
                 statistics["sum/kept"] = float(micro.real_tokens)
                 _accumulate(found, statistics)
@@ -234,13 +246,17 @@ class DeepSpeedLearner:
             model.save_pretrained(fresh, state_dict=state)
             self.processor.save_pretrained(fresh)
 
-    def _micro_batch(self, batch: TrainBatch, indices: list[int]) -> MicroBatch:
-        """The sequences at `indices`, or a filler where there is none."""
-        if indices:
-            micro = self._collate([batch.sequences[i] for i in indices])
-        else:
-            micro = self._collate([min(batch.sequences, key=len)], weight=0.0)
-        return micro.to(self._engine.device)
+    def _micro_batch(
+        self, batch: TrainBatch, indices: list[int], mask: Callable[[bytes], bytes] | None
+    ) -> MicroBatch:
+        """The sequences at `indices`, or a filler where there is none.
+
+        With a mask they come twice: as they are, then in the same order with masked images.
+        """
+        chosen = [batch.sequences[i] for i in indices] or [min(batch.sequences, key=len)]
+        if mask:
+            chosen += [s if s.image is None else replace(s, image=mask(s.image)) for s in chosen]
+        return self._collate(chosen, weight=1.0 if indices else 0.0).to(self._engine.device)
 
 
 @dataclass(frozen=True)
@@ -336,6 +352,14 @@ def layer_groups(names: list[str]) -> list[list[str]]:
         key = ".".join(parts[: number + 1]) if number is not None else ""
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _mask(loss: Loss) -> Callable[[bytes], bytes] | None:
+    """What masks an image for the second view of a loss that looks at two; each image once."""
+    papo = loss.papo if isinstance(loss, PolicyLoss) else None
+    if papo is None:
+        return None
+    return cache(lambda image: mask_patches(image, papo.patch_size, papo.share))
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:

@@ -1,4 +1,4 @@
-"""Losses as sums of named terms, each over its own global token count.
+"""Losses as sums of named terms, each over its own global token count; those of SFT.
 
 Every function is pure. A term is a sum over the tokens of one micro-batch; dividing it by the
 token count of the *whole* update (all micro-batches, all ranks) makes the loss independent of
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from learner.batch import Tokens, TrainBatch
+from learner.policy_loss import PolicyLoss, k3
 from tasks.core import SEGMENTS
 
 PERCEPTION = SEGMENTS.index("perception")
@@ -32,40 +33,6 @@ class Loss(Protocol):
         self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
     ) -> dict[str, torch.Tensor]:
         """Each term's weighted sum over a micro-batch, to be divided by its denominator."""
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Clipped policy gradient with token-level advantages (GRPO family), plus entropy.
-
-    `L = -Σ_t min(ρ_t A_t, clip(ρ_t, 1-ε_low, 1+ε_high) A_t) / N - β Σ_t H_t / N` with
-    ρ_t = exp(log π(t) - log π_sampler(t)) and N the global token count: PPO's clipped surrogate
-    (1707.06347, eq. 7), group advantages (GRPO, 2402.03300), clip-higher and token mean (DAPO,
-    2503.14476, eq. 8). The ratio is against the sampler's own log-probs.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    entropy_weight: float = 0.0
-
-    @property
-    def uses_entropy(self) -> bool:
-        return self.entropy_weight != 0
-
-    def denominators(self, batch: TrainBatch) -> dict[str, float]:
-        count = float(max(1, batch.response_tokens()))
-        return {"policy": count, "entropy": count}
-
-    def sums(
-        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
-    ) -> dict[str, torch.Tensor]:
-        ratio = torch.exp(logprobs - tokens.sampler_logprobs)
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate = torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
-        terms = {"policy": -surrogate.sum()}
-        if self.entropy_weight:
-            terms["entropy"] = -self.entropy_weight * entropy.sum()
-        return terms
 
 
 @dataclass(frozen=True)
@@ -130,13 +97,8 @@ def token_statistics(
     if isinstance(loss, PolicyLoss):
         gap = logprobs - tokens.sampler_logprobs
         ratio = torch.exp(gap)
-        low, high = 1 - loss.clip_low, 1 + loss.clip_high
-        clipped = ((ratio > high) & (tokens.advantages > 0)) | (
-            (ratio < low) & (tokens.advantages < 0)
-        )
-        found["sum/clipped"] = float(clipped.sum())
-        # k3 of KL(sampler || learner), Schulman 2020: unbiased and never negative.
-        found["sum/kl"] = float((ratio - 1 - gap).sum())
+        found["sum/clipped"] = float(loss.clipped(logprobs, tokens).sum())
+        found["sum/kl"] = float(k3(tokens.sampler_logprobs, logprobs).sum())
         found["sum/ratio"] = float(ratio.sum())
         found["max/logprob_gap"] = float(gap.abs().max()) if len(gap) else 0.0
         found["max/ratio_gap"] = float((ratio - 1).abs().max()) if len(gap) else 0.0

@@ -1,6 +1,7 @@
 """From rewards to advantages: one number a rollout, then one a token.
 
-Shapes: G rollouts in a group, T response tokens, C credit columns. Float64 up to the last step.
+Shapes: G rollouts in a group, T response tokens, C credit columns; a batch is the groups of one
+step. Float64 up to the last step.
 A group whose values are all equal carries no signal. It is found by `max == min` before
 anything is normalised: the float mean of six 0.9s is not 0.9, so a test on the standard
 deviation would let rounding noise through as an advantage.
@@ -8,14 +9,17 @@ deviation would let rounding noise through as an advantage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from tasks.core import SEGMENTS, Segment
 
-Estimator = Literal["grpo", "dr_grpo", "rloo"]
+GroupEstimator = Literal["grpo", "dr_grpo", "rloo"]
+"""Looks at one group alone."""
+
+Estimator = Literal[GroupEstimator, "reinforce_pp", "reinforce_pp_baseline"]
 
 CREDIT_COLUMNS = (*SEGMENTS, "none")
 """Where an advantage may go: the tokens of a segment, and the tokens outside every segment."""
@@ -29,7 +33,7 @@ def is_constant(values: np.ndarray) -> bool:
     return bool(values.max() == values.min())
 
 
-def group_advantages(rewards: np.ndarray, estimator: Estimator = "grpo") -> np.ndarray:
+def group_advantages(rewards: np.ndarray, estimator: GroupEstimator = "grpo") -> np.ndarray:
     """float64 [G] advantages of float64 [G] rewards, exactly 0 where all rewards are equal.
 
     `grpo`: (r − mean) / (std + EPS), population standard deviation (arXiv 2402.03300).
@@ -50,6 +54,42 @@ def group_advantages(rewards: np.ndarray, estimator: Estimator = "grpo") -> np.n
     else:
         raise ValueError(f"advantage estimator {estimator!r}: one of grpo, dr_grpo, rloo")
     return advantages
+
+
+def batch_advantages(rewards: Sequence[np.ndarray], estimator: Estimator) -> list[np.ndarray]:
+    """float64 [G] advantages of each group of a batch, from float64 [G] rewards each.
+
+    `reinforce_pp`: (r − mean) / (std + EPS) with mean and population standard deviation over
+    all rollouts of the batch (REINFORCE++, arXiv 2501.03262, without its token-level KL). No group
+    is looked at: rollouts with equal rewards share one advantage, which is not 0 unless their
+    reward is the batch's mean. Such a group has a gradient (an easy problem is reinforced, a hard
+    one discouraged) and does not count as zero variance. Exactly 0 only where the whole batch is
+    equal.
+    `reinforce_pp_baseline`: r − mean of the group, then whitened over the batch (the same paper's
+    variant with a group baseline); equal rewards in a group give exactly 0, and their zeros
+    count in the batch's standard deviation.
+    Others: `group_advantages` of each group.
+    """
+    if estimator == "reinforce_pp":
+        everything = np.concatenate([np.zeros(0), *rewards])
+        if len(everything) and is_constant(everything):
+            return [np.zeros_like(r) for r in rewards]
+        return [(r - everything.mean()) / (everything.std() + EPS) for r in rewards]
+    if estimator == "reinforce_pp_baseline":
+        return whiten([group_advantages(r, "dr_grpo") for r in rewards])
+    return [group_advantages(r, estimator) for r in rewards]
+
+
+def whiten(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Float64 [G] of each group less the batch's mean, over its population standard deviation.
+
+    Groups without signal count in both, and keep exactly 0.
+    """
+    if not batch:
+        return []
+    everything = np.concatenate(batch)
+    mean, std = everything.mean(), everything.std()
+    return [np.zeros_like(v) if is_constant(v) else (v - mean) / (std + EPS) for v in batch]
 
 
 def token_advantages(

@@ -17,7 +17,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from rewards.advantages import CREDIT_COLUMNS, EPS, Estimator, group_advantages, is_constant
+from rewards.advantages import (
+    CREDIT_COLUMNS,
+    Estimator,
+    batch_advantages,
+    group_advantages,
+    whiten,
+)
 from rewards.records import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
 from rewards.terms import TermSpec
 from rollout.record import Group
@@ -57,10 +63,11 @@ class Composition:
 
     Attributes:
         weights: term name -> weight; a scored term without a weight is only logged.
-        method: `sum_then_normalize`: R = Σ w_k·r_k, then the estimator within the group.
+        method: `sum_then_normalize`: R = Σ w_k·r_k, then the estimator.
             `normalize_then_sum` (GDPO, arXiv 2601.05242): each r_k is standardised within
             its group, then weighted and summed, then whitened over the batch.
-        estimator: see `advantages.group_advantages`; GDPO standardises, so it is `grpo`.
+        estimator: see `advantages.group_advantages` and `advantages.batch_advantages`; GDPO
+            standardises, so it is `grpo`.
         on_failure: term name -> what its failure does: end the run (also where a term is
             not named), drop the group, or count as zero.
         credit: term name -> segments that get its advantage; a term not named goes to all.
@@ -143,19 +150,14 @@ def normalize_then_sum(
 ) -> list[np.ndarray]:
     """Advantages float64 [G] of each group by GDPO (arXiv 2601.05242).
 
-    A_k = (r_k − mean_group) / (std_group + EPS); A = Σ w_k·A_k; then A is whitened with the
-    mean and population standard deviation of the whole batch, groups without signal
-    included. Those groups keep exactly 0.
+    A_k = (r_k − mean_group) / (std_group + EPS); A = Σ w_k·A_k; then A is whitened over the batch.
     """
-    sums = [
-        weighted_sum({name: group_advantages(values) for name, values in group.items()}, weights)
-        for group in batch
-    ]
-    if not sums:
-        return []
-    everything = np.concatenate(sums)
-    mean, std = everything.mean(), everything.std()
-    return [np.zeros_like(s) if is_constant(s) else (s - mean) / (std + EPS) for s in sums]
+    return whiten(
+        [
+            weighted_sum({name: group_advantages(v) for name, v in group.items()}, weights)
+            for group in batch
+        ]
+    )
 
 
 def compose_groups(
@@ -222,10 +224,8 @@ def _column_advantages(
             if composition.method == "normalize_then_sum":
                 found[key] = normalize_then_sum(batch, weights)
             else:
-                found[key] = [
-                    group_advantages(weighted_sum(values, weights), composition.estimator)
-                    for values in batch
-                ]
+                totals = [weighted_sum(values, weights) for values in batch]
+                found[key] = batch_advantages(totals, composition.estimator)
         columns.append(found[key])
     return [np.stack(of_group, axis=1) for of_group in zip(*columns, strict=True)]
 

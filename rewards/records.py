@@ -101,7 +101,8 @@ class ScoredGroup:
         totals: float64 [G], the weighted sum of all terms behind their gates; NaN where dropped.
         advantages: float64 [G, C], a column a segment and one for tokens outside every segment
             (`rewards.advantages.CREDIT_COLUMNS`); exactly 0 where `zero_variance` or `dropped`.
-        zero_variance: the rollouts cannot be told apart, so the group carries no gradient.
+        zero_variance: all its advantages are 0, so the group carries no gradient. An estimator
+            with a group baseline gives that where rewards are equal in the group.
         dropped: a term failed and the recipe drops such groups.
         failures, seconds, diagnosis: as in `ScoredTerms`.
     """

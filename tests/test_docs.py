@@ -21,6 +21,7 @@ from rewards.compose import Composition, compose_groups
 from rewards.judge import JudgeSettings
 from rewards.terms import BUILT_IN, Outcome, load_term
 from rollout.record import Group, Rollout
+from tasks.core import SEGMENTS
 from tasks.dataset_import import import_rows
 from tasks.datasets import read_examples, write_dataset
 from tasks.load import load_task
@@ -86,7 +87,7 @@ def test_every_name_in_the_index_of_papers_exists() -> None:
     ]
     assert len(index) > 20
     assert [(file, name) for file, name in index if not defines(ROOT / file, name)] == []
-    assert not defines(ROOT / "learner" / "losses.py", "PolicyLoss.sum")
+    assert not defines(ROOT / "learner" / "policy_loss.py", "PolicyLoss.sum")
 
 
 def defines(file: Path, name: str) -> bool:
@@ -136,16 +137,21 @@ def made_by_the_learner() -> set[str]:
 
     from learner.batch import Tokens, TrainBatch
     from learner.engine import DeepSpeedLearner, _summary
-    from learner.losses import BalancedLoss, PolicyLoss, TokenMeanLoss, token_statistics
+    from learner.losses import BalancedLoss, TokenMeanLoss, token_statistics
+    from learner.policy_loss import Papo, PolicyLoss
 
     values = torch.linspace(-2, -1, 4)
-    tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4))
+    one = torch.zeros(4, dtype=torch.long)
+    tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4), one)
+    every_term = PolicyLoss(
+        entropy_weight=1, kl_weight=1, entropy_weights=dict.fromkeys(SEGMENTS, 1.0), papo=Papo(1, 1)
+    )
     names = set()
     by_update = set(
         re.findall(r'metrics\["(\w+)"\] = ', inspect.getsource(DeepSpeedLearner.update))
     )
     for loss, prefix in (
-        (PolicyLoss(), "learner"),
+        (every_term, "learner"),
         (BalancedLoss(), "sft"),
         (TokenMeanLoss(), "sft"),
     ):

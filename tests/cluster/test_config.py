@@ -152,6 +152,25 @@ def test_settings_that_cannot_work_name_their_field(
     assert error(recipe, override).startswith(f"{recipe}: {field}: ")
 
 
+def test_a_loss_brings_its_own_clip_and_aggregation(recipe: Path) -> None:
+    for loss, expected in {
+        "gspo": ("sequence_mean", 3e-4, 4e-4),
+        "cispo": ("token_mean", 1.0, 4.0),
+    }.items():
+        loaded = load_recipe(recipe, [f"algorithm.loss={loss}"]).algorithm
+        assert (loaded.aggregation, loaded.clip_low, loaded.clip_high) == expected
+        own = load_recipe(recipe, [f"algorithm.loss={loss}", "algorithm.clip_low=0.5"]).algorithm
+        assert (own.clip_low, own.clip_high) == (0.5, expected[2])
+    assert "algorithm.loss: " in error(recipe, "algorithm.loss=ppo")
+    assert "algorithm.loss: " in error(recipe, "algorithm.loss=[]")
+
+
+def test_a_kl_term_without_a_gradient_is_refused(recipe: Path) -> None:
+    said = error(recipe, "algorithm.kl_weight=0.1")
+    assert "algorithm.kl_weight: got 0.1" in said and "updates_per_step" in said
+    load_recipe(recipe, ["algorithm.kl_weight=0.1", "algorithm.updates_per_step=2"])
+
+
 def test_alpha_and_terms_are_two_ways_to_say_one_thing(recipe: Path) -> None:
     short = load_recipe(recipe, ["reward.alpha=0.25"]).reward.effective_terms()
     assert {term.name: term.weight for term in short} == {"outcome": 0.75, "perception": 0.25}

@@ -10,7 +10,14 @@ import pytest
 
 from cluster.config import Recipe, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
-from cluster.train import free_requests, learner_metrics, learning_rate, train_batches
+from cluster.train import (
+    free_requests,
+    learner_metrics,
+    learning_rate,
+    policy_loss,
+    train_batches,
+)
+from learner.policy_loss import Papo, PolicyLoss
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import load_term
@@ -50,6 +57,37 @@ def scored(answers: list[bool], name: str) -> ScoredGroup:
         [made], [score(made, load_term("outcome"))], Composition({"outcome": 1.0})
     )
     return found
+
+
+def test_the_loss_is_what_the_recipe_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(RECIPE)
+    # Without a word about it: GRPO's clipped surrogate, token mean, no KL, no bonus, one view.
+    default = policy_loss(load_recipe(path))
+    assert default == PolicyLoss(
+        max_tokens=256, entropy_weights={"perception": 0, "reasoning": 0, "answer": 0}
+    )
+    assert not default.uses_entropy
+    found = policy_loss(
+        load_recipe(
+            path,
+            [
+                "algorithm.loss=gspo",
+                "algorithm.clip_high=0.01",
+                "algorithm.updates_per_step=2",
+                "algorithm.kl_weight=0.5",
+                "algorithm.kl_estimator=k2",
+                "algorithm.entropy_weight=0.25",
+                "algorithm.entropy_weights.perception=0.125",
+                "algorithm.papo={weight = 0.01, entropy_weight = 0.03, share = 0.5}",
+                "sampler.max_tokens=99",
+            ],
+        )
+    )
+    assert found == PolicyLoss(
+        3e-4, 0.01, 0.25, "gspo", "sequence_mean", 99, 0.5, "k2",
+        {"perception": 0.125, "reasoning": 0, "answer": 0}, Papo(0.01, 0.03, 14, 0.5),
+    )  # fmt: skip
 
 
 def test_groups_without_a_gradient_are_left_out(recipe: Recipe) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from learner.batch import TrainBatch
+from learner.batch import TrainBatch, TrainSequence
 from learner.engine import LearnerSettings, layer_groups, replacing
-from learner.losses import PolicyLoss
 from learner.policy import load_policy, make_collator
+from learner.policy_loss import Papo, PolicyLoss
 from learner.tiny import FAMILIES
+from tasks.images import mask_patches
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import CliffLoss, mixed_batch
 from tests.learner.test_policy import plain_logprobs
@@ -23,8 +24,21 @@ from tests.learner.test_policy import plain_logprobs
 RATE = 1e-3
 CLIP = 0.5
 LOSS = PolicyLoss(entropy_weight=0.01)
-TWO = {"qwen3_vl": ("0", "1", "2", "3", "2 whole"), "internvl": ("0", "3")}
-ONE = {"qwen3_vl": ("0", "0 whole"), "internvl": ("0 whole",)}
+EVERY_TERM = PolicyLoss(
+    0.05,
+    0.08,
+    objective="gspo",
+    aggregation="sequence_mean",
+    kl_weight=0.1,
+    kl_estimator="k2",
+    entropy_weights={"perception": 0.5, "reasoning": 0.2},
+    papo=Papo(0.5, 0.3, patch_size=8, share=0.6),
+)
+TWO = {
+    "qwen3_vl": ("0", "1", "2", "3", "2 whole", "3 every term", "2 whole every term"),
+    "internvl": ("0", "3"),
+}
+ONE = {"qwen3_vl": ("0", "0 whole", "0 every term"), "internvl": ("0 whole", "0 every term")}
 REFUSING = (0, 2, 3)
 SAVED = ("2/qwen3_vl/3", "1/qwen3_vl/0", "2/internvl/3", "1/internvl/0 whole")
 NAMES = {
@@ -72,7 +86,7 @@ class Ranks:
                 jobs |= {f"refused {stage}": self.refused(stage) for stage in REFUSING}
             out = folder / f"ranks-{ranks}"
             out.mkdir()
-            self.outcomes |= run_ranks(ranks, jobs, out, seconds=300)
+            self.outcomes |= run_ranks(ranks, jobs, out, seconds=600)
 
     def job(self, name: str) -> Job:
         _, family, case = name.split("/")
@@ -83,7 +97,8 @@ class Ranks:
             max_grad_norm=CLIP,
         )
         save = str(self.folder / name.replace("/", "-")) if name in SAVED else None
-        return Job(settings, tuple((b, LOSS) for b in self.batches[family]), RATE, save)
+        loss = EVERY_TERM if "every term" in case else LOSS
+        return Job(settings, tuple((b, loss) for b in self.batches[family]), RATE, save)
 
     def refused(self, stage: int) -> Job:
         """Two updates to refuse: one for its gradient, one for its loss."""
@@ -96,7 +111,7 @@ class Ranks:
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def reference(self, family: str) -> tuple[float, dict[str, torch.Tensor]]:
+    def reference(self, family: str, every_term: bool) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss and float64 gradients of the first update: plain model, a sequence at a time."""
         policy, processor = load_policy(str(self.paths[family]))
         policy.double()
@@ -104,6 +119,11 @@ class Ranks:
         total = torch.zeros(())
         for s in batch.sequences:
             logprobs, entropies = plain_logprobs(policy, processor, s)
+            if every_term:
+                image = None if s.image is None else mask_patches(s.image, 8, 0.6)
+                masked = plain_logprobs(policy, processor, replace(s, image=image))
+                total = total + every_term_reference(s, logprobs, entropies, *masked, batch)
+                continue
             ratio = (logprobs - torch.from_numpy(s.sampler_logprobs)).exp()
             gain = torch.minimum(
                 ratio * torch.from_numpy(s.advantages),
@@ -118,24 +138,59 @@ class Ranks:
         return float(total.detach()), gradients
 
 
+def every_term_reference(
+    s: TrainSequence,
+    logprobs: torch.Tensor,
+    entropies: torch.Tensor,
+    masked: torch.Tensor,
+    masked_entropies: torch.Tensor,
+    batch: TrainBatch,
+) -> torch.Tensor:
+    """A sequence's share of `EVERY_TERM`."""
+    gap = logprobs - torch.from_numpy(s.sampler_logprobs)
+    advantages, found = torch.from_numpy(s.advantages), torch.zeros((), dtype=torch.float64)
+    ratio = float(gap.detach().mean().exp())
+    for t in range(len(gap)):
+        a = float(advantages[t])
+        if not (ratio > 1.08 and a > 0) and not (ratio < 0.95 and a < 0):
+            # The token form of GSPO: the sequence's ratio, a gradient for each token of its own.
+            found = found - ratio * a * (1 + logprobs[t] - logprobs[t].detach())
+        else:
+            found = found - min(max(ratio, 0.95), 1.08) * a
+        found = found + 0.1 * gap[t] ** 2 / 2
+    found = found / len(gap) / len(batch.sequences)
+    for index, weight in ((0, 0.5), (1, 0.2)):
+        count = sum(int((other.segments == index).sum()) for other in batch.sequences)
+        own = torch.from_numpy(s.segments == index)
+        found = found - weight * entropies[own].sum() / max(1, count)
+    r = (masked - logprobs).exp()
+    image_terms = 0.3 * (entropies + masked_entropies) - 0.5 * (r - 1 - r.log())
+    return found + image_terms.sum() / batch.response_tokens()
+
+
 @pytest.fixture(scope="module")
 def ranks(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(tmp_path_factory.mktemp("ranks"), tiny_models)
 
 
-def outcomes(ranks: Ranks, family: str) -> dict[str, Outcome]:
-    return {name: o for name, o in ranks.outcomes.items() if f"/{family}/" in name}
+def outcomes(ranks: Ranks, family: str, every_term: bool = False) -> dict[str, Outcome]:
+    return {
+        name: outcome
+        for name, outcome in ranks.outcomes.items()
+        if f"/{family}/" in name and every_term == ("every term" in name)
+    }
 
 
+@pytest.mark.parametrize("every_term", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_plain_model_however_split(
-    ranks: Ranks, family: str
+    ranks: Ranks, family: str, every_term: bool
 ) -> None:
-    loss, gradients = ranks.reference(family)
+    loss, gradients = ranks.reference(family, every_term)
     norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
     assert norm > 2 * CLIP
-    found = outcomes(ranks, family)
-    assert len(found) == len(TWO[family]) + len(ONE[family])
+    found = outcomes(ranks, family, every_term)
+    assert found
     for name, outcome in found.items():
         assert outcome.metrics[0]["loss"] == pytest.approx(loss, abs=2e-6), name
         assert outcome.gradients.keys() == gradients.keys()
@@ -144,9 +199,10 @@ def test_loss_and_gradients_are_those_of_the_plain_model_however_split(
             assert gap < 2e-5 * norm, (name, parameter)
 
 
+@pytest.mark.parametrize("every_term", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_metrics_do_not_depend_on_the_split(ranks: Ranks, family: str) -> None:
-    first, *others = outcomes(ranks, family).values()
+def test_metrics_do_not_depend_on_the_split(ranks: Ranks, family: str, every_term: bool) -> None:
+    first, *others = outcomes(ranks, family, every_term).values()
     skip = ("seconds", "padding_share")
     for other in others:
         for update in range(2):

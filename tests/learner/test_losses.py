@@ -13,10 +13,10 @@ from learner.losses import (
     PERCEPTION,
     BalancedLoss,
     Loss,
-    PolicyLoss,
     TokenMeanLoss,
     token_statistics,
 )
+from learner.policy_loss import PolicyLoss
 
 N = 400
 LOW, HIGH, BETA = 0.2, 0.28, 0.01
@@ -31,6 +31,7 @@ def draw(seed: int) -> tuple[np.ndarray, np.ndarray, Tokens]:
         segments=torch.from_numpy(rng.integers(-1, 3, N).astype(np.int8)),
         sampler_logprobs=torch.from_numpy(logprobs - rng.normal(0, 0.4, N)),
         advantages=torch.from_numpy(rng.normal(0, 1, N)),
+        sequences=torch.zeros(N, dtype=torch.long),
     )
     return logprobs, rng.exponential(1.0, N), tokens
 

@@ -10,11 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.advantages import EPS, Estimator, group_advantages, is_constant, token_advantages
+from rewards.advantages import (
+    EPS,
+    Estimator,
+    GroupEstimator,
+    batch_advantages,
+    group_advantages,
+    is_constant,
+    token_advantages,
+)
 from tasks.core import NO_SEGMENT, SEGMENTS
 
-ESTIMATORS: tuple[Estimator, ...] = ("grpo", "dr_grpo", "rloo")
+ESTIMATORS: tuple[GroupEstimator, ...] = ("grpo", "dr_grpo", "rloo")
+WHITENED: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline")
 sane = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3))
+batches = st.lists(
+    st.one_of(
+        st.lists(sane, min_size=2, max_size=6),
+        st.tuples(sane, st.integers(2, 6)).map(lambda drawn: [drawn[0]] * drawn[1]),
+    ),
+    min_size=1,
+    max_size=6,
+)
 
 
 def test_six_times_nine_tenths_is_no_signal() -> None:
@@ -68,6 +85,44 @@ def test_advantages_sum_to_zero_keep_order_and_follow_a_permutation(
         assert np.all((found[:, None] > found[None, :]) <= (values[:, None] > values[None, :]))
         again = group_advantages(values[order], estimator)
         np.testing.assert_allclose(again, found[order], rtol=1e-9, atol=1e-9)
+
+
+@given(batches)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_whitened_estimators_equal_exact_arithmetic(batch: list[list[float]]) -> None:
+    rewards = [np.array(group) for group in batch]
+    for estimator in WHITENED:
+        found = batch_advantages(rewards, estimator)
+        exact = [[Fraction(r) for r in group] for group in batch]
+        if estimator == "reinforce_pp_baseline":
+            exact = [[r - sum(group) / len(group) for r in group] for group in exact]
+        everything = [float(r) for group in exact for r in group]
+        mean = float(sum((r for group in exact for r in group), Fraction(0)) / len(everything))
+        std = statistics.pstdev(everything)
+        for group, rewarded, advantages in zip(exact, batch, found, strict=True):
+            expected = [(float(r) - mean) / (std + EPS) for r in group]
+            np.testing.assert_allclose(advantages, expected, rtol=1e-6, atol=1e-6)
+            if estimator == "reinforce_pp_baseline" and len(set(rewarded)) == 1:
+                assert advantages.tolist() == [0.0] * len(group)
+
+
+@given(batches)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_a_batch_of_group_estimators_is_its_groups(batch: list[list[float]]) -> None:
+    rewards = [np.array(group) for group in batch]
+    for estimator in ESTIMATORS:
+        for found, group in zip(batch_advantages(rewards, estimator), rewards, strict=True):
+            assert found.tolist() == group_advantages(group, estimator).tolist()
+
+
+def test_plain_reinforce_pp_teaches_from_groups_of_equal_rewards() -> None:
+    easy, hard, mixed = np.ones(4), np.zeros(4), np.array([0.0, 1.0, 0.0, 1.0])
+    found = batch_advantages([easy, hard, mixed], "reinforce_pp")
+    np.testing.assert_allclose([found[0], found[1]], [[1.0] * 4, [-1.0] * 4], rtol=1e-5)
+    # A batch without any difference teaches nothing, whatever rounding says.
+    for estimator in WHITENED:
+        assert not np.any(batch_advantages([np.full(6, 0.9), np.full(5, 0.9)], estimator)[0])
+        assert batch_advantages([], estimator) == []
 
 
 def test_a_spread_of_rounding_errors_stays_negligible() -> None:

@@ -104,6 +104,26 @@ def test_groups_that_cannot_be_told_apart_are_zero_and_flagged() -> None:
         assert (found[2].advantages[0] > 0).all() and (found[2].advantages[1] < 0).all()
 
 
+def test_plain_reinforce_pp_keeps_groups_that_cannot_be_told_apart() -> None:
+    # Three right, none right, half right: without a group baseline all of them have a gradient.
+    batch = [group(5, *["5;10;"] * 4), group(4, *["4;7;"] * 4), group(3, "3;6;", "3;5;")]
+    found = {}
+    for estimator in ("reinforce_pp", "reinforce_pp_baseline"):
+        composition = Composition({"outcome": 1.0}, estimator=estimator)
+        found[estimator] = compose(batch, [Outcome()], composition)
+    plain, baseline = found["reinforce_pp"], found["reinforce_pp_baseline"]
+    assert [g.zero_variance for g in plain] == [False] * 3
+    assert (plain[0].advantages > 0).all() and (plain[1].advantages < 0).all()
+    assert [g.zero_variance for g in baseline] == [True, True, False]
+    whole = np.concatenate([g.advantages for g in baseline])
+    np.testing.assert_allclose(whole.std(axis=0), 1, rtol=1e-4)
+    # Dropped groups are not in the batch; a batch of equals has no signal at all.
+    (same,) = compose(
+        batch[:1], [Outcome()], Composition({"outcome": 1.0}, estimator="reinforce_pp")
+    )
+    assert same.zero_variance
+
+
 def test_an_unweighted_term_is_logged_and_rewards_nothing() -> None:
     one = group(5, "5;10;", "5;10;zzzz")
     (found,) = compose([one], [Outcome(), Length()], Composition({"outcome": 1.0}))

@@ -1,0 +1,227 @@
+"""The loss of RL: a policy-gradient term, and terms on KL, entropy and the use of the image.
+
+Shapes: N response tokens of a micro-batch. ρ_t = π(t) / π_sampler(t): ratios are against the
+sampler's own log-probs, and the sampler is the policy that the tokens were drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from learner.batch import Tokens, TrainBatch
+from tasks.core import SEGMENTS, Segment
+
+Objective = Literal["clip", "gspo", "cispo"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def k1(sampled: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """−log r of each token, r = p/q: an unbiased estimate of KL(q ‖ p), of either sign.
+
+    `sampled` and `other` are log-probs [N] under q, which the tokens were drawn from, and p. As a
+    loss (its gradient averaged over tokens drawn from q), by which of the two is trained:
+    - p trained, q fixed: the gradient of KL(q ‖ p), exact but noisy: it is not 0 token by token
+      even where p = q.
+    - q trained, p fixed (a KL to a reference model): zero on average. It does nothing.
+
+    The three estimators: Schulman 2020, "Approximating KL divergence".
+    """
+    return sampled - other
+
+
+def k2(sampled: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """½·log² r of each token: a biased estimate of KL(q ‖ p), never negative; arguments as `k1`.
+
+    As a loss it follows the KL whose first argument is the policy that is trained:
+    - p trained, q fixed: the gradient of KL(p ‖ q), as far as tokens of q stand for tokens of p.
+    - q trained, p fixed: the gradient of KL(q ‖ p), exact.
+    """
+    return (sampled - other).square() / 2
+
+
+def k3(sampled: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """r − 1 − log r of each token: an unbiased estimate of KL(q ‖ p), never negative; as `k1`.
+
+    As a loss:
+    - p trained, q fixed: the gradient of KL(q ‖ p), exact, and 0 token by token where p = q.
+    - q trained, p fixed: the gradient of KL(p ‖ q), though the value estimates KL(q ‖ p).
+    """
+    gap = other - sampled
+    return torch.exp(gap) - 1 - gap
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+@dataclass(frozen=True)
+class Papo:
+    """Implicit perception loss: reward a policy for what it says because of the image.
+
+    `-γ·KL(π(·|image) ‖ π(·|masked image)) + η·(H[π(·|image)] + H[π(·|masked image)])`, each a mean
+    over response tokens (PAPO, arXiv 2507.06448). KL is estimated by `k3`, as in PAPO's code.
+    Both views have a gradient (in PAPO's code the masked one has none, see its issue 20): through
+    `k3` the masked view follows that of this KL, the plain view that of KL(masked ‖ plain).
+    Entropies are exact.
+
+    Attributes:
+        weight: γ. The KL has no upper bound: a large weight ruins the policy under the mask.
+        entropy_weight: η of the double entropy loss, which counters that.
+        patch_size, share: the mask, see `tasks.images.mask_patches`.
+    """
+
+    weight: float = 0.02
+    entropy_weight: float = 0.0
+    patch_size: int = 14
+    share: float = 0.6
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Policy gradient with token-level advantages, plus optional terms.
+
+    `policy`, by `objective`; s the surrogate gain of a token, to be maximised:
+    - `clip`: s = min(ρ_t A_t, clip(ρ_t, 1-ε_low, 1+ε_high) A_t). PPO's clipped surrogate
+      (arXiv 1707.06347, eq. 7) as in GRPO (2402.03300), with clip-higher (DAPO, 2503.14476).
+    - `gspo`: the same with one ratio a sequence, the geometric mean of its ρ_t (GSPO,
+      2507.18071). In its token form (section 4.3), where a token's gradient is the sequence's
+      ratio times A_t ∇log π(t): with equal advantages over a sequence and `sequence_mean` it is
+      GSPO's own objective, value and gradient.
+    - `cispo`: s = sg(clip(ρ_t, 1-ε_low, 1+ε_high)) A_t log π(t): no token loses its gradient
+      (CISPO, 2506.13585). ε_low = 1 is no lower bound.
+
+    `kl`: `kl_weight` times the KL to the sampler's policy: of tokens drawn from q = the sampler,
+    with the learner as the trained p in `k1`, `k2` or `k3`.
+
+    `aggregation` says how these two become one number, over the whole update:
+    - `token_mean`: Σ_t / response tokens (DAPO, eq. 8).
+    - `sequence_mean`: the mean over sequences of each sequence's mean (GRPO, eq. 3).
+    - `constant`: Σ_t / (sequences × `max_tokens`), so that length earns nothing (Dr. GRPO,
+      2503.20783). Sequences are those of the update: groups left out of it do not count.
+
+    `entropy`: −`entropy_weight` times the mean entropy of all response tokens.
+    `entropy_<segment>`: −`entropy_weights[segment]` times the mean over that segment's own
+    tokens, so a short perception counts as much as a long reasoning.
+    `papo_kl`, `papo_entropy`, `papo_masked_entropy`: see `Papo`.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    entropy_weight: float = 0.0
+    objective: Objective = "clip"
+    aggregation: Aggregation = "token_mean"
+    max_tokens: int = 1
+    kl_weight: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_weights: Mapping[Segment, float] = field(default_factory=dict)
+    papo: Papo | None = None
+
+    @property
+    def uses_entropy(self) -> bool:
+        of_papo = self.papo.entropy_weight if self.papo else 0.0
+        return any((self.entropy_weight, *self.entropy_weights.values(), of_papo))
+
+    def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        tokens = float(max(1, batch.response_tokens()))
+        sequences = float(max(1, sum(len(s.response_ids) > 0 for s in batch.sequences)))
+        counts = {
+            "token_mean": tokens,
+            "sequence_mean": sequences,
+            "constant": sequences * self.max_tokens,
+        }
+        found = {"policy": counts[self.aggregation]}
+        if self.kl_weight:
+            found["kl"] = counts[self.aggregation]
+        if self.entropy_weight:
+            found["entropy"] = tokens
+        of_segment = batch.segment_tokens()
+        for segment, weight in self.entropy_weights.items():
+            if weight:
+                count = of_segment.get(SEGMENTS.index(segment), 0)
+                found[f"entropy_{segment}"] = float(max(1, count))
+        if self.papo:
+            found["papo_kl"] = tokens
+            if self.papo.entropy_weight:
+                found |= {"papo_entropy": tokens, "papo_masked_entropy": tokens}
+        return found
+
+    def sums(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        """All terms but those of `Papo`."""
+        terms = {"policy": -self._sum(self._gain(logprobs, tokens), tokens)}
+        if self.kl_weight:
+            kl = KL_ESTIMATORS[self.kl_estimator](tokens.sampler_logprobs, logprobs)
+            terms["kl"] = self.kl_weight * self._sum(kl, tokens)
+        if self.entropy_weight:
+            terms["entropy"] = -self.entropy_weight * entropy.sum()
+        for segment, weight in self.entropy_weights.items():
+            if weight:
+                inside = tokens.segments == SEGMENTS.index(segment)
+                chosen = torch.where(inside, entropy, torch.zeros_like(entropy))
+                terms[f"entropy_{segment}"] = -weight * chosen.sum()
+        return terms
+
+    def masked_sums(
+        self,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        masked_logprobs: torch.Tensor,
+        masked_entropy: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The terms of `Papo`, from the same tokens [N] under the image and the masked image.
+
+        A sequence without an image is the same in both views: its KL is 0.
+        """
+        if self.papo is None:
+            return {}
+        terms = {"papo_kl": -self.papo.weight * k3(logprobs, masked_logprobs).sum()}
+        if self.papo.entropy_weight:
+            terms["papo_entropy"] = self.papo.entropy_weight * entropy.sum()
+            terms["papo_masked_entropy"] = self.papo.entropy_weight * masked_entropy.sum()
+        return terms
+
+    def clipped(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """bool [N]: tokens whose gradient the clip cuts off (of `cispo`: whose weight it cuts)."""
+        ratio, advantages = self._ratio(logprobs, tokens), tokens.advantages
+        above, below = ratio > 1 + self.clip_high, ratio < 1 - self.clip_low
+        if self.objective == "cispo":
+            return (above | below) & (advantages != 0)
+        return (above & (advantages > 0)) | (below & (advantages < 0))
+
+    def _ratio(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        gap = logprobs - tokens.sampler_logprobs
+        if self.objective == "gspo":
+            # The value is the sequence's, the gradient each token's own.
+            mean = _sequence_sums(gap.detach() * _shares(tokens), tokens)
+            gap = mean[tokens.sequences] + logprobs - logprobs.detach()
+        return torch.exp(gap)
+
+    def _gain(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        ratio = self._ratio(logprobs, tokens)
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        if self.objective == "cispo":
+            return clipped.detach() * tokens.advantages * logprobs
+        return torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+
+    def _sum(self, values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """What `aggregation` adds up of values [N], before its denominator."""
+        if self.aggregation == "sequence_mean":
+            values = values * _shares(tokens)
+        return values.sum()
+
+
+def _sequence_sums(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """The sum of values [N] over each sequence of the micro-batch."""
+    count = int(tokens.sequences.max()) + 1 if len(tokens.sequences) else 0
+    return values.new_zeros(count).index_add_(0, tokens.sequences, values)
+
+
+def _shares(tokens: Tokens) -> torch.Tensor:
+    """[N]: one over the number of tokens in each token's sequence."""
+    ones = torch.ones_like(tokens.advantages)
+    return 1 / _sequence_sums(ones, tokens)[tokens.sequences]
