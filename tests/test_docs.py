@@ -104,6 +104,8 @@ def defines(file: Path, name: str) -> bool:
 def names_of(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.Assign):
         return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
     return [getattr(node, "name", "")]
 
 
