@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from learner.batch import TrainBatch
-from learner.engine import LearnerSettings, layer_groups, replacing
+from learner.checkpoint import replacing
+from learner.engine import LearnerSettings, layer_groups
 from learner.losses import PolicyLoss
 from learner.policy import load_policy, make_collator
 from learner.tiny import FAMILIES
