@@ -199,8 +199,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def seed_all(seed: int, steps: int, rank: int) -> None:
     """Random streams for a rank that has none to go on from: seed, progress and rank decide."""
-    for place, start in enumerate((torch.manual_seed, np.random.seed, random.seed)):
-        start(int(np.random.SeedSequence([seed, steps, rank, place]).generate_state(1)[0]))
+    one, two, three = np.random.SeedSequence([seed, steps, rank]).generate_state(3).tolist()
+    torch.manual_seed(one)
+    np.random.seed(two)
+    random.seed(three)
 
 
 def read_random_states(path: Path) -> list[dict[str, Any]]:

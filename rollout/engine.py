@@ -358,9 +358,10 @@ class Engine:
 
 
 def request_seed(seed: int, group_id: str) -> int:
-    """The seed of a group's tokens, in [0, 2^62): what is drawn does not hang on when or beside what.
+    """The seed of a group's tokens, in [0, 2^62); vLLM adds `i` for response `i` of the group.
 
-    vLLM gives response `i` of the group the seed after the `i`-th next.
+    So what a group draws hangs on neither the time nor its company, and a resumed run draws what
+    the uninterrupted one would have.
     """
     digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2

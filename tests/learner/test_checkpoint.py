@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or refused by name, and a learner goes on as if it had not stopped."""
+"""Training checkpoints: whole or refused by name; a learner goes on as if it had not stopped."""
 
 from __future__ import annotations
 
