@@ -145,8 +145,9 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
         except NonFiniteLoss as error:
             outcome.errors.append(str(error))
             continue
-        if not outcome.moments:
-            for name, parameter in named.items():
+        if not outcome.after_first:
+            # Under bfloat16 AdamW steps on float32 twins of these.
+            for name, parameter in named.items() if job.settings.dtype == "float32" else ():
                 if job.settings.zero_stage:
                     moment = safe_get_full_optimizer_state(parameter, "exp_avg")
                 else:
