@@ -54,19 +54,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 @app.command()
 def train(
-    recipe: RecipePath,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
+    ] = None,
     set_: Overrides = None,
     address: Address = None,
     dry_run: DryRun = False,
     output: Output = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run from its last training checkpoint"),
+    ] = None,
 ) -> None:
     """Train a policy with RL: sample, score, learn, send the weights back."""
-    loaded = load_recipe(recipe, set_ or ())
+    resumed = None
+    if resume is not None:
+        if recipe is not None or output is not None:
+            raise UserError("--resume RUN: the run has its recipe and its folder; give neither")
+        from cluster.checkpoints import resume as go_on
+
+        loaded, resumed = go_on(resume, set_ or ())
+    elif recipe is not None:
+        loaded = load_recipe(recipe, set_ or ())
+    else:
+        raise UserError("equipoise train: give a recipe, or --resume RUN to go on with a run")
     if not _ready(loaded, "train", address, dry_run):
         return
     from cluster.train import run_training
 
-    run_training(loaded, address=address, output=output)
+    run_training(loaded, address=address, output=output, resumed=resumed)
 
 
 @app.command()

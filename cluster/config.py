@@ -459,7 +459,11 @@ class SftConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """[checkpoint] `every` steps, 0 for only at the end; the last `keep` stay."""
+    """[checkpoint] Training checkpoints, to resume from: `every` steps and after the last step.
+
+    0: only when the run is told to stop. The last `keep` stay. The policy at the end is always
+    left in `checkpoint`.
+    """
 
     every: Count = 0
     keep: Positive = 2

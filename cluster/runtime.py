@@ -7,7 +7,6 @@ actor's own error on top, is written to the run folder, and ends the run; nothin
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,13 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.checkpoints import Position, Resumed
 from cluster.config import Recipe, RunFailed, UserError
 from cluster.placement import frozen_models, require_cluster
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
+from learner.checkpoint import checkpoint_folder
 from learner.engine import LearnerSettings
 from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
@@ -118,9 +119,12 @@ def engine_settings(
 
 
 def learner_settings(
-    recipe: Recipe, model: str | None = None, temperature: float = 1.0
+    recipe: Recipe, model: str | None = None, temperature: float = 1.0, resume: bool = False
 ) -> LearnerSettings:
-    """What a recipe asks of each learner rank; `temperature` is that of the tokens' sampler."""
+    """What a recipe asks of each learner rank; `temperature` is that of the tokens' sampler.
+
+    `resume`: `model` is a training checkpoint to go on from.
+    """
     learner = recipe.learner
     return LearnerSettings(
         model=model or recipe.model.path,
@@ -136,6 +140,7 @@ def learner_settings(
         micro_batch_tokens=learner.micro_batch_tokens,
         threads=learner.threads or threads_for(learner.cpus),
         seed=recipe.seed,
+        resume=resume,
     )
 
 
@@ -169,16 +174,23 @@ def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
 
 
 class Run:
-    """The live parts of a training run."""
+    """The live parts of a training run; the learner starts from `checkpoint` where one is given."""
 
-    def __init__(self, recipe: Recipe, sources: list[ProblemSource], say: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: list[ProblemSource],
+        say: Progress,
+        checkpoint: Path | None = None,
+    ) -> None:
         start = time.perf_counter()
         self.recipe, self.sources = recipe, sources
         sampler, learner = recipe.sampler, recipe.learner
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
         self.samplers = sampler_pool(recipe)
+        model = str(checkpoint) if checkpoint else None
         self.learner = LearnerGroup(
-            learner_settings(recipe, temperature=sampler.temperature),
+            learner_settings(recipe, model, sampler.temperature, resume=checkpoint is not None),
             learner.ranks,
             learner.cpus,
             learner.gpus,
@@ -223,13 +235,10 @@ class Run:
             transfer.deadline_seconds,
         )
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint under `<folder>/checkpoints`, keeping the last `checkpoint.keep`."""
-        kept = folder / "checkpoints"
-        kept.mkdir(parents=True, exist_ok=True)
-        self.learner.save(kept / f"step-{step:06d}")
-        for old in sorted(kept.glob("step-*"))[: -self.recipe.checkpoint.keep]:
-            shutil.rmtree(old)
+    def save(self, folder: Path, position: Position) -> None:
+        """Write a training checkpoint of a run folder, keeping the last `checkpoint.keep`."""
+        target = checkpoint_folder(folder, position.step)
+        self.learner.save_training(target, position.to_dict(), self.recipe.checkpoint.keep)
 
     def stop(self) -> None:
         """End every actor."""
@@ -240,8 +249,14 @@ class Run:
 
 
 @contextmanager
-def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) -> Iterator[Run]:
-    """Start a run's actors and end them whatever happens.
+def running(
+    recipe: Recipe,
+    address: str | None,
+    folder: Path,
+    say: Progress,
+    resumed: Resumed | None = None,
+) -> Iterator[Run]:
+    """Start a run's actors, or those of a run that goes on; end them whatever happens.
 
     Input that cannot be used is refused before anything is started or written. Raises RunFailed
     with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
@@ -258,7 +273,11 @@ def running(recipe: Recipe, address: str | None, folder: Path, say: Progress) ->
         load_reader(model)
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "train")
-        run = Run(recipe, sources, say)
+        for reason in resumed.refused if resumed else ():
+            say.say(f"warning: checkpoint refused: {reason}")
+        if resumed:
+            say.say(f"going on after step {resumed.position.step}, from {resumed.checkpoint}")
+        run = Run(recipe, sources, say, resumed.checkpoint if resumed else None)
         try:
             yield run
         finally:

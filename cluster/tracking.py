@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
@@ -113,10 +114,16 @@ PACKAGES = (
 class Tracker:
     """Writes a run's records; use it in a `with` block or call `close`."""
 
-    def __init__(self, run_dir: Path | str, recipe_toml: str | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path | str,
+        recipe_toml: str | None = None,
+        after_step: int | None = None,
+    ) -> None:
         """Open a new run folder, or go on in one (a later value of a step's metric counts).
 
-        `recipe_toml` is the resolved recipe's text; None leaves the file alone.
+        `recipe_toml` is the resolved recipe's text; None leaves the file alone. `after_step`: the
+        run goes on from the end of that step, and what later steps left behind is removed.
         """
         # Two seconds of imports that reading a run does not need.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -130,6 +137,8 @@ class Tracker:
         versions = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
         _write(self.run_dir / "versions.json", lambda path: path.write_bytes(versions.encode()))
         self._events = EventFileWriter(str(self.run_dir / "tensorboard"))
+        if after_step is not None:
+            self._rewind(after_step)
         self._part = max((int(p.stem[5:]) for p in _metric_parts(self.run_dir)), default=0)
         self._images: set[str] = set()
 
@@ -183,6 +192,23 @@ class Tracker:
             _write(self.run_dir / "metrics.parquet", lambda path: pq.write_table(table, path))
             for part in parts:
                 part.unlink()
+
+    def _rewind(self, step: int) -> None:
+        """Forget every step after `step`: its metrics, its rollouts, its TensorBoard points."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        if (self.run_dir / "metrics.parquet").exists() or _metric_parts(self.run_dir):
+            table = read_metrics(self.run_dir)
+            kept = table.filter(pc.less_equal(table["step"], step))
+            _write(self.run_dir / "metrics.parquet", lambda path: pq.write_table(kept, path))
+            for part in _metric_parts(self.run_dir):
+                part.unlink()
+        for file in (self.run_dir / "rollouts").glob("step-*.parquet"):
+            if int(file.stem[5:]) > step:
+                file.unlink()
+        # TensorBoard drops what it read from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
 
     def _save_image(self, image: bytes) -> str:
         sha = hashlib.sha256(image).hexdigest()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.checkpoints import Position, Resumed, claimed, stop_signal
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
 from cluster.metrics import MISMATCH_LIMIT, EvalTable, before_after, pooled, step_metrics
@@ -27,23 +28,32 @@ from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS, Problem, Segment
 
 
-def run_training(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
-    """Train by a recipe and return the run folder.
+def run_training(
+    recipe: Recipe,
+    address: str | None = None,
+    output: Path | None = None,
+    resumed: Resumed | None = None,
+) -> Path:
+    """Train by a recipe, from the start or from where a run was, and return the run folder.
 
-    Raises DataError or ModelError for input that cannot be used (nothing is written then), and
+    A first SIGTERM or Ctrl-C lets the step end and leaves a checkpoint to resume from. Raises
+    DataError or ModelError for input that cannot be used (nothing is written then), and
     RunFailed when an actor ends the run.
     """
-    folder = new_run_folder(recipe, output)
+    folder = resumed.run if resumed else new_run_folder(recipe, output)
+    at = resumed.position if resumed else Position()
     progress = Progress(recipe.algorithm.steps)
     with (
-        running(recipe, address, folder, progress) as run,
-        Tracker(folder, resolved_toml(recipe)) as tracker,
+        running(recipe, address, folder, progress, resumed) as run,
+        claimed(folder),
+        Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
+        stop_signal() as stop,
     ):
         progress.say(f"run folder: {folder}")
-        verify_transfer(run)
-        before = measure(run, tracker, step=0)
-        version = 0
-        for step in range(1, recipe.algorithm.steps + 1):
+        verify_transfer(run, at.version)
+        before = at.before or measure(run, tracker, step=0)
+        version = at.version
+        for step in range(at.step + 1, recipe.algorithm.steps + 1):
             clock = StepClock()
             problems = step_problems(
                 run.sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
@@ -68,13 +78,22 @@ def run_training(recipe: Recipe, address: str | None = None, output: Path | None
             progress.step(step, metrics, clock.total())
             if recipe.eval.every and step % recipe.eval.every == 0 and step < progress.steps:
                 measure(run, tracker, step)
-            if recipe.checkpoint.every and step % recipe.checkpoint.every == 0:
-                run.save(folder, step)
+            if stop.asked or checkpoint_due(recipe, step):
+                run.save(folder, Position(step, version, before))
+            if stop.asked:
+                progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
+                return folder
         after = measure(run, tracker, step=recipe.algorithm.steps)
         run.learner.save(folder / "checkpoint")
         report_change(folder, before, after, progress)
     progress.say(f"report: {write_report(folder)}")
     return folder
+
+
+def checkpoint_due(recipe: Recipe, step: int) -> bool:
+    """Whether a step ends with a training checkpoint; with `checkpoint.every` the last one does."""
+    every = recipe.checkpoint.every
+    return bool(every) and (step % every == 0 or step == recipe.algorithm.steps)
 
 
 def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:
@@ -147,17 +166,18 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     )
 
 
-def verify_transfer(run: Run) -> None:
-    """Send the untrained weights once: the engines' checksums must not change by it.
+def verify_transfer(run: Run, version: int) -> None:
+    """Send the weights once before any step: untrained, they must not change the checksums.
 
     Sampler and learner loaded the same checkpoint, so tensors that land in the wrong place or
     dtype show here, before a step is spent; that they land at all shows in `learner/logprob_gap`
-    of the next steps. Under `transfer.checksum = "never"` only the transfer is made. Raises
-    WeightTransferError naming the sampler and the first parameter that changed.
+    of the next steps. Under `transfer.checksum = "never"`, and for the trained weights of a
+    resumed run, only the transfer is made. Raises WeightTransferError naming the sampler and the
+    first parameter that changed.
     """
-    check = run.recipe.transfer.checksum != "never"
+    check = run.recipe.transfer.checksum != "never" and version == 0
     before = run.samplers.weight_checksums() if check else []
-    run.learner.send_weights(0)
+    run.learner.send_weights(version)
     after = run.samplers.weight_checksums() if check else []
     for client, old, new in zip(run.samplers.clients, before, after, strict=False):
         changed = sorted(name for name in old if old[name] != new.get(name))

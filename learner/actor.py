@@ -46,6 +46,9 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         self._learner.save(Path(folder))
 
+    def save_training(self, folder: str, state: dict[str, Any], keep: int) -> None:
+        self._learner.save_training(Path(folder), state, keep)
+
 
 class LearnerGroup:
     """All ranks of the learner; each call runs on every rank and returns rank 0's result.
@@ -118,6 +121,10 @@ class LearnerGroup:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder."""
         self.wait([r.save.remote(str(folder)) for r in self._ranks])
+
+    def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
+        """Write a training checkpoint (see `DeepSpeedLearner.save_training`)."""
+        self.wait([r.save_training.remote(str(folder), state, keep) for r in self._ranks])
 
     def stop(self) -> None:
         """Kill the ranks' processes."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,12 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
+from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
 from learner.losses import Loss, token_statistics
 from learner.policy import load_policy, make_collator
 from learner.policy_loss import PolicyLoss
+from learner.state import (
+    OptimizerState,
+    random_state,
+    read_random_states,
+    seed_all,
+    set_random_state,
+)
 from tasks.core import SEGMENTS
 from tasks.images import mask_patches
 
@@ -35,6 +43,7 @@ class LearnerSettings:
 
     micro_batch_tokens: padded tokens of one forward pass. threads: intra-op threads, 0 keeps
     torch's default. temperature: that of the sampler, so log-probs are of the same distribution.
+    resume: `model` is a training checkpoint, whose optimizer and random streams to go on with.
     """
 
     model: str
@@ -50,6 +59,7 @@ class LearnerSettings:
     micro_batch_tokens: int = 8192
     threads: int = 0
     seed: int = 0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class DeepSpeedLearner:
             settings.head_float32,
         )
         self._start(policy, settings, place)
+        if settings.resume:
+            self._resume(Path(settings.model) / TRAINING)
 
     def _start(self, policy: Any, settings: LearnerSettings, place: WorldPlace) -> None:
         import deepspeed
@@ -233,18 +245,58 @@ class DeepSpeedLearner:
 
         Every rank must call it; rank 0 writes. An existing folder is replaced.
         """
+        with replacing(folder) if self._place.rank == 0 else nullcontext() as fresh:
+            self._write_model(fresh)
+
+    def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
+        """Write a training checkpoint (see `learner.checkpoint`) and keep the last `keep`.
+
+        `state` is the driver's own part of it, JSON-able. Every rank must call it; rank 0 writes.
+        The optimizer state is gathered and written by layer group, so the extra memory is one.
+        """
+        randoms = _from_ranks(random_state(), self._place.size)
+        optimizer = self._optimizer_state()
+        names = [name for name, _ in self._engine.module.model.named_parameters()]
+        with replacing(folder) if self._place.rank == 0 else nullcontext() as fresh:
+            self._write_model(fresh)
+            if fresh:
+                (fresh / TRAINING).mkdir()
+            for place, group in enumerate(layer_groups(names)):
+                tensors = optimizer.tensors(group)
+                if fresh and tensors:
+                    save_file(tensors, fresh / TRAINING / f"optimizer-{place:04d}.safetensors")
+            if fresh:
+                write_json(fresh / TRAINING / "random.json", randoms)
+                write_json(fresh / STATE, state)
+                seal(fresh)
+        if self._place.rank == 0:
+            prune(folder, keep)
+
+    def _resume(self, folder: Path) -> None:
+        """Take over the optimizer state and the random streams, whatever ranks they came from."""
+        files = sorted(folder.glob("optimizer-*.safetensors"))
+        steps = self._optimizer_state().load(files)
+        randoms = read_random_states(folder / "random.json")
+        if len(randoms) == self._place.size:
+            set_random_state(randoms[self._place.rank])
+        else:
+            seed_all(self._settings.seed, steps, self._place.rank)
+
+    def _optimizer_state(self) -> OptimizerState:
+        return OptimizerState(self._engine, self._deepspeed, self._settings.zero_stage)
+
+    def _write_model(self, folder: Path | None) -> None:
+        """Gather the weights on every rank; rank 0, which has a folder, writes them there."""
         model = self._engine.module.model
         state: dict[str, torch.Tensor] = {}
         for names, tensors in self.weights().parameter_groups():
-            if self._place.rank == 0:
+            if folder:
                 state.update(zip(names, (t.detach().cpu().clone() for t in tensors), strict=True))
-        if self._place.rank != 0:
-            return
-        buffers = dict(model.named_buffers())
-        state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
-        with replacing(folder) as fresh:
-            model.save_pretrained(fresh, state_dict=state)
-            self.processor.save_pretrained(fresh)
+        if folder:
+            buffers = dict(model.named_buffers())
+            state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
+            model.save_pretrained(folder, state_dict=state)
+            self.processor.save_pretrained(folder)
 
     def _micro_batch(
         self, batch: TrainBatch, indices: list[int], mask: Callable[[bytes], bytes] | None
@@ -321,28 +373,6 @@ class GatheredWeights:
         return converted
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes the place of `folder` once the block ends without error.
-
-    After an error, or if the process dies within the block, `folder` is as it was.
-    """
-    fresh = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-    except BaseException:
-        shutil.rmtree(fresh)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def layer_groups(names: list[str]) -> list[list[str]]:
     """Names by layer: consecutive names that share everything up to their first number."""
     groups: dict[str, list[str]] = {}
@@ -379,12 +409,18 @@ def _accumulate(found: dict[str, float], more: dict[str, float]) -> None:
 def _over_ranks(found: dict[str, float], ranks: int) -> dict[str, float]:
     if ranks == 1:
         return found
-    shares: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(shares, found)
     total: dict[str, float] = {}
-    for share in shares:
+    for share in _from_ranks(found, ranks):
         _accumulate(total, share)
     return total
+
+
+def _from_ranks(value: Any, ranks: int) -> list[Any]:
+    """Every rank's `value`, by rank; all must call it."""
+    found: list[Any] = [value] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def _summary(found: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ errors and `EngineDeadError`; `worker_extension_cls` and the weight-transfer reg
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass
@@ -72,9 +73,12 @@ class EngineDied(SamplerError):
 class Engine:
     """A live vLLM engine holding one policy version at a time."""
 
-    def __init__(self, llm: Any, processor: Any, name: str, frozen: bool = False) -> None:
+    def __init__(
+        self, llm: Any, processor: Any, name: str, frozen: bool = False, seed: int = 0
+    ) -> None:
         self._llm = llm
         self._frozen = frozen
+        self._seed = seed
         self._processor = processor
         self._tokenizer = tokenizer_of(processor)
         self._decoder = Decoder(self._tokenizer)
@@ -101,6 +105,7 @@ class Engine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         processor = (load_reader if settings.frozen else load_processor)(settings.model)
@@ -110,6 +115,10 @@ class Engine:
         if not settings.frozen:
             chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
             chosen["weight_transfer_config"] = WeightTransferConfig(backend=settings.transport)
+        if current_platform.is_cpu():
+            # A prompt read in pieces throws the token drawn after each piece away and takes its
+            # seed's stream back by an offset, which a CPU's generator does not have.
+            chosen["enable_chunked_prefill"] = False
         args = AsyncEngineArgs(
             model=settings.model,
             dtype=settings.dtype,
@@ -125,7 +134,8 @@ class Engine:
             disable_log_stats=True,
             **chosen,
         )
-        return cls(AsyncLLM.from_engine_args(args), processor, name, settings.frozen)
+        llm = AsyncLLM.from_engine_args(args)
+        return cls(llm, processor, name, settings.frozen, settings.seed)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:
         """Sample `request.n` responses to one problem as one engine request.
@@ -296,6 +306,7 @@ class Engine:
             logprobs=0,
             flat_logprobs=True,
             stop_token_ids=self._placeholders,
+            seed=request_seed(self._seed, request.group_id),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -344,6 +355,16 @@ class Engine:
             if span.version.isdigit():
                 versions[span.start : span.end] = int(span.version)
         return versions
+
+
+def request_seed(seed: int, group_id: str) -> int:
+    """The seed of a group's tokens, in [0, 2^62); vLLM adds `i` for response `i` of the group.
+
+    So what a group draws hangs on neither the time nor its company, and a resumed run draws what
+    the uninterrupted one would have.
+    """
+    digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
 
 
 def _view(problem: Problem, view: ImageView) -> Image.Image | None:

@@ -71,6 +71,26 @@ def test_a_crash_loses_the_unwritten_step_only_and_a_resumed_run_goes_on(tmp_pat
     assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 20, (3, "x"): 30, (4, "x"): 40}
 
 
+def test_a_run_that_goes_on_from_a_step_forgets_those_after_it(tmp_path: Path) -> None:
+    crashed = Tracker(tmp_path)
+    for step in range(1, 6):
+        crashed.log(step, {"x": float(step)})
+        crashed.log_rollouts(step, scored(group(5, "5;10;", "1;2;")))
+    crashed.log(3, {"eval/x": 0.5})
+    with Tracker(tmp_path, after_step=3) as again:
+        assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 2, (3, "x"): 3, (3, "eval/x"): 0.5}
+        with pytest.raises(FileNotFoundError):
+            read_rollouts(tmp_path, 4)
+        again.log(4, {"x": 40.0})
+    assert values(tmp_path)[4, "x"] == 40
+    assert len(list((tmp_path / "rollouts").iterdir())) == 3
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("x")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    with Tracker(tmp_path / "new", after_step=0):
+        pass
+
+
 def test_a_metric_that_is_no_number_is_an_error_at_once(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker, pytest.raises(ValueError, match="high"):
         tracker.log(1, {"x": "high"})  # type: ignore[dict-item]

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -26,12 +27,16 @@ from learner.losses import Loss
 
 @dataclass(frozen=True)
 class Job:
-    """Updates, one after the other, by a fresh learner; refused ones are gone past."""
+    """Updates, one after the other, by a fresh learner; refused ones are gone past.
+
+    checkpoint: where to write a training checkpoint, and after how many updates.
+    """
 
     settings: LearnerSettings
     updates: tuple[tuple[TrainBatch, Loss], ...]
     learning_rate: float
     save: str | None = None
+    checkpoint: tuple[int, str] | None = None
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Outcome:
         after_first, weights: checkpoint names after the first update and at the end.
         logprobs: of the first batch at the end.
         errors: of updates that were refused.
+        draw_at_start, draw_at_checkpoint: see `draws`.
     """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -56,6 +62,13 @@ class Outcome:
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    draw_at_start: list[float] = field(default_factory=list)
+    draw_at_checkpoint: list[float] = field(default_factory=list)
+
+
+def draws() -> list[float]:
+    """The next number of each random stream."""
+    return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 
 def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) -> dict[str, Outcome]:
@@ -122,14 +135,19 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
 
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
-    for batch, loss in job.updates:
+    outcome.draw_at_start = draws()
+    for done, (batch, loss) in enumerate(job.updates):
+        if job.checkpoint and job.checkpoint[0] == done:
+            learner.save_training(Path(job.checkpoint[1]), {"updates": done}, keep=2)
+            outcome.draw_at_checkpoint = draws()
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
             outcome.errors.append(str(error))
             continue
-        if not outcome.moments:
-            for name, parameter in named.items():
+        if not outcome.after_first:
+            # Under bfloat16 AdamW steps on float32 twins of these.
+            for name, parameter in named.items() if job.settings.dtype == "float32" else ():
                 if job.settings.zero_stage:
                     moment = safe_get_full_optimizer_state(parameter, "exp_avg")
                 else:

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from learner.batch import TrainBatch, TrainSequence
-from learner.engine import LearnerSettings, layer_groups, replacing
+from learner.checkpoint import replacing
+from learner.engine import LearnerSettings, layer_groups
 from learner.policy import load_policy, make_collator
 from learner.policy_loss import Papo, PolicyLoss
 from learner.tiny import FAMILIES

@@ -1,0 +1,173 @@
+"""Going on with a run: how far it was, under which recipe it may go on, how it is stopped.
+
+The files of a training checkpoint are the learner's (`learner/checkpoint.py`); what the driver
+itself must remember is a `Position`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.config import Recipe, RecipeError, UserError, load_recipe
+from cluster.metrics import EvalTable
+from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
+
+MAY_CHANGE = (
+    "algorithm.steps",
+    "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
+    "learner.timeout_seconds",
+    "sampler.count", "sampler.cpus", "sampler.gpus", "sampler.threads",
+    "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
+    "checkpoint.every", "checkpoint.keep",
+)  # fmt: skip
+"""Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: `step` steps and `version` policy updates are done.
+
+    Problems, group ids, sampling seeds, learning rate and reward weights of a step follow from
+    recipe and step, so the groups consumed are those of the steps done. `before` holds the
+    evaluation of the untrained policy, a table a task.
+    """
+
+    step: int = 0
+    version: int = 0
+    before: dict[str, EvalTable] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        before = {task: table.to_dict() for task, table in self.before.items()}
+        return {"step": self.step, "version": self.version, "before": before}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Position:
+        """Read what `to_dict` wrote."""
+        before = {task: EvalTable.from_dict(table) for task, table in data["before"].items()}
+        return cls(data["step"], data["version"], before)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with: its folder, the checkpoint to go on from, and those refused, why."""
+
+    run: Path
+    checkpoint: Path
+    position: Position
+    refused: tuple[str, ...] = ()
+
+
+def resume(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Resumed]:
+    """The recipe of a run, with `overrides` as after `--set`, and where it goes on.
+
+    Raises UserError for a folder that is no run or has no checkpoint that can be used (each
+    file that was refused is named), RecipeError for an override that would make another run.
+    """
+    stored = run / "recipe.toml"
+    if not stored.is_file():
+        raise UserError(f"--resume {run}: no run folder: it has no recipe.toml")
+    recipe = load_recipe(stored, overrides)
+    changed = _changed(load_recipe(stored).model_dump(), recipe.model_dump())
+    if wrong := [name for name in changed if name not in MAY_CHANGE]:
+        raise RecipeError(
+            f"--resume {run}: --set changes {', '.join(wrong)}, which would make another run of "
+            f"it; a resumed run may change {', '.join(MAY_CHANGE)}"
+        )
+    resumed = newest(run)
+    if resumed.position.step > recipe.algorithm.steps:
+        raise RecipeError(
+            f"--resume {run}: algorithm.steps is {recipe.algorithm.steps}, but "
+            f"{resumed.position.step} steps are done; set it higher"
+        )
+    if resumed.position.step == recipe.algorithm.steps and (run / "evaluation.json").exists():
+        raise UserError(
+            f"--resume {run}: all {recipe.algorithm.steps} steps are done; to go on beyond them, "
+            "add --set algorithm.steps=N"
+        )
+    return recipe, resumed
+
+
+def newest(run: Path) -> Resumed:
+    """The last training checkpoint of a run that is whole; every byte of it was read.
+
+    Raises UserError where there is none.
+    """
+    refused: list[str] = []
+    for folder in reversed(checkpoint_folders(run)):
+        try:
+            state = check(folder)
+            position = Position.from_dict(state)
+        except CheckpointError as error:
+            refused.append(str(error))
+        except (KeyError, TypeError, AttributeError) as error:
+            refused.append(f"{folder / STATE}: not a training state: {error!r}")
+        else:
+            return Resumed(run, folder.resolve(), position, tuple(refused))
+    if refused:
+        listed = "\n".join(f"  {reason}" for reason in refused)
+        raise UserError(f"--resume {run}: no training checkpoint can be used:\n{listed}")
+    raise UserError(
+        f"--resume {run}: it has no training checkpoint, so it can only be started again; "
+        "checkpoint.every = N in a recipe writes one every N steps"
+    )
+
+
+class StopSignal:
+    """Whether the user, or the machine, asked the run to stop."""
+
+    asked = False
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    """Turn the first SIGTERM or Ctrl-C into a wish to stop; the next one ends the run at once."""
+    stop = StopSignal()
+    before = {int(n): signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        stop.asked = True
+        signal.signal(number, before[number])
+        name = signal.Signals(number).name
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"{name}: finishing this step, then a checkpoint ...\n".encode())
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone; whatever ends the process lets it go.
+
+    Raises UserError where another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is still running it") from None
+        yield
+
+
+def _changed(old: Any, new: Any, at: str = "") -> list[str]:
+    """Dotted names of the fields that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        below = (_changed(old.get(n), new.get(n), f"{at}.{n}" if at else n) for n in names)
+        return [name for found in below for name in found]
+    return [] if old == new else [at]

@@ -1,0 +1,214 @@
+"""Training checkpoints: whole or refused by name; a learner goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from learner.batch import TrainBatch
+from learner.checkpoint import (
+    CheckpointError,
+    check,
+    checkpoint_folder,
+    checkpoint_folders,
+    prune,
+    replacing,
+    seal,
+    write_json,
+)
+from learner.engine import LearnerSettings
+from learner.policy import load_policy
+from learner.policy_loss import PolicyLoss
+from tests.learner.ranks import Job, Outcome, run_ranks
+from tests.learner.samples import mixed_batch
+
+RANKS = 3
+"""Parameters of even size do not divide by it, so ZeRO-3 pads them."""
+LOSS = PolicyLoss(entropy_weight=0.01)
+SAVED_AFTER = 2
+SAVING = (f"{RANKS}/3", f"{RANKS}/0", "1/0", "1/2", "1/0 bf16", "1/2 bf16", "1/3 bf16")
+RESUMING = {
+    f"{RANKS}/3": (f"{RANKS}/3", f"{RANKS}/1", "1/0", "1/2"),
+    f"{RANKS}/0": (f"{RANKS}/2", "1/0"),
+    "1/0": ("1/0", "1/3"),
+    "1/2": ("1/2",),
+    "1/0 bf16": ("1/0 bf16", "1/2 bf16"),
+    "1/2 bf16": ("1/2 bf16",),
+    "1/3 bf16": ("1/3 bf16", "1/0 bf16"),
+}
+
+
+class Lives:
+    """What uninterrupted learners did, and those that went on from their checkpoints."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, str(model)
+        _, processor = load_policy(self.model)
+        mixed = mixed_batch(processor)
+        # Some updates have no image on one rank or another.
+        one, two = TrainBatch(mixed.sequences[1:3]), TrainBatch(mixed.sequences[::2])
+        self.batches = (mixed, one, two, mixed, one)
+        self.whole: dict[str, Outcome] = {}
+        self.resumed: dict[tuple[str, str], Outcome] = {}
+        for ranks in (RANKS, 1):
+            whole = {name: self.job(name) for name in SAVING if name[0] == str(ranks)}
+            resumed = {
+                f"{start} > {end}": self.resume(start, end)
+                for start, ends in RESUMING.items()
+                for end in ends
+                if end[0] == str(ranks)
+            }
+            out = folder / f"ranks-{ranks}"
+            out.mkdir()
+            for name, outcome in run_ranks(ranks, whole | resumed, out, seconds=300).items():
+                start, _, end = name.partition(" > ")
+                if end:
+                    self.resumed[start, end] = outcome
+                else:
+                    self.whole[name] = outcome
+
+    def checkpoint(self, name: str) -> Path:
+        return checkpoint_folder(self.folder / name.replace("/", "-").replace(" ", "-"), 2)
+
+    def job(self, name: str) -> Job:
+        settings = LearnerSettings(
+            model=self.model,
+            dtype="bfloat16" if "bf16" in name else "float32",
+            zero_stage=int(name[2]),
+            micro_batch_tokens=600,
+            weight_decay=0.1,
+        )
+        updates = tuple((batch, LOSS) for batch in self.batches)
+        return Job(settings, updates, 1e-3, checkpoint=(SAVED_AFTER, str(self.checkpoint(name))))
+
+    def resume(self, start: str, end: str) -> Job:
+        job = self.job(end)
+        settings = replace(job.settings, model=str(self.checkpoint(start)), resume=True)
+        return Job(settings, job.updates[SAVED_AFTER:], job.learning_rate)
+
+
+@pytest.fixture(scope="module")
+def lives(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    return Lives(tmp_path_factory.mktemp("lives"), tiny_models["qwen3_vl"])
+
+
+@pytest.mark.parametrize("start", RESUMING)
+def test_a_resumed_learner_goes_on_as_the_uninterrupted_one(lives: Lives, start: str) -> None:
+    whole = lives.whole[start]
+    for end in RESUMING[start]:
+        found = lives.resumed[start, end]
+        same = start == end
+        # bfloat16 rounds each rank's or stage's sums in its own order.
+        loose = 3e-2 if "bf16" in start else 1e-4
+        assert len(found.metrics) == len(lives.batches) - SAVED_AFTER
+        for old, new in zip(whole.metrics[SAVED_AFTER:], found.metrics, strict=True):
+            for name in ("loss", "grad_norm", "entropy/perception"):
+                near = pytest.approx(old[name], rel=1e-6 if same else loose, abs=1e-6)
+                assert new[name] == near, (end, name)
+        moved = 0.0
+        for name, expected in whole.weights.items():
+            gap = (found.weights[name].float() - expected.float()).abs().max()
+            assert gap <= (1e-7 if same else 1e-2 if "bf16" in start else 1e-4), (end, name)
+            moved = max(moved, float((expected.float() - whole.after_first[name].float()).norm()))
+        assert moved > 0.01
+
+
+def test_every_random_stream_goes_on(lives: Lives) -> None:
+    for (start, end), outcome in lives.resumed.items():
+        went_on = lives.whole[start].draw_at_checkpoint == outcome.draw_at_start
+        assert went_on == (start[0] == end[0]), (start, end)
+
+
+@pytest.mark.parametrize("name", ("1/2", f"{RANKS}/3", "1/3 bf16"))
+def test_a_checkpoint_is_a_plain_hugging_face_folder_too(lives: Lives, name: str) -> None:
+    folder = lives.checkpoint(name)
+    assert check(folder) == {"updates": SAVED_AFTER}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    start = load_file(Path(lives.model) / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == start.keys()
+    changed = [n for n in start if not torch.equal(start[n].float(), saved[n].float())]
+    assert len(changed) > 0.9 * len(start)
+    assert model.dtype == (torch.bfloat16 if "bf16" in name else torch.float32)
+    assert AutoProcessor.from_pretrained(folder).chat_template
+
+
+def written(run: Path, step: int, text: str = "some weights") -> Path:
+    """A small sealed checkpoint."""
+    folder = checkpoint_folder(run, step)
+    with replacing(folder) as fresh:
+        (fresh / "training").mkdir()
+        (fresh / "model.safetensors").write_text(text)
+        write_json(fresh / "training" / "state.json", {"step": step})
+        seal(fresh)
+    return folder
+
+
+def test_any_change_is_refused_by_name(tmp_path: Path) -> None:
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-3])
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+
+    place = 0
+    for name in ("model.safetensors", "training/state.json", "manifest.json"):
+        for harm, word in ((cut, "bytes"), (flip, "changed"), (Path.unlink, "missing")):
+            folder = written(tmp_path, place := place + 1)
+            assert check(folder) == {"step": place}
+            harm(folder / name)  # type: ignore[operator]
+            with pytest.raises(CheckpointError) as refused:
+                check(folder)
+            message = str(refused.value)
+            assert str(folder) in message
+            if name != "manifest.json":
+                assert message.startswith(f"{folder / name}: ")
+                assert word in message
+    folder = written(tmp_path, 99)
+    (folder / "model-2.safetensors").write_text("more")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: not in manifest\.json"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ("[]", "{}", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1}}}')
+)
+def test_a_strange_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    folder = written(tmp_path, 1)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        check(folder)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = written(tmp_path, 5, "first")
+    with pytest.raises(OSError, match="full"), replacing(folder) as fresh:
+        (fresh / "model.safetensors").write_text("second")
+        raise OSError("disk full")
+    assert check(folder) == {"step": 5}
+    assert (folder / "model.safetensors").read_text() == "first"
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    # A process that died in the middle of the next write left this; it is no checkpoint.
+    (folder.parent / ".step-000006.partial").mkdir()
+    assert checkpoint_folders(tmp_path) == [folder]
+    written(tmp_path, 6)
+    assert [f.name for f in checkpoint_folders(tmp_path)] == ["step-000005", "step-000006"]
+    assert len(list(folder.parent.iterdir())) == 2
+
+
+def test_the_last_few_are_kept_and_an_abandoned_line_goes(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 1_000_000, 1_000_008):
+        written(tmp_path, step)
+    assert [int(f.name[5:]) for f in checkpoint_folders(tmp_path)] == [2, 4, 6, 1000000, 1000008]
+    prune(checkpoint_folder(tmp_path, 6), keep=2)
+    assert [int(f.name[5:]) for f in checkpoint_folders(tmp_path)] == [4, 6]
+    manifest = json.loads((checkpoint_folder(tmp_path, 6) / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == ["model.safetensors", "training/state.json"]
