@@ -327,7 +327,7 @@ class PapoConfig(Section):
     """Of an image's patches, those painted black."""
 
 
-LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+LOSS_DEFAULTS = {
     "clip": {"aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
     "gspo": {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"aggregation": "token_mean", "clip_low": 1.0, "clip_high": 4.0},
