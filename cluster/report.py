@@ -1,4 +1,4 @@
-"""`equipoise report RUN`: what a run did, as one HTML file that needs nothing else.
+"""`equipoise report`: what a run did, as one HTML file that needs nothing else.
 
 `read_run` reads the folder, `build` makes the view model (`Report`), and `to_html`,
 `to_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is: of
@@ -103,27 +103,31 @@ def run_report(folder: Path, form: Format = "html", output: Path | None = None) 
 
     Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
     """
-    more: dict[str, Any] = {}
-    if is_ablation(folder):
-        found = read_ablation(folder)
-        report, more = build_ablation(found), {"summary": found.summary.to_dict()}
-        table = ablation_to_parquet(found.summary)
-    else:
-        record = read_run(folder)
-        report, table = build(record), to_parquet(record)
     path = output or folder / f"report.{form}"
-    writers: dict[Format, Callable[[Path], object]] = {
-        "html": lambda p: p.write_text(to_html(report), encoding="utf-8"),
-        "md": lambda p: p.write_text(to_markdown(report), encoding="utf-8"),
-        "json": lambda p: p.write_text(to_json(report, more), encoding="utf-8"),
-        "parquet": lambda p: pq.write_table(table, p),
-    }
+    write = _writer(folder, form)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put(path, writers[form])
+        put(path, write)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); choose another --output") from error
     return path
+
+
+def _writer(folder: Path, form: Format) -> Callable[[Path], object]:
+    """What writes a folder's report in a format to a path; the folder is read at once."""
+    more: dict[str, Any] = {}
+    if is_ablation(folder):
+        found = read_ablation(folder)
+        if form == "parquet":
+            return lambda path: pq.write_table(ablation_to_parquet(found.summary), path)
+        report, more = build_ablation(found), {"summary": found.summary.to_dict()}
+    else:
+        record = read_run(folder)
+        if form == "parquet":
+            return lambda path: pq.write_table(to_parquet(record), path)
+        report = build(record)
+    texts = {"html": to_html, "md": to_markdown, "json": lambda r: to_json(r, more)}
+    return lambda path: path.write_text(texts[form](report), encoding="utf-8")
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -134,8 +138,8 @@ def read_run(run_dir: Path) -> RunRecord:
     parts = ("recipe.toml", "metrics.parquet", "metrics", "rollouts")
     if not any((run_dir / part).exists() for part in parts):
         raise NoRun(
-            f"{run_dir}: no run is here (none of {', '.join(parts)}); give the folder that "
-            "`equipoise train` printed"
+            f"{run_dir}: no run is here (none of {', '.join(parts)}) and no ablation; give the "
+            "folder that `equipoise train` or `equipoise ablate` printed"
         )
     problems: list[str] = []
 

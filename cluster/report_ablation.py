@@ -150,6 +150,11 @@ def build_ablation(record: AblationRecord) -> Report:
         set(record.table.column("cell").to_pylist())
     )
     wary = words.warnings(config, record.cells, ended, record.failed, record.faults)
+    if ended and not record.finished:
+        wary.append(
+            "The cells' folders are not here, only their numbers: no rollouts, no times, and no "
+            "hashes to show that arms were paired."
+        )
     metrics = list(dict.fromkeys(record.table.column("metric").to_pylist()))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for cell in record.cells:
@@ -200,7 +205,7 @@ def build_ablation(record: AblationRecord) -> Report:
             "pairing", "Pairing and cells", (),
             present(
                 words.pairing_table(record.cells, record.finished),
-                words.cells_table(record.cells, record.finished, record.failed),
+                words.cells_table(record.cells, ended, record.finished, record.failed),
             ),
         ),
     )  # fmt: skip

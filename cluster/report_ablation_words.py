@@ -56,7 +56,8 @@ def lead(
     """What was compared, on what, how often, and how the numbers are made."""
     tasks = " and ".join(str(t.get("name")) for t in base.get("tasks") or ()) or "unknown tasks"
     model = short_path((base.get("model") or {}).get("path", "?"))
-    harder = f" × {len(config.difficulties)} difficulties" if config.difficulties else ""
+    harder = ", ".join(d.name for d in config.difficulties)
+    harder = f" × difficulties {harder}" if harder else ""
     against = f" Arms are compared with {reference}." if reference else ""
     return (
         f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
@@ -110,17 +111,11 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
         return said
     same = [v.arm for v in others if _overlap(v.after, best.after)]
     apart = [v.arm for v in others if v.arm not in same]
-    text = (
-        f"The interval of {best.arm}'s a overlaps with "
-        + (", ".join(same) if same else "no other arm's")
-        + (f"; it is apart from {', '.join(apart)}" if apart and same else "")
-        + ". "
-    )
+    text = f"The interval of {best.arm}'s a overlaps "
+    text += f"that of {', '.join(same)}" if same else "no other arm's"
+    text += f"; it is apart from that of {', '.join(apart)}." if same and apart else "."
     if same:
-        text += (
-            f"Among {', '.join([best.arm, *same])} the levels alone do not say which is best; the "
-            "paired differences above tell more where they are given."
-        )
+        text += " Levels alone do not say which of these is best; paired differences say more."
     shown = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < 0.05]
     if compared and not shown:
         text += f" No arm is shown to differ from {summary.reference} on a."
@@ -476,14 +471,18 @@ def pairing_table(
 
 
 def cells_table(
-    cells: Sequence[CellName], finished: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]
+    cells: Sequence[CellName],
+    ended: Sequence[str],
+    finished: Mapping[str, Mapping[str, Any]],
+    failed: Mapping[str, str],
 ) -> Table:
-    """Every cell and what became of it."""
+    """Every cell and what became of it; `ended` also has cells that left only numbers."""
     rows = []
     for cell in cells:
         state, told = "not finished", ""
-        if cell.id in finished:
-            state, told = "finished", duration(float(finished[cell.id].get("seconds") or 0))
+        if cell.id in ended:
+            took = finished.get(cell.id, {}).get("seconds")
+            state, told = "finished", "" if took is None else duration(float(took))
         elif cell.id in failed:
             state, told = "FAILED", failed[cell.id][:1000]
         rows.append((cell.id, state, told))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from cluster.report_charts import CELLS
 from cluster.report_figures import answer_figure, perception_figure, text_figure
+from cluster.tracking import ROLLOUT_SCHEMA
 from tasks.core import SEGMENTS, Parsed, Task
 from tasks.load import BUILT_IN, load_task
 
@@ -89,7 +90,7 @@ def read_shown(run_dir: Path, limit: int = MOST_ROLLOUTS) -> Shown:
     for file in chosen_files:
         try:
             entries += _index(file)
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             problems.append(f"rollouts/{file.name} cannot be read: {type(error).__name__}: {error}")
     counts: dict[int, list[int]] = defaultdict(lambda: [0] * len(CELLS))
     for entry in entries:
@@ -118,7 +119,7 @@ def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
             by_arm[arm] = _index(files[-1])
         except IndexError:
             problems.append(f"{arm}: its run of seed {seed} holds no rollouts.")
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             said = f"rollouts/{files[-1].name} cannot be read: {type(error).__name__}: {error}"
             problems.append(f"{arm}: {said}")
     chosen = {arm: choose(entries, MOST_OF_AN_ARM) for arm, entries in by_arm.items()}
@@ -213,6 +214,9 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
 
 
 def _index(file: Path) -> list[Entry]:
+    lacking = set(ROLLOUT_SCHEMA.names) - set(pq.read_schema(file).names) - set(_UNUSED_COLUMNS)
+    if lacking:
+        raise ValueError(f"columns {sorted(lacking)} are missing, as of another version")
     step = int(file.stem.removeprefix("step-"))
     rows = pq.read_table(file, columns=list(_INDEX_COLUMNS)).to_pylist()
     return [
