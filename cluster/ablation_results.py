@@ -503,7 +503,7 @@ def verdict(c: Comparison) -> str:
         others = "problems" if c.difference.seeds == 1 else "seeds and problems"
         said = f"{more} than other {others} explain"
     else:
-        said = "no difference shown: the interval or the adjusted p allows none"
+        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
     if c.difference.seeds == 1:
         return f"one seed only, so this says nothing about other seeds; {said}"
     return said

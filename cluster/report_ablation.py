@@ -164,6 +164,7 @@ def build_ablation(record: AblationRecord) -> Report:
         arm.name: alpha
         for arm in config.arms
         if (alpha := words.alpha_of(words.arm_reward(arm, base))) is not None
+        and words.other_settings(arm) == words.other_settings(config.arms[0])
     }
 
     def present(*things: Any) -> tuple[Any, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import ValidationError
 
 from cluster.ablation_config import AblationConfig, ArmConfig, CellName, flat
 from cluster.ablation_results import (
@@ -15,17 +18,14 @@ from cluster.ablation_results import (
     Summary,
     verdict,
 )
+from cluster.config import RewardConfig, RewardTermConfig
 from cluster.report_ablation_charts import at, headlines, levels
 from cluster.report_words import METRIC_NAMES, Finding, Table, duration, reward_words, short_path
 from cluster.statistics import PHASES, Estimate, seed_interval
 
 FEWEST_SEEDS = 3
 """With fewer the report warns: intervals over seeds are very wide or absent."""
-RELIABILITY = {
-    "pooled": "over all",
-    "within": "within groups",
-    "auc": "AUC",
-}
+RELIABILITY = {"pooled": "over all", "within": "within groups", "auc": "AUC"}
 SPEEDS = {
     "throughput/sampler_tokens_per_second": "sampled tokens/s",
     "throughput/learner_tokens_per_second": "learnt tokens/s",
@@ -46,8 +46,19 @@ def alpha_of(reward: Mapping[str, Any]) -> float | None:
     """α of a reward α·a_p + (1 − α)·a; 0 for the outcome alone, None for any other."""
     if reward.get("alpha") is not None:
         return float(reward["alpha"])
-    named = {t.get("name") for t in reward.get("terms") or ()}
-    return 0.0 if named <= {"outcome"} else None
+    try:
+        terms = RewardConfig.model_validate(reward).effective_terms()
+    except ValidationError:
+        return None  # of another version
+    # A term credited to some segments only, or whose weight changes, is another reward.
+    outcome = RewardTermConfig(name="outcome")
+    plain = all(term.model_copy(update={"weight": outcome.weight}) == outcome for term in terms)
+    return 0.0 if plain else None
+
+
+def other_settings(arm: ArmConfig) -> list[tuple[str, Any]]:
+    """What an arm sets outside [reward]."""
+    return [(key, value) for key, value in flat(arm.set) if key.partition(".")[0] != "reward"]
 
 
 def lead(
@@ -62,9 +73,9 @@ def lead(
     return (
         f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
         f"{model} trained by RL on {tasks}, {_count(config.budget.amount, 'update')} each; "
-        f"{finished} of {cells} cells finished.{against} Arms of one seed start from the same "
-        "weights and see the same problems. Intervals are 95 %, over seeds and test problems; "
-        "differences are paired by both, their p is Holm-adjusted over arms."
+        f"{finished} of {cells} cells finished.{against} Arms of one seed are to start from "
+        "the same weights and see the same problems (hashes under Pairing). Intervals are 95 %, over "
+        "seeds and test problems; differences are paired by both, their p is Holm-adjusted over arms."
     )
 
 
@@ -235,7 +246,7 @@ def arms_table(
     """What each arm is."""
     rows = []
     for i, arm in enumerate(config.arms):
-        changed = [f"{k} = {_plain(v)}" for k, v in flat(arm.set) if not k.startswith("reward")]
+        changed = [f"{key} = {_plain(value)}" for key, value in other_settings(arm)]
         ended = {c.seed for c in cells if c.arm == arm.name and c.id in finished}
         rows.append(
             (
@@ -247,7 +258,10 @@ def arms_table(
             )
         )
     return Table(
-        "Arms", ("arm", "reward", "other settings", "note", "seeds finished"), "llllr", tuple(rows)
+        "What each arm is",
+        ("arm", "reward", "other settings", "note", "seeds finished"),
+        "llllr",
+        tuple(rows),
     )
 
 
@@ -315,7 +329,7 @@ def comparison_tables(summary: Summary) -> list[Table]:
                 tuple(rows),
                 "Paired by seed and problem. p and the interval are over other seeds and problems; "
                 "McNemar's exact p, gained and lost (wrong in the reference and right here, and "
-                "the reverse) compare two checkpoints, seed by seed. `intervals`: whether those of "
+                "the reverse) compare two checkpoints, seed by seed. “Intervals”: whether those of "
                 "the two arms' own levels overlap; paired differences are surer than levels.",
                 folded=(difficulty, task) not in open_,
             )
@@ -372,7 +386,7 @@ def reliability_table(
         for term in terms:
             for arm in arms:
                 found = [
-                    _mean_over_steps(results, difficulty, arm, f"reliability/{term}/{stat}")
+                    _mean_over_steps(results, difficulty, arm, f"reliability/{term}/{stat}", -1, 1)
                     for stat in RELIABILITY
                 ]
                 if any(f is not None for f in found):
@@ -421,7 +435,9 @@ def speed_table(
     rows = []
     for difficulty in results.difficulties:
         for arm in arms:
-            speeds = [_mean_over_steps(results, difficulty, arm, name) for name in SPEEDS]
+            speeds = [
+                _mean_over_steps(results, difficulty, arm, name, 0, math.inf) for name in SPEEDS
+            ]
             walls = seconds.get((difficulty, arm), ())
             wall = duration(sum(walls) / len(walls)) if walls else "–"
             if walls or any(speeds):
@@ -498,14 +514,16 @@ def show(estimate: Estimate, sign: str = "", form: str = ".3f") -> str:
     return f"{value} [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]".replace("-", "−")
 
 
-def _mean_over_steps(results: Results, difficulty: str, arm: str, metric: str) -> Estimate | None:
+def _mean_over_steps(
+    results: Results, difficulty: str, arm: str, metric: str, low: float, high: float
+) -> Estimate | None:
     by_seed = results.numbers(difficulty, arm, "", metric)
     means = []
     for _, values in sorted(by_seed.items()):
         good = [v for step, v in values.items() if step > 0 and v is not None and v == v]
         if good:
             means.append(sum(good) / len(good))
-    return seed_interval(means) if means else None
+    return seed_interval(means, (low, high)) if means else None
 
 
 def _spent(c: Cost) -> str:

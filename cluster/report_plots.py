@@ -144,7 +144,8 @@ def to_svg(chart: Chart) -> str:
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         if chart.kind in ("lines", "stack"):
-            axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.whole_x))
+            steps = [1, 2, 2.5, 5, 10]
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.whole_x, steps=steps))
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
         out = io.StringIO()
@@ -223,7 +224,7 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     """Limits within [0, 1] that hold all values with a margin, at least a tenth apart."""
     low, high = min(values), max(values)
     margin = max(0.04 * (high - low), (0.1 - (high - low)) / 2, 0.01)
-    return max(0.0, low - margin), min(1.0, high + margin)
+    return max(-0.02, low - margin), min(1.02, high + margin)
 
 
 def _cross(axes: Any, line: Line, i: int, color: str, face: str) -> None:
@@ -242,9 +243,11 @@ def _frontier(axes: Any, chart: Chart) -> None:
     for line in chart.lines:
         color = _MARKS[line.role]
         _cross(axes, line, 0, color, color)
+        side = -1 if line.x[0] > sum(axes.get_xlim()) / 2 else 1
         axes.annotate(
-            _short(line.label), (line.x[0], line.y[0]), xytext=(6, 6), textcoords="offset points",
-            fontsize=10, color=_MARKS["ink"],
+            _short(line.label), (line.x[0], line.y[0]), xytext=(6 * side, 6),
+            textcoords="offset points", fontsize=10, color=_MARKS["ink"],
+            ha="right" if side < 0 else "left",
         )  # fmt: skip
 
 

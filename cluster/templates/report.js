@@ -177,10 +177,12 @@
     if (r.answered) views.append(drawing("What it answered", r.answered, ""));
     node.append(views);
 
-    const again = elsewhere(r);
+    // Of arms one of each cell: they answered the same problem many times.
+    const again = elsewhere(r).filter((o, i, found) => !r.arm
+      || found.findIndex((p) => p.arm === o.arm && p.cell === o.cell) === i);
     if (again.length) {
       const bar = make("div", { class: "again" }, `The same problem ${r.arm ? "in" : "at"}: `);
-      for (const other of again.slice(0, 12)) {
+      for (const other of again.slice(0, r.arm ? 40 : 12)) {
         const button = make("button", { type: "button" }, whence(other), ` ${GLYPHS[other.cell]}`);
         button.addEventListener("click", () => compare(r, other));
         bar.append(button);

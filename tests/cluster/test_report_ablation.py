@@ -237,12 +237,12 @@ def test_charts_hold_the_summarys_numbers(grid: Path, summary: dict[str, Any]) -
         assert (line.x[0], line.x[-1]) == (see["before"]["value"], see["after"]["value"])
         assert (line.y[0], line.y[-1]) == (think["before"]["value"], think["after"]["value"])
         assert len(line.x) == 3  # the evaluation on the way lies between
-    # `same` changes the learning rate alone, so its reward too is the outcome: α 0.
+    # `same` has the outcome alone too, but another learning rate, so it is not on the frontier.
     frontier = charts["frontier-0"].lines
-    assert [line.label for line in frontier] == ["α 0", "α 0", "α 0.25", "α 0.5"]
+    assert [line.label for line in frontier] == ["α 0", "α 0.25", "α 0.5"]
     alphas = charts["alpha-0"].lines[0]
-    assert alphas.x == (0, 0, 0.25, 0.5)
-    assert alphas.y[2] == of(summary["levels"], arm="quarter", metric="a")["after"]["value"]
+    assert alphas.x == (0, 0.25, 0.5)
+    assert alphas.y[1] == of(summary["levels"], arm="quarter", metric="a")["after"]["value"]
     curve = next(c for c in charts.values() if c.title == "a in training")
     (points,) = [
         c["points"] for c in summary["curves"] if (c["arm"], c["metric"]) == ("half", "acc/a")
@@ -378,6 +378,7 @@ def test_alpha_is_known_only_where_the_reward_is_of_that_form() -> None:
     assert alpha_of({"alpha": 0.3}) == 0.3
     assert alpha_of({"alpha": None, "terms": []}) == alpha_of({"terms": [{"name": "outcome"}]}) == 0
     assert alpha_of({"terms": [{"name": "outcome"}, {"name": "judge"}]}) is None
+    assert alpha_of({"terms": [{"name": "outcome", "segments": ["answer"]}]}) is None
 
 
 def test_words_follow_the_intervals(grid: Path) -> None:
