@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from cluster.ablation_config import Ablation, Cell, changes
+from cluster.ablation_config import Ablation, Cell, CellName, changes
 from cluster.ablation_progress import GridProgress
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.placement import Machine, plan
@@ -150,30 +150,30 @@ def run_ablation(
     return failed
 
 
-def is_finished(folder: Path, cell: Cell) -> bool:
+def is_finished(folder: Path, cell: CellName) -> bool:
     """Whether the cell has a result."""
     return (cell_folder(folder, cell) / "result.json").is_file()
 
 
-def read_result(folder: Path, cell: Cell) -> dict[str, Any]:
+def read_result(folder: Path, cell: CellName) -> dict[str, Any]:
     """A finished cell's result: `seconds`, `weights` and `first_batch` hashes, who it is."""
     text = (cell_folder(folder, cell) / "result.json").read_text(encoding="utf-8")
     result: dict[str, Any] = json.loads(text)
     return result
 
 
-def read_failure(folder: Path, cell: Cell) -> str | None:
+def read_failure(folder: Path, cell: CellName) -> str | None:
     """Why a cell failed; None where it did not."""
     file = cell_folder(folder, cell) / "failure.json"
     return json.loads(file.read_text(encoding="utf-8"))["error"] if file.is_file() else None
 
 
-def cell_folder(folder: Path, cell: Cell) -> Path:
+def cell_folder(folder: Path, cell: CellName) -> Path:
     """Where a cell keeps its files; the run itself is in `run` below it."""
     return folder / "cells" / cell.id
 
 
-def pairing_faults(folder: Path, cells: Sequence[Cell]) -> list[str]:
+def pairing_faults(folder: Path, cells: Sequence[CellName]) -> list[str]:
     """Finished cells whose initial weights or first batch differ from those of their pairs.
 
     Pairs have one difficulty and seed. The hashes are of the files read and of the problems that

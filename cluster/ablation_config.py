@@ -112,13 +112,19 @@ class AblationConfig(Section):
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training run of an ablation. `difficulty` is "" where the file names none."""
+class CellName:
+    """Which training run of an ablation. `difficulty` is "" where the file names none."""
 
     id: str
     arm: str
     difficulty: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Cell(CellName):
+    """One training run of an ablation, with all that it takes to start it."""
+
     recipe: Recipe
 
 
@@ -169,6 +175,20 @@ def load_ablation(path: str | Path) -> Ablation:
     return Ablation(source.stem, config, base, cells)
 
 
+def stored_ablation(identity: Mapping[str, Any]) -> tuple[AblationConfig, tuple[CellName, ...]]:
+    """The file and the cells behind an `Ablation.identity` that was read back, recipes left out.
+
+    Raises ValidationError for what no ablation has written.
+    """
+    config = AblationConfig.model_validate({**identity, "base": "ablation.json"})
+    return config, tuple(
+        _cell_name(arm, difficulty, seed)
+        for seed in config.seeds
+        for difficulty in config.difficulties or (None,)
+        for arm in config.arms
+    )
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `Ablation.identity` dicts: `budget.amount: 40 -> 60`."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
@@ -204,12 +224,12 @@ def _read(source: Path) -> AblationConfig:
         )
 
 
-def _flat(settings: Settings, below: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Settings, below: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested tables; `a.b = 1` in TOML is a table in a table."""
     for key, value in settings.items():
         full = f"{below}.{key}" if below else key
         if isinstance(value, dict) and value:
-            yield from _flat(value, full)
+            yield from flat(value, full)
         else:
             yield full, value
 
@@ -221,7 +241,7 @@ def _overrides(*parts: ArmConfig | DifficultyConfig | None) -> list[str]:
         if isinstance(part, ArmConfig) and part.reward is not None:
             found.append(f"reward={toml_value(part.reward)}")
         if part is not None:
-            found += [f"{key}={toml_value(value)}" for key, value in _flat(part.set)]
+            found += [f"{key}={toml_value(value)}" for key, value in flat(part.set)]
     return found
 
 
@@ -233,7 +253,7 @@ def _named(config: AblationConfig) -> list[tuple[str, ArmConfig | DifficultyConf
 
 def _misplaced(config: AblationConfig) -> Iterator[str]:
     for where, part in _named(config):
-        for key, _ in _flat(part.set):
+        for key, _ in flat(part.set):
             for field, instead in NOT_AN_ARMS.items():
                 if key == field or key.startswith(f"{field}."):
                     yield f"{where}.set: {key}: {instead}; remove it"
@@ -260,6 +280,11 @@ def _complaints(where: str, base: Path, *parts: ArmConfig | DifficultyConfig) ->
             yield f"{where}: {said.removeprefix('--set ')}"
 
 
+def _cell_name(arm: ArmConfig, difficulty: DifficultyConfig | None, seed: int) -> CellName:
+    parts = [arm.name, *([difficulty.name] if difficulty else []), f"seed-{seed}"]
+    return CellName("--".join(parts), arm.name, difficulty.name if difficulty else "", seed)
+
+
 def _cell(
     name: str,
     config: AblationConfig,
@@ -268,14 +293,13 @@ def _cell(
     difficulty: DifficultyConfig | None,
     seed: int,
 ) -> Cell:
-    parts = [arm.name, *([difficulty.name] if difficulty else []), f"seed-{seed}"]
-    cell = "--".join(parts)
+    cell = _cell_name(arm, difficulty, seed)
     recipe = load_recipe(
         base,
         [
             *_overrides(difficulty, arm),
             f"seed={seed}",
-            f"name={toml_value(cell)}",
+            f"name={toml_value(cell.id)}",
             f"question={toml_value(config.question)}",
         ],
     )
@@ -283,7 +307,7 @@ def _cell(
     steps = max(1, config.budget.amount // recipe.algorithm.updates_per_step)
     algorithm = recipe.algorithm.model_copy(update={"steps": steps})
     recipe = recipe.model_copy(update={"algorithm": algorithm})
-    return Cell(cell, arm.name, difficulty.name if difficulty else "", seed, recipe)
+    return Cell(cell.id, cell.arm, cell.difficulty, cell.seed, recipe)
 
 
 def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:

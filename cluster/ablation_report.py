@@ -64,10 +64,14 @@ def ablate_to_the_end(
         console.print("stopped; the same command goes on from here", highlight=False)
         return INTERRUPTED
     faults = pairing_faults(folder, ablation.cells)
+    # As in `write_results`: seconds of imports.
+    from cluster.report_ablation import write_ablation_report
+
     report = write_results(ablation, folder, faults)
     console.print(
         Markdown(printable(report)) if console.is_terminal else printable(report), markup=False
     )
+    console.print(f"report: {write_ablation_report(folder)}", markup=False, highlight=False)
     console.print(f"ablation folder: {folder}", markup=False, highlight=False)
     return 1 if failed or faults else 0
 
@@ -79,7 +83,7 @@ def write_results(ablation: Ablation, folder: Path, faults: list[str]) -> str:
 
     from cluster.ablation_results import collect, in_words, summarise
 
-    table = collect(ablation, folder)
+    table = collect(ablation.cells, folder)
     arms = [arm.name for arm in ablation.config.arms]
     summary = summarise(table, ablation.config.question, arms, ablation.config.target)
     report = in_words(summary, ablation, folder)

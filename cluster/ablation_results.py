@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.ablate import cell_folder, is_finished, read_failure
-from cluster.ablation_config import Ablation
+from cluster.ablation_config import Ablation, CellName
 from cluster.statistics import (
     PHASES,
     Estimate,
@@ -61,6 +61,8 @@ CURVES = ("acc/a", "acc/a_p", "acc/leak", "reward/total/mean")
 COUPLINGS = ("outcome_perception", "outcome_reasoning")
 SPENT = {"tokens": "response/tokens", "seconds": "time/step"}
 """Costs of reaching an accuracy, and the metric of a step that adds to each."""
+LEAST_P = 0.05
+"""A difference is called shown below this, after Holm's adjustment."""
 ACCURACY = (0.0, 1.0)
 DIFFERENCE = (-1.0, 1.0)
 
@@ -165,10 +167,10 @@ class Summary:
         return found
 
 
-def collect(ablation: Ablation, folder: Path) -> pa.Table:
-    """The results (`RESULT_SCHEMA`) of every finished cell, in the ablation's order."""
+def collect(cells: Iterable[CellName], folder: Path) -> pa.Table:
+    """The results (`RESULT_SCHEMA`) of every finished one of `cells`, in their order."""
     tables = []
-    for cell in ablation.cells:
+    for cell in cells:
         if not is_finished(folder, cell):
             continue
         run = cell_folder(folder, cell) / "run"
@@ -485,20 +487,26 @@ def _sentences(summary: Summary) -> list[str]:
         d = c.difference
         seeds = "1 seed" if d.seeds == 1 else f"{d.seeds} seeds"
         where = f"On {c.task}{f' ({c.difficulty})' if c.difficulty else ''}, `{c.arm}`"
-        if c.p_holm is None:
-            verdict = "one seed decides nothing about others"
-        elif c.p_holm < 0.05:
-            verdict = "more" if d.value > 0 else "less"
-            verdict = f"{verdict} than other seeds and problems explain"
-        else:
-            verdict = "no difference shown: the interval or the adjusted p allows none"
-        if d.seeds == 1:
-            verdict = f"one seed only, so this says nothing about other seeds; {verdict}"
         found.append(
             f"- {where} ends at a {d.value:+.3f} {_interval(d)} against `{c.reference}` "
-            f"({_p(c.p_holm)}, {seeds}): {verdict}."
+            f"({_p(c.p_holm)}, {seeds}): {verdict(c)}."
         )
     return found or ["- There is no second arm with a seed of the reference to compare with."]
+
+
+def verdict(c: Comparison) -> str:
+    """Whether an arm is shown to differ from the reference, as the end of a sentence."""
+    if c.p_holm is None:
+        said = "one seed decides nothing about others"
+    elif c.p_holm < LEAST_P:
+        more = "more" if c.difference.value > 0 else "less"
+        others = "problems" if c.difference.seeds == 1 else "seeds and problems"
+        said = f"{more} than other {others} explain"
+    else:
+        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
+    if c.difference.seeds == 1:
+        return f"one seed only, so this says nothing about other seeds; {said}"
+    return said
 
 
 def _level_table(levels: Iterable[Level]) -> list[str]:

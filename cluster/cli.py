@@ -166,19 +166,19 @@ def diagnose(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a run or of an ablation")],
     form: Annotated[
         Literal["html", "md", "json", "parquet"],
         typer.Option("--format", help="A page, tables as text, all as data, or flat tables"),
     ] = "html",
     output: Annotated[
-        Path | None, typer.Option(help="File to write instead of RUN/report.*")
+        Path | None, typer.Option(help="File to write instead of FOLDER/report.*")
     ] = None,
 ) -> None:
-    """Show what a run did: summary, curves, and its rollouts to look at, in one file."""
+    """Show what a run did or an ablation found: summary, curves, rollouts to look at, in a file."""
     from cluster.report import run_report
 
-    print(f"report: {run_report(run, form, output)}")
+    print(f"report: {run_report(folder, form, output)}")
 
 
 @app.command()

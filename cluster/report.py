@@ -1,4 +1,4 @@
-"""`equipoise report RUN`: what a run did, as one HTML file that needs nothing else.
+"""`equipoise report`: what a run did, as one HTML file that needs nothing else.
 
 `read_run` reads the folder, `build` makes the view model (`Report`), and `to_html`,
 `to_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is: of
@@ -7,23 +7,26 @@ a run that crashed, is still going or left no rollouts, it says so.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import UserError
+from cluster.report_ablation import (
+    ablation_to_parquet,
+    build_ablation,
+    is_ablation,
+    read_ablation,
+)
 from cluster.report_charts import (
-    CELLS,
     Metrics,
     Series,
     change_chart,
@@ -31,10 +34,10 @@ from cluster.report_charts import (
     plane,
     training_charts,
 )
-from cluster.report_plots import Chart, to_svg
-from cluster.report_rollouts import Shown, embedded, read_shown
+from cluster.report_page import Format, Report, Section, put, to_html, to_json, to_markdown
+from cluster.report_plots import Chart
+from cluster.report_rollouts import Shown, read_shown
 from cluster.report_words import (
-    Table,
     Words,
     evaluation_tables,
     events_table,
@@ -46,10 +49,7 @@ from cluster.report_words import (
     training_table,
     warnings,
 )
-from cluster.terminal import printable
 from cluster.tracking import read_metrics
-
-Format = Literal["html", "md", "json", "parquet"]
 
 FLAT_SCHEMA = pa.schema(
     {
@@ -87,31 +87,6 @@ class RunRecord:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: charts, then tables."""
-
-    name: str
-    title: str
-    charts: tuple[Chart, ...]
-    tables: tuple[Table, ...]
-    missing: str = ""
-    """What to say where both are empty."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The view model: all a page shows, as plain data."""
-
-    title: str
-    question: str
-    words: Words
-    sections: tuple[Section, ...]
-    shown: Shown
-    error: str
-    settings: Table | None
-
-
 def write_report(run_dir: Path) -> Path:
     """Write `RUN/report.html` and return where it is.
 
@@ -119,29 +94,40 @@ def write_report(run_dir: Path) -> Path:
     warning in the report.
     """
     path = run_dir / "report.html"
-    _put(path, lambda beside: beside.write_text(to_html(build(read_run(run_dir))), "utf-8"))
+    put(path, lambda beside: beside.write_text(to_html(build(read_run(run_dir))), "utf-8"))
     return path
 
 
-def run_report(run_dir: Path, form: Format = "html", output: Path | None = None) -> Path:
-    """`equipoise report`: write the report in a format and return where it is.
+def run_report(folder: Path, form: Format = "html", output: Path | None = None) -> Path:
+    """`equipoise report`: write the report of a run or an ablation and return where it is.
 
     Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
     """
-    record = read_run(run_dir)
-    path = output or run_dir / f"report.{form}"
-    writers: dict[Format, Callable[[Path], object]] = {
-        "html": lambda p: p.write_text(to_html(build(record)), encoding="utf-8"),
-        "md": lambda p: p.write_text(to_markdown(build(record)), encoding="utf-8"),
-        "json": lambda p: p.write_text(to_json(build(record)), encoding="utf-8"),
-        "parquet": lambda p: pq.write_table(to_parquet(record), p),
-    }
+    path = output or folder / f"report.{form}"
+    write = _writer(folder, form)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _put(path, writers[form])
+        put(path, write)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); choose another --output") from error
     return path
+
+
+def _writer(folder: Path, form: Format) -> Callable[[Path], object]:
+    """What writes a folder's report in a format to a path; the folder is read at once."""
+    more: dict[str, Any] = {}
+    if is_ablation(folder):
+        found = read_ablation(folder)
+        if form == "parquet":
+            return lambda path: pq.write_table(ablation_to_parquet(found.summary), path)
+        report, more = build_ablation(found), {"summary": found.summary.to_dict()}
+    else:
+        record = read_run(folder)
+        if form == "parquet":
+            return lambda path: pq.write_table(to_parquet(record), path)
+        report = build(record)
+    texts = {"html": to_html, "md": to_markdown, "json": lambda r: to_json(r, more)}
+    return lambda path: path.write_text(texts[form](report), encoding="utf-8")
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -152,8 +138,8 @@ def read_run(run_dir: Path) -> RunRecord:
     parts = ("recipe.toml", "metrics.parquet", "metrics", "rollouts")
     if not any((run_dir / part).exists() for part in parts):
         raise NoRun(
-            f"{run_dir}: no run is here (none of {', '.join(parts)}); give the folder that "
-            "`equipoise train` printed"
+            f"{run_dir}: no run is here (none of {', '.join(parts)}) and no ablation; give the "
+            "folder that `equipoise train` or `equipoise ablate` printed"
         )
     problems: list[str] = []
 
@@ -256,73 +242,6 @@ def build(record: RunRecord) -> Report:
     )
 
 
-def to_html(report: Report) -> str:
-    """One self-contained page. Its policy allows no script but its own and no network."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cluster", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["shown"] = printable
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "report.css")[0]
-    script = environment.loader.get_source(environment, "report.js")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    cells = [sum(row[i] for row in report.shown.cells.values()) for i in range(len(CELLS))]
-    shown = [r["cell"] for r in report.shown.rollouts]
-    data = {
-        "rollouts": report.shown.rollouts,
-        "images": report.shown.images,
-        "cells": CELLS,
-    }
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        svg=lambda chart: jinja2.filters.Markup(to_svg(chart)),
-        style=jinja2.filters.Markup(style),
-        script=jinja2.filters.Markup(script),
-        digest=digest,
-        data=jinja2.filters.Markup(embedded(data)),
-        cells=[(CELLS[i], cells[i], shown.count(i)) for i in range(len(CELLS))],
-        steps=sorted({r["step"] for r in report.shown.rollouts}),
-        tasks=sorted({r["task"] for r in report.shown.rollouts}),
-        terms=sorted({name for r in report.shown.rollouts for name, _ in r["terms"]}),
-        defects=sorted({d for r in report.shown.rollouts for d in r["defects"]}),
-    )
-
-
-def to_markdown(report: Report) -> str:
-    """The summary and the tables."""
-    lines = [f"# {_md(report.title)}", ""]
-    lines += [f"*{_md(report.question)}*", ""] if report.question else []
-    lines += [_md(report.words.lead), ""]
-    for finding in report.words.findings:
-        lines += [f"- {_md(finding.text)}", *(f"  - {_md(text)}" for text in finding.details)]
-    if report.words.warnings:
-        lines += ["", "Warnings:", "", *(f"- {_md(text)}" for text in report.words.warnings)]
-    for section in report.sections:
-        lines += ["", f"## {section.title}"]
-        if not section.charts and not section.tables:
-            lines += ["", section.missing]
-        for table in section.tables:
-            lines += ["", f"### {_md(table.title)}", "", f"| {' | '.join(table.columns)} |"]
-            lines.append("|" + "|".join("---:" if a == "r" else "---" for a in table.align) + "|")
-            lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in table.rows]
-            lines += ["", _md(table.note)] if table.note else []
-    return "\n".join(lines) + "\n"
-
-
-def to_json(report: Report) -> str:
-    """The whole view model without the images."""
-    found = asdict(report)
-    found["shown"]["images"] = sorted(found["shown"]["images"])
-    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
-
-
 def to_parquet(record: RunRecord) -> pa.Table:
     """Metrics and evaluation as one flat table (`FLAT_SCHEMA`)."""
     rows = [
@@ -354,25 +273,3 @@ def _series(rows: pa.Table | None) -> dict[str, Series]:
         bad = tuple(s for s, v in sorted(at.items()) if not math.isfinite(v))
         found[name] = Series(tuple(s for s, _ in good), tuple(v for _, v in good), bad)
     return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON-able: no NaN, tuples as lists, keys as text."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _md(text: str) -> str:
-    """Text that stays text in Markdown and inside a table's cell."""
-    safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in safe)
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside, then put into place: a reader never sees half a report."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    beside.replace(path)

@@ -54,8 +54,12 @@ class Chart:
     Attributes:
         name: unique in a page; an HTML id.
         alt: what the picture shows, in words, for who cannot see it.
-        kind: `lines`; `stack`: layers that add up; `path`: lines through a plane from a hollow
-            start to a filled end; `change`: a row a line, x = (before, after).
+        kind: `lines`, with `y_range` as a band; `stack`: layers that add up; `path`: lines through
+            a plane from a hollow start to a filled end; `change`: a row a line, x = (before,
+            after); `forest`: a row a line, x = (difference,) with its interval, against 0;
+            `frontier`: a point a line in a plane, joined in their order.
+        close: the lines of a plane lie close together: it is drawn around them, and the page's
+            legend has their names.
     """
 
     name: str
@@ -63,11 +67,14 @@ class Chart:
     caption: str
     alt: str
     lines: tuple[Line, ...]
-    kind: Literal["lines", "stack", "path", "change"] = "lines"
+    kind: Literal["lines", "stack", "path", "change", "forest", "frontier"] = "lines"
     x_label: str = "step"
     y_label: str = ""
     y_limits: tuple[float, float] | None = None
     log_y: bool = False
+    whole_x: bool = True
+    """Whether the marks of x are integers."""
+    close: bool = False
 
 
 # Colours that occur nowhere else in the SVG, each replaced by a variable of the page.
@@ -115,12 +122,12 @@ def to_svg(chart: Chart) -> str:
     from matplotlib.ticker import MaxNLocator
 
     rows = len(chart.lines)
-    width, height = {"path": (4.4, 4.1), "change": (4.4, 0.55 + 0.4 * rows)}.get(
-        chart.kind, (4.4, 2.2)
-    )  # inches at 72 points: as wide as a column of the page, about a phone's width
-    labels = max(len(_short(line.label)) for line in chart.lines) if chart.kind == "change" else 0
+    by_row, in_plane = chart.kind in ("change", "forest"), chart.kind in ("path", "frontier")
+    # Inches at 72 points: as wide as a column of the page, about a phone's width.
+    width, height = 4.4, 0.55 + 0.4 * rows if by_row else 4.1 if in_plane else 2.2
+    labels = max(len(_short(line.label)) for line in chart.lines) if by_row else 0
     left, bottom = max(0.62, 0.085 * labels), 0.46
-    right = 0.42 if chart.kind == "path" else 0.22
+    right = 0.42 if in_plane else 0.22
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(_STYLE)
@@ -131,12 +138,14 @@ def to_svg(chart: Chart) -> str:
             (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + 0.1) / height)
         )
         axes.patch.set_visible(False)
-        draw = {"lines": _lines, "stack": _stack, "path": _path, "change": _change}
+        draw = {"lines": _lines, "stack": _stack, "path": _path, "change": _change,
+                "forest": _forest, "frontier": _frontier}  # fmt: skip
         draw[chart.kind](axes, chart)
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         if chart.kind in ("lines", "stack"):
-            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            steps = [1, 2, 2.5, 5, 10]
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.whole_x, steps=steps))
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
         out = io.StringIO()
@@ -148,6 +157,13 @@ def _lines(axes: Any, chart: Chart) -> None:
     for line in chart.lines:
         x, y = thinned(line.x, line.y)
         color = _MARKS[line.role]
+        if line.y_range:
+            lows, highs = zip(*line.y_range, strict=True)
+            bx, low = thinned(line.x, lows)
+            high = thinned(line.x, highs)[1]
+            if len(bx) < 8:
+                axes.vlines(bx, low, high, color=color, linewidth=0.9, alpha=0.6)
+            axes.fill_between(bx, low, high, color=color, alpha=0.14, linewidth=0)
         if line.raw:
             rx, ry = thinned(line.x, line.raw)
             axes.plot(rx, ry, color=color, linewidth=0.7, alpha=0.35)
@@ -178,39 +194,83 @@ def _stack(axes: Any, chart: Chart) -> None:
     axes.set_ylim(0, float(base.max()) if len(base) and base.max() > 0 else 1)
 
 
-def _path(axes: Any, chart: Chart) -> None:
+def _plane(axes: Any, chart: Chart) -> None:
+    """The unit square, or the part of it that holds the lines, with equal products dotted."""
+    (left, right), (low, high) = (0.0, 1.0), (0.0, 1.0)
+    if chart.close:
+        (left, right), (low, high) = (
+            _around([v for line in chart.lines for v in points(line)])
+            for points in (
+                lambda line: [*line.x, *(v for pair in line.x_range for v in pair)],
+                lambda line: [*line.y, *(v for pair in line.y_range for v in pair)],
+            )
+        )
     grid = np.linspace(0.01, 1, 200)
     for product in (0.1, 0.25, 0.5, 0.75):
         on = grid[grid >= product]
         axes.plot(on, product / on, color=_MARKS["grid"], linewidth=0.9, linestyle="dotted")
+        if low <= product / right <= high:
+            axes.annotate(
+                f"{product:g}", (right, product / right), xytext=(3, 0),
+                textcoords="offset points", color=_MARKS["muted"], fontsize=8.5, va="center",
+                annotation_clip=False,
+            )  # fmt: skip
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    axes.set_aspect("equal" if not chart.close else "auto")
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits within [0, 1] that hold all values with a margin, at least a tenth apart."""
+    low, high = min(values), max(values)
+    margin = max(0.04 * (high - low), (0.1 - (high - low)) / 2, 0.01)
+    return max(-0.02, low - margin), min(1.02, high + margin)
+
+
+def _cross(axes: Any, line: Line, i: int, color: str, face: str) -> None:
+    """A point of a plane with both its intervals."""
+    x, y = line.x[i], line.y[i]
+    if line.x_range and line.y_range:
+        axes.plot(line.x_range[i], (y, y), color=color, linewidth=0.9, alpha=0.7)
+        axes.plot((x, x), line.y_range[i], color=color, linewidth=0.9, alpha=0.7)
+    axes.plot([x], [y], "o", markersize=6, markerfacecolor=face, markeredgecolor=color)
+
+
+def _frontier(axes: Any, chart: Chart) -> None:
+    _plane(axes, chart)
+    x, y = ([getattr(line, name)[0] for line in chart.lines] for name in "xy")
+    axes.plot(x, y, color=_MARKS["muted"], linewidth=1, linestyle="dashed")
+    for line in chart.lines:
+        color = _MARKS[line.role]
+        _cross(axes, line, 0, color, color)
+        side = -1 if line.x[0] > sum(axes.get_xlim()) / 2 else 1
         axes.annotate(
-            f"{product:g}", (1, product), xytext=(3, 0), textcoords="offset points",
-            color=_MARKS["muted"], fontsize=8.5, va="center", annotation_clip=False,
+            _short(line.label), (line.x[0], line.y[0]), xytext=(6 * side, 6),
+            textcoords="offset points", fontsize=10, color=_MARKS["ink"],
+            ha="right" if side < 0 else "left",
         )  # fmt: skip
+
+
+def _path(axes: Any, chart: Chart) -> None:
+    _plane(axes, chart)
     for line in chart.lines:
         color = _MARKS[line.role]
         axes.plot(line.x, line.y, color=color, linestyle=line.dash, linewidth=1.4)
         for i in (0, -1) if len(line.x) > 1 else (0,):
-            x, y = line.x[i], line.y[i]
-            if line.x_range and line.y_range:
-                axes.plot(line.x_range[i], (y, y), color=color, linewidth=0.9, alpha=0.7)
-                axes.plot((x, x), line.y_range[i], color=color, linewidth=0.9, alpha=0.7)
-            face = _MARKS["paper"] if i == 0 else color
-            axes.plot([x], [y], "o", markersize=6, markerfacecolor=face, markeredgecolor=color)
+            _cross(axes, line, i, color, _MARKS["paper"] if i == 0 else color)
         if len(line.x) > 1 and (line.x[0], line.y[0]) != (line.x[-1], line.y[-1]):
             axes.annotate(
                 "", (line.x[-1], line.y[-1]), xytext=(line.x[-2], line.y[-2]),
                 arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 4, "linewidth": 1.2},
             )  # fmt: skip
+        if chart.close:
+            continue
         side = -1 if line.x[-1] > 0.6 else 1
         axes.annotate(
             _short(line.label), (line.x[-1], line.y[-1]), xytext=(8 * side, 9),
             textcoords="offset points", fontsize=10.5, color=_MARKS["ink"],
             ha="right" if side < 0 else "left",
         )  # fmt: skip
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_aspect("equal")
 
 
 def _change(axes: Any, chart: Chart) -> None:
@@ -230,6 +290,21 @@ def _change(axes: Any, chart: Chart) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(chart.lines) - 0.5, -0.5)
     axes.set_xlim(0, 1)
+
+
+def _forest(axes: Any, chart: Chart) -> None:
+    axes.axvline(0, color=_MARKS["ink"], linewidth=1)
+    for row, line in enumerate(chart.lines):
+        color = _MARKS[line.role]
+        for low, high in line.x_range:
+            axes.plot((low, high), (row, row), color=color, linewidth=1.6)
+        axes.plot(line.x[:1], [row], "o", markersize=6, color=color)
+    axes.set_yticks(range(len(chart.lines)), [_short(line.label) for line in chart.lines])
+    axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(len(chart.lines) - 0.5, -0.5)
+    reach = max(abs(v) for line in chart.lines for v in (*line.x, *sum(line.x_range, ())))
+    axes.set_xlim(-1.08 * max(reach, 0.02), 1.08 * max(reach, 0.02))
 
 
 def _short(label: str) -> str:

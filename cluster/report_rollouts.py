@@ -20,12 +20,16 @@ from PIL import Image
 
 from cluster.report_charts import CELLS
 from cluster.report_figures import answer_figure, perception_figure, text_figure
+from cluster.tracking import ROLLOUT_SCHEMA
 from tasks.core import SEGMENTS, Parsed, Task
 from tasks.load import BUILT_IN, load_task
 
 MOST_ROLLOUTS = 500
 MOST_STEPS = 250
 """Steps whose rollouts are read; of a longer run these, evenly spaced, its ends included."""
+MOST_OF_AN_ARM = 16
+"""Rollouts of each arm of an ablation, before those that make problems common to all."""
+COMMON_PROBLEMS = 8
 IMAGE_BYTES = 4_800_000
 """Of all images together, before base64 adds a third."""
 TEXT_BYTES = 2_200_000
@@ -86,7 +90,7 @@ def read_shown(run_dir: Path, limit: int = MOST_ROLLOUTS) -> Shown:
     for file in chosen_files:
         try:
             entries += _index(file)
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             problems.append(f"rollouts/{file.name} cannot be read: {type(error).__name__}: {error}")
     counts: dict[int, list[int]] = defaultdict(lambda: [0] * len(CELLS))
     for entry in entries:
@@ -95,10 +99,60 @@ def read_shown(run_dir: Path, limit: int = MOST_ROLLOUTS) -> Shown:
     tasks = _tasks({e.task for e in chosen}, problems)
     views = [_view(row, tasks.get(e.task)) for e, row in _rows(chosen)]
     cap = _fit_texts(views)
-    images, side = _images(run_dir / "images", dict.fromkeys(v["image"] for v in views))
+    images, side = _images([run_dir / "images"], dict.fromkeys(v["image"] for v in views))
     how = _how(len(entries), len(chosen), len(files), len(chosen_files), cap, side, len(images))
     cells = {step: tuple(row) for step, row in counts.items()}
     return Shown(tuple(views), images, len(entries), how, cells, tuple(problems))
+
+
+def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
+    """A handful of rollouts of the last step of each arm's run; `runs`: arm -> run folder.
+
+    Each arm shows every cell of seeing × thinking that it has, and the arms show the same problems
+    where they saw the same, which paired arms of one seed do.
+    """
+    problems: list[str] = []
+    by_arm: dict[str, list[Entry]] = {}
+    for arm, run in runs.items():
+        files = sorted((run / "rollouts").glob("step-*.parquet"))
+        try:
+            by_arm[arm] = _index(files[-1])
+        except IndexError:
+            problems.append(f"{arm}: its run of seed {seed} holds no rollouts.")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            said = f"rollouts/{files[-1].name} cannot be read: {type(error).__name__}: {error}"
+            problems.append(f"{arm}: {said}")
+    chosen = {arm: choose(entries, MOST_OF_AN_ARM) for arm, entries in by_arm.items()}
+    often = Counter(p for found in chosen.values() for p in {e.problem_id for e in found})
+    common = sorted(often, key=lambda p: (-often[p], p))[:COMMON_PROBLEMS]
+    for arm, found in chosen.items():
+        for problem in common:
+            if all(e.problem_id != problem for e in found):
+                found += [e for e in by_arm[arm] if e.problem_id == problem][:1]
+    tasks = _tasks({e.task for found in chosen.values() for e in found}, problems)
+    views = [
+        _view(row, tasks.get(e.task)) | {"arm": arm}
+        for arm, found in chosen.items()
+        for e, row in _rows(sorted(found, key=lambda e: e.row))
+    ]
+    cap = _fit_texts(views)
+    folders = [run / "images" for run in runs.values()]
+    images, side = _images(folders, dict.fromkeys(v["image"] for v in views))
+    counts: dict[int, list[int]] = defaultdict(lambda: [0] * len(CELLS))
+    for entry in (e for entries in by_arm.values() for e in entries):
+        counts[entry.step][entry.cell] += 1
+    total = sum(map(len, by_arm.values()))
+    how = (
+        f"{len(views)} of the {total} rollouts that {len(by_arm)} arms made in their last step at "
+        f"seed {seed}: of each arm all cells of seeing × thinking that it has, and of all arms the "
+        "same problems. They are not in proportion; the counts beside the filters say how many "
+        "there were in all."
+        if total
+        else "No arm left rollouts that could be read."
+    )
+    cells = {step: tuple(row) for step, row in counts.items()}
+    return Shown(tuple(views), images, total, how + _cuts(cap, side, len(images)), cells,
+                 tuple(problems))  # fmt: skip
 
 
 def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
@@ -160,6 +214,9 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
 
 
 def _index(file: Path) -> list[Entry]:
+    lacking = set(ROLLOUT_SCHEMA.names) - set(pq.read_schema(file).names) - set(_UNUSED_COLUMNS)
+    if lacking:
+        raise ValueError(f"columns {sorted(lacking)} are missing, as of another version")
     step = int(file.stem.removeprefix("step-"))
     rows = pq.read_table(file, columns=list(_INDEX_COLUMNS)).to_pylist()
     return [
@@ -313,14 +370,18 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} characters cut]"
 
 
-def _images(folder: Path, hashes: Iterable[str]) -> tuple[dict[str, str], int | None]:
+def _images(folders: Sequence[Path], hashes: Iterable[str]) -> tuple[dict[str, str], int | None]:
     """(hash -> data URI, longest side if they had to be made smaller), each image once.
 
-    A hash without a readable file is left out. Where the files are too many bytes, all are
-    stored again as JPEG, the smaller the more there are.
+    The first folder that has an image is read; a hash without a readable file is left out. Where
+    the files are too many bytes, all are stored again as JPEG, the smaller the more there are.
     """
-    files = {h: folder / f"{h}.png" for h in hashes if re.fullmatch(r"[0-9a-f]{64}", h or "")}
-    stored = {h: file.read_bytes() for h, file in files.items() if file.is_file()}
+    stored = {}
+    for name in (h for h in hashes if re.fullmatch(r"[0-9a-f]{64}", h or "")):
+        files = (folder / f"{name}.png" for folder in folders)
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            stored[name] = file.read_bytes()
     if sum(map(len, stored.values())) <= IMAGE_BYTES:
         png = b"\x89PNG"
         return {
@@ -371,8 +432,11 @@ def _how(
         )
     if read < files:
         said += f" They were read from {read} of the run's {files} steps, evenly spaced."
-    if cap:
-        said += f" Texts over {cap} characters are cut."
+    return said + _cuts(cap, side, images)
+
+
+def _cuts(cap: int | None, side: int | None, images: int) -> str:
+    said = f" Texts over {cap} characters are cut." if cap else ""
     if side:
         said += f" The {images} images are stored again at {side} pixels to keep this file small."
     return said

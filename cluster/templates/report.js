@@ -9,6 +9,7 @@
   const status = document.getElementById("status");
   const all = data.rollouts;
   const tasks = [...new Set(all.map((r) => r.task))].sort(byCode);
+  const arms = [...new Set(all.map((r) => r.arm || ""))].filter(Boolean).sort(byCode);
   const terms = [...new Set(all.flatMap((r) => r.terms.map((t) => t[0])))].sort(byCode);
   const defects = [...new Set(all.flatMap((r) => r.defects))].sort(byCode);
   const GLYPHS = ["● ●", "● ○", "○ ●", "○ ○", "?"];
@@ -18,7 +19,8 @@
     byProblem.get(r.problem).push(r);
     r.words = [r.id, r.problem, r.prompt, ...r.pieces.map((p) => p[1])].join("\n").toLowerCase();
   }
-  const elsewhere = (r) => byProblem.get(r.problem).filter((o) => o.step !== r.step);
+  const elsewhere = (r) => byProblem.get(r.problem).filter((o) => o.step !== r.step || o.arm !== r.arm);
+  const whence = (r) => visible((r.arm ? `${r.arm}, ` : "") + `step ${r.step}`);
   let found = [];
   let at = -1;
 
@@ -150,7 +152,7 @@
   function show(r) {
     const node = make("article", { class: "rollout" });
     const head = make("h3");
-    head.append(`Step ${r.step} · `, visible(r.task));
+    head.append(whence(r), " · ", visible(r.task));
     const meta = make("p", { class: "meta" });
     meta.append(visible(r.id), ` · policy version ${r.version} · ${r.kind} · ended by `, visible(r.finish));
     const saw = r.cell < 4 ? r.cell < 2 : null, thought = r.cell < 4 ? r.cell % 2 === 0 : null;
@@ -175,11 +177,13 @@
     if (r.answered) views.append(drawing("What it answered", r.answered, ""));
     node.append(views);
 
-    const again = elsewhere(r);
+    // Of arms one of each cell: they answered the same problem many times.
+    const again = elsewhere(r).filter((o, i, found) => !r.arm
+      || found.findIndex((p) => p.arm === o.arm && p.cell === o.cell) === i);
     if (again.length) {
-      const bar = make("div", { class: "again" }, "The same problem at: ");
-      for (const other of again.slice(0, 12)) {
-        const button = make("button", { type: "button" }, `step ${other.step} ${GLYPHS[other.cell]}`);
+      const bar = make("div", { class: "again" }, `The same problem ${r.arm ? "in" : "at"}: `);
+      for (const other of again.slice(0, r.arm ? 40 : 12)) {
+        const button = make("button", { type: "button" }, whence(other), ` ${GLYPHS[other.cell]}`);
         button.addEventListener("click", () => compare(r, other));
         bar.append(button);
       }
@@ -216,7 +220,7 @@
     const back = make("button", { type: "button" }, "Back to one");
     back.addEventListener("click", () => { detail.replaceChildren(show(one)); detail.focus(); });
     detail.replaceChildren(
-      make("div", { class: "again" }, `The same problem at steps ${pair[0].step} and ${pair[1].step}. `, back),
+      make("div", { class: "again" }, "The same problem: ", whence(pair[0]), " and ", whence(pair[1]), ". ", back),
       make("div", { class: "pair" }, show(pair[0]), show(pair[1])),
     );
     detail.focus();
@@ -243,6 +247,7 @@
 
   function passes(r, f) {
     if (!f.cells.has(r.cell) || r.step < f.from || r.step > f.to) return false;
+    if (f.arm !== null && r.arm !== f.arm) return false;
     if (f.task !== null && r.task !== f.task) return false;
     if (f.answer === "right" && r.a !== true) return false;
     if (f.answer === "wrong" && r.a !== false) return false;
@@ -264,7 +269,7 @@
     const place = (name, from) => (/^\d+$/.test(field(name)) ? from[Number(field(name))] : null);
     const f = {
       cells: new Set([...form.querySelectorAll("[name=cell]:checked")].map((b) => Number(b.value))),
-      from: Number(field("from")), to: Number(field("to")), task: place("task", tasks),
+      from: Number(field("from")), to: Number(field("to")), arm: place("arm", arms), task: place("task", tasks),
       answer: field("answer"), defect: field("defect"), named: place("defect", defects),
       term: place("term", terms), compare: field("compare"),
       value: field("value") === "" ? null : Number(field("value")),
@@ -277,7 +282,7 @@
       sub.append(visible(r.task), r.defects.length ? ` · ${r.defects.length} ${r.defects.length > 1 ? "defects" : "defect"}` : "", r.note ? ` · ${r.note}` : "");
       const row = make("li", { role: "option", id: `r${i}`, "aria-selected": "false" },
         make("span", { class: "glyph", title: data.cells[r.cell], "aria-label": data.cells[r.cell] }, GLYPHS[r.cell]),
-        make("span", {}, `step ${r.step}${r.a ? " ✓" : " ✗"}`), make("span", { class: "num" }, number(r.total)), sub);
+        make("span", {}, whence(r), r.a ? " ✓" : " ✗"), make("span", { class: "num" }, number(r.total)), sub);
       row.addEventListener("click", () => select(i, false));
       return row;
     }));

@@ -72,7 +72,7 @@ def answers(ablation: Ablation, folder: Path, arm: str, metric: str, when: str) 
 
 def test_results_hold_every_number_of_every_cell(grid: tuple[Ablation, Path]) -> None:
     ablation, folder = grid
-    table = collect(ablation, folder)
+    table = collect(ablation.cells, folder)
     assert table.schema == RESULT_SCHEMA
     # 30 steps of 6 metrics; 3 accuracies of 40 problems, twice.
     assert table.num_rows == 12 * (30 * 6 + 3 * 40 * 2)
@@ -84,7 +84,7 @@ def test_results_hold_every_number_of_every_cell(grid: tuple[Ablation, Path]) ->
 
 def test_levels_and_differences_are_those_of_the_answers(grid: tuple[Ablation, Path]) -> None:
     ablation, folder = grid
-    found = summarise(collect(ablation, folder), "?", ["outcome", "half", "same"], None)
+    found = summarise(collect(ablation.cells, folder), "?", ["outcome", "half", "same"], None)
     reference, ours = (answers(ablation, folder, arm, "a", "after") for arm in ("outcome", "half"))
     (level,) = [v for v in found.levels if (v.arm, v.metric) == ("half", "a")]
     assert level.after.value == pytest.approx(ours.mean())
@@ -107,7 +107,7 @@ def test_levels_and_differences_are_those_of_the_answers(grid: tuple[Ablation, P
 
 def test_asymmetry_curves_couplings_and_costs(grid: tuple[Ablation, Path]) -> None:
     ablation, folder = grid
-    found = summarise(collect(ablation, folder), "?", ["outcome", "half", "same"], 0.45)
+    found = summarise(collect(ablation.cells, folder), "?", ["outcome", "half", "same"], 0.45)
     (index,) = [v for v in found.asymmetries if v.arm == "half"]
     change = {
         m: answers(ablation, folder, "half", m, "after")
@@ -132,7 +132,7 @@ def test_asymmetry_curves_couplings_and_costs(grid: tuple[Ablation, Path]) -> No
     got = costs["half", "seconds"]
     # 0.3 + 0.45 k/30 averaged over five steps reaches 0.45 at k = 12.
     assert got.reached == 4 and got.median == pytest.approx(24, abs=4)
-    by_default = summarise(collect(ablation, folder), "?", ["outcome", "half"], None)
+    by_default = summarise(collect(ablation.cells, folder), "?", ["outcome", "half"], None)
     (target,) = {c.target for c in by_default.costs}
     assert target == pytest.approx(0.3 + 0.1 * 25.5 / 30, abs=0.005)
 

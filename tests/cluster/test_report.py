@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import io
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +22,33 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.metrics import EvalRow, EvalTable, before_after
-from cluster.report import NoRun, build, read_run, run_report, to_html, write_report
+from cluster.report import NoRun, build, read_run, run_report, write_report
 from cluster.report_charts import CELLS, Series, evaluation_curves, plane, smoothed
 from cluster.report_figures import answer_figure, perception_figure, text_figure
+from cluster.report_page import to_html
 from cluster.report_plots import MOST_POINTS, Chart, Line, thinned, to_svg
 from cluster.report_rollouts import Entry, choose, embedded, read_shown
 from cluster.report_words import Table, asymmetry, events_table, verdict, warnings
 from cluster.tracking import Tracker
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
-from rewards.terms import Outcome, Perception, score_group
-from rollout.record import Group, Rollout
-from tasks.core import Problem, Task
-from tasks.graph_coloring import GraphColoring, GraphColoringSpec
-from tasks.sudoku import Sudoku, SudokuSpec, grid_text
+from rewards.terms import Outcome, score_group
+from tasks.core import Problem
+from tasks.graph_coloring import GraphColoring
+from tasks.sudoku import Sudoku
+from tests.cluster.report_pages import (
+    HOSTILE,
+    Page,
+    assert_inert,
+    data,
+    four_cells,
+    graph_problem,
+    grid_problem,
+    rollouts,
+)
 from tests.rewards.toys import TASK, group
 
 LIMIT = 10_000_000
-TERMS = {"outcome": Outcome(), "perception": Perception()}
 RECIPE = """
 name = "trial"
 question = "Is it seeing?"
@@ -60,66 +65,6 @@ steps = 3
 problems_per_step = 2
 group_size = 4
 """
-HOSTILE = (
-    "</script><script>alert(1)</script>",
-    "<!-- <script> --> <!--",
-    "<img src=x onerror=alert(1)><svg onload=alert(2)>",
-    "\u202eevil\u202c \u2066x\u2069 \u200b\ufeff\x00\x07\x1b[2J\ud7ff",
-    "]]>&lt;&#x3c;script&#x3e;{{ 7 * 7 }}{% raw %}\u2028\u2029",
-    "line " * 40_000,
-)
-
-
-def grid_problem(seed: int) -> Problem:
-    return Sudoku().generate(np.random.default_rng(seed), SudokuSpec(size=4, blanks=6))
-
-
-def graph_problem(seed: int) -> Problem:
-    return GraphColoring().generate(np.random.default_rng(seed), GraphColoringSpec(canvas=96))
-
-
-def four_cells(problem: Problem) -> list[str]:
-    """Sudoku responses of each cell of seeing × thinking, in the order of `CELLS`."""
-    solution = [list(row) for row in problem.truth["solution"]]
-    right = grid_text(solution)
-    wrong = grid_text([[1] * 4] * 4)
-    # One more clue erased is a wrong perception that the true solution still completes.
-    puzzle = [list(row) for row in problem.truth["puzzle"]]
-    r, c = next((r, c) for r in range(4) for c in range(4) if puzzle[r][c])
-    puzzle[r][c] = 0
-    return [
-        f"<perception>\n{seen}\n</perception>\n<reasoning>\nso\n</reasoning>\n"
-        f"<answer>\n{answer}\n</answer>"
-        for seen in (problem.perception, grid_text(puzzle))
-        for answer in (right, wrong)
-    ]
-
-
-def rollouts(task: Task, problem: Problem, texts: Sequence[str], step: int) -> ScoredGroup:
-    group_id = f"step-{step}/{problem.id}"
-    made = tuple(
-        Rollout(
-            rollout_id=f"{group_id}/{i}",
-            group_id=group_id,
-            kind="free",
-            view="shown",
-            prompt_ids=np.arange(3, dtype=np.int32),
-            response_ids=np.arange(4, dtype=np.int32),
-            logprobs=np.full(4, -0.5, dtype=np.float32),
-            versions=np.full(4, step - 1, dtype=np.int32),
-            segments=np.array([0, 1, 2, -1], dtype=np.int8),
-            prefix="",
-            text=text,
-            parsed=task.parse(text),
-            finish_reason="stop",
-            seconds=0.1,
-            sampler="sampler-0",
-        )
-        for i, text in enumerate(texts)
-    )
-    one = Group(group_id, problem, made)
-    terms = Composition({"outcome": 0.75, "perception": 0.25})
-    return compose_groups([one], [score_group(task, one, TERMS)], terms)[0]
 
 
 def log_steps(tracker: Tracker, steps: int = 3) -> None:
@@ -190,61 +135,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def html(run: Path) -> str:
     return write_report(run).read_text("utf-8")
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, and the text of scripts and of the rest."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self._in = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._in = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._in == "script":
-            self.scripts[-1] += data
-        elif self._in != "style":
-            self.text += data
-
-    def handle_comment(self, data: str) -> None:
-        raise AssertionError(f"a comment: {data[:50]}")
-
-
-def data(found: Page) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(found.scripts[0])
-    return loaded
-
-
-def assert_inert(found: Page, html: str) -> None:
-    """Two scripts, both ours and the only ones the page's policy allows; no handler, no address."""
-    assert [a.get("type") for t, a in found.tags if t == "script"] == ["application/json", None]
-    digest = base64.b64encode(hashlib.sha256(found.scripts[1].encode()).digest()).decode()
-    policy = next(a["content"] for _, a in found.tags if "http-equiv" in a)
-    assert policy is not None
-    assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}'" in policy
-    for tag, attributes in found.tags:
-        assert tag not in ("iframe", "object", "embed", "link", "base", "img", "image")
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href", "action", "xlink:href"):
-            assert (attributes.get(name) or "#").startswith("#")
-    rest = html.replace(found.scripts[0], "")
-    assert not re.search(r"https?:|//\w|@import|url\((?!#)|innerHTML|eval\(", rest)
-    assert not re.search(r"[<>&]", found.scripts[0])
-    assert not re.search(r"[\u202a-\u202e\u2066-\u2069\u200b\x00\x07\x1b]", html)
 
 
 def test_what_a_model_wrote_is_inert_and_whole(html: str) -> None:

@@ -1,0 +1,283 @@
+"""`equipoise report ABLATION`: what an ablation found, as one HTML file that needs nothing else.
+
+`read_ablation` reads the folder and `build_ablation` makes the same view model that a run's report
+has. All numbers are those of `summarise`. Of an ablation that goes on, or whose cells failed,
+there is a report of what has finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from cluster import report_ablation_charts as charts
+from cluster import report_ablation_words as words
+from cluster.ablate import cell_folder, is_finished, pairing_faults, read_failure, read_result
+from cluster.ablation_config import AblationConfig, CellName, stored_ablation
+from cluster.ablation_results import RESULT_SCHEMA, Results, Summary, collect, summarise
+from cluster.config import UserError
+from cluster.report_page import Report, Section, put, to_html
+from cluster.report_rollouts import Shown, read_arms
+from cluster.report_words import Words, settings_table
+from cluster.statistics import Estimate
+
+ABLATION_SCHEMA = pa.schema(
+    {
+        "kind": pa.string(),  # level, difference, asymmetry, coupling, curve, mean level, cost
+        "difficulty": pa.string(),
+        "task": pa.string(),
+        "arm": pa.string(),
+        "metric": pa.string(),
+        "when": pa.string(),  # before, after, change, or a third of training
+        "step": pa.int64(),
+        "value": pa.float64(),
+        "low": pa.float64(),
+        "high": pa.float64(),
+        "p": pa.float64(),
+        "p_holm": pa.float64(),
+        "seeds": pa.int64(),
+        "problems": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class AblationRecord:
+    """What an ablation's folder holds, read.
+
+    Attributes:
+        base: the resolved base recipe.
+        finished: cell id -> its `result.json`; `failed`: cell id -> why.
+        faults: cells that are not paired, in words.
+        table: `RESULT_SCHEMA`; `summary` is made of it.
+        problems: what could not be read, in words.
+    """
+
+    name: str
+    config: AblationConfig
+    base: Mapping[str, Any]
+    cells: tuple[CellName, ...]
+    finished: Mapping[str, Mapping[str, Any]]
+    failed: Mapping[str, str]
+    faults: tuple[str, ...]
+    table: pa.Table
+    summary: Summary
+    shown: Shown
+    problems: tuple[str, ...]
+
+
+def is_ablation(folder: Path) -> bool:
+    """Whether a folder is that of an ablation rather than of a run."""
+    return (folder / "ablation.json").is_file()
+
+
+def write_ablation_report(folder: Path) -> Path:
+    """Write `ABLATION/report.html` and return where it is."""
+    path = folder / "report.html"
+    page = to_html(build_ablation(read_ablation(folder)))
+    put(path, lambda beside: beside.write_text(page, "utf-8"))
+    return path
+
+
+def read_ablation(folder: Path) -> AblationRecord:
+    """Read an ablation's folder, finished or not.
+
+    Raises UserError for an `ablation.json` that cannot be read; all else that cannot is a warning.
+    """
+    path = folder / "ablation.json"
+    try:
+        identity = json.loads(path.read_text("utf-8"))
+        config, cells = stored_ablation(identity)
+        base = identity["base"]
+        if not isinstance(base, dict):
+            raise TypeError("base is not a recipe")
+    except (OSError, ValueError, TypeError, KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path}: not an ablation that `equipoise ablate` wrote ({error}); run it again with "
+            "this folder as --output"
+        ) from error
+    problems: list[str] = []
+    finished, failed, tables = {}, {}, []
+    for cell in cells:
+        try:
+            if is_finished(folder, cell):
+                result = read_result(folder, cell)
+                tables.append(collect([cell], folder))
+                finished[cell.id] = result
+            elif (why := read_failure(folder, cell)) is not None:
+                failed[cell.id] = why
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            problems.append(f"{cell.id} cannot be read: {type(error).__name__}: {error}")
+    faults: tuple[str, ...] = ()
+    try:
+        ended = [cell for cell in cells if cell.id in finished]
+        faults = tuple(pairing_faults(folder, ended))
+    except KeyError as error:
+        problems.append(f"Results of cells lack {error}: whether arms are paired is not known.")
+    table = pa.concat_tables(tables) if tables else _stored_table(folder, problems)
+    summary = summarise(table, config.question, [a.name for a in config.arms], config.target)
+    runs, seed = _runs_to_show(folder, cells, set(finished))
+    shown = read_arms(runs, seed)
+    return AblationRecord(
+        name=folder.resolve().name,
+        config=config,
+        base=base,
+        cells=cells,
+        finished=finished,
+        failed=failed,
+        faults=faults,
+        table=table,
+        summary=summary,
+        shown=shown,
+        problems=(*problems, *shown.problems),
+    )
+
+
+def build_ablation(record: AblationRecord) -> Report:
+    """The view model of an ablation."""
+    summary, config, base = record.summary, record.config, record.base
+    arms = [arm.name for arm in config.arms]
+    results = Results(record.table)
+    ended = [c.id for c in record.cells if c.id in record.finished] or sorted(
+        set(record.table.column("cell").to_pylist())
+    )
+    wary = words.warnings(config, record.cells, ended, record.failed, record.faults)
+    if ended and not record.finished:
+        wary.append(
+            "The cells' folders are not here, only their numbers: no rollouts, no times, and no "
+            "hashes to show that arms were paired."
+        )
+    metrics = list(dict.fromkeys(record.table.column("metric").to_pylist()))
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for cell in record.cells:
+        if (took := record.finished.get(cell.id, {}).get("seconds")) is not None:
+            seconds[cell.difficulty, cell.arm].append(float(took))
+    alphas = {
+        arm.name: alpha
+        for arm in config.arms
+        if (alpha := words.alpha_of(words.arm_reward(arm, base))) is not None
+        and words.other_settings(arm) == words.other_settings(config.arms[0])
+    }
+
+    def present(*things: Any) -> tuple[Any, ...]:
+        return tuple(thing for thing in things if thing is not None)
+
+    sections = (
+        Section("arms", "Arms", (), (words.arms_table(config, base, record.cells, ended),)),
+        Section(
+            "outcome", "Which arm ended best", tuple(charts.forests(summary)),
+            (*words.comparison_tables(summary), *words.level_tables(summary)),
+            "No cell has finished, so nothing is compared.",
+        ),
+        Section(
+            "seeing", "To see or to think", tuple(charts.planes(summary, arms)),
+            present(words.asymmetry_table(summary)),
+            "a_p and a_r were not measured before and after.",
+        ),
+        Section(
+            "frontier", "The α frontier", tuple(charts.frontiers(summary, alphas)), (),
+            "No two finished arms differ in α, the share of the reward that perception gets.",
+        ),
+        Section(
+            "learning", "Learning curves", tuple(charts.curves(summary, arms)), (),
+            "No cell has finished, so there are no curves.",
+        ),
+        Section(
+            "reward", "Coupling and reliability", tuple(charts.coupling_charts(summary, arms)),
+            present(
+                words.coupling_table(summary), words.reliability_table(results, metrics, arms)
+            ),
+            "No coupling and no reliability was logged.",
+        ),
+        Section(
+            "cost", "Cost", (),
+            present(words.cost_table(summary), words.speed_table(results, arms, seconds)),
+            "No cost was logged.",
+        ),
+        Section(
+            "pairing", "Pairing and cells", (),
+            present(
+                words.pairing_table(record.cells, record.finished),
+                words.cells_table(record.cells, ended, record.finished, record.failed),
+            ),
+        ),
+    )  # fmt: skip
+    return Report(
+        title=record.name,
+        question=config.question,
+        words=Words(
+            words.lead(config, base, len(ended), len(record.cells), summary.reference),
+            words.findings(summary, arms),
+            (*wary, *record.problems),
+        ),
+        sections=sections,
+        shown=record.shown,
+        error="",
+        settings=settings_table(base, {}),
+        kicker="Equipoise ablation report",
+    )
+
+
+def ablation_to_parquet(summary: Summary) -> pa.Table:
+    """Every estimate of a summary as one flat table (`ABLATION_SCHEMA`)."""
+    return pa.Table.from_pylist(list(_flat_rows(summary)), schema=ABLATION_SCHEMA)
+
+
+def _flat_rows(summary: Summary) -> Iterator[dict[str, Any]]:
+    def row(kind: str, of: Any, estimate: Estimate, **more: Any) -> dict[str, Any]:
+        found = {"kind": kind, "difficulty": of.difficulty, "arm": of.arm}
+        found |= {name: getattr(estimate, name) for name in ("value", "low", "high", "p")}
+        return found | {"seeds": estimate.seeds, "problems": estimate.problems} | more
+
+    for v in summary.levels:
+        for when in ("before", "after", "change"):
+            yield row("level", v, getattr(v, when), task=v.task, metric=v.metric, when=when)
+    for c in summary.comparisons:
+        yield row("difference", c, c.difference, task=c.task, metric=c.metric, p_holm=c.p_holm,
+                  when="after")  # fmt: skip
+    for a in summary.asymmetries:
+        yield row("asymmetry", a, a.index, task=a.task, step=a.step)
+    for k in summary.couplings:
+        yield row("coupling", k, k.correlation, metric=k.of, when=k.phase)
+    for curve in summary.curves:
+        for step, point in zip(curve.steps, curve.points, strict=True):
+            yield row("curve", curve, point, metric=curve.metric, step=step)
+        yield row("mean level", curve, curve.mean_level, metric=curve.metric)
+    for cost in summary.costs:
+        yield {
+            "kind": "cost", "difficulty": cost.difficulty, "arm": cost.arm, "metric": cost.unit,
+            "value": cost.reach.median, "seeds": cost.reach.seeds,
+        }  # fmt: skip
+
+
+def _stored_table(folder: Path, problems: list[str]) -> pa.Table:
+    """The results that a finished ablation left, where its cells are no longer there."""
+    path = folder / "results.parquet"
+    if path.is_file():
+        try:
+            return pq.read_table(path, schema=RESULT_SCHEMA)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
+    return RESULT_SCHEMA.empty_table()
+
+
+def _runs_to_show(
+    folder: Path, cells: Sequence[CellName], finished: Iterable[str]
+) -> tuple[dict[str, Path], int]:
+    """(arm -> run folder, seed) of the first seed that the most arms have finished."""
+    by_seed: dict[int, dict[str, Path]] = {cell.seed: {} for cell in cells}
+    ended = set(finished)
+    for cell in cells:
+        if cell.id in ended:
+            name = charts.at(cell.difficulty, cell.arm)
+            by_seed[cell.seed][name] = cell_folder(folder, cell) / "run"
+    best = max(by_seed, key=lambda seed: len(by_seed[seed]))
+    return by_seed[best], best

@@ -1,0 +1,141 @@
+"""The page that reports are written as: a view model to HTML, Markdown or JSON.
+
+`Report` is all that a page shows, as plain data; runs and ablations each make one of what their
+folder holds. `to_html` needs `cluster/templates/` and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.report_charts import CELLS
+from cluster.report_plots import Chart, to_svg
+from cluster.report_rollouts import Shown, embedded
+from cluster.report_words import Table, Words
+from cluster.terminal import printable
+
+Format = Literal["html", "md", "json", "parquet"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: charts, then tables."""
+
+    name: str
+    title: str
+    charts: tuple[Chart, ...]
+    tables: tuple[Table, ...]
+    missing: str = ""
+    """What to say where both are empty."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The view model: all a page shows, as plain data."""
+
+    title: str
+    question: str
+    words: Words
+    sections: tuple[Section, ...]
+    shown: Shown
+    error: str
+    settings: Table | None
+    kicker: str = "Equipoise report"
+    """What kind of report it is."""
+
+
+def to_html(report: Report) -> str:
+    """One self-contained page. Its policy allows no script but its own and no network."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cluster", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shown"] = printable
+    assert environment.loader is not None
+    style = environment.loader.get_source(environment, "report.css")[0]
+    script = environment.loader.get_source(environment, "report.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    cells = [sum(row[i] for row in report.shown.cells.values()) for i in range(len(CELLS))]
+    shown = [r["cell"] for r in report.shown.rollouts]
+    data = {
+        "rollouts": report.shown.rollouts,
+        "images": report.shown.images,
+        "cells": CELLS,
+    }
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        svg=lambda chart: jinja2.filters.Markup(to_svg(chart)),
+        style=jinja2.filters.Markup(style),
+        script=jinja2.filters.Markup(script),
+        digest=digest,
+        data=jinja2.filters.Markup(embedded(data)),
+        cells=[(CELLS[i], cells[i], shown.count(i)) for i in range(len(CELLS))],
+        steps=sorted({r["step"] for r in report.shown.rollouts}),
+        arms=sorted({r["arm"] for r in report.shown.rollouts if "arm" in r}),
+        tasks=sorted({r["task"] for r in report.shown.rollouts}),
+        terms=sorted({name for r in report.shown.rollouts for name, _ in r["terms"]}),
+        defects=sorted({d for r in report.shown.rollouts for d in r["defects"]}),
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """The summary and the tables."""
+    lines = [f"# {_md(report.title)}", ""]
+    lines += [f"*{_md(report.question)}*", ""] if report.question else []
+    lines += [_md(report.words.lead), ""]
+    for finding in report.words.findings:
+        lines += [f"- {_md(finding.text)}", *(f"  - {_md(text)}" for text in finding.details)]
+    if report.words.warnings:
+        lines += ["", "Warnings:", "", *(f"- {_md(text)}" for text in report.words.warnings)]
+    for section in report.sections:
+        lines += ["", f"## {section.title}"]
+        if not section.charts and not section.tables:
+            lines += ["", section.missing]
+        for table in section.tables:
+            lines += ["", f"### {_md(table.title)}", "", f"| {' | '.join(table.columns)} |"]
+            lines.append("|" + "|".join("---:" if a == "r" else "---" for a in table.align) + "|")
+            lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in table.rows]
+            lines += ["", _md(table.note)] if table.note else []
+    return "\n".join(lines) + "\n"
+
+
+def to_json(report: Report, more: Mapping[str, Any] | None = None) -> str:
+    """The whole view model without the images, and `more` beside it."""
+    found = asdict(report) | dict(more or {})
+    found["shown"]["images"] = sorted(found["shown"]["images"])
+    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON-able: no NaN, tuples as lists, keys as text."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _md(text: str) -> str:
+    """Text that stays text in Markdown and inside a table's cell."""
+    safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in safe)
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside, then put into place: a reader never sees half a report."""
+    beside = path.with_name(f".{path.name}.tmp")
+    write(beside)
+    beside.replace(path)
