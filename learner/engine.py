@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.losses import Loss, token_statistics
 from learner.policy import load_policy, make_collator
@@ -190,6 +191,31 @@ class DeepSpeedLearner:
         if not math.isfinite(norm):
             raise NonFiniteLoss(f"the gradient norm is {norm}; the update was not applied")
         return norm
+
+    def segment_gradients(self, batch: TrainBatch, of: NormOf = "all") -> SegmentGradients:
+        """Gradient norms of the perception and the reasoning loss of a batch (`learner.balance`).
+
+        A pass of its own, before `update`: the norms are of the very batch and weights that the
+        update will use, and `update` and the optimizer know nothing of it. It goes around
+        DeepSpeed's backward, whose hooks would reduce and accumulate each gradient into the
+        optimizer's. Every rank must call it. Raises ValueError under ZeRO-3, where no rank holds
+        whole parameters, and NonFiniteLoss when a norm is not finite.
+        """
+        if self._settings.zero_stage == 3:
+            raise ValueError(
+                "gradient norms of segments need whole parameters, and learner.zero_stage is 3; "
+                'use stage 0, 1 or 2, or sft.norm_every = 0 (not with sft.balance = "ngdiff")'
+            )
+        lengths = [len(s) for s in batch.sequences]
+        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
+        micros = (self._micro_batch(batch, indices) for indices in plan[self._place.rank])
+        found = segment_gradients(self._engine.module, micros, batch, of)
+        if not math.isfinite(found.perception + found.reasoning):
+            raise NonFiniteLoss(
+                f"the gradient norms are {found.perception} (perception) and {found.reasoning} "
+                "(reasoning); the update was not applied"
+            )
+        return found
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
