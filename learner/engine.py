@@ -197,23 +197,18 @@ class DeepSpeedLearner:
 
         A pass of its own, before `update`: the norms are of the very batch and weights that the
         update will use, and `update` and the optimizer know nothing of it. It goes around
-        DeepSpeed's backward, whose hooks would reduce and accumulate each gradient into the
-        optimizer's. Every rank must call it. Raises ValueError under ZeRO-3, where no rank holds
-        whole parameters, and NonFiniteLoss when a norm is not finite.
+        DeepSpeed's backward, whose hooks would reduce and add each gradient to the optimizer's.
+        Every rank must call it. Raises NonFiniteLoss when a norm is not finite.
         """
-        if self._settings.zero_stage == 3:
-            raise ValueError(
-                "gradient norms of segments need whole parameters, and learner.zero_stage is 3; "
-                'use stage 0, 1 or 2, or sft.norm_every = 0 (not with sft.balance = "ngdiff")'
-            )
         lengths = [len(s) for s in batch.sequences]
         plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
         micros = (self._micro_batch(batch, indices) for indices in plan[self._place.rank])
-        found = segment_gradients(self._engine.module, micros, batch, of)
+        keep_graph = self._settings.zero_stage < 3
+        found = segment_gradients(self._engine.module, micros, batch, of, keep_graph)
         if not math.isfinite(found.perception + found.reasoning):
             raise NonFiniteLoss(
                 f"the gradient norms are {found.perception} (perception) and {found.reasoning} "
-                "(reasoning); the update was not applied"
+                "(reasoning); no update was applied"
             )
         return found
 

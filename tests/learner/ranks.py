@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
 from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
 from learner.losses import Loss
@@ -32,6 +33,7 @@ class Job:
     updates: tuple[tuple[TrainBatch, Loss], ...]
     learning_rate: float
     save: str | None = None
+    measure: tuple[NormOf, ...] = ()
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Outcome:
         after_first, weights: checkpoint names after the first update and at the end.
         logprobs: of the first batch at the end.
         errors: of updates that were refused.
+        measured: gradients by segment before each update, one for each of `Job.measure`.
     """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Outcome:
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    measured: list[SegmentGradients] = field(default_factory=list)
 
 
 def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) -> dict[str, Outcome]:
@@ -123,6 +127,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
     for batch, loss in job.updates:
+        outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
