@@ -397,7 +397,7 @@ class SftConfig(Section):
     """w of `fixed`."""
     norm_every: Count = 0
     """Updates between measurements of both parts' gradient norms; 0: none. One
-    costs about 1.7 updates with `all`, a third of one with `head`."""
+    costs about 1.6 updates with `all`, a third of one with `head`."""
     norm_of: Literal["all", "head"] = "all"
     """`all` parameters, or the LM head alone: cheap in time and memory, but what seeing
     changes in the vision tower is out of its sight, so it finds a larger w."""

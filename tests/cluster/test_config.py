@@ -25,7 +25,7 @@ from cluster.config import (
 from cluster.toml_writer import table_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
 MINIMAL = """
 name = "small"
 [model]
