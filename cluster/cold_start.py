@@ -33,8 +33,8 @@ from cluster.runtime import (
 )
 from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
+from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
-from learner.losses import BalancedLoss, Loss, TokenMeanLoss
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Source, draw
@@ -114,15 +114,23 @@ def fine_tune(
         recipe.learner.timeout_seconds,
     )
     shares: list[Shares] = []
+    balance = sft_balance(sft)
     try:
         learner.start()
         for step in range(1, sft.steps + 1):
             rate = learning_rate_at(
                 step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
             )
-            metrics = learner.update(TrainBatch(tuple(next(batches))), sft_loss(sft), rate)
+            batch = TrainBatch(tuple(next(batches)))
+            gradients = None
+            if balance.measures(step):
+                gradients = learner.segment_gradients(batch, sft.norm_of)
+                balance.observe(step, gradients)
+            metrics = learner.update(batch, balance.loss(step, batch), rate)
             shares.append(perception_shares(metrics))
-            tracker.log(step, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate})
+            told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
+            told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
+            tracker.log(step, told)
             if step % 10 == 0 or step == sft.steps:
                 progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
             if sft.save_every and step % sft.save_every == 0:
@@ -172,11 +180,47 @@ def demonstrations(
     return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
-def sft_loss(sft: SftConfig) -> Loss:
-    """The loss a recipe asks for."""
-    if sft.balance == "token_mean":
-        return TokenMeanLoss()
-    return BalancedLoss(sft.perception_weight)
+def sft_balance(sft: SftConfig) -> Balance:
+    """What chooses λ, as a recipe asks for it."""
+    staged = sft.curriculum == "perception_first"
+    return Balance(
+        rule=sft.balance,
+        weight=sft.perception_weight,
+        norm_every=sft.norm_every,
+        smoothing=sft.norm_smoothing,
+        first_steps=round(sft.curriculum_share * sft.steps) if staged else 0,
+        first_weight=sft.curriculum_weight,
+    )
+
+
+def balance_metrics(
+    metrics: dict[str, float], weight: float, gradients: SegmentGradients | None
+) -> dict[str, float]:
+    """λ, and each segment's share of tokens, of the loss, and of the gradient norm if measured.
+
+    A token's share of the loss is as λ weighs it: λ over the perception tokens, 1-λ over all
+    others. The gradient's parts are L_p and L_r, so its `reasoning` is all that is not perception.
+    """
+    names = (*SEGMENTS, "other")
+    tokens = {n: metrics[f"tokens/{n}"] for n in names}
+    total = max(1.0, sum(tokens.values()))
+    rest = max(1.0, total - tokens["perception"])
+    scale = dict.fromkeys(names, (1 - weight) / rest)
+    scale["perception"] = weight / max(1.0, tokens["perception"])
+    loss = {n: scale[n] * tokens[n] * metrics.get(f"nll/{n}", 0.0) for n in names}
+    found = {"sft/lambda": weight}
+    found |= {f"sft/share/tokens/{segment}": tokens[segment] / total for segment in names}
+    whole = max(1e-12, sum(loss.values()))
+    found |= {f"sft/share/loss/{segment}": loss[segment] / whole for segment in names}
+    if gradients is not None:
+        norms = {"perception": gradients.perception, "reasoning": gradients.reasoning}
+        pull = {"perception": weight * norms["perception"]}
+        pull["reasoning"] = (1 - weight) * norms["reasoning"]
+        sum_of_pulls = max(1e-12, sum(pull.values()))
+        found |= {f"sft/grad_norm/{part}": norms[part] for part in norms}
+        found |= {f"sft/share/grad_norm/{part}": pull[part] / sum_of_pulls for part in pull}
+        found |= {"sft/grad_cosine": gradients.cosine, "sft/norm_seconds": gradients.seconds}
+    return found
 
 
 def warm_up(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
 from learner.engine import DeepSpeedLearner, LearnerSettings, WorldPlace
 from learner.losses import Loss
@@ -33,6 +34,9 @@ class LearnerRank:
 
     def update(self, batch: TrainBatch, loss: Loss, rate: float | None) -> dict[str, float]:
         return self._learner.update(batch, loss, rate)
+
+    def segment_gradients(self, batch: TrainBatch, of: NormOf) -> SegmentGradients:
+        return self._learner.segment_gradients(batch, of)
 
     def attach_sender(self, sender: Any) -> None:
         self._sender = sender
@@ -104,6 +108,11 @@ class LearnerGroup:
         """One policy update (see `DeepSpeedLearner.update`)."""
         shared = ray.put(batch)
         return self.wait([r.update.remote(shared, loss, learning_rate) for r in self._ranks])
+
+    def segment_gradients(self, batch: TrainBatch, of: NormOf = "all") -> SegmentGradients:
+        """Gradient norms by segment (see `DeepSpeedLearner.segment_gradients`)."""
+        shared = ray.put(batch)
+        return self.wait([r.segment_gradients.remote(shared, of) for r in self._ranks])
 
     def attach_sender(self, sender: Any) -> None:
         """Give every rank its `rollout.transfer.WeightSender`, kept for the whole run."""

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
+from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
 from learner.losses import Loss, token_statistics
@@ -214,6 +215,26 @@ class DeepSpeedLearner:
         if not math.isfinite(norm):
             raise NonFiniteLoss(f"the gradient norm is {norm}; the update was not applied")
         return norm
+
+    def segment_gradients(self, batch: TrainBatch, of: NormOf = "all") -> SegmentGradients:
+        """Gradient norms of the perception and the reasoning loss of a batch (`learner.balance`).
+
+        A pass of its own, before `update`: the norms are of the very batch and weights that the
+        update will use, and `update` and the optimizer know nothing of it. It goes around
+        DeepSpeed's backward, whose hooks would reduce and add each gradient to the optimizer's.
+        Every rank must call it. Raises NonFiniteLoss when a norm is not finite.
+        """
+        lengths = [len(s) for s in batch.sequences]
+        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
+        micros = (self._micro_batch(batch, indices, None) for indices in plan[self._place.rank])
+        keep_graph = self._settings.zero_stage < 3
+        found = segment_gradients(self._engine.module, micros, batch, of, keep_graph)
+        if not math.isfinite(found.perception + found.reasoning):
+            raise NonFiniteLoss(
+                f"the gradient norms are {found.perception} (perception) and {found.reasoning} "
+                "(reasoning); no update was applied"
+            )
+        return found
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:

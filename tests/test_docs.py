@@ -166,13 +166,18 @@ def made_by_the_learner() -> set[str]:
 
 def made_by_the_drivers() -> set[str]:
     """Names of clock and transfer, and those that the drivers write out as text."""
+    from cluster.cold_start import balance_metrics
     from cluster.train import StepClock, transfer_metrics
+    from learner.balance import SegmentGradients
     from rollout.transfer import TransferReport
 
     clock = StepClock()
     for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/train.py").read_text()):
         clock.lap(phase)
     names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
+    updated = {f"tokens/{name}": n for name, n in counts.items()}
+    names |= set(balance_metrics(updated, 0.5, SegmentGradients(1.0, 1.0, 0.0)))
     names.add("throughput/learner_tokens_per_second")
     names |= {"reward/judge/calls/requests", "reward/judge/calls/failures/timeout"}
     for file in ("cluster/train.py", "cluster/cold_start.py", "learner/warmup.py"):

@@ -112,7 +112,9 @@ def test_every_error_is_reported_at_once_with_file_and_field(tmp_path: Path) -> 
         "reward.terms[1].name": 'no reward term "percption"; did you mean "perception"?',
         "algorithm.steps": 'expected a whole number, got "40"',
         "learner.betas[1]": 'expected a number, got "a"',
-        "sft.balance": 'expected "token_mean" or "fixed", got "fix"; did you mean "fixed"?',
+        "sft.balance": (
+            'expected "token_mean", "fixed" or "ngdiff", got "fix"; did you mean "fixed"?'
+        ),
         "sft.steps": "is required and missing; add it",
         "eval.problms": 'no such key; did you mean "problems"? (from --set)',
     }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
 from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
 from learner.losses import Loss
@@ -37,6 +38,7 @@ class Job:
     learning_rate: float
     save: str | None = None
     checkpoint: tuple[int, str] | None = None
+    measure: tuple[NormOf, ...] = ()
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Outcome:
         logprobs: of the first batch at the end.
         errors: of updates that were refused.
         draw_at_start, draw_at_checkpoint: see `draws`.
+        measured: gradients by segment before each update, one for each of `Job.measure`.
     """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
     draw_at_start: list[float] = field(default_factory=list)
     draw_at_checkpoint: list[float] = field(default_factory=list)
+    measured: list[SegmentGradients] = field(default_factory=list)
 
 
 def draws() -> list[float]:
@@ -140,6 +144,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
         if job.checkpoint and job.checkpoint[0] == done:
             learner.save_training(Path(job.checkpoint[1]), {"updates": done}, keep=2)
             outcome.draw_at_checkpoint = draws()
+        outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
