@@ -79,13 +79,14 @@ class RayJobRunner:
     """
 
     address: str
+    train: tuple[str, ...] = (sys.executable, "-m", "cluster", "train")
 
     def command(self, recipe: Path, run: Path, job: str) -> list[str]:
         """`ray job submit`, which waits for the job and has its exit code."""
         return [
             *(_ray(), "job", "submit", "--address", self.address, "--submission-id", job),
             *("--working-dir", os.getcwd(), "--"),
-            *(sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)),
+            *(*self.train, str(recipe), "--output", str(run)),
         ]
 
     def end(self, job: str) -> None:

@@ -245,6 +245,7 @@ def test_cells_side_by_side_find_what_cells_in_a_row_find(
         ablate_to_the_end(load_ablation(write(seeds=(1, 2))), tmp_path / "row", runner=RUNNER) == 0
     )
     assert outcome(tmp_path / "together") == outcome(tmp_path / "row")
+    assert "half" in (tmp_path / "row" / "report.html").read_text("utf-8")
 
 
 def test_slots_follow_the_cores(write: Callable[..., Path]) -> None:
