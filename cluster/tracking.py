@@ -194,7 +194,7 @@ class Tracker:
                 part.unlink()
 
     def _rewind(self, step: int) -> None:
-        """Forget every step after `step`: its metrics, its rollouts, its TensorBoard points."""
+        """Forget every step after `step`, and how the run ended."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         if (self.run_dir / "metrics.parquet").exists() or _metric_parts(self.run_dir):
@@ -206,6 +206,8 @@ class Tracker:
         for file in (self.run_dir / "rollouts").glob("step-*.parquet"):
             if int(file.stem[5:]) > step:
                 file.unlink()
+        for name in ("evaluation.json", "error.txt"):
+            (self.run_dir / name).unlink(missing_ok=True)
         # TensorBoard drops what it read from this step on.
         start = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(step=step + 1, wall_time=time.time(), session_log=start))

@@ -125,11 +125,8 @@ class OptimizerState:
                 access.safe_set_full_fp32_param(parameter, value)
             return
         # The `full` setters of stage 3 have no room for the padding of the last rank's part.
-        part = parameter.ds_tensor.numel()
-        ranks = torch.distributed.get_world_size()
-        whole = torch.zeros(part * ranks)
-        whole[: value.numel()] = value.flatten()
-        mine = whole[part * torch.distributed.get_rank() :][:part].to(parameter.device)
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        mine = own_part(value, size, rank).to(parameter.device)
         if kind:
             access.safe_set_local_optimizer_state(parameter, mine, kind)
         else:
@@ -147,6 +144,14 @@ class OptimizerState:
             optimizer.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
         if self._stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def own_part(value: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """[size]: a rank's part of a tensor that is cut into equal parts, the end filled with zeros."""
+    mine = torch.zeros(size, dtype=value.dtype)
+    part = value.flatten()[size * rank : size * (rank + 1)]
+    mine[: len(part)] = part
+    return mine
 
 
 class _Stored:

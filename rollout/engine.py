@@ -4,7 +4,7 @@ Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_
 `generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
 `resume_generation`, `compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`,
 `shutdown`; `SamplingParams`
-with `n`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
+with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
 outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
 `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
 `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its

@@ -214,7 +214,7 @@ def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
 
 
 def wait_for(there: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 540
+    until = time.monotonic() + 900
     while not there():
         assert driver.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()

@@ -77,7 +77,9 @@ def test_a_run_that_goes_on_from_a_step_forgets_those_after_it(tmp_path: Path) -
         crashed.log(step, {"x": float(step)})
         crashed.log_rollouts(step, scored(group(5, "5;10;", "1;2;")))
     crashed.log(3, {"eval/x": 0.5})
+    (tmp_path / "error.txt").write_text("it crashed")
     with Tracker(tmp_path, after_step=3) as again:
+        assert not (tmp_path / "error.txt").exists()
         assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 2, (3, "x"): 3, (3, "eval/x"): 0.5}
         with pytest.raises(FileNotFoundError):
             read_rollouts(tmp_path, 4)

@@ -182,6 +182,20 @@ def test_a_transfer_changes_what_the_engine_holds_and_the_way_back_is_exact(live
     assert live.checksums() == live.first_checksums
 
 
+def test_what_a_group_draws_hangs_on_its_id_and_not_on_its_company(live: Live) -> None:
+    """More prompts than are read at once: on a CPU a seeded one must not be read in pieces."""
+    problems = mixed_sizes(96)
+    live.send("perturbed", 0)
+    crowd = live.sample(problems, n=2)
+    assert sum(len(g.rollouts[0].prompt_ids) for g in crowd) > 2 * 2048
+    for first, again in zip(crowd, live.sample(problems[:3], n=2), strict=False):
+        for one, other in zip(first.rollouts, again.rollouts, strict=True):
+            assert np.array_equal(one.response_ids, other.response_ids)
+    # Responses of one group, and groups of one problem, are draws of their own.
+    twice = live.sample([problems[0], problems[0]], n=4)
+    assert len({tuple(r.response_ids) for g in twice for r in g.rollouts}) == 8
+
+
 def test_oracle_rollouts_start_after_the_true_perception(live: Live) -> None:
     problem = mixed_sizes(1)[0]
     live.send("perturbed", 0)
