@@ -23,7 +23,7 @@ from cluster.config import RewardTermConfig
 from cluster.runtime import connected
 from cluster.stored import read_groups, stored_steps
 from cluster.tracking import read_metrics
-from rewards.worker import RewardPool
+from rewards.pool import RewardPool
 from rollout.record import Group, Rollout
 from rollout.tokens import label_segments
 from tasks.core import Problem, Task

@@ -24,11 +24,8 @@ from learner.checkpoint import (
 )
 from learner.engine import LearnerSettings
 from learner.policy import load_policy
-<<<<<<< HEAD
 from learner.policy_loss import PolicyLoss
-=======
 from learner.state import own_part
->>>>>>> ckpt
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import mixed_batch
 
