@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,19 +64,3 @@ def test_the_curriculum_is_a_share_of_the_updates() -> None:
     assert sft is not None and plain is not None
     assert (sft_balance(sft).first_steps, sft_balance(sft).first_weight) == (5, 0.8)
     assert sft_balance(plain).first_steps == 0
-
-
-def test_every_arm_of_the_lambda_sweep_is_a_recipe() -> None:
-    sweep = RECIPES / "ablations" / "sft_balance.toml"
-    ablation = tomllib.loads(sweep.read_text(encoding="utf-8"))
-    assert (sweep.parent / ablation["base"]).resolve() == BASE
-    found = {}
-    for arm in ablation["arms"]:
-        sets = [f"{field}={value}" for field, value in arm["set"].items()]
-        sft = load_recipe(BASE, sets).sft
-        assert sft is not None and sft.steps == ablation["budget"]["amount"]
-        found[arm["name"]] = sft_balance(sft)
-    assert found["token_mean"].rule == "token_mean" and found["ngdiff"].rule == "ngdiff"
-    weights = [b.weight for b in found.values() if b.rule == "fixed"]
-    assert weights == [0.05, 0.1, 0.25, 0.5, 0.75]
-    assert all(balance.norm_every for balance in found.values())
