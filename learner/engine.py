@@ -37,6 +37,9 @@ from learner.state import (
 from tasks.core import SEGMENTS
 from tasks.images import mask_patches
 
+BUILD_SECONDS = 900.0
+"""Longer than an extension takes to compile on the slowest machine."""
+
 
 @dataclass(frozen=True)
 class LearnerSettings:
@@ -92,6 +95,7 @@ class DeepSpeedLearner:
         )
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        clear_abandoned_builds()
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
@@ -403,6 +407,19 @@ def layer_groups(names: list[str]) -> list[list[str]]:
         key = ".".join(parts[: number + 1]) if number is not None else ""
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def clear_abandoned_builds() -> None:
+    """Remove the locks of extension builds whose process died; the next start would wait for ever.
+
+    DeepSpeed compiles its CPU communication once a machine, which takes a minute or two, and torch
+    guards the build by a lock file that only its maker removes.
+    """
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(chosen) if chosen else Path.home() / ".cache" / "torch_extensions"
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        if time.time() - lock.stat().st_mtime > BUILD_SECONDS:
+            lock.unlink(missing_ok=True)
 
 
 def _mask(loss: Loss) -> Callable[[bytes], bytes] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,12 @@ from safetensors import safe_open
 
 from learner.batch import TrainBatch, TrainSequence
 from learner.checkpoint import replacing
-from learner.engine import LearnerSettings, layer_groups
+from learner.engine import (
+    BUILD_SECONDS,
+    LearnerSettings,
+    clear_abandoned_builds,
+    layer_groups,
+)
 from learner.policy import load_policy, make_collator
 from learner.policy_loss import Papo, PolicyLoss
 from learner.tiny import FAMILIES
@@ -304,3 +311,16 @@ def test_layer_groups_hold_every_name_once_and_a_layer_together() -> None:
     assert sorted(n for group in groups for n in group) == sorted(names)
     assert ["m.layers.0.q", "m.layers.0.mlp.1.k"] in groups
     assert ["m.layers.10.q"] in groups
+
+
+def test_the_lock_of_a_build_that_died_long_ago_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("old", "at-work"):
+        (tmp_path / "py311_cpu" / name).mkdir(parents=True)
+        (tmp_path / "py311_cpu" / name / "lock").touch()
+    long_ago = time.time() - 2 * BUILD_SECONDS
+    os.utime(tmp_path / "py311_cpu" / "old" / "lock", (long_ago, long_ago))
+    clear_abandoned_builds()
+    assert [lock.parent.name for lock in tmp_path.rglob("lock")] == ["at-work"]
