@@ -60,7 +60,7 @@ def run_training(
             )
             groups = run.samplers.sample(free_requests(recipe, step, problems))
             clock.lap("sample")
-            scored = run.rewards.score(groups, (step - 1) / recipe.algorithm.steps)
+            scored = run.rewards.score(groups, run_share(recipe, step))
             clock.lap("score")
             metrics = step_metrics(scored, version) | reward_metrics(run)
             rate = learning_rate(recipe, step)
@@ -94,6 +94,11 @@ def checkpoint_due(recipe: Recipe, step: int) -> bool:
     """Whether a step ends with a training checkpoint; with `checkpoint.every` the last one does."""
     every = recipe.checkpoint.every
     return bool(every) and (step % every == 0 or step == recipe.algorithm.steps)
+
+
+def run_share(recipe: Recipe, step: int) -> float:
+    """How far a run is: 0 at its first step, 1 at its last; what weights of rewards go by."""
+    return (step - 1) / max(1, recipe.algorithm.steps - 1)
 
 
 def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rewards.advantages import Estimator
 from rewards.compose import Composition, Method, RewardRule, compose_groups, raise_if_fatal
@@ -421,14 +421,17 @@ class _RemoteTerm:
     def _loop_turns(self) -> bool:
         """Whether the actor still answers: a term that waits does, one that blocks does not."""
         try:
-            ray.get(self._actor.counts.remote(), timeout=LOOP_SECONDS)
-        except (GetTimeoutError, RayError):
+            ray.get(self._actor.alive.remote(), timeout=LOOP_SECONDS)
+        except RayError:
             return False
         return True
 
     def counts(self) -> dict[str, float]:
-        """The term's own counts; see `RemoteWorker.counts`."""
-        found: dict[str, float] = ray.get(self._actor.counts.remote())
+        """The term's own counts (see `RemoteWorker.counts`); none where it does not answer now."""
+        try:
+            found: dict[str, float] = ray.get(self._actor.counts.remote(), timeout=LOOP_SECONDS)
+        except (GetTimeoutError, RayActorError):
+            return {}  # a term that hangs or died is met, and counted, by the next `score`
         return found
 
     def close(self) -> None:

@@ -97,6 +97,10 @@ class RemoteWorker:
         """The term on one group: values or a typed failure."""
         return await score_remote(self.name, self.term, load_task(group.problem.task), group)
 
+    async def alive(self) -> bool:
+        """Answers whenever the event loop turns."""
+        return True
+
     async def counts(self) -> dict[str, float]:
         """What the term counts of its own calls (requests, retries, ...), since it was loaded."""
         counts = getattr(self.term, "counts", None)
@@ -110,4 +114,8 @@ def limit_memory(gib: float) -> None:
     """
     with open("/proc/self/statm") as statm:
         held = int(statm.read().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (held + int(gib * 2**30), resource.RLIM_INFINITY))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + int(gib * 2**30)
+    # A machine's own limit may be lower already, and only root could raise it.
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

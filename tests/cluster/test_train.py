@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.config import Recipe, load_recipe
+from cluster.config import Recipe, RewardTermConfig, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
 from cluster.train import (
     free_requests,
     learner_metrics,
     learning_rate,
     policy_loss,
+    run_share,
     train_batches,
 )
 from learner.policy_loss import Papo, PolicyLoss
@@ -186,3 +187,14 @@ def test_two_entries_of_one_task_have_names_of_their_own(tmp_path: Path) -> None
         "graph_coloring",
         "graph_coloring-2",
     ]
+
+
+def test_a_scheduled_weight_is_reached_at_the_last_step() -> None:
+    base = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny" / "demo.toml")
+    term = RewardTermConfig(name="format", weight=1.0, final_weight=0.25, schedule="linear")
+    steps = base.algorithm.steps
+    weights = [term.weight_at(run_share(base, step)) for step in range(1, steps + 1)]
+    assert (weights[0], weights[-1]) == (1.0, 0.25)
+    assert weights == sorted(weights, reverse=True)
+    single = base.model_copy(update={"algorithm": base.algorithm.model_copy(update={"steps": 1})})
+    assert run_share(single, 1) == 0.0
