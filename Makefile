@@ -51,7 +51,8 @@ demo: $(STAMP)
 	$(RUN)/equipoise demo
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q
+	# Two processes, a file's tests in one of them; in order, for the long whole runs come first.
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(RUN)/ruff check .

@@ -8,16 +8,18 @@ with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=F
 outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
 `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
 `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
-errors and `EngineDeadError`; `worker_extension_cls` and the weight-transfer registry.
+errors, `EngineDeadError` and `errored`; `worker_extension_cls` and the weight-transfer registry.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import time
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -39,6 +41,10 @@ from tasks.images import blank_like, check_image
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
+
+# Seconds between looks at whether the engine still lives while something waits for it.
+LOOK_SECONDS = 1.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -209,44 +215,68 @@ class Engine:
         """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        request = WeightTransferInitRequest(init_info=info)
+        await self._answered(self._llm.init_weight_transfer_engine(request))
 
     async def begin_weight_update(self, version: int) -> None:
         """Freeze generation and open a weight update; running requests keep their place.
 
-        Raises SamplerError where the model is frozen.
+        Raises SamplerError where the model is frozen; this and all below raise EngineDied when
+        the engine is gone or goes.
         """
         if self._frozen:
             raise SamplerError(f"{self._name}: a frozen model takes no weight updates")
         # Clearing here would take vLLM's cache of processed images with it, on one side of the
         # engine's queue and then on the other: a request in between would lose its image.
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        await self._llm.start_weight_update()
+        await self._answered(self._llm.pause_generation(mode="keep", clear_cache=False))
+        await self._answered(self._llm.start_weight_update())
 
     async def load_weights(self, update: dict[str, Any]) -> None:
         """Load one bucket of weights (the transport's own update info)."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+        request = WeightTransferUpdateRequest(update_info=update)
+        await self._answered(self._llm.update_weights(request))
 
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update as `version`, drop every cache made by older weights, go on."""
-        await self._llm.finish_weight_update(weight_version=str(version))
+        await self._answered(self._llm.finish_weight_update(weight_version=str(version)))
         # What a trained vision tower made lives in two places; a stale one is silent. The cache
         # of processed images holds pixels, which no weight changes.
-        await self._llm.reset_prefix_cache(reset_running_requests=True)
-        await self._llm.reset_encoder_cache()
+        await self._answered(self._llm.reset_prefix_cache(reset_running_requests=True))
+        await self._answered(self._llm.reset_encoder_cache())
         self._version = version
-        await self._llm.resume_generation()
+        await self._answered(self._llm.resume_generation())
 
     async def weight_checksums(self) -> dict[str, str]:
         """Digest of every parameter as the engine holds it, keyed by rank and name."""
-        per_rank = await self._llm.compute_weight_checksums()
+        per_rank = await self._answered(self._llm.compute_weight_checksums())
         return {
             f"{rank}/{name}": digest
             for rank, digests in enumerate(per_rank)
             for name, digest in digests.items()
         }
+
+    async def _answered(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the engine answers; raises EngineDied when its process is gone or goes.
+
+        vLLM fails the requests that it knows to be running when its process dies, but a command
+        already sent, or a request registered in that moment, would be waited for without end.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                gone = self._llm.errored
+                await asyncio.wait({task}, timeout=LOOK_SECONDS)
+                if gone and not task.done():
+                    raise EngineDied(f"{self._name}: the engine's process died")
+            return task.result()
+        except EngineDeadError as error:
+            raise EngineDied(f"{self._name}: the engine's process died: {error}") from error
+        finally:
+            task.cancel()
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
@@ -271,16 +301,12 @@ class Engine:
     ) -> RequestOutput:
         """The finished output of one engine request, with `count` responses."""
         from vllm.exceptions import VLLMError
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._requests += 1
-        final = None
+        request_id = f"{self._name}-{self._requests}"
         try:
-            request_id = f"{self._name}-{self._requests}"
-            async for output in self._llm.generate(prompt, params, request_id=request_id):
-                final = output
-        except EngineDeadError as error:
-            raise EngineDied(f"{self._name}: the engine's process died: {error}") from error
+            outputs = self._llm.generate(prompt, params, request_id=request_id)
+            final = await self._answered(_last(outputs))
         except VLLMError as error:
             # What is neither a refusal nor a dead engine comes wrapped in an empty error.
             own = error.__cause__ or error
@@ -365,6 +391,14 @@ def request_seed(seed: int, group_id: str) -> int:
     """
     digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
+
+
+async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
+    """The last of a request's outputs; with FINAL_ONLY there is one."""
+    final = None
+    async for output in outputs:
+        final = output
+    return final
 
 
 def _view(problem: Problem, view: ImageView) -> Image.Image | None:

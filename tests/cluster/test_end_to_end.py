@@ -237,7 +237,8 @@ def test_a_killed_engine_ends_the_run_with_its_own_error(
     printed = (tmp_path / "out.log").read_text()
     # Seen by the next request, or by the weight transfer where that came first.
     assert "the run failed: " in printed
-    assert "EngineDeadError" in (run / "error.txt").read_text().splitlines()[0]
+    first = (run / "error.txt").read_text().splitlines()[0]
+    assert "EngineDied: sampler-0: the engine's process died" in first
     # What was finished before is there to debug with.
     assert read_metrics(run).num_rows > 0
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from learner.batch import TrainSequence
 from learner.engine import layer_groups
 from learner.policy import Policy, load_policy, make_collator
-from rollout.engine import Engine, EngineSettings, SamplerError
+from rollout.engine import Engine, EngineDied, EngineSettings, SamplerError
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
 from rollout.transfer import HostSender
@@ -393,3 +394,32 @@ def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(live: Live) -> 
             with pytest.raises(SamplerError, match=f"problem {problem.id}"):
                 live.score([(problem, np.array(odd, np.int32))], [problem.image])
     assert worst(live.score(scored, [problem.image]), rollouts) < 1e-4
+
+
+def test_a_dead_engine_is_told_to_all_who_wait_for_it(live: Live) -> None:
+    """Ends the family's engine, so it is this module's last test."""
+    problem = mixed_sizes(1)[0]
+    cores = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "VLLM::EngineCore" in " ".join(process.cmdline())
+    ]
+    assert len(cores) == 1
+    # Stopped, it cannot answer: what follows is in flight for certain when it dies.
+    cores[0].suspend()
+    request = SampleRequest("g0", problem, 2, Sampling(max_tokens=8))
+    waiting = [
+        live.call("weight_checksums"),
+        live.call("sample", request, TASK),
+        live.call("score", ScoreRequest("s0", problem, np.asarray([300, 301]), problem.image)),
+        live.call("begin_weight_update", 7),
+    ]
+    with pytest.raises(TimeoutError):
+        waiting[0].result(2)
+    cores[0].kill()
+    for future in waiting:
+        with pytest.raises(EngineDied, match="sampler-0: the engine's process died"):
+            future.result(60)
+    for method, args in (("weight_checksums", ()), ("sample", (request, TASK))):
+        with pytest.raises(EngineDied):
+            live.call(method, *args).result(60)
