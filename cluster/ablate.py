@@ -413,16 +413,23 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _adopt(ablation: Ablation, folder: Path) -> None:
-    """Write down what is run here, or check that it is what was run here before."""
-    kept, now = folder / "ablation.json", ablation.identity()
+    """Write down what is run here, or check that it is what was run here before.
+
+    More arms or seeds after those that were there only add cells, so the grid may grow by them.
+    """
+    kept, now = folder / "ablation.json", json.loads(json.dumps(ablation.identity()))
     if kept.is_file():
-        found = changes(json.loads(kept.read_text(encoding="utf-8")), json.loads(json.dumps(now)))
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        known = {name: now[name][: len(before.get(name, ()))] for name in ("arms", "seeds")}
+        found = changes(before, now | known)
         if found:
             raise UserError(
                 f"{folder}: holds an ablation that differs from this one:\n"
                 + "\n".join(f"  {line}" for line in found[:20])
                 + "\nchange it back, or give --output a new folder"
             )
+        if now != before:
+            _write_json(kept, now)
         return
     others = [p.name for p in folder.iterdir() if p.name != "lock" and p.name[0] != "."]
     if others:

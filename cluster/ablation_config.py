@@ -7,6 +7,7 @@ seed), or raises a `RecipeError` with one line for each thing wrong, as `load_re
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.config import (
+    AlgorithmConfig,
     Count,
     Positive,
     Rate,
@@ -25,6 +27,7 @@ from cluster.config import (
     RecipeError,
     Section,
     Share,
+    SpendConfig,
     Text,
     load_recipe,
 )
@@ -40,6 +43,7 @@ NOT_AN_ARMS = {
     "question": "the ablation's question stands in every cell",
     "output": "cells write below the ablation's folder",
     "algorithm.steps": "[budget] decides how long a run is",
+    "algorithm.budget": "[budget] decides how long a run is",
 }
 """Fields that no arm or difficulty may set, and what decides them instead."""
 
@@ -71,11 +75,18 @@ class DifficultyConfig(Section):
 class BudgetConfig(Section):
     """[budget] What every cell may spend, the same for all arms."""
 
-    kind: Literal["updates"]
+    kind: Literal["updates", "tokens", "seconds"]
     amount: Positive
-    """Optimizer updates of one cell."""
+    """Of one cell: optimizer updates, sampled response tokens, or seconds of training steps."""
     expected_minutes: Rate | None = None
     """A cell's expected minutes on the machine the file was written for, until one is measured."""
+
+    def in_words(self) -> str:
+        """Such as `40 updates`."""
+        units = {"updates": "update", "tokens": "sampled token", "seconds": "second"}
+        plural = "" if self.amount == 1 else "s"
+        of = " of training steps" if self.kind == "seconds" else ""
+        return f"{self.amount:,} {units[self.kind]}{plural}{of}"
 
 
 class AblationConfig(Section):
@@ -303,11 +314,20 @@ def _cell(
             f"question={toml_value(config.question)}",
         ],
     )
-    # A remainder is an error of `_unpaired`, which names the arm.
-    steps = max(1, config.budget.amount // recipe.algorithm.updates_per_step)
-    algorithm = recipe.algorithm.model_copy(update={"steps": steps})
+    algorithm = recipe.algorithm.model_copy(update=_length(config.budget, recipe.algorithm))
     recipe = recipe.model_copy(update={"algorithm": algorithm})
     return Cell(cell.id, cell.arm, cell.difficulty, cell.seed, recipe)
+
+
+def _length(budget: BudgetConfig, algorithm: AlgorithmConfig) -> dict[str, Any]:
+    """What makes a recipe as long as the budget: `steps`, and a budget of the run's own."""
+    if budget.kind == "updates":
+        # A remainder is an error of `_unpaired`, which names the arm.
+        return {"steps": max(1, budget.amount // algorithm.updates_per_step), "budget": None}
+    # More steps than any run can do: a rollout has a token, a step takes more than 10 ms.
+    least = {"tokens": algorithm.problems_per_step * algorithm.group_size, "seconds": 0.01}
+    steps = math.ceil(budget.amount / least[budget.kind])
+    return {"steps": steps, "budget": SpendConfig(kind=budget.kind, amount=budget.amount)}
 
 
 def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
@@ -317,7 +337,7 @@ def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         where = places[cell.arm]
         updates = cell.recipe.algorithm.updates_per_step
-        if config.budget.amount % updates:
+        if config.budget.kind == "updates" and config.budget.amount % updates:
             yield (
                 f"budget.amount: {config.budget.amount} updates cannot be made in whole steps of "
                 f"{where}, whose algorithm.updates_per_step is {updates}"

@@ -26,7 +26,9 @@ def cost_table(
     ones of its arm, else of all, else what the file expects; "unknown" without any.
     """
     arms = {cell.id: cell.arm for cell in ablation.cells}
-    rows = [("cell", "updates", "rollouts", "eval responses", "cores", "minutes")]
+    budget = ablation.config.budget
+    counted = budget.kind == "updates"
+    rows = [("cell", str(budget.kind), "rollouts", "eval responses", "cores", "minutes")]
     left = 0.0
     known = True
     for cell in ablation.cells:
@@ -39,13 +41,14 @@ def cost_table(
         else:
             minutes = "unknown" if guess is None else f"about {guess / 60:.1f}"
         algorithm = cell.recipe.algorithm
+        # Under a budget of tokens or seconds a run finds out how many steps it makes.
         rollouts = algorithm.steps * algorithm.problems_per_step * algorithm.group_size
         rows.append(
             (
                 cell.id,
-                str(algorithm.steps * algorithm.updates_per_step),
-                str(rollouts),
-                str(_eval_responses(cell)),
+                str(budget.amount),
+                str(rollouts) if counted else "?",
+                str(_eval_responses(cell)) if counted or not cell.recipe.eval.every else "?",
                 f"{plan(cell.recipe, machine).cpus:g}",
                 minutes,
             )
@@ -88,7 +91,10 @@ class GridProgress:
 
     def __init__(self, cells: Sequence[Cell], console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
-        self._steps = {cell.id: cell.recipe.algorithm.steps for cell in cells}
+        self._steps = {
+            cell.id: "" if cell.recipe.algorithm.budget else f"/{cell.recipe.algorithm.steps}"
+            for cell in cells
+        }
         self._state = {cell.id: "waiting" for cell in cells}
         self._seconds: dict[str, float] = {}
         self._began: dict[str, float] = {}
@@ -158,6 +164,6 @@ class GridProgress:
             seconds = self._seconds.get(cell) or time.monotonic() - self._began[cell]
             clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
             style = "red" if state == "failed" else "cyan"
-            steps = f"{self._done.get(cell, 0)}/{self._steps[cell]}"
+            steps = f"{self._done.get(cell, 0)}{self._steps[cell]}"
             table.add_row(cell, Text(state, style), steps, clock)
         return table

@@ -463,8 +463,8 @@ def in_words(summary: Summary, ablation: Ablation, folder: Path) -> str:
         "",
         summary.question,
         "",
-        f"{len(done)} of {len(ablation.cells)} cells finished; each {budget.amount} "
-        f"{budget.kind}; seeds {', '.join(map(str, ablation.config.seeds))}. Intervals are 95 %, "
+        f"{len(done)} of {len(ablation.cells)} cells finished; each {budget.in_words()}; "
+        f"seeds {', '.join(map(str, ablation.config.seeds))}. Intervals are 95 %, "
         "over seeds and test problems; differences are paired by seed and problem, and their p is "
         "Holm-adjusted over arms.",
     ]

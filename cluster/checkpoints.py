@@ -11,17 +11,19 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.budget import Spent, is_over
 from cluster.config import Recipe, RecipeError, UserError, load_recipe
 from cluster.metrics import EvalTable
 from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 
 MAY_CHANGE = (
     "algorithm.steps",
+    "algorithm.budget", "algorithm.budget.kind", "algorithm.budget.amount",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
     "learner.timeout_seconds",
     "sampler.count", "sampler.cpus", "sampler.gpus", "sampler.threads",
@@ -36,24 +38,26 @@ class Position:
     """How far a run is: `step` steps and `version` policy updates are done.
 
     Problems, group ids, sampling seeds, learning rate and reward weights of a step follow from
-    recipe and step, so the groups consumed are those of the steps done. `before` holds the
-    evaluation of the untrained policy, a table a task.
+    recipe and step (under a budget from what was `spent`), so the groups consumed are those of
+    the steps done. `before` holds the evaluation of the untrained policy, a table a task.
     """
 
     step: int = 0
     version: int = 0
+    spent: Spent = field(default_factory=Spent)
     before: dict[str, EvalTable] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         before = {task: table.to_dict() for task, table in self.before.items()}
-        return {"step": self.step, "version": self.version, "before": before}
+        done = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
+        return done | {"before": before}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Position:
         """Read what `to_dict` wrote."""
         before = {task: EvalTable.from_dict(table) for task, table in data["before"].items()}
-        return cls(data["step"], data["version"], before)
+        return cls(data["step"], data["version"], Spent(**data["spent"]), before)
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,15 @@ def resume(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Resumed]:
             f"--resume {run}: algorithm.steps is {recipe.algorithm.steps}, but "
             f"{resumed.position.step} steps are done; set it higher"
         )
-    if resumed.position.step == recipe.algorithm.steps and (run / "evaluation.json").exists():
-        raise UserError(
-            f"--resume {run}: all {recipe.algorithm.steps} steps are done; to go on beyond them, "
-            "add --set algorithm.steps=N"
-        )
+    at = resumed.position
+    if is_over(recipe.algorithm, at.step, at.spent) and (run / "evaluation.json").exists():
+        budget = recipe.algorithm.budget
+        if at.step == recipe.algorithm.steps or budget is None:
+            done, more = f"all {recipe.algorithm.steps} steps are done", "algorithm.steps=N"
+        else:
+            done = f"its budget of {budget.amount:,} {budget.kind} is spent"
+            more = "algorithm.budget.amount=N"
+        raise UserError(f"--resume {run}: {done}; to go on beyond, add --set {more}")
     return recipe, resumed
 
 

@@ -335,6 +335,13 @@ LOSS_DEFAULTS = {
 """What a loss comes with: a range for a token's ratio would never clip a geometric mean of many."""
 
 
+class SpendConfig(Section):
+    """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
+
+    kind: Literal["tokens", "seconds"]
+    amount: Positive
+
+
 class AlgorithmConfig(Section):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
@@ -342,6 +349,8 @@ class AlgorithmConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = 8
     problems_per_step: Positive = 16
     steps: Positive = 40
+    budget: SpendConfig | None = None
+    """Ends the run before `steps` when it is spent, and is what schedules go by."""
     loss: Literal["clip", "gspo", "cispo"] = "clip"
     """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"

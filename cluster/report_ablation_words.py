@@ -72,7 +72,7 @@ def lead(
     against = f" Arms are compared with {reference}." if reference else ""
     return (
         f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
-        f"{model} trained by RL on {tasks}, {_count(config.budget.amount, 'update')} each; "
+        f"{model} trained by RL on {tasks}, {config.budget.in_words()} each; "
         f"{finished} of {cells} cells finished.{against} Arms of one seed are to start from "
         "the same weights and see the same problems (hashes under Pairing). Intervals are 95 %, "
         "over seeds and test problems; differences are paired by both, their p is Holm-adjusted "

@@ -376,12 +376,24 @@ class Progress:
         self.console = console or (wide if wide.is_terminal else Console(width=110))
         self._recent: deque[float] = deque(maxlen=10)
 
-    def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Show step `step` of `steps`, which took `seconds`; absent metrics show as `-`."""
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        seconds: float,
+        share: float | None = None,
+    ) -> None:
+        """Show step `step` of `steps`, which took `seconds`; absent metrics show as `-`.
+
+        `share`: of a budget that ends the run before its steps do.
+        """
         self._recent.append(seconds)
         pace = sum(self._recent) / len(self._recent)
-        left = round(pace * (self.steps - step))
-        line = Text.assemble((f"step {step:>{len(str(self.steps))}}/{self.steps}", "bold"))
+        count, to_do = f"{step:>{len(str(self.steps))}}/{self.steps}", float(self.steps - step)
+        if share:
+            count, to_do = f"{step} ({share:.0%})", min(to_do, step / share - step)
+        left = round(pace * to_do)
+        line = Text.assemble((f"step {count}", "bold"))
         for label, name, style in (
             ("a", "acc/a", "green"),
             ("a_p", "acc/a_p", "cyan"),

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from cluster.budget import Spent, is_over, run_share
 from cluster.checkpoints import Position, Resumed, claimed, stop_signal
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
@@ -52,15 +54,17 @@ def run_training(
         progress.say(f"run folder: {folder}")
         verify_transfer(run, at.version)
         before = at.before or measure(run, tracker, step=0)
-        version = at.version
-        for step in range(at.step + 1, recipe.algorithm.steps + 1):
+        step, version, spent = at.step, at.version, at.spent
+        while not is_over(recipe.algorithm, step, spent):
+            share = run_share(recipe.algorithm, step, spent)
+            step += 1
             clock = StepClock()
             problems = step_problems(
                 run.sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
             )
             groups = run.samplers.sample(free_requests(recipe, step, problems))
             clock.lap("sample")
-            scored = run.rewards.score(groups, run_share(recipe, step))
+            scored = run.rewards.score(groups, share)
             clock.lap("score")
             metrics = step_metrics(scored, version) | reward_metrics(run)
             rate = learning_rate(recipe, step)
@@ -72,33 +76,41 @@ def run_training(
             metrics |= transfer_metrics(run.learner.send_weights(version))
             clock.lap("transfer")
             metrics |= {"policy/version": float(version)} | clock.metrics(groups, batches)
+            spent = spent.plus(sampled_tokens(groups), clock.total())
+            metrics |= {f"spent/{name}": float(value) for name, value in asdict(spent).items()}
+            over = is_over(recipe.algorithm, step, spent)
             warn_of_mismatch(recipe, metrics, progress)
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
-            progress.step(step, metrics, clock.total())
-            if recipe.eval.every and step % recipe.eval.every == 0 and step < progress.steps:
+            progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
+            if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)
-            if stop.asked or checkpoint_due(recipe, step):
-                run.save(folder, Position(step, version, before))
+            if stop.asked or checkpoint_due(recipe, step, over):
+                run.save(folder, Position(step, version, spent, before))
             if stop.asked:
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
-        after = measure(run, tracker, step=recipe.algorithm.steps)
+        after = measure(run, tracker, step)
         run.learner.save(folder / "checkpoint")
         report_change(folder, before, after, progress)
     progress.say(f"report: {write_report(folder)}")
     return folder
 
 
-def checkpoint_due(recipe: Recipe, step: int) -> bool:
+def checkpoint_due(recipe: Recipe, step: int, last: bool) -> bool:
     """Whether a step ends with a training checkpoint; with `checkpoint.every` the last one does."""
     every = recipe.checkpoint.every
-    return bool(every) and (step % every == 0 or step == recipe.algorithm.steps)
+    return bool(every) and (step % every == 0 or last)
 
 
-def run_share(recipe: Recipe, step: int) -> float:
-    """How far a run is: 0 at its first step, 1 at its last; what weights of rewards go by."""
-    return (step - 1) / max(1, recipe.algorithm.steps - 1)
+def budget_share(recipe: Recipe, step: int, spent: Spent) -> float | None:
+    """The share of its budget that a run has spent; None where only its steps end it."""
+    return run_share(recipe.algorithm, step, spent) if recipe.algorithm.budget else None
+
+
+def sampled_tokens(groups: Sequence[Group]) -> int:
+    """Response tokens of all rollouts."""
+    return sum(len(r.response_ids) for g in groups for r in g.rollouts)
 
 
 def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:
@@ -289,7 +301,7 @@ class StepClock:
 
     def metrics(self, groups: Sequence[Group], batches: Sequence[TrainBatch]) -> dict[str, float]:
         """`time/<phase>` in seconds, response tokens/s of both sides, and their idle shares."""
-        tokens = sum(len(r.response_ids) for g in groups for r in g.rollouts)
+        tokens = sampled_tokens(groups)
         learnt = sum(batch.response_tokens() for batch in batches)
         total = max(self.total(), 1e-9)
         found = {f"time/{name}": seconds for name, seconds in self._laps.items()}

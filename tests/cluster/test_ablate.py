@@ -335,6 +335,23 @@ def test_a_changed_ablation_is_refused_with_what_changed(
         ablate_to_the_end(load_ablation(path), foreign, runner=RUNNER)
 
 
+def test_a_grid_grows_by_seeds_and_arms_and_runs_only_what_is_new(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, folder = write(seeds=(1,)), tmp_path / "out"
+    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    first = {cell.id: read_result(folder, cell) for cell in load_ablation(path).cells}
+    grown = load_ablation(write(seeds=(1, 2)))
+    assert ablate_to_the_end(grown, folder, runner=RUNNER) == 0
+    assert len(grown.cells) > len(first)
+    results = {cell.id: read_result(folder, cell) for cell in grown.cells}
+    assert {name: results[name] for name in first} == first
+    # What is there stays: neither fewer seeds nor others in their place.
+    for seeds, said in (((1,), "seeds"), ((2, 1), r"seeds\[0\]: 1 -> 2")):
+        with pytest.raises(UserError, match=said):
+            ablate_to_the_end(load_ablation(write(seeds=seeds)), folder, runner=RUNNER)
+
+
 def test_arms_prove_that_they_are_paired(write: Callable[..., Path], tmp_path: Path) -> None:
     ablation, folder = load_ablation(write(seeds=(1, 2))), tmp_path / "out"
     assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0

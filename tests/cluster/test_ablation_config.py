@@ -95,6 +95,27 @@ set = { "tasks[0].knobs.noise" = 90 }
         assert (recipe.learner.learning_rate == 1e-6) == (recipe.algorithm.group_size == 4) == slow
 
 
+@pytest.mark.parametrize("kind", ["tokens", "seconds"])
+def test_a_budget_of_tokens_or_seconds_is_the_runs_own(
+    kind: str, write: Write, tmp_path: Path
+) -> None:
+    path = write()
+    path.write_text(path.read_text().replace('"updates"', f'"{kind}"'))
+    for cell in load_ablation(path).cells:
+        algorithm = cell.recipe.algorithm
+        assert algorithm.budget is not None
+        assert (algorithm.budget.kind, algorithm.budget.amount) == (kind, 12)
+        # One token a rollout, or 10 ms a step: the budget is spent long before.
+        each = algorithm.problems_per_step * algorithm.group_size if kind == "tokens" else 0.01
+        assert algorithm.steps * each >= 12
+        (tmp_path / "cell.toml").write_text(resolved_toml(cell.recipe))
+        assert load_recipe(tmp_path / "cell.toml") == cell.recipe
+    own = FILE + '[[arms]]\nname = "b"\nset.algorithm.budget = { kind = "tokens", amount = 9 }'
+    path.write_text(own)
+    with pytest.raises(RecipeError, match=r"set: algorithm\.budget.*\[budget\] decides"):
+        load_ablation(path)
+
+
 def test_a_cells_recipe_is_a_recipe_file(write: Write, tmp_path: Path) -> None:
     for cell in load_ablation(write()).cells:
         (tmp_path / "cell.toml").write_text(resolved_toml(cell.recipe))
@@ -125,7 +146,7 @@ set.reward.alpha = 0.75
 
 
 WRONG = {
-    'budget.kind: expected "updates"': FILE.replace('"updates"', '"hours"'),
+    'budget.kind: expected "updates", "tokens" or "seconds"': FILE.replace('"updates"', '"hours"'),
     "seeds[1]: 7 is already seeds[0]": FILE.replace("[7, 3]", "[7, 7]"),
     "seeds: needs at least 1": FILE.replace("[7, 3]", "[]"),
     'arms[1]: "base" is already arms[0]': FILE + '[[arms]]\nname = "base"',

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from cluster.budget import Spent
 from cluster.checkpoints import Position, claimed, newest, resume, stop_signal
 from cluster.cli import main
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
@@ -81,7 +82,7 @@ def make_run(folder: Path, *steps: int) -> Path:
         with replacing(checkpoint_folder(folder, step)) as fresh:
             (fresh / "training").mkdir()
             (fresh / "model.safetensors").write_text("weights")
-            position = Position(step, 2 * step, {"sudoku": TABLE})
+            position = Position(step, 2 * step, Spent(100 * step, 1.5 * step), {"sudoku": TABLE})
             write_json(fresh / "training" / "state.json", position.to_dict())
             seal(fresh)
     return folder
@@ -89,7 +90,7 @@ def make_run(folder: Path, *steps: int) -> Path:
 
 def test_the_last_whole_checkpoint_is_used_and_the_torn_one_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 3, 6, 9)
-    assert newest(run).position == Position(9, 18, {"sudoku": TABLE})
+    assert newest(run).position == Position(9, 18, Spent(900, 13.5), {"sudoku": TABLE})
     torn = checkpoint_folder(run, 9) / "model.safetensors"
     torn.write_text("weigh")
     recipe, resumed = resume(run)
@@ -131,6 +132,12 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
         resume(run, ["algorithm.steps=6"])
     recipe, _ = resume(run, ["algorithm.steps=12"])
     assert recipe.algorithm.steps == 12
+    # Step 6 of this run has sampled 600 tokens.
+    spent = ["algorithm.steps=12", 'algorithm.budget={kind="tokens", amount=600}']
+    with pytest.raises(UserError, match=r"budget of 600 tokens is spent.*budget\.amount=N"):
+        resume(run, spent)
+    recipe, _ = resume(run, [*spent[:1], 'algorithm.budget={kind="tokens", amount=601}'])
+    assert recipe.algorithm.budget is not None
 
 
 def test_only_what_leaves_the_experiment_alone_may_change(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.budget import Spent, is_over, run_share
 from cluster.config import Recipe, RewardTermConfig, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
 from cluster.train import (
@@ -15,7 +16,6 @@ from cluster.train import (
     learner_metrics,
     learning_rate,
     policy_loss,
-    run_share,
     train_batches,
 )
 from learner.policy_loss import Papo, PolicyLoss
@@ -193,8 +193,24 @@ def test_a_scheduled_weight_is_reached_at_the_last_step() -> None:
     base = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny" / "demo.toml")
     term = RewardTermConfig(name="format", weight=1.0, final_weight=0.25, schedule="linear")
     steps = base.algorithm.steps
-    weights = [term.weight_at(run_share(base, step)) for step in range(1, steps + 1)]
+    weights = [term.weight_at(run_share(base.algorithm, done, Spent())) for done in range(steps)]
     assert (weights[0], weights[-1]) == (1.0, 0.25)
     assert weights == sorted(weights, reverse=True)
-    single = base.model_copy(update={"algorithm": base.algorithm.model_copy(update={"steps": 1})})
-    assert run_share(single, 1) == 0.0
+    single = base.algorithm.model_copy(update={"steps": 1})
+    assert run_share(single, 0, Spent()) == 0.0
+
+
+def test_a_budget_ends_the_run_with_the_step_that_spends_it_and_times_its_schedules() -> None:
+    whole = {"name": "x", "seed": 0, "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
+    for kind, costs in (("tokens", (300, 0.0)), ("seconds", (0, 300.0))):
+        budget = {"kind": kind, "amount": 1000}
+        recipe = Recipe.model_validate(whole | {"algorithm": {"steps": 40, "budget": budget}})
+        spent, shares = Spent(), []
+        while not is_over(recipe.algorithm, len(shares), spent):
+            shares.append(run_share(recipe.algorithm, len(shares), spent))
+            spent = spent.plus(*costs)
+        # 300, 600, 900, and the fourth step goes past 1,000.
+        assert shares == pytest.approx([0.0, 0.3, 0.6, 0.9])
+        assert run_share(recipe.algorithm, 4, spent) == 1.0
+        few = recipe.algorithm.model_copy(update={"steps": 2})
+        assert [is_over(few, done, Spent()) for done in (0, 1, 2, 3)] == [False, False, True, True]
