@@ -95,6 +95,8 @@ class AblationConfig(Section):
     question: Text
     base: Text
     """The recipe that arms vary; a path relative to this file."""
+    set: Settings = Field(default_factory=dict)
+    """Single fields of the base recipe that every cell changes."""
     seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
     arms: Annotated[tuple[ArmConfig, ...], Field(strict=False, min_length=1)]
     difficulties: Annotated[tuple[DifficultyConfig, ...], Field(strict=False)] = ()
@@ -165,10 +167,17 @@ def load_ablation(path: str | Path) -> Ablation:
     config = _read(source)
     base_path = source.parent / config.base
     try:
-        base = load_recipe(base_path)
+        base = load_recipe(base_path, _settings(config.set))
     except RecipeError as error:
-        lines = str(error).splitlines()
-        raise RecipeError("\n".join(f"{source}: base: {line}" for line in lines)) from None
+        # The loader marks what did not come from the base recipe.
+        marked = [line.removesuffix(" (from --set)") for line in str(error).splitlines()]
+        lines = [
+            f"{source}: base: {line}"
+            if line == said
+            else f"{source}: set: {line.removeprefix(f'{base_path}: ')}"
+            for line, said in zip(marked, str(error).splitlines(), strict=True)
+        ]
+        raise RecipeError("\n".join(lines)) from None
     errors = [f"{source}: {line}" for line in _misplaced(config)]
     if not errors:
         errors = [f"{source}: {line}" for line in _refused(config, base_path)]
@@ -252,8 +261,12 @@ def _overrides(*parts: ArmConfig | DifficultyConfig | None) -> list[str]:
         if isinstance(part, ArmConfig) and part.reward is not None:
             found.append(f"reward={toml_value(part.reward)}")
         if part is not None:
-            found += [f"{key}={toml_value(value)}" for key, value in flat(part.set)]
+            found += _settings(part.set)
     return found
+
+
+def _settings(settings: Settings) -> list[str]:
+    return [f"{key}={toml_value(value)}" for key, value in flat(settings)]
 
 
 def _named(config: AblationConfig) -> list[tuple[str, ArmConfig | DifficultyConfig]]:
@@ -263,28 +276,32 @@ def _named(config: AblationConfig) -> list[tuple[str, ArmConfig | DifficultyConf
 
 
 def _misplaced(config: AblationConfig) -> Iterator[str]:
-    for where, part in _named(config):
-        for key, _ in flat(part.set):
+    parts = [("set", config.set), *((f"{at}.set", part.set) for at, part in _named(config))]
+    for where, settings in parts:
+        for key, _ in flat(settings):
             for field, instead in NOT_AN_ARMS.items():
                 if key == field or key.startswith(f"{field}."):
-                    yield f"{where}.set: {key}: {instead}; remove it"
+                    yield f"{where}: {key}: {instead}; remove it"
 
 
 def _refused(config: AblationConfig, base: Path) -> Iterator[str]:
     """What the recipe loader says of each arm and difficulty alone, then of them together."""
     alone = list(_named(config))
-    lines = [line for where, part in alone for line in _complaints(where, base, part)]
+    common = _settings(config.set)
+    lines = [line for where, part in alone for line in _complaints(where, base, common, part)]
     yield from lines
     if not lines:
         for i, arm in enumerate(config.arms):
             for j, harder in enumerate(config.difficulties):
                 where = f"arms[{i}] ({arm.name}) with difficulties[{j}] ({harder.name})"
-                yield from _complaints(where, base, harder, arm)
+                yield from _complaints(where, base, common, harder, arm)
 
 
-def _complaints(where: str, base: Path, *parts: ArmConfig | DifficultyConfig) -> Iterator[str]:
+def _complaints(
+    where: str, base: Path, common: Sequence[str], *parts: ArmConfig | DifficultyConfig
+) -> Iterator[str]:
     try:
-        load_recipe(base, _overrides(*parts))
+        load_recipe(base, [*common, *_overrides(*parts)])
     except RecipeError as error:
         for line in str(error).splitlines():
             said = line.removeprefix(f"{base}: ").removesuffix(" (from --set)")
@@ -308,6 +325,7 @@ def _cell(
     recipe = load_recipe(
         base,
         [
+            *_settings(config.set),
             *_overrides(difficulty, arm),
             f"seed={seed}",
             f"name={toml_value(cell.id)}",

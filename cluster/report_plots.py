@@ -2,14 +2,15 @@
 
 The SVG names roles, not colours: each colour is a CSS variable of the page, so one drawing
 serves light, dark and print. It holds no address, no script and no id that another plot uses;
-the legend is the page's.
+the legend is the page's. A file of its own (`to_svg_file`) carries both.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -116,9 +117,29 @@ def to_svg(chart: Chart) -> str:
 
     `chart` holds at least one line.
     """
+    return _inline(_drawn(chart, legend=False), chart)
+
+
+def to_svg_file(chart: Chart, light: Mapping[str, str], dark: Mapping[str, str]) -> str:
+    """A chart as an SVG file of its own, with its legend; colours by role for both schemes."""
+    element = _inline(_drawn(chart, legend=True), chart)
+    box = element[element.index('viewBox="') + 9 :].partition('"')[0].split()
+    rules = [":root{" + "".join(f"--{k}:{c[k]};" for k in _MARKS) + "}" for c in (light, dark)]
+    style = f"<style>{rules[0]}@media(prefers-color-scheme:dark){{{rules[1]}}}</style>"
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(box)}" '
+        f'width="{2 * float(box[2]):g}" font-family="sans-serif" role="img">'
+        f"<title>{html.escape(printable(chart.alt))}</title>{style}"
+    )
+    return opening + element.partition(">")[2] + "\n"
+
+
+def _drawn(chart: Chart, legend: bool) -> str:
+    """What matplotlib writes."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     rows = len(chart.lines)
@@ -126,7 +147,10 @@ def to_svg(chart: Chart) -> str:
     # Inches at 72 points: as wide as a column of the page, about a phone's width.
     width, height = 4.4, 0.55 + 0.4 * rows if by_row else 4.1 if in_plane else 2.2
     labels = max(len(_short(line.label)) for line in chart.lines) if by_row else 0
-    left, bottom = max(0.62, 0.085 * labels), 0.46
+    # Charts with labels of their own need no legend.
+    named = () if not legend or by_row or (in_plane and not chart.close) else chart.lines
+    left, bottom = max(0.62, 0.085 * labels), 0.46 + 0.17 * len(named)
+    height += 0.17 * len(named)
     right = 0.42 if in_plane else 0.22
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
@@ -148,9 +172,15 @@ def to_svg(chart: Chart) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.whole_x, steps=steps))
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
+        for row, line in enumerate(reversed(named)):
+            y, color = (0.1 + 0.17 * row) / height, _MARKS[line.role]
+            figure.add_artist(
+                Line2D((0.02, 0.09), (y, y), color=color, linestyle=line.dash, linewidth=1.6)
+            )
+            figure.text(0.11, y, _short(line.label), va="center", color=_MARKS["ink"], fontsize=9)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    return _inline(out.getvalue(), chart)
+    return out.getvalue()
 
 
 def _lines(axes: Any, chart: Chart) -> None:

@@ -145,7 +145,19 @@ set.reward.alpha = 0.75
     ]
 
 
+def test_what_every_cell_sets_comes_before_what_an_arm_sets(write: Write) -> None:
+    path = write('[[arms]]\nname = "b"\nset.learner.threads = 3')
+    path.write_text("set = { learner.threads = 2, sampler.cpus = 0.5 }\n" + path.read_text())
+    ablation = load_ablation(path)
+    threads = {cell.arm: cell.recipe.learner.threads for cell in ablation.cells}
+    assert threads == {"base": 2, "b": 3}
+    assert {cell.recipe.sampler.cpus for cell in ablation.cells} == {0.5}
+    assert ablation.base.learner.threads == 2
+
+
 WRONG = {
+    "set: learner.lerning_rate: no such key": "set.learner.lerning_rate = 1\n" + FILE,
+    "set: seed: the ablation's seeds decide it": "set.seed = 1\n" + FILE,
     'budget.kind: expected "updates", "tokens" or "seconds"': FILE.replace('"updates"', '"hours"'),
     "seeds[1]: 7 is already seeds[0]": FILE.replace("[7, 3]", "[7, 7]"),
     "seeds: needs at least 1": FILE.replace("[7, 3]", "[]"),
