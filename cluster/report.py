@@ -1,8 +1,8 @@
 """`equipoise report`: what a run did, as one HTML file that needs nothing else.
 
 `read_run` reads the folder, `build` makes the view model (`Report`), and `to_html`,
-`to_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is: of
-a run that crashed, is still going or left no rollouts, it says so.
+`write_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is:
+of a run that crashed, is still going or left no rollouts, it says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.report_charts import (
     plane,
     training_charts,
 )
-from cluster.report_page import Format, Report, Section, put, to_html, to_json, to_markdown
+from cluster.report_page import Format, Report, Section, put, to_html, to_json, write_markdown
 from cluster.report_plots import Chart
 from cluster.report_rollouts import Shown, read_shown
 from cluster.report_words import (
@@ -104,7 +104,7 @@ def run_report(folder: Path, form: Format = "html", output: Path | None = None) 
     Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
     """
     path = output or folder / f"report.{form}"
-    write = _writer(folder, form)
+    write = _writer(folder, form, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         put(path, write)
@@ -113,8 +113,11 @@ def run_report(folder: Path, form: Format = "html", output: Path | None = None) 
     return path
 
 
-def _writer(folder: Path, form: Format) -> Callable[[Path], object]:
-    """What writes a folder's report in a format to a path; the folder is read at once."""
+def _writer(folder: Path, form: Format, name: str) -> Callable[[Path], object]:
+    """What writes a folder's report in a format to a path; the folder is read at once.
+
+    `name`: what the file will be called in the end.
+    """
     more: dict[str, Any] = {}
     if is_ablation(folder):
         found = read_ablation(folder)
@@ -126,8 +129,10 @@ def _writer(folder: Path, form: Format) -> Callable[[Path], object]:
         if form == "parquet":
             return lambda path: pq.write_table(to_parquet(record), path)
         report = build(record)
-    texts = {"html": to_html, "md": to_markdown, "json": lambda r: to_json(r, more)}
-    return lambda path: path.write_text(texts[form](report), encoding="utf-8")
+    if form == "md":
+        return lambda path: write_markdown(report, path, name)
+    text = to_html(report) if form == "html" else to_json(report, more)
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def read_run(run_dir: Path) -> RunRecord:

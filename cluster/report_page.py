@@ -10,13 +10,15 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.report_charts import CELLS
-from cluster.report_plots import Chart, to_svg
+from cluster.report_plots import Chart, to_svg, to_svg_file
 from cluster.report_rollouts import Shown, embedded
 from cluster.report_words import Table, Words
 from cluster.terminal import printable
@@ -91,8 +93,31 @@ def to_html(report: Report) -> str:
     )
 
 
-def to_markdown(report: Report) -> str:
-    """The summary and the tables."""
+def write_markdown(report: Report, path: Path, name: str) -> None:
+    """Write the report's Markdown to `path`, its charts to `<stem of name>-figures/` beside it.
+
+    `name` is what the file is called in the end: its links say so.
+    """
+    folder = f"{Path(name).stem}-figures"
+    charts = [chart for section in report.sections for chart in section.charts]
+    if charts:
+        (path.parent / folder).mkdir(exist_ok=True)
+    light, dark = _schemes()
+    for chart in charts:
+        drawn = to_svg_file(chart, light, dark)
+        (path.parent / folder / f"{chart.name}.svg").write_text(drawn, encoding="utf-8")
+    path.write_text(to_markdown(report, folder), encoding="utf-8")
+
+
+def _schemes() -> list[dict[str, str]]:
+    """The page's colours by variable, in light and dark."""
+    style = resources.files("cluster").joinpath("templates", "report.css").read_text("utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
+    return [dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in blocks]
+
+
+def to_markdown(report: Report, figures: str) -> str:
+    """The summary, the tables, and links to the charts' files in the folder `figures`."""
     lines = [f"# {_md(report.title)}", ""]
     lines += [f"*{_md(report.question)}*", ""] if report.question else []
     lines += [_md(report.words.lead), ""]
@@ -104,6 +129,9 @@ def to_markdown(report: Report) -> str:
         lines += ["", f"## {section.title}"]
         if not section.charts and not section.tables:
             lines += ["", section.missing]
+        for chart in section.charts:
+            lines += ["", f"### {_md(chart.title)}", ""]
+            lines += [f"![{_md(chart.alt)}]({figures}/{chart.name}.svg)", "", _md(chart.caption)]
         for table in section.tables:
             lines += ["", f"### {_md(table.title)}", "", f"| {' | '.join(table.columns)} |"]
             lines.append("|" + "|".join("---:" if a == "r" else "---" for a in table.align) + "|")

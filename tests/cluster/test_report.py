@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from cluster.report import NoRun, build, read_run, run_report, write_report
 from cluster.report_charts import CELLS, Series, evaluation_curves, plane, smoothed
 from cluster.report_figures import answer_figure, perception_figure, text_figure
 from cluster.report_page import to_html
-from cluster.report_plots import MOST_POINTS, Chart, Line, thinned, to_svg
+from cluster.report_plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_svg_file
 from cluster.report_rollouts import Entry, choose, embedded, read_shown
 from cluster.report_words import Table, asymmetry, events_table, verdict, warnings
 from cluster.tracking import Tracker
@@ -497,6 +498,10 @@ def test_warnings_name_a_mismatch_and_numbers_that_are_none() -> None:
 def test_other_formats_hold_the_same_numbers(run: Path, tmp_path: Path) -> None:
     markdown = run_report(run, "md", tmp_path / "a" / "report.md").read_text("utf-8")
     assert "| a_p: seeing | 0.300 \\[" in markdown
+    linked = re.findall(r"\]\(([\w-]+/[\w-]+\.svg)\)", markdown)
+    folder = tmp_path / "a" / "report-figures"
+    assert sorted(linked) == sorted(f"report-figures/{p.name}" for p in folder.iterdir())
+    assert "report-figures/plane.svg" in linked
     assert "It learnt to see" in markdown
     found = json.loads(run_report(run, "json").read_text("utf-8"))
     assert found["words"]["warnings"]
@@ -519,6 +524,25 @@ def test_curves_keep_their_mean_when_smoothed_or_thinned() -> None:
     assert smoothed(values[:10]) == tuple(values[:10])
     middle = smoothed(values[:160])[80]
     assert middle == pytest.approx(values[70:91].mean())
+
+
+def test_a_drawing_of_its_own_has_all_its_colours_and_its_legend() -> None:
+    evil = "a<script>&\u202e"
+    lines = tuple(Line(name, (1.0, 2.0), (0.5, 0.25), "c1", "dashed") for name in ("b", evil))
+    colours = {"light": "#111111", "dark": "#eeeeee"}
+    roles = ("perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4", "grid")
+    schemes = [dict.fromkeys((*roles, "paper"), value) for value in colours.values()]
+    drawn = to_svg_file(Chart("c", "t", "", evil, lines), *schemes)
+    root = ElementTree.fromstring(drawn)
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg" and not root.findall(f".//{space}script")
+    defined = set(re.findall(r"--([\w-]+):#", drawn))
+    assert set(re.findall(r"var\(--([\w-]+)\)", drawn)) <= defined == {*roles, "paper"}
+    written = [text.text for text in root.iter(f"{space}text")]
+    assert "b" in written and any("<script>" in str(t) for t in written)
+    assert "\u202e" not in drawn and "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
+    # In the page the legend is the page's own.
+    assert ">b<" not in to_svg(Chart("c", "t", "", "", lines[:1]))
 
 
 def test_a_drawing_names_roles_and_no_colours() -> None:
