@@ -20,9 +20,11 @@ from cluster.ablate import (
     MARK,
     GridProgress,
     LocalRunner,
+    RayJobRunner,
     hash_weights,
     is_finished,
     pairing_faults,
+    read_failure,
     read_result,
     run_ablation,
     slots_for,
@@ -32,6 +34,7 @@ from cluster.ablation_progress import cost_table
 from cluster.ablation_report import ablate_to_the_end
 from cluster.config import UserError
 from cluster.placement import Machine
+from tests.cluster.ray_heads import RAY, environment, ray_head
 from tests.cluster.toy_runs import make_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -350,6 +353,31 @@ def test_a_grid_grows_by_seeds_and_arms_and_runs_only_what_is_new(
     for seeds, said in (((1,), "seeds"), ((2, 1), r"seeds\[0\]: 1 -> 2")):
         with pytest.raises(UserError, match=said):
             ablate_to_the_end(load_ablation(write(seeds=seeds)), folder, runner=RUNNER)
+
+
+def test_cells_as_ray_jobs_find_what_local_ones_find(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, failing = write(parallel=2, seeds=(1, 2)), "half--seed-2"
+    monkeypatch.setenv("TOY_FAILS", failing)
+    local, jobs = load_ablation(path), tmp_path / "jobs"
+    assert ablate_to_the_end(local, tmp_path / "local", runner=RUNNER) == 1
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    with ray_head(tmp_path / "head.log") as address:
+        runner = RayJobRunner(address, RUNNER.train)
+        assert ablate_to_the_end(load_ablation(path), jobs, address, runner=runner) == 1
+        job = json.loads((jobs / "cells" / failing / "started.json").read_text())["job"]
+        # Ended twice, and by a launcher that cannot know: both are all right.
+        runner.end(job)
+        status = [RAY, "job", "status", "--address", address, job]
+        said = subprocess.run(status, capture_output=True, text=True, timeout=120, check=True)
+    assert "failed" in (said.stdout + said.stderr).lower()
+    assert "no luck today" in str(
+        read_failure(jobs, next(c for c in local.cells if c.id == failing))
+    )
+    tables = [pq.read_table(f / "results.parquet") for f in (tmp_path / "local", jobs)]
+    assert tables[0].num_rows and tables[0].equals(tables[1])
 
 
 def test_arms_prove_that_they_are_paired(write: Callable[..., Path], tmp_path: Path) -> None:

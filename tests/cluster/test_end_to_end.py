@@ -7,10 +7,6 @@ head node on loopback.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 from safetensors.numpy import load_file
 
 from cluster.tracking import read_metrics, read_rollouts
+from tests.cluster.ray_heads import RAY, environment, ray_head
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = secrets.token_hex(32)
 """Ray's dashboard takes jobs from whoever holds the cluster's token."""
 
 RECIPE = """
@@ -127,12 +122,6 @@ def check_run(run: Path, model: Path) -> None:
         assert {"a", "a_p", "a_r"} <= {row["metric"] for row in table["after"]["rows"]}
 
 
-def environment(**more: str) -> dict[str, str]:
-    quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-    quiet |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | quiet | more
-
-
 def test_internvl_on_two_zero3_ranks_in_local_mode(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -149,61 +138,15 @@ def test_internvl_on_two_zero3_ranks_in_local_mode(
     check_run(run, tiny_models["internvl"])
 
 
-@pytest.fixture
-def ray_head(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A head node on loopback with its own ports and token; yields the dashboard's address."""
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    # Ray puts sockets under its temporary folder, whose path must stay short.
-    scratch = Path(f"/tmp/eq-{os.getpid()}")
-    head = subprocess.Popen(
-        [
-            ray,
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=2",
-            "--node-ip-address=127.0.0.1",
-            f"--port={ports[0]}",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={ports[1]}",
-            # The default is one fixed port, which another Ray on this machine may hold.
-            f"--dashboard-agent-listen-port={ports[2]}",
-            f"--temp-dir={scratch}",
-        ],
-        env=environment(),
-        stdout=(tmp_path / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{ports[1]}"
-    # Jobs are taken once the dashboard has found the node's agent.
-    hello = [ray, "job", "submit", "--address", address, "--", "true"]
-    for attempt in range(40):
-        done = subprocess.run(hello, env=environment(), capture_output=True, text=True, timeout=120)
-        if done.returncode == 0:
-            break
-        assert head.poll() is None, (tmp_path / "head.log").read_text()
-        assert attempt < 39, done.stdout[-2000:] + done.stderr[-2000:]
-        time.sleep(1)
-    yield address
-    head.terminate()
-    head.wait(60)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def test_qwen3_vl_as_a_submitted_ray_job(
-    ray_head: str, tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_qwen3_vl_as_a_submitted_ray_job(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
     run = tmp_path / "run"
-    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    command = [ray, "job", "submit", "--address", ray_head, "--working-dir", str(ROOT), "--"]
-    command += [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    with ray_head(tmp_path / "head.log") as address:
+        command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+        command += [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=600
+        )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     check_run(run, tiny_models["qwen3_vl"])
 
