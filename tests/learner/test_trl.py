@@ -1,0 +1,93 @@
+"""The policy loss against TRL's own code, where TRL has the same variant.
+
+TRL's trainer is not started: its loss is called on ready log-probs, without a model. Its advantages
+are no twins of ours: it divides by the sample standard deviation plus 1e-4.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from learner.policy_loss import Aggregation, Objective, PolicyLoss
+from tests.learner.test_policy_loss import CLIP, LENGTHS, MAX_TOKENS, SPANS, Draw, draw, total
+
+SAME: dict[str, tuple[Objective, Aggregation, str, str]] = {
+    "GRPO": ("clip", "sequence_mean", "grpo", "token"),
+    "DAPO": ("clip", "token_mean", "dapo", "token"),
+    "Dr. GRPO": ("clip", "constant", "dr_grpo", "token"),
+    "CISPO": ("cispo", "token_mean", "cispo", "token"),
+    "GSPO": ("gspo", "sequence_mean", "grpo", "sequence"),
+}
+
+
+def padded(flat: torch.Tensor) -> torch.Tensor:
+    """[sequences, longest] of [N], zeros behind each sequence."""
+    rows = [flat[span.start : span.stop] for span in SPANS]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def trl_loss(
+    drawn: Draw, x: torch.Tensor, objective: Objective, loss_type: str, level: str
+) -> torch.Tensor:
+    low, high = CLIP[objective]
+    mask = padded(torch.ones(len(x), dtype=torch.long))
+    logprobs, old = padded(x), padded(drawn.tokens.sampler_logprobs)
+    entropies = torch.zeros_like(logprobs)
+    trainer: Any = GRPOTrainer.__new__(GRPOTrainer)
+    vars(trainer).update(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, entropies, None),
+        args=SimpleNamespace(
+            delta=None, use_bias_correction_kl=False, steps_per_generation=1,
+            gradient_accumulation_steps=1, use_adaptive_entropy=False,
+        ),
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda value: value, gather_for_metrics=lambda value: value,
+            reduce=lambda value, *a, **k: value,
+        ),
+        _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level=level, beta=0.0, loss_type=loss_type,
+        epsilon_low=low, epsilon_high=1 + high if objective == "cispo" else high,
+        use_vllm=False, vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1, max_completion_length=MAX_TOKENS,
+        _entropy_bonus_enabled=False, use_adaptive_entropy=False, entropy_coef=0.0,
+    )  # fmt: skip
+    advantages = torch.stack([drawn.tokens.advantages[span.start] for span in SPANS])
+    return trainer._compute_loss(
+        None,
+        {
+            "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.long),
+            "prompt_mask": torch.ones(len(LENGTHS), 1, dtype=torch.long),
+            "completion_ids": mask,
+            "completion_mask": mask,
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "num_items_in_batch": mask.sum(),
+        },
+    )
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
+    objective, aggregation, loss_type, level = SAME[name]
+    low, high = CLIP[objective]
+    if objective == "cispo":
+        low = 1.0  # TRL clips the weight from above only
+    for seed in range(4):
+        drawn = draw(seed, one_advantage=True)
+        ours = torch.from_numpy(drawn.logprobs).requires_grad_()
+        theirs = torch.from_numpy(drawn.logprobs).requires_grad_()
+        loss = PolicyLoss(low, high, 0, objective, aggregation, MAX_TOKENS)
+        value = total(loss, ours, torch.from_numpy(drawn.entropy), drawn)
+        expected = trl_loss(drawn, theirs, objective, loss_type, level)
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
