@@ -245,6 +245,25 @@ def test_layout_is_the_one_hugging_face_datasets_reads(tmp_path: Path) -> None:
     assert Path(row["image"]["path"]).name == row["image"]["path"]
 
 
+def test_hugging_face_datasets_reads_what_was_generated(tmp_path: Path) -> None:
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    folder = written(tmp_path)
+    found = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert set(found) == {"train", "test"}
+    for split, table in found.items():
+        ours = pq.read_table(folder / f"{split}.parquet").to_pylist()
+        assert isinstance(table.features["image"], ImageFeature)
+        assert [row["image"].size for row in table] == [
+            Image.open(io.BytesIO(row["image"]["bytes"])).size for row in ours
+        ]
+        texts = [name for name in table.column_names if name != "image"]
+        assert [{n: row[n] for n in texts} for row in table] == [
+            {n: row[n] for n in texts} for row in ours
+        ]
+
+
 def test_what_is_read_is_what_was_drawn(tmp_path: Path) -> None:
     folder = written(tmp_path, splits={"test": 30})
     drawn = {p.id: p for p in (draw_problem(SHADE, SPEC, "test", 0, i) for i in range(100))}
