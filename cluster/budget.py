@@ -28,6 +28,10 @@ class Spent:
         """After one more step."""
         return Spent(self.tokens + tokens, self.seconds + seconds)
 
+    def metrics(self) -> dict[str, float]:
+        """Under `spent/`, to be logged with each step."""
+        return {"spent/tokens": float(self.tokens), "spent/seconds": self.seconds}
+
 
 def is_over(algorithm: AlgorithmConfig, steps_done: int, spent: Spent) -> bool:
     """Whether a run that did `steps_done` steps has no step left to do."""

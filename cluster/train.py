@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from cluster.budget import Spent, is_over, run_share
@@ -77,7 +76,7 @@ def run_training(
             clock.lap("transfer")
             metrics |= {"policy/version": float(version)} | clock.metrics(groups, batches)
             spent = spent.plus(sampled_tokens(groups), clock.total())
-            metrics |= {f"spent/{name}": float(value) for name, value in asdict(spent).items()}
+            metrics |= spent.metrics()
             over = is_over(recipe.algorithm, step, spent)
             warn_of_mismatch(recipe, metrics, progress)
             tracker.log(step, metrics)

@@ -166,6 +166,7 @@ def made_by_the_learner() -> set[str]:
 
 def made_by_the_drivers() -> set[str]:
     """Names of clock and transfer, and those that the drivers write out as text."""
+    from cluster.budget import Spent
     from cluster.cold_start import balance_metrics
     from cluster.train import StepClock, transfer_metrics
     from learner.balance import SegmentGradients
@@ -175,6 +176,7 @@ def made_by_the_drivers() -> set[str]:
     for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/train.py").read_text()):
         clock.lap(phase)
     names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    names |= set(Spent().metrics())
     counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
     updated = {f"tokens/{name}": n for name, n in counts.items()}
     names |= set(balance_metrics(updated, 0.5, SegmentGradients(1.0, 1.0, 0.0)))
