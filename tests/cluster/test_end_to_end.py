@@ -131,11 +131,19 @@ def test_internvl_on_two_zero3_ranks_in_local_mode(
     )
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
+    # A step samples at most 16 * 24 = 384 tokens, and a policy with random weights hardly ends one
+    # early: the second step spends the budget.
+    command += ["--set", "algorithm.steps=50"]
+    command += ["--set", 'algorithm.budget={kind="tokens", amount=400}']
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_run(run, tiny_models["internvl"])
+    spent = {
+        r["step"]: r["value"] for r in read_metrics(run).to_pylist() if "spent/tok" in r["name"]
+    }
+    assert set(spent) == {1, 2} and spent[1] < 400 <= spent[2]
 
 
 def test_qwen3_vl_as_a_submitted_ray_job(tiny_models: dict[str, Path], tmp_path: Path) -> None:
