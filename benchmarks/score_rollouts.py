@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.config import RewardTermConfig
 from cluster.runtime import connected
+from cluster.sections import RewardTermConfig
 from cluster.stored import read_groups, stored_steps
 from cluster.tracking import read_metrics
 from rewards.pool import RewardPool

@@ -18,20 +18,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from cluster.config import (
+from cluster.config import Recipe, RecipeError, load_recipe
+from cluster.recipe_errors import dotted, explain
+from cluster.sections import (
     AlgorithmConfig,
     Count,
     Positive,
     Rate,
-    Recipe,
-    RecipeError,
     Section,
     Share,
     SpendConfig,
     Text,
-    load_recipe,
 )
-from cluster.recipe_errors import dotted, explain
 from cluster.toml_writer import _value as toml_value
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.config import AlgorithmConfig
+from cluster.sections import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import ray
 from torch.utils.data import DataLoader
 
 from cluster.card import model_card
-from cluster.config import Recipe, SftConfig, resolved_toml
+from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import PASSES, evaluate_all
 from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
@@ -31,6 +31,7 @@ from cluster.runtime import (
     new_run_folder,
     sampling_from,
 )
+from cluster.sections import SftConfig
 from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients

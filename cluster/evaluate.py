@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.config import EvalConfig, ModelConfig, Recipe, SamplerConfig, TaskConfig
+from cluster.config import Recipe
 from cluster.metrics import EvalPass, EvalTable, eval_table
 from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.sections import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from rollout.sampler import SamplerPool
 from tasks.core import Problem

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.config import RewardConfig, load_recipe
+from cluster.config import load_recipe
 from cluster.metrics import EvalPass, eval_table, step_metrics
+from cluster.sections import RewardConfig
 from cluster.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.compose import Composition, compose_groups
 from rewards.judge import JudgeSettings

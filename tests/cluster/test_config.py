@@ -14,14 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import (
-    Recipe,
-    RecipeError,
-    load_recipe,
-    parse_setting,
-    resolved_toml,
-    task_of,
-)
+from cluster.config import Recipe, RecipeError, load_recipe, parse_setting, resolved_toml, task_of
 from cluster.toml_writer import table_lines
 
 ROOT = Path(__file__).resolve().parents[2]

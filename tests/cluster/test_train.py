@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cluster.budget import Spent, is_over, run_share
-from cluster.config import Recipe, RewardTermConfig, load_recipe
+from cluster.config import Recipe, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
+from cluster.sections import RewardTermConfig
 from cluster.train import (
     free_requests,
     learner_metrics,
