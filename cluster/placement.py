@@ -255,7 +255,7 @@ def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
     the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
     the stage that shards them. Activations follow arXiv 2205.05198, equation 1 without its
     attention term: 34 bytes a token, hidden unit and layer at 2-byte precision, nothing recomputed;
-    to them comes one micro-batch of float32 logits and their gradient.
+    to them comes one table of float32 logits (`learner.logits_mib`) and its gradient.
     """
     if size is None:
         return {}
@@ -270,7 +270,7 @@ def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
         "gradients": shard(width * size.parameters, 2),
         "optimizer": shard(12 * size.parameters, 1),
         "activations": 17 * width * tokens * size.hidden * size.layers
-        + 8 * tokens * size.vocabulary,
+        + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
     }
 
 

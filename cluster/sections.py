@@ -395,6 +395,8 @@ class LearnerConfig(Section):
     warmup_steps: Count = 0
     max_grad_norm: Rate = 1.0
     micro_batch_tokens: Positive = 8192
+    logits_mib: Rate = 256.0
+    """Of one table of [tokens, vocabulary] logits; more tokens are read off in turns."""
     timeout_seconds: Rate = 3600.0
     """How long one call (start, update, save) may take before the run ends with an error."""
 

@@ -25,7 +25,7 @@ from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
 from learner.losses import Loss, token_statistics
-from learner.policy import load_policy, make_collator
+from learner.policy import LOGITS_MIB, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.state import (
     OptimizerState,
@@ -45,8 +45,9 @@ BUILD_SECONDS = 900.0
 class LearnerSettings:
     """What a learner rank is started with.
 
-    micro_batch_tokens: padded tokens of one forward pass. threads: intra-op threads, 0 keeps
-    torch's default. temperature: that of the sampler, so log-probs are of the same distribution.
+    micro_batch_tokens: padded tokens of one forward pass. logits_mib: see `Policy`. threads:
+    intra-op threads, 0 keeps torch's default. temperature: that of the sampler, so log-probs are
+    of the same distribution.
     resume: `model` is a training checkpoint, whose optimizer and random streams to go on with.
     """
 
@@ -54,6 +55,7 @@ class LearnerSettings:
     dtype: str = "float32"
     attention: str = "sdpa"
     head_float32: bool = True
+    logits_mib: float = LOGITS_MIB
     temperature: float = 1.0
     zero_stage: int = 2
     learning_rate: float = 2e-5
@@ -105,6 +107,7 @@ class DeepSpeedLearner:
             settings.attention,
             settings.temperature,
             settings.head_float32,
+            settings.logits_mib,
         )
         self._start(policy, settings, place)
         if settings.resume:

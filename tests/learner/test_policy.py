@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.batch import TrainSequence
 from learner.policy import Policy, load_policy, make_collator
@@ -50,6 +52,87 @@ def test_log_probs_are_the_plain_models_over_all_kinds_of_sequences(
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
+class Widest(TorchDispatchMode):
+    """The most rows of any tensor as wide as the vocabulary, the head's [hidden, V] left out."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.vocabulary, self.hidden = head.weight.shape
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor) and one.ndim and one.shape[-1] == self.vocabulary:
+                rows = one.numel() // self.vocabulary
+                self.rows = max(self.rows, 0 if rows == self.hidden else rows)
+        return made
+
+
+def test_logits_in_turns_are_the_same_and_never_all_there(loaded: tuple[Policy, Any]) -> None:
+    policy, processor = loaded
+    micro = make_collator(policy, processor)(mixed_batch(processor).sequences)
+    tokens = len(micro.tokens.ids)
+    head: Any = policy.model.lm_head
+    vocabulary, hidden = head.weight.shape
+    weights = torch.randn(2, tokens, generator=torch.Generator().manual_seed(0))
+    at_a_time = 7
+    assert tokens > 3 * at_a_time and tokens % at_a_time and tokens != hidden
+    found: dict[float, tuple[torch.Tensor, ...]] = {}
+    whole = policy.logits_mib
+    try:
+        for mib in (whole, (at_a_time + 0.5) * 4 * vocabulary / 2**20):
+            policy.logits_mib = mib
+            policy.zero_grad()
+            with Widest(head) as widest:
+                logprobs, entropies = policy(micro, entropy_gradient=True)
+                (logprobs @ weights[0] + entropies @ weights[1]).backward()
+            assert widest.rows == (tokens if mib == whole else at_a_time)
+            gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+            found[mib] = (logprobs.detach(), entropies.detach(), *gradients)
+    finally:
+        policy.logits_mib = whole
+        policy.zero_grad()
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had handed out at once while `work` ran."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    assert moves
+    return int(np.cumsum([size for _, size in moves]).max())
+
+
+def test_logits_in_turns_need_the_memory_of_a_turn(loaded: tuple[Policy, Any]) -> None:
+    policy, _ = loaded
+    head: Any = policy.model.lm_head
+    vocabulary, width = head.weight.shape
+    tokens = 4000
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    ids = torch.randint(vocabulary, (tokens,))
+
+    def learn() -> None:
+        logprobs, entropies = head(hidden, ids, True)
+        (logprobs.sum() + entropies.sum()).backward()
+        policy.zero_grad()
+        hidden.grad = None
+
+    table, whole = 4 * tokens * vocabulary, policy.logits_mib
+    try:
+        assert peak_bytes(learn) > 4 * table
+        policy.logits_mib = table / 20 / 2**20
+        found = peak_bytes(learn)
+    finally:
+        policy.logits_mib = whole
+    # The gradients of the states, in all and of a turn, and of the head are there however it is
+    # done; a turn has a few tables of its own.
+    assert found < 2 * 4 * tokens * width + 2 * 4 * vocabulary * width + 8 * table / 20
+
+
 def test_the_image_matters_and_only_to_its_own_sequence(loaded: tuple[Policy, Any]) -> None:
     policy, processor = loaded
     policy.eval()
@@ -70,9 +153,11 @@ def test_entropy_and_temperature_are_those_of_the_softmax(
     s = sequence(processor, 0, (64, 64), 15)
     micro = make_collator(policy, processor)([s])
     seen: list[torch.Tensor] = []
-    warm.model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o))  # type: ignore[union-attr]
+    head: Any = warm.model.lm_head
+    head.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     with torch.no_grad():
         logprobs, entropy = warm.eval().run(micro)
+        seen = [head(seen[0])]
     p = torch.softmax(seen[0].double() / 0.7, -1)
     chosen = p.gather(-1, micro.tokens.ids[:, None])[:, 0].log()
     torch.testing.assert_close(logprobs.double(), chosen, rtol=0, atol=1e-5)
@@ -118,9 +203,11 @@ def test_the_head_computes_in_float32_whatever_the_body(model_path: str) -> None
     policy, processor = load_policy(model_path, dtype="bfloat16")
     micro = make_collator(policy, processor)([sequence(processor, 0, (64, 64), 15)])
     seen: list[torch.Tensor] = []
-    policy.model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o))  # type: ignore[union-attr]
+    head: Any = policy.model.lm_head
+    head.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     with torch.no_grad():
         policy.eval().run(micro)
+        seen = [head(seen[0])]
     assert seen[0].dtype == torch.float32
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
 
