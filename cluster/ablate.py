@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from cluster.ablation_config import Ablation, Cell, CellName, changes
+from cluster.ablation_config import Ablation, Cell, CellCommand, CellName, changes
 from cluster.ablation_progress import GridProgress
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.placement import Machine, plan
@@ -42,6 +42,11 @@ MARK = "EQUIPOISE_CELL"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0
 """What a cell gets to end after SIGTERM, before SIGKILL."""
+
+
+def program(command: CellCommand) -> tuple[str, ...]:
+    """The words that run one of our commands with this Python."""
+    return (sys.executable, "-m", "cluster", command)
 
 
 class Runner(Protocol):
@@ -58,13 +63,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class LocalRunner:
-    """Cells as subprocesses on this machine; `train` is the command to put the arguments after."""
+    """Cells as subprocesses on this machine; arguments are put after the words of `program`."""
 
-    train: tuple[str, ...] = (sys.executable, "-m", "cluster", "train")
+    program: tuple[str, ...]
 
     def command(self, recipe: Path, run: Path, job: str) -> list[str]:
-        """`train RECIPE --output RUN`."""
-        return [*self.train, str(recipe), "--output", str(run)]
+        """`equipoise train RECIPE --output RUN`, or `sft`."""
+        return [*self.program, str(recipe), "--output", str(run)]
 
     def end(self, job: str) -> None:
         """Nothing beyond the marked processes."""
@@ -79,14 +84,14 @@ class RayJobRunner:
     """
 
     address: str
-    train: tuple[str, ...] = (sys.executable, "-m", "cluster", "train")
+    program: tuple[str, ...]
 
     def command(self, recipe: Path, run: Path, job: str) -> list[str]:
         """`ray job submit`, which waits for the job and has its exit code."""
         return [
             *(_ray(), "job", "submit", "--address", self.address, "--submission-id", job),
             *("--working-dir", os.getcwd(), "--"),
-            *(*self.train, str(recipe), "--output", str(run)),
+            *(*self.program, str(recipe), "--output", str(run)),
         ]
 
     def end(self, job: str) -> None:
@@ -132,7 +137,8 @@ def run_ablation(
                 for item in list(running):
                     code = item.process.poll()
                     if code is None:
-                        progress.at_step(item.cell.id, _steps_done(folder, item.cell))
+                        run = cell_folder(folder, item.cell) / "run"
+                        progress.at_step(item.cell.id, last_step_of(run, item.cell.command))
                         continue
                     running.remove(item)
                     seconds = time.monotonic() - item.started
@@ -207,12 +213,17 @@ def hash_weights(model: str) -> str:
     return digest.hexdigest()
 
 
-def hash_first_batch(run: Path) -> str:
-    """SHA-256 over the problems of a run's first step, in order: ids, prompts, images.
+def hash_first_batch(run: Path, command: CellCommand = "train") -> str:
+    """SHA-256 over what a run learnt from first, in order.
 
-    Raises OSError where the run left no rollouts of step 1.
+    Of RL the problems of step 1: ids, prompts, images. Of SFT the demonstrations of update 1: token
+    ids, segments, images. Raises OSError where the run left no record of them.
     """
     import pyarrow.parquet as pq
+
+    if command == "sft":
+        rows = pq.read_table(run / "demonstrations" / "step-000001.parquet").to_pylist()
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     columns = ["group_id", "problem_id", "prompt", "image_sha256"]
     table = pq.read_table(run / "rollouts" / "step-000001.parquet", columns=columns)
@@ -257,7 +268,7 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         try:
             left = load_recipe(run / "recipe.toml")
             json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-            batch = hash_first_batch(run)
+            batch = hash_first_batch(run, cell.command)
             if left != cell.recipe:
                 error = f"{run / 'recipe.toml'} is not the recipe of this cell"
         except (OSError, ValueError, RecipeError) as problem:
@@ -308,13 +319,16 @@ def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
     here.rename(aside / f"{cell.id}-try-{tries + 1}")
 
 
-def _steps_done(folder: Path, cell: Cell) -> int:
-    rollouts = cell_folder(folder, cell) / "run" / "rollouts"
+def last_step_of(run: Path, command: CellCommand) -> int:
+    """The last step that a run which goes on has left something of."""
+    from cluster.tracking import last_logged_step
+
     try:
-        names = [n for n in os.listdir(rollouts) if n.startswith("step-")]
+        if command == "train":
+            return len([n for n in os.listdir(run / "rollouts") if n.startswith("step-")])
+        return last_logged_step(run)
     except OSError:
         return 0
-    return len(names)
 
 
 # --- processes ---------------------------------------------------------------------------------
@@ -451,7 +465,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def slots_for(ablation: Ablation, machine: Machine) -> int:
     """Cells at a time on one machine: as many as asked for and as its cores hold, at least one."""
-    most = max(plan(cell.recipe, machine).cpus for cell in ablation.cells)
+    most = max(plan(cell.recipe, machine, cell.command).cpus for cell in ablation.cells)
     return max(1, min(ablation.config.parallel, int(machine.cores // max(most, 1e-9))))
 
 

@@ -1,5 +1,7 @@
 """Ablations: the TOML file that names a question, a base recipe, arms, seeds and a budget.
 
+Cells are runs of `equipoise train` or, with `command = "sft"`, of `equipoise sft`.
+
 `load_ablation` reads it into an `Ablation` with one resolved recipe a cell (arm × difficulty ×
 seed), or raises a `RecipeError` with one line for each thing wrong, as `load_recipe` does.
 """
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.recipe_errors import dotted, explain
@@ -29,11 +30,14 @@ from cluster.sections import (
     Share,
     SpendConfig,
     Text,
+    refusal,
 )
 from cluster.toml_writer import _value as toml_value
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]
 Settings = dict[str, Any]
+
+CellCommand = Literal["train", "sft"]
 
 NOT_AN_ARMS = {
     "seed": "the ablation's seeds decide it",
@@ -42,12 +46,22 @@ NOT_AN_ARMS = {
     "output": "cells write below the ablation's folder",
     "algorithm.steps": "[budget] decides how long a run is",
     "algorithm.budget": "[budget] decides how long a run is",
+    "sft.steps": "[budget] decides how long a run is",
 }
 """Fields that no arm or difficulty may set, and what decides them instead."""
 
-PAIRED = ("model", "tasks", "eval", "algorithm.problems_per_step")
+IDLE: dict[CellCommand, tuple[str, ...]] = {"train": ("sft",), "sft": ("reward", "algorithm")}
+"""Sections that a command does not read, so that an arm which sets them is no arm."""
+
+PAIRED: dict[CellCommand, tuple[str, ...]] = {
+    "train": ("model", "tasks", "eval", "algorithm.problems_per_step"),
+    "sft": (
+        "model", "tasks", "eval", "sampler.max_tokens", "sft.batch_size", "sft.blind_share",
+        "sft.vision_warmup_steps", "sft.vision_warmup_lr",
+    ),
+}  # fmt: skip
 """Fields that must be equal over arms: with the seed they decide initial weights, training
-problems in their order, and what is measured."""
+problems or demonstrations in their order, and what is measured."""
 
 
 class ArmConfig(Section):
@@ -90,6 +104,8 @@ class BudgetConfig(Section):
 class AblationConfig(Section):
     """An ablation file."""
 
+    command: CellCommand = "train"
+    """What a cell runs: RL, or SFT on demonstrations."""
     question: Text
     base: Text
     """The recipe that arms vary; a path relative to this file."""
@@ -105,6 +121,25 @@ class AblationConfig(Section):
     """The training accuracy that costs are counted to; by default what the reference ends at."""
 
     @model_validator(mode="after")
+    def _sft_is_counted_in_updates(self) -> AblationConfig:
+        if self.command != "sft":
+            return self
+        if self.budget.kind != "updates":
+            raise refusal(
+                f'got "{self.budget.kind}", and cells of command = "sft" are counted in updates; '
+                'write kind = "updates"',
+                "budget",
+                "kind",
+            )
+        if self.target is not None:
+            raise refusal(
+                'costs are counted to an accuracy of RL training, which command = "sft" has not; '
+                "remove it",
+                "target",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_and_seeds_are_distinct(self) -> AblationConfig:
         groups: list[tuple[str, list[Any]]] = [
             ("arms", [arm.name for arm in self.arms]),
@@ -116,9 +151,7 @@ class AblationConfig(Section):
                 if value in values[:i]:
                     where = f"{section}[{values.index(value)}]"
                     message = f"{json.dumps(value)} is already {where}; give each one once"
-                    raise PydanticCustomError(
-                        "recipe", "{message}", {"message": message, "at": (section, i)}
-                    )
+                    raise refusal(message, section, i)
         return self
 
 
@@ -137,6 +170,13 @@ class Cell(CellName):
     """One training run of an ablation, with all that it takes to start it."""
 
     recipe: Recipe
+    command: CellCommand = "train"
+
+    @property
+    def steps(self) -> int:
+        """Steps of RL or updates of SFT; under a budget of tokens or seconds the most it can do."""
+        sft = self.recipe.sft
+        return sft.steps if self.command == "sft" and sft else self.recipe.algorithm.steps
 
 
 @dataclass(frozen=True)
@@ -152,6 +192,8 @@ class Ablation:
     def identity(self) -> dict[str, Any]:
         """JSON-able: all that decides the results, so not `parallel`."""
         config = self.config.model_dump(mode="json", exclude={"parallel", "base", "budget"})
+        if config["command"] == "train":  # as it was before there was a choice
+            del config["command"]
         budget = self.config.budget.model_dump(mode="json", exclude={"expected_minutes"})
         return config | {"budget": budget, "base": self.base.model_dump(mode="json")}
 
@@ -177,6 +219,8 @@ def load_ablation(path: str | Path) -> Ablation:
         ]
         raise RecipeError("\n".join(lines)) from None
     errors = [f"{source}: {line}" for line in _misplaced(config)]
+    if config.command == "sft":
+        errors += [f"{source}: {line}" for line in _unfit_for_sft(base)]
     if not errors:
         errors = [f"{source}: {line}" for line in _refused(config, base_path)]
     if errors:
@@ -280,6 +324,24 @@ def _misplaced(config: AblationConfig) -> Iterator[str]:
             for field, instead in NOT_AN_ARMS.items():
                 if key == field or key.startswith(f"{field}."):
                     yield f"{where}: {key}: {instead}; remove it"
+    idle = IDLE[config.command]
+    for where, part in _named(config):
+        keys = [key for key, _ in flat(part.set)]
+        if isinstance(part, ArmConfig) and part.reward is not None:
+            keys.append("reward")
+        for key in keys:
+            if key.partition(".")[0] in idle:
+                yield f'{where}: {key}: command = "{config.command}" does not read it; remove it'
+
+
+def _unfit_for_sft(base: Recipe) -> Iterator[str]:
+    if base.sft is None:
+        yield 'base: sft: command = "sft" needs this section and it is missing; add [sft]'
+    if not base.eval.every:
+        yield (
+            'eval.every: got 0, and cells of command = "sft" are compared by measurements before, '
+            "between and after their updates; set it in the base recipe, or in the file's own set"
+        )
 
 
 def _refused(config: AblationConfig, base: Path) -> Iterator[str]:
@@ -330,9 +392,13 @@ def _cell(
             f"question={toml_value(config.question)}",
         ],
     )
-    algorithm = recipe.algorithm.model_copy(update=_length(config.budget, recipe.algorithm))
-    recipe = recipe.model_copy(update={"algorithm": algorithm})
-    return Cell(cell.id, cell.arm, cell.difficulty, cell.seed, recipe)
+    if config.command == "sft" and recipe.sft is not None:
+        sft = recipe.sft.model_copy(update={"steps": config.budget.amount})
+        recipe = recipe.model_copy(update={"sft": sft})
+    else:
+        algorithm = recipe.algorithm.model_copy(update=_length(config.budget, recipe.algorithm))
+        recipe = recipe.model_copy(update={"algorithm": algorithm})
+    return Cell(cell.id, cell.arm, cell.difficulty, cell.seed, recipe, config.command)
 
 
 def _length(budget: BudgetConfig, algorithm: AlgorithmConfig) -> dict[str, Any]:
@@ -353,13 +419,14 @@ def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         where = places[cell.arm]
         updates = cell.recipe.algorithm.updates_per_step
-        if config.budget.kind == "updates" and config.budget.amount % updates:
+        counted = config.command == "train" and config.budget.kind == "updates"
+        if counted and config.budget.amount % updates:
             yield (
                 f"budget.amount: {config.budget.amount} updates cannot be made in whole steps of "
                 f"{where}, whose algorithm.updates_per_step is {updates}"
             )
         reference = first.setdefault((cell.difficulty, cell.seed), cell)
-        for field in PAIRED:
+        for field in PAIRED[config.command]:
             if _at(cell.recipe, field) != _at(reference.recipe, field):
                 yield (
                     f"{where}: {field} differs from that of {places[reference.arm]}, so the arms "

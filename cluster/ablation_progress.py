@@ -20,7 +20,7 @@ from cluster.terminal import printable
 def cost_table(
     ablation: Ablation, machine: Machine, finished: Mapping[str, float], slots: int
 ) -> str:
-    """The plan: a line a cell with what it will sample and how long that may take.
+    """The plan: a line a cell with what it will learn from and how long that may take.
 
     `finished` has the seconds of finished cells by id. A cell's time is the mean of the measured
     ones of its arm, else of all, else what the file expects; "unknown" without any.
@@ -28,7 +28,8 @@ def cost_table(
     arms = {cell.id: cell.arm for cell in ablation.cells}
     budget = ablation.config.budget
     counted = budget.kind == "updates"
-    rows = [("cell", str(budget.kind), "rollouts", "eval responses", "cores", "minutes")]
+    learnt_from = "rollouts" if ablation.config.command == "train" else "demonstrations"
+    rows = [("cell", str(budget.kind), learnt_from, "eval responses", "cores", "minutes")]
     left = 0.0
     known = True
     for cell in ablation.cells:
@@ -40,16 +41,18 @@ def cost_table(
             minutes = f"{seconds / 60:.1f} (done)"
         else:
             minutes = "unknown" if guess is None else f"about {guess / 60:.1f}"
-        algorithm = cell.recipe.algorithm
+        algorithm, sft = cell.recipe.algorithm, cell.recipe.sft
         # Under a budget of tokens or seconds a run finds out how many steps it makes.
-        rollouts = algorithm.steps * algorithm.problems_per_step * algorithm.group_size
+        each = algorithm.problems_per_step * algorithm.group_size
+        if cell.command == "sft" and sft is not None:
+            each = sft.batch_size
         rows.append(
             (
                 cell.id,
                 str(budget.amount),
-                str(rollouts) if counted else "?",
+                str(cell.steps * each) if counted else "?",
                 str(_eval_responses(cell)) if counted or not cell.recipe.eval.every else "?",
-                f"{plan(cell.recipe, machine).cpus:g}",
+                f"{plan(cell.recipe, machine, cell.command).cpus:g}",
                 minutes,
             )
         )
@@ -77,7 +80,7 @@ def _expected(
 
 def _eval_responses(cell: Cell) -> int:
     """Responses of all evaluations: before, after and between, over tasks and passes."""
-    chosen, steps = cell.recipe.eval, cell.recipe.algorithm.steps
+    chosen, steps = cell.recipe.eval, cell.steps
     between = (steps - 1) // chosen.every if chosen.every else 0
     each = sum(chosen.samples if name == "sampled" else 1 for name in chosen.passes)
     return (2 + between) * each * chosen.problems * len(cell.recipe.tasks)
@@ -92,8 +95,7 @@ class GridProgress:
     def __init__(self, cells: Sequence[Cell], console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
         self._steps = {
-            cell.id: "" if cell.recipe.algorithm.budget else f"/{cell.recipe.algorithm.steps}"
-            for cell in cells
+            cell.id: "" if cell.recipe.algorithm.budget else f"/{cell.steps}" for cell in cells
         }
         self._state = {cell.id: "waiting" for cell in cells}
         self._seconds: dict[str, float] = {}

@@ -16,6 +16,7 @@ from cluster.ablate import (
     Runner,
     is_finished,
     pairing_faults,
+    program,
     read_result,
     run_ablation,
     slots_for,
@@ -55,8 +56,9 @@ def ablate_to_the_end(
         return 0
     if address is None:
         for cell in ablation.cells:
-            plan(cell.recipe, machine).require()
-    chosen = runner or (RayJobRunner(address) if address else LocalRunner())
+            plan(cell.recipe, machine, cell.command).require()
+    words = program(ablation.config.command)
+    chosen = runner or (RayJobRunner(address, words) if address else LocalRunner(words))
     try:
         with GridProgress(ablation.cells, console) as progress:
             failed = run_ablation(ablation, folder, chosen, slots, progress)

@@ -61,6 +61,13 @@ CURVES = ("acc/a", "acc/a_p", "acc/leak", "reward/total/mean")
 COUPLINGS = ("outcome_perception", "outcome_reasoning")
 SPENT = {"tokens": "response/tokens", "seconds": "time/step"}
 """Costs of reaching an accuracy, and the metric of a step that adds to each."""
+SHARES = {
+    "tokens": "sft/share/tokens/perception",
+    "loss": "sft/share/loss/perception",
+    "gradient norm": "sft/share/grad_norm/perception",
+    "λ": "sft/lambda",
+}
+"""Of SFT: what perception has a share of, and the metric of an update that tells it."""
 LEAST_P = 0.05
 """A difference is called shown below this, after Holm's adjustment."""
 ACCURACY = (0.0, 1.0)
@@ -149,6 +156,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class SegmentShare:
+    """Perception's mean share, over SFT's updates, of what `SHARES` names; interval over seeds."""
+
+    difficulty: str
+    arm: str
+    of: str
+    share: Estimate
+
+
+@dataclass(frozen=True)
 class Summary:
     """Everything an ablation says, in numbers. `reference` is the first arm."""
 
@@ -160,6 +177,7 @@ class Summary:
     couplings: tuple[Coupling, ...]
     curves: tuple[Curve, ...]
     costs: tuple[Cost, ...]
+    shares: tuple[SegmentShare, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN (a step that no seed has) becomes null."""
@@ -310,6 +328,12 @@ def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float
             for difficulty in results.difficulties
             for found in _costs(results, difficulty, arms, target)
         ),
+        shares=tuple(
+            found
+            for difficulty in results.difficulties
+            for arm in arms
+            for found in _shares(results, difficulty, arm)
+        ),
     )
 
 
@@ -450,6 +474,14 @@ def _costs(
                 yield Cost(difficulty, arm, unit, target, reach(costs, spent))
 
 
+def _shares(results: Results, difficulty: str, arm: str) -> Iterator[SegmentShare]:
+    for of, metric in SHARES.items():
+        by_seed = results.numbers(difficulty, arm, "", metric)
+        means = [float(np.mean(list(values.values()))) for _, values in sorted(by_seed.items())]
+        if means:
+            yield SegmentShare(difficulty, arm, of, seed_interval(means, ACCURACY))
+
+
 # --- in words ----------------------------------------------------------------------------------
 
 
@@ -473,9 +505,13 @@ def in_words(summary: Summary, ablation: Ablation, folder: Path) -> str:
     lines += ["", "## Accuracies", "", *_level_table(summary.levels)]
     lines += ["", f"## Against `{summary.reference}`", "", *_comparison_table(summary.comparisons)]
     lines += ["", "## Seeing and thinking", "", *_asymmetry_table(summary)]
-    lines += ["", "## Couplings of the outcome within groups", "", *_coupling_table(summary)]
+    if ablation.config.command == "sft":
+        lines += ["", "## Perception's share, mean over updates", "", *_share_table(summary.shares)]
+    else:
+        lines += ["", "## Couplings of the outcome within groups", "", *_coupling_table(summary)]
     lines += ["", "## Over training", "", *_training_table(summary)]
-    lines += ["", "## Cost of an accuracy", "", *_cost_table(summary.costs)]
+    if ablation.config.command != "sft":
+        lines += ["", "## Cost of an accuracy", "", *_cost_table(summary.costs)]
     return "\n".join(lines) + "\n"
 
 
@@ -550,6 +586,17 @@ def _coupling_table(summary: Summary) -> list[str]:
 def _training_table(summary: Summary) -> list[str]:
     rows = [(c.difficulty, f"`{c.arm}`", c.metric, _show(c.mean_level)) for c in summary.curves]
     return _markdown(("difficulty", "arm", "metric", "mean level over training"), rows)
+
+
+def _share_table(shares: Iterable[SegmentShare]) -> list[str]:
+    by_arm: dict[tuple[str, str], dict[str, str]] = {}
+    for s in shares:
+        by_arm.setdefault((s.difficulty, s.arm), {})[s.of] = _show(s.share)
+    rows = [
+        (difficulty, f"`{arm}`", *(found.get(of, "") for of in SHARES))
+        for (difficulty, arm), found in by_arm.items()
+    ]
+    return _markdown(("difficulty", "arm", *SHARES), rows)
 
 
 def _cost_table(costs: Iterable[Cost]) -> list[str]:

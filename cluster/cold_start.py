@@ -1,7 +1,8 @@
 """The cold start: supervised fine-tuning on demonstrations, before there is anything to reward.
 
 Vision warm-up (where the recipe asks for it), then DeepSpeed SFT with the loss of each segment
-reported apart. Generated demonstrations are of the `train` split.
+reported apart. Generated demonstrations are of the `train` split. With `eval.every` one sampler
+pool lives beside the learner and measures on the way; otherwise the samplers come when it has gone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,21 @@ from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.runtime import (
+    LivePolicy,
     actor_errors,
     connected,
+    learner_group,
     learner_settings,
     new_run_folder,
     sampling_from,
 )
 from cluster.sections import SftConfig
 from cluster.tracking import Progress, Tracker
+from cluster.train import measure, report_change, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
+from learner.engine import LearnerSettings
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Source, draw
@@ -86,60 +92,98 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
                 start_from = scratch
                 warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
             batches = demonstrations(sources, processor, sft, recipe.seed)
-            shares = fine_tune(recipe, sft, start_from, batches, folder, tracker, progress)
-        summary = summarise(shares, sft, time.perf_counter() - started)
+            done = fine_tune(recipe, sft, start_from, opened, batches, folder, tracker, progress)
+        summary = summarise(done.shares, sft, time.perf_counter() - started)
         (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        tables = measure_checkpoint(recipe, opened, folder, progress)
+        if done.measured:
+            tables = done.measured[sft.steps]
+            report_change(folder, done.measured[0], tables, progress)
+        else:
+            tables = measure_checkpoint(recipe, opened, folder, progress)
     card = model_card(recipe, summary, tables)
     (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What SFT leaves in memory: each update's shares, and the evaluations on the way by step.
+
+    The evaluations are tables by task; none where the recipe measures only at the end.
+    """
+
+    shares: list[Shares]
+    measured: dict[int, dict[str, EvalTable]]
+
+
 def fine_tune(
     recipe: Recipe,
     sft: SftConfig,
     start_from: str,
+    opened: Sequence[ProblemSource],
     batches: Iterator[list[TrainSequence]],
     folder: Path,
     tracker: Tracker,
     progress: Progress,
-) -> list[Shares]:
-    """All updates of SFT; leaves `<folder>/checkpoint` and returns perception's share of each."""
-    started = time.perf_counter()
-    learner = LearnerGroup(
-        learner_settings(recipe, start_from),
-        recipe.learner.ranks,
-        recipe.learner.cpus,
-        recipe.learner.gpus,
-        recipe.learner.timeout_seconds,
-    )
-    shares: list[Shares] = []
+) -> Tuned:
+    """All updates, measured on the way if the recipe says so; leaves `<folder>/checkpoint`."""
+    done = Tuned([], {})
     balance = sft_balance(sft)
-    try:
-        learner.start()
+    with tuning(recipe, opened, learner_settings(recipe, start_from), progress) as (learner, live):
+        if live:
+            verify_transfer(live, 0)
+            done.measured[0] = measure(live, tracker, 0)
+            progress.say(in_short(0, done.measured[0]))
+        started = time.perf_counter()
         for step in range(1, sft.steps + 1):
             rate = learning_rate_at(
                 step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
             )
             batch = TrainBatch(tuple(next(batches)))
+            if step == 1:
+                tracker.log_demonstrations(step, batch)
             gradients = None
             if balance.measures(step):
                 gradients = learner.segment_gradients(batch, sft.norm_of)
                 balance.observe(step, gradients)
             metrics = learner.update(batch, balance.loss(step, batch), rate)
-            shares.append(perception_shares(metrics))
+            done.shares.append(perception_shares(metrics))
             told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
             told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
+            if live and (step % recipe.eval.every == 0 or step == sft.steps):
+                told |= transfer_metrics(learner.send_weights(step))
+                done.measured[step] = measure(live, tracker, step)
+                progress.say(in_short(step, done.measured[step]))
             tracker.log(step, told)
             if step % 10 == 0 or step == sft.steps:
                 progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
             if sft.save_every and step % sft.save_every == 0:
                 learner.save(folder / "checkpoint")
         learner.save(folder / "checkpoint")
+    return done
+
+
+@contextmanager
+def tuning(
+    recipe: Recipe, opened: Sequence[ProblemSource], settings: LearnerSettings, progress: Progress
+) -> Iterator[tuple[LearnerGroup, LivePolicy | None]]:
+    """The learner, started, and where the recipe measures on the way the samplers beside it."""
+    if recipe.eval.every:
+        progress.say("starting the learner (DeepSpeed), and samplers (vLLM) to measure with ...")
+        live = LivePolicy(recipe, opened, settings)
+        try:
+            live.wait_ready()
+            yield live.learner, live
+        finally:
+            live.stop()
+        return
+    learner = learner_group(recipe, settings)
+    try:
+        learner.start()
+        yield learner, None
     finally:
         learner.stop()
-    return shares
 
 
 def measure_checkpoint(
@@ -282,6 +326,16 @@ def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -
     )
     left = seconds / step * (steps - step)
     return f"sft {step}/{steps}  nll: {parts}  {metrics['seconds']:.1f} s/step  ETA {left:.0f} s"
+
+
+def in_short(step: int, tables: Mapping[str, EvalTable]) -> str:
+    """One progress line: the accuracies of an evaluation on the way."""
+    found = [
+        f"{task} " + "  ".join(f"{row.metric} {row.value:.3f}" for row in chosen)
+        for task, table in tables.items()
+        if (chosen := [row for row in table.rows if row.metric in ("a", "a_p", "a_r")])
+    ]
+    return f"measured after {step} updates: {'; '.join(found)}"
 
 
 def summarise(shares: Sequence[Shares], sft: SftConfig, seconds: float) -> dict[str, Any]:

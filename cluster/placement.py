@@ -124,7 +124,9 @@ class Placement:
 
 
 def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placement:
-    """Place a recipe's actors on a machine; `sft` runs its samplers after its learner.
+    """Place a recipe's actors on a machine.
+
+    `sft` runs its samplers after its learner, or beside it where it measures on the way.
 
     Never raises for a recipe that does not fit: see `Placement.require`.
     """
@@ -134,12 +136,13 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
         for i in range(recipe.learner.ranks)
     ]
     samplers, frozen, workers = [], [], []
-    if command == "train":
+    if command == "train" or (command == "sft" and recipe.eval.every):
         memory = sampler_memory(recipe, size, machine)
         samplers = [
             Actor("sampler", i, recipe.sampler.cpus, recipe.sampler.gpus, memory)
             for i in range(recipe.sampler.count)
         ]
+    if command == "train":
         frozen = [
             Actor(
                 "frozen model",
@@ -154,7 +157,7 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
         workers = [Actor("reward worker", i, 0, 0, {}) for i in range(recipe.reward.workers)]
     actors = (Actor("driver", 0, 0, 0, {}), *samplers, *frozen, *learners, *workers)
     notes = []
-    if command == "sft":
+    if command == "sft" and not recipe.eval.every:
         notes.append("the samplers that measure the result start when the learner has ended")
     if size is None:
         notes.append(
@@ -308,7 +311,7 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
     for unit, field in (("cores", "cpus"), ("GPUs", "gpus")):
         sample = {f"sampler.count × sampler.{field}": sampler.count * getattr(sampler, field)}
         learn = {f"learner.ranks × learner.{field}": learner.ranks * getattr(learner, field)}
-        if command == "sft":  # one after the other
+        if command == "sft" and not recipe.eval.every:  # one after the other
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
             found[unit] = sample if command == "eval" else sample | learn

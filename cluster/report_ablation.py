@@ -31,7 +31,8 @@ from cluster.statistics import Estimate
 
 ABLATION_SCHEMA = pa.schema(
     {
-        "kind": pa.string(),  # level, difference, asymmetry, coupling, curve, mean level, cost
+        # level, difference, asymmetry, coupling, curve, mean level, cost, share
+        "kind": pa.string(),
         "difficulty": pa.string(),
         "task": pa.string(),
         "arm": pa.string(),
@@ -125,7 +126,8 @@ def read_ablation(folder: Path) -> AblationRecord:
     table = pa.concat_tables(tables) if tables else _stored_table(folder, problems)
     summary = summarise(table, config.question, [a.name for a in config.arms], config.target)
     runs, seed = _runs_to_show(folder, cells, set(finished))
-    shown = read_arms(runs, seed)
+    # SFT has no rollouts to show.
+    shown = read_arms(runs if config.command == "train" else {}, seed)
     return AblationRecord(
         name=folder.resolve().name,
         config=config,
@@ -160,16 +162,45 @@ def build_ablation(record: AblationRecord) -> Report:
     for cell in record.cells:
         if (took := record.finished.get(cell.id, {}).get("seconds")) is not None:
             seconds[cell.difficulty, cell.arm].append(float(took))
-    alphas = {
-        arm.name: alpha
-        for arm in config.arms
-        if (alpha := words.alpha_of(words.arm_reward(arm, base))) is not None
-        and words.other_settings(arm) == words.other_settings(config.arms[0])
-    }
 
     def present(*things: Any) -> tuple[Any, ...]:
         return tuple(thing for thing in things if thing is not None)
 
+    if config.command == "sft":
+        frontiers = charts.frontiers(summary, words.fixed_weights(config, base), charts.LAMBDA)
+        about_the_loss = (
+            Section(
+                "frontier", "The λ frontier", tuple(frontiers), (),
+                "No two finished arms differ in a fixed λ, the weight of perception in the loss.",
+            ),
+            Section(
+                "shares", "What the updates were made of", (),
+                present(words.share_table(summary)),
+                "No shares were logged.",
+            ),
+        )  # fmt: skip
+    else:
+        alphas = {
+            arm.name: alpha
+            for arm in config.arms
+            if (alpha := words.alpha_of(words.arm_reward(arm, base))) is not None
+            and words.other_settings(arm) == words.other_settings(config.arms[0])
+        }
+        about_the_loss = (
+            Section(
+                "frontier", "The α frontier", tuple(charts.frontiers(summary, alphas)), (),
+                "No two finished arms differ in α, the share of the reward that perception gets.",
+            ),
+            Section(
+                "reward", "Coupling and reliability",
+                tuple(charts.coupling_charts(summary, arms)),
+                present(
+                    words.coupling_table(summary), words.reliability_table(results, metrics, arms)
+                ),
+                "No coupling and no reliability was logged.",
+            ),
+        )  # fmt: skip
+    frontier, about = about_the_loss
     sections = (
         Section("arms", "Arms", (), (words.arms_table(config, base, record.cells, ended),)),
         Section(
@@ -182,21 +213,12 @@ def build_ablation(record: AblationRecord) -> Report:
             present(words.asymmetry_table(summary)),
             "a_p and a_r were not measured before and after.",
         ),
-        Section(
-            "frontier", "The α frontier", tuple(charts.frontiers(summary, alphas)), (),
-            "No two finished arms differ in α, the share of the reward that perception gets.",
-        ),
+        frontier,
         Section(
             "learning", "Learning curves", tuple(charts.curves(summary, arms)), (),
             "No cell has finished, so there are no curves.",
         ),
-        Section(
-            "reward", "Coupling and reliability", tuple(charts.coupling_charts(summary, arms)),
-            present(
-                words.coupling_table(summary), words.reliability_table(results, metrics, arms)
-            ),
-            "No coupling and no reliability was logged.",
-        ),
+        about,
         Section(
             "cost", "Cost", (),
             present(words.cost_table(summary), words.speed_table(results, arms, seconds)),
@@ -205,7 +227,7 @@ def build_ablation(record: AblationRecord) -> Report:
         Section(
             "pairing", "Pairing and cells", (),
             present(
-                words.pairing_table(record.cells, record.finished),
+                words.pairing_table(record.cells, record.finished, config.command),
                 words.cells_table(record.cells, ended, record.finished, record.failed),
             ),
         ),
@@ -256,6 +278,8 @@ def _flat_rows(summary: Summary) -> Iterator[dict[str, Any]]:
             "kind": "cost", "difficulty": cost.difficulty, "arm": cost.arm, "metric": cost.unit,
             "value": cost.reach.median, "seeds": cost.reach.seeds,
         }  # fmt: skip
+    for share in summary.shares:
+        yield row("share", share, share.share, metric=share.of)
 
 
 def _stored_table(folder: Path, problems: list[str]) -> pa.Table:

@@ -160,15 +160,23 @@ def curves(summary: Summary, arms: Sequence[str]) -> list[Chart]:
     return charts
 
 
-def frontiers(summary: Summary, alphas: Mapping[str, float]) -> list[Chart]:
-    """a_p against a_r over α, and the three accuracies over α; none with fewer than two α.
+ALPHA = ("α", "the share α of the reward that perception gets; α 0 is the outcome alone")
+LAMBDA = ("λ", "the weight λ of perception in the loss")
 
-    `alphas` has the arms whose reward is α·a_p + (1 − α)·a.
+
+def frontiers(
+    summary: Summary, weights: Mapping[str, float], told: tuple[str, str] = ALPHA
+) -> list[Chart]:
+    """a_p against a_r over a weight, and the three accuracies over it; none with fewer than two.
+
+    `weights` has the arms that differ in nothing else: α of rewards α·a_p + (1 − α)·a, or λ of
+    losses λ·L_p + (1 − λ)·L_r. `told`: the weight's sign and what it is.
     """
+    sign, meaning = told
     charts = []
     for i, (difficulty, task) in enumerate(headlines(summary)):
         found = sorted(
-            (alpha, arm) for arm, alpha in alphas.items() if levels(summary, difficulty, task, arm)
+            (alpha, arm) for arm, alpha in weights.items() if levels(summary, difficulty, task, arm)
         )
         if len({alpha for alpha, _ in found}) < 2:
             continue
@@ -178,7 +186,7 @@ def frontiers(summary: Summary, alphas: Mapping[str, float]) -> list[Chart]:
         }
         points = tuple(
             Line(
-                f"α {alpha:g}",
+                f"{sign} {alpha:g}",
                 (after[arm]["a_p"].value,),
                 (after[arm]["a_r"].value,),
                 "c1",
@@ -192,9 +200,8 @@ def frontiers(summary: Summary, alphas: Mapping[str, float]) -> list[Chart]:
             charts.append(
                 Chart(
                     f"frontier-{i}",
-                    f"The α frontier: {at(difficulty, task)}",
-                    "After training, by the share α of the reward that perception gets; α 0 is "
-                    "the outcome alone. With 95 % intervals; dotted: equal product.",
+                    f"The {sign} frontier: {at(difficulty, task)}",
+                    f"After training, by {meaning}. With 95 % intervals; dotted: equal product.",
                     "; ".join(f"{p.label}: a_p {p.x[0]:.3f}, a_r {p.y[0]:.3f}" for p in points),
                     points,
                     "frontier",
@@ -218,15 +225,17 @@ def frontiers(summary: Summary, alphas: Mapping[str, float]) -> list[Chart]:
             charts.append(
                 Chart(
                     f"alpha-{i}",
-                    f"Accuracy over α: {at(difficulty, task)}",
+                    f"Accuracy over {sign}: {at(difficulty, task)}",
                     "Held-out problems after training, with 95 % intervals.",
                     "; ".join(
                         f"{v.label}: "
-                        + ", ".join(f"{y:.3f} at α {x:g}" for x, y in zip(v.x, v.y, strict=True))
+                        + ", ".join(
+                            f"{y:.3f} at {sign} {x:g}" for x, y in zip(v.x, v.y, strict=True)
+                        )
                         for v in lines
                     ),
                     lines,
-                    x_label="α",
+                    x_label=sign,
                     y_limits=_limits(lines),
                     whole_x=False,
                 )

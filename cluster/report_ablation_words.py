@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.ablation_config import AblationConfig, ArmConfig, CellName, flat
+from cluster.ablation_config import AblationConfig, ArmConfig, CellCommand, CellName, flat
 from cluster.ablation_results import (
+    SHARES,
     Asymmetry,
     Comparison,
     Cost,
@@ -29,6 +30,7 @@ RELIABILITY = {"pooled": "over all", "within": "within groups", "auc": "AUC"}
 SPEEDS = {
     "throughput/sampler_tokens_per_second": "sampled tokens/s",
     "throughput/learner_tokens_per_second": "learnt tokens/s",
+    "sft/seconds": "seconds an update",
 }
 
 
@@ -61,6 +63,20 @@ def other_settings(arm: ArmConfig) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in flat(arm.set) if key.partition(".")[0] != "reward"]
 
 
+def fixed_weights(config: AblationConfig, base: Mapping[str, Any]) -> dict[str, float]:
+    """Arm -> λ, of the arms of SFT that fix it and set nothing else."""
+    plain = dict(base.get("sft") or {})
+    found = {}
+    for arm in config.arms:
+        sft = plain | {
+            key.removeprefix("sft."): value for key, value in flat(arm.set) if key[:4] == "sft."
+        }
+        others = {key for key, _ in flat(arm.set)} - {"sft.balance", "sft.perception_weight"}
+        if sft.get("balance") == "fixed" and not others:
+            found[arm.name] = float(sft.get("perception_weight", 0.5))
+    return found
+
+
 def lead(
     config: AblationConfig, base: Mapping[str, Any], finished: int, cells: int, reference: str
 ) -> str:
@@ -70,11 +86,14 @@ def lead(
     harder = ", ".join(d.name for d in config.difficulties)
     harder = f" × difficulties {harder}" if harder else ""
     against = f" Arms are compared with {reference}." if reference else ""
+    trained, see = "trained by RL on", "problems"
+    if config.command == "sft":
+        trained, see = "fine-tuned on demonstrations of", "demonstrations"
     return (
         f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
-        f"{model} trained by RL on {tasks}, {config.budget.in_words()} each; "
+        f"{model} {trained} {tasks}, {config.budget.in_words()} each; "
         f"{finished} of {cells} cells finished.{against} Arms of one seed are to start from "
-        "the same weights and see the same problems (hashes under Pairing). Intervals are 95 %, "
+        f"the same weights and see the same {see} (hashes under Pairing). Intervals are 95 %, "
         "over seeds and test problems; differences are paired by both, their p is Holm-adjusted "
         "over arms."
     )
@@ -245,23 +264,25 @@ def arms_table(
     finished: Sequence[str],
 ) -> Table:  # fmt: skip
     """What each arm is."""
+    rewarded = config.command == "train"
     rows = []
     for i, arm in enumerate(config.arms):
         changed = [f"{key} = {_plain(value)}" for key, value in other_settings(arm)]
         ended = {c.seed for c in cells if c.arm == arm.name and c.id in finished}
+        settings = (reward_words({"reward": arm_reward(arm, base)}), "; ".join(changed))
         rows.append(
             (
                 arm.name + (" (reference)" if i == 0 else ""),
-                reward_words({"reward": arm_reward(arm, base)}),
-                "; ".join(changed),
+                *(settings if rewarded else settings[1:]),
                 arm.note or "",
                 f"{len(ended)} of {len(config.seeds)}",
             )
         )
+    named = ("reward", "other settings") if rewarded else ("settings",)
     return Table(
         "What each arm is",
-        ("arm", "reward", "other settings", "note", "seeds finished"),
-        "llllr",
+        ("arm", *named, "note", "seeds finished"),
+        "ll" + "l" * len(named) + "r",
         tuple(rows),
     )
 
@@ -354,6 +375,27 @@ def asymmetry_table(summary: Summary) -> Table | None:
     )  # fmt: skip
 
 
+def share_table(summary: Summary) -> Table | None:
+    """Perception's share of tokens, loss and gradient norm, and λ, arm by arm."""
+    by_arm: dict[tuple[str, str], dict[str, str]] = {}
+    for s in summary.shares:
+        by_arm.setdefault((s.difficulty, s.arm), {})[s.of] = show(s.share)
+    rows = tuple(
+        (at(difficulty, arm) if difficulty else arm, *(found.get(of, "–") for of in SHARES))
+        for (difficulty, arm), found in by_arm.items()
+    )
+    return (
+        Table(
+            "Perception's share of an update", ("arm", *SHARES), "l" + "r" * len(SHARES), rows,
+            "Means over the updates of a run, those of the gradient norm over the updates it was "
+            "measured at; intervals over seeds. Loss and gradient norm are as λ weighs them; under "
+            "the token mean λ is perception's share of the tokens.",
+        )
+        if rows
+        else None
+    )  # fmt: skip
+
+
 def coupling_table(summary: Summary) -> Table | None:
     """Within-group correlations of the outcome by third of training."""
     cells = {(c.difficulty, c.arm, c.of, c.phase): show(c.correlation) for c in summary.couplings}
@@ -434,10 +476,15 @@ def speed_table(
 ) -> Table | None:
     """Throughput and wall time; `seconds`: (difficulty, arm) -> of each finished cell."""
     rows = []
+    known = {
+        name: words
+        for name, words in SPEEDS.items()
+        if any(results.numbers(d, arm, "", name) for d in results.difficulties for arm in arms)
+    }
     for difficulty in results.difficulties:
         for arm in arms:
             speeds = [
-                _mean_over_steps(results, difficulty, arm, name, 0, math.inf) for name in SPEEDS
+                _mean_over_steps(results, difficulty, arm, name, 0, math.inf) for name in known
             ]
             walls = seconds.get((difficulty, arm), ())
             wall = duration(sum(walls) / len(walls)) if walls else "–"
@@ -446,8 +493,9 @@ def speed_table(
                 rows.append((at(difficulty, arm) if difficulty else arm, *shown, wall))
     return (
         Table(
-            "Throughput and wall time", ("arm", *SPEEDS.values(), "mean time of a cell"), "lrrr",
-            tuple(rows), "A cell's time is all of it: start, evaluations and report included.",
+            "Throughput and wall time", ("arm", *known.values(), "mean time of a cell"),
+            "l" + "r" * (len(known) + 1), tuple(rows),
+            "A cell's time is all of it: start, evaluations and report included.",
         )
         if rows
         else None
@@ -455,7 +503,9 @@ def speed_table(
 
 
 def pairing_table(
-    cells: Sequence[CellName], finished: Mapping[str, Mapping[str, Any]]
+    cells: Sequence[CellName],
+    finished: Mapping[str, Mapping[str, Any]],
+    command: CellCommand = "train",
 ) -> Table | None:
     """Hashes of initial weights and first batch, and whether they equal those of their pair."""
     rows: list[tuple[str, ...]] = []
@@ -480,7 +530,11 @@ def pairing_table(
             ("arm", "seed", "initial weights", "first batch", "against the first arm"), "lrlll",
             tuple(rows),
             "SHA-256 (its start) of the files of the checkpoint that a cell began from, and of the "
-            "problems of its first step in order: ids, prompts, images.",
+            + (
+                "problems of its first step in order: ids, prompts, images."
+                if command == "train"
+                else "demonstrations of its first update in order: token ids, segments, images."
+            ),
         )
         if rows
         else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,6 +163,14 @@ def sampler_pool(
     )
 
 
+def learner_group(recipe: Recipe, settings: LearnerSettings) -> LearnerGroup:
+    """The recipe's learner ranks; they are not yet started."""
+    learner = recipe.learner
+    return LearnerGroup(
+        settings, learner.ranks, learner.cpus, learner.gpus, learner.timeout_seconds
+    )
+
+
 @contextmanager
 def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
     """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
@@ -174,7 +182,47 @@ def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
         pool.stop()
 
 
-class Run:
+class LivePolicy:
+    """A learner and the samplers that get its weights by transfer; all that SFT measures with.
+
+    Both start from the same model; of a run that goes on the samplers from the recipe's, since a
+    transfer follows.
+    """
+
+    def __init__(
+        self, recipe: Recipe, sources: Sequence[ProblemSource], learner: LearnerSettings
+    ) -> None:
+        self.recipe, self.sources = recipe, sources
+        self.samplers = sampler_pool(recipe, None if learner.resume else learner.model)
+        self.learner = learner_group(recipe, learner)
+        self._starting = self.learner.start_async()
+
+    def wait_ready(self) -> None:
+        """Return once all are up and the learner knows where to send its weights."""
+        self.learner.wait(self._starting)
+        self.samplers.wait_ready(self.recipe.sampler.start_timeout_seconds)
+        self.learner.attach_sender(self._sender())
+
+    def _sender(self) -> WeightSender:
+        transfer = self.recipe.transfer
+        if transfer.transport == "host":
+            return HostSender(self.samplers.clients, transfer.deadline_seconds)
+        from rollout.transports_gpu import GpuSender
+
+        return GpuSender(
+            transfer.transport,
+            self.samplers.clients,
+            self.recipe.sampler.tensor_parallel,
+            transfer.deadline_seconds,
+        )
+
+    def stop(self) -> None:
+        """End every actor."""
+        self.samplers.stop()
+        self.learner.stop()
+
+
+class Run(LivePolicy):
     """The live parts of a training run; the learner starts from `checkpoint` where one is given."""
 
     def __init__(
@@ -185,19 +233,12 @@ class Run:
         checkpoint: Path | None = None,
     ) -> None:
         start = time.perf_counter()
-        self.recipe, self.sources = recipe, sources
-        sampler, learner = recipe.sampler, recipe.learner
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
-        self.samplers = sampler_pool(recipe)
         model = str(checkpoint) if checkpoint else None
-        self.learner = LearnerGroup(
-            learner_settings(recipe, model, sampler.temperature, resume=checkpoint is not None),
-            learner.ranks,
-            learner.cpus,
-            learner.gpus,
-            learner.timeout_seconds,
+        settings = learner_settings(
+            recipe, model, recipe.sampler.temperature, resume=checkpoint is not None
         )
-        starting = self.learner.start_async()
+        super().__init__(recipe, sources, settings)
         self.frozen = {
             model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
             for place, model in enumerate(frozen_models(recipe))
@@ -217,24 +258,14 @@ class Run:
             ),
             {"": self.samplers, **self.frozen},
         )
-        self.learner.wait(starting)
-        for pool in (self.samplers, *self.frozen.values()):
-            pool.wait_ready(sampler.start_timeout_seconds)
-        self.learner.attach_sender(self._sender())
+        self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 
-    def _sender(self) -> WeightSender:
-        transfer = self.recipe.transfer
-        if transfer.transport == "host":
-            return HostSender(self.samplers.clients, transfer.deadline_seconds)
-        from rollout.transports_gpu import GpuSender
-
-        return GpuSender(
-            transfer.transport,
-            self.samplers.clients,
-            self.recipe.sampler.tensor_parallel,
-            transfer.deadline_seconds,
-        )
+    def wait_ready(self) -> None:
+        """As for any live policy, the frozen models included."""
+        super().wait_ready()
+        for pool in self.frozen.values():
+            pool.wait_ready(self.recipe.sampler.start_timeout_seconds)
 
     def save(self, folder: Path, position: Position) -> None:
         """Write a training checkpoint of a run folder, keeping the last `checkpoint.keep`."""
@@ -243,10 +274,10 @@ class Run:
 
     def stop(self) -> None:
         """End every actor."""
-        for pool in (self.samplers, *self.frozen.values()):
+        super().stop()
+        for pool in self.frozen.values():
             pool.stop()
         self.rewards.close()
-        self.learner.stop()
 
 
 @contextmanager

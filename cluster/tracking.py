@@ -5,6 +5,7 @@
     RUN/metrics/part-000001.parquet      step, name, value, wall_seconds; joined on close into
     RUN/metrics.parquet
     RUN/rollouts/step-000001.parquet     one row a rollout (see `ROLLOUT_SCHEMA`)
+    RUN/demonstrations/step-000001.parquet   of SFT: the first update's demonstrations
     RUN/images/<sha256>.png              every image once
     RUN/tensorboard/                     the same metrics
 
@@ -25,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,6 +38,9 @@ from cluster.terminal import printable
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import ScoredGroup
 from rollout.record import Group
+
+if TYPE_CHECKING:  # torch, which reading a run does not need
+    from learner.batch import TrainBatch
 
 METRIC_SCHEMA = pa.schema(
     {
@@ -90,6 +94,15 @@ ROLLOUT_SCHEMA = pa.schema(
         "a_p_graded": pa.float64(),
         "self_consistency": pa.bool_(),
         "leak": pa.bool_(),
+    }
+)
+
+DEMONSTRATION_SCHEMA = pa.schema(
+    {
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "segments": pa.list_(pa.int8()),
+        "image_sha256": pa.string(),  # null for a blind one
     }
 )
 
@@ -183,6 +196,22 @@ class Tracker:
         file = _rollout_file(self.run_dir, step)
         _write(file, lambda path: pq.write_table(table, path, compression="zstd"))
 
+    def log_demonstrations(self, step: int, batch: TrainBatch) -> None:
+        """Write the demonstrations of an update (`DEMONSTRATION_SCHEMA`) and their images."""
+        rows = [
+            {
+                "prompt_ids": sequence.prompt_ids,
+                "response_ids": sequence.response_ids,
+                "segments": sequence.segments,
+                "image_sha256": self._save_image(sequence.image) if sequence.image else None,
+            }
+            for sequence in batch.sequences
+        ]
+        table = pa.Table.from_pylist(rows, schema=DEMONSTRATION_SCHEMA)
+        file = self.run_dir / "demonstrations" / f"step-{step:06d}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        _write(file, lambda path: pq.write_table(table, path, compression="zstd"))
+
     def close(self) -> None:
         """Join the metric parts into one table. Safe to call twice."""
         self._events.close()
@@ -238,6 +267,15 @@ def read_metrics(run_dir: Path | str) -> pa.Table:
         for row in pq.read_table(file, schema=METRIC_SCHEMA).to_pylist():
             rows[row["step"], row["name"]] = row
     return pa.Table.from_pylist(list(rows.values()), schema=METRIC_SCHEMA)
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """The step that a run which goes on logged last; 0 where it logged none yet.
+
+    Raises OSError where a part of the metrics cannot be read, as when it was just joined.
+    """
+    parts = _metric_parts(run_dir)
+    return max(pq.read_table(parts[-1], columns=["step"])["step"].to_pylist()) if parts else 0
 
 
 def read_rollouts(run_dir: Path | str, step: int) -> pa.Table:

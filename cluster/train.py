@@ -17,7 +17,7 @@ from cluster.evaluate import evaluate_all, training_sampling
 from cluster.metrics import MISMATCH_LIMIT, EvalTable, before_after, pooled, step_metrics
 from cluster.problems import step_problems
 from cluster.report import write_report
-from cluster.runtime import Run, new_run_folder, running
+from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.tracking import Progress, Tracker
 from learner.batch import TrainBatch, TrainSequence
 from learner.policy_loss import Papo, PolicyLoss
@@ -182,7 +182,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     )
 
 
-def verify_transfer(run: Run, version: int) -> None:
+def verify_transfer(run: LivePolicy, version: int) -> None:
     """Send the weights once before any step: untrained, they must not change the checksums.
 
     Sampler and learner loaded the same checkpoint, so tensors that land in the wrong place or
@@ -219,7 +219,7 @@ def warn_of_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progre
         )
 
 
-def measure(run: Run, tracker: Tracker, step: int) -> dict[str, EvalTable]:
+def measure(run: LivePolicy, tracker: Tracker, step: int) -> dict[str, EvalTable]:
     """Evaluate, log under `eval/<task>/`, and return a table a task."""
     tables = evaluate_all(run.samplers, run.sources, run.recipe)
     tracker.log(

@@ -216,7 +216,7 @@ def test_a_process_that_a_cell_left_behind_is_ended_before_the_cell_starts_again
                 alive.append(stray.poll() is None)
                 return super().command(recipe, run, job)
 
-        assert ablate_to_the_end(ablation, folder, runner=Watching(RUNNER.train)) == 0
+        assert ablate_to_the_end(ablation, folder, runner=Watching(RUNNER.program)) == 0
         assert alive == [False, False]
         assert stray.wait(10) == -signal.SIGKILL
         assert bystander.poll() is None
@@ -287,7 +287,9 @@ def test_a_cell_that_leaves_no_whole_run_has_failed(
 ) -> None:
     ablation = load_ablation(write())
     other = TOY.read_text().replace("recipe, run =", CHANGE + "recipe, run =")
-    other = other.replace('"rollouts")\n', '"rollouts")\nchange(run / "recipe.toml")\n', 1)
+    copied = 'shutil.copy(recipe, run / "recipe.toml")\n'
+    assert copied in other
+    other = other.replace(copied, f'{copied}change(run / "recipe.toml")\n')
     for name, said, script in (
         ("nothing", "recipe.toml: no such file", ""),
         ("other", "is not the recipe of this cell", other),
@@ -365,7 +367,7 @@ def test_cells_as_ray_jobs_find_what_local_ones_find(
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     with ray_head(tmp_path / "head.log") as address:
-        runner = RayJobRunner(address, RUNNER.train)
+        runner = RayJobRunner(address, RUNNER.program)
         assert ablate_to_the_end(load_ablation(path), jobs, address, runner=runner) == 1
         job = json.loads((jobs / "cells" / failing / "started.json").read_text())["job"]
         # Ended twice, and by a launcher that cannot know: both are all right.

@@ -20,7 +20,9 @@ name = tomllib.loads(recipe.read_text())["name"]
 made = Path(os.environ["TOY_RUNS"]) / name
 run.mkdir(parents=True)  # as a run refuses a folder that holds something
 shutil.copy(recipe, run / "recipe.toml")
-shutil.copytree(made / "rollouts", run / "rollouts")
+for folder in ("rollouts", "demonstrations"):
+    if (made / folder).exists():
+        shutil.copytree(made / folder, run / folder)
 time.sleep(random.uniform(0.02, float(os.environ.get("TOY_SLEEP", "0.2"))))
 if name in os.environ.get("TOY_FAILS", "").split(","):
     print("warming up\nToyError: no luck today", file=sys.stderr)
