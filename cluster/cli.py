@@ -206,7 +206,7 @@ def ablate(
 
 @models.command()
 def make(
-    family: Annotated[Literal["qwen3_vl", "internvl"], typer.Argument()],
+    family: Annotated[Literal["qwen3_vl", "qwen2_5_vl", "internvl", "idefics3"], typer.Argument()],
     out: Annotated[Path, typer.Option(help="Folder to write")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
 ) -> None:

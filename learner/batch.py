@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from learner.families.base import Family
 from tasks.images import check_image
 
 
@@ -183,8 +184,15 @@ class Collator:
     Images are encoded by the checkpoint's own processor, once per distinct image of a batch.
     """
 
-    def __init__(self, processor: Any, forward_parameters: Sequence[str], image_token_id: int):
+    def __init__(
+        self,
+        processor: Any,
+        forward_parameters: Sequence[str],
+        image_token_id: int,
+        family: Family,
+    ):
         self._processor = processor
+        self._family = family
         self._accepts = set(forward_parameters)
         self._image_token_id = image_token_id
         self._image_token = processor.tokenizer.convert_ids_to_tokens(image_token_id)
@@ -214,16 +222,14 @@ class Collator:
             images=pictures, text=[self._image_token] * len(pictures), return_tensors="pt"
         )
         placeholders = (out["input_ids"] == self._image_token_id).sum(-1).tolist()
-        parts = {
-            name: value.chunk(len(pictures))
+        made = {
+            name: value
             for name, value in out.items()
             if name in self._accepts
             and name not in ("input_ids", "attention_mask", "mm_token_type_ids")
         }
-        return [
-            EncodedImage({name: chunks[i] for name, chunks in parts.items()}, placeholders[i])
-            for i in range(len(pictures))
-        ]
+        parts = self._family.split_images(made, len(pictures))
+        return [EncodedImage(*of) for of in zip(parts, placeholders, strict=True)]
 
     def forget(self) -> None:
         """Drop encoded images (after each update, so memory stays that of one batch)."""
@@ -257,7 +263,7 @@ class Collator:
         inputs = {"input_ids": ids}
         for name in self._blank.inputs:
             # Tensors that place image tokens (a grid, a size) go with every use of the image.
-            if name != "pixel_values" and shown:
+            if name not in self._family.tower_only and shown:
                 inputs[name] = torch.cat([encoded[image].inputs[name] for image in shown])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = image_mask

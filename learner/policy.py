@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
-from learner.batch import Collator, MicroBatch, Vision
+from learner.batch import Collator, MicroBatch
+from learner.families import family_of
 from rollout.tokens import ModelError, load_processor
 
 LOGITS_MIB = 256.0
@@ -39,6 +40,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.model = model
+        self.family = family_of(model)
         self.temperature = temperature
         self.head_float32 = head_float32
         self.logits_mib = logits_mib
@@ -52,14 +54,16 @@ class Policy(nn.Module):
         Entropies carry a gradient only if asked to: it keeps another table of logits alive.
         """
         model: Any = self.model
-        features = model.model.get_image_features(**batch.vision.inputs, return_dict=True)
+        vision = batch.vision
+        features = self.family.image_features(model, vision.inputs)
         inputs: dict[str, Any] = dict(batch.inputs)
-        if len(batch.vision.images):
-            inputs["mm_encoder_outputs"] = {"image": _use(features, batch.vision)}
+        if len(vision.images):
+            laid_out = self.family.lay_out(features, vision.images.tolist(), vision.rows)
+            inputs["mm_encoder_outputs"] = {"image": laid_out}
         hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
         chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
-        if not len(batch.vision.images):
-            chosen = chosen + 0.0 * _total(features)
+        if not len(vision.images):
+            chosen = chosen + 0.0 * self.family.total(features)
         # One call of the head however many turns it takes: under ZeRO-3 a call is a collective, and
         # ranks have other numbers of tokens.
         found: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
@@ -118,28 +122,6 @@ def _read_in_turns(head: Any, policy: Policy) -> None:
     head.forward = forward
 
 
-def _use(features: Any, vision: Vision) -> Any:
-    """Image features, which are of distinct images, laid out as the sequences use them."""
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):  # [rows of pixel_values, tokens, hidden]
-            return value[vision.rows]
-        return tuple(value[i] for i in vision.images.tolist())  # a tensor an image
-
-    features.pooler_output = pick(features.pooler_output)
-    deepstack = getattr(features, "deepstack_features", None)
-    if deepstack is not None:
-        features.deepstack_features = [pick(level) for level in deepstack]
-    return features
-
-
-def _total(features: Any) -> torch.Tensor:
-    """The sum over everything `_use` would have used."""
-    parts = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-    tensors = [t for part in parts for t in ([part] if isinstance(part, torch.Tensor) else part)]
-    return torch.stack([t.sum() for t in tensors]).sum()
-
-
 def load_policy(
     path: str,
     dtype: str = "float32",
@@ -150,7 +132,8 @@ def load_policy(
 ) -> tuple[Policy, Any]:
     """(policy, processor) of a checkpoint folder or hub name.
 
-    Raises ModelError when the weights or the processor cannot be loaded.
+    Raises ModelError when the weights or the processor cannot be loaded, or the model lacks what
+    the learner needs.
     """
     processor = load_processor(path)
     try:
@@ -162,11 +145,10 @@ def load_policy(
             f"model.path: {path}: could not be loaded as an image-text-to-text model "
             f"({str(error).splitlines()[0]})"
         ) from error
-    if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
-        raise ModelError(
-            f"model.path: {path}: {type(model).__name__} does not take image features computed "
-            "beforehand (mm_encoder_outputs); Qwen3-VL, InternVL and most others of transformers do"
-        )
+    try:
+        family_of(model)
+    except ModelError as error:
+        raise ModelError(f"model.path: {path}: {error}") from error
     if head_float32 and dtype != "float32":
         _float32_head(model.lm_head)
     return Policy(model, temperature, head_float32, logits_mib), processor
@@ -175,9 +157,8 @@ def load_policy(
 def make_collator(policy: Policy, processor: Any) -> Collator:
     """The collator that fits a policy's family: it passes what the model's forward accepts."""
     model: Any = policy.model
-    return Collator(
-        processor, list(inspect.signature(model.forward).parameters), model.config.image_token_id
-    )
+    accepted = list(inspect.signature(model.forward).parameters)
+    return Collator(processor, accepted, model.config.image_token_id, policy.family)
 
 
 def _float32_head(head: nn.Module) -> None:

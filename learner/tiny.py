@@ -1,44 +1,29 @@
 """Tiny policies from the real config classes: the same code paths as a 4B model, in megabytes.
 
-A tiny model is a random-initialised `Qwen3VLForConditionalGeneration` or
-`InternVLForConditionalGeneration` with a byte-level BPE tokenizer trained on demonstrations
-of the built-in tasks. The response tags stay plain text: they are ordinary BPE pieces, never
-special tokens (a special tag would vanish when decoded with `skip_special_tokens`).
+A tiny model is a random-initialised model of its family's own class (`learner.families`) with a
+byte-level BPE tokenizer trained on demonstrations of the built-in tasks. The response tags stay
+plain text: they are ordinary BPE pieces, never special tokens (a special tag would vanish when
+decoded with `skip_special_tokens`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    set_seed,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
+from learner.families import TINY
 from tasks.load import load_task
 
-Family = Literal["qwen3_vl", "internvl"]
-FAMILIES: tuple[Family, ...] = ("qwen3_vl", "internvl")
+FAMILIES = tuple(TINY)
 
 VOCAB_SIZE = 640
-IMAGE_SIZE = 64
-PATCH_SIZE = 8
-MERGE = 2
-"""A 64x64 image makes (64 / 8 / 2)^2 = 16 visual tokens: one a cell of a 4x4 Sudoku."""
 
 # A tag with its newline, a cell name and a grid cell are each one piece, so that one token is
 # one thing to say; the rest splits as in the usual byte-level pattern.
@@ -53,37 +38,40 @@ _CORPUS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("graph_coloring", {"canvas": 96, "vertices": 7, "prompt": "full"}),
 )
 
-_QWEN_TEMPLATE = (
+_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{% if part.type == 'image' %}IMAGE_PLACEHOLDER"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_IMAGE_PLACEHOLDER: dict[Family, str] = {
-    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "internvl": "<IMG_CONTEXT>\n",
-}
 
 
-def make_tiny(family: Family, out: Path, seed: int = 0) -> dict[str, int]:
-    """Write a tiny checkpoint of `family` to `out` and return its sizes.
+def make_tiny(family: str, out: Path, seed: int = 0) -> dict[str, int]:
+    """Write a tiny checkpoint of `family` (see `FAMILIES`) to `out` and return its sizes.
 
-    Deterministic in `seed`. Returns `{"parameters": n, "vision_parameters": n, "vocabulary": n}`.
-    Raises ValueError for an unknown family.
+    Deterministic in `seed`. Returns `{"parameters": n, "vision_parameters": n, "vocabulary": n}`,
+    the second of the vision tower and its merger. Raises ValueError for an unknown family.
     """
     if family not in FAMILIES:
         raise ValueError(f"models make: no family {family!r}; choose one of {', '.join(FAMILIES)}")
+    made = TINY[family]
     set_seed(seed)
-    processor = _processor(family, _tokenizer(family, seed))
-    model = _model(family, processor)
+    tokenizer = _tokenizer(made.image_tokens, made.named_tokens, seed)
+    template = _TEMPLATE.replace("IMAGE_PLACEHOLDER", made.placeholder)
+    processor: Any = made.tiny_processor(tokenizer, template)
+    token = {text: int(tokenizer.convert_tokens_to_ids(text)) for text in made.image_tokens}
+    model = made.tiny_model(_text_config(tokenizer), token).to(torch.float32)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     out.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(out)
     model.save_pretrained(out)
-    vision = sum(p.numel() for name, p in model.named_parameters() if "vis" in name)
+    seeing = [p for n, p in model.named_parameters() if made.part_of(n) in ("vision", "merger")]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "vision_parameters": vision,
+        "vision_parameters": sum(p.numel() for p in seeing),
         "vocabulary": len(processor.tokenizer),
     }
 
@@ -103,19 +91,10 @@ def _corpus(seed: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _tokenizer(family: Family, seed: int) -> PreTrainedTokenizerFast:
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    extra: dict[str, str] = {}
-    if family == "qwen3_vl":
-        specials += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    else:
-        extra = {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        }
-        specials += list(extra.values())
+def _tokenizer(
+    image_tokens: tuple[str, ...], named: Mapping[str, str], seed: int
+) -> PreTrainedTokenizerFast:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *image_tokens]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -138,48 +117,14 @@ def _tokenizer(family: Family, seed: int) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=specials,
-        extra_special_tokens=extra or None,
+        extra_special_tokens=dict(named) or None,
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
 
 
-def _processor(family: Family, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
-    template = _QWEN_TEMPLATE.replace("IMAGE_PLACEHOLDER", _IMAGE_PLACEHOLDER[family])
-    if family == "qwen3_vl":
-        from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
-
-        smallest = (PATCH_SIZE * MERGE) ** 2
-        size = {"shortest_edge": smallest, "longest_edge": 1024 * smallest}
-        shape = {"patch_size": PATCH_SIZE, "merge_size": MERGE, "temporal_patch_size": 2}
-        mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        return Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(size=size, **shape, **mean),
-            tokenizer=tokenizer,
-            video_processor=Qwen3VLVideoProcessor(size=size, **shape, **mean),
-            chat_template=template,
-        )
-    from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
-
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
-            size=size, crop_to_patches=False, min_patches=1, max_patches=1
-        ),
-        tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(size=size),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE // MERGE) ** 2,
-        chat_template=template,
-    )
-
-
-def _model(family: Family, processor: ProcessorMixin) -> PreTrainedModel:
-    tokenizer: PreTrainedTokenizerFast = processor.tokenizer
-
-    def token(text: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(text))
-
-    text: dict[str, Any] = {
+def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -192,59 +137,3 @@ def _model(family: Family, processor: ProcessorMixin) -> PreTrainedModel:
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model: PreTrainedModel
-    if family == "qwen3_vl":
-        config = Qwen3VLConfig(
-            text_config=text
-            | {
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "mrope_section": [6, 5, 5],
-                    "mrope_interleaved": True,
-                }
-            },
-            vision_config={
-                "depth": 2,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_heads": 4,
-                "patch_size": PATCH_SIZE,
-                "spatial_merge_size": MERGE,
-                "out_hidden_size": 128,
-                "num_position_embeddings": (IMAGE_SIZE // PATCH_SIZE) ** 2,
-                "deepstack_visual_indexes": [0],
-            },
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
-            tie_word_embeddings=True,
-        )
-        model = Qwen3VLForConditionalGeneration(config)
-    else:
-        config_internvl = InternVLConfig(
-            text_config=text
-            | {
-                "model_type": "qwen3",
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-            vision_config={
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": IMAGE_SIZE,
-                "patch_size": PATCH_SIZE,
-                "use_qk_norm": False,
-            },
-            image_token_id=token("<IMG_CONTEXT>"),
-            image_seq_length=(IMAGE_SIZE // PATCH_SIZE // MERGE) ** 2,
-            downsample_ratio=1 / MERGE,
-            tie_word_embeddings=True,
-        )
-        model = InternVLForConditionalGeneration(config_internvl)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return model.to(torch.float32)

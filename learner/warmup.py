@@ -54,8 +54,8 @@ def warm_up_vision(
     """
     model: Any = policy.model
     collate = make_collator(policy, processor)
-    parts = ("visual", "vision", "multi_modal_projector")
-    tower = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+    seeing, part_of = ("vision", "merger"), policy.family.part_of
+    tower = [p for name, p in model.named_parameters() if part_of(name) in seeing]
     probes: _Probes | None = None
     optimizer: torch.optim.Optimizer | None = None
     metrics: dict[str, float] = {}
@@ -66,7 +66,7 @@ def warm_up_vision(
         for name, problem, labels in batch:
             by_task.setdefault(name, []).append((problem, labels))
         features = {
-            name: _features(model, collate, [p.image for p, _ in rows])
+            name: _features(policy, collate, [p.image for p, _ in rows])
             for name, rows in by_task.items()
         }
         if probes is None or optimizer is None:
@@ -92,12 +92,12 @@ def warm_up_vision(
     return metrics
 
 
-def _features(model: Any, collate: Any, images: Sequence[bytes]) -> torch.Tensor:
+def _features(policy: Policy, collate: Any, images: Sequence[bytes]) -> torch.Tensor:
     """[B, F] visual features of each image, flattened in reading order."""
     encoded = collate.encode_images(images)
     names = encoded[0].inputs
     inputs = {name: torch.cat([image.inputs[name] for image in encoded]) for name in names}
-    output = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    output = policy.family.image_features(policy.model, inputs).pooler_output
     tensors = output if isinstance(output, list | tuple) else list(output)
     return torch.stack([t.flatten() for t in tensors])
 

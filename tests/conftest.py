@@ -1,4 +1,4 @@
-"""Tiny policies of both families, made once for all tests that need real weights."""
+"""Tiny policies of all families, made once for all tests that need real weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny policies of both families, loaded once a session."""
+"""Tiny policies of all families, loaded once a session."""
 
 from __future__ import annotations
 

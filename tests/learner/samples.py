@@ -94,11 +94,11 @@ def mixed_batch(processor: Any) -> TrainBatch:
 
 
 def placeholder(processor: Any) -> int:
-    """The id of the image placeholder of either family."""
+    """The id of a family's image placeholder."""
     return int(
         next(
             index
             for index, token in processor.tokenizer.added_tokens_decoder.items()
-            if token.content in ("<|image_pad|>", "<IMG_CONTEXT>")
+            if token.content in ("<|image_pad|>", "<IMG_CONTEXT>", "<image>")
         )
     )

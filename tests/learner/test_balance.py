@@ -136,7 +136,7 @@ def test_frozen_parameters_do_not_count(loaded: tuple[Policy, Any]) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     p, r = reference(loaded, batch)
-    kept = {n for n in p if "language_model" in n}
+    kept = {n for n in p if "language_model" in n or "text_model" in n}
     assert 0 < len(kept) < len(p)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in kept)

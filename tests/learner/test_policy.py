@@ -31,7 +31,8 @@ def plain_logprobs(
         token = processor.tokenizer.convert_ids_to_tokens(placeholder(processor))
         image = check_image(s.image, "test")
         made = processor(images=[image], text=[token], return_tensors="pt")
-        inputs |= {k: v for k, v in made.items() if k in ("pixel_values", "image_grid_thw")}
+        names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+        inputs |= {k: v for k, v in made.items() if k in names}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder(processor)).int()
     logits = model(**inputs).logits[0].double()

@@ -40,8 +40,8 @@ def test_another_seed_is_another_policy(tiny_models: dict[str, Path], tmp_path: 
 
 
 def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no family 'llama'; choose one of qwen3_vl, internvl"):
-        make_tiny("llama", tmp_path / "x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no family 'llama'; choose one of qwen3_vl, "):
+        make_tiny("llama", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

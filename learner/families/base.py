@@ -1,0 +1,202 @@
+"""What a family of models does its own way, and what fits all that do not.
+
+A family is found by the checkpoint's `model_type` (`learner.families.family_of`). The defaults here
+are those of models that count positions 0, 1, 2, ... and whose image features are one tensor for
+the rows of `pixel_values`, or a list with one tensor an image.
+
+Names of parameters are those of the Hugging Face model (`policy.model`), such as
+`model.visual.blocks.0.attn.qkv.weight`. Shapes: L tokens of a sequence, B sequences.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+
+from rollout.tokens import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+Part = Literal["vision", "merger", "language", "head"]
+PARTS: tuple[Part, ...] = get_args(Part)
+Parts = Mapping[Part, tuple[str, ...]]
+
+TINY_IMAGE = 64
+TINY_PATCH = 8
+TINY_MERGE = 2
+"""A tiny 64x64 image makes (64 / 8 / 2)^2 = 16 visual tokens: one a cell of a 4x4 Sudoku."""
+
+
+class Family:
+    """A family of models.
+
+    Attributes:
+        model_type: as in the checkpoint's `config.json`; empty for the defaults.
+        parts: the prefixes of the names of each part's parameters. `merger` is what brings
+            features of the vision tower to the language model; where it lies within the tower,
+            the longer prefix counts. A head tied to the embedding has no parameter of its own.
+        tower_only: the processor's image tensors that nothing but the vision tower reads.
+        planes: how many numbers say where a token is.
+    """
+
+    model_type = ""
+    parts: ClassVar[Parts] = {
+        "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
+        "merger": (
+            "model.multi_modal_projector.",
+            "model.connector.",
+            "model.visual.merger.",
+            "model.visual.deepstack_merger_list.",
+        ),
+        "language": ("model.language_model.", "model.text_model."),
+        "head": ("lm_head.",),
+    }
+    tower_only: frozenset[str] = frozenset({"pixel_values"})
+    planes = 1
+
+    def part_of(self, name: str) -> Part:
+        """The part that a parameter belongs to, by its longest prefix.
+
+        Raises ModelError naming the parameter when no prefix fits.
+        """
+        fits = [
+            (len(prefix), part)
+            for part, prefixes in self.parts.items()
+            for prefix in prefixes
+            if name.startswith(prefix)
+        ]
+        if not fits:
+            raise ModelError(
+                f"parameter {name}: belongs to no known part of a model "
+                f"({', '.join(PARTS)}); its family needs a file in learner/families that names them"
+            )
+        return max(fits)[1]
+
+    def lacks(self, model: Any) -> list[str]:
+        """What the learner needs and `model` (of transformers) does not have, in words."""
+        body = getattr(model, "model", None)
+        accepted = inspect.signature(body.forward).parameters if body is not None else {}
+        need = {
+            "get_image_features": hasattr(body, "get_image_features"),
+            "image features computed beforehand (mm_encoder_outputs)": (
+                "mm_encoder_outputs" in accepted
+            ),
+            "an output layer lm_head": hasattr(model, "lm_head"),
+            "config.image_token_id": hasattr(model.config, "image_token_id"),
+        }
+        return [name for name, there in need.items() if not there]
+
+    def split_images(self, made: Mapping[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+        """The processor's image tensors of `count` images of one size, image by image."""
+        parts = {name: value.chunk(count) for name, value in made.items()}
+        return [{name: chunks[i] for name, chunks in parts.items()} for i in range(count)]
+
+    def image_features(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What the vision tower and merger make of images that are laid end to end."""
+        return model.model.get_image_features(**inputs, return_dict=True)
+
+    def lay_out(self, features: Any, images: Sequence[int], rows: torch.Tensor) -> Any:
+        """Features of distinct images, repeated and ordered as the sequences use them.
+
+        `images` are the distinct images in order of use, `rows` the same in rows of
+        `pixel_values`. Changes `features` in place and returns it.
+        """
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):  # [rows of pixel_values, tokens, hidden]
+                return value[rows]
+            return tuple(value[i] for i in images)  # a tensor an image
+
+        features.pooler_output = pick(features.pooler_output)
+        levels = getattr(features, "deepstack_features", None)
+        if levels is not None:
+            features.deepstack_features = [pick(level) for level in levels]
+        return features
+
+    def total(self, features: Any) -> torch.Tensor:
+        """The sum of everything `lay_out` would lay out."""
+        parts = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        tensors = [
+            t for part in parts for t in ([part] if isinstance(part, torch.Tensor) else part)
+        ]
+        return torch.stack([t.sum() for t in tensors]).sum()
+
+    def positions(
+        self, model: Any, input_ids: torch.Tensor, images: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """int64 [planes, L]: where each token of one sequence is, as the model itself would count.
+
+        Args:
+            model: the Hugging Face model (`policy.model`).
+            input_ids: int64 [1, L], image placeholders expanded, no padding.
+            images: the image tensors of the sequence that are not `tower_only`, such as
+                `image_grid_thw` [images, 3]; empty for a sequence of text.
+        """
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+    def position_ids(self, planes: torch.Tensor) -> torch.Tensor:
+        """The model's argument `position_ids` for positions [planes, B, L] of B sequences."""
+        return planes[0]
+
+
+class MRopeFamily(Family):
+    """Positions in three planes, time, height and width (M-RoPE, 2409.12191 §2.1).
+
+    Before a packed row, transformers wants a fourth plane in front of them that counts the
+    tokens of each sequence from 0: it builds the mask from that one, `position_ids` [4, B, L].
+    """
+
+    planes = 3
+
+    def lacks(self, model: Any) -> list[str]:
+        found = super().lacks(model)
+        of = getattr(getattr(model, "model", None), "get_rope_index", None)
+        if of is None or "mm_token_type_ids" not in inspect.signature(of).parameters:
+            found.append("positions from token types (get_rope_index with mm_token_type_ids)")
+        return found
+
+    def positions(
+        self, model: Any, input_ids: torch.Tensor, images: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if not images:
+            return super().positions(model, input_ids, images).expand(3, -1)
+        found, _ = model.model.get_rope_index(
+            input_ids, (input_ids == model.config.image_token_id).int(), **images
+        )
+        planes: torch.Tensor = found[:, 0]
+        return planes
+
+    def position_ids(self, planes: torch.Tensor) -> torch.Tensor:
+        return planes
+
+
+class TinyFamily(ABC):
+    """How a tiny model of a family is made from its own config class (see `learner.tiny`).
+
+    Attributes:
+        image_tokens: special tokens beside those of the chat.
+        named_tokens: those that the tokenizer must know by a name, as the processor asks for them.
+        placeholder: what the chat template writes for an image.
+    """
+
+    image_tokens: tuple[str, ...]
+    named_tokens: ClassVar[Mapping[str, str]] = {}
+    placeholder: str
+
+    @abstractmethod
+    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
+        """The family's processor, for small images."""
+
+    @abstractmethod
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
+        """A model with random weights.
+
+        Args:
+            text: the fields that every language model's config has.
+            token: id of each special token.
+        """

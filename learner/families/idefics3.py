@@ -1,0 +1,91 @@
+"""Idefics3 and SmolVLM: an image as a grid of tiles and the whole of it, plain positions.
+
+SmolVLM's first release is of this `model_type`. SmolVLM2 calls the same layout `smolvlm`; its
+processor needs the package num2words, which is not among the pinned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from learner.families.base import TINY_IMAGE, TINY_MERGE, TINY_PATCH, Family, Parts, TinyFamily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+
+class Idefics3(Family, TinyFamily):
+    """HuggingFaceTB/SmolVLM-*-Instruct and HuggingFaceM4/Idefics3-8B-Llama3."""
+
+    model_type = "idefics3"
+    parts: ClassVar[Parts] = {
+        "vision": ("model.vision_model.",),
+        "merger": ("model.connector.",),
+        "language": ("model.text_model.",),
+        "head": ("lm_head.",),
+    }
+    tower_only = frozenset({"pixel_values", "pixel_attention_mask"})
+    image_tokens = (
+        "<fake_token_around_image>",
+        "<image>",
+        "<end_of_utterance>",
+        "<global-img>",
+        *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+    )
+    placeholder = "<image>"
+
+    def split_images(self, made: Mapping[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+        # [images, tiles, ...]: images of several sizes could be stacked only with blank tiles.
+        found = super().split_images(made, count)
+        return [{name: value[0] for name, value in image.items()} for image in found]
+
+    def image_features(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+        # All tiles as those of one sequence; the features are again a row a tile.
+        return super().image_features(model, {n: value[None] for n, value in inputs.items()})
+
+    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
+        from transformers import Idefics3ImageProcessor, Idefics3Processor
+
+        # As large as a tile, so an image is one; a larger `size` makes more of it.
+        return Idefics3Processor(
+            image_processor=Idefics3ImageProcessor(
+                size={"longest_edge": TINY_IMAGE}, max_image_size={"longest_edge": TINY_IMAGE}
+            ),
+            tokenizer=tokenizer,
+            image_seq_len=(TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2,
+            chat_template=template,
+        )
+
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
+        from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+        config = Idefics3Config(
+            text_config=text
+            | {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            vision_config={
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": TINY_IMAGE,
+                "patch_size": TINY_PATCH,
+            },
+            image_token_id=token["<image>"],
+            pad_token_id=text["pad_token_id"],
+            scale_factor=TINY_MERGE,
+            tie_word_embeddings=True,
+        )
+        model: PreTrainedModel = Idefics3ForConditionalGeneration(config)
+        return model
+
+
+class SmolVLM(Idefics3):
+    """HuggingFaceTB/SmolVLM2-*-Instruct."""
+
+    model_type = "smolvlm"
