@@ -321,15 +321,19 @@ def actor_errors(folder: Path) -> Iterator[None]:
     """Turn an actor's error into RunFailed with that error on top, kept in `folder`."""
     try:
         yield
-    except (RayError, RewardError, WeightTransferError, TimeoutError) as error:
+    except (RunFailed, RayError, RewardError, WeightTransferError, TimeoutError) as error:
         message = explain(error)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
+        if isinstance(error, RunFailed):
+            raise
         raise RunFailed(message) from error
 
 
 def explain(error: BaseException) -> str:
     """The actor's own error first, then where it happened."""
+    if isinstance(error, RunFailed):
+        return str(error)
     if isinstance(error, RayTaskError):
         cause = error.cause
         return f"{type(cause).__name__}: {cause}\n\n{error}"

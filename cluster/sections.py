@@ -312,6 +312,59 @@ LOSS_DEFAULTS = {
 """What a loss comes with: a range for a token's ratio would never clip a geometric mean of many."""
 
 
+CORRECTION_BOUNDS: dict[str, dict[str, float]] = {
+    "token_tis": {"high": 2.0},
+    "sequence_tis": {"high": 3.0},
+    "token_mask": {"high": 2.0},
+    "sequence_mask": {"high": 3.0},
+    "icepop": {"low": 0.5, "high": 5.0},
+    "geometric_mask": {"low": 0.99, "high": 1.01},
+}
+"""What a correction comes with: 2 a token is usual, 3 a sequence TRL's, the others of their
+authors or of those who run them (docs/papers.md)."""
+
+
+class CorrectionConfig(Section):
+    """[algorithm.correction] What a token counts that an older policy, or another arithmetic, drew.
+
+    Formulas, and how they meet the clip, are in `learner.correction.Correction`.
+    """
+
+    kind: Literal[
+        "none", "token_tis", "sequence_tis", "token_mask", "sequence_mask", "icepop",
+        "geometric_mask",
+    ] = "none"  # fmt: skip
+    """`none`, or `token_tis` where `algorithm.max_staleness` is above 0."""
+    low: Share = 0.0
+    """Lower bound of the masks, on a ratio; 0: none."""
+    high: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Upper bound of a token's ratio, a sequence's, or the geometric mean of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_the_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return CORRECTION_BOUNDS.get(str(data.get("kind", "none")), {}) | data
+
+    @model_validator(mode="after")
+    def _bounds_are_used(self) -> CorrectionConfig:
+        unused = (
+            "low"
+            if self.low and self.kind in ("none", "token_tis", "sequence_tis")
+            else "high"
+            if self.high is not None and self.kind == "none"
+            else None
+        )
+        if unused:
+            raise refusal(
+                f'got {getattr(self, unused):g}, and kind = "{self.kind}" has no such bound; '
+                "leave it out, or choose a kind that masks",
+                unused,
+            )
+        return self
+
+
 class SpendConfig(Section):
     """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
 
@@ -347,13 +400,19 @@ class AlgorithmConfig(Section):
     segment_weights: SegmentWeights = SegmentWeights()
     entropy_weights: EntropyWeights = EntropyWeights()
     papo: PapoConfig | None = None
+    correction: CorrectionConfig = CorrectionConfig()
+    on_mismatch: Literal["warn", "stop"] = "warn"
+    """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
+    run with an error (the limits: `mismatch` in `cluster/metrics.py`)."""
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_loss(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | data
+        stale = isinstance(versions := data.get("max_staleness", 0), int) and versions > 0
+        corrected = {"correction": {"kind": "token_tis"}} if stale else {}
+        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | corrected | data
 
     @model_validator(mode="after")
     def _kl_has_a_gradient(self) -> AlgorithmConfig:

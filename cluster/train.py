@@ -12,14 +12,16 @@ from pathlib import Path
 
 from cluster.budget import Spent, is_over, run_share
 from cluster.checkpoints import Position, Resumed, claimed, stop_signal
-from cluster.config import Recipe, resolved_toml
+from cluster.config import Recipe, RunFailed, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
-from cluster.metrics import MISMATCH_LIMIT, EvalTable, before_after, pooled, step_metrics
+from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
 from cluster.problems import step_problems
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.tracking import Progress, Tracker
+from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
+from learner.correction import Correction, with_old_logprobs
 from learner.policy_loss import Papo, PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
@@ -67,7 +69,7 @@ def run_training(
             clock.lap("score")
             metrics = step_metrics(scored, version) | reward_metrics(run)
             rate = learning_rate(recipe, step)
-            batches = train_batches(recipe, scored)
+            batches = anchored(recipe, train_batches(recipe, scored), run.learner)
             updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]
             version += len(updates)
             metrics |= learner_metrics(updates) | {"learner/lr": rate}
@@ -78,9 +80,9 @@ def run_training(
             spent = spent.plus(sampled_tokens(groups), clock.total())
             metrics |= spent.metrics()
             over = is_over(recipe.algorithm, step, spent)
-            warn_of_mismatch(recipe, metrics, progress)
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
+            tell_mismatch(recipe, metrics, progress)
             progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)
@@ -157,6 +159,17 @@ def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBa
     ]
 
 
+def anchored(recipe: Recipe, batches: list[TrainBatch], learner: LearnerGroup) -> list[TrainBatch]:
+    """The minibatches with the log-probs of the policy that the step begins with, where needed.
+
+    A correction needs them (`learner.correction`). The first update has them from its own
+    forward pass; each further minibatch costs one without gradients.
+    """
+    if recipe.algorithm.correction.kind == "none":
+        return batches
+    return batches[:1] + [with_old_logprobs(b, learner.logprobs(b)) for b in batches[1:]]
+
+
 def policy_loss(recipe: Recipe) -> PolicyLoss:
     """The loss a recipe asks for."""
     algorithm = recipe.algorithm
@@ -171,7 +184,16 @@ def policy_loss(recipe: Recipe) -> PolicyLoss:
         kl_estimator=algorithm.kl_estimator,
         entropy_weights={s: getattr(algorithm.entropy_weights, s) for s in SEGMENTS},
         papo=Papo(**algorithm.papo.model_dump()) if algorithm.papo else None,
+        correction=correction(recipe),
     )
+
+
+def correction(recipe: Recipe) -> Correction | None:
+    """The off-policy correction a recipe asks for."""
+    chosen = recipe.algorithm.correction
+    if chosen.kind == "none" or chosen.high is None:
+        return None
+    return Correction(chosen.kind, chosen.high, chosen.low)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -205,18 +227,16 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
             )
 
 
-def warn_of_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
-    """Say it when sampler and learner disagree on the step's tokens before the first update.
+def tell_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
+    """Say it when sampler and learner disagree (`cluster.metrics.mismatch`), or end the run.
 
-    The proof that a transfer arrived: checksums on a CPU cannot see packed linear layers.
+    Raises RunFailed under `algorithm.on_mismatch = "stop"`.
     """
-    gap = metrics.get("learner/logprob_gap", 0.0)
-    limit = MISMATCH_LIMIT[recipe.model.dtype]
-    if gap > limit:
-        progress.say(
-            f"warning: sampler and learner log-probs differ by up to {gap:.2g} nats (more than "
-            f"{limit:g} for {recipe.model.dtype}); their weights or inputs are not the same"
-        )
+    wrong = mismatch(metrics, recipe.model.dtype)
+    if wrong and recipe.algorithm.on_mismatch == "stop":
+        raise RunFailed(f'{wrong}; algorithm.on_mismatch = "stop" ends the run')
+    if wrong:
+        progress.say(f"warning: {wrong}")
 
 
 def measure(run: LivePolicy, tracker: Tracker, step: int) -> dict[str, EvalTable]:
@@ -242,15 +262,16 @@ def reward_metrics(run: Run) -> dict[str, float]:
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """A step's update metrics under `learner/`: means over its updates, `seconds` their sum.
 
-    `ratio_gap` and `logprob_gap` are those of the first update: only then does the learner hold
-    the weights that sampled.
+    `ratio_gap`, `logprob_gap` and `mismatch/…` are those of the first update: only then does
+    the learner hold the weights that the step began with.
     """
     if not updates:
         return {}
     names = set.intersection(*(set(update) for update in updates))
     found = {name: sum(u[name] for u in updates) / len(updates) for name in names}
     found["seconds"] = sum(u["seconds"] for u in updates)
-    found |= {name: updates[0][name] for name in ("ratio_gap", "logprob_gap")}
+    first = ("ratio_gap", "logprob_gap", "mismatch/")
+    found |= {name: value for name, value in updates[0].items() if name.startswith(first)}
     return {f"learner/{name}": value for name, value in sorted(found.items())}
 
 

@@ -7,7 +7,7 @@ whole micro-batch, laid end to end in sequence order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ class TrainSequence:
         segments: int8 [T], index into `tasks.core.SEGMENTS` or `tasks.core.NO_SEGMENT`.
         sampler_logprobs: float32 [T], nats; zeros where there was no sampler (SFT).
         advantages: float32 [T]; zeros in SFT.
+        old_logprobs: float32 [T], those of the learner when the step began; None where this
+            sequence's update is the step's first (see `learner.correction`).
     """
 
     prompt_ids: np.ndarray
@@ -38,6 +40,7 @@ class TrainSequence:
     segments: np.ndarray
     sampler_logprobs: np.ndarray
     advantages: np.ndarray
+    old_logprobs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -63,7 +66,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The response tokens of a micro-batch, flat; every tensor is [N].
+    """The response tokens of a micro-batch, flat; every tensor is [N], each as in `TrainSequence`.
 
     `sequences` is int64: which sequence of the micro-batch a token belongs to, from 0. A sequence
     is whole within its micro-batch, so a loss may look at all tokens of one.
@@ -74,10 +77,26 @@ class Tokens:
     sampler_logprobs: torch.Tensor
     advantages: torch.Tensor
     sequences: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """The same with `function` of every tensor."""
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return Tokens(**{name: function(value) for name, value in present.items()})
 
     def first(self, count: int) -> Tokens:
         """The first `count` tokens."""
-        return Tokens(**{name: value[:count] for name, value in vars(self).items()})
+        return self.map(lambda value: value[:count])
+
+    def sequence_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of values [N] over each sequence of the micro-batch."""
+        count = int(self.sequences.max()) + 1 if len(self.sequences) else 0
+        return values.new_zeros(count).index_add_(0, self.sequences, values)
+
+    def shares(self) -> torch.Tensor:
+        """[N]: one over the number of tokens in each token's sequence."""
+        ones = torch.ones_like(self.advantages)
+        return 1 / self.sequence_sums(ones)[self.sequences]
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class MicroBatch:
             ),
             "rows": self.rows.to(device),
             "columns": self.columns.to(device),
-            "tokens": Tokens(**{k: v.to(device) for k, v in vars(self.tokens).items()}),
+            "tokens": self.tokens.map(lambda value: value.to(device)),
         }
         return replace(self, **moved)
 
@@ -274,6 +293,9 @@ class Collator:
             sampler_logprobs=_flat(sequences, "sampler_logprobs", torch.float32),
             advantages=_flat(sequences, "advantages", torch.float32),
             sequences=row_of,
+            old_logprobs=_flat(sequences, "old_logprobs", torch.float32)
+            if all(s.old_logprobs is not None for s in sequences)
+            else None,
         )
         return MicroBatch(
             inputs=inputs,

@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
 from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
+from learner.correction import mismatch_summary
 from learner.losses import Loss, token_statistics
 from learner.policy import LOGITS_MIB, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
@@ -155,8 +156,9 @@ class DeepSpeedLearner:
         Metrics: `loss` and `loss/<term>`, `grad_norm` (before clipping), `nll/<segment>` and
         `entropy/<segment>` (nats a token), `tokens/<segment>` (counts), `padding_share`,
         `seconds`, and for a policy loss `kl`, `clip_fraction`, `ratio_mean`, `ratio_gap` (max
-        |ρ-1|), `logprob_gap` (max, nats). Raises NonFiniteLoss, before any step is taken; the
-        run cannot go on from there (other ranks may wait in a collective).
+        |ρ-1|), `logprob_gap` (max, nats) and those of `learner.correction`. Raises
+        NonFiniteLoss, before any step is taken; the run cannot go on from there (other ranks
+        may wait in a collective).
         """
         start = time.perf_counter()
         if learning_rate is not None:
@@ -487,4 +489,5 @@ def _summary(found: dict[str, float]) -> dict[str, float]:
         metrics["ratio_mean"] = found["sum/ratio"] / tokens
         metrics["ratio_gap"] = found["max/ratio_gap"]
         metrics["logprob_gap"] = found["max/logprob_gap"]
+        metrics |= mismatch_summary(found, tokens, SEGMENTS)
     return metrics

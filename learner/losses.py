@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from learner.batch import Tokens, TrainBatch
+from learner.correction import mismatch_statistics
 from learner.policy_loss import PolicyLoss, k3
 from tasks.core import SEGMENTS
 
@@ -102,4 +103,5 @@ def token_statistics(
         found["sum/ratio"] = float(ratio.sum())
         found["max/logprob_gap"] = float(gap.abs().max()) if len(gap) else 0.0
         found["max/ratio_gap"] = float((ratio - 1).abs().max()) if len(gap) else 0.0
+        found |= mismatch_statistics(logprobs, tokens, loss.correction, SEGMENTS)
     return found

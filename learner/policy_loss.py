@@ -1,7 +1,8 @@
 """The loss of RL: a policy-gradient term, and terms on KL, entropy and the use of the image.
 
 Shapes: N response tokens of a micro-batch. ρ_t = π(t) / π_sampler(t): ratios are against the
-sampler's own log-probs, and the sampler is the policy that the tokens were drawn from.
+sampler's own log-probs, and the sampler is the policy that the tokens were drawn from. Only
+under a correction (`learner.correction`) ρ_t is π(t) / π_old(t), and each token has a weight.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 
 from learner.batch import Tokens, TrainBatch
+from learner.correction import Correction, old_logprobs
 from tasks.core import SEGMENTS, Segment
 
 Objective = Literal["clip", "gspo", "cispo"]
@@ -107,6 +109,7 @@ class PolicyLoss:
     `entropy_<segment>`: −`entropy_weights[segment]` times the mean over that segment's own
     tokens, so a short perception counts as much as a long reasoning.
     `papo_kl`, `papo_entropy`, `papo_masked_entropy`: see `Papo`.
+    `correction`: weighs each token's s by who drew it; see `Correction`.
     """
 
     clip_low: float = 0.2
@@ -119,6 +122,7 @@ class PolicyLoss:
     kl_estimator: KLEstimator = "k3"
     entropy_weights: Mapping[Segment, float] = field(default_factory=dict)
     papo: Papo | None = None
+    correction: Correction | None = None
 
     @property
     def uses_entropy(self) -> bool:
@@ -194,10 +198,11 @@ class PolicyLoss:
         return (above & (advantages > 0)) | (below & (advantages < 0))
 
     def _ratio(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        gap = logprobs - tokens.sampler_logprobs
+        anchor = old_logprobs(logprobs, tokens) if self.correction else tokens.sampler_logprobs
+        gap = logprobs - anchor
         if self.objective == "gspo":
             # The value is the sequence's, the gradient each token's own.
-            mean = _sequence_sums(gap.detach() * _shares(tokens), tokens)
+            mean = tokens.sequence_sums(gap.detach() * tokens.shares())
             gap = mean[tokens.sequences] + logprobs - logprobs.detach()
         return torch.exp(gap)
 
@@ -205,23 +210,16 @@ class PolicyLoss:
         ratio = self._ratio(logprobs, tokens)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         if self.objective == "cispo":
-            return clipped.detach() * tokens.advantages * logprobs
-        return torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+            gain = clipped.detach() * tokens.advantages * logprobs
+        else:
+            gain = torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+        if self.correction is None:
+            return gain
+        drawn_by = old_logprobs(logprobs, tokens) - tokens.sampler_logprobs
+        return self.correction.weights(drawn_by, tokens) * gain
 
     def _sum(self, values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """What `aggregation` adds up of values [N], before its denominator."""
         if self.aggregation == "sequence_mean":
-            values = values * _shares(tokens)
+            values = values * tokens.shares()
         return values.sum()
-
-
-def _sequence_sums(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """The sum of values [N] over each sequence of the micro-batch."""
-    count = int(tokens.sequences.max()) + 1 if len(tokens.sequences) else 0
-    return values.new_zeros(count).index_add_(0, tokens.sequences, values)
-
-
-def _shares(tokens: Tokens) -> torch.Tensor:
-    """[N]: one over the number of tokens in each token's sequence."""
-    ones = torch.ones_like(tokens.advantages)
-    return 1 / _sequence_sums(ones, tokens)[tokens.sequences]

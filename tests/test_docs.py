@@ -139,6 +139,7 @@ def made_by_the_learner() -> set[str]:
     import torch
 
     from learner.batch import Tokens, TrainBatch
+    from learner.correction import Correction
     from learner.engine import DeepSpeedLearner, _summary
     from learner.losses import BalancedLoss, TokenMeanLoss, token_statistics
     from learner.policy_loss import Papo, PolicyLoss
@@ -147,8 +148,9 @@ def made_by_the_learner() -> set[str]:
     one = torch.zeros(4, dtype=torch.long)
     tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4), one)
     every_term = PolicyLoss(
-        entropy_weight=1, kl_weight=1, entropy_weights=dict.fromkeys(SEGMENTS, 1.0), papo=Papo(1, 1)
-    )
+        entropy_weight=1, kl_weight=1, entropy_weights=dict.fromkeys(SEGMENTS, 1.0),
+        papo=Papo(1, 1), correction=Correction("icepop", 5.0, 0.5),
+    )  # fmt: skip
     names = set()
     by_update = set(
         re.findall(r'metrics\["(\w+)"\] = ', inspect.getsource(DeepSpeedLearner.update))

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Recipe, RecipeError, load_recipe, parse_setting, resolved_toml, task_of
+from cluster.sections import CORRECTION_BOUNDS, AlgorithmConfig
 from cluster.toml_writer import table_lines
+from learner.correction import Correction
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
@@ -158,6 +160,34 @@ def test_a_loss_brings_its_own_clip_and_aggregation(recipe: Path) -> None:
         assert (own.clip_low, own.clip_high) == (0.5, expected[2])
     assert "algorithm.loss: " in error(recipe, "algorithm.loss=ppo")
     assert "algorithm.loss: " in error(recipe, "algorithm.loss=[]")
+
+
+def test_a_correction_brings_its_own_bounds_and_refuses_those_it_has_not(recipe: Path) -> None:
+    assert load_recipe(recipe).algorithm.correction.kind == "none"
+    for kind, bounds in CORRECTION_BOUNDS.items():
+        chosen = load_recipe(recipe, [f"algorithm.correction.kind={kind}"]).algorithm.correction
+        assert (chosen.low, chosen.high) == (bounds.get("low", 0.0), bounds["high"])
+        Correction(chosen.kind, chosen.high, chosen.low)  # type: ignore[arg-type]
+    own = ["algorithm.correction.kind=icepop", "algorithm.correction.high=3"]
+    chosen = load_recipe(recipe, own).algorithm.correction
+    assert (chosen.low, chosen.high) == (0.5, 3.0)
+    for override, field in (
+        ("{kind='token_tis', low=0.5}", "low"),
+        ("{kind='none', high=2.0}", "high"),
+        ("{kind='icepop', high=0.9}", "high"),
+        ("{kind='icepop', low=1.1}", "low"),
+        ("{kind='tis'}", "kind"),
+    ):
+        said = error(recipe, f"algorithm.correction={override}")
+        assert said.startswith(f"{recipe}: algorithm.correction.{field}: ")
+
+
+def test_stale_tokens_are_corrected_unless_the_recipe_says_otherwise() -> None:
+    filled: Any = AlgorithmConfig._defaults_of_the_loss  # type: ignore[operator]
+    assert filled({"max_staleness": 2})["correction"] == {"kind": "token_tis"}
+    own = {"max_staleness": 2, "correction": {"kind": "none"}}
+    assert filled(own)["correction"] == {"kind": "none"}
+    assert "correction" not in filled({"max_staleness": 0})
 
 
 def test_a_kl_term_without_a_gradient_is_refused(recipe: Path) -> None:

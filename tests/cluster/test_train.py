@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.budget import Spent, is_over, run_share
-from cluster.config import Recipe, load_recipe
+from cluster.config import Recipe, RunFailed, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
-from cluster.sections import RewardTermConfig
+from cluster.sections import CorrectionConfig, RewardTermConfig
 from cluster.train import (
+    anchored,
     free_requests,
     learner_metrics,
     learning_rate,
     policy_loss,
+    tell_mismatch,
     train_batches,
 )
+from learner.batch import TrainBatch
+from learner.correction import Correction
 from learner.policy_loss import Papo, PolicyLoss
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
@@ -139,6 +146,58 @@ def test_step_metrics_of_several_updates_keep_the_first_ratio() -> None:
         "learner/seconds": 3.0,
     }
     assert learner_metrics([]) == {}
+
+
+class FixedLearner:
+    """Log-probs of a policy that finds a token the less likely the later it comes."""
+
+    def __init__(self) -> None:
+        self.asked: list[TrainBatch] = []
+
+    def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
+        self.asked.append(batch)
+        return [-np.arange(len(s.response_ids), dtype=np.float32) for s in batch.sequences]
+
+
+def test_later_minibatches_get_the_log_probs_that_the_step_begins_with(recipe: Recipe) -> None:
+    chosen = CorrectionConfig(kind="icepop")
+    update = {"updates_per_step": 3, "correction": chosen}
+    corrected = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update=update)})
+    assert policy_loss(corrected).correction == Correction("icepop", 5.0, 0.5)
+    assert policy_loss(recipe).correction is None
+    groups = [scored([True, False, False], name) for name in "abcde"]
+    batches = train_batches(corrected, groups)
+    learner: Any = FixedLearner()
+    found = anchored(corrected, batches, learner)
+    assert found[0] is batches[0] and learner.asked == batches[1:]
+    for old, new in zip(batches[1:], found[1:], strict=True):
+        for before, after in zip(old.sequences, new.sequences, strict=True):
+            assert after.response_ids is before.response_ids
+            assert after.old_logprobs is not None
+            assert after.old_logprobs.tolist() == [-i for i in range(len(before.response_ids))]
+    assert anchored(recipe, batches, learner) is batches
+
+
+def test_a_mismatch_is_told_or_ends_the_run(recipe: Recipe) -> None:
+    said: list[str] = []
+    progress: Any = SimpleNamespace(say=said.append)
+    fine = {"learner/logprob_gap": 1e-5, "policy/lag_max": 0.0}
+    stale = {"learner/logprob_gap": 3.0, "learner/mismatch/k3": 0.02, "policy/lag_max": 1.0}
+    for metrics in ({}, fine, stale):
+        tell_mismatch(recipe, metrics, progress)
+    assert said == []
+    algorithm = recipe.algorithm.model_copy(update={"on_mismatch": "stop"})
+    strict = recipe.model_copy(update={"algorithm": algorithm})
+    for metrics in (
+        fine | {"learner/logprob_gap": 0.01},
+        fine | {"learner/logprob_gap": math.nan},
+        stale | {"learner/mismatch/k3": 0.3},
+    ):
+        said.clear()
+        tell_mismatch(recipe, metrics, progress)
+        assert len(said) == 1 and said[0].startswith("warning: sampler and learner")
+        with pytest.raises(RunFailed, match=r"sampler and learner.*on_mismatch"):
+            tell_mismatch(strict, metrics, progress)
 
 
 def test_the_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:

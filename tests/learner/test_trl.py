@@ -14,7 +14,9 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from learner.correction import Correction, CorrectionKind
 from learner.policy_loss import Aggregation, Objective, PolicyLoss
+from tests.learner.test_correction import BOUNDS, stale
 from tests.learner.test_policy_loss import CLIP, LENGTHS, MAX_TOKENS, SPANS, Draw, draw, total
 
 SAME: dict[str, tuple[Objective, Aggregation, str, str]] = {
@@ -32,12 +34,40 @@ def padded(flat: torch.Tensor) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+SAME_CORRECTION: dict[CorrectionKind, str] = {
+    "token_tis": "token_truncate",
+    "sequence_tis": "sequence_truncate",
+    "token_mask": "token_mask",
+    "icepop": "token_mask",
+    "sequence_mask": "sequence_mask",
+}
+"""Ours and TRL's `vllm_importance_sampling_mode`. Those lines of TRL stand in the middle of its
+generation, where no test can call them: they are repeated in `trl_weights`."""
+
+
+def trl_weights(drawn: Draw, mode: str, low: float, high: float) -> torch.Tensor:
+    """[sequences, longest or 1], as TRL's `_generate_and_score_completions` makes them."""
+    assert drawn.tokens.old_logprobs is not None
+    gap = padded(drawn.tokens.old_logprobs) - padded(drawn.tokens.sampler_logprobs)
+    ratio = torch.exp(gap.sum(dim=-1, keepdim=True) if mode.startswith("sequence") else gap)
+    if mode.endswith("truncate"):
+        return torch.clamp(ratio, max=high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), value=0.0)
+
+
 def trl_loss(
-    drawn: Draw, x: torch.Tensor, objective: Objective, loss_type: str, level: str
+    drawn: Draw,
+    x: torch.Tensor,
+    objective: Objective,
+    loss_type: str,
+    level: str,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     low, high = CLIP[objective]
     mask = padded(torch.ones(len(x), dtype=torch.long))
-    logprobs, old = padded(x), padded(drawn.tokens.sampler_logprobs)
+    drawn_by = drawn.tokens.sampler_logprobs if weights is None else drawn.tokens.old_logprobs
+    assert drawn_by is not None
+    logprobs, old = padded(x), padded(drawn_by)
     entropies = torch.zeros_like(logprobs)
     trainer: Any = GRPOTrainer.__new__(GRPOTrainer)
     vars(trainer).update(
@@ -55,7 +85,7 @@ def trl_loss(
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level=level, beta=0.0, loss_type=loss_type,
         epsilon_low=low, epsilon_high=1 + high if objective == "cispo" else high,
-        use_vllm=False, vllm_importance_sampling_correction=False,
+        use_vllm=weights is not None, vllm_importance_sampling_correction=weights is not None,
         current_gradient_accumulation_steps=1, max_completion_length=MAX_TOKENS,
         _entropy_bonus_enabled=False, use_adaptive_entropy=False, entropy_coef=0.0,
     )  # fmt: skip
@@ -69,6 +99,7 @@ def trl_loss(
             "completion_mask": mask,
             "advantages": advantages,
             "old_per_token_logps": old,
+            "importance_sampling_ratio": weights,
             "num_items_in_batch": mask.sum(),
         },
     )
@@ -91,3 +122,26 @@ def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
         value.backward()
         expected.backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("kind", SAME_CORRECTION)
+def test_corrected_losses_and_gradients_are_those_of_trl(kind: CorrectionKind, name: str) -> None:
+    objective, aggregation, loss_type, level = SAME[name]
+    low, high = CLIP[objective]
+    if objective == "cispo":
+        low = 1.0
+    drawn = stale(list(SAME).index(name), one_advantage=True)
+    weights = trl_weights(drawn, SAME_CORRECTION[kind], *BOUNDS[kind])
+    ours = torch.from_numpy(drawn.logprobs).requires_grad_()
+    theirs = torch.from_numpy(drawn.logprobs).requires_grad_()
+    chosen = Correction(kind, BOUNDS[kind][1], BOUNDS[kind][0])
+    loss = PolicyLoss(low, high, 0, objective, aggregation, MAX_TOKENS, correction=chosen)
+    value = total(loss, ours, torch.from_numpy(drawn.entropy), drawn)
+    expected = trl_loss(drawn, theirs, objective, loss_type, level, weights)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    value.backward()
+    expected.backward()
+    if objective == "gspo" and not kind.startswith("sequence"):
+        return  # a token's weight goes with its own gradient in our token form, theirs averages
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
