@@ -350,12 +350,13 @@ def test_no_split_into_micro_batches_changes_a_term(
 
     def terms(part: list[int]) -> dict[str, float]:
         at = np.concatenate([np.arange(SPANS[i].start, SPANS[i].stop) for i in part])
-        chosen = {name: value[at] for name, value in vars(drawn.tokens).items()}
-        chosen["sequences"] = torch.arange(len(part)).repeat_interleave(
-            torch.tensor([LENGTHS[i] for i in part])
+        counts = torch.tensor([LENGTHS[i] for i in part])
+        tokens = replace(
+            drawn.tokens.map(lambda value: value[torch.from_numpy(at)]),
+            sequences=torch.arange(len(part)).repeat_interleave(counts),
         )
         plain, entropy, masked, masked_entropy = (torch.from_numpy(v[at]) for v in views)
-        found = loss.sums(plain, entropy, Tokens(**chosen))
+        found = loss.sums(plain, entropy, tokens)
         found |= loss.masked_sums(plain, entropy, masked, masked_entropy)
         return {name: float(value) for name, value in found.items()}
 
