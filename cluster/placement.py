@@ -257,8 +257,9 @@ def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
     Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
     the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
     the stage that shards them. Activations follow arXiv 2205.05198, equation 1 without its
-    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision, nothing recomputed;
-    to them comes one table of float32 logits (`learner.logits_mib`) and its gradient.
+    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision. With activation
+    checkpointing one layer has them, and of the others the input is kept (the same paper, section
+    5). To them comes one table of float32 logits (`learner.logits_mib`) and its gradient.
     """
     if size is None:
         return {}
@@ -268,11 +269,13 @@ def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
         return math.ceil(total / (learner.ranks if learner.zero_stage >= from_stage else 1))
 
     tokens = learner.micro_batch_tokens
+    again = learner.activation_checkpointing
+    per_token = 17 + size.layers if again else 17 * size.layers
     return {
         "weights": shard(width * size.parameters, 3),
         "gradients": shard(width * size.parameters, 2),
         "optimizer": shard(12 * size.parameters, 1),
-        "activations": 17 * width * tokens * size.hidden * size.layers
+        "activations": width * tokens * size.hidden * per_token
         + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
     }
 

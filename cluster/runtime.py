@@ -23,7 +23,7 @@ from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
-from learner.engine import LearnerSettings
+from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
 from rewards.terms import load_terms
@@ -142,6 +142,10 @@ def learner_settings(
         threads=learner.threads or threads_for(learner.cpus),
         seed=recipe.seed,
         resume=resume,
+        freeze=learner.freeze,
+        rates=learner.rates,
+        activation_checkpointing=learner.activation_checkpointing,
+        offload=learner.offload,
     )
 
 

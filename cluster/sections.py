@@ -458,6 +458,28 @@ class LearnerConfig(Section):
     """Of one table of [tokens, vocabulary] logits; more tokens are read off in turns."""
     timeout_seconds: Rate = 3600.0
     """How long one call (start, update, save) may take before the run ends with an error."""
+    freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """What is not trained: parts (`vision`, `merger`, `language`, `head`) or patterns of parameter
+    names (`"model.visual.blocks.0.*"`). Samplers are not sent what cannot change."""
+    rates: dict[str, Rate] = Field(default_factory=dict)
+    """[learner.rates] What the learning rate is multiplied by, for parts or patterns as in
+    `freeze`; where several match a parameter, the last one counts."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again for its gradient instead of keeping them."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is held in host memory instead of the GPU's: the optimizer's state (from ZeRO 1), or
+    the weights as well (ZeRO 3)."""
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> LearnerConfig:
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise refusal(
+                f'"{self.offload}" needs learner.zero_stage {needed} or higher, got '
+                f"{self.zero_stage}",
+                "offload",
+            )
+        return self
 
 
 class TransferConfig(Section):

@@ -12,13 +12,16 @@ import ray
 
 from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
-from learner.engine import DeepSpeedLearner, LearnerSettings, WorldPlace
+from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
+from learner.trainer import LearnerSettings, Trainer, WorldPlace
 
 
 @ray.remote
 class LearnerRank:
-    """One DeepSpeed rank in its own process."""
+    """One rank's trainer in its own process."""
+
+    _trainer: Trainer
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -30,28 +33,28 @@ class LearnerRank:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def start(self, settings: LearnerSettings, master: str) -> None:
-        self._learner = DeepSpeedLearner(settings, WorldPlace(self._rank, self._size, master))
+        self._trainer = DeepSpeedLearner(settings, WorldPlace(self._rank, self._size, master))
 
     def update(self, batch: TrainBatch, loss: Loss, rate: float | None) -> dict[str, float]:
-        return self._learner.update(batch, loss, rate)
+        return self._trainer.update(batch, loss, rate)
 
     def segment_gradients(self, batch: TrainBatch, of: NormOf) -> SegmentGradients:
-        return self._learner.segment_gradients(batch, of)
+        return self._trainer.segment_gradients(batch, of)
 
     def attach_sender(self, sender: Any) -> None:
         self._sender = sender
 
     def send_weights(self, version: int) -> Any:
-        return self._sender.send(self._learner.weights(), version, self._rank)
+        return self._sender.send(self._trainer.weights(), version, self._rank)
 
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
-        return self._learner.logprobs(batch)
+        return self._trainer.logprobs(batch)
 
     def save(self, folder: str) -> None:
-        self._learner.save(Path(folder))
+        self._trainer.save(Path(folder))
 
     def save_training(self, folder: str, state: dict[str, Any], keep: int) -> None:
-        self._learner.save_training(Path(folder), state, keep)
+        self._trainer.save_training(Path(folder), state, keep)
 
 
 class LearnerGroup:
@@ -76,7 +79,7 @@ class LearnerGroup:
         self._settings, self._timeout = settings, timeout_seconds
 
     def start(self) -> None:
-        """Load the model and start DeepSpeed on every rank."""
+        """Load the model and start the trainer on every rank."""
         self.wait(self.start_async())
 
     def start_async(self) -> list[Any]:
@@ -105,12 +108,12 @@ class LearnerGroup:
     def update(
         self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None
     ) -> dict[str, float]:
-        """One policy update (see `DeepSpeedLearner.update`)."""
+        """One policy update (see `learner.trainer.Trainer.update`)."""
         shared = ray.put(batch)
         return self.wait([r.update.remote(shared, loss, learning_rate) for r in self._ranks])
 
     def segment_gradients(self, batch: TrainBatch, of: NormOf = "all") -> SegmentGradients:
-        """Gradient norms by segment (see `DeepSpeedLearner.segment_gradients`)."""
+        """Gradient norms by segment (see `learner.trainer.Trainer.segment_gradients`)."""
         shared = ray.put(batch)
         return self.wait([r.segment_gradients.remote(shared, of) for r in self._ranks])
 
@@ -132,7 +135,7 @@ class LearnerGroup:
         self.wait([r.save.remote(str(folder)) for r in self._ranks])
 
     def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
-        """Write a training checkpoint (see `DeepSpeedLearner.save_training`)."""
+        """Write a training checkpoint (see `learner.trainer.Trainer.save_training`)."""
         self.wait([r.save_training.remote(str(folder), state, keep) for r in self._ranks])
 
     def stop(self) -> None:

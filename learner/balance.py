@@ -70,6 +70,8 @@ def segment_gradients(
     head: Any = policy.model.lm_head
     watched = [head.weight] if of == "head" else list(policy.parameters())
     watched = [p for p in watched if p.requires_grad]
+    if not watched:
+        raise ValueError('the LM head is frozen, so norm_of = "head" has no gradient to measure')
     sums = {part: [_zeros(p) for p in watched] for part in counts}
 
     def forward(micro: MicroBatch) -> torch.Tensor:

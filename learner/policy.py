@@ -154,6 +154,15 @@ def load_policy(
     return Policy(model, temperature, head_float32, logits_mib), processor
 
 
+def keep_no_activations(policy: Policy) -> None:
+    """Activation checkpointing: a layer keeps its input only and runs again for its gradient."""
+    model: Any = policy.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # It also makes the embeddings' output need a gradient, which only the reentrant kind asks
+    # for; below frozen layers that would be a backward pass for nothing.
+    model.disable_input_require_grads()
+
+
 def make_collator(policy: Policy, processor: Any) -> Collator:
     """The collator that fits a policy's family: it passes what the model's forward accepts."""
     model: Any = policy.model

@@ -41,6 +41,11 @@ class OptimizerState:
             if parameter.requires_grad
         }
         self._masters = {} if stage else self._unsharded_masters()
+        if stage in (1, 2) and any(engine.optimizer.state.values()):
+            # DeepSpeed links parameters to their state after the step of the first parameter
+            # group, when the others have none yet.
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         """`<kind>/<name>` -> whole float32 tensor; no moments before the first update."""

@@ -47,8 +47,9 @@ class Outcome:
 
     Attributes:
         metrics: of each update; norms: of each update's gathered gradients, before the step.
-        gradients, moments: of the first update by module name: before clipping, and AdamW's first
-            moment after the step.
+        gradients, moments: of the first update by module name, of what is trained: before
+            clipping, and AdamW's first moment after the step.
+        state_elements: how many numbers this rank's optimizer keeps as first moments.
         after_first, weights: checkpoint names after the first update and at the end.
         logprobs: of the first batch at the end.
         errors: of updates that were refused.
@@ -68,6 +69,7 @@ class Outcome:
     draw_at_start: list[float] = field(default_factory=list)
     draw_at_checkpoint: list[float] = field(default_factory=list)
     measured: list[SegmentGradients] = field(default_factory=list)
+    state_elements: int = 0
 
 
 def draws() -> list[float]:
@@ -126,7 +128,8 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
 
     learner = DeepSpeedLearner(replace(job.settings, threads=1), place)
     outcome = Outcome()
-    named = dict(learner._engine.module.model.named_parameters())
+    parameters = learner._engine.module.model.named_parameters()
+    named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
     step = learner._step
 
     def watched() -> float:
@@ -151,6 +154,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
             outcome.errors.append(str(error))
             continue
         if not outcome.after_first:
+            learner._optimizer_state()  # links parameters to their state
             # Under bfloat16 AdamW steps on float32 twins of these.
             for name, parameter in named.items() if job.settings.dtype == "float32" else ():
                 if job.settings.zero_stage:
@@ -159,10 +163,12 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
                     moment = learner._engine.optimizer.state[parameter]["exp_avg"]
                 outcome.moments[name] = moment.clone()
             outcome.after_first = {name: tensor.clone() for name, tensor in source}
+    states = learner._engine.optimizer.state.values()
+    outcome.state_elements = sum(state["exp_avg"].numel() for state in states)
     outcome.metadata = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     outcome.weights = {name: tensor.clone() for name, tensor in source}
     outcome.logprobs = learner.logprobs(job.updates[0][0])
     if job.save:
         learner.save(Path(job.save))
-    learner._engine.destroy()
+    learner.close()
     return outcome

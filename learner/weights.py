@@ -1,0 +1,91 @@
+"""The weights a learner offers to samplers: checkpoint names, one layer group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+
+@dataclass(frozen=True)
+class ParameterMeta:
+    """What a weight source will yield: a checkpoint name, dtype and whole shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class GatheredWeights:
+    """A model's parameters under their checkpoint names, one layer group at a time.
+
+    transformers may hold a parameter under another name, or split otherwise, than its checkpoint
+    does; names, shapes and splits here are those of `save_pretrained`, which samplers read.
+    Under ZeRO-3 a group is gathered while it is handed out and let go after, so the extra
+    memory is one group. Tensors have the dtype the sampler computes in.
+
+    A layer group without a trained parameter is left out: samplers hold it already. One with any
+    goes whole, since a sampler fuses neighbours (q, k and v) and loads the fused one whole.
+    """
+
+    def __init__(self, model: Any, deepspeed: Any, sharded: bool, dtype: torch.dtype) -> None:
+        self._model, self._deepspeed = model, deepspeed
+        self._parameters = dict(model.named_parameters())
+        self._all = layer_groups(list(self._parameters))
+        self._trained = [
+            names for names in self._all if any(self._parameters[n].requires_grad for n in names)
+        ]
+        self._sharded, self._dtype = sharded, dtype
+
+    def metadata(self) -> list[ParameterMeta]:
+        """What iteration will yield, in its order, without gathering anything."""
+        found = []
+        for names in self._trained:
+            parameters = [self._parameters[name] for name in names]
+            shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+            empty = [torch.empty(shape, dtype=self._dtype, device="meta") for shape in shapes]
+            for name, tensor in self._checkpoint_form(names, empty).items():
+                found.append(ParameterMeta(name, tensor.dtype, tuple(tensor.shape)))
+        return found
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor), one at a time."""
+        for names, tensors in self.iter_groups():
+            yield from zip(names, tensors, strict=True)
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Yield (names, tensors) by layer group; tensors are valid until the next group."""
+        for names, tensors in self._gathered(self._trained):
+            converted = self._checkpoint_form(names, tensors)
+            yield list(converted), list(converted.values())
+
+    def parameter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """All parameters, frozen ones too, under the names and in the form of the module tree."""
+        return self._gathered(self._all)
+
+    def _gathered(self, groups: list[list[str]]) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        for names in groups:
+            parameters = [self._parameters[name] for name in names]
+            with self._deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
+                yield names, [p.data.to(self._dtype) for p in parameters]
+
+    def _checkpoint_form(
+        self, names: list[str], tensors: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state = dict(zip(names, tensors, strict=True))
+        converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
+        return converted
+
+
+def layer_groups(names: list[str]) -> list[list[str]]:
+    """Names by layer: consecutive names that share everything up to their first number."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = ".".join(parts[: number + 1]) if number is not None else ""
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
