@@ -28,7 +28,7 @@ def load_processor(path: str, field: str = "model.path") -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"{field}: {path}: no processor could be loaded ({str(error).splitlines()[0]}); a "
             "VLM folder holds preprocessor_config.json and its tokenizer beside the weights"

@@ -86,6 +86,9 @@ class Family:
             "image features computed beforehand (mm_encoder_outputs)": (
                 "mm_encoder_outputs" in accepted
             ),
+            "causal attention within an image (it takes token_type_ids)": (
+                "token_type_ids" not in accepted
+            ),
             "an output layer lm_head": hasattr(model, "lm_head"),
             "config.image_token_id": hasattr(model.config, "image_token_id"),
         }
@@ -104,11 +107,20 @@ class Family:
         """Features of distinct images, repeated and ordered as the sequences use them.
 
         `images` are the distinct images in order of use, `rows` the same in rows of
-        `pixel_values`. Changes `features` in place and returns it.
+        `pixel_values`. Changes `features` in place and returns it. Raises ModelError for features
+        that are counted otherwise.
         """
 
         def pick(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):  # [rows of pixel_values, tokens, hidden]
+            tiles = isinstance(value, torch.Tensor)
+            expected = 1 + (int(rows.max()) if tiles else max(images))  # each image is used
+            if len(value) != expected:
+                kind = "rows of pixel_values" if tiles else "images"
+                raise ModelError(
+                    f"image features: {len(value)} for {expected} {kind}; the model's family needs "
+                    "a file in learner/families that says how they are laid out"
+                )
+            if tiles:  # [rows of pixel_values, tokens, hidden]
                 return value[rows]
             return tuple(value[i] for i in images)  # a tensor an image
 

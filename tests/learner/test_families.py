@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from cluster.cli import make
-from learner.batch import TrainSequence
-from learner.families import FAMILIES, TINY
-from learner.families.base import PARTS
+from learner.batch import TrainBatch, TrainSequence
+from learner.families import FAMILIES, TINY, family_of
+from learner.families.base import PARTS, Family, MRopeFamily
 from learner.policy import Policy, make_collator
+from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES as FAMILY_NAMES
-from rollout.tokens import ModelError
-from tests.learner.samples import mixed_batch, placeholder
+from rollout.tokens import ModelError, load_processor, render_prompt
+from tests.learner.samples import mixed_batch, placeholder, sequence
+from tests.learner.test_policy import plain_logprobs
+
+LOSS = PolicyLoss(kl_weight=0.1, kl_estimator="k2")
 
 
 def alone(policy: Policy, processor: Any, s: TrainSequence) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -120,3 +128,232 @@ def test_a_checkpoints_family_is_found_by_its_model_type(
 def test_the_command_offers_every_family_that_can_be_made() -> None:
     offered = get_type_hints(make, include_extras=True)["family"]
     assert get_args(get_args(offered)[0]) == FAMILY_NAMES == tuple(TINY)
+
+
+def loss_and_gradients(
+    policy: Policy, processor: Any, batch: TrainBatch, split: list[list[int]]
+) -> tuple[float, torch.Tensor]:
+    """The loss of a batch and its gradient, flat, from the micro-batches of `split`."""
+    collate = make_collator(policy, processor)
+    counts = LOSS.denominators(batch)
+    policy.zero_grad()
+    loss = 0.0
+    for indices in split:
+        micro = collate([batch.sequences[i] for i in indices])
+        sums = LOSS.sums(*policy.run(micro), micro.tokens)
+        part = torch.stack([value / counts[name] for name, value in sums.items()]).sum()
+        part.backward()
+        loss += float(part.detach())
+    return loss, gradient(policy)
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    """All gradients, flat, zeros where there is none; they are cleared."""
+    found = [
+        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+        for p in policy.parameters()
+    ]
+    flat = torch.cat(found).clone()
+    policy.zero_grad()
+    return flat
+
+
+def test_any_split_gives_the_loss_and_the_gradients_of_plain_forward_passes(
+    loaded: tuple[Policy, Any],
+) -> None:
+    """Against the model called with pixels, a sequence at a time: images shared by none."""
+    policy, processor = loaded
+    policy.eval()
+    batch = mixed_batch(processor)
+    counts = LOSS.denominators(batch)
+    policy.zero_grad()
+    expected = 0.0
+    for s in batch.sequences:
+        logprobs, entropy = plain_logprobs(policy, processor, s)
+        tokens = make_collator(policy, processor)([s]).tokens
+        sums = LOSS.sums(logprobs.float(), entropy.float(), tokens)
+        part = torch.stack([value / counts[name] for name, value in sums.items()]).sum()
+        part.backward()
+        expected += float(part.detach())
+    reference = gradient(policy)
+    for split in ([[0, 1, 2, 3, 4]], [[4, 2], [3], [0, 1]], [[0], [1], [2], [3], [4]]):
+        loss, found = loss_and_gradients(policy, processor, batch, split)
+        assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert (found - reference).norm() < 1e-5 * reference.norm()
+    _, partial = loss_and_gradients(policy, processor, batch, [[0, 1, 2, 3]])
+    assert (partial - reference).norm() > 1e-2 * reference.norm()
+
+
+def test_what_is_saved_is_what_transformers_loads(
+    loaded: tuple[Policy, Any], tmp_path: Path
+) -> None:
+    policy, processor = loaded
+    policy.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    processor.save_pretrained(tmp_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(model) is type(policy.model)
+    again = dict(model.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(again[name], parameter), name
+    read = load_processor(str(tmp_path))
+    for shown in (True, False):
+        text = render_prompt(processor, "What is it?", with_image=shown)
+        assert render_prompt(read, "What is it?", with_image=shown) == text
+        assert ("What is it?" in text) and text.endswith("assistant\n")
+    image = sequence(processor, 1, (96, 64), 3).image or b""
+    (first,) = make_collator(policy, processor).encode_images([image])
+    (second,) = make_collator(policy, read).encode_images([image])
+    assert first.placeholders == second.placeholders
+    assert all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
+
+
+@pytest.mark.parametrize("family", ["idefics3"], indirect=True)
+def test_images_of_other_numbers_of_tiles_share_a_micro_batch(
+    loaded: tuple[Policy, Any], model_path: str
+) -> None:
+    policy, processor = loaded[0].eval(), load_processor(model_path)
+    processor.image_processor.size = {"longest_edge": 128}
+    square, wide, tall = (
+        sequence(processor, i, size, 12) for i, size in enumerate([(64, 64), (96, 40), (30, 90)])
+    )
+    blind = mixed_batch(processor).sequences[2]
+    chosen = [wide, square, blind, tall, wide]
+    collate = make_collator(policy, processor)
+    tiles = [image.inputs["pixel_values"] for image in collate.encode_images(images_of(chosen))]
+    assert [len(t) for t in tiles] == [3, 5, 3, 3]
+    assert len(collate(chosen).vision.inputs["pixel_values"]) == 11
+    with torch.no_grad():
+        found, _ = policy.run(collate(chosen))
+        expected = torch.cat([plain_logprobs(policy, processor, s)[0] for s in chosen])
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+def images_of(sequences: list[TrainSequence]) -> list[bytes]:
+    return [s.image for s in sequences if s.image is not None]
+
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def stranger(name: str, config: Any) -> Any:
+    """A tiny model of a class that has no file of its own, or only its name."""
+    text = TEXT | {"vocab_size": config.text_config.vocab_size}
+    tokens = {"image_token_id": config.image_token_id}
+    torch.manual_seed(0)
+    if name == "llava":
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(
+                    **{k: v for k, v in TEXT.items() if k != "num_key_value_heads"},
+                    image_size=64,
+                    patch_size=16,
+                ),
+                text_config=transformers.LlamaConfig(**text),
+                image_seq_length=16,
+                **tokens,
+            )
+        )
+    if name == "qwen2_vl":
+        return transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(
+                text_config=text
+                | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+                vision_config={
+                    "depth": 2,
+                    "embed_dim": 64,
+                    "num_heads": 2,
+                    "hidden_size": 64,
+                    "patch_size": 8,
+                },
+                video_token_id=config.video_token_id,
+                vision_start_token_id=config.vision_start_token_id,
+                vision_end_token_id=config.vision_end_token_id,
+                **tokens,
+            )
+        )
+    return transformers.SmolVLMForConditionalGeneration(
+        transformers.SmolVLMConfig(
+            text_config=text | {"model_type": "llama"},
+            vision_config=config.vision_config.to_dict() | {"model_type": "smolvlm_vision"},
+            pad_token_id=0,
+            scale_factor=2,
+            **tokens,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "family,name,expected",
+    [("internvl", "llava", Family), ("qwen2_5_vl", "qwen2_vl", MRopeFamily)],
+    indirect=["family"],
+)
+def test_a_model_without_a_file_works_by_the_defaults(
+    loaded: tuple[Policy, Any], name: str, expected: type
+) -> None:
+    """With the processor of a family whose images it reads."""
+    processor = loaded[1]
+    policy = Policy(stranger(name, loaded[0].model.config)).eval()
+    assert type(policy.family) is expected
+    assert name not in FAMILIES
+    check_stranger(policy, processor)
+
+
+@pytest.mark.parametrize("family", ["idefics3"], indirect=True)
+def test_smolvlm2_is_read_as_idefics3_is(loaded: tuple[Policy, Any]) -> None:
+    policy = Policy(stranger("smolvlm", loaded[0].model.config)).eval()
+    assert policy.family is FAMILIES["smolvlm"]
+    check_stranger(policy, loaded[1])
+
+
+def check_stranger(policy: Policy, processor: Any) -> None:
+    """Log-probs are those of plain forward passes; every parameter has a part."""
+    batch = mixed_batch(processor)
+    with torch.no_grad():
+        found, _ = policy.run(make_collator(policy, processor)(batch.sequences))
+        plain = torch.cat([plain_logprobs(policy, processor, s)[0] for s in batch.sequences])
+    torch.testing.assert_close(found.double(), plain, rtol=0, atol=2e-5)
+    parts = {policy.family.part_of(name) for name, _ in policy.model.named_parameters()}
+    assert {"vision", "merger", "language"} <= parts
+
+
+def test_a_model_that_cannot_be_trained_is_refused_by_what_it_lacks() -> None:
+    with torch.device("meta"):
+        blip = transformers.BlipForConditionalGeneration(transformers.BlipConfig())
+        gemma = transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(
+                text_config=TEXT | {"vocab_size": 640, "head_dim": 32},
+                vision_config=TEXT | {"image_size": 64, "patch_size": 16},
+            )
+        )
+    with pytest.raises(ModelError, match=r"'blip'.*get_image_features; .*lm_head.*known to work"):
+        family_of(blip)
+    with pytest.raises(ModelError, match=r"'gemma3'.*lacks causal attention within an image"):
+        family_of(gemma)
+
+
+def test_features_that_are_counted_otherwise_are_refused() -> None:
+    rows = torch.tensor([0, 1, 2])
+    flat = SimpleNamespace(pooler_output=torch.zeros(48, 8))
+    with pytest.raises(ModelError, match="48 for 3 rows of pixel_values"):
+        Family().lay_out(flat, [0, 1], rows)
+    with pytest.raises(ModelError, match="1 for 2 images"):
+        Family().lay_out(SimpleNamespace(pooler_output=[torch.zeros(4, 8)]), [0, 1], rows)
+
+
+@pytest.mark.skipif(find_spec("num2words") is not None, reason="the package is there")
+def test_a_processor_whose_package_is_missing_is_refused_by_name(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    for file in tiny_models["idefics3"].iterdir():
+        text = file.read_bytes().replace(b"Idefics3Processor", b"SmolVLMProcessor")
+        (tmp_path / file.name).write_bytes(text)
+    video = '{"video_processor_type": "SmolVLMVideoProcessor"}'
+    (tmp_path / "video_preprocessor_config.json").write_text(video)
+    with pytest.raises(ModelError, match=r"model\.path: .*no processor could be loaded.*num2words"):
+        load_processor(str(tmp_path))
