@@ -152,7 +152,7 @@ def fine_tune(
             told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
             told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
             if live and (step % recipe.eval.every == 0 or step == sft.steps):
-                told |= transfer_metrics(learner.send_weights(step))
+                told |= transfer_metrics(live.send_weights(step))
                 done.measured[step] = measure(live, tracker, step)
                 progress.say(in_short(step, done.measured[step]))
             tracker.log(step, told)

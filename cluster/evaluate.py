@@ -18,8 +18,8 @@ from cluster.config import Recipe
 from cluster.metrics import EvalPass, EvalTable, eval_table
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.sections import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
+from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
-from rollout.sampler import SamplerPool
 from tasks.core import Problem
 
 PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")

@@ -7,8 +7,9 @@ actor's own error on top, is written to the run folder, and ends the run; nothin
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +28,12 @@ from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
 from rewards.terms import load_terms
+from rollout.dispatch import PoolLimits, SamplerLost
 from rollout.engine import EngineSettings
-from rollout.sampler import SamplerPool
+from rollout.pool import PoolClient, SamplerPool
+from rollout.sampler import ray_samplers
 from rollout.tokens import load_processor, load_reader
-from rollout.transfer import HostSender, WeightSender, WeightTransferError
+from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
 
 LOCAL_RAY_TRIES = 3
 
@@ -157,14 +160,16 @@ def sampler_pool(
     They are not yet waited for.
     """
     sampler = recipe.sampler
-    return SamplerPool(
-        engine_settings(recipe, model, frozen),
-        1 if frozen else sampler.count,
-        sampler.cpus,
-        sampler.gpus,
-        sampler.request_timeout_seconds,
-        name,
+    limits = PoolLimits(
+        sequences=sampler.max_num_seqs,
+        request_seconds=sampler.request_timeout_seconds,
+        start_seconds=sampler.start_timeout_seconds,
+        heartbeat_seconds=sampler.heartbeat_seconds,
+        max_restarts=sampler.max_restarts,
+        restart_window_seconds=sampler.restart_window_seconds,
     )
+    start = ray_samplers(engine_settings(recipe, model, frozen), sampler.cpus, sampler.gpus)
+    return SamplerPool(start, 1 if frozen else sampler.count, limits, name)
 
 
 def learner_group(recipe: Recipe, settings: LearnerSettings) -> LearnerGroup:
@@ -200,22 +205,68 @@ class LivePolicy:
         self.samplers = sampler_pool(recipe, None if learner.resume else learner.model)
         self.learner = learner_group(recipe, learner)
         self._starting = self.learner.start_async()
+        self._sending = threading.RLock()
+        self._attached: list[PoolClient] = []
+        self._sent = (-1, -1)
+        self.samplers.catch_up = self._catch_up
 
     def wait_ready(self) -> None:
-        """Return once all are up and the learner knows where to send its weights."""
+        """Return once all are up."""
         self.learner.wait(self._starting)
         self.samplers.wait_ready(self.recipe.sampler.start_timeout_seconds)
-        self.learner.attach_sender(self._sender())
 
-    def _sender(self) -> WeightSender:
+    def send_weights(self, version: int) -> TransferReport:
+        """Send the learner's weights to every sampler that is up, as a policy version.
+
+        A sampler that fails the transfer or its deadline is started again, and the transfer is
+        made again to the others. Raises SamplerLost where a sampler failed too often.
+        """
+        with self._sending:
+            report = self._transfer(version, self.samplers.wait_clients)
+            self._sent = (version, self.learner.updates)
+            return report
+
+    def _catch_up(self) -> None:
+        """Send the version of the last transfer to samplers that were started again since.
+
+        Where the learner has newer weights by now, it is left to their transfer.
+        """
+        with self._sending:
+            version, updates = self._sent
+            if version >= 0 and updates == self.learner.updates and self.samplers.behind():
+                # `host` can reach some and leave the others at work; a collective is of all.
+                some = self.recipe.transfer.transport == "host"
+                pool = self.samplers
+                self._transfer(version, pool.clients_behind if some else pool.wait_clients)
+
+    def _transfer(self, version: int, receivers: Callable[[], list[PoolClient]]) -> TransferReport:
+        while True:
+            clients = receivers()
+            if clients != self._attached:
+                self.learner.attach_sender(self._sender(clients))
+                self._attached = clients
+            self.samplers.begin_transfer()
+            try:
+                report: TransferReport = self.learner.send_weights(version)
+            except WeightTransferError as error:
+                own = getattr(error, "cause", error)
+                failed = next((c for c in clients if c.name == own.sampler), None)
+                if failed is None:
+                    raise
+                self.samplers.replace(failed, "transfer", str(own))
+                continue
+            self.samplers.holds(version, clients)
+            return report
+
+    def _sender(self, clients: list[PoolClient]) -> WeightSender:
         transfer = self.recipe.transfer
         if transfer.transport == "host":
-            return HostSender(self.samplers.clients, transfer.deadline_seconds)
+            return HostSender(clients, transfer.deadline_seconds)
         from rollout.transports_gpu import GpuSender
 
         return GpuSender(
             transfer.transport,
-            self.samplers.clients,
+            clients,
             self.recipe.sampler.tensor_parallel,
             transfer.deadline_seconds,
         )
@@ -325,7 +376,14 @@ def actor_errors(folder: Path) -> Iterator[None]:
     """Turn an actor's error into RunFailed with that error on top, kept in `folder`."""
     try:
         yield
-    except (RunFailed, RayError, RewardError, WeightTransferError, TimeoutError) as error:
+    except (
+        RunFailed,
+        RayError,
+        RewardError,
+        SamplerLost,
+        WeightTransferError,
+        TimeoutError,
+    ) as error:
         message = explain(error)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(message + "\n", encoding="utf-8")

@@ -126,6 +126,14 @@ class SamplerConfig(Section):
     max_tokens: Positive = 256
     start_timeout_seconds: Rate = 300.0
     request_timeout_seconds: Rate = 600.0
+    """A sampler whose oldest request is older hangs, and is started again."""
+    heartbeat_seconds: Rate = 120.0
+    """A sampler whose engine does not answer a ping for so long hangs, and is started again. The
+    first tokens of an engine may take half a minute, in which it does not listen."""
+    max_restarts: Count = 3
+    """How often one sampler may be started again within `restart_window_seconds`; 0: a sampler
+    that is lost ends the run."""
+    restart_window_seconds: Rate = 3600.0
 
     @model_validator(mode="after")
     def _gpus_fit_tensor_parallel(self) -> SamplerConfig:

@@ -74,7 +74,7 @@ def run_training(
             version += len(updates)
             metrics |= learner_metrics(updates) | {"learner/lr": rate}
             clock.lap("learn")
-            metrics |= transfer_metrics(run.learner.send_weights(version))
+            metrics |= transfer_metrics(run.send_weights(version)) | sampler_metrics(run)
             clock.lap("transfer")
             metrics |= {"policy/version": float(version)} | clock.metrics(groups, batches)
             spent = spent.plus(sampled_tokens(groups), clock.total())
@@ -214,14 +214,15 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
     first parameter that changed.
     """
     check = run.recipe.transfer.checksum != "never" and version == 0
-    before = run.samplers.weight_checksums() if check else []
-    run.learner.send_weights(version)
-    after = run.samplers.weight_checksums() if check else []
-    for client, old, new in zip(run.samplers.clients, before, after, strict=False):
+    before = run.samplers.weight_checksums() if check else {}
+    run.send_weights(version)
+    after = run.samplers.weight_checksums() if check else {}
+    for sampler in before.keys() & after.keys():
+        old, new = before[sampler], after[sampler]
         changed = sorted(name for name in old if old[name] != new.get(name))
         if changed:
             raise WeightTransferError(
-                f"weight transfer: after sending the weights that sampler {client.name!r} already "
+                f"weight transfer: after sending the weights that sampler {sampler!r} already "
                 f"has, {len(changed)} of its {len(old)} parameters differ, first {changed[0]!r}; "
                 "sampler and learner do not agree on this model's parameter names"
             )
@@ -257,6 +258,11 @@ def reward_metrics(run: Run) -> dict[str, float]:
     """What the reward workers count since the run began: restarts, and remote terms' own counts."""
     counts = {f"reward/{name}": value for name, value in run.rewards.counts().items()}
     return counts | {"reward/worker_restarts": float(run.rewards.restarts)}
+
+
+def sampler_metrics(run: Run) -> dict[str, float]:
+    """What befell the samplers since the run began, under `sampler/`."""
+    return {f"sampler/{name}": value for name, value in run.samplers.counts().items()}
 
 
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -77,6 +77,8 @@ class LearnerGroup:
             for rank in range(ranks)
         ]
         self._settings, self._timeout = settings, timeout_seconds
+        self.updates = 0
+        """Updates that were begun; two equal readings bracket weights that did not change."""
 
     def start(self) -> None:
         """Load the model and start the trainer on every rank."""
@@ -109,6 +111,7 @@ class LearnerGroup:
         self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None
     ) -> dict[str, float]:
         """One policy update (see `learner.trainer.Trainer.update`)."""
+        self.updates += 1
         shared = ray.put(batch)
         return self.wait([r.update.remote(shared, loss, learning_rate) for r in self._ranks])
 
@@ -118,7 +121,7 @@ class LearnerGroup:
         return self.wait([r.segment_gradients.remote(shared, of) for r in self._ranks])
 
     def attach_sender(self, sender: Any) -> None:
-        """Give every rank its `rollout.transfer.WeightSender`, kept for the whole run."""
+        """Give every rank its `rollout.transfer.WeightSender`, kept until the next."""
         self.wait([r.attach_sender.remote(sender) for r in self._ranks])
 
     def send_weights(self, version: int) -> Any:

@@ -2,9 +2,9 @@
 
 Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args`,
 `generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
-`resume_generation`, `compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`,
-`shutdown`; `SamplingParams`
-with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
+`resume_generation`, `is_paused`, `model_config`, `compute_weight_checksums`,
+`reset_prefix_cache`, `reset_encoder_cache`, `shutdown`; `SamplingParams` with
+`n`, `seed`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
 outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
 `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
 `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
@@ -91,6 +91,7 @@ class Engine:
         self._placeholders = placeholder_ids(self._tokenizer)
         self._name = name
         self._version = 0
+        self._updating = False
         self._requests = 0
 
     @classmethod
@@ -211,6 +212,15 @@ class Engine:
         # made and then the one asked for.
         return np.asarray([*places.logprobs[start - 1 :], sampled.logprobs[1]], np.float32)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model can draw from."""
+        return int(self._llm.model_config.get_vocab_size())
+
+    async def ping(self) -> None:
+        """Return when the engine's core has looked at its queue; raises EngineDied without it."""
+        await self._answered(self._llm.is_paused())
+
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -221,6 +231,9 @@ class Engine:
     async def begin_weight_update(self, version: int) -> None:
         """Freeze generation and open a weight update; running requests keep their place.
 
+        One that was left open, since another sampler failed its part, is closed first: some
+        weights are newer than others until the one that begins here is finished.
+
         Raises SamplerError where the model is frozen; this and all below raise EngineDied when
         the engine is gone or goes.
         """
@@ -229,6 +242,9 @@ class Engine:
         # Clearing here would take vLLM's cache of processed images with it, on one side of the
         # engine's queue and then on the other: a request in between would lose its image.
         await self._answered(self._llm.pause_generation(mode="keep", clear_cache=False))
+        if self._updating:
+            await self._answered(self._llm.finish_weight_update())
+        self._updating = True
         await self._answered(self._llm.start_weight_update())
 
     async def load_weights(self, update: dict[str, Any]) -> None:
@@ -241,6 +257,7 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update as `version`, drop every cache made by older weights, go on."""
         await self._answered(self._llm.finish_weight_update(weight_version=str(version)))
+        self._updating = False
         # What a trained vision tower made lives in two places; a stale one is silent. The cache
         # of processed images holds pixels, which no weight changes.
         await self._answered(self._llm.reset_prefix_cache(reset_running_requests=True))

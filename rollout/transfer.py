@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 
 
 class WeightTransferError(RuntimeError):
-    """A transfer that failed or passed its deadline; names the sampler and the step."""
+    """A transfer that failed or passed its deadline; names the sampler and the step.
+
+    `sampler` is that sampler's name, "" where the fault is none of a sampler's.
+    """
+
+    def __init__(self, message: str, sampler: str = "") -> None:
+        super().__init__(message)
+        self.sampler = sampler
 
 
 class ParameterMeta(Protocol):
@@ -104,22 +111,32 @@ class HostSender:
             return None
         start = time.perf_counter()
         until = start + self._deadline
-        total = groups = largest = 0
-        self._all("begin_weight_update", until, version)
-        with tempfile.TemporaryDirectory(prefix="equipoise-weights-", dir=self._folder) as folder:
-            for index, (names, tensors) in enumerate(source.iter_groups()):
-                path = os.path.join(folder, f"group-{index:05d}.safetensors")
-                bucket = {
-                    name: t.detach().cpu().contiguous()
-                    for name, t in zip(names, tensors, strict=True)
-                }
-                save_file(bucket, path)
-                size = sum(t.numel() * t.element_size() for t in bucket.values())
-                self._all("load_weights", until, {"path": path, "names": names})
-                os.unlink(path)
-                total, groups, largest = total + size, groups + 1, max(largest, size)
-        self._all("finish_weight_update", until, version)
-        return TransferReport(time.perf_counter() - start, total, groups, largest)
+        sizes: list[int] = []
+        buckets = source.iter_groups()
+        try:
+            self._all("begin_weight_update", until, version)
+            with tempfile.TemporaryDirectory(
+                prefix="equipoise-weights-", dir=self._folder
+            ) as folder:
+                for names, tensors in buckets:
+                    path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")
+                    bucket = {
+                        name: t.detach().cpu().contiguous()
+                        for name, t in zip(names, tensors, strict=True)
+                    }
+                    save_file(bucket, path)
+                    self._all("load_weights", until, {"path": path, "names": names})
+                    os.unlink(path)
+                    sizes.append(sum(t.numel() * t.element_size() for t in bucket.values()))
+            self._all("finish_weight_update", until, version)
+        except WeightTransferError:
+            # The other ranks gather to the end; a rank that stops would leave them waiting, and
+            # the next transfer's gathers would meet these.
+            for _ in buckets:
+                pass
+            raise
+        seconds = time.perf_counter() - start
+        return TransferReport(seconds, sum(sizes), len(sizes), max(sizes, default=0))
 
     def _all(self, method: str, until: float, *args: Any) -> None:
         call_all(self._samplers, method, args, until, self._deadline)
@@ -153,12 +170,14 @@ def wait_all(
         except TimeoutError as error:
             raise WeightTransferError(
                 f"weight transfer: sampler {sampler.name!r} did not finish {method} within "
-                f"the deadline of {deadline_seconds:g} s (transfer.deadline_seconds)"
+                f"the deadline of {deadline_seconds:g} s (transfer.deadline_seconds)",
+                sampler.name,
             ) from error
         except Exception as error:
             # Ray wraps what the sampler raised; the sampler's own words belong on the first line.
             own = getattr(error, "cause", None) or error
             raise WeightTransferError(
                 f"weight transfer: sampler {sampler.name!r} failed in {method}: "
-                f"{type(own).__name__}: {own}"
+                f"{type(own).__name__}: {own}",
+                sampler.name,
             ) from error

@@ -21,6 +21,7 @@ from cluster.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.compose import Composition, compose_groups
 from rewards.judge import JudgeSettings
 from rewards.terms import BUILT_IN, Outcome, load_term
+from rollout.dispatch import Dispatch, Job, PoolLimits
 from rollout.record import Group, Rollout
 from tasks.core import SEGMENTS
 from tasks.dataset_import import import_rows
@@ -28,6 +29,7 @@ from tasks.datasets import read_examples, write_dataset
 from tasks.load import load_task
 from tasks.splits import draw_problem, split_of
 from tests.rewards.toys import TASK, Misbehaves, group, score
+from tests.rollout.pretend import request
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("tasks", "rollout", "rewards", "learner", "cluster")
@@ -180,6 +182,11 @@ def made_by_the_drivers() -> set[str]:
         clock.lap(phase)
     names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
     names |= set(Spent().metrics())
+    pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
+    pool.add([Job(request("g"), submitted=True)], 0.0)
+    pool.started("sampler-0", 0, 50, 0.0)
+    pool.lost("sampler-0", 0, "actor", "gone", 1.0)
+    names |= {f"sampler/{name}" for name in pool.counts(2.0)}
     counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
     updated = {f"tokens/{name}": n for name, n in counts.items()}
     names |= set(balance_metrics(updated, 0.5, SegmentGradients(1.0, 1.0, 0.0)))

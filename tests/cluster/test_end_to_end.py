@@ -159,13 +159,13 @@ def test_qwen3_vl_as_a_submitted_ray_job(tiny_models: dict[str, Path], tmp_path:
     check_run(run, tiny_models["qwen3_vl"])
 
 
-def test_a_killed_engine_ends_the_run_with_its_own_error(
+def test_a_killed_engine_that_may_not_start_again_ends_the_run_with_its_own_error(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
-    command += ["--set", "algorithm.steps=1000"]
+    command += ["--set", "algorithm.steps=1000", "--set", "sampler.max_restarts=0"]
     with (tmp_path / "out.log").open("w") as log:
         driver = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
@@ -189,6 +189,7 @@ def test_a_killed_engine_ends_the_run_with_its_own_error(
     # Seen by the next request, or by the weight transfer where that came first.
     assert "the run failed: " in printed
     first = (run / "error.txt").read_text().splitlines()[0]
+    assert "SamplerLost: sampler 'sampler-0' failed 1 times" in first
     assert "EngineDied: sampler-0: the engine's process died" in first
     # What was finished before is there to debug with.
     assert read_metrics(run).num_rows > 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,17 +23,20 @@ import pytest
 import ray
 import torch
 
+from rollout.dispatch import PoolLimits, SamplerLost
 from rollout.engine import EngineDied, EngineSettings, SamplerError
+from rollout.pool import SamplerPool
 from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest
-from rollout.sampler import RaySamplerClient, SamplerPool, answer_all, deal
+from rollout.sampler import RaySamplerClient, ray_samplers
 from rollout.tokens import ModelError, encode, load_processor, load_reader, render_prompt
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
+from tests.rollout.pretend import group as pretended
 
 ROOT = Path(__file__).parents[2]
 TASK = load_task("graph_coloring")
-NONE = np.zeros(0, np.int32)
+ONE = np.zeros(1, np.int32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,30 +59,55 @@ def problems(count: int) -> list[Problem]:
 
 @ray.remote(num_cpus=0)
 class Told:
-    """Does what a request's id says before the dash; scores with the number after it."""
+    """Does what a request's id says before the dash; scores with the number after it.
 
-    def __init__(self) -> None:
+    A path after the dash is a file that is made, and what was said is done only without it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.begun: list[str] = []
         self.cancelled: list[str] = []
+
+    async def ready(self) -> int:
+        return 100
+
+    async def ping(self) -> None:
+        pass
+
+    async def shutdown(self) -> None:
+        pass
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def log(self) -> tuple[list[str], list[str]]:
         return self.begun, self.cancelled
 
     async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
         if isinstance(request, SampleRequest):
-            return Group(request.group_id, request.problem, ())
+            await asyncio.sleep(0.2)
+            return pretended(request, self.name)
         self.begun.append(request.request_id)
         what, _, number = request.request_id.partition("-")
+        if number.startswith("/"):
+            done = Path(number) / "done"
+            what = "ok" if done.exists() else what
+            done.touch()
+            number = "0"
         try:
             if what == "refuse":
                 raise SamplerError("problem p: too long")
             if what == "dead":
-                raise EngineDied("told-0: the engine's process died")
+                raise EngineDied(f"{self.name}: the engine's process died")
             if what == "crash":
                 raise KeyError("x")
+            if what == "garbage":
+                return np.array([np.nan], np.float32)
             if what == "exit":
-                await asyncio.sleep(0.5)
                 os._exit(3)
+            if what == "slow":
+                await asyncio.sleep(0.5)
             if what == "hang":
                 await asyncio.sleep(3600)
             if what == "block":
@@ -85,30 +115,38 @@ class Told:
         except asyncio.CancelledError:
             self.cancelled.append(request.request_id)
             raise
-        return np.array([float(number)], np.float32)
+        return np.array([-float(number)], np.float32)
 
 
-def told(count: int) -> list[RaySamplerClient]:
-    actors = [RaySamplerClient(f"told-{i}", Told.remote()) for i in range(count)]
-    ray.get([client.call("log") for client in actors])
-    return actors
+LIMITS = PoolLimits(sequences=8, start_seconds=60, request_seconds=60, max_restarts=2)
+
+
+@contextlib.contextmanager
+def told(count: int, limits: PoolLimits = LIMITS) -> Iterator[SamplerPool]:
+    pool = SamplerPool(
+        lambda name: RaySamplerClient(name, Told.remote(name)), count, limits, "told"
+    )
+    pool.wait_ready(60)
+    yield pool
+    pool.stop()
 
 
 def asked(*ids: str) -> list[ScoreRequest]:
     (problem,) = problems(1)
-    return [ScoreRequest(name, problem, NONE, None) for name in ids]
+    return [ScoreRequest(name, problem, ONE, None) for name in ids]
 
 
 def kinds(replies: Sequence[Any]) -> list[Any]:
     """A score as its number, an error as its kind."""
-    return [r.kind if isinstance(r, ReplyError) else float(r[0]) for r in replies]
+    return [r.kind if isinstance(r, ReplyError) else -float(r[0]) for r in replies]
 
 
-def cancelled(sampler: RaySamplerClient, *ids: str) -> None:
-    """Wait until none of these calls runs in the sampler any more."""
+def cancelled(pool: SamplerPool, *ids: str) -> None:
+    """Wait until none of these calls runs in the one sampler any more."""
     until = time.monotonic() + 30
     while True:
-        begun, ended = ray.get(sampler.call("log"))
+        (client,) = pool.clients
+        begun, ended = ray.get(client.call("log"))
         if not (set(begun) - set(ended)) & set(ids):
             return
         assert time.monotonic() < until, f"still running: {set(ids) - set(ended)}"
@@ -116,64 +154,83 @@ def cancelled(sampler: RaySamplerClient, *ids: str) -> None:
 
 
 def test_replies_come_in_order_and_a_refusal_spoils_nothing() -> None:
-    samplers = told(2)
-    requests = asked(*(f"ok-{i}" for i in range(7)), "refuse-0", "crash-0", "dead-0", "ok-9")
-    replies = answer_all(samplers, requests, 60)
-    assert kinds(replies) == [*range(7), "refused", "refused", "sampler_died", 9]
-    refused, crashed, died = replies[7:10]
-    assert isinstance(refused, ReplyError) and refused.request_id == "refuse-0"
-    assert refused.message.endswith("SamplerError: problem p: too long")
-    assert isinstance(crashed, ReplyError) and "KeyError" in crashed.message
-    assert isinstance(died, ReplyError) and died.message == "told-0: the engine's process died"
-    (group,) = answer_all(samplers, [SampleRequest("g", problems(1)[0], 1, Sampling())], 60)
-    assert isinstance(group, Group) and group.group_id == "g"
-    assert answer_all(samplers, [], 60) == []
+    requests = asked(*(f"ok-{i}" for i in range(7)), "refuse-0", "crash-0", "ok-9")
+    with told(2) as pool:
+        replies = pool.answer(requests, 60)
+        assert kinds(replies) == [*range(7), "refused", "refused", 9]
+        refused, crashed = replies[7:9]
+        assert isinstance(refused, ReplyError) and refused.request_id == "refuse-0"
+        assert refused.message.endswith("SamplerError: problem p: too long")
+        assert isinstance(crashed, ReplyError) and "KeyError" in crashed.message
+        assert pool.answer([], 60) == []
+        assert pool.counts()["refused"] == 2 and pool.counts()["restarts"] == 0
 
 
 def test_what_hangs_is_late_and_is_cancelled() -> None:
-    samplers = told(1)
-    replies = answer_all(samplers, asked("hang-0", "ok-1", "hang-2", "ok-3"), 2.0)
-    assert kinds(replies) == ["deadline", 1, "deadline", 3]
-    late = replies[0]
-    assert isinstance(late, ReplyError) and late.message == "told-0: no answer within 2 s"
-    cancelled(samplers[0], "hang-0", "hang-2")
-    assert kinds(answer_all(samplers, asked("ok-4"), 60)) == [4]
+    with told(1) as pool:
+        replies = pool.answer(asked("hang-0", "ok-1", "hang-2", "ok-3"), 2.0)
+        assert kinds(replies) == ["deadline", 1, "deadline", 3]
+        late = replies[0]
+        assert isinstance(late, ReplyError) and late.message == "told-0: no answer in time"
+        cancelled(pool, "hang-0", "hang-2")
+        assert kinds(pool.answer(asked("ok-4"), 60)) == [4]
 
 
 def test_a_sampler_that_does_not_listen_costs_the_deadline_and_then_drops_what_was_late() -> None:
-    samplers = told(1)
-    busy = samplers[0].call("answer", asked("block-0")[0])
-    time.sleep(0.5)
-    replies = answer_all(samplers, asked("hang-1", "hang-2"), 0.5)
-    assert kinds(replies) == ["deadline", "deadline"]
-    assert not ray.wait([busy], timeout=0)[0], "the answer came while the sampler was still busy"
-    assert kinds(answer_all(samplers, asked("ok-3"), 60)) == [3]
-    cancelled(samplers[0], "hang-1", "hang-2")
+    with told(1) as pool:
+        busy = pool.clients[0].call("answer", asked("block-0")[0])
+        time.sleep(0.5)
+        replies = pool.answer(asked("hang-1", "hang-2"), 0.5)
+        assert kinds(replies) == ["deadline", "deadline"]
+        assert not ray.wait([busy], timeout=0)[0], "the answer came while the sampler was busy"
+        assert kinds(pool.answer(asked("ok-3"), 60)) == [3]
+        cancelled(pool, "hang-1", "hang-2")
 
 
-def test_a_sampler_that_dies_takes_only_its_own_requests() -> None:
-    samplers = told(2)
-    # Equal requests alternate: the first, third and fifth go to the first sampler.
-    replies = answer_all(samplers, asked("exit-0", "ok-1", "hang-2", "ok-3", "ok-4", "ok-5"), 60)
-    assert kinds(replies) == ["sampler_died", 1, "sampler_died", 3, 4, 5]
-    died = replies[0]
-    assert isinstance(died, ReplyError) and died.message.startswith("told-0: ")
-    assert kinds(answer_all(samplers, asked("ok-6", "ok-7"), 60)) == ["sampler_died", 7]
+@pytest.mark.parametrize("how", ["exit", "dead", "garbage"])
+def test_what_a_lost_sampler_had_is_asked_again(how: str, tmp_path: Path) -> None:
+    """`exit` ends the process, `dead` says that its engine is; once each, by a file's word."""
+    with told(2) as pool:
+        first = {client.name: client for client in pool.clients}
+        requests = asked(f"{how}-{tmp_path}", "ok-1", "slow-2", "ok-3", "ok-4", "ok-5")
+        assert kinds(pool.answer(requests, 60)) == [0, 1, 2, 3, 4, 5]
+        cause = {"exit": "actor", "dead": "engine"}.get(how, how)
+        counts = pool.counts()
+        assert counts["restarts"] == counts[f"restarts/{cause}"] == 1
+        pool.wait_ready(60)
+        now = {client.name: client for client in pool.clients}
+        assert [first[name] is now[name] for name in ("told-0", "told-1")] == [False, True]
 
 
-def test_requests_are_dealt_by_tokens() -> None:
-    (problem,) = problems(1)
-    big = SampleRequest("g", problem, 8, Sampling(max_tokens=100))
-    small = ScoreRequest("s", problem, np.zeros(99, np.int32), None)
-    assert deal([big, *[small] * 8, big, small], 2) == [0, *[1] * 8, 0, 1]
-    assert deal([small] * 6, 3) == [0, 1, 2] * 2
-    assert deal([], 2) == []
+def test_a_pool_past_hope_says_so_to_everyone_and_names_sampler_and_cause() -> None:
+    with told(1) as pool:
+        (reply,) = pool.answer(asked("dead-"), 60)
+        assert isinstance(reply, ReplyError) and reply.kind == "sampler_died"
+        says = r"'told-0' failed 3 times .* told-0: the engine's process died"
+        assert re.search(says, reply.message)
+        with pytest.raises(SamplerLost, match=says):
+            pool.sample([SampleRequest("g", problems(1)[0], 1, Sampling())])
+
+
+def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
+    with told(2, replace(LIMITS, heartbeat_seconds=4.0)) as pool:
+        pid = ray.get(pool.clients[0].call("pid"))
+        requests = [SampleRequest(f"slow-{i}", problems(1)[0], 1, Sampling()) for i in range(6)]
+        pool.submit(requests)
+        os.kill(pid, signal.SIGSTOP)
+        groups = pool.collect(6, 60)
+        assert sorted(g.group_id for g in groups) == [r.group_id for r in requests]
+        assert pool.counts()["restarts/silent"] == 1 and pool.pending() == 0
+        until = time.monotonic() + 30
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until, "the stopped process was not ended"
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def frozen(tiny_text_model: Path) -> Iterator[SamplerPool]:
     settings = EngineSettings(str(tiny_text_model), max_model_len=256, frozen=True)
-    pool = SamplerPool(settings, 1, cpus=1, gpus=0, request_timeout_seconds=120, name="frozen")
+    pool = SamplerPool(ray_samplers(settings, 1, 0), 1, replace(LIMITS, max_restarts=0), "frozen")
     pool.wait_ready(300)
     yield pool
     pool.stop()

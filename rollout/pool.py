@@ -1,0 +1,411 @@
+"""The samplers of one model as the driver sees them: work goes in, groups come out, none is lost.
+
+A thread of its own hears what samplers answer, hands out work while engines have room, and starts
+again what dies, hangs or returns garbage. What it decides is decided by `rollout.dispatch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+
+from rollout.dispatch import (
+    Cause,
+    Command,
+    Died,
+    Dispatch,
+    Job,
+    PoolLimits,
+    Refused,
+    SamplerLost,
+)
+from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest
+from rollout.transfer import SamplerClient
+
+TICK_SECONDS = 0.5
+"""How often the pool looks at the clock when nothing happens."""
+HOOK_SECONDS = 1.0
+"""How long `catch_up` is left alone after a call that left samplers behind."""
+STOP_SECONDS = 10.0
+
+
+class PoolClient(SamplerClient, Protocol):
+    """One life of a sampler, as the pool talks to it."""
+
+    def watch(self, future: Any, then: Callable[[Any], None]) -> None:
+        """Call `then`, on any thread, with the result, or with `Died` or `Refused`."""
+
+    def cancel(self, future: Any) -> None:
+        """Nobody waits for this any more."""
+
+    def kill(self) -> None:
+        """End the process, whatever state it is in."""
+
+
+class SamplerPool:
+    """All samplers of one model.
+
+    `submit` and `collect` are for work that goes on beside the driver; `sample` is a barrier;
+    `answer` has a deadline. All may be called from any thread, and side by side.
+
+    `catch_up` may be set by whoever owns the policy: it is called, by the thread that waits in
+    `collect`, `sample` or `answer`, while samplers that were started again wait for weights
+    (`behind`). It is to send them the current version and to report it with `holds`, or to do
+    nothing where that version is not at hand; it is called again then.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[str], PoolClient],
+        count: int,
+        limits: PoolLimits,
+        name: str = "sampler",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`start` starts the process of a sampler, named `<name>-<place>`, and does not wait."""
+        self.catch_up: Callable[[], None] | None = None
+        self._start, self._limits, self._clock = start, limits, clock
+        self._clients: dict[str, tuple[int, PoolClient]] = {}
+        self._calls: dict[int, Any] = {}
+        self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._changed = threading.Condition(threading.RLock())
+        self._hook = threading.Lock()
+        self._hooked = 0.0
+        self._stopped = False
+        names = [f"{name}-{place}" for place in range(count)]
+        self._dispatch = Dispatch(names, limits, clock())
+        self._carry_out()
+        self._thread = threading.Thread(target=self._run, name=f"{name}-pool", daemon=True)
+        self._thread.start()
+
+    # Work
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Queue groups for `collect`. Raises ValueError for an id that is still on its way."""
+        self._tell(lambda now: self._dispatch.add([Job(r, submitted=True) for r in requests], now))
+
+    def collect(self, count: int, timeout: float | None = None) -> list[Group]:
+        """Wait for `count` submitted groups, in the order they were complete.
+
+        Fewer, maybe none, after `timeout` seconds or where no more are on their way. Raises the
+        error of a request that was refused, and SamplerLost where the pool is past hope.
+        """
+        dispatch = self._dispatch
+        self._wait(
+            lambda: len(dispatch.complete) >= min(count, len(dispatch.submitted)),
+            None if timeout is None else time.monotonic() + timeout,
+        )
+        with self._changed:
+            groups: list[Group] = []
+            while dispatch.complete and len(groups) < count:
+                # A refused one is raised by the call that finds it first: no group goes with it.
+                if groups and isinstance(dispatch.complete[0].outcome, Refused):
+                    break
+                groups.append(_group(dispatch.collected()))
+            return groups
+
+    def abort(self, group_ids: Iterable[str]) -> None:
+        """Drop submitted groups, whether queued, running or complete; unknown ids are ignored."""
+        ids = list(group_ids)
+        self._tell(lambda now: self._dispatch.abort(ids, now))
+
+    def pending(self) -> int:
+        """Submitted groups that were neither collected nor aborted."""
+        with self._changed:
+            return len(self._dispatch.submitted)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        """One group a request, in order. Raises as `collect` does."""
+        jobs = [Job(request) for request in requests]
+        self._tell(lambda now: self._dispatch.add(jobs, now))
+        try:
+            self._wait(_all_over(jobs))
+            return [_group(job) for job in jobs]
+        except BaseException:
+            self._tell(lambda now: self._dispatch.give_up(jobs, now))
+            raise
+
+    def answer(
+        self, requests: Sequence[SampleRequest | ScoreRequest], seconds: float
+    ) -> list[Group | np.ndarray | ReplyError]:
+        """One reply a request, in order, after at most `seconds`; what has none is a ReplyError.
+
+        A request whose sampler is lost is asked again while there is time.
+        """
+        until = self._clock() + seconds
+        jobs = [Job(request, until) for request in requests]
+        self._tell(lambda now: self._dispatch.add(jobs, now))
+        try:
+            self._wait(_all_over(jobs))
+        except SamplerLost as error:
+            self._tell(lambda now: self._dispatch.give_up(jobs, now))
+            return [_answer(job, str(error)) for job in jobs]
+        return [_answer(job, "") for job in jobs]
+
+    # Samplers
+
+    def wait_ready(self, seconds: float) -> None:
+        """Block until every engine is up; an engine's own start-up error is raised."""
+        seats = self._dispatch.seats
+        until = time.monotonic() + seconds
+        self._wait(lambda: bool(seats) and all(seat.up for seat in seats.values()), until)
+        late = [seat.name for seat in seats.values() if not seat.up]
+        if late:
+            raise TimeoutError(
+                f"sampler {late[0]!r} was not up after {seconds:g} s "
+                "(sampler.start_timeout_seconds); see its log in the Ray session folder"
+            )
+
+    def behind(self) -> list[str]:
+        """Samplers, new or started again, that wait for weights before they take work."""
+        with self._changed:
+            return self._dispatch.behind()
+
+    @property
+    def clients(self) -> list[PoolClient]:
+        """The samplers that are up, to send weights to."""
+        with self._changed:
+            return [self._clients[s.name][1] for s in self._dispatch.seats.values() if s.up]
+
+    def wait_clients(self) -> list[PoolClient]:
+        """The samplers that are up, as soon as one is. Raises SamplerLost where none will be."""
+        seats = self._dispatch.seats
+        self._wait(lambda: any(seat.up for seat in seats.values()), hooks=False)
+        return self.clients
+
+    def clients_behind(self) -> list[PoolClient]:
+        """Those of them that wait for weights."""
+        behind = self.behind()
+        return [client for client in self.clients if client.name in behind]
+
+    def begin_transfer(self) -> None:
+        """A transfer begins: no sampler is pinged until `holds` or `replace`."""
+        self._tell(lambda now: setattr(self._dispatch, "transferring", True))
+
+    def holds(self, version: int, clients: Sequence[PoolClient]) -> None:
+        """A transfer of a policy version to these clients is over; they take work with it."""
+
+        def reached(now: float) -> None:
+            self._dispatch.transferring = False
+            lives = {name: life for name, (life, c) in self._clients.items() if c in clients}
+            self._dispatch.holds(version, lives, now)
+
+        self._tell(reached)
+
+    def replace(self, client: SamplerClient, cause: Cause, message: str) -> None:
+        """End a sampler that is of no use and start it again; nothing where it is ended already.
+
+        Raises SamplerLost where it was replaced too often.
+        """
+
+        def lose(now: float) -> None:
+            self._dispatch.transferring = False
+            life, known = self._clients.get(client.name, (-1, None))
+            if known is client:
+                self._dispatch.lost(client.name, life, cause, message, now)
+
+        self._tell(lose)
+        self._raise()
+
+    def resize(self, count: int) -> None:
+        """Make the pool `count` samplers large; those that leave finish what they have."""
+        self._tell(lambda now: self._dispatch.resize(count, now))
+
+    def size(self) -> int:
+        """Samplers of the pool, whether up or not; those that leave are not counted."""
+        with self._changed:
+            return sum(not seat.retiring for seat in self._dispatch.seats.values())
+
+    def counts(self) -> dict[str, float]:
+        """What befell the samplers since the pool began; names are in docs/metrics.md."""
+        with self._changed:
+            return self._dispatch.counts(self._clock())
+
+    def weight_checksums(self) -> dict[str, dict[str, str]]:
+        """Sampler -> digest of every parameter as its engine holds it."""
+        asked = [(client, client.call("weight_checksums")) for client in self.clients]
+        return {c.name: c.wait(f, self._limits.request_seconds) for c, f in asked}
+
+    def stop(self) -> None:
+        """Shut the engines down, then their actors."""
+        with self._changed:
+            self._stopped = True
+        self._events.put(())
+        self._thread.join()
+        _retire([client for _, client in self._clients.values()])
+
+    # Inside
+
+    def _tell(self, event: Callable[[float], None]) -> None:
+        """Let the dispatch know of something, and the thread carry out what follows."""
+        with self._changed:
+            event(self._clock())
+            self._changed.notify_all()
+        self._events.put(())
+
+    def _raise(self) -> None:
+        with self._changed:
+            if self._dispatch.error is not None:
+                raise self._dispatch.error
+
+    def _wait(
+        self, done: Callable[[], bool], until: float | None = None, hooks: bool = True
+    ) -> None:
+        """Wait, on the caller's thread, until `done` or `until`; raises the pool's own error."""
+        while True:
+            with self._changed:
+                while True:
+                    left = TICK_SECONDS if until is None else until - time.monotonic()
+                    if done() or left <= 0:
+                        return
+                    self._raise()
+                    if hooks and self._hook_is_due():
+                        break
+                    self._changed.wait(min(TICK_SECONDS, left))
+            self._call_hook()
+
+    def _hook_is_due(self) -> bool:
+        waited = time.monotonic() - self._hooked >= HOOK_SECONDS
+        return self.catch_up is not None and waited and bool(self._dispatch.behind())
+
+    def _call_hook(self) -> None:
+        with self._hook:
+            if self._hook_is_due() and self.catch_up is not None:
+                try:
+                    self.catch_up()
+                finally:
+                    self._hooked = time.monotonic()
+
+    def _run(self) -> None:
+        """The pool's thread: events in, commands out."""
+        try:
+            while not self._stopped:
+                events = [self._next_event()]
+                while not self._events.empty():
+                    events.append(self._events.get())
+                with self._changed:
+                    for event in filter(None, events):
+                        self._hear(*event)
+                    # After what was heard: an answer that waited for this thread is not late.
+                    self._dispatch.tick(self._clock())
+                    self._changed.notify_all()
+                self._carry_out()
+        except BaseException as error:
+            with self._changed:
+                self._dispatch.error = error
+                self._changed.notify_all()
+            raise
+
+    def _next_event(self) -> tuple[Any, ...]:
+        due = self._dispatch.next_due()
+        left = TICK_SECONDS if due is None else due - self._clock()
+        try:
+            return self._events.get(timeout=max(0.0, min(TICK_SECONDS, left)))
+        except queue.Empty:
+            return ()
+
+    def _hear(self, what: str, name: str, life: int, ticket: int, result: Any) -> None:
+        now, dispatch = self._clock(), self._dispatch
+        if what == "send":
+            self._calls.pop(ticket, None)
+            dispatch.replied(name, life, ticket, result, now)
+        elif not isinstance(result, Died | Refused):
+            if what == "start":
+                dispatch.started(name, life, result, now)
+            else:
+                dispatch.ponged(name, life, now)
+        elif what == "start" and dispatch.initial:
+            own = result.error if isinstance(result, Refused) else None
+            dispatch.error = dispatch.error or own or SamplerLost(result.message)
+        else:
+            known: Cause = "engine" if isinstance(result, Refused) else result.cause
+            dispatch.lost(name, life, "start" if what == "start" else known, result.message, now)
+
+    def _carry_out(self) -> None:
+        """Do what the dispatch asks for. Only the pool's thread is here (and its maker, once)."""
+        with self._changed:
+            commands = self._dispatch.take()
+        for command in commands:
+            self._do(command)
+
+    def _do(self, command: Command) -> None:
+        name, life = command.name, command.life
+        if command.do == "start":
+            fresh = self._start(name)
+            with self._changed:
+                self._clients[name] = (life, fresh)
+            self._watch(command, fresh, fresh.call("ready"))
+            return
+        held, client = self._clients[name]
+        if held != life:
+            return
+        if command.do == "send":
+            call = client.call("answer", command.request)
+            self._calls[command.ticket] = call
+            self._watch(command, client, call)
+        elif command.do == "drop":
+            client.cancel(self._calls.pop(command.ticket))
+        elif command.do == "ping":
+            self._watch(command, client, client.call("ping"))
+        else:
+            with self._changed:
+                del self._clients[name]
+            if command.do == "kill":
+                client.kill()
+            else:
+                threading.Thread(target=_retire, args=([client],), daemon=True).start()
+
+    def _watch(self, command: Command, client: PoolClient, future: Any) -> None:
+        heard = (command.do, command.name, command.life, command.ticket)
+        client.watch(future, lambda result: self._events.put((*heard, result)))
+
+
+def _retire(clients: Sequence[PoolClient]) -> None:
+    """Let engines shut down side by side, then end their processes."""
+    asked = [(client, client.call("shutdown")) for client in clients]
+    until = time.monotonic() + STOP_SECONDS
+    for client, future in asked:
+        done: Future[Any] = Future()
+        client.watch(future, done.set_result)
+        # One that cannot shut down is ended as one that can.
+        with contextlib.suppress(TimeoutError):
+            done.result(max(0.0, until - time.monotonic()))
+        client.kill()
+
+
+def _group(job: Job) -> Group:
+    """A finished job's group, or its error raised."""
+    if isinstance(job.outcome, Refused):
+        raise job.outcome.error
+    if not isinstance(job.outcome, Group):
+        raise TypeError(f"{job.id}: expected a group, got {type(job.outcome).__name__}")
+    return job.outcome
+
+
+def _answer(job: Job, lost: str) -> Group | np.ndarray | ReplyError:
+    """A finished job's reply; one that never will be finished was `lost` with its samplers."""
+    if job.outcome is None:
+        return ReplyError(job.id, "sampler_died", lost)
+    if isinstance(job.outcome, Refused):
+        return ReplyError(job.id, "refused", job.outcome.message)
+    return job.outcome
+
+
+def _all_over(jobs: Sequence[Job]) -> Callable[[], bool]:
+    """Whether all jobs have their outcome; asking costs what was finished since."""
+    left = deque(jobs)
+
+    def over() -> bool:
+        while left and left[0].outcome is not None:
+            left.popleft()
+        return not left
+
+    return over

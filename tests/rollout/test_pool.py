@@ -1,0 +1,238 @@
+"""The pool's thread and its callers, with samplers that answer from threads of their own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rollout.dispatch import Died, PoolLimits, Refused, SamplerLost
+from rollout.pool import SamplerPool
+from rollout.record import Group
+from tests.rollout.pretend import VOCABULARY, group, request, score_request
+
+LIMITS = PoolLimits(sequences=16, max_restarts=10**9)
+
+
+class Threaded:
+    """A sampler on the threads of a pool; `fate(request)` may put `Died` in place of a reply."""
+
+    def __init__(self, name: str, threads: ThreadPoolExecutor, fate: Callable[[Any], Any]) -> None:
+        self.name, self._threads, self._fate = name, threads, fate
+        self.alive, self.version = True, -1
+        self.answered: list[str] = []
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return self._threads.submit(self._run, method, *args)
+
+    def wait(self, future: Future[Any], seconds: float) -> Any:
+        return future.result(seconds)
+
+    def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
+        future.add_done_callback(lambda done: then(done.result()))
+
+    def cancel(self, future: Future[Any]) -> None:
+        future.cancel()
+
+    def kill(self) -> None:
+        self.alive = False
+
+    def _run(self, method: str, *args: Any) -> Any:
+        if method == "ready":
+            return VOCABULARY
+        if method == "answer":
+            return self._fate(args[0]) or self._reply(args[0])
+        return None
+
+    def _reply(self, asked: Any) -> Any:
+        if not self.alive:
+            return Died("actor", f"{self.name}: gone")
+        if hasattr(asked, "group_id"):
+            return group(asked, self.name)
+        return -np.ones(len(asked.response_ids), np.float32)
+
+
+class Samplers:
+    """What a pool starts its samplers with; remembers every life."""
+
+    def __init__(self, fate: Callable[[Any], Any] = lambda asked: None) -> None:
+        self.threads = ThreadPoolExecutor(4)
+        self.fate = fate
+        self.lives: list[Threaded] = []
+
+    def __call__(self, name: str) -> Threaded:
+        self.lives.append(Threaded(name, self.threads, self.fate))
+        return self.lives[-1]
+
+
+@pytest.fixture
+def samplers() -> Iterator[Samplers]:
+    made = Samplers()
+    yield made
+    made.threads.shutdown()
+
+
+def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers) -> None:
+    lock, rng = threading.Lock(), np.random.default_rng(0)
+
+    def fate(asked: Any) -> Any:
+        with lock:
+            unlucky = rng.random() < 0.02
+        return Died("actor", "gone") if unlucky else None
+
+    samplers.fate = fate
+    pool = SamplerPool(samplers, 3, LIMITS)
+    pool.wait_ready(60)
+    wrong: list[str] = []
+
+    def evaluate(number: int) -> None:
+        for turn in range(5):
+            asked = [request(f"eval-{number}-{turn}-{i}", f"p-{i}", n=1) for i in range(30)]
+            found = [g.group_id for g in pool.sample(asked)]
+            if found != [r.group_id for r in asked]:
+                wrong.append(f"{number}/{turn}")
+
+    def question() -> None:
+        for turn in range(10):
+            replies = pool.answer([score_request(f"s-{turn}-{i}", i) for i in range(10)], 60)
+            if [len(r) for r in replies] != list(range(10)):  # type: ignore[arg-type]
+                wrong.append(f"question {turn}")
+
+    threads = [threading.Thread(target=evaluate, args=(i,)) for i in range(2)]
+    threads += [threading.Thread(target=question)]
+    for thread in threads:
+        thread.start()
+    found: Counter[str] = Counter()
+    for start in range(0, 1000, 100):
+        pool.submit([request(f"g-{i}") for i in range(start, start + 100)])
+        found.update(g.group_id for g in pool.collect(80))
+    found.update(g.group_id for g in pool.collect(pool.pending()))
+    for thread in threads:
+        thread.join()
+    assert not wrong and pool.pending() == 0
+    assert found == Counter(f"g-{i}" for i in range(1000))
+    counts = pool.counts()
+    assert counts["restarts/actor"] == len(samplers.lives) - 3 > 0
+    assert pool.collect(5) == [], "nothing is on its way"
+    pool.stop()
+
+
+def test_the_only_sampler_gets_its_weights_by_the_hook_while_the_driver_waits(
+    samplers: Samplers,
+) -> None:
+    unlucky = {"g-3": 2, "eval": 1, "s": 1}
+
+    def fate(asked: Any) -> Any:
+        name = asked.group_id if hasattr(asked, "group_id") else asked.request_id
+        unlucky[name] = unlucky.get(name, 0) - 1
+        if unlucky[name] >= 0:
+            return Died("engine", "EngineDied: gone")
+        # The life that answers must be the one that the driver gave weights to.
+        return None if samplers.lives[-1].version == 7 else Refused(ValueError(name), "stale")
+
+    samplers.fate = fate
+    pool = SamplerPool(samplers, 1, LIMITS)
+    pool.wait_ready(60)
+    hooked: list[str] = []
+
+    def send() -> None:
+        clients = pool.clients
+        for client in clients:
+            client.version = 7  # type: ignore[attr-defined]
+        pool.holds(7, clients)
+
+    def catch_up() -> None:
+        hooked.append(threading.current_thread().name)
+        assert pool.behind() == ["sampler-0"]
+        send()
+
+    send()
+    pool.catch_up = catch_up
+    pool.submit([request(f"g-{i}") for i in range(6)])
+    assert sorted(g.group_id for g in pool.collect(6, 60)) == [f"g-{i}" for i in range(6)]
+    assert [g.group_id for g in pool.sample([request("eval")])] == ["eval"]
+    (reply,) = pool.answer([score_request("s")], 60)
+    assert isinstance(reply, np.ndarray)
+    assert hooked == [threading.current_thread().name] * 4
+    pool.stop()
+
+
+def test_collect_says_what_there_is_by_its_time_and_raises_a_refusal_alone(
+    samplers: Samplers,
+) -> None:
+    gate = threading.Event()
+
+    def fate(asked: Any) -> Any:
+        if asked.group_id == "slow":
+            gate.wait(60)
+        return Refused(ValueError("too long"), "x") if asked.group_id == "bad" else None
+
+    samplers.fate = fate
+    pool = SamplerPool(samplers, 1, LIMITS)
+    pool.wait_ready(60)
+    pool.submit([request("slow")])
+    assert pool.collect(1, 0.0) == []
+    pool.submit([request("a"), request("bad"), request("b")])
+    found: list[str] = []
+    errors = 0
+    while len(found) + errors < 3:
+        try:
+            found += [g.group_id for g in pool.collect(1, 60)]
+        except ValueError:
+            errors += 1
+    assert sorted(found) == ["a", "b"] and errors == 1 and pool.pending() == 1
+    with pytest.raises(ValueError, match="submitted twice"):
+        pool.submit([request("slow")])
+    pool.abort(["slow"])
+    assert pool.pending() == 0 and pool.collect(1) == []
+    gate.set()
+    pool.stop()
+
+
+def test_a_pool_that_loses_hope_wakes_those_who_wait(samplers: Samplers) -> None:
+    gate = threading.Event()
+    samplers.fate = lambda asked: gate.wait(60) and Died("engine", "EngineDied: no more")
+    pool = SamplerPool(samplers, 1, PoolLimits(max_restarts=0))
+    pool.wait_ready(60)
+    threading.Timer(0.3, gate.set).start()
+    pool.submit([request("g")])
+    with pytest.raises(SamplerLost, match="max_restarts = 0; the last time: EngineDied: no more"):
+        pool.collect(1)
+    for call in (
+        lambda: pool.sample([request("h")]),
+        pool.wait_clients,
+        lambda: pool.wait_ready(9),
+    ):
+        with pytest.raises(SamplerLost):
+            call()
+    pool.stop()
+
+
+def test_a_sampler_replaced_by_the_driver_hands_its_work_on(samplers: Samplers) -> None:
+    gate = threading.Event()
+    samplers.fate = lambda asked: gate.wait(60) and None
+    pool = SamplerPool(samplers, 2, LIMITS)
+    pool.wait_ready(60)
+    pool.submit([request("g-0"), request("g-1")])
+    first = pool.clients
+    pool.replace(first[1], "transfer", "did not finish load_weights")
+    pool.replace(first[1], "transfer", "said twice")
+    gate.set()
+    found = {g.group_id: g.rollouts[0].sampler for g in pool.collect(2, 60)}
+    assert found.keys() == {"g-0", "g-1"} and found["g-0"] == "sampler-0"
+    assert pool.counts()["restarts/transfer"] == 1
+    pool.wait_ready(60)
+    assert pool.clients[0] is first[0] and pool.clients[1] is not first[1]
+    pool.resize(1)
+    assert pool.size() == 1 and isinstance(pool.sample([request("h")])[0], Group)
+    until = time.monotonic() + 30
+    while samplers.lives[-1].alive:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    pool.stop()
