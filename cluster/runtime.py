@@ -7,9 +7,8 @@ actor's own error on top, is written to the run folder, and ends the run; nothin
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluster.checkpoints import Position, Resumed
 from cluster.config import Recipe, RunFailed, UserError
 from cluster.placement import frozen_models, require_cluster
 from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.supervision import Delivery
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
@@ -205,10 +205,12 @@ class LivePolicy:
         self.samplers = sampler_pool(recipe, None if learner.resume else learner.model)
         self.learner = learner_group(recipe, learner)
         self._starting = self.learner.start_async()
-        self._sending = threading.RLock()
-        self._attached: list[PoolClient] = []
-        self._sent = (-1, -1)
-        self.samplers.catch_up = self._catch_up
+        self._delivery = Delivery(
+            self.samplers,
+            self.learner,
+            self._sender,
+            reaches_some=recipe.transfer.transport == "host",
+        )
 
     def wait_ready(self) -> None:
         """Return once all are up."""
@@ -216,47 +218,8 @@ class LivePolicy:
         self.samplers.wait_ready(self.recipe.sampler.start_timeout_seconds)
 
     def send_weights(self, version: int) -> TransferReport:
-        """Send the learner's weights to every sampler that is up, as a policy version.
-
-        A sampler that fails the transfer or its deadline is started again, and the transfer is
-        made again to the others. Raises SamplerLost where a sampler failed too often.
-        """
-        with self._sending:
-            report = self._transfer(version, self.samplers.wait_clients)
-            self._sent = (version, self.learner.updates)
-            return report
-
-    def _catch_up(self) -> None:
-        """Send the version of the last transfer to samplers that were started again since.
-
-        Where the learner has newer weights by now, it is left to their transfer.
-        """
-        with self._sending:
-            version, updates = self._sent
-            if version >= 0 and updates == self.learner.updates and self.samplers.behind():
-                # `host` can reach some and leave the others at work; a collective is of all.
-                some = self.recipe.transfer.transport == "host"
-                pool = self.samplers
-                self._transfer(version, pool.clients_behind if some else pool.wait_clients)
-
-    def _transfer(self, version: int, receivers: Callable[[], list[PoolClient]]) -> TransferReport:
-        while True:
-            clients = receivers()
-            if clients != self._attached:
-                self.learner.attach_sender(self._sender(clients))
-                self._attached = clients
-            self.samplers.begin_transfer()
-            try:
-                report: TransferReport = self.learner.send_weights(version)
-            except WeightTransferError as error:
-                own = getattr(error, "cause", error)
-                failed = next((c for c in clients if c.name == own.sampler), None)
-                if failed is None:
-                    raise
-                self.samplers.replace(failed, "transfer", str(own))
-                continue
-            self.samplers.holds(version, clients)
-            return report
+        """Send the learner's weights to the samplers as a policy version (see `Delivery`)."""
+        return self._delivery.send(version)
 
     def _sender(self, clients: list[PoolClient]) -> WeightSender:
         transfer = self.recipe.transfer

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 
+from rollout.dispatch import Died
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from tasks.core import Parsed, Problem
 
@@ -58,3 +64,72 @@ def group(asked: SampleRequest, sampler: str = "sampler-0") -> Group:
             for place, length in enumerate(rng.integers(0, asked.sampling.max_tokens + 1, asked.n))
         ),
     )
+
+
+class Threaded:
+    """A sampler on the threads of a pool; `fate(request)` may put `Died` in place of a reply."""
+
+    over = threading.Event()
+    """Lets go of what hangs, at the end of a test."""
+
+    def __init__(self, name: str, threads: ThreadPoolExecutor, fate: Callable[[Any], Any]) -> None:
+        self.name, self._threads, self.fate = name, threads, fate
+        self.alive, self.version = True, -1
+        self.reached = threading.Event()
+        self.fails_in: tuple[str, ...] = ()
+        self.hangs_in: tuple[str, ...] = ()
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return self._threads.submit(self._run, method, *args)
+
+    def wait(self, future: Future[Any], seconds: float) -> Any:
+        return future.result(seconds)
+
+    def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
+        future.add_done_callback(lambda done: then(done.result()))
+
+    def cancel(self, future: Future[Any]) -> None:
+        future.cancel()
+
+    def kill(self) -> None:
+        self.alive = False
+
+    def _run(self, method: str, *args: Any) -> Any:
+        if method == "ready":
+            return VOCABULARY
+        if method == "answer":
+            return self.fate(args[0]) or self._reply(args[0])
+        if method in self.fails_in:
+            raise ValueError("out of cheese")
+        if method in self.hangs_in:
+            self.over.wait()
+        if method == "finish_weight_update":
+            self.version = args[0]
+            self.reached.set()
+        return None
+
+    def _reply(self, asked: Any) -> Any:
+        if not self.alive:
+            return Died("actor", f"{self.name}: gone")
+        if hasattr(asked, "group_id"):
+            return group(asked, self.name)
+        return -np.ones(len(asked.response_ids), np.float32)
+
+
+class Samplers:
+    """What a pool starts its samplers with; remembers every life."""
+
+    def __init__(self, fate: Callable[[Any], Any] = lambda asked: None) -> None:
+        self.threads = ThreadPoolExecutor(8)
+        self.fate = fate
+        self.lives: list[Threaded] = []
+
+    def __call__(self, name: str) -> Threaded:
+        self.lives.append(Threaded(name, self.threads, self.fate))
+        return self.lives[-1]
+
+    def close(self) -> None:
+        """End all threads, those that hang too."""
+        Threaded.over.set()
+        self.threads.shutdown()
+        Threaded.over.clear()

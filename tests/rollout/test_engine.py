@@ -24,7 +24,7 @@ from learner.policy import Policy, load_policy, make_collator
 from rollout.engine import Engine, EngineDied, EngineSettings, SamplerError
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
-from rollout.transfer import HostSender
+from rollout.transfer import HostSender, WeightTransferError
 from tasks.core import SEGMENTS, Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
@@ -181,6 +181,38 @@ def test_a_transfer_changes_what_the_engine_holds_and_the_way_back_is_exact(live
     assert all((r.versions == 1).all() for g in groups for r in g.rollouts)
     live.send("perturbed", 2)
     assert live.checksums() == live.first_checksums
+
+
+class OutOfCheese:
+    """A sampler that fails in its third bucket."""
+
+    name = "sampler-1"
+
+    def __init__(self) -> None:
+        self.buckets = 0
+
+    def call(self, method: str, *args: Any) -> None:
+        self.buckets += method == "load_weights"
+
+    def wait(self, future: Any, seconds: float) -> None:
+        if self.buckets == 3:
+            raise ValueError("out of cheese")
+
+
+def test_a_transfer_that_another_sampler_failed_is_made_again(live: Live) -> None:
+    problems = mixed_sizes(2)
+    source = _Source(live.weights["original"])
+    with pytest.raises(WeightTransferError, match="'sampler-1' failed in load_weights") as failed:
+        HostSender([live, OutOfCheese()], 60).send(source, 1, rank=0)
+    assert failed.value.sampler == "sampler-1"
+    # Asked while some weights are newer than others, drawn when all are.
+    waiting = live.call("sample", SampleRequest("g", problems[0], 2, Sampling(max_tokens=9)), TASK)
+    live.send("original", 1)
+    groups = [live.wait(waiting, 300), *live.sample(problems)]
+    assert live.learner_gap("original", groups) < 1e-4
+    live.send("perturbed", 2)
+    assert live.checksums() == live.first_checksums
+    assert live.wait(live.call("ping"), 60) is None
 
 
 def test_what_a_group_draws_hangs_on_its_id_and_not_on_its_company(live: Live) -> None:

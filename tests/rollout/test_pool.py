@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,67 +14,16 @@ import pytest
 from rollout.dispatch import Died, PoolLimits, Refused, SamplerLost
 from rollout.pool import SamplerPool
 from rollout.record import Group
-from tests.rollout.pretend import VOCABULARY, group, request, score_request
+from tests.rollout.pretend import Samplers, request, score_request
 
 LIMITS = PoolLimits(sequences=16, max_restarts=10**9)
-
-
-class Threaded:
-    """A sampler on the threads of a pool; `fate(request)` may put `Died` in place of a reply."""
-
-    def __init__(self, name: str, threads: ThreadPoolExecutor, fate: Callable[[Any], Any]) -> None:
-        self.name, self._threads, self._fate = name, threads, fate
-        self.alive, self.version = True, -1
-        self.answered: list[str] = []
-
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        return self._threads.submit(self._run, method, *args)
-
-    def wait(self, future: Future[Any], seconds: float) -> Any:
-        return future.result(seconds)
-
-    def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
-        future.add_done_callback(lambda done: then(done.result()))
-
-    def cancel(self, future: Future[Any]) -> None:
-        future.cancel()
-
-    def kill(self) -> None:
-        self.alive = False
-
-    def _run(self, method: str, *args: Any) -> Any:
-        if method == "ready":
-            return VOCABULARY
-        if method == "answer":
-            return self._fate(args[0]) or self._reply(args[0])
-        return None
-
-    def _reply(self, asked: Any) -> Any:
-        if not self.alive:
-            return Died("actor", f"{self.name}: gone")
-        if hasattr(asked, "group_id"):
-            return group(asked, self.name)
-        return -np.ones(len(asked.response_ids), np.float32)
-
-
-class Samplers:
-    """What a pool starts its samplers with; remembers every life."""
-
-    def __init__(self, fate: Callable[[Any], Any] = lambda asked: None) -> None:
-        self.threads = ThreadPoolExecutor(4)
-        self.fate = fate
-        self.lives: list[Threaded] = []
-
-    def __call__(self, name: str) -> Threaded:
-        self.lives.append(Threaded(name, self.threads, self.fate))
-        return self.lives[-1]
 
 
 @pytest.fixture
 def samplers() -> Iterator[Samplers]:
     made = Samplers()
     yield made
-    made.threads.shutdown()
+    made.close()
 
 
 def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers) -> None:

@@ -1,0 +1,129 @@
+"""Weights reach the samplers there are, whichever fails, and never under a wrong name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.supervision import Delivery
+from rollout.dispatch import Died, PoolLimits, SamplerLost
+from rollout.pool import PoolClient, SamplerPool
+from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
+from tests.rollout.pretend import Samplers, request
+
+
+class Learner:
+    """Counts what a learner would gather."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.gathered = 0
+        self.senders = 0
+
+    def attach_sender(self, sender: WeightSender) -> None:
+        self.sender = sender
+        self.senders += 1
+
+    def send_weights(self, version: int) -> TransferReport:
+        report = self.sender.send(self, version, 0)
+        assert report is not None
+        return report
+
+    def metadata(self) -> list[Any]:
+        return []
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        raise NotImplementedError
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        for place in range(3):
+            yield [f"layer.{place}"], [torch.ones(2)]
+        self.gathered += 1
+
+
+@pytest.fixture
+def samplers() -> Iterator[Samplers]:
+    made = Samplers()
+    yield made
+    made.close()
+
+
+def start(
+    samplers: Samplers, count: int, restarts: int = 5
+) -> tuple[SamplerPool, Learner, Delivery]:
+    pool = SamplerPool(samplers, count, PoolLimits(max_restarts=restarts))
+    pool.wait_ready(60)
+    learner = Learner()
+
+    def sender_to(clients: list[PoolClient]) -> WeightSender:
+        return HostSender(clients, 5.0)
+
+    return pool, learner, Delivery(pool, learner, sender_to, reaches_some=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "step"),
+    [
+        ("fails", "begin_weight_update"),
+        ("fails", "load_weights"),
+        ("fails", "finish_weight_update"),
+        ("hangs", "load_weights"),
+    ],
+)
+def test_a_transfer_is_made_again_without_the_sampler_that_failed_it(
+    samplers: Samplers, what: str, step: str
+) -> None:
+    pool, learner, delivery = start(samplers, 2)
+    delivery.send(1)
+    assert [s.version for s in samplers.lives] == [1, 1] and learner.senders == 1
+    setattr(samplers.lives[1], f"{what}_in", (step,))
+    report = delivery.send(2)
+    assert report.groups == 3
+    # Also a transfer that failed gathers to its end, as the other ranks of a learner do.
+    assert learner.gathered == 3
+    assert pool.counts()["restarts/transfer"] == 1
+    assert samplers.lives[0].version == 2
+    pool.wait_ready(60)
+    assert [s.alive for s in samplers.lives] == [True, False, True]
+    # The fresh one takes work only with the weights, which it gets while the driver waits: no
+    # group is done before it has them.
+    fresh = samplers.lives[-1]
+    for life in samplers.lives:
+        life.fate = lambda asked: fresh.reached.wait(60) and None
+    found = pool.sample([request(f"g-{i}", n=200) for i in range(8)])
+    assert fresh.version == 2
+    assert {g.rollouts[0].sampler for g in found} == {"sampler-0", "sampler-1"}
+    pool.stop()
+
+
+def test_weights_that_are_newer_than_the_last_transfer_never_go_by_its_name(
+    samplers: Samplers,
+) -> None:
+    deaths = [Died("actor", "gone")]
+    samplers.fate = lambda asked: deaths.pop() if deaths else None
+    pool, learner, delivery = start(samplers, 1)
+    delivery.send(1)
+    learner.updates += 1  # an update was begun; its weights are sent as version 2
+    pool.submit([request("g")])
+    assert pool.collect(1, 2.5) == [] and pool.behind() == ["sampler-0"]
+    delivery.send(2)
+    assert [g.group_id for g in pool.collect(1, 60)] == ["g"]
+    assert [s.version for s in samplers.lives] == [1, 2]
+    pool.stop()
+
+
+def test_the_last_restart_ends_it_with_the_transfers_own_words(samplers: Samplers) -> None:
+    pool, _, delivery = start(samplers, 2, restarts=0)
+    samplers.lives[0].hangs_in = ("load_weights",)
+    with pytest.raises(SamplerLost, match=r"'sampler-0' did not finish load_weights within .* 5 s"):
+        delivery.send(1)
+    pool.stop()
+
+
+def test_the_error_keeps_the_name_of_its_sampler_on_its_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(WeightTransferError("words", "sampler-3")))
+    assert (str(error), error.sampler) == ("words", "sampler-3")
