@@ -182,6 +182,18 @@ def report(
 
 
 @app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that goes on, on this machine")],
+    samplers: Annotated[int, typer.Option(min=1, help="How many samplers it is to have")],
+) -> None:
+    """Give a run that goes on more samplers, or fewer, from its next step."""
+    from cluster.scaling import ask
+
+    ask(run, samplers)
+    print(f"{run}: {samplers} samplers from its next step; see sampler/asked and sampler/count")
+
+
+@app.command()
 def ablate(
     ablation: Annotated[Path, typer.Argument(help="A TOML ablation: recipes/ablations/...")],
     dry_run: Annotated[

@@ -18,6 +18,7 @@ from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metr
 from cluster.problems import step_problems
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
+from cluster.scaling import scale_as_asked
 from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
@@ -57,6 +58,7 @@ def run_training(
         before = at.before or measure(run, tracker, step=0)
         step, version, spent = at.step, at.version, at.spent
         while not is_over(recipe.algorithm, step, spent):
+            scale_as_asked(run, folder, progress)
             share = run_share(recipe.algorithm, step, spent)
             step += 1
             clock = StepClock()

@@ -369,6 +369,7 @@ class Dispatch:
         """Numbers for the metrics, since the pool began (see docs/metrics.md)."""
         seats = list(self.seats.values())
         found = {
+            "asked": float(sum(not seat.retiring for seat in seats)),
             "count": float(sum(seat.takes_work for seat in seats)),
             "absent": float(sum(seat.absent for seat in seats)),
             "restarts": float(sum(self.causes.values())),

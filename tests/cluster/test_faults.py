@@ -110,6 +110,8 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         engine_of_second.kill()
         driver.wait("engines started again", lambda: driver.steps() >= stands + 2, 400)
         (worker,) = driver.below("ray::RewardWorker")
+        worker.suspend()
+        time.sleep(5)  # until groups wait for it
         worker.kill()
         driver.wait_steps(2)
         driver.wait("both samplers at work", lambda: driver.metric("sampler/count") == 2, 400)

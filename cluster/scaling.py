@@ -1,0 +1,87 @@
+"""`equipoise scale`: how many samplers a run has that goes on, from another process.
+
+The wish is a file in the run folder, since all that a process on this machine needs to know of a
+run is its folder. The driver reads it before each step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import ray
+
+from cluster.config import UserError
+from cluster.placement import require_cluster
+from cluster.runtime import LivePolicy
+from cluster.tracking import Progress
+
+WISH = "scale.json"
+
+
+def ask(run: Path, samplers: int) -> None:
+    """Leave the wish for `samplers` samplers. Raises UserError where no process runs `run`."""
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"{run}: not a run folder (it has no recipe.toml)")
+    if not _is_held(run):
+        raise UserError(
+            f"{run}: no process is running it; to go on with it: equipoise train --resume {run} "
+            f"--set sampler.count={samplers}"
+        )
+    fresh = run / f".{WISH}.{os.getpid()}"
+    fresh.write_text(json.dumps({"samplers": samplers}), encoding="utf-8")
+    fresh.replace(run / WISH)
+
+
+def asked(run: Path) -> int | None:
+    """The number of samplers that was asked for since the last call, if any was.
+
+    Raises UserError for a file that `ask` did not write.
+    """
+    wish = run / WISH
+    taken = run / f".{WISH}.taken"
+    try:
+        wish.replace(taken)
+    except FileNotFoundError:
+        return None
+    text = taken.read_text(encoding="utf-8")
+    taken.unlink()
+    try:
+        samplers = json.loads(text)["samplers"]
+    except (ValueError, KeyError, TypeError):
+        samplers = None
+    if not isinstance(samplers, int) or isinstance(samplers, bool) or samplers < 1:
+        raise UserError(
+            f'{wish}: expected {{"samplers": N}} with N of 1 or more, got {text[:80]!r}'
+        )
+    return samplers
+
+
+def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
+    """Do what was asked of a run since the last call; what cannot be done is said and left."""
+    try:
+        samplers = asked(run)
+        if samplers is None or samplers == live.samplers.size():
+            return
+        sampler = live.recipe.sampler.model_copy(update={"count": samplers})
+        wanted = live.recipe.model_copy(update={"sampler": sampler})
+        require_cluster(wanted, ray.cluster_resources(), "train")
+    except UserError as error:
+        progress.say(f"warning: not scaled: {error}")
+        return
+    progress.say(f"samplers: {live.samplers.size()} -> {samplers}")
+    live.samplers.resize(samplers)
+
+
+def _is_held(run: Path) -> bool:
+    """Whether a live process holds the run folder (see `cluster.checkpoints.claimed`)."""
+    try:
+        with (run / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
