@@ -85,6 +85,8 @@ def run_training(
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
             tell_mismatch(recipe, metrics, progress)
+            for loss in run.samplers.news():
+                progress.say(f"warning: {loss}")
             progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)

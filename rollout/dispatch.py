@@ -167,6 +167,7 @@ class Dispatch:
         self.causes: Counter[Cause] = Counter()
         self.resampled: Counter[Cause] = Counter()
         self.refused = 0
+        self.news: list[str] = []
         for name in names:
             self._open(name, now)
 
@@ -306,6 +307,8 @@ class Dispatch:
             (self._waiting if job.submitted else self._urgent).appendleft(job)
         self.causes[cause] += 1
         self.resampled[cause] += sum(isinstance(job.request, SampleRequest) for job in jobs)
+        first = message.strip().split("\n")[0]
+        self.news.append(f"sampler {name!r} is lost: {first}; {len(jobs)} requests are asked again")
         self._rest(seat, now)
         if seat.retiring:
             self._close(seat, "kill")

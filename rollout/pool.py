@@ -229,6 +229,12 @@ class SamplerPool:
         with self._changed:
             return self._dispatch.counts(self._clock())
 
+    def news(self) -> list[str]:
+        """Which samplers were lost since the last call, and why: sentences for the user."""
+        with self._changed:
+            news, self._dispatch.news = self._dispatch.news, []
+        return news
+
     def weight_checksums(self) -> dict[str, dict[str, str]]:
         """Sampler -> digest of every parameter as its engine holds it."""
         asked = [(client, client.call("weight_checksums")) for client in self.clients]
@@ -264,11 +270,14 @@ class SamplerPool:
             with self._changed:
                 while True:
                     left = TICK_SECONDS if until is None else until - time.monotonic()
-                    if done() or left <= 0:
+                    if done():
                         return
                     self._raise()
+                    # Before the look at the clock: a driver that only polls serves it too.
                     if hooks and self._hook_is_due():
                         break
+                    if left <= 0:
+                        return
                     self._changed.wait(min(TICK_SECONDS, left))
             self._call_hook()
 

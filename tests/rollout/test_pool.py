@@ -108,6 +108,15 @@ def test_the_only_sampler_gets_its_weights_by_the_hook_while_the_driver_waits(
     (reply,) = pool.answer([score_request("s")], 60)
     assert isinstance(reply, np.ndarray)
     assert hooked == [threading.current_thread().name] * 4
+    # A driver that only looks in from time to time is told as well.
+    unlucky["poll"] = 1
+    pool.submit([request("poll")])
+    until, found = time.monotonic() + 60, []
+    while not found and time.monotonic() < until:
+        found = pool.collect(1, 0.0)
+        time.sleep(0.01)
+    assert [g.group_id for g in found] == ["poll"] and len(hooked) == 5
+    assert len(pool.news()) == 5 and pool.news() == []
     pool.stop()
 
 
