@@ -361,7 +361,9 @@ class SamplerPool:
             self._calls[command.ticket] = call
             self._watch(command, client, call)
         elif command.do == "drop":
-            client.cancel(self._calls.pop(command.ticket))
+            # Its reply may have come between the decision and here.
+            if (call := self._calls.pop(command.ticket, None)) is not None:
+                client.cancel(call)
         elif command.do == "ping":
             self._watch(command, client, client.call("ping"))
         else:
