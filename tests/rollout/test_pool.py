@@ -149,6 +149,11 @@ def test_collect_says_what_there_is_by_its_time_and_raises_a_refusal_alone(
     pool.abort(["slow"])
     assert pool.pending() == 0 and pool.collect(1) == []
     gate.set()
+    for turn in range(300):  # some are answered while they are dropped
+        pool.submit([request(f"x-{turn}")])
+        time.sleep(0.0005 * (turn % 3))
+        pool.abort([f"x-{turn}"])
+    assert len(pool.sample([request("y")])) == 1 and pool.pending() == 0
     pool.stop()
 
 
