@@ -40,7 +40,7 @@ class Driver:
             )
 
     def wait(
-        self, what: str, until: Callable[[], object], seconds: float = 300, pause: float = 1.0
+        self, what: str, until: Callable[[], object], seconds: float = 600, pause: float = 1.0
     ) -> None:
         deadline = time.monotonic() + seconds
         while not until():
@@ -89,13 +89,14 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         "sampler.cpus=0.5",
         "learner.cpus=0.5",
         "sampler.max_restarts=10",
+        "sampler.start_timeout_seconds=900.0",
         # Longer than an engine's first tokens take where other work has the cores.
-        "sampler.heartbeat_seconds=30",
+        "sampler.heartbeat_seconds=60.0",
         "eval.problems=4",
         'eval.passes=["greedy"]',
     )
     try:
-        driver.wait("the first step", lambda: driver.steps() >= 1, 500)
+        driver.wait("the first step", lambda: driver.steps() >= 1, 900)
         first, second = driver.samplers()
         (engine_of_first,) = driver.below("EngineCore", first)
         (engine_of_second,) = driver.below("EngineCore", second)
@@ -108,16 +109,16 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         stands = driver.steps()
         first.kill()
         engine_of_second.kill()
-        driver.wait("engines started again", lambda: driver.steps() >= stands + 2, 400)
+        driver.wait("engines started again", lambda: driver.steps() >= stands + 2, 900)
         (worker,) = driver.below("ray::RewardWorker")
         worker.suspend()
         time.sleep(5)  # until groups wait for it
         worker.kill()
         driver.wait_steps(2)
-        driver.wait("both samplers at work", lambda: driver.metric("sampler/count") == 2, 400)
+        driver.wait("both samplers at work", lambda: driver.metric("sampler/count") == 2, 900)
         driver.samplers()[0].suspend()
-        driver.wait("a silent one", lambda: driver.metric("sampler/restarts/silent") >= 1, 400)
-        driver.wait("both again", lambda: driver.metric("sampler/count") == 2, 400)
+        driver.wait("a silent one", lambda: driver.metric("sampler/restarts/silent") >= 1, 900)
+        driver.wait("both again", lambda: driver.metric("sampler/count") == 2, 900)
         driver.wait_steps(2)
         driver.process.send_signal(signal.SIGTERM)
         assert driver.process.wait(300) == 0, driver.printed()
