@@ -90,6 +90,13 @@ class Recipe(Section):
                 "reward",
                 "compose",
             )
+        if self.reward.compose == "normalize_then_sum" and self.algorithm.dynamic_sampling:
+            raise refusal(
+                '"normalize_then_sum" compares all groups of a step, and extra groups of '
+                'algorithm.dynamic_sampling are scored after the others; use "sum_then_normalize"',
+                "reward",
+                "compose",
+            )
         if self.sampler.max_tokens >= self.model.max_model_len:
             raise refusal(
                 f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "

@@ -84,16 +84,23 @@ def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
 
 
 def step_problems(
-    sources: Sequence[ProblemSource], seed: int, step: int, count: int
+    sources: Sequence[ProblemSource],
+    seed: int,
+    step: int,
+    count: int,
+    places: Sequence[int] | None = None,
 ) -> list[Problem]:
-    """The problems of training step `step` (from 0): the same for every run with this seed."""
+    """The `count` problems of training step `step` (from 0), or those at `places` among them.
+
+    They are the same for every run with this seed.
+    """
     weights = np.array([source.weight for source in sources])
     chosen = np.random.default_rng([seed, step]).choice(
         len(sources), size=count, p=weights / weights.sum()
     )
     return [
-        sources[which].problem("train", seed, step * count + place)
-        for place, which in enumerate(chosen.tolist())
+        sources[chosen[place]].problem("train", seed, step * count + place)
+        for place in (range(count) if places is None else places)
     ]
 
 

@@ -373,6 +373,15 @@ class CorrectionConfig(Section):
         return self
 
 
+class DynamicSamplingConfig(Section):
+    """[algorithm.dynamic_sampling] New groups for those without variance (DAPO)."""
+
+    max_rounds: Positive = 4
+    """How often a step may ask the samplers for more."""
+    max_groups: Positive
+    """How many extra groups a step may sample in all its rounds."""
+
+
 class SpendConfig(Section):
     """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
 
@@ -409,6 +418,7 @@ class AlgorithmConfig(Section):
     entropy_weights: EntropyWeights = EntropyWeights()
     papo: PapoConfig | None = None
     correction: CorrectionConfig = CorrectionConfig()
+    dynamic_sampling: DynamicSamplingConfig | None = None
     on_mismatch: Literal["warn", "stop"] = "warn"
     """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
     run with an error (the limits: `mismatch` in `cluster/metrics.py`)."""
@@ -430,6 +440,24 @@ class AlgorithmConfig(Section):
                 "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
                 "or leave kl_weight out",
                 "kl_weight",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refilling_makes_sense(self) -> AlgorithmConfig:
+        if self.dynamic_sampling is None:
+            return self
+        if self.advantage not in ("grpo", "dr_grpo", "rloo"):
+            raise refusal(
+                f'extra groups are scored after the others, and "{self.advantage}" compares all '
+                'groups of a batch; use "grpo", "dr_grpo" or "rloo"',
+                "advantage",
+            )
+        if not self.drop_zero_variance:
+            raise refusal(
+                "got false, and dynamic_sampling puts new groups in the place of those that are "
+                "dropped; leave one of them out",
+                "drop_zero_variance",
             )
         return self
 

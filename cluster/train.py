@@ -16,6 +16,7 @@ from cluster.config import Recipe, RunFailed, resolved_toml
 from cluster.evaluate import evaluate_all, training_sampling
 from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
 from cluster.problems import step_problems
+from cluster.refill import refill_step
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.scaling import scale_as_asked
@@ -69,7 +70,10 @@ def run_training(
             clock.lap("sample")
             scored = run.rewards.score(groups, share)
             clock.lap("score")
-            metrics = step_metrics(scored, version) | reward_metrics(run)
+            refilled = refill_step(run, step, scored, share)
+            scored, groups = refilled.scored, refilled.groups
+            clock.lap("refill")
+            metrics = step_metrics(scored, version) | reward_metrics(run) | refilled.metrics()
             rate = learning_rate(recipe, step)
             batches = anchored(recipe, train_batches(recipe, scored), run.learner)
             updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]

@@ -173,6 +173,7 @@ def made_by_the_drivers() -> set[str]:
     """Names of clock and transfer, and those that the drivers write out as text."""
     from cluster.budget import Spent
     from cluster.cold_start import balance_metrics
+    from cluster.refill import Refilled
     from cluster.train import StepClock, transfer_metrics
     from learner.balance import SegmentGradients
     from rollout.transfer import TransferReport
@@ -181,7 +182,7 @@ def made_by_the_drivers() -> set[str]:
     for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/train.py").read_text()):
         clock.lap(phase)
     names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
-    names |= set(Spent().metrics())
+    names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
     pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
     pool.add([Job(request("g"), submitted=True)], 0.0)
     pool.started("sampler-0", 0, 50, 0.0)
