@@ -54,7 +54,7 @@ IDLE: dict[CellCommand, tuple[str, ...]] = {"train": ("sft",), "sft": ("reward",
 """Sections that a command does not read, so that an arm which sets them is no arm."""
 
 PAIRED: dict[CellCommand, tuple[str, ...]] = {
-    "train": ("model", "tasks", "eval", "algorithm.problems_per_step"),
+    "train": ("model", "tasks", "eval", "algorithm.problems_per_step", "algorithm.order"),
     "sft": (
         "model", "tasks", "eval", "sampler.max_tokens", "sft.batch_size", "sft.blind_share",
         "sft.vision_warmup_steps", "sft.vision_warmup_lr",

@@ -20,6 +20,7 @@ from cluster.budget import Spent, is_over
 from cluster.config import Recipe, RecipeError, UserError, load_recipe
 from cluster.metrics import EvalTable
 from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
+from rollout.buffer import BufferState
 
 MAY_CHANGE = (
     "algorithm.steps",
@@ -40,26 +41,31 @@ class Position:
     """How far a run is: `step` steps and `version` policy updates are done.
 
     Problems, group ids, sampling seeds, learning rate and reward weights of a step follow from
-    recipe and step (under a budget from what was `spent`), so the groups consumed are those of
-    the steps done. `before` holds the evaluation of the untrained policy, a table a task.
+    recipe and step (under a budget from what was `spent`). `before` holds the evaluation of the
+    untrained policy, a table a task. `buffer` says which groups were started and not yet used:
+    they are sampled again. None stands for the groups of the steps done, and no others.
     """
 
     step: int = 0
     version: int = 0
     spent: Spent = field(default_factory=Spent)
     before: dict[str, EvalTable] = field(default_factory=dict)
+    buffer: BufferState | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         before = {task: table.to_dict() for task, table in self.before.items()}
         done = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
-        return done | {"before": before}
+        buffer = {"buffer": self.buffer.to_dict()} if self.buffer else {}
+        return done | {"before": before} | buffer
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Position:
         """Read what `to_dict` wrote."""
         before = {task: EvalTable.from_dict(table) for task, table in data["before"].items()}
-        return cls(data["step"], data["version"], Spent(**data["spent"]), before)
+        # Checkpoints of before there was a buffer have none: nothing was in flight.
+        buffer = BufferState.from_dict(data["buffer"]) if "buffer" in data else None
+        return cls(data["step"], data["version"], Spent(**data["spent"]), before, buffer)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def newest(run: Path) -> Resumed:
             position = Position.from_dict(state)
         except CheckpointError as error:
             refused.append(str(error))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             refused.append(f"{folder / STATE}: not a training state: {error!r}")
         else:
             return Resumed(run, folder.resolve(), position, tuple(refused))

@@ -445,4 +445,6 @@ def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dic
             metrics[f"response/share/{name}"] = float((segments == i).mean())
         metrics["policy/lag_mean"] = float(policy_version - versions.mean())
         metrics["policy/lag_max"] = float(policy_version - versions.min())
+        mixed = [len(r.versions) > 0 and r.versions.min() < r.versions.max() for r in rollouts]
+        metrics["policy/mixed"] = sum(mixed) / len(mixed)
     return metrics

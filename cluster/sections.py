@@ -113,8 +113,9 @@ class SamplerConfig(Section):
     cpus: Amount = 1.0
     gpus: Amount = 0.0
     threads: Count = 0
-    """Intra-op threads of an engine; 0: as many as `cpus`. In the synchronous loop samplers and
-    learner take turns, so on a small machine each may use all its cores."""
+    """Intra-op threads of an engine; 0: as many as `cpus`. With
+    `algorithm.max_staleness` = 0 samplers and learner take turns, so on a small machine each may
+    use all its cores."""
     kv_cache_gib: Positive = 1
     """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
     max_num_seqs: Positive = 256
@@ -410,8 +411,16 @@ class AlgorithmConfig(Section):
     entropy_weight: Weight = 0.0
     """Of a bonus on the mean entropy of all response tokens."""
     drop_zero_variance: bool = True
-    max_staleness: Literal[0] = 0
-    """Policy versions a rollout may lag behind: 0, the synchronous loop."""
+    max_staleness: Count = 0
+    """Policy versions that the oldest token of a group may lag behind the learner when a step
+    begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
+    the learner learns."""
+    too_old: Literal["resample", "drop"] = "resample"
+    """A group beyond `max_staleness`: sample its problem again, or take another problem."""
+    order: Literal["problem", "completion"] = "problem"
+    """Which groups a step learns from: those of the run's next problems, the same as without
+    staleness, or those that are complete, oldest first. The latter waits for no slow group, and
+    learns from long responses later, or finds them too old."""
     updates_per_step: Positive = 1
     """Minibatches a step's rollouts are split into, one optimizer step each."""
     segment_weights: SegmentWeights = SegmentWeights()
@@ -458,6 +467,17 @@ class AlgorithmConfig(Section):
                 "got false, and dynamic_sampling puts new groups in the place of those that are "
                 "dropped; leave one of them out",
                 "drop_zero_variance",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_reaches_a_step(self) -> AlgorithmConfig:
+        if 0 < self.max_staleness < self.updates_per_step:
+            raise refusal(
+                f"got {self.max_staleness}, but a step makes {self.updates_per_step} policy "
+                "versions (updates_per_step), so nothing could be sampled ahead; write 0, or "
+                f"{self.updates_per_step} or more",
+                "max_staleness",
             )
         return self
 
@@ -525,6 +545,10 @@ class TransferConfig(Section):
     deadline_seconds: Rate = 120.0
     checksum: Literal["first", "never"] = "first"
     """`first`: sending the weights the engines already have must leave their checksums alone."""
+    in_flight: Literal["keep", "abort", "wait"] = "keep"
+    """Groups that are being sampled when new weights are there (`algorithm.max_staleness` above
+    0): `keep` pauses them and they go on under the new weights, `abort` starts them again, with
+    `wait` the transfer comes after them."""
 
 
 class EvalConfig(Section):

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.budget import Spent, is_over, run_share
 from cluster.checkpoints import Position, Resumed, claimed, stop_signal
 from cluster.config import Recipe, RunFailed, resolved_toml
-from cluster.evaluate import evaluate_all, training_sampling
+from cluster.evaluate import evaluate_all
 from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
-from cluster.problems import step_problems
 from cluster.refill import refill_step
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.scaling import scale_as_asked
+from cluster.stream import GroupStream
 from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
@@ -28,9 +28,9 @@ from learner.policy_loss import Papo, PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.records import ScoredGroup
-from rollout.record import Group, SampleRequest
+from rollout.record import Group
 from rollout.transfer import WeightTransferError
-from tasks.core import SEGMENTS, Problem, Segment
+from tasks.core import SEGMENTS, Segment
 
 
 def run_training(
@@ -58,15 +58,13 @@ def run_training(
         verify_transfer(run, at.version)
         before = at.before or measure(run, tracker, step=0)
         step, version, spent = at.step, at.version, at.spent
+        stream = GroupStream(recipe, run.sources, run.samplers, step, at.buffer)
         while not is_over(recipe.algorithm, step, spent):
             scale_as_asked(run, folder, progress)
             share = run_share(recipe.algorithm, step, spent)
             step += 1
-            clock = StepClock()
-            problems = step_problems(
-                run.sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
-            )
-            groups = run.samplers.sample(free_requests(recipe, step, problems))
+            clock = StepClock(run.samplers.counts())
+            groups = stream.take(version)
             clock.lap("sample")
             scored = run.rewards.score(groups, share)
             clock.lap("score")
@@ -80,9 +78,10 @@ def run_training(
             version += len(updates)
             metrics |= learner_metrics(updates) | {"learner/lr": rate}
             clock.lap("learn")
-            metrics |= transfer_metrics(run.send_weights(version)) | sampler_metrics(run)
+            metrics |= transfer_metrics(stream.renew(run.send_weights, version))
             clock.lap("transfer")
-            metrics |= {"policy/version": float(version)} | clock.metrics(groups, batches)
+            metrics |= {"policy/version": float(version)} | stream.metrics() | sampler_metrics(run)
+            metrics |= clock.metrics(groups, batches, updates, run.samplers.counts())
             spent = spent.plus(sampled_tokens(groups), clock.total())
             metrics |= spent.metrics()
             over = is_over(recipe.algorithm, step, spent)
@@ -95,10 +94,11 @@ def run_training(
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)
             if stop.asked or checkpoint_due(recipe, step, over):
-                run.save(folder, Position(step, version, spent, before))
+                run.save(folder, Position(step, version, spent, before, stream.state()))
             if stop.asked:
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
+        stream.end()
         after = measure(run, tracker, step)
         run.learner.save(folder / "checkpoint")
         report_change(folder, before, after, progress)
@@ -120,15 +120,6 @@ def budget_share(recipe: Recipe, step: int, spent: Spent) -> float | None:
 def sampled_tokens(groups: Sequence[Group]) -> int:
     """Response tokens of all rollouts."""
     return sum(len(r.response_ids) for g in groups for r in g.rollouts)
-
-
-def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:
-    """One group request a problem, ids unique within the run."""
-    size, sampling = recipe.algorithm.group_size, training_sampling(recipe)
-    return [
-        SampleRequest(f"step-{step}/{place}/{problem.id}", problem, size, sampling)
-        for place, problem in enumerate(problems)
-    ]
 
 
 def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBatch]:
@@ -317,11 +308,13 @@ def report_change(
 
 
 class StepClock:
-    """Where a step's wall time goes."""
+    """Where a step's wall time goes. Samplers may work in all of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, samplers: Mapping[str, float]) -> None:
+        """`samplers`: what the sampler pool counted until now."""
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
+        self._samplers = samplers
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under `name`."""
@@ -333,16 +326,30 @@ class StepClock:
         """Seconds since the step began."""
         return self._last - self._start
 
-    def metrics(self, groups: Sequence[Group], batches: Sequence[TrainBatch]) -> dict[str, float]:
-        """`time/<phase>` in seconds, response tokens/s of both sides, and their idle shares."""
-        tokens = sampled_tokens(groups)
-        learnt = sum(batch.response_tokens() for batch in batches)
+    def metrics(
+        self,
+        groups: Sequence[Group],
+        batches: Sequence[TrainBatch],
+        updates: Sequence[Mapping[str, float]],
+        samplers: Mapping[str, float],
+    ) -> dict[str, float]:
+        """`time/<phase>` in seconds; idle shares and response tokens/s of both sides.
+
+        Idle is what the sides measured themselves: of `updates` their own seconds, of the pool
+        (`samplers`, its counts by now) the seconds in which a sampler had no request.
+        """
         total = max(self.total(), 1e-9)
         found = {f"time/{name}": seconds for name, seconds in self._laps.items()}
         found["time/step"] = total
-        found["throughput/sampler_tokens_per_second"] = tokens / max(self._laps["sample"], 1e-9)
-        if learnt:
+        found["idle/learner"] = max(0.0, 1 - sum(u["seconds"] for u in updates) / total)
+        idle = [
+            seconds - self._samplers.get(name, 0.0)
+            for name, seconds in samplers.items()
+            if name.startswith("idle_seconds/")
+        ]
+        found["idle/sampler"] = min(1.0, sum(idle) / max(1, len(idle)) / total)
+        busy = max((1 - found["idle/sampler"]) * total, 1e-9)
+        found["throughput/sampler_tokens_per_second"] = sampled_tokens(groups) / busy
+        if learnt := sum(batch.response_tokens() for batch in batches):
             found["throughput/learner_tokens_per_second"] = learnt / self._laps["learn"]
-        found["idle/sampler"] = 1 - self._laps["sample"] / total
-        found["idle/learner"] = 1 - self._laps["learn"] / total
         return found

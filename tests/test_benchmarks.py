@@ -1,11 +1,14 @@
-"""The benchmark's made-up rollouts: seeded, of both tasks, and neither all right nor all wrong."""
+"""What benchmarks make up: rollouts that are a mixture, samplers that a real pool can work with."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from benchmarks.driver_ceiling import Driver
 from benchmarks.score_rollouts import GROUP, made_up
 from rewards.terms import diagnose
+from rollout.record import Group
 from tasks.load import BUILT_IN, load_task
 
 
@@ -19,3 +22,29 @@ def test_made_up_rollouts_are_a_mixture_and_the_same_for_a_seed() -> None:
     assert all(len(r.segments) == len(r.response_ids) for g in groups for r in g.rollouts)
     again = [r.text for g in made_up(12, seed=3) for r in g.rollouts]
     assert again == [r.text for g in groups for r in g.rollouts]
+
+
+@pytest.fixture(scope="module")
+def templates() -> list[Group]:
+    return made_up(8, seed=1)
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort", "wait"])
+@pytest.mark.parametrize("order", ["problem", "completion"])
+def test_the_real_pool_and_the_stream_keep_the_bound_in_real_time(
+    templates: list[Group], in_flight: str, order: str
+) -> None:
+    driver = Driver(3, 1, order, [0.002, 0.03, 0.006], templates, in_flight)
+    used, lags = [], set()
+    for _ in range(8):
+        version = driver.version
+        driver.step(0.02)
+        used += [group.group_id for group in driver.groups]
+        lags |= {version - int(r.versions.min()) for g in driver.groups for r in g.rollouts}
+    counts = driver.stream.metrics()
+    driver.stop()
+    assert len(used) == len(set(used)) == 8 * 3 * 8
+    assert lags <= {0, 1} and counts["buffer/dropped"] == 0
+    if order == "problem":
+        steps = [int(name.split("/")[0].removeprefix("step-")) for name in used]
+        assert steps == sorted(steps)

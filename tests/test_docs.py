@@ -173,21 +173,26 @@ def made_by_the_drivers() -> set[str]:
     """Names of clock and transfer, and those that the drivers write out as text."""
     from cluster.budget import Spent
     from cluster.cold_start import balance_metrics
+    from cluster.config import Recipe
     from cluster.refill import Refilled
+    from cluster.stream import GroupStream
     from cluster.train import StepClock, transfer_metrics
     from learner.balance import SegmentGradients
     from rollout.transfer import TransferReport
+    from tests.rollout.simulated_pool import SimulatedPool
 
-    clock = StepClock()
+    clock = StepClock({})
     for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/train.py").read_text()):
         clock.lap(phase)
-    names = set(clock.metrics([], [])) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    names = set(clock.metrics([], [], [], {})) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
     names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
     pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
     pool.add([Job(request("g"), submitted=True)], 0.0)
     pool.started("sampler-0", 0, 50, 0.0)
     pool.lost("sampler-0", 0, "actor", "gone", 1.0)
     names |= {f"sampler/{name}" for name in pool.counts(2.0)}
+    plain = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
+    names |= set(GroupStream(Recipe.model_validate(plain), [], SimulatedPool(1, [1.0])).metrics())
     counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
     updated = {f"tokens/{name}": n for name, n in counts.items()}
     names |= set(balance_metrics(updated, 0.5, SegmentGradients(1.0, 1.0, 0.0)))

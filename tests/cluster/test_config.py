@@ -133,7 +133,9 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
         ("sampler.max_tokens=1024", "sampler.max_tokens"),
         ("sampler.gpus=2", "sampler.gpus"),
         ("algorithm.updates_per_step=17", "algorithm.updates_per_step"),
-        ("algorithm.max_staleness=1", "algorithm.max_staleness"),
+        ("algorithm.max_staleness=-1", "algorithm.max_staleness"),
+        ("algorithm={max_staleness=1, updates_per_step=2}", "algorithm.max_staleness"),
+        ('transfer.in_flight="pause"', "transfer.in_flight"),
         ("reward.terms=[{name='outcome', weight=0}]", "reward.terms"),
         ("algorithm.kl_weight=0.1", "algorithm.kl_weight"),
         ("reward.alpha=1.5", "reward.alpha"),
@@ -194,6 +196,7 @@ def test_a_kl_term_without_a_gradient_is_refused(recipe: Path) -> None:
     said = error(recipe, "algorithm.kl_weight=0.1")
     assert "algorithm.kl_weight: got 0.1" in said and "updates_per_step" in said
     load_recipe(recipe, ["algorithm.kl_weight=0.1", "algorithm.updates_per_step=2"])
+    load_recipe(recipe, ["algorithm.kl_weight=0.1", "algorithm.max_staleness=1"])
 
 
 def test_alpha_and_terms_are_two_ways_to_say_one_thing(recipe: Path) -> None:

@@ -15,9 +15,9 @@ from cluster.budget import Spent, is_over, run_share
 from cluster.config import Recipe, RunFailed, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
 from cluster.sections import CorrectionConfig, RewardTermConfig
+from cluster.stream import free_requests
 from cluster.train import (
     anchored,
-    free_requests,
     learner_metrics,
     learning_rate,
     policy_loss,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +35,8 @@ class SimulatedPool:
     """`count` samplers with one group each at a time, of `seconds[i]` for the i-th start.
 
     A sampler dies in the middle of a group with probability `death`; the group goes back to the
-    front of the queue, and the sampler is `behind()` until weights are sent.
+    front of the queue, and the sampler is `behind()` until weights are sent, which `catch_up`,
+    if it is set, does while the driver waits.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SimulatedPool:
         self.busy = 0.0
         self.started: list[str] = []
         self.deaths = 0
+        self.catch_up: Callable[[], None] | None = None
         self._rng = np.random.default_rng(seed)
         self._seconds = itertools.cycle(seconds)
         self._death = death
@@ -64,15 +66,19 @@ class SimulatedPool:
         self._queue.extend(requests)
         self._admit()
 
-    def collect(self, count: int, timeout: float) -> list[Group]:
-        while len(self._done) < count:
-            assert self._events, "nothing runs, and the driver waits"
+    def collect(self, count: int, timeout: float | None = None) -> list[Group]:
+        until = float("inf") if timeout is None else self.now + timeout
+        while len(self._done) < min(count, self.pending()):
+            if self.behind() and self.catch_up:
+                self.catch_up()
+            if not self._events or self._events[0][0] > until:
+                assert timeout is not None, "nothing runs, and the driver waits"
+                self.sleep_until(until)
+                break
             self.sleep_until(self._events[0][0])
-        found = list(self._done)
-        self._done.clear()
-        return found
+        return [self._done.popleft() for _ in range(min(count, len(self._done)))]
 
-    def abort(self, group_ids: Sequence[str]) -> None:
+    def abort(self, group_ids: Iterable[str]) -> None:
         gone = set(group_ids)
         self._queue = deque(r for r in self._queue if r.group_id not in gone)
         self._done = deque(g for g in self._done if g.group_id not in gone)
@@ -82,7 +88,8 @@ class SimulatedPool:
         self._admit()
 
     def pending(self) -> int:
-        return len(self._queue) + sum(s.request is not None for s in self._samplers)
+        running = sum(s.request is not None for s in self._samplers)
+        return len(self._queue) + running + len(self._done)
 
     def behind(self) -> list[str]:
         return [str(i) for i, s in enumerate(self._samplers) if not s.up]

@@ -46,6 +46,7 @@ def live(
 ) -> GroupBuffer:
     """The driver's loop, written anew: sample ahead, learn for a while, send the weights."""
     buffer = GroupBuffer(rule, steps, life.steps, state)
+    pool.catch_up = lambda: pool.send(life.version)
     pool.send(life.version)
     while life.steps < (stop_after or steps):
         while True:
@@ -55,10 +56,10 @@ def live(
                 pool.submit([request(place)])
             if not (missing := buffer.missing()):
                 break
-            for group in pool.collect(missing, 1e9):
+            found = pool.collect(missing)
+            assert found, "groups are missing that nobody samples"
+            for group in [*found, *pool.collect(pool.pending(), 0)]:
                 buffer.add(group)
-            if pool.behind():
-                pool.send(life.version)
         step = buffer.take(life.version)
         assert len(step) == rule.groups
         assert [place_of(g) for g in step] == sorted(place_of(g) for g in step)
@@ -67,15 +68,13 @@ def live(
         life.lags += [life.version - int(min(r.versions.min() for r in g.rollouts)) for g in step]
         pool.sleep_until(pool.now + rng.exponential(3.0))
         if in_flight == "abort":
-            for group in pool.collect(0, 1e9):
+            for group in pool.collect(pool.pending(), 0):
                 buffer.add(group)
             pool.abort(buffer.in_flight())
             buffer.put_back(buffer.in_flight())
         while in_flight == "wait" and buffer.in_flight():
-            for group in pool.collect(1, 1e9):
+            for group in pool.collect(1):
                 buffer.add(group)
-            if pool.behind():
-                pool.send(life.version)
         # A step whose groups teach nothing makes no version.
         life.version += int(rng.integers(0, rule.versions_per_step + 1))
         pool.send(life.version)
@@ -157,7 +156,7 @@ def test_without_staleness_nothing_of_a_later_step_is_started() -> None:
             buffer.started(place, request(place).group_id)
         pool.submit([request(place) for place in places])
         assert buffer.admit() == [] and buffer.missing() == 3
-        for group in pool.collect(3, 1e9):
+        for group in pool.collect(3):
             buffer.add(group)
         assert [place_of(g) for g in buffer.take(step)] == places
         assert buffer.admit() == [], "while the learner learns nothing is sampled"
@@ -175,7 +174,7 @@ def test_a_group_is_as_old_as_its_first_token() -> None:
         pool.submit([request(place)])
     pool.sleep_until(5.0)
     pool.send(5)
-    for group in pool.collect(1, 1e9):
+    for group in pool.collect(1):
         buffer.add(group)
         assert [r.versions.tolist() for r in group.rollouts] == [[4, 5]] * 2
         assert oldest_version(group) == 4
@@ -192,7 +191,7 @@ def test_what_comes_back_twice_or_was_never_asked_for_is_an_error() -> None:
     with pytest.raises(BufferError, match=r"'group-0': place 0 does not wait"):
         buffer.started(0, "group-0")
     pool.submit([request(0), request(7)])
-    one, stray = pool.collect(2, 1e9)
+    one, stray = pool.collect(2)
     buffer.add(one)
     for group in (one, stray):
         with pytest.raises(BufferError, match=f"{group.group_id!r} came back, but is not"):
