@@ -26,7 +26,7 @@ MAY_CHANGE = (
     "algorithm.steps",
     "algorithm.budget", "algorithm.budget.kind", "algorithm.budget.amount",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
-    "learner.timeout_seconds", "learner.logits_mib",
+    "learner.timeout_seconds", "learner.logits_mib", "learner.layout",
     "learner.activation_checkpointing", "learner.offload",
     "sampler.count", "sampler.cpus", "sampler.gpus", "sampler.threads",
     "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",

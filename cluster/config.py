@@ -117,6 +117,13 @@ class Recipe(Section):
                 "model",
                 "attention",
             )
+        if self.model.attention == "eager" and self.learner.layout != "padded":
+            raise refusal(
+                f'got "{self.learner.layout}", which "eager" attention cannot take; use "padded", '
+                'or model.attention = "sdpa"',
+                "learner",
+                "layout",
+            )
         return self
 
 

@@ -141,6 +141,7 @@ def learner_settings(
         betas=learner.betas,
         max_grad_norm=learner.max_grad_norm,
         micro_batch_tokens=learner.micro_batch_tokens,
+        layout=learner.layout,
         logits_mib=learner.logits_mib,
         threads=learner.threads or threads_for(learner.cpus),
         seed=recipe.seed,

@@ -510,6 +510,11 @@ class LearnerConfig(Section):
     warmup_steps: Count = 0
     max_grad_norm: Rate = 1.0
     micro_batch_tokens: Positive = 8192
+    """Of one forward pass, padding included."""
+    layout: Literal["padded", "packed", "shared_prefix"] = "padded"
+    """How sequences lie in a micro-batch: a row each, padded to the longest of like length; end to
+    end in one row, no token padded or seeing another sequence; or so, and the prompt and image of
+    a group are there once."""
     logits_mib: Rate = 256.0
     """Of one table of [tokens, vocabulary] logits; more tokens are read off in turns."""
     timeout_seconds: Rate = 3600.0

@@ -1,7 +1,7 @@
 """DeepSpeed behind a small face: update on a batch, offer the weights, save the model.
 
 The only file that imports deepspeed. Every rank is handed the whole batch and takes its own
-share by `plan_micro_batches`, so all ranks agree on denominators without a collective.
+share by `learner.plan`, so all ranks agree on denominators without a collective.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 
 from learner.balance import NormOf, SegmentGradients, segment_gradients
-from learner.batch import MicroBatch, TrainBatch, plan_micro_batches
+from learner.batch import MicroBatch, TrainBatch
 from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
 from learner.correction import mismatch_summary
 from learner.losses import Loss, token_statistics
 from learner.parts import freeze, parameter_groups
+from learner.plan import count_costs, describe, plan_micro_batches
 from learner.policy import keep_no_activations, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.state import (
@@ -84,7 +85,8 @@ class DeepSpeedLearner:
             deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=0)
         policy.train()
         self._settings, self._place = settings, place
-        self._collate = make_collator(policy, self.processor)
+        self._collate = make_collator(policy, self.processor, settings.layout)
+        self._costs = count_costs(policy, self._collate.blank)
         self._deepspeed = deepspeed
         # Gradient accumulation is ours (the boundary is set by hand): micro-batches are already
         # sums over global denominators, so DeepSpeed must not average them.
@@ -120,10 +122,10 @@ class DeepSpeedLearner:
 
         Metrics: `loss` and `loss/<term>`, `grad_norm` (before clipping), `nll/<segment>` and
         `entropy/<segment>` (nats a token), `tokens/<segment>` (counts), `padding_share`,
-        `seconds`, and for a policy loss `kl`, `clip_fraction`, `ratio_mean`, `ratio_gap` (max
-        |ρ-1|), `logprob_gap` (max, nats) and those of `learner.correction`. Raises
-        NonFiniteLoss, before any step is taken; the run cannot go on from there (other ranks
-        may wait in a collective).
+        `shared_share`, `seconds`, and for a policy loss `kl`, `clip_fraction`, `ratio_mean`,
+        `ratio_gap` (max |ρ-1|), `logprob_gap` (max, nats) and those of `learner.correction`.
+        Raises NonFiniteLoss, before any step is taken; the run cannot go on from there (other
+        ranks may wait in a collective).
         """
         start = time.perf_counter()
         if learning_rate is not None:
@@ -131,12 +133,9 @@ class DeepSpeedLearner:
                 group["lr"] = learning_rate * group["multiplier"]
         denominators = loss.denominators(batch)
         found: dict[str, float] = {f"sum/loss/{name}": 0.0 for name in denominators}
-        lengths = [len(s) for s in batch.sequences]
         mask = _mask(loss)
         # Two views of a sequence go through one forward pass, in half the budget each.
-        budget = self._settings.micro_batch_tokens // (2 if mask else 1)
-        plan = plan_micro_batches(lengths, self._place.size, budget)
-        share = plan[self._place.rank]
+        share = self._plan(batch, self._place.size, 2 if mask else 1)[self._place.rank]
         for index, indices in enumerate(share):
             self._engine.set_gradient_accumulation_boundary(index == len(share) - 1)
             micro = self._micro_batch(batch, indices, mask)
@@ -164,6 +163,7 @@ class DeepSpeedLearner:
                     statistics = token_statistics(logprobs, entropy, tokens, loss)
                 statistics["sum/padded"] = float(micro.inputs["input_ids"].numel())
                 statistics["sum/kept"] = float(micro.real_tokens)
+                statistics["sum/shared"] = float(micro.shared_tokens)
                 _accumulate(found, statistics)
         norm = self._step()
         self._collate.forget()
@@ -198,9 +198,8 @@ class DeepSpeedLearner:
         DeepSpeed's backward, whose hooks would reduce and add each gradient to the optimizer's.
         Every rank must call it. Raises NonFiniteLoss when a norm is not finite.
         """
-        lengths = [len(s) for s in batch.sequences]
-        plan = plan_micro_batches(lengths, self._place.size, self._settings.micro_batch_tokens)
-        micros = (self._micro_batch(batch, indices, None) for indices in plan[self._place.rank])
+        share = self._plan(batch, self._place.size)[self._place.rank]
+        micros = (self._micro_batch(batch, indices, None) for indices in share)
         keep_graph = self._settings.zero_stage < 3
         found = segment_gradients(self._engine.module, micros, batch, of, keep_graph)
         if not math.isfinite(found.perception + found.reasoning):
@@ -219,8 +218,7 @@ class DeepSpeedLearner:
         was_training = self._engine.module.training
         self._engine.module.eval()
         found: list[np.ndarray] = [np.empty(0)] * len(batch.sequences)
-        lengths = [len(s) for s in batch.sequences]
-        for indices in plan_micro_batches(lengths, 1, self._settings.micro_batch_tokens)[0]:
+        for indices in self._plan(batch, 1)[0]:
             chosen = [batch.sequences[i] for i in indices]
             micro = self._collate(chosen).to(self._engine.device)
             flat, _ = self._engine.module.run(micro)
@@ -297,6 +295,12 @@ class DeepSpeedLearner:
             state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
             model.save_pretrained(folder, state_dict=state)
             self.processor.save_pretrained(folder)
+
+    def _plan(self, batch: TrainBatch, ranks: int, views: int = 1) -> list[list[list[int]]]:
+        """Micro-batches of each rank, where every sequence comes in `views` views."""
+        items = [describe(s, self._collate.image_token_id) for s in batch.sequences]
+        budget, layout = self._settings.micro_batch_tokens // views, self._settings.layout
+        return plan_micro_batches(items, ranks, budget, layout, self._costs)
 
     def _micro_batch(
         self, batch: TrainBatch, indices: list[int], mask: Callable[[bytes], bytes] | None
@@ -403,6 +407,7 @@ def _summary(found: dict[str, float]) -> dict[str, float]:
             metrics[f"entropy/{segment}"] = found[f"sum/entropy/{segment}"] / count
     if found.get("sum/padded"):
         metrics["padding_share"] = 1 - found["sum/kept"] / found["sum/padded"]
+        metrics["shared_share"] = found["sum/shared"] / (found["sum/kept"] + found["sum/shared"])
     if "sum/kl" in found and tokens:
         metrics["kl"] = found["sum/kl"] / tokens
         metrics["clip_fraction"] = found["sum/clipped"] / tokens

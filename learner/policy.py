@@ -7,6 +7,7 @@ token is that of the softmax at temperature `temperature`, as the sampler report
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
-from learner.batch import Collator, MicroBatch
+from learner.batch import Collator, Layout, MicroBatch
 from learner.families import family_of
+from learner.packing import attend_within_stretches
 from rollout.tokens import ModelError, load_processor
 
 LOGITS_MIB = 256.0
@@ -163,11 +165,20 @@ def keep_no_activations(policy: Policy) -> None:
     model.disable_input_require_grads()
 
 
-def make_collator(policy: Policy, processor: Any) -> Collator:
-    """The collator that fits a policy's family: it passes what the model's forward accepts."""
+def make_collator(policy: Policy, processor: Any, layout: Layout = "padded") -> Collator:
+    """The collator that fits a policy's family: it passes what the model's forward accepts.
+
+    For packed layouts the policy's attention is told to keep to the sequences of a row. Raises
+    ModelError where it cannot.
+    """
     model: Any = policy.model
+    if layout != "padded":
+        attend_within_stretches(model)
     accepted = list(inspect.signature(model.forward).parameters)
-    return Collator(processor, accepted, model.config.image_token_id, policy.family)
+    positions = partial(policy.family.positions, model)
+    return Collator(
+        processor, accepted, model.config.image_token_id, policy.family, positions, layout
+    )
 
 
 def _float32_head(head: nn.Module) -> None:

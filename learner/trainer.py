@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from learner.balance import NormOf, SegmentGradients
-from learner.batch import TrainBatch
+from learner.batch import Layout, TrainBatch
 from learner.losses import Loss
 from learner.policy import LOGITS_MIB
 
@@ -26,9 +26,9 @@ Offload = Literal["none", "optimizer", "all"]
 class LearnerSettings:
     """What a learner rank is started with.
 
-    micro_batch_tokens: padded tokens of one forward pass. logits_mib: see `Policy`. threads:
-    intra-op threads, 0 keeps torch's default. temperature: that of the sampler, so log-probs are
-    of the same distribution.
+    micro_batch_tokens: tokens of one forward pass, padding included. layout: see
+    `learner.batch.Layout`. logits_mib: see `Policy`. threads: intra-op threads, 0 keeps torch's
+    default. temperature: that of the sampler, so log-probs are of the same distribution.
     resume: `model` is a training checkpoint, whose optimizer and random streams to go on with.
     freeze, rates: parts or patterns of parameters (`learner.parts`) that are not trained, and
     what the learning rate is multiplied by for others. activation_checkpointing: keep no
@@ -48,6 +48,7 @@ class LearnerSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 8192
+    layout: Layout = "padded"
     threads: int = 0
     seed: int = 0
     resume: bool = False

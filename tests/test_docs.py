@@ -164,7 +164,7 @@ def made_by_the_learner() -> set[str]:
     ):
         found = {f"sum/loss/{name}": 0.0 for name in loss.denominators(TrainBatch(()))}
         found |= token_statistics(values, -values, tokens, loss)
-        found |= {"sum/padded": 8.0, "sum/kept": 4.0}
+        found |= {"sum/padded": 8.0, "sum/kept": 4.0, "sum/shared": 2.0}
         names |= {f"{prefix}/{name}" for name in {*_summary(found), *by_update}}
     return names
 

@@ -151,6 +151,12 @@ def test_settings_that_cannot_work_name_their_field(
     assert error(recipe, override).startswith(f"{recipe}: {field}: ")
 
 
+def test_eager_attention_takes_no_packed_rows(recipe: Path) -> None:
+    line = error(recipe, 'model.attention="eager"', 'learner.layout="packed"')
+    assert line.startswith(f'{recipe}: learner.layout: got "packed", which "eager" attention')
+    assert load_recipe(recipe, ['model.attention="eager"']).learner.layout == "padded"
+
+
 def test_a_loss_brings_its_own_clip_and_aggregation(recipe: Path) -> None:
     for loss, expected in {
         "gspo": ("sequence_mean", 3e-4, 4e-4),

@@ -8,37 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from learner.batch import plan_micro_batches
 from learner.policy import Policy, make_collator
 from tasks.core import DataError
 from tests.learner.samples import mixed_batch, placeholder, sequence
-
-
-@given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
-    ranks=st.integers(1, 4),
-    budget=st.integers(1, 2000),
-)
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_a_plan_deals_every_sequence_once_within_the_budget(
-    lengths: list[int], ranks: int, budget: int
-) -> None:
-    plan = plan_micro_batches(lengths, ranks, budget)
-    assert len(plan) == ranks
-    assert sorted(i for batches in plan for b in batches for i in b) == list(range(len(lengths)))
-    assert len({len(batches) for batches in plan}) == 1
-    for batches in plan:
-        for batch in batches:
-            padded = len(batch) * max((lengths[i] for i in batch), default=0)
-            assert padded <= budget or len(batch) == 1
-    loads = [sum(lengths[i] for batches in [rank] for b in batches for i in b) for rank in plan]
-    # Dealt by length, ranks differ by at most one longest sequence.
-    assert max(loads) - min(loads) <= max(lengths)
-    if max(lengths) * len(lengths) <= budget:
-        assert len(plan[0]) == 1
 
 
 def test_a_micro_batch_predicts_every_response_token_from_the_one_before(
