@@ -7,6 +7,7 @@ sampler stopped. What is left behind must be as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.cluster.ray_heads import environment
 from tests.cluster.test_resume import RECIPE, ROOT
 
 GROUPS, SIZE = 4, 4
+HANGING = ("sampler/restarts/silent", "sampler/restarts/transfer")
 
 
 class Driver:
@@ -95,20 +97,20 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         "eval.problems=4",
         'eval.passes=["greedy"]',
     )
+    engines: list[psutil.Process] = []
     try:
         driver.wait("the first step", lambda: driver.steps() >= 1, 900)
         first, second = driver.samplers()
-        (engine_of_first,) = driver.below("EngineCore", first)
-        (engine_of_second,) = driver.below("EngineCore", second)
+        engines = [driver.below("EngineCore", sampler)[0] for sampler in (first, second)]
         # A step is written: the next one samples. Groups of a stopped engine are half done for as
         # long as it takes to kill something.
         driver.wait_steps(1)
-        for engine in (engine_of_first, engine_of_second):
+        for engine in engines:
             engine.suspend()
         time.sleep(5)
         stands = driver.steps()
         first.kill()
-        engine_of_second.kill()
+        engines[1].kill()
         driver.wait("engines started again", lambda: driver.steps() >= stands + 2, 900)
         (worker,) = driver.below("ray::RewardWorker")
         worker.suspend()
@@ -116,14 +118,20 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         worker.kill()
         driver.wait_steps(2)
         driver.wait("both samplers at work", lambda: driver.metric("sampler/count") == 2, 900)
-        driver.samplers()[0].suspend()
-        driver.wait("a silent one", lambda: driver.metric("sampler/restarts/silent") >= 1, 900)
+        hanging = driver.samplers()[0]
+        driver.wait_steps(1)
+        hanging.suspend()
+        # Met by its silence, or by the deadline of a transfer where it had no time to sample.
+        driver.wait("a hanging one", lambda: sum(map(driver.metric, HANGING)) >= 1, 900)
         driver.wait("both again", lambda: driver.metric("sampler/count") == 2, 900)
         driver.wait_steps(2)
         driver.process.send_signal(signal.SIGTERM)
         assert driver.process.wait(300) == 0, driver.printed()
     finally:
         driver.process.kill()
+        for engine in engines:
+            with contextlib.suppress(psutil.Error):
+                engine.kill()
     assert driver.metric("sampler/restarts/actor") >= 1
     assert driver.metric("sampler/restarts/engine") >= 1
     assert driver.metric("sampler/resampled") >= GROUPS, "all groups of one step, at least"
