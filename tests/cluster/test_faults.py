@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.metrics import MISMATCH_LIMIT
 from cluster.tracking import read_metrics, read_rollouts
 from tests.cluster.ray_heads import environment
 from tests.cluster.test_resume import RECIPE, ROOT
@@ -147,4 +148,4 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         # On-policy, whoever sampled it: one started again had the weights of its time.
         assert {v for row in rows for v in row["versions"]} == {step - 1}
     gaps = [r for r in read_metrics(driver.run).to_pylist() if r["name"] == "learner/logprob_gap"]
-    assert len(gaps) == driver.steps() and max(r["value"] for r in gaps) < 1e-4
+    assert len(gaps) == driver.steps() and max(r["value"] for r in gaps) < MISMATCH_LIMIT["float32"]
