@@ -17,7 +17,8 @@ from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.problems import open_sources, step_problems
 from cluster.refill import extra_requests, refill, refill_step
 from cluster.sections import DynamicSamplingConfig
-from cluster.train import free_requests, sampled_tokens, train_batches
+from cluster.stream import free_requests
+from cluster.train import sampled_tokens, train_batches
 from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
 from tests.cluster.test_train import RECIPE, scored
