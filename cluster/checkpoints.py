@@ -31,7 +31,7 @@ MAY_CHANGE = (
     "sampler.count", "sampler.cpus", "sampler.gpus", "sampler.threads",
     "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
-    "checkpoint.every", "checkpoint.keep",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.background",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
 

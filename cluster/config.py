@@ -104,6 +104,26 @@ class Recipe(Section):
                 "sampler",
                 "max_tokens",
             )
+        if self.learner.lora and self.transfer.transport != "host":
+            raise refusal(
+                f'"{self.transfer.transport}" loads weights as they come, and with [learner.lora] '
+                'only adapters are sent; use "host", which works on GPUs of one machine too',
+                "transfer",
+                "transport",
+            )
+        if self.learner.lora and self.sft and self.sft.norm_every and self.sft.norm_of == "head":
+            raise refusal(
+                'got "head", and [learner.lora] freezes the LM head; "all" measures the adapters',
+                "sft",
+                "norm_of",
+            )
+        if self.learner.lora and self.sft and self.sft.vision_warmup_steps:
+            raise refusal(
+                f"got {self.sft.vision_warmup_steps}, and warming up changes the weights that "
+                "the adapters of [learner.lora] are of; warm up in a recipe without it first",
+                "sft",
+                "vision_warmup_steps",
+            )
         if self.transfer.transport != "host" and not (self.sampler.gpus and self.learner.gpus):
             raise refusal(
                 f'"{self.transfer.transport}" moves weights between GPUs, and sampler.gpus or '

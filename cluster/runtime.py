@@ -24,6 +24,7 @@ from cluster.supervision import Delivery
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
+from learner.lora import LoraSettings
 from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
 from rewards.records import RewardError, TermError
@@ -150,6 +151,9 @@ def learner_settings(
         rates=learner.rates,
         activation_checkpointing=learner.activation_checkpointing,
         offload=learner.offload,
+        background_saving=recipe.checkpoint.background,
+        lora=LoraSettings(**learner.lora.model_dump()) if learner.lora else None,
+        base=recipe.model.path,
     )
 
 

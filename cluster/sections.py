@@ -492,6 +492,20 @@ class AlgorithmConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """[learner.lora] Train low-rank adapters beside a frozen policy, and send only them."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    """An adapter's part of the output is scaled by alpha/rank."""
+    targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = ("language",)
+    """Parts (`vision`, `merger`, `language`) or patterns of module names (`"*.q_proj"`), of which
+    the linear layers get adapters; the LM head gets none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of an adapter's input in training. Above 0 the learner's log-probs are no longer those of
+    the sampler: the ratio of the first update is not 1."""
+
+
 class LearnerConfig(Section):
     """[learner] The DeepSpeed ranks. `cpus` and `gpus` are for each of `ranks`."""
 
@@ -530,6 +544,18 @@ class LearnerConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What is held in host memory instead of the GPU's: the optimizer's state (from ZeRO 1), or
     the weights as well (ZeRO 3)."""
+
+    lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _adapters_or_weights(self) -> LearnerConfig:
+        if self.lora and self.freeze:
+            raise refusal(
+                "with [learner.lora] all weights are frozen; say which layers get adapters by "
+                "learner.lora.targets, and remove this",
+                "freeze",
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> LearnerConfig:
@@ -626,6 +652,9 @@ class CheckpointConfig(Section):
 
     every: Count = 0
     keep: Positive = 2
+    background: bool = False
+    """Go on with the next step while a checkpoint is written. Rank 0 then holds weights and
+    optimizer state once more in host memory."""
 
 
 class OutputConfig(Section):

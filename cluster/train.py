@@ -96,6 +96,7 @@ def run_training(
             if stop.asked or checkpoint_due(recipe, step, over):
                 run.save(folder, Position(step, version, spent, before, stream.state()))
             if stop.asked:
+                run.learner.finish_saving()
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
         stream.end()

@@ -16,6 +16,9 @@ from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
 from learner.trainer import LearnerSettings, Trainer, WorldPlace
 
+WRITE_SECONDS = 60.0
+"""How long a run that failed waits for the checkpoint that is being written."""
+
 
 @ray.remote
 class LearnerRank:
@@ -55,6 +58,9 @@ class LearnerRank:
 
     def save_training(self, folder: str, state: dict[str, Any], keep: int) -> None:
         self._trainer.save_training(Path(folder), state, keep)
+
+    def finish_saving(self) -> None:
+        self._trainer.finish_saving()
 
 
 class LearnerGroup:
@@ -141,7 +147,14 @@ class LearnerGroup:
         """Write a training checkpoint (see `learner.trainer.Trainer.save_training`)."""
         self.wait([r.save_training.remote(str(folder), state, keep) for r in self._ranks])
 
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is written in the background; raises its error."""
+        self.wait([r.finish_saving.remote() for r in self._ranks])
+
     def stop(self) -> None:
-        """Kill the ranks' processes."""
+        """Kill the ranks' processes, once a checkpoint that is being written is whole."""
+        if self._settings.background_saving:
+            # Not `finish_saving`: what ended the run is the error to tell.
+            ray.wait([self._ranks[0].finish_saving.remote()], timeout=WRITE_SECONDS)
         for rank in self._ranks:
             ray.kill(rank)

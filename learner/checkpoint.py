@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,25 @@ def check(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder / STATE}: not a table")
     return state
+
+
+class Writer:
+    """Writes in a thread of its own, one checkpoint at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint-writer")
+        self._writing: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work` once the last one is done; raises what the last one raised."""
+        self.wait()
+        self._writing = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Come back when nothing is being written; raises, once, what the last work raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 @contextmanager

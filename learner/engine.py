@@ -6,13 +6,14 @@ share by `learner.plan`, so all ranks agree on denominators without a collective
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from safetensors.torch import save_file
 
 from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch
-from learner.checkpoint import STATE, TRAINING, prune, replacing, seal, write_json
+from learner.checkpoint import STATE, TRAINING, Writer, prune, replacing, seal, write_json
 from learner.correction import mismatch_summary
+from learner.lora import ADAPTER, Adapters, AdapterWeights
 from learner.losses import Loss, token_statistics
 from learner.parts import freeze, parameter_groups
 from learner.plan import count_costs, describe, plan_micro_batches
-from learner.policy import keep_no_activations, load_policy, make_collator
+from learner.policy import Policy, keep_no_activations, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.state import (
     OptimizerState,
@@ -44,6 +46,14 @@ from tasks.images import mask_patches
 
 BUILD_SECONDS = 900.0
 """Longer than an extension takes to compile on the slowest machine."""
+
+
+@dataclass(frozen=True)
+class HostWeights:
+    """A model's weights by module name, and its adapters' as PEFT names them, in host memory."""
+
+    model: dict[str, torch.Tensor]
+    adapters: dict[str, torch.Tensor]
 
 
 class DeepSpeedLearner:
@@ -63,28 +73,34 @@ class DeepSpeedLearner:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
+        lora = settings.lora
+        # What adapters are of stays as it was; a checkpoint's weights have them merged in.
+        start = settings.base if lora and settings.resume else settings.model
         policy, self.processor = load_policy(
-            settings.model,
+            start,
             settings.dtype,
             settings.attention,
             settings.temperature,
             settings.head_float32,
             settings.logits_mib,
         )
-        freeze(policy.model, settings.freeze)
+        self._adapters = Adapters(policy, lora, start) if lora else None
+        if self._adapters and settings.resume:
+            self._adapters.load(Path(settings.model) / ADAPTER)
+        freeze(policy, settings.freeze)
         if settings.activation_checkpointing:
             keep_no_activations(policy)
         self._start(policy, settings, place)
         if settings.resume:
             self._resume(Path(settings.model) / TRAINING)
 
-    def _start(self, policy: Any, settings: LearnerSettings, place: WorldPlace) -> None:
+    def _start(self, policy: Policy, settings: LearnerSettings, place: WorldPlace) -> None:
         import deepspeed
 
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=0)
         policy.train()
-        self._settings, self._place = settings, place
+        self._settings, self._place, self._writer = settings, place, Writer()
         self._collate = make_collator(policy, self.processor, settings.layout)
         self._costs = count_costs(policy, self._collate.blank)
         self._deepspeed = deepspeed
@@ -92,7 +108,7 @@ class DeepSpeedLearner:
         # sums over global denominators, so DeepSpeed must not average them.
         engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=parameter_groups(policy.model, settings.rates, settings.learning_rate),
+            model_parameters=parameter_groups(policy, settings.rates, settings.learning_rate),
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -229,45 +245,64 @@ class DeepSpeedLearner:
         self._collate.forget()
         return found
 
-    def weights(self) -> GatheredWeights:
-        """The current weights as a weight source (see `rollout.transfer.WeightSource`)."""
-        sharded, dtype = self._settings.zero_stage == 3, getattr(torch, self._settings.dtype)
-        return GatheredWeights(self._engine.module.model, self._deepspeed, sharded, dtype)
+    def weights(self) -> GatheredWeights | AdapterWeights:
+        """What is trained, as a weight source (see `rollout.transfer.WeightSource`)."""
+        dtype = getattr(torch, self._settings.dtype)
+        if self._adapters:
+            return self._adapters.weights(self._gather, dtype)
+        return GatheredWeights(self._engine.module.model, self._gather, dtype)
+
+    def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """A context in which parameters are whole; under ZeRO-3 all ranks must enter it."""
+        sharded = self._settings.zero_stage == 3
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+            parameters, enabled=sharded
+        )
+        return gathered
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder (weights, processor, chat template), atomically.
 
         Every rank must call it; rank 0 writes. An existing folder is replaced.
         """
-        with replacing(folder) if self._place.rank == 0 else nullcontext() as fresh:
-            self._write_model(fresh)
+        self.finish_saving()
+        weights = self._host_weights()
+        if self._place.rank == 0:
+            with replacing(folder) as fresh:
+                self._write_model(fresh, weights)
 
     def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
         """Write a training checkpoint (see `learner.checkpoint`) and keep the last `keep`.
 
         `state` is the driver's own part of it, JSON-able. Every rank must call it; rank 0 writes.
         The optimizer state is gathered and written by layer group, so the extra memory is one.
+        With `background_saving` all of it is copied to host memory, and a thread writes it while
+        training goes on. What that thread raises comes up in the next save or `finish_saving`.
         """
+        self.finish_saving()
         randoms = _from_ranks(random_state(), self._place.size)
-        optimizer = self._optimizer_state()
-        names = [name for name, _ in self._engine.module.model.named_parameters()]
-        with replacing(folder) if self._place.rank == 0 else nullcontext() as fresh:
-            self._write_model(fresh)
-            if fresh:
-                (fresh / TRAINING).mkdir()
-            for place, group in enumerate(layer_groups(names)):
-                tensors = optimizer.tensors(group)
-                if fresh and tensors:
-                    save_file(tensors, fresh / TRAINING / f"optimizer-{place:04d}.safetensors")
-            if fresh:
-                write_json(fresh / TRAINING / "random.json", randoms)
-                write_json(fresh / STATE, state)
-                seal(fresh)
-        if self._place.rank == 0:
-            prune(folder, keep)
+        weights, optimizer = self._host_weights(), self._optimizer_groups()
+        if self._place.rank:
+            for _ in optimizer:
+                pass
+            return
+        if not self._settings.background_saving:
+            self._write_training(folder, weights, optimizer, randoms, state, keep)
+            return
+        # Without ZeRO these are the optimizer's own tensors, which the next step changes.
+        copied = [{name: t.clone() for name, t in group.items()} for group in optimizer]
+        now = json.loads(json.dumps(state))
+        self._writer.start(
+            partial(self._write_training, folder, weights, copied, randoms, now, keep)
+        )
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any; raises what its writer raised."""
+        self._writer.wait()
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model and let its buffers go."""
+        """Finish saving, take DeepSpeed's hooks off the model and let its buffers go."""
+        self.finish_saving()
         self._engine.destroy()
 
     def _resume(self, folder: Path) -> None:
@@ -283,18 +318,59 @@ class DeepSpeedLearner:
     def _optimizer_state(self) -> OptimizerState:
         return OptimizerState(self._engine, self._deepspeed, self._settings.zero_stage)
 
-    def _write_model(self, folder: Path | None) -> None:
-        """Gather the weights on every rank; rank 0, which has a folder, writes them there."""
-        model = self._engine.module.model
-        state: dict[str, torch.Tensor] = {}
-        for names, tensors in self.weights().parameter_groups():
-            if folder:
-                state.update(zip(names, (t.detach().cpu().clone() for t in tensors), strict=True))
-        if folder:
+    def _optimizer_groups(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The optimizer state by layer group, gathered; every rank must go through all of it."""
+        optimizer = self._optimizer_state()
+        names = [name for name, _ in self._engine.module.model.named_parameters()]
+        for group in layer_groups(names):
+            yield optimizer.tensors(group)
+
+    def _host_weights(self) -> HostWeights:
+        """All weights in host memory on rank 0; nothing on others, which help to gather them."""
+        model, found = self._engine.module.model, HostWeights({}, {})
+        dtype = getattr(torch, self._settings.dtype)
+        for names, tensors in GatheredWeights(model, self._gather, dtype).parameter_groups():
+            if self._place.rank:
+                continue
+            copies = [t.detach().cpu().clone() for t in tensors]
+            if self._adapters:
+                found.adapters.update(self._adapters.adapter_tensors(names, copies))
+                found.model.update(self._adapters.merged(names, copies))
+            else:
+                found.model.update(zip(names, copies, strict=True))
+        if self._place.rank == 0:
             buffers = dict(model.named_buffers())
-            state |= {name: buffers[name] for name in model.state_dict() if name in buffers}
-            model.save_pretrained(folder, state_dict=state)
-            self.processor.save_pretrained(folder)
+            kept = [name for name in model.state_dict() if name in buffers]
+            found.model.update((name, buffers[name].detach().cpu().clone()) for name in kept)
+        return found
+
+    def _write_training(
+        self,
+        folder: Path,
+        weights: HostWeights,
+        optimizer: Iterable[dict[str, torch.Tensor]],
+        randoms: list[dict[str, Any]],
+        state: dict[str, Any],
+        keep: int,
+    ) -> None:
+        with replacing(folder) as fresh:
+            self._write_model(fresh, weights)
+            (fresh / TRAINING).mkdir()
+            for place, tensors in enumerate(optimizer):
+                if tensors:
+                    save_file(tensors, fresh / TRAINING / f"optimizer-{place:04d}.safetensors")
+            write_json(fresh / TRAINING / "random.json", randoms)
+            write_json(fresh / STATE, state)
+            seal(fresh)
+        prune(folder, keep)
+
+    def _write_model(self, folder: Path, weights: HostWeights) -> None:
+        """Write weights, configuration, processor and chat template, and adapters beside them."""
+        self._engine.module.model.save_pretrained(folder, state_dict=weights.model)
+        self.processor.save_pretrained(folder)
+        if self._adapters:
+            (folder / ADAPTER).mkdir()
+            self._adapters.write(folder / ADAPTER, weights.adapters)
 
     def _plan(self, batch: TrainBatch, ranks: int, views: int = 1) -> list[list[list[int]]]:
         """Micro-batches of each rank, where every sequence comes in `views` views."""

@@ -16,6 +16,7 @@ import torch
 
 from learner.balance import NormOf, SegmentGradients
 from learner.batch import Layout, TrainBatch
+from learner.lora import LoraSettings
 from learner.losses import Loss
 from learner.policy import LOGITS_MIB
 
@@ -34,6 +35,8 @@ class LearnerSettings:
     what the learning rate is multiplied by for others. activation_checkpointing: keep no
     activations of a layer, compute them again for its gradient. offload: what lives in host
     memory instead of the GPU's, the optimizer's state (ZeRO 1 and up) or the weights too (ZeRO 3).
+    background_saving: training goes on while a training checkpoint is written. lora: train
+    adapters instead of the weights; on resuming, `base` is the model that they are of.
     """
 
     model: str
@@ -56,6 +59,9 @@ class LearnerSettings:
     rates: dict[str, float] = field(default_factory=dict)
     activation_checkpointing: bool = False
     offload: Offload = "none"
+    background_saving: bool = False
+    lora: LoraSettings | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,10 @@ class Trainer(Protocol):
         """Write a plain Hugging Face folder in place of what is there."""
 
     def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
-        """Write a training checkpoint and keep the last `keep`."""
+        """Write a training checkpoint, or begin to, and keep the last `keep`."""
+
+    def finish_saving(self) -> None:
+        """Wait until nothing is being written; raises what went wrong in the background."""
 
     def close(self) -> None:
         """Let go of memory, processes and communication."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,14 @@ class GatheredWeights:
     goes whole, since a sampler fuses neighbours (q, k and v) and loads the fused one whole.
     """
 
-    def __init__(self, model: Any, deepspeed: Any, sharded: bool, dtype: torch.dtype) -> None:
-        self._model, self._deepspeed = model, deepspeed
+    def __init__(self, model: Any, gather: Gather, dtype: torch.dtype) -> None:
+        """`gather`: a context in which parameters are whole."""
+        self._model, self._gather, self._dtype = model, gather, dtype
         self._parameters = dict(model.named_parameters())
         self._all = layer_groups(list(self._parameters))
         self._trained = [
             names for names in self._all if any(self._parameters[n].requires_grad for n in names)
         ]
-        self._sharded, self._dtype = sharded, dtype
 
     def metadata(self) -> list[ParameterMeta]:
         """What iteration will yield, in its order, without gathering anything."""
@@ -69,7 +73,7 @@ class GatheredWeights:
     def _gathered(self, groups: list[list[str]]) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         for names in groups:
             parameters = [self._parameters[name] for name in names]
-            with self._deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
+            with self._gather(parameters):
                 yield names, [p.data.to(self._dtype) for p in parameters]
 
     def _checkpoint_form(

@@ -8,6 +8,9 @@ safetensors file in shared memory per layer group; its format lives in these two
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +26,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+
+from rollout.adapters import BaseWeights, is_adapter, with_adapters
+
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 @dataclass
@@ -41,8 +48,10 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
     """Loads layer groups from shared memory into a live model, on any device.
 
-    The layerwise reload undoes and redoes what the backend did to the loaded weights (the CPU
-    backend repacks linear layers), so checkpoint names and shapes are what travels.
+    Groups of adapters become groups of whole weights first (`rollout/adapters.py`). Layers that no
+    group was sent for stay as they are. The layerwise reload undoes and redoes what the backend
+    did to the loaded weights (the CPU backend repacks linear layers), so checkpoint names and
+    shapes are what travels.
     """
 
     init_info_cls = HostInitInfo
@@ -51,11 +60,15 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         pass
 
+    _base: BaseWeights | None = None
+
     def start_weight_update(self) -> None:
+        self._adapted: set[str] = set()
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        with _quiet(RELOAD_LOGGER):  # it warns of every layer that was not sent
+            finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             # A head tied to the embedding is loaded through the embedding, so the reload leaves
             # the CPU backend's packed copy of the old head in place, and checksums do not see it.
@@ -74,10 +87,26 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         missing = [name for name in update_info.names if name not in tensors]
         if missing:
             raise ValueError(f"weight bucket {update_info.path} lacks {missing[0]!r}")
-        self.model.load_weights((name, tensors[name]) for name in update_info.names)
+        if any(map(is_adapter, tensors)):
+            self._base = self._base or BaseWeights(self.model_config.model)
+            self.model.load_weights(with_adapters(self._base, tensors, self._adapted))
+        else:
+            self.model.load_weights((name, tensors[name]) for name in update_info.names)
 
     def shutdown(self) -> None:
         pass
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Within, a logger says nothing below errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class WorkerExtension:

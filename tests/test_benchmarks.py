@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.driver_ceiling import Driver
+from benchmarks.learner_memory import storage, tensors_in
 from benchmarks.score_rollouts import GROUP, made_up
 from rewards.terms import diagnose
 from rollout.record import Group
@@ -48,3 +50,10 @@ def test_the_real_pool_and_the_stream_keep_the_bound_in_real_time(
     if order == "problem":
         steps = [int(name.split("/")[0].removeprefix("step-")) for name in used]
         assert steps == sorted(steps)
+
+
+def test_memory_behind_tensors_is_counted_once_however_many_look_at_it() -> None:
+    flat, other = torch.zeros(1000), torch.zeros(10, dtype=torch.bfloat16)
+    held = {"a": [flat[:400], flat[400:].view(20, 30)], "b": {"c": (other, 3, "x")}}
+    assert len(list(tensors_in(held))) == 3
+    assert storage(tensors_in(held)) == 4 * 1000 + 2 * 10

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Recipe, RecipeError, load_recipe, parse_setting, resolved_toml, task_of
+from cluster.runtime import learner_settings
 from cluster.sections import CORRECTION_BOUNDS, AlgorithmConfig
 from cluster.toml_writer import table_lines
 from learner.correction import Correction
+from learner.lora import LoraSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
@@ -129,6 +131,11 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
     ("override", "field"),
     [
         ('transfer.transport="nccl"', "transfer.transport"),
+        ('learner={zero_stage=0, offload="optimizer"}', "learner.offload"),
+        ('learner.offload="all"', "learner.offload"),
+        ('learner={freeze=["vision"], lora={rank=8}}', "learner.freeze"),
+        ("learner.lora={rank=0}", "learner.lora.rank"),
+        ("learner.rates={vision=0.0}", "learner.rates.vision"),
         ('model.attention="flash_attention_2"', "model.attention"),
         ("sampler.max_tokens=1024", "sampler.max_tokens"),
         ("sampler.gpus=2", "sampler.gpus"),
@@ -291,6 +298,30 @@ def test_a_resolved_recipe_loads_to_an_equal_one(path: Path, tmp_path: Path) -> 
     again.write_text(resolved_toml(loaded), encoding="utf-8")
     assert load_recipe(again) == loaded
     assert path.read_text().startswith("# "), "a recipe opens with the question it answers"
+
+
+def test_rates_by_pattern_keep_their_order_since_the_last_match_counts(
+    recipe: Path, tmp_path: Path
+) -> None:
+    patterns = {"vision": 0.1, "model.visual.blocks.*": 0.5, '*."q_proj"*': 2.0, "merger": 0.3}
+    loaded = load_recipe(recipe).model_dump()
+    made = Recipe.model_validate(loaded | {"learner": {"rates": patterns, "freeze": ("head",)}})
+    again = tmp_path / "resolved.toml"
+    again.write_text(resolved_toml(made), encoding="utf-8")
+    found = learner_settings(load_recipe(again))
+    assert list(found.rates.items()) == list(patterns.items())
+    assert (found.freeze, found.lora) == (("head",), None)
+
+
+def test_adapters_are_not_sent_by_what_cannot_merge_them(recipe: Path) -> None:
+    gpus = ("sampler.gpus=1", "learner.gpus=1.0", 'transfer.transport="nccl"')
+    assert load_recipe(recipe, gpus).transfer.transport == "nccl"
+    line = error(recipe, *gpus, "learner.lora={rank=8}")
+    assert line.startswith(f"{recipe}: transfer.transport: ") and 'use "host"' in line
+    warmed = "sft={steps=3, vision_warmup_steps=2}"
+    assert "sft.vision_warmup_steps: " in error(recipe, warmed, "learner.lora={rank=8}")
+    chosen = learner_settings(load_recipe(recipe, ["learner.lora={rank=8, targets=['vision']}"]))
+    assert chosen.lora == LoraSettings(rank=8, targets=("vision",))
 
 
 def test_a_resolved_recipe_keeps_awkward_values(recipe: Path, tmp_path: Path) -> None:

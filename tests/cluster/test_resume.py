@@ -272,7 +272,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     torn = checkpoint_folder(run, 6) / "training" / "optimizer-0000.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
 
-    driver = start("--resume", str(run))
+    # From here on in the background: the signal must wait for the writer.
+    driver = start("--resume", str(run), "--set", "checkpoint.background=true")
     try:
         wait_for(lambda: "\nstep    4/1000" in log.read_text(), driver, log)
         wait_for(lambda: reached(7), driver, log)

@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
+import threading
 import time
 import traceback
 import warnings
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import learner.engine as learner_engine
 from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
 from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
@@ -30,7 +33,9 @@ from learner.losses import Loss
 class Job:
     """Updates, one after the other, by a fresh learner; refused ones are gone past.
 
-    checkpoint: where to write a training checkpoint, and after how many updates.
+    checkpoint: where to write a training checkpoint, and after how many updates; in the
+        background it is not begun before the next update is done.
+    killed: SIGKILL in the middle of the checkpoint after one update more.
     """
 
     settings: LearnerSettings
@@ -39,6 +44,7 @@ class Job:
     save: str | None = None
     checkpoint: tuple[int, str] | None = None
     measure: tuple[NormOf, ...] = ()
+    killed: bool = False
 
 
 @dataclass
@@ -79,11 +85,28 @@ def draws() -> list[float]:
 
 def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) -> dict[str, Outcome]:
     """Do all jobs on `ranks` processes; a rank's error is raised with its traceback."""
+    out = [folder / f"rank-{rank}.pickle" for rank in range(ranks)]
+    _run(ranks, jobs, out, seconds)
+    found = [pickle.loads(path.read_bytes()) for path in out if path.exists()]
+    for result in found:
+        assert isinstance(result, dict), result
+    assert len(found) == ranks
+    return found[0]
+
+
+def run_killed(ranks: int, job: Job, folder: Path, seconds: float) -> None:
+    """Do a job that ends by SIGKILL."""
+    out = [folder / f"rank-{rank}.pickle" for rank in range(ranks)]
+    codes = _run(ranks, {"killed": replace(job, killed=True)}, out, seconds)
+    assert -signal.SIGKILL in codes, [path.read_bytes() for path in out if path.exists()]
+
+
+def _run(ranks: int, jobs: dict[str, Job], out: list[Path], seconds: float) -> list[int | None]:
+    """The exit codes of all processes once they ended, or one of them failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         master = f"127.0.0.1:{probe.getsockname()[1]}"
     context = multiprocessing.get_context("spawn")
-    out = [folder / f"rank-{rank}.pickle" for rank in range(ranks)]
     processes = [
         context.Process(
             target=_rank, args=(WorldPlace(rank, ranks, master), jobs, str(out[rank]), seconds - 5)
@@ -98,14 +121,10 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
             assert time.monotonic() < until, f"ranks did not end within {seconds} s"
             wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+        return [p.exitcode for p in processes]
     finally:
         for process in processes:
             process.kill()
-    found = [pickle.loads(path.read_bytes()) for path in out if path.exists()]
-    for result in found:
-        assert isinstance(result, dict), result
-    assert len(found) == ranks
-    return found[0]
 
 
 def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> None:
@@ -143,16 +162,26 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
     outcome.draw_at_start = draws()
+    moved_on = threading.Event()
     for done, (batch, loss) in enumerate(job.updates):
         if job.checkpoint and job.checkpoint[0] == done:
+            if job.settings.background_saving:
+                # The one thread of the writer has this to do first.
+                learner._writer._thread.submit(moved_on.wait, 60)
             learner.save_training(Path(job.checkpoint[1]), {"updates": done}, keep=2)
             outcome.draw_at_checkpoint = draws()
+            if place.rank == 0:
+                assert Path(job.checkpoint[1]).exists() != job.settings.background_saving
         outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
             outcome.errors.append(str(error))
             continue
+        if job.checkpoint and job.checkpoint[0] == done:
+            moved_on.set()
+            if job.killed:
+                _die_in_the_middle_of(learner, Path(job.checkpoint[1]), done + 1)
         if not outcome.after_first:
             learner._optimizer_state()  # links parameters to their state
             # Under bfloat16 AdamW steps on float32 twins of these.
@@ -172,3 +201,19 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
         learner.save(Path(job.save))
     learner.close()
     return outcome
+
+
+def _die_in_the_middle_of(learner: DeepSpeedLearner, last: Path, step: int) -> None:
+    """Begin one more checkpoint, and die with some of its files written."""
+    learner.finish_saving()
+    seal = learner_engine.seal
+
+    def killed(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists()
+        os.kill(os.getpid(), signal.SIGKILL)
+        seal(folder)
+
+    learner_engine.seal = killed  # type: ignore[assignment]
+    learner.save_training(last.with_name(f"step-{step:06d}"), {"updates": step}, keep=2)
+    learner.finish_saving()
+    time.sleep(60)  # rank 0 is the one that writes

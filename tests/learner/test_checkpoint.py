@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from learner.batch import TrainBatch
 from learner.checkpoint import (
     CheckpointError,
+    Writer,
     check,
     checkpoint_folder,
     checkpoint_folders,
@@ -26,12 +28,17 @@ from learner.engine import LearnerSettings
 from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.state import own_part
-from tests.learner.ranks import Job, Outcome, run_ranks
+from tests.learner.ranks import Job, Outcome, run_killed, run_ranks
 from tests.learner.samples import mixed_batch
 
 RANKS = 2
+FURTHER = 10
+"""Updates after the checkpoint."""
 LOSS = PolicyLoss(entropy_weight=0.01)
 SAVED_AFTER = 2
+KILLED = f"{RANKS}/3"
+"""Goes on from what a life that was killed left behind."""
+BACKGROUND = (KILLED, "1/0")
 RESUMING = {
     f"{RANKS}/3": (f"{RANKS}/3", f"{RANKS}/1", "1/0", "1/2"),
     f"{RANKS}/0": (f"{RANKS}/2",),
@@ -50,9 +57,15 @@ class Lives:
         mixed = mixed_batch(processor)
         # Some updates have no image on one rank or another.
         one, two = TrainBatch(mixed.sequences[1:3]), TrainBatch(mixed.sequences[::2])
-        self.batches = (mixed, one, two, mixed, one)
+        kinds = (mixed, one, two, mixed, one)
+        self.batches = tuple(kinds[i % len(kinds)] for i in range(SAVED_AFTER + FURTHER))
         self.whole: dict[str, Outcome] = {}
         self.resumed: dict[tuple[str, str], Outcome] = {}
+        (folder / "killed").mkdir()
+        job = self.job(KILLED)
+        assert job.checkpoint
+        killed = replace(job, checkpoint=(SAVED_AFTER, str(self.left_by_the_killed())))
+        run_killed(RANKS, killed, folder / "killed", seconds=600)
         for ranks in (RANKS, 1):
             whole = {name: self.job(name) for name in RESUMING if name[0] == str(ranks)}
             resumed = {
@@ -63,7 +76,7 @@ class Lives:
             }
             out = folder / f"ranks-{ranks}"
             out.mkdir()
-            for name, outcome in run_ranks(ranks, whole | resumed, out, seconds=400).items():
+            for name, outcome in run_ranks(ranks, whole | resumed, out, seconds=600).items():
                 start, _, end = name.partition(" > ")
                 if end:
                     self.resumed[start, end] = outcome
@@ -73,6 +86,9 @@ class Lives:
     def checkpoint(self, name: str) -> Path:
         return checkpoint_folder(self.folder / name.replace("/", "-").replace(" ", "-"), 2)
 
+    def left_by_the_killed(self) -> Path:
+        return checkpoint_folder(self.folder / "killed", 2)
+
     def job(self, name: str) -> Job:
         settings = LearnerSettings(
             model=self.model,
@@ -80,13 +96,17 @@ class Lives:
             zero_stage=int(name[2]),
             micro_batch_tokens=600,
             weight_decay=0.1,
+            background_saving=name in BACKGROUND,
         )
-        updates = tuple((batch, LOSS) for batch in self.batches)
+        # bfloat16 soon rounds another way; three steps show what is lost, if anything is.
+        count = SAVED_AFTER + (3 if "bf16" in name else FURTHER)
+        updates = tuple((batch, LOSS) for batch in self.batches[:count])
         return Job(settings, updates, 1e-3, checkpoint=(SAVED_AFTER, str(self.checkpoint(name))))
 
     def resume(self, start: str, end: str) -> Job:
         job = self.job(end)
-        settings = replace(job.settings, model=str(self.checkpoint(start)), resume=True)
+        left = self.left_by_the_killed() if start == KILLED else self.checkpoint(start)
+        settings = replace(job.settings, model=str(left), resume=True)
         return Job(settings, job.updates[SAVED_AFTER:], job.learning_rate)
 
 
@@ -103,7 +123,7 @@ def test_a_resumed_learner_goes_on_as_the_uninterrupted_one(lives: Lives, start:
         same = start == end
         # bfloat16 rounds each rank's or stage's sums in its own order.
         loose = 3e-2 if "bf16" in start else 1e-4
-        assert len(found.metrics) == len(lives.batches) - SAVED_AFTER
+        assert len(found.metrics) == (3 if "bf16" in start else FURTHER)
         for old, new in zip(whole.metrics[SAVED_AFTER:], found.metrics, strict=True):
             for name in ("loss", "grad_norm", "entropy/perception"):
                 near = pytest.approx(old[name], rel=1e-6 if same else loose, abs=1e-6)
@@ -114,6 +134,55 @@ def test_a_resumed_learner_goes_on_as_the_uninterrupted_one(lives: Lives, start:
             assert gap <= (1e-7 if same else 1e-2 if "bf16" in start else 1e-4), (end, name)
             moved = max(moved, float((expected.float() - whole.after_first[name].float()).norm()))
         assert moved > 0.01
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(lives: Lives) -> None:
+    whole, left = lives.checkpoint(KILLED), lives.left_by_the_killed()
+    assert checkpoint_folders(lives.folder / "killed") == [left]
+    assert [p.name for p in left.parent.iterdir() if p != left] == [".step-000003.partial"]
+    assert check(left) == check(whole) == {"updates": SAVED_AFTER}
+    weights, others = (load_file(folder / "model.safetensors") for folder in (left, whole))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_what_is_written_in_the_background_is_of_the_step_it_names(lives: Lives) -> None:
+    """All writing came after the next update; the learner that wrote at once is the measure."""
+    at_once = load_file(lives.checkpoint(f"{RANKS}/0") / "model.safetensors")
+    for name in BACKGROUND:
+        found = load_file(lives.checkpoint(name) / "model.safetensors")
+        after_first = lives.whole[name].after_first
+        assert found.keys() == at_once.keys()
+        for parameter, expected in at_once.items():
+            assert (found[parameter] - expected).abs().max() < 2e-5, (name, parameter)
+        moved = [(found[n] - after_first[n]).abs().max() > 1e-4 for n in found]
+        assert sum(moved) > len(moved) / 2
+
+
+def test_one_write_at_a_time_and_no_error_is_lost() -> None:
+    writer, free, order = Writer(), threading.Event(), []
+
+    def first() -> None:
+        free.wait(10)
+        order.append("first")
+
+    def full() -> None:
+        raise OSError("disk full")
+
+    writer.start(first)
+    assert not order
+    threading.Timer(0.05, free.set).start()
+    writer.start(lambda: order.append("second"))
+    assert order[0] == "first"
+    writer.wait()
+    assert order == ["first", "second"]
+    writer.start(full)
+    with pytest.raises(OSError, match="disk full"):
+        writer.start(lambda: order.append("third"))
+    assert len(order) == 2
+    writer.start(full)
+    with pytest.raises(OSError, match="disk full"):
+        writer.wait()
+    writer.wait()
 
 
 def test_every_random_stream_goes_on(lives: Lives) -> None:

@@ -7,82 +7,73 @@ from typing import Any
 import pytest
 import torch
 
-from learner.parts import PARTS, freeze, matching, parameter_groups, part_of
+from learner.families.base import PARTS
+from learner.parts import freeze, matching, parameter_groups
 from learner.policy import Policy, keep_no_activations, load_policy, make_collator
 from rollout.tokens import ModelError
 from tests.learner.samples import mixed_batch
 
 
 def test_every_parameter_of_a_family_is_of_one_part(loaded: tuple[Policy, Any]) -> None:
-    names = [name for name, _ in loaded[0].model.named_parameters()]
-    parts = {name: part_of(name) for name in names}
-    assert None not in parts.values()
-    # The LM head of a tiny policy is its embedding.
-    assert set(parts.values()) == set(PARTS) - {"head"}
-    assert sorted(n for part in PARTS for n in matching(part, names)) == sorted(names)
-    image = loaded[0].model.get_submodule("model").get_image_features  # type: ignore[operator]
-    assert image is not None
-
-
-def test_the_merger_is_what_lies_between_vision_tower_and_language_model(
-    loaded: tuple[Policy, Any],
-) -> None:
-    """Only the language model sees its width on both sides; the merger's last matrix makes it."""
-    policy = loaded[0]
-    width = policy.model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
-    named = dict(policy.model.named_parameters())
-    matrices = [named[n] for n in matching("merger", named) if named[n].ndim == 2]
-    assert matrices and matrices[-1].shape[0] == width
+    policy, _ = loaded
+    names = [name for name, _ in policy.model.named_parameters()]
+    found = {part: matching(part, names, policy.family) for part in PARTS}
+    assert sorted(name for part in found.values() for name in part) == sorted(names)
+    # The LM head of a tiny policy may be its embedding.
+    assert all(found[part] for part in PARTS if part != "head")
+    assert found["head"] == [name for name in names if name.startswith("lm_head.")]
 
 
 def test_freezing_leaves_the_rest_to_train(model_path: str) -> None:
     policy, _ = load_policy(model_path)
     named = dict(policy.model.named_parameters())
-    freeze(policy.model, ("vision", "*.layers.0.*"))
+    freeze(policy, ("vision", "*.layers.0.*"))
     for name, parameter in named.items():
-        assert parameter.requires_grad == (part_of(name) != "vision" and ".layers.0." not in name)
+        assert parameter.requires_grad == (
+            policy.family.part_of(name) != "vision" and ".layers.0." not in name
+        )
     with pytest.raises(ModelError, match=r"learner\.freeze: nothing is left to train"):
-        freeze(policy.model, ("merger", "language"))
+        freeze(policy, ("merger", "language"))
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(
     loaded: tuple[Policy, Any],
 ) -> None:
-    model = loaded[0].model
+    policy, model = loaded[0], loaded[0].model
     some = next(n for n, _ in model.named_parameters() if n.endswith("q_proj.weight"))
     with pytest.raises(ModelError) as refused:
-        freeze(model, (some.replace("q_proj", "q_prj"),))
+        freeze(policy, (some.replace("q_proj", "q_prj"),))
     assert "matches no parameter of this model" in str(refused.value)
     assert some in str(refused.value)
     with pytest.raises(ModelError, match=r"'head' matches no parameter.*part of language"):
-        freeze(model, ("head",))
+        freeze(policy, ("head",))
     with pytest.raises(ModelError, match=r"learner\.freeze: 'visoin' matches.*vision"):
-        freeze(model, ("visoin",))
+        freeze(policy, ("visoin",))
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_rates_make_groups_and_the_last_match_counts(model_path: str) -> None:
     policy, _ = load_policy(model_path)
-    freeze(policy.model, ("merger",))
+    freeze(policy, ("merger",))
     rates = {"vision": 0.1, "*.layers.1.*": 0.5, "*norm*": 2.0}
-    groups = parameter_groups(policy.model, rates, 1e-2)
+    groups = parameter_groups(policy, rates, 1e-2)
     found = {id(p): group for group in groups for p in group["params"]}
     for name, parameter in policy.model.named_parameters():
         expected = 1.0
         for part, hit in (
-            (0.1, part_of(name) == "vision"),
+            (0.1, policy.family.part_of(name) == "vision"),
             (0.5, ".layers.1." in name),
             (2.0, "norm" in name),
         ):
             expected = part if hit else expected
-        if part_of(name) == "merger":
+        if policy.family.part_of(name) == "merger":
             assert id(parameter) not in found
         else:
             assert found[id(parameter)]["multiplier"] == expected
             assert found[id(parameter)]["lr"] == pytest.approx(expected * 1e-2)
     assert len(found) == sum(len(group["params"]) for group in groups)
     with pytest.raises(ModelError, match=r"learner\.rates: 'merger' matches no trained parameter"):
-        parameter_groups(policy.model, {"merger": 2.0}, 1e-2)
+        parameter_groups(policy, {"merger": 2.0}, 1e-2)
 
 
 def test_without_activations_gradients_are_equal_and_less_is_kept(model_path: str) -> None:

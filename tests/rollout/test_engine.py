@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import pytest
 import torch
 
 from learner.batch import TrainSequence
-from learner.engine import layer_groups
+from learner.lora import Adapters, LoraSettings
+from learner.parts import freeze
 from learner.policy import Policy, load_policy, make_collator
+from learner.weights import GatheredWeights, layer_groups
 from rollout.engine import Engine, EngineDied, EngineSettings, SamplerError
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
@@ -40,7 +43,7 @@ class Live:
 
     def __init__(self, folder: Path, original: Policy, perturbed: Policy, processor: Any) -> None:
         self.weights = {"original": original, "perturbed": perturbed}
-        self.processor = processor
+        self.processor, self.folder = processor, str(folder)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         settings = EngineSettings(str(folder), max_model_len=512, max_num_seqs=64)
@@ -213,6 +216,56 @@ def test_a_transfer_that_another_sampler_failed_is_made_again(live: Live) -> Non
     live.send("perturbed", 2)
     assert live.checksums() == live.first_checksums
     assert live.wait(live.call("ping"), 60) is None
+
+
+def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: Live) -> None:
+    """Of both towers and what joins them; q alone of the three that an engine fuses."""
+    policy, _ = load_policy(live.folder)
+    chosen = LoraSettings(rank=3, alpha=4.5, targets=("*.q_proj", "*.down_proj", "*vis*", "merger"))
+    adapters = Adapters(policy, chosen, "unused")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in adapters.layers:
+            for matrix in adapters.matrices(layer):
+                matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+    live.weights["adapted"] = policy
+    problems = mixed_sizes(6)
+    live.send("perturbed", 0)
+    live.sample(problems)  # fills the caches of what the older vision tower saw
+    source = adapters.weights(lambda _: nullcontext(), torch.float32)
+    for version in (1, 2):
+        # The second time the engine must not add to what the first time left.
+        report = HostSender([live], 60).send(source, version, rank=0)
+        assert report is not None
+        assert report.bytes == 4 * 3 * sum(sum(shape) for shape in adapters.layers.values())
+        groups = live.sample(problems, n=4)
+        assert live.learner_gap("adapted", groups) < 1e-4
+        assert live.learner_gap("perturbed", groups) > 1e-2
+        assert all((r.versions == version).all() for g in groups for r in g.rollouts)
+    # And the way back, by whole weights.
+    live.send("perturbed", 3)
+    assert live.checksums() == live.first_checksums
+
+
+def test_what_is_frozen_is_not_sent_and_the_engine_is_right_all_the_same(live: Live) -> None:
+    policy, _ = load_policy(live.folder)
+    freeze(policy, ("vision", "*.layers.1.*", "*.layers.2.self_attn.q_proj.*"))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    live.weights["trained"] = policy
+    live.send("perturbed", 0)
+    source = GatheredWeights(policy.model, lambda _: nullcontext(), torch.float32)
+    report = HostSender([live], 60).send(source, 1, rank=0)
+    assert report is not None
+    assert report.bytes < 0.9 * sum(4 * p.numel() for p in policy.model.parameters())
+    groups = live.sample(mixed_sizes(6), n=4)
+    assert live.learner_gap("trained", groups) < 1e-4
+    assert live.learner_gap("perturbed", groups) > 1e-2
+    live.send("perturbed", 2)
+    assert live.checksums() == live.first_checksums
 
 
 def test_what_a_group_draws_hangs_on_its_id_and_not_on_its_company(live: Live) -> None:

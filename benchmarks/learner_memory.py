@@ -1,0 +1,204 @@
+"""How much memory does a learner rank take, by ZeRO stage?
+
+    python -m benchmarks.learner_memory                  # stages 0, 2 and 3 on two ranks
+    python -m benchmarks.learner_memory --lora 16        # the same with adapters only
+
+A random Qwen3-VL of about 30 M parameters learns a few updates, in processes of their own for each
+stage. Printed for rank 0: the bytes of parameters, gradients and optimizer state that it holds
+after an update, and how far its resident memory rose at most, from the model loaded to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import resource
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.batch import TrainBatch
+from learner.lora import LoraSettings
+from learner.losses import TokenMeanLoss
+from learner.sft import Demonstrator
+from learner.tiny import make_tiny
+from learner.trainer import LearnerSettings, WorldPlace
+from tasks.load import load_task
+
+MIB = 2**20
+UPDATES = 3
+SEQUENCES = 16
+TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+VISION = {"depth": 4, "hidden_size": 256, "intermediate_size": 512, "out_hidden_size": 512}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank. resident: the rise of its high-water mark since the model was loaded."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    resident: int
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "policy"
+        count = make_policy(folder)
+        what = f"adapters of rank {given.lora}" if given.lora else "all trained"
+        again = ", activations recomputed" if given.recompute else ""
+        print(f"{count:,} parameters in float32, {what}{again}; {given.ranks} ranks, MiB on rank 0")
+        print("| ZeRO | parameters | gradients | optimizer | resident memory, rise |")
+        print("|---|---|---|---|---|")
+        for stage in given.stages:
+            settings = LearnerSettings(
+                model=str(folder),
+                zero_stage=stage,
+                micro_batch_tokens=1024,
+                activation_checkpointing=given.recompute,
+                lora=LoraSettings(rank=given.lora) if given.lora else None,
+                threads=1,
+            )
+            held = measure(settings, given.ranks)
+            row = (held.parameters, held.gradients, held.optimizer, held.resident)
+            print(f"| {stage} | " + " | ".join(f"{size / MIB:,.0f}" for size in row) + " |")
+
+
+def make_policy(folder: Path) -> int:
+    """Write a random policy, larger than the tiny ones, with their tokenizer; its size."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    make_tiny("qwen3_vl", folder)
+    config = AutoConfig.from_pretrained(folder)
+    for part, sizes in ((config.text_config, TEXT), (config.vision_config, VISION)):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    layers = config.text_config.num_hidden_layers
+    config.text_config.layer_types = ["full_attention"] * layers
+    rope = dict(config.text_config.rope_parameters)
+    config.text_config.rope_parameters = rope | {"mrope_section": [12, 10, 10]}
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure(settings: LearnerSettings, ranks: int) -> Held:
+    """What rank 0 of a fresh learner holds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    context = multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(settings, WorldPlace(rank, ranks, master), found))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a rank failed; its error is above")
+    held: Held = found.get()
+    return held
+
+
+def _rank(settings: LearnerSettings, place: WorldPlace, found: Any) -> None:
+    from learner.engine import DeepSpeedLearner
+
+    learner = DeepSpeedLearner(settings, place)
+    batch = make_batch(learner.processor)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradients = 0
+    step = learner._step
+
+    def watched() -> float:
+        nonlocal gradients
+        gradients = gradient_bytes(learner._engine, settings.zero_stage)
+        return step()
+
+    learner._step = watched  # type: ignore[method-assign]
+    for _ in range(UPDATES):
+        learner.update(batch, TokenMeanLoss(), 1e-4)
+    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if place.rank == 0:
+        engine = learner._engine
+        found.put(Held(parameter_bytes(engine), gradients, optimizer_bytes(engine), rise))
+    learner.close()
+    os._exit(0)
+
+
+def make_batch(processor: Any) -> TrainBatch:
+    """Demonstrations of the Sudoku task."""
+    task, demonstrator = load_task("sudoku"), Demonstrator(processor)
+    spec = task.spec(size=4, blanks=8, cell_size=16, font_size=12, margin=0, prompt="brief")
+    problems = [task.generate(np.random.default_rng(i), spec) for i in range(SEQUENCES)]
+    return TrainBatch(
+        tuple(demonstrator.sequence(task, p, task.demonstrate(p, "terse")) for p in problems)
+    )
+
+
+def parameter_bytes(engine: Any) -> int:
+    """Of the weights: under ZeRO-3 this rank's parts of them."""
+    return storage(weights_of(engine))
+
+
+def weights_of(engine: Any) -> list[torch.Tensor]:
+    """The weights that this rank holds between updates."""
+    return [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+
+
+def gradient_bytes(engine: Any, stage: int) -> int:
+    """Of the gradients that wait for the step."""
+    if stage == 0:
+        return storage(p.grad for p in engine.module.parameters() if p.grad is not None)
+    held = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return storage([*held, *tensors_in(vars(engine.optimizer).get("averaged_gradients", {}))])
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """Of AdamW's moments, and of the float32 weights it steps on where the model has others."""
+    own = {t.untyped_storage().data_ptr() for t in weights_of(engine)}
+    state = engine.optimizer.state
+    held = [*state, *tensors_in(list(state.values()))]
+    return storage(t for t in held if t.untyped_storage().data_ptr() not in own)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tables and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from tensors_in(below)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            yield from tensors_in(below)
+
+
+def storage(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory behind tensors, each piece of it once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+if __name__ == "__main__":
+    main()
