@@ -41,9 +41,10 @@ class Position:
     """How far a run is: `step` steps and `version` policy updates are done.
 
     Problems, group ids, sampling seeds, learning rate and reward weights of a step follow from
-    recipe and step (under a budget from what was `spent`). `before` holds the evaluation of the
-    untrained policy, a table a task. `buffer` says which groups were started and not yet used:
-    they are sampled again. None stands for the groups of the steps done, and no others.
+    recipe and step (under a budget from what was `spent`, under a curriculum from the successes
+    in `curriculum`). `before` holds the evaluation of the untrained policy, a table a task.
+    `buffer` says which groups were started and not yet used: they are sampled again. None stands
+    for the groups of the steps done, and no others.
     """
 
     step: int = 0
@@ -51,13 +52,14 @@ class Position:
     spent: Spent = field(default_factory=Spent)
     before: dict[str, EvalTable] = field(default_factory=dict)
     buffer: BufferState | None = None
+    curriculum: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         before = {task: table.to_dict() for task, table in self.before.items()}
         done = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
         buffer = {"buffer": self.buffer.to_dict()} if self.buffer else {}
-        return done | {"before": before} | buffer
+        return done | {"before": before, "curriculum": self.curriculum} | buffer
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Position:
@@ -65,7 +67,8 @@ class Position:
         before = {task: EvalTable.from_dict(table) for task, table in data["before"].items()}
         # Checkpoints of before there was a buffer have none: nothing was in flight.
         buffer = BufferState.from_dict(data["buffer"]) if "buffer" in data else None
-        return cls(data["step"], data["version"], Spent(**data["spent"]), before, buffer)
+        learnt = data.get("curriculum", {})
+        return cls(data["step"], data["version"], Spent(**data["spent"]), before, buffer, learnt)
 
 
 @dataclass(frozen=True)

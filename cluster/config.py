@@ -97,6 +97,15 @@ class Recipe(Section):
                 "reward",
                 "compose",
             )
+        strategy = self.algorithm.curriculum.strategy
+        if strategy != "uniform" and len(self.tasks) < 2:
+            raise refusal(
+                f'got "{strategy}", and there is one [[tasks]] entry, so nothing to choose from; '
+                "give an entry for each difficulty",
+                "algorithm",
+                "curriculum",
+                "strategy",
+            )
         if self.sampler.max_tokens >= self.model.max_model_len:
             raise refusal(
                 f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "

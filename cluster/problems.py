@@ -83,6 +83,16 @@ def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
     return sources
 
 
+def step_sources(sources: Sequence[ProblemSource], seed: int, step: int, count: int) -> list[int]:
+    """Which source each problem of training step `step` (from 0) comes from."""
+    weights = np.array([source.weight for source in sources])
+    chosen = np.random.default_rng([seed, step]).choice(
+        len(sources), size=count, p=weights / weights.sum()
+    )
+    found: list[int] = chosen.tolist()
+    return found
+
+
 def step_problems(
     sources: Sequence[ProblemSource],
     seed: int,
@@ -94,10 +104,7 @@ def step_problems(
 
     They are the same for every run with this seed.
     """
-    weights = np.array([source.weight for source in sources])
-    chosen = np.random.default_rng([seed, step]).choice(
-        len(sources), size=count, p=weights / weights.sum()
-    )
+    chosen = step_sources(sources, seed, step, count)
     return [
         sources[chosen[place]].problem("train", seed, step * count + place)
         for place in (range(count) if places is None else places)

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.checkpoints import Position, Resumed
 from cluster.config import Recipe, RunFailed, UserError
+from cluster.curriculum import make_strategy
 from cluster.placement import frozen_models, require_cluster
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.supervision import Delivery
@@ -324,6 +325,7 @@ def running(
         load_terms(recipe.reward.effective_terms())
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
+    make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
     for model in frozen_models(recipe):
         load_reader(model)
     with actor_errors(folder), connected(address):

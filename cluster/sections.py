@@ -383,6 +383,27 @@ class DynamicSamplingConfig(Section):
     """How many extra groups a step may sample in all its rounds."""
 
 
+class CurriculumConfig(Section):
+    """[algorithm.curriculum] How often each `[[tasks]]` entry comes, by past success on it."""
+
+    strategy: Text = "uniform"
+    """`uniform`: by the entries' weights. `success_band`: more where about half of the answers
+    are right. Or `"module:Class"`, see `cluster.curriculum.Strategy`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the strategy's class."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """What an entry's running success keeps of itself at each new group."""
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_is_known(cls, name: str) -> str:
+        if name in ("uniform", "success_band") or _CLASS_PATH.fullmatch(name):
+            return name
+        raise refusal(
+            f'no strategy "{name}"; known: uniform, success_band, or your own as "module:Class"'
+        )
+
+
 class SpendConfig(Section):
     """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
 
@@ -428,6 +449,7 @@ class AlgorithmConfig(Section):
     papo: PapoConfig | None = None
     correction: CorrectionConfig = CorrectionConfig()
     dynamic_sampling: DynamicSamplingConfig | None = None
+    curriculum: CurriculumConfig = CurriculumConfig()
     on_mismatch: Literal["warn", "stop"] = "warn"
     """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
     run with an error (the limits: `mismatch` in `cluster/metrics.py`)."""
@@ -449,6 +471,18 @@ class AlgorithmConfig(Section):
                 "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
                 "or leave kl_weight out",
                 "kl_weight",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_knows_the_past(self) -> AlgorithmConfig:
+        if self.curriculum.strategy != "uniform" and self.max_staleness:
+            raise refusal(
+                f'got "{self.curriculum.strategy}" with max_staleness = {self.max_staleness}; '
+                "problems are drawn ahead then, before the success on earlier ones is known; use "
+                '"uniform" or max_staleness = 0',
+                "curriculum",
+                "strategy",
             )
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.budget import Spent, is_over, run_share
 from cluster.checkpoints import Position, Resumed, claimed, stop_signal
 from cluster.config import Recipe, RunFailed, resolved_toml
+from cluster.curriculum import Curriculum
 from cluster.evaluate import evaluate_all
 from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
 from cluster.refill import refill_step
@@ -58,7 +59,8 @@ def run_training(
         verify_transfer(run, at.version)
         before = at.before or measure(run, tracker, step=0)
         step, version, spent = at.step, at.version, at.spent
-        stream = GroupStream(recipe, run.sources, run.samplers, step, at.buffer)
+        curriculum = Curriculum(recipe, run.sources, at.curriculum)
+        stream = GroupStream(recipe, curriculum, run.samplers, step, at.buffer)
         while not is_over(recipe.algorithm, step, spent):
             scale_as_asked(run, folder, progress)
             share = run_share(recipe.algorithm, step, spent)
@@ -72,6 +74,8 @@ def run_training(
             scored, groups = refilled.scored, refilled.groups
             clock.lap("refill")
             metrics = step_metrics(scored, version) | reward_metrics(run) | refilled.metrics()
+            metrics |= curriculum.metrics()
+            curriculum.observe(step, scored)
             rate = learning_rate(recipe, step)
             batches = anchored(recipe, train_batches(recipe, scored), run.learner)
             updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]
@@ -94,7 +98,8 @@ def run_training(
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)
             if stop.asked or checkpoint_due(recipe, step, over):
-                run.save(folder, Position(step, version, spent, before, stream.state()))
+                state = (stream.state(), curriculum.state())
+                run.save(folder, Position(step, version, spent, before, *state))
             if stop.asked:
                 run.learner.finish_saving()
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
