@@ -91,7 +91,7 @@ def resume(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Resumed]:
     if not stored.is_file():
         raise UserError(f"--resume {run}: no run folder: it has no recipe.toml")
     recipe = load_recipe(stored, overrides)
-    changed = _changed(load_recipe(stored).model_dump(), recipe.model_dump())
+    changed = changed_fields(load_recipe(stored).model_dump(), recipe.model_dump())
     if wrong := [name for name in changed if name not in MAY_CHANGE]:
         raise RecipeError(
             f"--resume {run}: --set changes {', '.join(wrong)}, which would make another run of "
@@ -183,10 +183,10 @@ def claimed(run: Path) -> Iterator[None]:
         yield
 
 
-def _changed(old: Any, new: Any, at: str = "") -> list[str]:
+def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:
     """Dotted names of the fields that differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = dict.fromkeys([*old, *new])
-        below = (_changed(old.get(n), new.get(n), f"{at}.{n}" if at else n) for n in names)
+        below = (changed_fields(old.get(n), new.get(n), f"{at}.{n}" if at else n) for n in names)
         return [name for found in below for name in found]
     return [] if old == new else [at]

@@ -65,8 +65,21 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with a run from its last training checkpoint"),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Learn again from a run's stored rollouts, no samplers"),
+    ] = None,
 ) -> None:
     """Train a policy with RL: sample, score, learn, send the weights back."""
+    if replay is not None:
+        if recipe is not None or resume is not None:
+            raise UserError("--replay RUN: the run has its recipe; give neither one nor --resume")
+        from cluster.replay import recorded, run_replay
+
+        loaded, source = recorded(replay, set_ or ())
+        if _ready(loaded, "replay", address, dry_run):
+            run_replay(loaded, source, address=address, output=output)
+        return
     resumed = None
     if resume is not None:
         if recipe is not None or output is not None:
@@ -83,6 +96,23 @@ def train(
     from cluster.train import run_training
 
     run_training(loaded, address=address, output=output, resumed=resumed)
+
+
+@app.command()
+def sample(
+    where: Annotated[Path, typer.Argument(help="A TOML recipe, or a checkpoint in a run folder")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps' worth of groups")] = 1,
+    set_: Overrides = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    output: Output = None,
+) -> None:
+    """Sample and score rollouts as training would, without a learner; diagnose reads them."""
+    from cluster.replay import recipe_to_sample, run_sampling
+
+    loaded = recipe_to_sample(where, set_ or ())
+    if _ready(loaded, "sample", address, dry_run):
+        run_sampling(loaded, steps, address=address, output=output)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from cluster.config import Recipe, UserError
 from rewards.records import TermError
 from rewards.terms import find_term, load_term
 
-Command = Literal["train", "sft", "eval"]
+Command = Literal["train", "sft", "eval", "replay", "sample"]
 
 GIB = 2**30
 UNKNOWN_SIZES = ("sampler", "frozen model", "learner")
@@ -126,23 +126,24 @@ class Placement:
 def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placement:
     """Place a recipe's actors on a machine.
 
-    `sft` runs its samplers after its learner, or beside it where it measures on the way.
+    `sft` runs its samplers after its learner, or beside it where it measures on the way;
+    `replay` has no samplers, `sample` no learner.
 
     Never raises for a recipe that does not fit: see `Placement.require`.
     """
     size = policy_size(recipe.model.path)
     learners = [
         Actor("learner", i, recipe.learner.cpus, recipe.learner.gpus, learner_memory(recipe, size))
-        for i in range(recipe.learner.ranks)
+        for i in range(0 if command == "sample" else recipe.learner.ranks)
     ]
     samplers, frozen, workers = [], [], []
-    if command == "train" or (command == "sft" and recipe.eval.every):
+    if command in ("train", "sample") or (command == "sft" and recipe.eval.every):
         memory = sampler_memory(recipe, size, machine)
         samplers = [
             Actor("sampler", i, recipe.sampler.cpus, recipe.sampler.gpus, memory)
             for i in range(recipe.sampler.count)
         ]
-    if command == "train":
+    if command in ("train", "sample"):
         frozen = [
             Actor(
                 "frozen model",
@@ -317,8 +318,9 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
         if command == "sft" and not recipe.eval.every:  # one after the other
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
-            found[unit] = sample if command == "eval" else sample | learn
-        models = len(frozen_models(recipe)) if command == "train" else 0
+            alone = {"eval": sample, "sample": sample, "replay": learn}
+            found[unit] = alone.get(command, sample | learn)
+        models = len(frozen_models(recipe)) if command in ("train", "sample") else 0
         if models:
             one = models * getattr(sampler, field)
             found[unit] |= {f"{models} frozen model(s) of reward.terms × sampler.{field}": one}

@@ -197,6 +197,33 @@ def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
         pool.stop()
 
 
+def frozen_pools(recipe: Recipe) -> dict[str, SamplerPool]:
+    """An engine for each frozen model that reward terms ask, by checkpoint; not yet waited for."""
+    return {
+        model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
+        for place, model in enumerate(frozen_models(recipe))
+    }
+
+
+def reward_pool(recipe: Recipe, models: dict[str, SamplerPool]) -> RewardPool:
+    """The recipe's reward workers; `models`: whom terms may ask, the policy under ""."""
+    reward = recipe.reward
+    return RewardPool(
+        reward.effective_terms(),
+        reward.compose,
+        recipe.algorithm.advantage,
+        reward.workers,
+        Limits(
+            deadline_seconds=reward.deadline_seconds,
+            answer_seconds=reward.answer_seconds,
+            remote_seconds=reward.remote_seconds,
+            remote_in_flight=reward.remote_in_flight,
+            memory_gib=reward.memory_gib,
+        ),
+        models,
+    )
+
+
 class LivePolicy:
     """A learner and the samplers that get its weights by transfer; all that SFT measures with.
 
@@ -263,25 +290,8 @@ class Run(LivePolicy):
             recipe, model, recipe.sampler.temperature, resume=checkpoint is not None
         )
         super().__init__(recipe, sources, settings)
-        self.frozen = {
-            model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
-            for place, model in enumerate(frozen_models(recipe))
-        }
-        reward = recipe.reward
-        self.rewards = RewardPool(
-            reward.effective_terms(),
-            reward.compose,
-            recipe.algorithm.advantage,
-            reward.workers,
-            Limits(
-                deadline_seconds=reward.deadline_seconds,
-                answer_seconds=reward.answer_seconds,
-                remote_seconds=reward.remote_seconds,
-                remote_in_flight=reward.remote_in_flight,
-                memory_gib=reward.memory_gib,
-            ),
-            {"": self.samplers, **self.frozen},
-        )
+        self.frozen = frozen_pools(recipe)
+        self.rewards = reward_pool(recipe, {"": self.samplers, **self.frozen})
         self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 

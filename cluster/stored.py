@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.tracking import ROLLOUT_SCHEMA
-from rewards.records import Diagnosis, FailureKind, TermFailure
+from rewards.advantages import CREDIT_COLUMNS
+from rewards.records import Diagnosis, FailureKind, ScoredGroup, TermFailure
 from rollout.record import Group, Rollout
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
@@ -120,18 +121,54 @@ def read_groups(run_dir: Path | str, step: int) -> list[StoredGroup]:
     Raises DataError naming file and column for what cannot be read: a column that is absent or
     of another type, a task that cannot be loaded, an image that is gone or not the one stored.
     """
+    return [group for _, group in _groups(run_dir, step)]
+
+
+def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
+    """The groups of a step as the learner got them, in scoring order, with stored advantages.
+
+    What is not stored is empty: tracebacks of failures, and the seconds that terms took. Raises
+    DataError as `read_groups` does, and for advantages of other columns than `CREDIT_COLUMNS`.
+    """
+    found = []
+    for rows, stored in _groups(run_dir, step, ("advantages",)):
+        table = [dict(row["advantages"]) for row in rows]
+        if any(tuple(advantages) != CREDIT_COLUMNS for advantages in table):
+            raise DataError(
+                f"{_file(run_dir, step)}: column 'advantages': expected the keys "
+                f"{', '.join(CREDIT_COLUMNS)} in every row"
+            )
+        scores = stored.scores
+        found.append(
+            ScoredGroup(
+                group=stored.group,
+                terms=scores.terms,
+                totals=scores.totals,
+                advantages=np.array([list(a.values()) for a in table], np.float64),
+                zero_variance=scores.zero_variance,
+                dropped=scores.dropped,
+                failures=scores.failures,
+                seconds={},
+                diagnosis=scores.diagnosis,
+            )
+        )
+    return found
+
+
+def _groups(
+    run_dir: Path | str, step: int, more: Sequence[str] = ()
+) -> Iterator[tuple[list[Row], StoredGroup]]:
+    """Each group of a step with its rows, which have the columns `more` as well."""
     file = _file(run_dir, step)
     tasks: dict[str, Task] = {}
-    found = []
-    for rows in _rows_by_group(file, (*SCORE_COLUMNS, *GROUP_COLUMNS)):
+    for rows in _rows_by_group(file, (*SCORE_COLUMNS, *GROUP_COLUMNS, *more)):
         name = rows[0]["task"]
         if name not in tasks:
             tasks[name] = _column(file, "task", load_task, name)
         problem = _problem(Path(run_dir), file, rows[0])
         rollouts = tuple(_rollout(tasks[name], row) for row in rows)
         group = Group(rows[0]["group_id"], problem, rollouts)
-        found.append(StoredGroup(group, _scores(file, rows)))
-    return found
+        yield rows, StoredGroup(group, _scores(file, rows))
 
 
 def _file(run_dir: Path | str, step: int) -> Path:

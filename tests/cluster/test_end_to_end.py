@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from safetensors.numpy import load_file
 
 from cluster.tracking import read_metrics, read_rollouts
@@ -122,6 +123,36 @@ def check_run(run: Path, model: Path) -> None:
         assert {"a", "a_p", "a_r"} <= {row["metric"] for row in table["after"]["rows"]}
 
 
+def check_halves(run: Path, folder: Path) -> None:
+    """The learner alone makes the updates of a run again; the samplers alone ask what it asked."""
+    replay, sampled = folder / "replay", folder / "sampled"
+    for arguments in (
+        ["train", "--replay", str(run), "--output", str(replay)],
+        ["sample", str(run / "checkpoint"), "--steps", "2", "--output", str(sampled)],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster", *arguments],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    old, new = (
+        {(r["step"], r["name"]): r["value"] for r in read_metrics(f).to_pylist()}
+        for f in (run, replay)
+    )
+    for step in (1, 2):
+        for name in ("loss", "grad_norm", "entropy/other", "mismatch/k3", "lr"):
+            same = pytest.approx(old[step, f"learner/{name}"], rel=1e-4, abs=1e-6)
+            assert new[step, f"learner/{name}"] == same, (step, name)
+    before, after = (load_file(f / "checkpoint" / "model.safetensors") for f in (run, replay))
+    for name, tensor in before.items():
+        assert np.abs(after[name] - tensor).mean() < 1e-5, name
+    for step in (1, 2):
+        asked, again = (read_rollouts(f, step).to_pylist() for f in (run, sampled))
+        assert [r["rollout_id"] for r in again] == [r["rollout_id"] for r in asked]
+        assert [r["response_ids"] for r in again] != [r["response_ids"] for r in asked]
+        assert {r["terms"][0][0] for r in again} == {r["terms"][0][0] for r in asked}
+
+
 def test_internvl_on_two_zero3_ranks_in_local_mode(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -144,6 +175,7 @@ def test_internvl_on_two_zero3_ranks_in_local_mode(
         r["step"]: r["value"] for r in read_metrics(run).to_pylist() if "spent/tok" in r["name"]
     }
     assert set(spent) == {1, 2} and spent[1] < 400 <= spent[2]
+    check_halves(run, tmp_path)
 
 
 def test_qwen3_vl_as_a_submitted_ray_job(tiny_models: dict[str, Path], tmp_path: Path) -> None:
