@@ -27,6 +27,7 @@ from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
 from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
 from learner.losses import Loss
+from learner.state import seed_all
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> 
 def _do(job: Job, place: WorldPlace) -> Outcome:
     from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
+    seed_all(1, 0, place.rank)  # so that two lives of one job draw alike
     learner = DeepSpeedLearner(replace(job.settings, threads=1), place)
     outcome = Outcome()
     parameters = learner._engine.module.model.named_parameters()
