@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from cluster.budget import Spent, is_over
 from cluster.config import Recipe, RecipeError, UserError, load_recipe
@@ -23,7 +23,7 @@ from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 from rollout.buffer import BufferState
 
 MAY_CHANGE = (
-    "algorithm.steps",
+    "algorithm.steps", "sft.steps",
     "algorithm.budget", "algorithm.budget.kind", "algorithm.budget.amount",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
     "learner.timeout_seconds", "learner.logits_mib", "learner.layout",
@@ -36,15 +36,19 @@ MAY_CHANGE = (
 """Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
 
 
+Resumable = Literal["train", "sft"]
+
+
 @dataclass(frozen=True)
 class Position:
     """How far a run is: `step` steps and `version` policy updates are done.
 
     Problems, group ids, sampling seeds, learning rate and reward weights of a step follow from
     recipe and step (under a budget from what was `spent`, under a curriculum from the successes
-    in `curriculum`). `before` holds the evaluation of the untrained policy, a table a task.
-    `buffer` says which groups were started and not yet used: they are sampled again. None stands
-    for the groups of the steps done, and no others.
+    in `curriculum`); so do the demonstrations of an update of SFT. `before` holds the evaluation
+    of the untrained policy, a table a task. `buffer` says which groups were started and not yet
+    used: they are sampled again. None stands for the groups of the steps done, and no others.
+    `balance` is what SFT's `Balance` has measured.
     """
 
     step: int = 0
@@ -53,13 +57,16 @@ class Position:
     before: dict[str, EvalTable] = field(default_factory=dict)
     buffer: BufferState | None = None
     curriculum: dict[str, list[float]] = field(default_factory=dict)
+    command: Resumable = "train"
+    balance: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         before = {task: table.to_dict() for task, table in self.before.items()}
         done = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
         buffer = {"buffer": self.buffer.to_dict()} if self.buffer else {}
-        return done | {"before": before, "curriculum": self.curriculum} | buffer
+        sft = {"command": "sft", "balance": self.balance} if self.command == "sft" else {}
+        return done | {"before": before, "curriculum": self.curriculum} | buffer | sft
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Position:
@@ -67,8 +74,16 @@ class Position:
         before = {task: EvalTable.from_dict(table) for task, table in data["before"].items()}
         # Checkpoints of before there was a buffer have none: nothing was in flight.
         buffer = BufferState.from_dict(data["buffer"]) if "buffer" in data else None
-        learnt = data.get("curriculum", {})
-        return cls(data["step"], data["version"], Spent(**data["spent"]), before, buffer, learnt)
+        return cls(
+            data["step"],
+            data["version"],
+            Spent(**data["spent"]),
+            before,
+            buffer,
+            data.get("curriculum", {}),
+            data.get("command", "train"),
+            dict(data.get("balance", {})),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,11 +96,13 @@ class Resumed:
     refused: tuple[str, ...] = ()
 
 
-def resume(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Resumed]:
+def resume(
+    run: Path, overrides: Sequence[str] = (), command: Resumable = "train"
+) -> tuple[Recipe, Resumed]:
     """The recipe of a run, with `overrides` as after `--set`, and where it goes on.
 
-    Raises UserError for a folder that is no run or has no checkpoint that can be used (each
-    file that was refused is named), RecipeError for an override that would make another run.
+    Raises UserError for a folder that is no run of `command` or has no checkpoint that can be used
+    (each file that was refused is named), RecipeError for an override that would make another run.
     """
     stored = run / "recipe.toml"
     if not stored.is_file():
@@ -98,12 +115,26 @@ def resume(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Resumed]:
             f"it; a resumed run may change {', '.join(MAY_CHANGE)}"
         )
     resumed = newest(run)
-    if resumed.position.step > recipe.algorithm.steps:
-        raise RecipeError(
-            f"--resume {run}: algorithm.steps is {recipe.algorithm.steps}, but "
-            f"{resumed.position.step} steps are done; set it higher"
-        )
     at = resumed.position
+    if at.command != command:
+        raise UserError(
+            f"--resume {run}: a run of `equipoise {at.command}`; go on with it by "
+            f"equipoise {at.command} --resume {run}"
+        )
+    counted, steps = "algorithm.steps", recipe.algorithm.steps
+    if command == "sft" and recipe.sft is not None:
+        counted, steps = "sft.steps", recipe.sft.steps
+    if at.step > steps:
+        raise RecipeError(
+            f"--resume {run}: {counted} is {steps}, but {at.step} steps are done; set it higher"
+        )
+    if command == "sft":
+        if at.step == steps and (run / "evaluation.json").exists():
+            raise UserError(
+                f"--resume {run}: all {steps} steps are done; to go on beyond, add "
+                f"--set {counted}=N"
+            )
+        return recipe, resumed
     if is_over(recipe.algorithm, at.step, at.spent) and (run / "evaluation.json").exists():
         budget = recipe.algorithm.budget
         if at.step == recipe.algorithm.steps or budget is None:

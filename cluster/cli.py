@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ from cluster.placement import Command, Machine, describe, plan
 from rollout.tokens import ModelError
 from tasks.core import DataError
 
+if TYPE_CHECKING:
+    from cluster.checkpoints import Resumable, Resumed
+
 app = typer.Typer(
     name="equipoise",
     help="RL post-training for vision-language models that keeps seeing and thinking in balance.",
@@ -36,7 +39,13 @@ app = typer.Typer(
 models = typer.Typer(help="Tiny policies made from the real config classes.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
-RecipePath = Annotated[Path, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")]
+OptionalRecipe = Annotated[
+    Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Go on with a run from its last training checkpoint"),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one field: learner.ranks=2"),
@@ -54,17 +63,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 @app.command()
 def train(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
-    ] = None,
+    recipe: OptionalRecipe = None,
     set_: Overrides = None,
     address: Address = None,
     dry_run: DryRun = False,
     output: Output = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run from its last training checkpoint"),
-    ] = None,
+    resume: Resume = None,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Learn again from a run's stored rollouts, no samplers"),
@@ -80,17 +84,7 @@ def train(
         if _ready(loaded, "replay", address, dry_run):
             run_replay(loaded, source, address=address, output=output)
         return
-    resumed = None
-    if resume is not None:
-        if recipe is not None or output is not None:
-            raise UserError("--resume RUN: the run has its recipe and its folder; give neither")
-        from cluster.checkpoints import resume as go_on
-
-        loaded, resumed = go_on(resume, set_ or ())
-    elif recipe is not None:
-        loaded = load_recipe(recipe, set_ or ())
-    else:
-        raise UserError("equipoise train: give a recipe, or --resume RUN to go on with a run")
+    loaded, resumed = _loaded("train", recipe, set_, output, resume)
     if not _ready(loaded, "train", address, dry_run):
         return
     from cluster.train import run_training
@@ -117,14 +111,15 @@ def sample(
 
 @app.command()
 def sft(
-    recipe: RecipePath,
+    recipe: OptionalRecipe = None,
     set_: Overrides = None,
     address: Address = None,
     dry_run: DryRun = False,
     output: Output = None,
+    resume: Resume = None,
 ) -> None:
     """Fine-tune a policy on generated demonstrations: the cold start."""
-    loaded = load_recipe(recipe, set_ or ())
+    loaded, resumed = _loaded("sft", recipe, set_, output, resume)
     if loaded.sft is None:
         raise RecipeError(
             f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
@@ -134,7 +129,7 @@ def sft(
         return
     from cluster.cold_start import run_sft
 
-    run_sft(loaded, address=address, output=output)
+    run_sft(loaded, address=address, output=output, resumed=resumed)
 
 
 @app.command(name="eval")
@@ -307,6 +302,25 @@ def main() -> None:
     except RunFailed as error:
         print(f"the run failed: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _loaded(
+    command: Resumable,
+    recipe: Path | None,
+    overrides: list[str] | None,
+    output: Path | None,
+    resume: Path | None,
+) -> tuple[Recipe, Resumed | None]:
+    """The recipe of a new run, or that of a run to go on with and where it goes on."""
+    if resume is not None:
+        if recipe is not None or output is not None:
+            raise UserError("--resume RUN: the run has its recipe and its folder; give neither")
+        from cluster.checkpoints import resume as go_on
+
+        return go_on(resume, overrides or (), command)
+    if recipe is None:
+        raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
+    return load_recipe(recipe, overrides or ()), None
 
 
 def _ready(recipe: Recipe, command: Command, address: str | None, dry_run: bool) -> bool:

@@ -21,6 +21,7 @@ import ray
 from torch.utils.data import DataLoader
 
 from cluster.card import model_card
+from cluster.checkpoints import Position, Resumed, claimed, stop_signal
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import PASSES, evaluate_all
 from cluster.metrics import EvalTable
@@ -36,11 +37,18 @@ from cluster.runtime import (
     sampling_from,
 )
 from cluster.sections import SftConfig
-from cluster.tracking import Progress, Tracker
-from cluster.train import measure, report_change, transfer_metrics, verify_transfer
+from cluster.tracking import Progress, Tracker, read_metrics
+from cluster.train import (
+    checkpoint_due,
+    measure,
+    report_change,
+    transfer_metrics,
+    verify_transfer,
+)
 from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
+from learner.checkpoint import checkpoint_folder
 from learner.engine import LearnerSettings
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
@@ -62,16 +70,23 @@ class Shares:
     perception_loss: float
 
 
-def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = None) -> Path:
-    """Fine-tune by a recipe's [sft] section and return the run folder.
+def run_sft(
+    recipe: Recipe,
+    address: str | None = None,
+    output: Path | None = None,
+    resumed: Resumed | None = None,
+) -> Path:
+    """Fine-tune by a recipe's [sft] section, or go on where a run was; return the run folder.
 
-    The policy is left in `<folder>/checkpoint` as a plain Hugging Face folder. Raises DataError
-    or ModelError for input that cannot be used, RunFailed when a rank ends the run.
+    The policy is left in `<folder>/checkpoint` as a plain Hugging Face folder. A first SIGTERM or
+    Ctrl-C lets the update end and leaves a checkpoint to resume from. Raises DataError or
+    ModelError for input that cannot be used, RunFailed when a rank ends the run.
     """
     sft = recipe.sft
     if sft is None:
         raise DataError(f"recipe {recipe.name}: sft: this section is needed and missing")
-    folder = new_run_folder(recipe, output)
+    folder = resumed.run if resumed else new_run_folder(recipe, output)
+    at = resumed.position if resumed else Position(command="sft")
     progress = Progress(sft.steps)
     opened = open_sources(recipe.tasks)
     sources = demonstration_sources(recipe, opened)
@@ -85,20 +100,30 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
         connected(address),
     ):
         require_cluster(recipe, ray.cluster_resources(), "sft")
-        with Tracker(folder, resolved_toml(recipe)) as tracker:
+        with (
+            claimed(folder),
+            Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
+        ):
             progress.say(f"run folder: {folder}")
-            start_from = recipe.model.path
-            if sft.vision_warmup_steps:
-                start_from = scratch
+            model = recipe.model.path
+            if resumed:
+                model = str(resumed.checkpoint)
+                for reason in resumed.refused:
+                    progress.say(f"warning: checkpoint refused: {reason}")
+                progress.say(f"going on after update {at.step}, from {resumed.checkpoint}")
+            elif sft.vision_warmup_steps:
+                model = scratch
                 warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
-            batches = demonstrations(sources, processor, sft, recipe.seed)
-            done = fine_tune(recipe, sft, start_from, opened, batches, folder, tracker, progress)
-        summary = summarise(done.shares, sft, time.perf_counter() - started)
+            settings = learner_settings(recipe, model, resume=resumed is not None)
+            batches = demonstrations(sources, processor, sft, recipe.seed, at.step)
+            tables = fine_tune(
+                recipe, sft, settings, opened, batches, folder, at, tracker, progress
+            )
+        if tables is None:
+            return folder
+        summary = summarise(past_shares(folder), sft, time.perf_counter() - started)
         (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        if done.measured:
-            tables = done.measured[sft.steps]
-            report_change(folder, done.measured[0], tables, progress)
-        else:
+        if not tables:
             tables = measure_checkpoint(recipe, opened, folder, progress)
     card = model_card(recipe, summary, tables)
     (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
@@ -106,37 +131,34 @@ def run_sft(recipe: Recipe, address: str | None = None, output: Path | None = No
     return folder
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What SFT leaves in memory: each update's shares, and the evaluations on the way by step.
-
-    The evaluations are tables by task; none where the recipe measures only at the end.
-    """
-
-    shares: list[Shares]
-    measured: dict[int, dict[str, EvalTable]]
-
-
 def fine_tune(
     recipe: Recipe,
     sft: SftConfig,
-    start_from: str,
+    settings: LearnerSettings,
     opened: Sequence[ProblemSource],
     batches: Iterator[list[TrainSequence]],
     folder: Path,
+    at: Position,
     tracker: Tracker,
     progress: Progress,
-) -> Tuned:
-    """All updates, measured on the way if the recipe says so; leaves `<folder>/checkpoint`."""
-    done = Tuned([], {})
+) -> dict[str, EvalTable] | None:
+    """All updates from `at` on; leaves `<folder>/checkpoint`.
+
+    Where the recipe measures on the way, `evaluation.json` is left too, and the last evaluation
+    returned, a table a task; else there is none in it. None: it was told to stop before the end.
+    """
     balance = sft_balance(sft)
-    with tuning(recipe, opened, learner_settings(recipe, start_from), progress) as (learner, live):
+    balance.restore(at.balance)
+    with (
+        tuning(recipe, opened, settings, progress) as (learner, live),
+        stop_signal() as stop,
+    ):
+        before = at.before
         if live:
-            verify_transfer(live, 0)
-            done.measured[0] = measure(live, tracker, 0)
-            progress.say(in_short(0, done.measured[0]))
+            verify_transfer(live, at.step)
+            before = before or measured(live, tracker, 0, progress)
         started = time.perf_counter()
-        for step in range(1, sft.steps + 1):
+        for step in range(at.step + 1, sft.steps + 1):
             rate = learning_rate_at(
                 step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
             )
@@ -148,20 +170,49 @@ def fine_tune(
                 gradients = learner.segment_gradients(batch, sft.norm_of)
                 balance.observe(step, gradients)
             metrics = learner.update(batch, balance.loss(step, batch), rate)
-            done.shares.append(perception_shares(metrics))
             told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
             told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
-            if live and (step % recipe.eval.every == 0 or step == sft.steps):
-                told |= transfer_metrics(live.send_weights(step))
-                done.measured[step] = measure(live, tracker, step)
-                progress.say(in_short(step, done.measured[step]))
             tracker.log(step, told)
             if step % 10 == 0 or step == sft.steps:
-                progress.say(describe(step, sft.steps, metrics, time.perf_counter() - started))
+                seconds = (time.perf_counter() - started) / (step - at.step)
+                progress.say(describe(step, sft.steps, metrics, seconds))
+            if live and step % recipe.eval.every == 0 and step < sft.steps:
+                tracker.log(step, transfer_metrics(live.send_weights(step)))
+                measured(live, tracker, step, progress)
             if sft.save_every and step % sft.save_every == 0:
                 learner.save(folder / "checkpoint")
+            if stop.asked or checkpoint_due(recipe, step, step == sft.steps):
+                here = Position(step, step, before=before, command="sft", balance=balance.state())
+                target = checkpoint_folder(folder, step)
+                learner.save_training(target, here.to_dict(), recipe.checkpoint.keep)
+            if stop.asked:
+                progress.say(f"stopped after update {step}; equipoise sft --resume {folder}")
+                return None
         learner.save(folder / "checkpoint")
-    return done
+        if not live:
+            return {}
+        tracker.log(sft.steps, transfer_metrics(live.send_weights(sft.steps)))
+        after = measured(live, tracker, sft.steps, progress)
+    report_change(folder, before, after, progress)
+    return after
+
+
+def measured(
+    live: LivePolicy, tracker: Tracker, step: int, progress: Progress
+) -> dict[str, EvalTable]:
+    """Evaluate after `step` updates; logged, told in a line, and returned as a table a task."""
+    tables = measure(live, tracker, step)
+    progress.say(in_short(step, tables))
+    return tables
+
+
+def past_shares(folder: Path) -> list[Shares]:
+    """Perception's shares of every update that a run logged, also before it was resumed."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in read_metrics(folder).to_pylist():
+        if row["name"].startswith(("sft/tokens/", "sft/nll/")):
+            by_step.setdefault(row["step"], {})[row["name"].removeprefix("sft/")] = row["value"]
+    return [perception_shares(metrics) for _, metrics in sorted(by_step.items())]
 
 
 @contextmanager
@@ -216,11 +267,11 @@ def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> li
 
 
 def demonstrations(
-    sources: Sequence[Source], processor: Any, sft: SftConfig, seed: int
+    sources: Sequence[Source], processor: Any, sft: SftConfig, seed: int, done: int = 0
 ) -> Iterator[list[TrainSequence]]:
-    """Endless batches, made ahead of the learner by one worker process."""
+    """Endless batches after the first `done`, made ahead of the learner by one worker process."""
     stream = DemonstrationStream(
-        sources, processor, sft.batch_size, seed, blind_share=sft.blind_share
+        sources, processor, sft.batch_size, seed, done, blind_share=sft.blind_share
     )
     return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
 
@@ -320,11 +371,11 @@ def perception_shares(metrics: dict[str, float]) -> Shares:
 
 
 def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -> str:
-    """One progress line: the loss of each segment, in nats a token."""
+    """One progress line: the loss of each segment, in nats a token; `seconds` are of an update."""
     parts = "  ".join(
         f"{name} {metrics[f'nll/{name}']:.3f}" for name in SEGMENTS if f"nll/{name}" in metrics
     )
-    left = seconds / step * (steps - step)
+    left = seconds * (steps - step)
     return f"sft {step}/{steps}  nll: {parts}  {metrics['seconds']:.1f} s/step  ETA {left:.0f} s"
 
 

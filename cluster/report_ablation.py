@@ -153,8 +153,9 @@ def build_ablation(record: AblationRecord) -> Report:
     )
     wary = words.warnings(config, record.cells, ended, record.failed, record.faults)
     if ended and not record.finished:
+        rollouts = "no rollouts, " if config.command == "train" else ""
         wary.append(
-            "The cells' folders are not here, only their numbers: no rollouts, no times, and no "
+            f"The cells' folders are not here, only their numbers: {rollouts}no times, and no "
             "hashes to show that arms were paired."
         )
     metrics = list(dict.fromkeys(record.table.column("metric").to_pylist()))

@@ -228,7 +228,11 @@ class Tracker:
 
         if (self.run_dir / "metrics.parquet").exists() or _metric_parts(self.run_dir):
             table = read_metrics(self.run_dir)
-            kept = table.filter(pc.less_equal(table["step"], step))
+            # The warm-up of vision counts steps of its own, all before SFT's first.
+            early = pc.or_(
+                pc.less_equal(table["step"], step), pc.starts_with(table["name"], "warmup/")
+            )
+            kept = table.filter(early)
             _write(self.run_dir / "metrics.parquet", lambda path: pq.write_table(kept, path))
             for part in _metric_parts(self.run_dir):
                 part.unlink()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,6 +159,15 @@ class Balance:
     first_weight: float = 1.0
     _ngdiff: float = 0.5
     _measured: bool = False
+
+    def state(self) -> dict[str, float]:
+        """What was measured so far, for a run that goes on; empty if nothing was."""
+        return {"ngdiff": self._ngdiff} if self._measured else {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take over what `state` gave."""
+        if state:
+            self._ngdiff, self._measured = state["ngdiff"], True
 
     def measures(self, step: int) -> bool:
         """Whether the gradients are to be measured before this update.
