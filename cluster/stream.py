@@ -130,8 +130,12 @@ class GroupStream:
         return groups
 
     def _step_requests(self, step: int) -> list[SampleRequest]:
-        """Those of step `step` (from 0); the next step's are drawn while this one is at work."""
-        for wanted in (step, step + 1):
+        """Those of step `step` (from 0); the next step's are drawn while this one is at work.
+
+        But for a curriculum, which weighs them by what this step will show.
+        """
+        foreseen = self._recipe.algorithm.curriculum.strategy == "uniform"
+        for wanted in (step, step + 1) if foreseen else (step,):
             if wanted not in self._drawn:
                 self._drawn[wanted] = self._drawer.submit(self._draw_requests, wanted)
         while len(self._drawn) > DRAWN_STEPS:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from cluster.problems import open_sources, step_problems
 from cluster.stream import GroupStream, free_requests
 from rollout.buffer import BufferError, BufferState
 from rollout.record import Group, SampleRequest
+from tasks.core import Problem
+from tests.rewards.toys import problem
 from tests.rollout.simulated_pool import SimulatedPool
 
 RECIPE = """
@@ -138,6 +143,33 @@ def test_a_run_that_goes_on_repeats_no_group_and_loses_none(tmp_path: Path, orde
         for request in free_requests(chosen, step + 1, step_problems(sources, 5, step, 5))
     ]
     assert sorted(used) == sorted(asked)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A problem source whose problems say where they are from."""
+
+    label: str
+    weight: float
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        return replace(problem(index % 10), id=f"{self.label}-{index}")
+
+
+def test_a_curriculum_draws_a_step_by_what_is_known_when_it_begins(tmp_path: Path) -> None:
+    second = '[[tasks]]\nname = "tests.rewards.toys:Doubling"\n'
+    (tmp_path / "x.toml").write_text(RECIPE.replace("[algorithm]", f"{second}[algorithm]"))
+    chosen = load_recipe(tmp_path / "x.toml", ["algorithm.curriculum.strategy=success_band"])
+    sources: list[Any] = []
+    pool = SimulatedPool(2, [1.0])
+    stream = GroupStream(chosen, sources, pool)
+    for step in range(20):
+        # As a curriculum does after every step: the same sources, weighed anew.
+        sources[:] = [Named("a", 0.1 + 0.8 * (step % 2)), Named("b", 0.9 - 0.8 * (step % 2))]
+        asked = free_requests(chosen, step + 1, step_problems(sources, chosen.seed, step, 5))
+        assert [g.group_id for g in stream.take(step)] == [r.group_id for r in asked]
+        time.sleep(0.01)  # what is drawn too early is drawn by now
+        stream.renew(pool.send, step + 1)
 
 
 def test_the_checkpoint_of_an_older_version_goes_on_after_its_steps(tmp_path: Path) -> None:
