@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from cluster.config import Recipe
 from cluster.evaluate import training_sampling
 from cluster.problems import ProblemSource, step_problems
-from rollout.buffer import BufferError, BufferRule, BufferState, GroupBuffer
+from rollout.buffer import BufferRule, BufferState, GroupBuffer, GroupBufferError
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 
@@ -69,7 +69,7 @@ class GroupStream:
             if not (missing := self._buffer.missing()):
                 return self._buffer.take(version)
             if not self._keep(self._samplers.collect(missing)):
-                raise BufferError(f"{missing} groups are missing, and no sampler has them")
+                raise GroupBufferError(f"{missing} groups are missing, and no sampler has them")
             self._keep(self._complete())
             self._buffer.expire(version)
 

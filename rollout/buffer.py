@@ -22,7 +22,7 @@ TooOld = Literal["resample", "drop"]
 Order = Literal["problem", "completion"]
 
 
-class BufferError(RuntimeError):
+class GroupBufferError(RuntimeError):
     """A group came back that nobody waits for, or was started twice; names the group."""
 
 
@@ -132,10 +132,10 @@ class GroupBuffer:
         return sorted([*waiting, *fresh])
 
     def started(self, place: int, group_id: str) -> None:
-        """Note that a place is sampled under this id. Raises BufferError if it already is."""
+        """Note that a place is sampled under this id. Raises GroupBufferError if it already is."""
         entry = self._entries.get(place)
         if entry is None or entry.group_id or group_id in self._in_flight:
-            raise BufferError(f"group {group_id!r}: place {place} does not wait for a start")
+            raise GroupBufferError(f"group {group_id!r}: place {place} does not wait for a start")
         entry.group_id = group_id
         self._in_flight[group_id] = entry
 
@@ -152,10 +152,10 @@ class GroupBuffer:
     # --- using --------------------------------------------------------------------------------
 
     def add(self, group: Group) -> None:
-        """Keep a complete group. Raises BufferError where it is not in flight: it came twice."""
+        """Keep a complete group; raises GroupBufferError where it came twice, or was not asked."""
         entry = self._in_flight.pop(group.group_id, None)
         if entry is None:
-            raise BufferError(f"group {group.group_id!r} came back, but is not being sampled")
+            raise GroupBufferError(f"group {group.group_id!r} came back, but is not being sampled")
         self._completed += 1
         entry.group, entry.oldest, entry.rank = group, oldest_version(group), self._completed
 
@@ -180,11 +180,12 @@ class GroupBuffer:
     def take(self, version: int) -> list[Group]:
         """The groups of the step due, in the order of their problems; each is given once.
 
-        `version` is that of the learner. Raises BufferError where a group is missing or too old.
+        `version` is that of the learner. Raises GroupBufferError where a group is missing, or too
+        old.
         """
         self.expire(version)
         if missing := self.missing():
-            raise BufferError(f"the step is short of {missing} of {self._rule.groups} groups")
+            raise GroupBufferError(f"the step is short of {missing} of {self._rule.groups} groups")
         turn = sorted(self._turn(), key=lambda entry: entry.place)
         for entry in turn:
             del self._entries[entry.place]

@@ -17,7 +17,7 @@ from cluster.checkpoints import Position
 from cluster.config import Recipe, load_recipe
 from cluster.problems import open_sources, step_problems
 from cluster.stream import GroupStream, free_requests
-from rollout.buffer import BufferError, BufferState
+from rollout.buffer import BufferState, GroupBufferError
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 from tests.rewards.toys import problem
@@ -185,7 +185,7 @@ def test_a_pool_that_loses_groups_is_found_out(tmp_path: Path) -> None:
         def submit(self, requests: list[SampleRequest]) -> None:  # type: ignore[override]
             super().submit(requests[:-1])
 
-    with pytest.raises(BufferError, match="1 groups are missing, and no sampler has them"):
+    with pytest.raises(GroupBufferError, match="1 groups are missing, and no sampler has them"):
         list(run(recipe(tmp_path), Forgetful(2, [1.0]), Position(), 1))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from rollout.buffer import BufferError, BufferRule, BufferState, GroupBuffer, oldest_version
+from rollout.buffer import BufferRule, BufferState, GroupBuffer, GroupBufferError, oldest_version
 from rollout.record import Group, SampleRequest, Sampling
 from tests.rewards.toys import problem
 from tests.rollout.simulated_pool import SimulatedPool
@@ -188,15 +188,15 @@ def test_what_comes_back_twice_or_was_never_asked_for_is_an_error() -> None:
     buffer, pool = GroupBuffer(BufferRule(2), steps=1), SimulatedPool(2, [1.0])
     for place in buffer.admit():
         buffer.started(place, request(place).group_id)
-    with pytest.raises(BufferError, match=r"'group-0': place 0 does not wait"):
+    with pytest.raises(GroupBufferError, match=r"'group-0': place 0 does not wait"):
         buffer.started(0, "group-0")
     pool.submit([request(0), request(7)])
     one, stray = pool.collect(2)
     buffer.add(one)
     for group in (one, stray):
-        with pytest.raises(BufferError, match=f"{group.group_id!r} came back, but is not"):
+        with pytest.raises(GroupBufferError, match=f"{group.group_id!r} came back, but is not"):
             buffer.add(group)
-    with pytest.raises(BufferError, match="short of 1 of 2 groups"):
+    with pytest.raises(GroupBufferError, match="short of 1 of 2 groups"):
         buffer.take(0)
 
 
