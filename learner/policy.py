@@ -7,6 +7,8 @@ token is that of the softmax at temperature `temperature`, as the sampler report
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,10 +64,12 @@ class Policy(nn.Module):
         if len(vision.images):
             laid_out = self.family.lay_out(features, vision.images.tolist(), vision.rows)
             inputs["mm_encoder_outputs"] = {"image": laid_out}
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
+            seen: AbstractContextManager[None] = nullcontext()
+        else:
+            seen = _seen_by(model.get_input_embeddings(), self.family.total(features))
+        with seen:
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
         chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
-        if not len(vision.images):
-            chosen = chosen + 0.0 * self.family.total(features)
         # One call of the head however many turns it takes: under ZeRO-3 a call is a collective, and
         # ranks have other numbers of tokens.
         found: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
@@ -77,6 +81,21 @@ class Policy(nn.Module):
         """`forward`, typed."""
         found: tuple[torch.Tensor, torch.Tensor] = self(batch)
         return found
+
+
+@contextmanager
+def _seen_by(embedding: nn.Module, features: torch.Tensor) -> Iterator[None]:
+    """Within, a sum over features is added, times zero, to whatever an embedding gives.
+
+    So a micro-batch without an image has the graph of one with images, down to which layers need
+    a gradient of their input: under ZeRO-3 each such layer is a collective in the backward pass,
+    and with frozen embeddings the ranks would otherwise wait for different ones.
+    """
+    handle = embedding.register_forward_hook(lambda *call: call[-1] + 0.0 * features)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _read_in_turns(head: Any, policy: Policy) -> None:

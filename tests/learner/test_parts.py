@@ -100,3 +100,38 @@ def test_without_activations_gradients_are_equal_and_less_is_kept(model_path: st
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6)
     assert least < 0.6 * most
+
+
+@pytest.mark.parametrize("frozen", [(), ("language",), ("vision",), ("*embed*",)])
+def test_which_layers_need_a_gradient_does_not_hang_on_there_being_an_image(
+    model_path: str, frozen: tuple[str, ...]
+) -> None:
+    """Under ZeRO-3 ranks would wait for different collectives of the backward pass."""
+    policy, processor = load_policy(model_path)
+    freeze(policy, frozen)
+    policy.train()
+    mixed = mixed_batch(processor).sequences
+    blind = [s for s in mixed if s.image is None]
+    assert needing_a_gradient(policy, processor, blind) == needing_a_gradient(
+        policy, processor, mixed
+    )
+
+
+def needing_a_gradient(policy: Policy, processor: Any, sequences: Any) -> set[str]:
+    """The layers of a forward pass whose output is one that gradients go through."""
+    found: set[str] = set()
+
+    def note(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, out: Any) -> None:
+            if isinstance(out, torch.Tensor) and out.requires_grad:
+                found.add(name)
+
+        return hook
+
+    leaves = {n: m for n, m in policy.model.named_modules() if not list(m.children())}
+    handles = [module.register_forward_hook(note(name)) for name, module in leaves.items()]
+    logprobs, _ = policy.run(make_collator(policy, processor)(sequences))
+    for handle in handles:
+        handle.remove()
+    assert logprobs.requires_grad and found
+    return found
