@@ -19,7 +19,6 @@ import time
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,10 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = scaled_model(Path(folder))
         # One rank holds whole parameters, so there is nothing to gather.
-        whole = SimpleNamespace(
-            zero=SimpleNamespace(GatheredParameters=lambda parameters, enabled: nullcontext())
-        )
-        source = GatheredWeights(model, whole, False, torch.float32)
+        source = GatheredWeights(model, lambda _: nullcontext(), torch.float32)
         names = [meta.name for meta in source.metadata()]
         client = EngineClient(EngineSettings(folder, max_model_len=256, threads=given.threads))
         sender = HostSender([client], DEADLINE)

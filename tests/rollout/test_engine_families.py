@@ -6,6 +6,7 @@ Idefics3 is started with images in tiles: a square one is 2 x 2 tiles and the wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_log_probs_agree_with_images_of_any_shape_and_without(live: Live) -> Non
     blind = live.sample(mixed_sizes(3), n=4, kind="blind", view="none")
     assert live.learner_gap("perturbed", blind) < 1e-4
     blank = live.sample(mixed_sizes(3), n=2, kind="blind", view="blank")
-    assert len({len(g.rollouts[0].prompt_ids) for g in (*shown, *blind)}) > 3
+    assert len({len(g.rollouts[0].prompt_ids) for g in (*shown, *blind)}) > 2
     assert live.learner_gap("original", shown) > 1e-2
     # The image is seen: beside a blank one, the same prompt gives other first tokens' log-probs.
     seen = {g.problem.id: g.rollouts[0].logprobs[0] for g in shown}
@@ -74,10 +75,8 @@ def test_given_tokens_are_scored_as_the_rollouts_own(live: Live) -> None:
 
 
 def test_the_learners_weights_reach_the_engine_under_their_checkpoints_names(live: Live) -> None:
-    import deepspeed
-
     def source(which: str) -> GatheredWeights:
-        return GatheredWeights(live.weights[which].model, deepspeed, False, torch.float32)
+        return GatheredWeights(live.weights[which].model, lambda _: nullcontext(), torch.float32)
 
     stored = load_file(live.folder / "model.safetensors")  # type: ignore[attr-defined]
     offered = dict(source("perturbed"))
