@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.runtime import connected
-from cluster.sections import RewardTermConfig
+from cluster.sections_reward import RewardTermConfig
 from cluster.stored import read_groups, stored_steps
 from cluster.tracking import read_metrics
 from rewards.pool import RewardPool

@@ -21,17 +21,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.recipe_errors import dotted, explain
-from cluster.sections import (
-    AlgorithmConfig,
-    Count,
-    Positive,
-    Rate,
-    Section,
-    Share,
-    SpendConfig,
-    Text,
-    refusal,
-)
+from cluster.recipe_fields import Count, Positive, Rate, Section, Share, Text, refusal
+from cluster.sections_algorithm import AlgorithmConfig, SpendConfig
 from cluster.toml_writer import _value as toml_value
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]

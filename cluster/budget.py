@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.sections import AlgorithmConfig
+from cluster.sections_algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from cluster.runtime import (
     new_run_folder,
     sampling_from,
 )
-from cluster.sections import SftConfig
+from cluster.sections_learner import SftConfig
 from cluster.tracking import Progress, Tracker, read_metrics
 from cluster.train import (
     checkpoint_due,

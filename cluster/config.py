@@ -23,22 +23,16 @@ from pydantic import (
 )
 
 from cluster.recipe_errors import Location, dotted, explain
-from cluster.sections import (
-    AlgorithmConfig,
-    CheckpointConfig,
-    Count,
+from cluster.recipe_fields import Count, Name, Section, Text, refusal
+from cluster.sections_algorithm import AlgorithmConfig
+from cluster.sections_learner import CheckpointConfig, LearnerConfig, SftConfig
+from cluster.sections_reward import RewardConfig
+from cluster.sections_rollout import (
     EvalConfig,
-    LearnerConfig,
     ModelConfig,
-    Name,
-    OutputConfig,
-    RewardConfig,
     SamplerConfig,
-    Section,
-    SftConfig,
     TaskConfig,
     TransferConfig,
-    refusal,
 )
 from cluster.toml_writer import table_lines
 
@@ -53,6 +47,12 @@ class RunFailed(RuntimeError):
 
 class RecipeError(UserError):
     """A recipe that cannot be used; the message has one line for each thing wrong with it."""
+
+
+class OutputConfig(Section):
+    """[output] Where runs are written: `folder/<name>-...`."""
+
+    folder: Text = "runs"
 
 
 class Recipe(Section):

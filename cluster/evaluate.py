@@ -17,7 +17,7 @@ from rich.console import Console
 from cluster.config import Recipe
 from cluster.metrics import EvalPass, EvalTable, eval_table
 from cluster.problems import ProblemSource, held_out, open_sources
-from cluster.sections import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
+from cluster.sections_rollout import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from tasks.core import Problem

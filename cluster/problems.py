@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from cluster.sections import TaskConfig
+from cluster.sections_rollout import TaskConfig
 from tasks.core import DataError, Problem, Task
 from tasks.datasets import Example, read_examples
 from tasks.load import load_task

@@ -15,7 +15,7 @@ import numpy as np
 from cluster.config import Recipe
 from cluster.evaluate import training_sampling
 from cluster.problems import ProblemSource, step_problems
-from cluster.sections import DynamicSamplingConfig
+from cluster.sections_algorithm import DynamicSamplingConfig
 from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
 

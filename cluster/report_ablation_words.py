@@ -21,7 +21,7 @@ from cluster.ablation_results import (
 )
 from cluster.report_ablation_charts import at, headlines, levels
 from cluster.report_words import METRIC_NAMES, Finding, Table, duration, reward_words, short_path
-from cluster.sections import RewardConfig, RewardTermConfig
+from cluster.sections_reward import RewardConfig, RewardTermConfig
 from cluster.statistics import PHASES, Estimate, seed_interval
 
 FEWEST_SEEDS = 3

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.config import load_recipe
 from cluster.metrics import EvalPass, eval_table, step_metrics
-from cluster.sections import RewardConfig
+from cluster.sections_reward import RewardConfig
 from cluster.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.compose import Composition, compose_groups
 from rewards.judge import JudgeSettings

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.config import Recipe, RecipeError, load_recipe, parse_setting, resolved_toml, task_of
 from cluster.runtime import learner_settings
-from cluster.sections import CORRECTION_BOUNDS, AlgorithmConfig
+from cluster.sections_algorithm import CORRECTION_BOUNDS, AlgorithmConfig
 from cluster.toml_writer import table_lines
 from learner.correction import Correction
 from learner.lora import LoraSettings

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.problems import open_sources, step_problems
 from cluster.refill import extra_requests, refill, refill_step
-from cluster.sections import DynamicSamplingConfig
+from cluster.sections_algorithm import DynamicSamplingConfig
 from cluster.stream import free_requests
 from cluster.train import sampled_tokens, train_batches
 from rewards.records import ScoredGroup

@@ -14,7 +14,8 @@ import pytest
 from cluster.budget import Spent, is_over, run_share
 from cluster.config import Recipe, RunFailed, load_recipe
 from cluster.problems import held_out, open_sources, step_problems
-from cluster.sections import CorrectionConfig, RewardTermConfig
+from cluster.sections_algorithm import CorrectionConfig
+from cluster.sections_reward import RewardTermConfig
 from cluster.stream import free_requests
 from cluster.train import (
     anchored,

@@ -199,7 +199,7 @@ def test_a_weight_that_names_no_term_is_an_error() -> None:
 
 
 def test_a_recipes_terms_fit_the_contract() -> None:
-    from cluster.sections import RewardConfig
+    from cluster.sections_reward import RewardConfig
 
     terms = RewardConfig(alpha=0.25).effective_terms()
     assert {term.name: term.weight_at(0.5) for term in terms} == {

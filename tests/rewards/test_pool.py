@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.sections import RewardTermConfig
+from cluster.sections_reward import RewardTermConfig
 from rewards.compose import Composition, compose_groups
 from rewards.pool import CHUNK, Limits, RewardPool
 from rewards.records import RewardError

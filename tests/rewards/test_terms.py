@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.sections import REWARD_TERMS, RewardTermConfig
+from cluster.sections_reward import REWARD_TERMS, RewardTermConfig
 from rewards.records import DIAGNOSIS, TermError
 from rewards.terms import (
     BUILT_IN,

@@ -1,0 +1,32 @@
+"""What the sections of a recipe are made of: their base, the types of their fields, `refusal`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""A class of the user's own: `module:Class`."""
+
+
+def refusal(message: str, *at: str | int) -> PydanticCustomError:
+    """An error whose message is a whole sentence, placed at the field `at` below the model."""
+    return PydanticCustomError("recipe", "{message}", {"message": message, "at": at})
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys and wrong types are errors, nothing changes later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)

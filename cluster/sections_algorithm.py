@@ -1,0 +1,261 @@
+"""Recipe section [algorithm] and the sections below it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.recipe_fields import (
+    CLASS_PATH,
+    Amount,
+    Count,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    Text,
+    Weight,
+    refusal,
+)
+
+
+class SegmentWeights(Section):
+    """[algorithm.segment_weights] What a token's loss is multiplied by, by its segment."""
+
+    perception: Amount = 1.0
+    reasoning: Amount = 1.0
+    answer: Amount = 1.0
+
+
+class EntropyWeights(Section):
+    """[algorithm.entropy_weights] A bonus on a segment's entropy, a mean over its own tokens."""
+
+    perception: Weight = 0.0
+    reasoning: Weight = 0.0
+    answer: Weight = 0.0
+
+
+class PapoConfig(Section):
+    """[algorithm.papo] PAPO's implicit perception loss: a second view of masked images."""
+
+    weight: Rate = 0.02
+    """Of the KL between the views, which is maximised."""
+    entropy_weight: Amount = 0.0
+    """Of the entropies of both views, which are minimised ("double entropy")."""
+    patch_size: Positive = 14
+    share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Of an image's patches, those painted black."""
+
+
+LOSS_DEFAULTS = {
+    "clip": {"aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
+    "gspo": {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"aggregation": "token_mean", "clip_low": 1.0, "clip_high": 4.0},
+}
+"""What a loss comes with: a range for a token's ratio would never clip a geometric mean of many."""
+
+
+CORRECTION_BOUNDS: dict[str, dict[str, float]] = {
+    "token_tis": {"high": 2.0},
+    "sequence_tis": {"high": 3.0},
+    "token_mask": {"high": 2.0},
+    "sequence_mask": {"high": 3.0},
+    "icepop": {"low": 0.5, "high": 5.0},
+    "geometric_mask": {"low": 0.99, "high": 1.01},
+}
+"""What a correction comes with: 2 a token is usual, 3 a sequence TRL's, the others of their
+authors or of those who run them (docs/papers.md)."""
+
+
+class CorrectionConfig(Section):
+    """[algorithm.correction] What a token counts that an older policy, or another arithmetic, drew.
+
+    Formulas, and how they meet the clip, are in `learner.correction.Correction`.
+    """
+
+    kind: Literal[
+        "none", "token_tis", "sequence_tis", "token_mask", "sequence_mask", "icepop",
+        "geometric_mask",
+    ] = "none"  # fmt: skip
+    """`none`, or `token_tis` where `algorithm.max_staleness` is above 0."""
+    low: Share = 0.0
+    """Lower bound of the masks, on a ratio; 0: none."""
+    high: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Upper bound of a token's ratio, a sequence's, or the geometric mean of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_the_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return CORRECTION_BOUNDS.get(str(data.get("kind", "none")), {}) | data
+
+    @model_validator(mode="after")
+    def _bounds_are_used(self) -> CorrectionConfig:
+        unused = (
+            "low"
+            if self.low and self.kind in ("none", "token_tis", "sequence_tis")
+            else "high"
+            if self.high is not None and self.kind == "none"
+            else None
+        )
+        if unused:
+            raise refusal(
+                f'got {getattr(self, unused):g}, and kind = "{self.kind}" has no such bound; '
+                "leave it out, or choose a kind that masks",
+                unused,
+            )
+        return self
+
+
+class DynamicSamplingConfig(Section):
+    """[algorithm.dynamic_sampling] New groups for those without variance (DAPO)."""
+
+    max_rounds: Positive = 4
+    """How often a step may ask the samplers for more."""
+    max_groups: Positive
+    """How many extra groups a step may sample in all its rounds."""
+
+
+class CurriculumConfig(Section):
+    """[algorithm.curriculum] How often each `[[tasks]]` entry comes, by past success on it."""
+
+    strategy: Text = "uniform"
+    """`uniform`: by the entries' weights. `success_band`: more where about half of the answers
+    are right. Or `"module:Class"`, see `cluster.curriculum.Strategy`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the strategy's class."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """What an entry's running success keeps of itself at each new group."""
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_is_known(cls, name: str) -> str:
+        if name in ("uniform", "success_band") or CLASS_PATH.fullmatch(name):
+            return name
+        raise refusal(
+            f'no strategy "{name}"; known: uniform, success_band, or your own as "module:Class"'
+        )
+
+
+class SpendConfig(Section):
+    """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
+
+    kind: Literal["tokens", "seconds"]
+    amount: Positive
+
+
+class AlgorithmConfig(Section):
+    """[algorithm] One step: sample, score, learn, send the weights back."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    problems_per_step: Positive = 16
+    steps: Positive = 40
+    budget: SpendConfig | None = None
+    """Ends the run before `steps` when it is spent, and is what schedules go by."""
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
+    clip_low: Share = 0.2
+    clip_high: Amount = 0.28
+    kl_weight: Amount = 0.0
+    """Of the KL to the policy that sampled."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_weight: Weight = 0.0
+    """Of a bonus on the mean entropy of all response tokens."""
+    drop_zero_variance: bool = True
+    max_staleness: Count = 0
+    """Policy versions that the oldest token of a group may lag behind the learner when a step
+    begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
+    the learner learns."""
+    too_old: Literal["resample", "drop"] = "resample"
+    """A group beyond `max_staleness`: sample its problem again, or take another problem."""
+    order: Literal["problem", "completion"] = "problem"
+    """Which groups a step learns from: those of the run's next problems, the same as without
+    staleness, or those that are complete, oldest first. The latter waits for no slow group, and
+    learns from long responses later, or finds them too old."""
+    updates_per_step: Positive = 1
+    """Minibatches a step's rollouts are split into, one optimizer step each."""
+    segment_weights: SegmentWeights = SegmentWeights()
+    entropy_weights: EntropyWeights = EntropyWeights()
+    papo: PapoConfig | None = None
+    correction: CorrectionConfig = CorrectionConfig()
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    curriculum: CurriculumConfig = CurriculumConfig()
+    on_mismatch: Literal["warn", "stop"] = "warn"
+    """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
+    run with an error (the limits: `mismatch` in `cluster/metrics.py`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        stale = isinstance(versions := data.get("max_staleness", 0), int) and versions > 0
+        corrected = {"correction": {"kind": "token_tis"}} if stale else {}
+        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | corrected | data
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient(self) -> AlgorithmConfig:
+        if self.kl_weight and self.updates_per_step == 1 and self.max_staleness == 0:
+            raise refusal(
+                f"got {self.kl_weight:g}, but with one update a step the learner still is the "
+                "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
+                "or leave kl_weight out",
+                "kl_weight",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_knows_the_past(self) -> AlgorithmConfig:
+        if self.curriculum.strategy != "uniform" and self.max_staleness:
+            raise refusal(
+                f'got "{self.curriculum.strategy}" with max_staleness = {self.max_staleness}; '
+                "problems are drawn ahead then, before the success on earlier ones is known; use "
+                '"uniform" or max_staleness = 0',
+                "curriculum",
+                "strategy",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refilling_makes_sense(self) -> AlgorithmConfig:
+        if self.dynamic_sampling is None:
+            return self
+        if self.advantage not in ("grpo", "dr_grpo", "rloo"):
+            raise refusal(
+                f'extra groups are scored after the others, and "{self.advantage}" compares all '
+                'groups of a batch; use "grpo", "dr_grpo" or "rloo"',
+                "advantage",
+            )
+        if not self.drop_zero_variance:
+            raise refusal(
+                "got false, and dynamic_sampling puts new groups in the place of those that are "
+                "dropped; leave one of them out",
+                "drop_zero_variance",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_reaches_a_step(self) -> AlgorithmConfig:
+        if 0 < self.max_staleness < self.updates_per_step:
+            raise refusal(
+                f"got {self.max_staleness}, but a step makes {self.updates_per_step} policy "
+                "versions (updates_per_step), so nothing could be sampled ahead; write 0, or "
+                f"{self.updates_per_step} or more",
+                "max_staleness",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_split(self) -> AlgorithmConfig:
+        if self.updates_per_step > self.problems_per_step:
+            raise refusal(
+                f"got {self.updates_per_step}, more than problems_per_step = "
+                f"{self.problems_per_step}; a minibatch needs at least one group",
+                "updates_per_step",
+            )
+        return self
