@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rewards.judge import Clock, Judge
+from rewards.judge import Judge
+from rewards.judge_client import Clock
 from rollout.record import Group
 from tasks.core import Parsed
 from tasks.responses import split_response
@@ -137,7 +138,7 @@ class FakeClock(Clock):
 
 def make(url: str, **args: Any) -> Judge:
     judge = Judge(base_url=url, model="m", **args)
-    judge.use_clock(FakeClock())
+    judge.client.use_clock(FakeClock())
     return judge
 
 

@@ -23,7 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.judge import MAX_REPLY_BYTES, RUBRIC, Judge, JudgeError, TokenBucket
+from rewards.judge import RUBRIC, Judge
+from rewards.judge_client import MAX_REPLY_BYTES, JudgeError, TokenBucket
 from rewards.terms import RemoteTerm, load_term
 from rollout.record import Group
 from tests.rewards.judge_server import (
@@ -179,18 +180,18 @@ def test_a_server_that_is_down() -> None:
         assert part in str(error)
     assert judge.counts()["failures/connection"] == 4
     # Doubled with each try, times a jitter in [0.5, 1] that is the same in every run.
-    pauses = judge.clock.slept
+    pauses = judge.client.clock.slept
     assert [0.5 <= p / 2**i <= 1.0 for i, p in enumerate(pauses)] == [True] * 3
     again = make(f"http://127.0.0.1:{port}/v1", retries=3)
     error_of(again, seen("a"))
-    assert again.clock.slept == pauses
+    assert again.client.clock.slept == pauses
 
 
 def test_pauses_have_a_ceiling(server: Server) -> None:
     server.script(*[Reply(500)] * 9, gives(4))
     judge = make(server.url, retries=9)
     assert run(judge, seen("a")) == [[0.4]]
-    assert 15 <= max(judge.clock.slept) <= 30
+    assert 15 <= max(judge.client.clock.slept) <= 30
 
 
 @pytest.mark.parametrize("drip", [False, True])
@@ -238,7 +239,7 @@ def test_retry_after_is_honoured(server: Server, header: str, least: float, most
     server.script(Reply(429, headers={"Retry-After": header}), gives(1))
     judge = make(server.url)
     assert run(judge, seen("a")) == [[0.1]]
-    assert least <= sum(judge.clock.slept) <= most + 1e-6
+    assert least <= sum(judge.client.clock.slept) <= most + 1e-6
 
 
 def test_retry_after_may_be_a_date_and_holds_all_requests(server: Server) -> None:
@@ -247,7 +248,7 @@ def test_retry_after_may_be_a_date_and_holds_all_requests(server: Server) -> Non
     judge = make(server.url, concurrency=1)
 
     def reply(n: int, body: dict[str, Any]) -> Reply:
-        arrivals.append(judge.clock.now())
+        arrivals.append(judge.client.clock.now())
         return Reply(503, headers={"Retry-After": later}) if n == 0 else gives(1)
 
     server.reply = reply
@@ -255,7 +256,7 @@ def test_retry_after_may_be_a_date_and_holds_all_requests(server: Server) -> Non
     assert arrivals[0] == 0
     assert all(100 < arrival <= 201 for arrival in arrivals[1:])
     # Not only the one that was refused waits: the next in line does too.
-    assert sum(pause > 100 for pause in judge.clock.slept) >= 2
+    assert sum(pause > 100 for pause in judge.client.clock.slept) >= 2
 
 
 def test_a_wait_beyond_reason_fails_at_once(server: Server) -> None:
@@ -264,7 +265,7 @@ def test_a_wait_beyond_reason_fails_at_once(server: Server) -> None:
     error = error_of(judge, seen("a"))
     assert (error.kind, error.status, error.tries) == ("rate_limit", 429, 1)
     assert "wait 86400 s" in str(error)
-    assert judge.clock.slept == []
+    assert judge.client.clock.slept == []
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 413, 422])
@@ -528,7 +529,7 @@ def test_writers_at_the_same_time_leave_whole_entries(server: Server, tmp_path: 
             thread.join()
     entries = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert [entry["score"] for entry in entries] == [7] * 8
-    assert sum(judge.given_up for judge in judges) == 0
+    assert sum(judge.client.given_up for judge in judges) == 0
 
 
 def test_no_more_requests_are_in_flight_than_allowed(server: Server) -> None:
@@ -546,7 +547,7 @@ def test_the_rate_holds_at_the_server_for_tries_too(server: Server) -> None:
     arrivals: list[float] = []
 
     def reply(n: int, body: dict[str, Any]) -> Reply:
-        arrivals.append(judge.clock.now())
+        arrivals.append(judge.client.clock.now())
         return Reply(500) if n == 3 else gives(2)
 
     server.reply = reply
@@ -589,7 +590,7 @@ def test_a_token_bucket_never_exceeds_its_rate(
 def test_without_a_limit_nobody_waits(server: Server) -> None:
     judge = make(server.url)
     run(judge, seen(*"abcdefgh"))
-    assert judge.clock.slept == []
+    assert judge.client.clock.slept == []
 
 
 def test_a_call_that_is_cancelled_gives_its_place_back(server: Server) -> None:

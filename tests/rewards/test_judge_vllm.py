@@ -17,7 +17,8 @@ import httpx
 import numpy as np
 import pytest
 
-from rewards.judge import Judge, JudgeError
+from rewards.judge import Judge
+from rewards.judge_client import JudgeError
 from tasks.load import load_task
 from tests.rewards.judge_server import HOSTILE, seen
 
