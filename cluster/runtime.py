@@ -301,6 +301,10 @@ class Run(LivePolicy):
         for pool in self.frozen.values():
             pool.wait_ready(self.recipe.sampler.start_timeout_seconds)
 
+    def news(self) -> list[str]:
+        """Which samplers, and engines of frozen models, were lost since the last call, and why."""
+        return [loss for pool in (self.samplers, *self.frozen.values()) for loss in pool.news()]
+
     def save(self, folder: Path, position: Position) -> None:
         """Write a training checkpoint of a run folder, keeping the last `checkpoint.keep`."""
         target = checkpoint_folder(folder, position.step)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def run_training(
             tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
             tell_mismatch(recipe, metrics, progress)
-            for loss in run.samplers.news():
+            for loss in run.news():
                 progress.say(f"warning: {loss}")
             progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
@@ -215,15 +216,17 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
     Sampler and learner loaded the same checkpoint, so tensors that land in the wrong place or
     dtype show here, before a step is spent; that they land at all shows in `learner/logprob_gap`
     of the next steps. Under `transfer.checksum = "never"`, and for the trained weights of a
-    resumed run, only the transfer is made. Raises WeightTransferError naming the sampler and the
-    first parameter that changed.
+    resumed run, only the transfer is made. A sampler that is lost on the way is started again
+    (`SamplerPool.weight_checksums`, `Delivery`). Raises WeightTransferError naming the sampler and
+    the first parameter that changed.
     """
     check = run.recipe.transfer.checksum != "never" and version == 0
     before = run.samplers.weight_checksums() if check else {}
     run.send_weights(version)
     after = run.samplers.weight_checksums() if check else {}
-    for sampler in before.keys() & after.keys():
-        old, new = before[sampler], after[sampler]
+    for sampler, new in after.items():
+        # One that was lost before it told is held against another: they loaded the same files.
+        old = before.get(sampler) or next(iter(before.values()))
         changed = sorted(name for name in old if old[name] != new.get(name))
         if changed:
             raise WeightTransferError(
@@ -266,8 +269,15 @@ def reward_metrics(run: Run) -> dict[str, float]:
 
 
 def sampler_metrics(run: Run) -> dict[str, float]:
-    """What befell the samplers since the run began, under `sampler/`."""
-    return {f"sampler/{name}": value for name, value in run.samplers.counts().items()}
+    """What befell the samplers since the run began, under `sampler/`.
+
+    Under `frozen/` the same of the engines of frozen models, all together.
+    """
+    frozen: Counter[str] = Counter()
+    for pool in run.frozen.values():
+        frozen.update(pool.counts())
+    found = {f"frozen/{name}": value for name, value in frozen.items()}
+    return {f"sampler/{name}": value for name, value in run.samplers.counts().items()} | found
 
 
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -236,9 +236,32 @@ class SamplerPool:
         return news
 
     def weight_checksums(self) -> dict[str, dict[str, str]]:
-        """Sampler -> digest of every parameter as its engine holds it."""
-        asked = [(client, client.call("weight_checksums")) for client in self.clients]
-        return {c.name: c.wait(f, self._limits.request_seconds) for c, f in asked}
+        """Sampler -> digest of every parameter as its engine holds it; of one sampler at least.
+
+        One that dies or does not answer is started again, and is left out. Raises SamplerLost
+        where one was lost too often, and a sampler's own error where it refuses.
+        """
+        while True:
+            asked = [(c, _watched(c, "weight_checksums")) for c in self.wait_clients()]
+            until = time.monotonic() + self._limits.request_seconds
+            found: dict[str, dict[str, str]] = {}
+            for client, future in asked:
+                try:
+                    told = future.result(max(0.0, until - time.monotonic()))
+                except TimeoutError:
+                    late = (
+                        f"{client.name}: no weight checksums within "
+                        f"{self._limits.request_seconds:g} s (sampler.request_timeout_seconds)"
+                    )
+                    told = Died("overdue", late)
+                if isinstance(told, Refused):
+                    raise told.error
+                if isinstance(told, Died):
+                    self.replace(client, told.cause, told.message)
+                else:
+                    found[client.name] = told
+            if found:
+                return found
 
     def stop(self) -> None:
         """Shut the engines down, then their actors."""
@@ -381,15 +404,20 @@ class SamplerPool:
 
 def _retire(clients: Sequence[PoolClient]) -> None:
     """Let engines shut down side by side, then end their processes."""
-    asked = [(client, client.call("shutdown")) for client in clients]
+    asked = [(client, _watched(client, "shutdown")) for client in clients]
     until = time.monotonic() + STOP_SECONDS
-    for client, future in asked:
-        done: Future[Any] = Future()
-        client.watch(future, done.set_result)
+    for client, done in asked:
         # One that cannot shut down is ended as one that can.
         with contextlib.suppress(TimeoutError):
             done.result(max(0.0, until - time.monotonic()))
         client.kill()
+
+
+def _watched(client: PoolClient, method: str) -> Future[Any]:
+    """Call a method; the future's result is what came back, or `Died` or `Refused`."""
+    done: Future[Any] = Future()
+    client.watch(client.call(method), done.set_result)
+    return done
 
 
 def _group(job: Job) -> Group:

@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ def made_by_the_drivers() -> set[str]:
     from cluster.config import Recipe
     from cluster.refill import Refilled
     from cluster.stream import GroupStream
-    from cluster.train import StepClock, transfer_metrics
+    from cluster.train import StepClock, sampler_metrics, transfer_metrics
     from learner.balance import SegmentGradients
     from rollout.transfer import TransferReport
     from tests.rollout.simulated_pool import SimulatedPool
@@ -191,7 +192,9 @@ def made_by_the_drivers() -> set[str]:
     pool.add([Job(request("g"), submitted=True)], 0.0)
     pool.started("sampler-0", 0, 50, 0.0)
     pool.lost("sampler-0", 0, "actor", "gone", 1.0)
-    names |= {f"sampler/{name}" for name in pool.counts(2.0)}
+    counted: Any = SimpleNamespace(counts=lambda: pool.counts(2.0))
+    run: Any = SimpleNamespace(samplers=counted, frozen={"m": counted})
+    names |= set(sampler_metrics(run))
     plain = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
     names |= set(GroupStream(Recipe.model_validate(plain), [], SimulatedPool(1, [1.0])).metrics())
     counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from cluster.runtime import Run
 from cluster.supervision import Delivery
+from cluster.train import sampler_metrics, verify_transfer
 from rollout.dispatch import Died, PoolLimits, SamplerLost
 from rollout.pool import PoolClient, SamplerPool
 from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
-from tests.rollout.pretend import Samplers, request
+from tests.rollout.pretend import Samplers, Threaded, request
 
 
 class Learner:
@@ -53,9 +56,10 @@ def samplers() -> Iterator[Samplers]:
 
 
 def start(
-    samplers: Samplers, count: int, restarts: int = 5
+    samplers: Samplers, count: int, restarts: int = 5, request_seconds: float = 600.0
 ) -> tuple[SamplerPool, Learner, Delivery]:
-    pool = SamplerPool(samplers, count, PoolLimits(max_restarts=restarts))
+    limits = PoolLimits(max_restarts=restarts, request_seconds=request_seconds)
+    pool = SamplerPool(samplers, count, limits)
     pool.wait_ready(60)
     learner = Learner()
 
@@ -122,6 +126,94 @@ def test_the_last_restart_ends_it_with_the_transfers_own_words(samplers: Sampler
     with pytest.raises(SamplerLost, match=r"'sampler-0' did not finish load_weights within .* 5 s"):
         delivery.send(1)
     pool.stop()
+
+
+def verify(pool: SamplerPool, send: Callable[[int], TransferReport]) -> None:
+    """As a run does before its first step."""
+    recipe = SimpleNamespace(transfer=SimpleNamespace(checksum="first"))
+    live: Any = SimpleNamespace(recipe=recipe, samplers=pool, send_weights=send)
+    verify_transfer(live, 0)
+
+
+@pytest.mark.parametrize("what", ["dies", "hangs"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sampler_lost_over_its_checksums_is_replaced_and_the_run_goes_on(
+    samplers: Samplers, what: str, before: bool, count: int
+) -> None:
+    pool, _, delivery = start(samplers, count, request_seconds=60.0 if what == "dies" else 0.5)
+
+    def lose(life: Threaded) -> None:
+        setattr(life, f"{what}_in", ("weight_checksums",))
+
+    def send(version: int) -> TransferReport:
+        report = delivery.send(version)
+        if not before:
+            lose(samplers.lives[0])
+        return report
+
+    if before:
+        lose(samplers.lives[0])
+    verify(pool, send)
+    cause = "engine" if what == "dies" else "overdue"
+    assert pool.counts()["restarts"] == pool.counts()[f"restarts/{cause}"] == 1
+    (news,) = pool.news()
+    assert news.startswith("sampler 'sampler-0' is lost: sampler-0: ")
+    pool.wait_ready(60)
+    assert [life.alive for life in samplers.lives] == [False, *[True] * count]
+    assert len(pool.sample([request(f"g-{i}") for i in range(4)])) == 4
+    pool.stop()
+
+
+def test_weights_that_land_wrong_are_found_also_where_a_sampler_was_lost(
+    samplers: Samplers,
+) -> None:
+    pool, _, delivery = start(samplers, 2)
+    samplers.lives[0].dies_in = ("weight_checksums",)
+
+    def send(version: int) -> TransferReport:
+        pool.wait_ready(60)
+        report = delivery.send(version)
+        samplers.lives[2].weights = "as sent"  # of sampler-0, which told nothing before
+        return report
+
+    with pytest.raises(WeightTransferError, match=r"'sampler-0' already has, 1 of its 1 param"):
+        verify(pool, send)
+    pool.stop()
+
+
+def test_a_sampler_lost_over_its_checksums_again_and_again_ends_the_run(
+    samplers: Samplers,
+) -> None:
+    pool, _, delivery = start(samplers, 1, restarts=0)
+    samplers.lives[0].dies_in = ("weight_checksums",)
+    with pytest.raises(SamplerLost, match=r"'sampler-0' failed 1 times .*engine's process died"):
+        verify(pool, delivery.send)
+    pool.stop()
+
+
+def test_losses_of_frozen_models_are_counted_and_told(samplers: Samplers) -> None:
+    names = ("sampler", "frozen-0", "frozen-1")
+    pools = {name: SamplerPool(samplers, 1, PoolLimits(), name) for name in names}
+    for pool in pools.values():
+        pool.wait_ready(60)
+    policy, *frozen = pools.values()
+    run: Any = SimpleNamespace(samplers=policy, frozen=dict(enumerate(frozen)))
+    deaths = [Died("engine", "gone")] * 3
+    for life in samplers.lives[1:]:
+        life.fate = lambda asked: deaths.pop() if deaths else None
+    samplers.fate = samplers.lives[-1].fate
+    for pool in frozen:
+        assert len(pool.answer([request("g")], 60)) == 1
+    found = sampler_metrics(run)
+    assert found["sampler/restarts"] == 0 and found["frozen/restarts/engine"] == 3
+    assert found["frozen/asked"] == 2 and found["frozen/resampled"] == 3
+    assert {"frozen/idle_seconds/frozen-0-0", "frozen/idle_seconds/frozen-1-0"} < found.keys()
+    told = Run.news(run)
+    assert len(told) == 3 and all(line.startswith("sampler 'frozen-") for line in told)
+    assert Run.news(run) == []
+    for pool in pools.values():
+        pool.stop()
 
 
 def test_the_error_keeps_the_name_of_its_sampler_on_its_way_between_processes() -> None:

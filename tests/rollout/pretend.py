@@ -76,14 +76,19 @@ class Threaded:
         self.name, self._threads, self.fate = name, threads, fate
         self.alive, self.version = True, -1
         self.reached = threading.Event()
+        self.weights = "as loaded"
         self.fails_in: tuple[str, ...] = ()
+        self.dies_in: tuple[str, ...] = ()
         self.hangs_in: tuple[str, ...] = ()
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         return self._threads.submit(self._run, method, *args)
 
     def wait(self, future: Future[Any], seconds: float) -> Any:
-        return future.result(seconds)
+        result = future.result(seconds)
+        if isinstance(result, Died):
+            raise RuntimeError(result.message)  # as Ray does with its own kinds
+        return result
 
     def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
         future.add_done_callback(lambda done: then(done.result()))
@@ -101,12 +106,14 @@ class Threaded:
             return self.fate(args[0]) or self._reply(args[0])
         if method in self.fails_in:
             raise ValueError("out of cheese")
+        if method in self.dies_in:
+            return Died("engine", f"{self.name}: the engine's process died")
         if method in self.hangs_in:
             self.over.wait()
         if method == "finish_weight_update":
             self.version = args[0]
             self.reached.set()
-        return None
+        return {"0/layer": self.weights} if method == "weight_checksums" else None
 
     def _reply(self, asked: Any) -> Any:
         if not self.alive:
