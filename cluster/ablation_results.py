@@ -2,7 +2,7 @@
 
 `collect` reads finished cells into a table (`RESULT_SCHEMA`, kept as `results.parquet`);
 `summarise` is a pure function of that table: intervals, paired differences, curves and costs,
-JSON-able (`summary.json`) and, by `in_words`, as text (`summary.md`).
+JSON-able (`summary.json`). `cluster/report_ablation_words.py` says it in words.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.ablate import cell_folder, is_finished, read_failure
-from cluster.ablation_config import Ablation, CellName
+from cluster.ablate import cell_folder, is_finished
+from cluster.ablation_config import CellName
 from cluster.statistics import (
     PHASES,
     Estimate,
@@ -68,8 +68,6 @@ SHARES = {
     "λ": "sft/lambda",
 }
 """Of SFT: what perception has a share of, and the metric of an update that tells it."""
-LEAST_P = 0.05
-"""A difference is called shown below this, after Holm's adjustment."""
 ACCURACY = (0.0, 1.0)
 DIFFERENCE = (-1.0, 1.0)
 
@@ -480,157 +478,6 @@ def _shares(results: Results, difficulty: str, arm: str) -> Iterator[SegmentShar
         means = [float(np.mean(list(values.values()))) for _, values in sorted(by_seed.items())]
         if means:
             yield SegmentShare(difficulty, arm, of, seed_interval(means, ACCURACY))
-
-
-# --- in words ----------------------------------------------------------------------------------
-
-
-def in_words(summary: Summary, ablation: Ablation, folder: Path) -> str:
-    """The summary as Markdown: what was run, the answer in sentences, then the tables."""
-    budget = ablation.config.budget
-    done = [cell for cell in ablation.cells if is_finished(folder, cell)]
-    failed = [(c.id, e) for c in ablation.cells if (e := read_failure(folder, c)) is not None]
-    lines = [
-        f"# {ablation.name}",
-        "",
-        summary.question,
-        "",
-        f"{len(done)} of {len(ablation.cells)} cells finished; each {budget.in_words()}; "
-        f"seeds {', '.join(map(str, ablation.config.seeds))}. Intervals are 95 %, "
-        "over seeds and test problems; differences are paired by seed and problem, and their p is "
-        "Holm-adjusted over arms.",
-    ]
-    lines += [f"- FAILED {cell}: {error}" for cell, error in failed]
-    lines += ["", "## Answer", "", *_sentences(summary)]
-    lines += ["", "## Accuracies", "", *_level_table(summary.levels)]
-    lines += ["", f"## Against `{summary.reference}`", "", *_comparison_table(summary.comparisons)]
-    lines += ["", "## Seeing and thinking", "", *_asymmetry_table(summary)]
-    if ablation.config.command == "sft":
-        lines += ["", "## Perception's share, mean over updates", "", *_share_table(summary.shares)]
-    else:
-        lines += ["", "## Couplings of the outcome within groups", "", *_coupling_table(summary)]
-    lines += ["", "## Over training", "", *_training_table(summary)]
-    if ablation.config.command != "sft":
-        lines += ["", "## Cost of an accuracy", "", *_cost_table(summary.costs)]
-    return "\n".join(lines) + "\n"
-
-
-def _sentences(summary: Summary) -> list[str]:
-    found = []
-    for c in summary.comparisons:
-        if c.metric != "a":
-            continue
-        d = c.difference
-        seeds = "1 seed" if d.seeds == 1 else f"{d.seeds} seeds"
-        where = f"On {c.task}{f' ({c.difficulty})' if c.difficulty else ''}, `{c.arm}`"
-        found.append(
-            f"- {where} ends at a {d.value:+.3f} {_interval(d)} against `{c.reference}` "
-            f"({_p(c.p_holm)}, {seeds}): {verdict(c)}."
-        )
-    return found or ["- There is no second arm with a seed of the reference to compare with."]
-
-
-def verdict(c: Comparison) -> str:
-    """Whether an arm is shown to differ from the reference, as the end of a sentence."""
-    if c.p_holm is None:
-        said = "one seed decides nothing about others"
-    elif c.p_holm < LEAST_P:
-        more = "more" if c.difference.value > 0 else "less"
-        others = "problems" if c.difference.seeds == 1 else "seeds and problems"
-        said = f"{more} than other {others} explain"
-    else:
-        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
-    if c.difference.seeds == 1:
-        return f"one seed only, so this says nothing about other seeds; {said}"
-    return said
-
-
-def _level_table(levels: Iterable[Level]) -> list[str]:
-    rows = [
-        (_place(v), f"`{v.arm}`", v.metric, _show(v.before), _show(v.after), _show(v.change, "+"))
-        for v in levels
-    ]
-    return _markdown(("task", "arm", "metric", "before", "after", "change"), rows)
-
-
-def _comparison_table(comparisons: Iterable[Comparison]) -> list[str]:
-    rows = []
-    for c in comparisons:
-        test = ("", "", "")
-        if c.test is not None:
-            each = ", ".join(f"{p:.2g}" for p in c.test.p_by_seed)
-            test = (str(c.test.gained), str(c.test.lost), each)
-        raw = "" if c.difference.p is None else f"{c.difference.p:.2g}"
-        adjusted = "" if c.p_holm is None else f"{c.p_holm:.2g}"
-        rows.append(
-            (_place(c), f"`{c.arm}`", c.metric, _show(c.difference, "+"), raw, adjusted, *test)
-        )
-    head = ("task", "arm", "metric", "difference", "p", "p (Holm)", "gained", "lost")
-    return _markdown((*head, "McNemar p by seed"), rows)
-
-
-def _asymmetry_table(summary: Summary) -> list[str]:
-    rows = [
-        (_place(v), f"`{v.arm}`", str(v.step), _show(v.index, "+")) for v in summary.asymmetries
-    ]
-    return _markdown(("task", "arm", "step", "Δa_r − Δa_p"), rows)
-
-
-def _coupling_table(summary: Summary) -> list[str]:
-    cells = {(c.difficulty, c.arm, c.of, c.phase): _show(c.correlation) for c in summary.couplings}
-    keys = list(dict.fromkeys((c.difficulty, c.arm, c.of) for c in summary.couplings))
-    rows = [(k[0], f"`{k[1]}`", k[2], *(cells.get((*k, p), "") for p in PHASES)) for k in keys]
-    return _markdown(("difficulty", "arm", "correlation", *PHASES), rows)
-
-
-def _training_table(summary: Summary) -> list[str]:
-    rows = [(c.difficulty, f"`{c.arm}`", c.metric, _show(c.mean_level)) for c in summary.curves]
-    return _markdown(("difficulty", "arm", "metric", "mean level over training"), rows)
-
-
-def _share_table(shares: Iterable[SegmentShare]) -> list[str]:
-    by_arm: dict[tuple[str, str], dict[str, str]] = {}
-    for s in shares:
-        by_arm.setdefault((s.difficulty, s.arm), {})[s.of] = _show(s.share)
-    rows = [
-        (difficulty, f"`{arm}`", *(found.get(of, "") for of in SHARES))
-        for (difficulty, arm), found in by_arm.items()
-    ]
-    return _markdown(("difficulty", "arm", *SHARES), rows)
-
-
-def _cost_table(costs: Iterable[Cost]) -> list[str]:
-    rows = []
-    for c in costs:
-        r = c.reach
-        median = f"not within {r.spent_at_least:,.0f}" if r.median is None else f"{r.median:,.0f}"
-        reached = f"{r.reached} of {r.seeds}"
-        rows.append((c.difficulty, f"`{c.arm}`", f"{c.target:.3f}", reached, c.unit, median))
-    head = ("difficulty", "arm", "training a", "seeds that reached it", "unit", "median")
-    return _markdown(head, rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _place(row: Level | Comparison | Asymmetry) -> str:
-    return f"{row.task} ({row.difficulty})" if row.difficulty else row.task
-
-
-def _show(estimate: Estimate, sign: str = "") -> str:
-    return f"{estimate.value:{sign}.3f} {_interval(estimate)}"
-
-
-def _interval(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return "(one seed)"
-    return f"[{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def _p(value: float | None) -> str:
-    return "no p" if value is None else f"p = {value:.2g}"
 
 
 def _without_nan(value: Any) -> Any:

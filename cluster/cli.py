@@ -235,8 +235,8 @@ def ablate(
 
     Exit code 1 when a cell failed or arms turned out not to be paired.
     """
+    from cluster.ablate_cli import ablate_to_the_end
     from cluster.ablation_config import load_ablation
-    from cluster.ablation_report import ablate_to_the_end
 
     raise typer.Exit(ablate_to_the_end(load_ablation(ablation), output, address, dry_run))
 

@@ -80,12 +80,16 @@ def is_ablation(folder: Path) -> bool:
     return (folder / "ablation.json").is_file()
 
 
-def write_ablation_report(folder: Path) -> Path:
-    """Write `ABLATION/report.html` and return where it is."""
-    path = folder / "report.html"
-    page = to_html(build_ablation(read_ablation(folder)))
-    put(path, lambda beside: beside.write_text(page, "utf-8"))
-    return path
+def write_results(folder: Path) -> tuple[AblationRecord, Report]:
+    """Write `results.parquet`, `summary.json` and `report.html` of an ablation; what they say."""
+    record = read_ablation(folder)
+    report = build_ablation(record)
+    numbers = json.dumps(record.summary.to_dict() | {"pairing_faults": record.faults}, indent=1)
+    page = to_html(report)
+    put(folder / "results.parquet", lambda beside: pq.write_table(record.table, beside))
+    put(folder / "summary.json", lambda beside: beside.write_text(numbers, "utf-8"))
+    put(folder / "report.html", lambda beside: beside.write_text(page, "utf-8"))
+    return record, report
 
 
 def read_ablation(folder: Path) -> AblationRecord:

@@ -17,13 +17,14 @@ from cluster.ablation_results import (
     Level,
     Results,
     Summary,
-    verdict,
 )
 from cluster.report_ablation_charts import at, headlines, levels
 from cluster.report_words import METRIC_NAMES, Finding, Table, duration, reward_words, short_path
 from cluster.sections_reward import RewardConfig, RewardTermConfig
 from cluster.statistics import PHASES, Estimate, seed_interval
 
+LEAST_P = 0.05
+"""A difference is called shown below this, after Holm's adjustment."""
 FEWEST_SEEDS = 3
 """With fewer the report warns: intervals over seeds are very wide or absent."""
 RELIABILITY = {"pooled": "over all", "within": "within groups", "auc": "AUC"}
@@ -129,11 +130,11 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
         ended += ", and it is the reference"
     elif best.arm in compared:
         c = compared[best.arm]
-        ended += f", {show(c.difference, '+')} against {c.reference} ({_sure(c)}): {verdict(c)}"
+        ended += f", {show(c.difference, '+')} against {c.reference} ({_sure(c)}): {_verdict(c)}"
     ties = [v.arm for v in others if v.after.value == best.after.value]
     ended += f". {', '.join(ties)} ended at the same value" if ties else ""
     details = tuple(
-        f"{c.arm} against {c.reference}: {show(c.difference, '+')} ({_sure(c)}): {verdict(c)}"
+        f"{c.arm} against {c.reference}: {show(c.difference, '+')} ({_sure(c)}): {_verdict(c)}"
         for c in compared.values()
         if c.arm != best.arm
     )
@@ -147,7 +148,7 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
     text += f"; it is apart from that of {', '.join(apart)}." if same and apart else "."
     if same:
         text += " Levels alone do not say which of these is best; paired differences say more."
-    shown = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < 0.05]
+    shown = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < LEAST_P]
     if compared and not shown:
         text += f" No arm is shown to differ from {summary.reference} on a."
     return [*said, Finding(text.strip())]
@@ -567,6 +568,21 @@ def show(estimate: Estimate, sign: str = "", form: str = ".3f") -> str:
     if estimate.low is None or estimate.high is None:
         return f"{value} (one seed)".replace("-", "−")
     return f"{value} [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]".replace("-", "−")
+
+
+def _verdict(c: Comparison) -> str:
+    """Whether an arm is shown to differ from the reference, as the end of a sentence."""
+    if c.p_holm is None:
+        said = "one seed decides nothing about others"
+    elif c.p_holm < LEAST_P:
+        more = "more" if c.difference.value > 0 else "less"
+        others = "problems" if c.difference.seeds == 1 else "seeds and problems"
+        said = f"{more} than other {others} explain"
+    else:
+        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
+    if c.difference.seeds == 1:
+        return f"one seed only, so this says nothing about other seeds; {said}"
+    return said
 
 
 def _mean_over_steps(

@@ -140,6 +140,26 @@ def to_markdown(report: Report, figures: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_text(report: Report, *sections: str) -> str:
+    """For a terminal: the words, then the tables of the named sections that are not folded."""
+    lines = [report.title, report.question, "", report.words.lead, ""]
+    for finding in report.words.findings:
+        lines += [f"- {finding.text}", *(f"  - {text}" for text in finding.details)]
+    lines += [f"! {text}" for text in report.words.warnings]
+    for section in (s for s in report.sections if s.name in sections):
+        if not section.tables:
+            lines += ["", section.missing]
+        for table in (t for t in section.tables if not t.folded):
+            rows = [table.columns, *table.rows]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["", table.title]
+            for row in rows:
+                cells = zip(row, widths, table.align, strict=True)
+                aligned = (c.rjust(w) if side == "r" else c.ljust(w) for c, w, side in cells)
+                lines.append("  ".join(aligned).rstrip())
+    return "\n".join(printable(line) for line in lines) + "\n"
+
+
 def to_json(report: Report, more: Mapping[str, Any] | None = None) -> str:
     """The whole view model without the images, and `more` beside it."""
     found = asdict(report) | dict(more or {})

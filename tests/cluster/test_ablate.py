@@ -29,9 +29,9 @@ from cluster.ablate import (
     run_ablation,
     slots_for,
 )
+from cluster.ablate_cli import ablate_to_the_end
 from cluster.ablation_config import Ablation, load_ablation
 from cluster.ablation_progress import cost_table
-from cluster.ablation_report import ablate_to_the_end
 from cluster.config import UserError
 from cluster.placement import Machine
 from tests.cluster.ray_heads import RAY, environment, ray_head
@@ -270,8 +270,8 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
     assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 1
     printed = capsys.readouterr().out
     assert "FAILED    half--seed-2" in printed and "ToyError: no luck today" in printed
-    assert "5 of 6 cells finished" in (folder / "summary.md").read_text()
-    assert "exit code 3" in (folder / "summary.md").read_text()
+    assert "5 of 6 cells finished" in printed
+    assert "! half--seed-2 failed: " in printed and "exit code 3" in printed
     rows, summary, cells = outcome(folder)
     assert len(cells) == 5 and len({row["cell"] for row in rows}) == 5  # type: ignore[index]
     # Differences rest on the seeds that both arms have.
@@ -382,7 +382,9 @@ def test_cells_as_ray_jobs_find_what_local_ones_find(
     assert tables[0].num_rows and tables[0].equals(tables[1])
 
 
-def test_arms_prove_that_they_are_paired(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_arms_prove_that_they_are_paired(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ablation, folder = load_ablation(write(seeds=(1, 2))), tmp_path / "out"
     assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0
     hashes = {c.id: read_result(folder, c)["first_batch"] for c in ablation.cells}
@@ -398,7 +400,7 @@ def test_arms_prove_that_they_are_paired(write: Callable[..., Path], tmp_path: P
     (fault,) = pairing_faults(folder, ablation.cells)
     assert "half--seed-2 and outcome--seed-2: first batch differ" in fault
     assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 1
-    assert "## Not paired" in (folder / "summary.md").read_text()
+    assert f"Not paired: {fault}." in capsys.readouterr().out
 
     (Path(model) / "weights").write_bytes(b"\1\2\4")
     assert hash_weights(model) not in weights

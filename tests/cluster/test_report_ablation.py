@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster.ablate import pairing_faults
 from cluster.ablation_config import Ablation, Cell, load_ablation, stored_ablation
-from cluster.ablation_report import write_results
 from cluster.cli import app
 from cluster.config import UserError
 from cluster.report import run_report
@@ -23,7 +21,7 @@ from cluster.report_ablation import (
     build_ablation,
     is_ablation,
     read_ablation,
-    write_ablation_report,
+    write_results,
 )
 from cluster.report_ablation_words import alpha_of, learnt_words, show
 from cluster.report_charts import CELLS
@@ -143,13 +141,13 @@ def grid(tmp_path_factory: pytest.TempPathFactory, last_step: Path) -> Path:
     ablation, out = made(tmp_path_factory.mktemp("grid"))
     for cell in ablation.cells:
         finish(out, cell, last_step)
-    write_results(ablation, out, pairing_faults(out, ablation.cells))
+    write_results(out)
     return out
 
 
 @pytest.fixture(scope="module")
 def html(grid: Path) -> str:
-    return write_ablation_report(grid).read_text("utf-8")
+    return (grid / "report.html").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +293,8 @@ def test_one_seed_failed_cells_and_broken_pairs_are_said(tmp_path: Path, last_st
     result.write_text(json.dumps(json.loads(result.read_text()) | {"first_batch": "another"}))
     (out / "cells" / fourth.id / "run" / "evaluation.json").write_text("{half")
     (out / "cells" / fifth.id / "run" / "rollouts" / f"step-{STEPS:06d}.parquet").write_bytes(b"P")
-    html = write_ablation_report(out).read_text("utf-8")
+    write_results(out)
+    html = (out / "report.html").read_text("utf-8")
     found = Page(html)
     assert_inert(found, html)
     for words in (
@@ -315,7 +314,8 @@ def test_one_seed_failed_cells_and_broken_pairs_are_said(tmp_path: Path, last_st
 
 def test_nothing_finished_is_no_error(tmp_path: Path) -> None:
     _, out = made(tmp_path)
-    text = Page(write_ablation_report(out).read_text("utf-8")).text
+    write_results(out)
+    text = Page((out / "report.html").read_text("utf-8")).text
     for words in (
         "0 of 15 cells finished",
         "No cell has finished, so nothing is compared.",

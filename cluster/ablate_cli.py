@@ -1,0 +1,70 @@
+"""What `equipoise ablate` does around the cells: the plan, the run, what it found at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.ablate import (
+    LocalRunner,
+    RayJobRunner,
+    Runner,
+    is_finished,
+    program,
+    read_result,
+    run_ablation,
+    slots_for,
+)
+from cluster.ablation_config import Ablation
+from cluster.ablation_progress import GridProgress, cost_table
+from cluster.placement import Machine, plan
+
+INTERRUPTED = 130
+"""Exit code after SIGINT or SIGTERM, as shells have it."""
+
+
+def ablate_to_the_end(
+    ablation: Ablation,
+    output: Path | None = None,
+    address: str | None = None,
+    dry_run: bool = False,
+    runner: Runner | None = None,
+) -> int:
+    """Print the plan, run what is not finished, write and print what was found; the exit code.
+
+    `runner` stands in for the one that `address` chooses. Raises UserError for what the user can
+    put right: a folder in use or of another ablation, a machine that is too small.
+    """
+    console = Console(soft_wrap=True)
+    folder = output or Path(ablation.base.output.folder) / ablation.name
+    machine = Machine.detect()
+    slots = ablation.config.parallel if address else slots_for(ablation, machine)
+    finished = {
+        cell.id: float(read_result(folder, cell)["seconds"])
+        for cell in ablation.cells
+        if is_finished(folder, cell)
+    }
+    console.print(cost_table(ablation, machine, finished, slots), markup=False, highlight=False)
+    if dry_run:
+        return 0
+    if address is None:
+        for cell in ablation.cells:
+            plan(cell.recipe, machine, cell.command).require()
+    words = program(ablation.config.command)
+    chosen = runner or (RayJobRunner(address, words) if address else LocalRunner(words))
+    try:
+        with GridProgress(ablation.cells, console) as progress:
+            failed = run_ablation(ablation, folder, chosen, slots, progress)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here", highlight=False)
+        return INTERRUPTED
+    # Seconds of imports (SciPy, PyArrow) that launching does not need.
+    from cluster.report_ablation import write_results
+    from cluster.report_page import to_text
+
+    record, report = write_results(folder)
+    console.print(to_text(report, "outcome"), markup=False, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
+    console.print(f"ablation folder: {folder}", markup=False, highlight=False)
+    return 1 if failed or record.faults else 0
