@@ -24,6 +24,7 @@ from learner.engine import (
 )
 from learner.policy import load_policy, make_collator
 from learner.policy_loss import Papo, PolicyLoss
+from learner.tiny import FAMILIES
 from tasks.images import mask_patches
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import CliffLoss, mixed_batch
@@ -42,8 +43,7 @@ EVERY_TERM = PolicyLoss(
     entropy_weights={"perception": 0.5, "reasoning": 0.2},
     papo=Papo(0.5, 0.3, patch_size=8, share=0.6),
 )
-# One family with M-RoPE, one without: the others take the same way through the engine.
-FAMILIES = ("qwen3_vl", "internvl")
+# One family with M-RoPE and one without go through every setting, the others through both ends.
 TWO = {
     "qwen3_vl": (
         "0",
@@ -57,10 +57,14 @@ TWO = {
         "3 whole shared_prefix every term",
     ),
     "internvl": ("0", "3", "3 packed"),
+    "qwen2_5_vl": ("3", "3 whole every term"),
+    "idefics3": ("3", "3 whole every term"),
 }
 ONE = {
     "qwen3_vl": ("0", "0 whole", "0 every term", "0 whole shared_prefix"),
     "internvl": ("0 whole", "0 every term"),
+    "qwen2_5_vl": ("0 whole", "0 every term"),
+    "idefics3": ("0 whole", "0 every term"),
 }
 REFUSING = (0, 2, 3)
 SAVED = ("2/qwen3_vl/3", "1/qwen3_vl/0", "2/internvl/3", "1/internvl/0 whole")
