@@ -69,18 +69,20 @@ ONE = {
 REFUSING = (0, 2, 3)
 SAVED = ("2/qwen3_vl/3", "1/qwen3_vl/0", "2/internvl/3", "1/internvl/0 whole")
 NAMES = {
-    "model.language_model.": "language_model.model.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
+    "internvl": {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+    "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
 }
 
 
 def checkpoint_name(family: str, name: str) -> str:
-    """A module's parameter as InternVL's published checkpoints name it; Qwen3-VL's are the same."""
-    if family == "internvl":
-        for old, new in NAMES.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
+    """A module's parameter as the family's published checkpoints name it; most are the same."""
+    for old, new in NAMES.get(family, {}).items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name
 
 
