@@ -29,7 +29,18 @@ Parts = Mapping[Part, tuple[str, ...]]
 TINY_IMAGE = 64
 TINY_PATCH = 8
 TINY_MERGE = 2
-"""A tiny 64x64 image makes (64 / 8 / 2)^2 = 16 visual tokens: one a cell of a 4x4 Sudoku."""
+TINY_TOKENS = (TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2
+"""Of a tiny 64x64 image: 16, one a cell of a 4x4 Sudoku."""
+TINY_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+TINY_TOWER: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": TINY_IMAGE,
+    "patch_size": TINY_PATCH,
+}
+"""A tiny vision tower, in the names of most configs."""
 
 
 class Family:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from learner.families.base import TINY_IMAGE, TINY_MERGE, TINY_PATCH, Family, Parts, TinyFamily
+from learner.families.base import (
+    TINY_IMAGE,
+    TINY_MERGE,
+    TINY_ROPE,
+    TINY_TOKENS,
+    TINY_TOWER,
+    Family,
+    Parts,
+    TinyFamily,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
@@ -55,7 +64,7 @@ class Idefics3(Family, TinyFamily):
                 size={"longest_edge": TINY_IMAGE}, max_image_size={"longest_edge": TINY_IMAGE}
             ),
             tokenizer=tokenizer,
-            image_seq_len=(TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2,
+            image_seq_len=TINY_TOKENS,
             chat_template=template,
         )
 
@@ -63,19 +72,8 @@ class Idefics3(Family, TinyFamily):
         from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
         config = Idefics3Config(
-            text_config=text
-            | {
-                "model_type": "llama",
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-            vision_config={
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": TINY_IMAGE,
-                "patch_size": TINY_PATCH,
-            },
+            text_config=text | {"model_type": "llama", "rope_parameters": {**TINY_ROPE}},
+            vision_config={**TINY_TOWER},
             image_token_id=token["<image>"],
             pad_token_id=text["pad_token_id"],
             scale_factor=TINY_MERGE,

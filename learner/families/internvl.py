@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learner.families.base import TINY_IMAGE, TINY_MERGE, TINY_PATCH, Family, Parts, TinyFamily
+from learner.families.base import (
+    TINY_IMAGE,
+    TINY_MERGE,
+    TINY_ROPE,
+    TINY_TOKENS,
+    TINY_TOWER,
+    Family,
+    Parts,
+    TinyFamily,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
@@ -40,7 +49,7 @@ class InternVL(Family, TinyFamily):
             ),
             tokenizer=tokenizer,
             video_processor=InternVLVideoProcessor(size=size),
-            image_seq_length=(TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2,
+            image_seq_length=TINY_TOKENS,
             chat_template=template,
         )
 
@@ -48,22 +57,10 @@ class InternVL(Family, TinyFamily):
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
         config = InternVLConfig(
-            text_config=text
-            | {
-                "model_type": "qwen3",
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-            vision_config={
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": TINY_IMAGE,
-                "patch_size": TINY_PATCH,
-                "use_qk_norm": False,
-            },
+            text_config=text | {"model_type": "qwen3", "rope_parameters": {**TINY_ROPE}},
+            vision_config={**TINY_TOWER, "use_qk_norm": False},
             image_token_id=token["<IMG_CONTEXT>"],
-            image_seq_length=(TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2,
+            image_seq_length=TINY_TOKENS,
             downsample_ratio=1 / TINY_MERGE,
             tie_word_embeddings=True,
         )

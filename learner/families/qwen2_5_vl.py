@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learner.families.base import TINY_MERGE, TINY_PATCH, MRopeFamily, Parts, TinyFamily
+from learner.families.base import TINY_MERGE, TINY_PATCH, TINY_ROPE, MRopeFamily, Parts, TinyFamily
 from learner.families.qwen3_vl import (
     QWEN_PLACEHOLDER,
     QWEN_TOKENS,
+    QWEN_TOWER,
     qwen_image_options,
     qwen_token_ids,
 )
@@ -53,22 +54,15 @@ class Qwen25VL(MRopeFamily, TinyFamily):
             text_config={name: value for name, value in text.items() if name != "head_dim"}
             | {
                 "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
+                    **TINY_ROPE,
                     "mrope_section": [4, 6, 6],
                 }
             },
             vision_config={
-                "depth": 2,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_heads": 4,
-                "patch_size": TINY_PATCH,
-                "spatial_merge_size": TINY_MERGE,
+                **QWEN_TOWER,
                 # Four windows in a 64x64 image; the last block sees across them.
                 "window_size": 2 * TINY_PATCH * TINY_MERGE,
                 "fullatt_block_indexes": [1],
-                "out_hidden_size": 128,
             },
             tie_word_embeddings=True,
             **qwen_token_ids(token),

@@ -5,13 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learner.families.base import TINY_IMAGE, TINY_MERGE, TINY_PATCH, MRopeFamily, Parts, TinyFamily
+from learner.families.base import (
+    TINY_IMAGE,
+    TINY_MERGE,
+    TINY_PATCH,
+    TINY_ROPE,
+    MRopeFamily,
+    Parts,
+    TinyFamily,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_TOWER: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "patch_size": TINY_PATCH,
+    "spatial_merge_size": TINY_MERGE,
+    "out_hidden_size": 128,
+}
+"""A tiny vision tower of a Qwen model."""
 
 
 class Qwen3VL(MRopeFamily, TinyFamily):
@@ -45,20 +63,13 @@ class Qwen3VL(MRopeFamily, TinyFamily):
             text_config=text
             | {
                 "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
+                    **TINY_ROPE,
                     "mrope_section": [6, 5, 5],
                     "mrope_interleaved": True,
                 }
             },
             vision_config={
-                "depth": 2,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_heads": 4,
-                "patch_size": TINY_PATCH,
-                "spatial_merge_size": TINY_MERGE,
-                "out_hidden_size": 128,
+                **QWEN_TOWER,
                 "num_position_embeddings": (TINY_IMAGE // TINY_PATCH) ** 2,
                 "deepstack_visual_indexes": [0],
             },

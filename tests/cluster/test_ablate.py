@@ -35,28 +35,15 @@ from cluster.ablation_progress import cost_table
 from cluster.config import UserError
 from cluster.placement import Machine
 from tests.cluster.ray_heads import RAY, environment, ray_head
-from tests.cluster.toy_runs import make_runs
+from tests.cluster.toy_runs import TOY_BASE, TOY_CELLS, make_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "cluster" / "toy_cell.py"
-RUNNER = LocalRunner((sys.executable, "-S", str(TOY)))
 CHANGE = """
 def change(path):
     path.write_text(path.read_text().replace("seed = 1", "seed = 2"))
 """
-BASE = """
-name = "base"
-[model]
-path = "{model}"
-[[tasks]]
-name = "sudoku"
-[sampler]
-cpus = 0
-[learner]
-cpus = 0
-[algorithm]
-problems_per_step = 3
-"""
+BASE = TOY_BASE + "[algorithm]\nproblems_per_step = 3\n"
 GRID = """
 question = "Does seeing pay?"
 base = "base.toml"
@@ -102,7 +89,7 @@ class Launcher:
         def work() -> None:
             os.environ.update(environment)
             sys.stdout = self._log.open("w", buffering=1)
-            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=RUNNER))
+            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS))
 
         self.process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
         self.process.start()
@@ -169,7 +156,7 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
     assert last.process.exitcode == 0, last.printed()
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert last.printed().count("had result") == len(finished)
-    assert ablate_to_the_end(load_ablation(path), calm, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), calm, runner=TOY_CELLS) == 0
     assert outcome(killed) == outcome(calm)
     assert len(outcome(calm)[2]) == 6
     assert not marked(killed)
@@ -186,7 +173,7 @@ def test_a_killed_launchers_cell_dies_with_it_and_starts_from_nothing(
     wait_for(lambda: not marked(folder), "the cell outlived its launcher")
     (started,) = folder.glob("cells/*")
     assert not (started / "result.json").exists()
-    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 0
     assert not list(folder.glob("aside/*"))
 
 
@@ -216,7 +203,7 @@ def test_a_process_that_a_cell_left_behind_is_ended_before_the_cell_starts_again
                 alive.append(stray.poll() is None)
                 return super().command(recipe, run, job)
 
-        assert ablate_to_the_end(ablation, folder, runner=Watching(RUNNER.program)) == 0
+        assert ablate_to_the_end(ablation, folder, runner=Watching(TOY_CELLS.program)) == 0
         assert alive == [False, False]
         assert stray.wait(10) == -signal.SIGKILL
         assert bystander.poll() is None
@@ -235,7 +222,7 @@ def test_ctrl_c_ends_the_cells_and_goes_on_later(
     assert launcher.end(signal.SIGTERM) == 130
     assert "goes on from here" in launcher.printed()
     assert not marked(folder)
-    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 0
 
 
 def test_cells_side_by_side_find_what_cells_in_a_row_find(
@@ -243,9 +230,10 @@ def test_cells_side_by_side_find_what_cells_in_a_row_find(
 ) -> None:
     together = load_ablation(write(parallel=3, seeds=(1, 2)))
     assert slots_for(together, Machine(cores=8, memory=1)) == 3
-    assert ablate_to_the_end(together, tmp_path / "together", runner=RUNNER) == 0
+    assert ablate_to_the_end(together, tmp_path / "together", runner=TOY_CELLS) == 0
     assert (
-        ablate_to_the_end(load_ablation(write(seeds=(1, 2))), tmp_path / "row", runner=RUNNER) == 0
+        ablate_to_the_end(load_ablation(write(seeds=(1, 2))), tmp_path / "row", runner=TOY_CELLS)
+        == 0
     )
     assert outcome(tmp_path / "together") == outcome(tmp_path / "row")
     assert "half" in (tmp_path / "row" / "report.html").read_text("utf-8")
@@ -267,7 +255,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
 ) -> None:
     ablation, folder = load_ablation(write(seeds=(1, 2, 5))), tmp_path / "out"
     monkeypatch.setenv("TOY_FAILS", "half--seed-2")
-    assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 1
+    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 1
     printed = capsys.readouterr().out
     assert "FAILED    half--seed-2" in printed and "ToyError: no luck today" in printed
     assert "5 of 6 cells finished" in printed
@@ -277,7 +265,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
     # Differences rest on the seeds that both arms have.
     assert {c["difference"]["seeds"] for c in summary["comparisons"]} == {2}  # type: ignore[attr-defined]
     monkeypatch.delenv("TOY_FAILS")
-    assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 0
     assert (folder / "aside" / "half--seed-2-try-1" / "failure.json").is_file()
     assert "had result outcome--seed-1" in capsys.readouterr().out
 
@@ -309,52 +297,52 @@ def test_two_launchers_never_share_a_folder(write: Callable[..., Path], tmp_path
     first = Launcher(path, folder, TOY_SLEEP="600")
     wait_for(lambda: list(folder.glob("cells/*/run")), "no cell began")
     with pytest.raises(UserError, match=rf"process {first.process.pid}\) is at work"):
-        ablate_to_the_end(load_ablation(path), folder, runner=RUNNER)
+        ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS)
     assert first.process.is_alive() and marked(folder)
     first.end(signal.SIGKILL)
     # The lock died with its holder, whatever the file says.
-    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 0
 
 
 def test_a_changed_ablation_is_refused_with_what_changed(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, folder = write(), tmp_path / "out"
-    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 0
     path.write_text(path.read_text().replace("alpha = 0.5", "alpha = 0.6").replace("[1]", "[7]"))
     with pytest.raises(UserError) as refused:
-        ablate_to_the_end(load_ablation(path), folder, runner=RUNNER)
+        ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS)
     assert "arms[1].reward.alpha: 0.5 -> 0.6" in str(refused.value)
     assert "seeds[0]: 1 -> 7" in str(refused.value)
     write()
     base = path.with_name("base.toml")
     base.write_text(base.read_text() + "group_size = 4\n")
     with pytest.raises(UserError, match=r"base\.algorithm\.group_size: 8 -> 4"):
-        ablate_to_the_end(load_ablation(path), folder, runner=RUNNER)
+        ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS)
     # How many cells run at a time changes no result.
-    assert ablate_to_the_end(load_ablation(write(parallel=2)), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(write(parallel=2)), folder, runner=TOY_CELLS) == 0
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds 'thesis\.tex' and no ablation"):
-        ablate_to_the_end(load_ablation(path), foreign, runner=RUNNER)
+        ablate_to_the_end(load_ablation(path), foreign, runner=TOY_CELLS)
 
 
 def test_a_grid_grows_by_seeds_and_arms_and_runs_only_what_is_new(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, folder = write(seeds=(1,)), tmp_path / "out"
-    assert ablate_to_the_end(load_ablation(path), folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 0
     first = {cell.id: read_result(folder, cell) for cell in load_ablation(path).cells}
     grown = load_ablation(write(seeds=(1, 2)))
-    assert ablate_to_the_end(grown, folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(grown, folder, runner=TOY_CELLS) == 0
     assert len(grown.cells) > len(first)
     results = {cell.id: read_result(folder, cell) for cell in grown.cells}
     assert {name: results[name] for name in first} == first
     # What is there stays: neither fewer seeds nor others in their place.
     for seeds, said in (((1,), "seeds"), ((2, 1), r"seeds\[0\]: 1 -> 2")):
         with pytest.raises(UserError, match=said):
-            ablate_to_the_end(load_ablation(write(seeds=seeds)), folder, runner=RUNNER)
+            ablate_to_the_end(load_ablation(write(seeds=seeds)), folder, runner=TOY_CELLS)
 
 
 def test_cells_as_ray_jobs_find_what_local_ones_find(
@@ -363,11 +351,11 @@ def test_cells_as_ray_jobs_find_what_local_ones_find(
     path, failing = write(parallel=2, seeds=(1, 2)), "half--seed-2"
     monkeypatch.setenv("TOY_FAILS", failing)
     local, jobs = load_ablation(path), tmp_path / "jobs"
-    assert ablate_to_the_end(local, tmp_path / "local", runner=RUNNER) == 1
+    assert ablate_to_the_end(local, tmp_path / "local", runner=TOY_CELLS) == 1
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     with ray_head(tmp_path / "head.log") as address:
-        runner = RayJobRunner(address, RUNNER.program)
+        runner = RayJobRunner(address, TOY_CELLS.program)
         assert ablate_to_the_end(load_ablation(path), jobs, address, runner=runner) == 1
         job = json.loads((jobs / "cells" / failing / "started.json").read_text())["job"]
         # Ended twice, and by a launcher that cannot know: both are all right.
@@ -386,7 +374,7 @@ def test_arms_prove_that_they_are_paired(
     write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ablation, folder = load_ablation(write(seeds=(1, 2))), tmp_path / "out"
-    assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 0
     hashes = {c.id: read_result(folder, c)["first_batch"] for c in ablation.cells}
     assert hashes["outcome--seed-1"] == hashes["half--seed-1"] != hashes["half--seed-2"]
     model = ablation.base.model.path
@@ -399,7 +387,7 @@ def test_arms_prove_that_they_are_paired(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"first_batch": "another"}))
     (fault,) = pairing_faults(folder, ablation.cells)
     assert "half--seed-2 and outcome--seed-2: first batch differ" in fault
-    assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 1
+    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 1
     assert f"Not paired: {fault}." in capsys.readouterr().out
 
     (Path(model) / "weights").write_bytes(b"\1\2\4")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.ablate import (
-    LocalRunner,
     hash_first_batch,
     last_step_of,
     pairing_faults,
@@ -32,20 +30,11 @@ from cluster.report_ablation import build_ablation, read_ablation
 from cluster.statistics import seed_interval
 from cluster.tracking import DEMONSTRATION_SCHEMA, Tracker
 from learner.batch import TrainBatch, TrainSequence
-from tests.cluster.toy_runs import make_runs
+from tests.cluster.toy_runs import TOY_BASE, TOY_CELLS, make_runs
 
-TOY = Path(__file__).resolve().parent / "toy_cell.py"
-RUNNER = LocalRunner((sys.executable, "-S", str(TOY)))
-BASE = """
-name = "base"
-[model]
-path = "{model}"
-[[tasks]]
-name = "sudoku"
-[sampler]
-cpus = 0
-[learner]
-cpus = 0
+BASE = (
+    TOY_BASE
+    + """
 [sft]
 steps = 999
 batch_size = 3
@@ -55,6 +44,7 @@ norm_every = 2
 problems = 40
 every = 2
 """
+)
 FILE = """
 command = "sft"
 question = "What does the weight of seeing decide?"
@@ -193,7 +183,7 @@ def ran(write: Write, tmp_path: Path) -> tuple[Ablation, Path]:
     """A finished ablation, its cells toys."""
     ablation, folder = load_ablation(write()), tmp_path / "out"
     make_runs(tmp_path / "runs", ablation.cells)
-    assert ablate_to_the_end(ablation, folder, runner=RUNNER) == 0
+    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 0
     return ablation, folder
 
 
@@ -208,7 +198,7 @@ def test_cells_are_paired_by_their_demonstrations(ran: tuple[Ablation, Path]) ->
     rows[1]["response_ids"][0] += 1
     pq.write_table(pa.Table.from_pylist(rows, schema=DEMONSTRATION_SCHEMA), made)
     (folder / "cells" / cell.id / "result.json").unlink()
-    run_ablation(ablation, folder, RUNNER, 1, GridProgress(ablation.cells))
+    run_ablation(ablation, folder, TOY_CELLS, 1, GridProgress(ablation.cells))
     (fault,) = pairing_faults(folder, ablation.cells)
     assert "high--seed-3 and token_mean--seed-3: first batch differ" in fault
 

@@ -19,28 +19,11 @@ from safetensors.numpy import load_file
 
 from cluster.tracking import read_metrics, read_rollouts
 from tests.cluster.ray_heads import RAY, environment, ray_head
+from tests.cluster.real_runs import ROOT, TINY_SUDOKU
 
-ROOT = Path(__file__).resolve().parents[2]
-"""Ray's dashboard takes jobs from whoever holds the cluster's token."""
-
-RECIPE = """
-name = "end-to-end"
-seed = 3
-
-[model]
-path = "{model}"
-max_model_len = 192
-
-[[tasks]]
-name = "sudoku"
-[tasks.knobs]
-size = 4
-blanks = 8
-cell_size = 16
-font_size = 12
-margin = 0
-prompt = "brief"
-
+RECIPE = (
+    TINY_SUDOKU
+    + """
 [[tasks]]
 name = "graph_coloring"
 [tasks.knobs]
@@ -76,6 +59,7 @@ learning_rate = 1e-3
 [eval]
 problems = 8
 """
+)
 
 
 def write_recipe(folder: Path, model: Path, learner: str = "") -> Path:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,27 +19,11 @@ from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.metrics import EvalRow, EvalTable
 from cluster.tracking import read_metrics, read_rollouts
 from learner.checkpoint import checkpoint_folder, checkpoint_folders, replacing, seal, write_json
+from tests.cluster.real_runs import ROOT, TINY_SUDOKU, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-
-RECIPE = """
-name = "resume"
-seed = 3
-
-[model]
-path = "{model}"
-max_model_len = 192
-
-[[tasks]]
-name = "sudoku"
-[tasks.knobs]
-size = 4
-blanks = 8
-cell_size = 16
-font_size = 12
-margin = 0
-prompt = "brief"
-
+RECIPE = (
+    TINY_SUDOKU
+    + """
 [sampler]
 max_tokens = 24
 max_num_seqs = 64
@@ -68,6 +49,7 @@ problems = 4
 [checkpoint]
 every = 3
 """
+)
 
 TABLE = EvalTable((EvalRow("a", 0.5, 2, 0.1, 0.9, "wilson"),), {"a": {"p1": 1.0, "p2": 0.0}})
 
@@ -220,14 +202,6 @@ def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
 # --- the whole thing, on real parts -----------------------------------------------------------
 
 
-def wait_for(there: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 900
-    while not there():
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.1)
-
-
 def curve(run: Path) -> dict[tuple[int, str], float]:
     """What the run measured of itself, without what only tells of time."""
     timed = ("time/", "throughput/", "idle/", "transfer/", "eval/")
@@ -244,20 +218,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     """Killed in step 8, its checkpoint of step 6 torn: steps 4 to 7 come again from that of 3."""
     recipe, run, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out.log"
     recipe.write_text(RECIPE.format(model=tiny_models["qwen3_vl"]))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "cluster", "train", *arguments]
-        with log.open("w") as out:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-            )
 
     def reached(step: int) -> bool:
         return (run / "rollouts" / f"step-{step:06d}.parquet").exists()
 
-    driver = start(str(recipe), "--output", str(run))
+    driver = start(log, "train", str(recipe), "--output", str(run))
     try:
         wait_for(lambda: reached(7), driver, log)
         below = psutil.Process(driver.pid).children(recursive=True)
@@ -273,7 +238,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     torn.write_bytes(torn.read_bytes()[:-100])
 
     # From here on in the background: the signal must wait for the writer.
-    driver = start("--resume", str(run), "--set", "checkpoint.background=true")
+    driver = start(log, "train", "--resume", str(run), "--set", "checkpoint.background=true")
     try:
         wait_for(lambda: "\nstep    4/1000" in log.read_text(), driver, log)
         wait_for(lambda: reached(7), driver, log)

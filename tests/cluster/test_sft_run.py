@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,27 +12,15 @@ import pytest
 from cluster.checkpoints import Position, newest, resume
 from cluster.cold_start import past_shares
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
-from cluster.metrics import EvalRow, EvalTable
 from cluster.tracking import Tracker, read_metrics
 from learner.balance import Balance, SegmentGradients
 from learner.checkpoint import checkpoint_folder, checkpoint_folders, replacing, seal, write_json
+from tests.cluster.real_runs import TINY_SUDOKU, start, wait_for
+from tests.cluster.test_resume import TABLE
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = """
-name = "sft"
-seed = 3
-[model]
-path = "{model}"
-max_model_len = 192
-[[tasks]]
-name = "sudoku"
-[tasks.knobs]
-size = 4
-blanks = 8
-cell_size = 16
-font_size = 12
-margin = 0
-prompt = "brief"
+RECIPE = (
+    TINY_SUDOKU
+    + """
 [sampler]
 max_tokens = 48
 [sft]
@@ -53,7 +36,7 @@ every = {every}
 [checkpoint]
 every = {saved}
 """
-TABLE = EvalTable((EvalRow("a", 0.5, 2, 0.1, 0.9, "wilson"),), {"a": {"p1": 1.0, "p2": 0.0}})
+)
 
 
 def stored(folder: Path, position: Position) -> Path:
@@ -128,24 +111,6 @@ def test_going_on_keeps_the_warm_up_and_forgets_later_updates(tmp_path: Path) ->
 # --- on real parts ----------------------------------------------------------------------------
 
 
-def start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "cluster", "sft", *arguments]
-    with log.open("w") as out:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-        )
-
-
-def wait_for(there: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 900
-    while not there():
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.1)
-
-
 def updates(run: Path) -> dict[tuple[int, str], float]:
     """What every update logged, without what only tells of time."""
     return {
@@ -166,7 +131,7 @@ def test_a_killed_sft_goes_on_as_if_it_had_not_been(
     """Killed, its last checkpoint torn: the updates since the one before come again."""
     recipe, run, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out.log"
     recipe.write_text(RECIPE.format(model=tiny_models["qwen3_vl"], steps=1000, every=0, saved=5))
-    driver = start(log, str(recipe), "--output", str(run))
+    driver = start(log, "sft", str(recipe), "--output", str(run))
     try:
         wait_for(lambda: logged(run) >= 13, driver, log)
         below = psutil.Process(driver.pid).children(recursive=True)
@@ -184,7 +149,7 @@ def test_a_killed_sft_goes_on_as_if_it_had_not_been(
     goes_on = int(kept.name[5:])
     assert 0 < goes_on == int(last.name[5:]) - 5 < killed
 
-    driver = start(log, "--resume", str(run))
+    driver = start(log, "sft", "--resume", str(run))
     try:
         # By then what the killed run left of later updates is gone.
         wait_for(lambda: "going on after update" in log.read_text(), driver, log)
@@ -219,7 +184,7 @@ def test_sft_measured_on_the_way_tells_before_and_after(
 ) -> None:
     recipe, run, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out.log"
     recipe.write_text(RECIPE.format(model=tiny_models["qwen3_vl"], steps=5, every=2, saved=0))
-    driver = start(log, str(recipe), "--output", str(run))
+    driver = start(log, "sft", str(recipe), "--output", str(run))
     try:
         assert driver.wait(900) == 0, log.read_text()
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +12,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.ablate import LocalRunner
 from cluster.ablation_config import Cell
 from cluster.tracking import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
+
+TOY_BASE = """
+name = "base"
+[model]
+path = "{model}"
+[[tasks]]
+name = "sudoku"
+[sampler]
+cpus = 0
+[learner]
+cpus = 0
+"""
+"""A base recipe of cells that take no core."""
+TOY_CELLS = LocalRunner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
+"""Runs `toy_cell.py` in place of each cell's training."""
 
 
 def make_runs(folder: Path, cells: Iterable[Cell]) -> None:

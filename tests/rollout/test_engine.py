@@ -6,9 +6,7 @@ transfer of the original ones has something to change and a way back to compare 
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,111 +17,26 @@ import psutil
 import pytest
 import torch
 
-from learner.batch import TrainSequence
 from learner.lora import Adapters, LoraSettings
 from learner.parts import freeze
-from learner.policy import Policy, load_policy, make_collator
-from learner.weights import GatheredWeights, layer_groups
-from rollout.engine import Engine, EngineDied, EngineSettings, SamplerError
-from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
+from learner.policy import load_policy
+from learner.weights import GatheredWeights
+from rollout.engine import EngineDied, SamplerError
+from rollout.record import SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
 from rollout.transfer import HostSender, WeightTransferError
-from tasks.core import SEGMENTS, Problem
-from tasks.load import load_task
-from tasks.splits import draw_problem
+from tasks.core import SEGMENTS
+from tests.rollout.live_engine import (
+    TASK,
+    Live,
+    PolicyWeights,
+    drawn,
+    mixed_sizes,
+    perturbed_engine,
+    worst,
+)
 
 FAMILIES = ("qwen3_vl", "internvl")
-TASK = load_task("graph_coloring")
-
-
-class Live:
-    """An engine on an event loop of its own thread, and both sets of weights to compare with."""
-
-    name = "sampler-0"
-
-    def __init__(self, folder: Path, original: Policy, perturbed: Policy, processor: Any) -> None:
-        self.weights = {"original": original, "perturbed": perturbed}
-        self.processor, self.folder = processor, str(folder)
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        settings = EngineSettings(str(folder), max_model_len=512, max_num_seqs=64)
-
-        async def start() -> Engine:
-            return Engine.start(settings)
-
-        self.engine = asyncio.run_coroutine_threadsafe(start(), self.loop).result(400)
-        self.first_checksums = self.checksums()
-
-    def call(self, method: str, *args: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop)
-
-    def wait(self, future: Any, seconds: float) -> Any:
-        return future.result(seconds)
-
-    def checksums(self) -> dict[str, str]:
-        found: dict[str, str] = self.wait(self.call("weight_checksums"), 60)
-        return found
-
-    def send(self, which: str, version: int) -> None:
-        HostSender([self], 60).send(_Source(self.weights[which]), version, rank=0)
-
-    def sample(self, problems: Sequence[Problem], n: int = 2, **request: Any) -> list[Group]:
-        sampling = request.pop("sampling", Sampling(max_tokens=40))
-        futures = [
-            self.call("sample", SampleRequest(f"g{i}", p, n, sampling, **request), TASK)
-            for i, p in enumerate(problems)
-        ]
-        return [self.wait(future, 300) for future in futures]
-
-    def learner_gap(self, which: str, groups: Sequence[Group]) -> float:
-        """Largest |log-prob difference| between the engine and a padded Hugging Face batch."""
-        return self.gap(
-            which,
-            [
-                (r.prompt_ids, r.response_ids, g.problem.image if r.view == "shown" else None)
-                for g in groups
-                for r in g.rollouts
-            ],
-            [r.logprobs for g in groups for r in g.rollouts],
-        )
-
-    def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
-        """The same for (prompt ids, response ids, image) and the engine's log-probs of them."""
-        policy = self.weights[which]
-        sequences = [
-            TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
-            for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
-        ]
-        batch = make_collator(policy, self.processor)(sequences)
-        with torch.no_grad():
-            expected, _ = policy.eval().run(batch)
-        return float((expected - batch.tokens.sampler_logprobs).abs().max())
-
-    def score(
-        self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
-    ) -> list[np.ndarray]:
-        futures = [
-            self.call("score", ScoreRequest(f"s{i}", problem, ids, image))
-            for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
-        ]
-        return [self.wait(future, 300) for future in futures]
-
-
-class _Source:
-    """A policy's weights as a weight source."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.parameters = dict(policy.model.named_parameters())
-
-    def metadata(self) -> list[Any]:
-        return []
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter((n, p.data) for n, p in self.parameters.items())
-
-    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        for names in layer_groups(list(self.parameters)):
-            yield names, [self.parameters[n].data for n in names]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -132,29 +45,7 @@ def live(
     tiny_models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
-    folder = tiny_models[request.param]
-    original, processor = load_policy(str(folder))
-    perturbed, _ = load_policy(str(folder))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in perturbed.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    start_from = tmp_path_factory.mktemp("perturbed") / request.param
-    perturbed.model.save_pretrained(start_from)  # type: ignore[operator]
-    processor.save_pretrained(start_from)
-    engine = Live(start_from, original, perturbed, processor)
-    yield engine
-    engine.engine.shutdown()
-    engine.loop.call_soon_threadsafe(engine.loop.stop)
-
-
-def mixed_sizes(count: int) -> list[Problem]:
-    """Problems whose images have different sizes."""
-    specs = [
-        TASK.spec(vertices=4, canvas=canvas, layout="circle", label_size=0, prompt="brief")
-        for canvas in (64, 96, 128)
-    ]
-    return [draw_problem(TASK, specs[i % 3], "train", 5, i) for i in range(count)]
+    yield from perturbed_engine(tiny_models[request.param], tmp_path_factory)
 
 
 def test_log_probs_agree_over_images_of_different_sizes(live: Live) -> None:
@@ -204,7 +95,7 @@ class OutOfCheese:
 
 def test_a_transfer_that_another_sampler_failed_is_made_again(live: Live) -> None:
     problems = mixed_sizes(2)
-    source = _Source(live.weights["original"])
+    source = PolicyWeights(live.weights["original"])
     with pytest.raises(WeightTransferError, match="'sampler-1' failed in load_weights") as failed:
         HostSender([live, OutOfCheese()], 60).send(source, 1, rank=0)
     assert failed.value.sampler == "sampler-1"
@@ -220,7 +111,7 @@ def test_a_transfer_that_another_sampler_failed_is_made_again(live: Live) -> Non
 
 def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: Live) -> None:
     """Of both towers and what joins them; q alone of the three that an engine fuses."""
-    policy, _ = load_policy(live.folder)
+    policy, _ = load_policy(str(live.folder))
     chosen = LoraSettings(rank=3, alpha=4.5, targets=("*.q_proj", "*.down_proj", "*vis*", "merger"))
     adapters = Adapters(policy, chosen, "unused")
     generator = torch.Generator().manual_seed(2)
@@ -248,7 +139,7 @@ def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: 
 
 
 def test_what_is_frozen_is_not_sent_and_the_engine_is_right_all_the_same(live: Live) -> None:
-    policy, _ = load_policy(live.folder)
+    policy, _ = load_policy(str(live.folder))
     freeze(policy, ("vision", "*.layers.1.*", "*.layers.2.self_attn.q_proj.*"))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -360,21 +251,6 @@ def test_a_special_token_spelled_out_in_a_prefix_stays_text(live: Live) -> None:
         decoded = live.processor.tokenizer.decode(rollout.prompt_ids[count:].tolist())
         assert decoded == hostile == rollout.prefix
     assert live.learner_gap("perturbed", [group]) < 1e-4
-
-
-def drawn(groups: Sequence[Group]) -> tuple[list[tuple[Problem, np.ndarray]], list[Rollout]]:
-    """What to score of every rollout, and the rollouts."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    return [(g.problem, r.response_ids) for g in groups for r in g.rollouts], rollouts
-
-
-def worst(found: Sequence[np.ndarray], rollouts: Sequence[Rollout]) -> float:
-    """Largest |difference| from the rollouts' own sampler log-probs, over all tokens."""
-    assert all(f.dtype == np.float32 for f in found)
-    assert [len(f) for f in found] == [len(r.response_ids) for r in rollouts]
-    return max(
-        float(np.abs(f - r.logprobs).max()) for f, r in zip(found, rollouts, strict=True) if len(f)
-    )
 
 
 def test_scores_are_the_rollouts_own_log_probs(live: Live) -> None:

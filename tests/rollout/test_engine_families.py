@@ -14,13 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.policy import load_policy
 from learner.weights import GatheredWeights
 from rollout.record import Sampling
 from rollout.tokens import placeholder_ids
 from rollout.transfer import HostSender
 from tests.learner.samples import problem as picture
-from tests.rollout.test_engine import Live, drawn, mixed_sizes, worst
+from tests.rollout.live_engine import Live, drawn, mixed_sizes, perturbed_engine, worst
 
 FAMILIES = ("qwen2_5_vl", "idefics3")
 
@@ -31,23 +30,8 @@ def live(
     tiny_models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
-    folder = tiny_models[request.param]
-    original, processor = load_policy(str(folder))
-    perturbed, _ = load_policy(str(folder))
-    if request.param == "idefics3":
-        processor.image_processor.size = {"longest_edge": 128}
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in perturbed.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    start_from = tmp_path_factory.mktemp("perturbed") / request.param
-    perturbed.model.save_pretrained(start_from)  # type: ignore[operator]
-    processor.save_pretrained(start_from)
-    engine = Live(start_from, original, perturbed, processor)
-    engine.folder = start_from  # type: ignore[attr-defined]
-    yield engine
-    engine.engine.shutdown()
-    engine.loop.call_soon_threadsafe(engine.loop.stop)
+    tiles = {"longest_edge": 128} if request.param == "idefics3" else None
+    yield from perturbed_engine(tiny_models[request.param], tmp_path_factory, tiles)
 
 
 def test_log_probs_agree_with_images_of_any_shape_and_without(live: Live) -> None:
@@ -78,7 +62,7 @@ def test_the_learners_weights_reach_the_engine_under_their_checkpoints_names(liv
     def source(which: str) -> GatheredWeights:
         return GatheredWeights(live.weights[which].model, lambda _: nullcontext(), torch.float32)
 
-    stored = load_file(live.folder / "model.safetensors")  # type: ignore[attr-defined]
+    stored = load_file(live.folder / "model.safetensors")
     offered = dict(source("perturbed"))
     assert offered.keys() == stored.keys()
     assert all(torch.equal(offered[name], stored[name]) for name in stored)

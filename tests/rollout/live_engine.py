@@ -1,0 +1,163 @@
+"""A real engine beside both sets of weights that it is compared with, for tests of families."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from learner.batch import TrainSequence
+from learner.policy import Policy, load_policy, make_collator
+from learner.weights import layer_groups
+from rollout.engine import Engine, EngineSettings
+from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
+from rollout.transfer import HostSender
+from tasks.core import Problem
+from tasks.load import load_task
+from tasks.splits import draw_problem
+
+TASK = load_task("graph_coloring")
+
+
+class Live:
+    """An engine on an event loop of its own thread, and both sets of weights to compare with."""
+
+    name = "sampler-0"
+
+    def __init__(self, folder: Path, original: Policy, perturbed: Policy, processor: Any) -> None:
+        self.weights = {"original": original, "perturbed": perturbed}
+        self.processor, self.folder = processor, folder
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        settings = EngineSettings(str(folder), max_model_len=512, max_num_seqs=64)
+
+        async def start() -> Engine:
+            return Engine.start(settings)
+
+        self.engine = asyncio.run_coroutine_threadsafe(start(), self.loop).result(400)
+        self.first_checksums = self.checksums()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop)
+
+    def wait(self, future: Any, seconds: float) -> Any:
+        return future.result(seconds)
+
+    def checksums(self) -> dict[str, str]:
+        found: dict[str, str] = self.wait(self.call("weight_checksums"), 60)
+        return found
+
+    def send(self, which: str, version: int) -> None:
+        HostSender([self], 60).send(PolicyWeights(self.weights[which]), version, rank=0)
+
+    def sample(self, problems: Sequence[Problem], n: int = 2, **request: Any) -> list[Group]:
+        sampling = request.pop("sampling", Sampling(max_tokens=40))
+        futures = [
+            self.call("sample", SampleRequest(f"g{i}", p, n, sampling, **request), TASK)
+            for i, p in enumerate(problems)
+        ]
+        return [self.wait(future, 300) for future in futures]
+
+    def learner_gap(self, which: str, groups: Sequence[Group]) -> float:
+        """Largest |log-prob difference| between the engine and a padded Hugging Face batch."""
+        return self.gap(
+            which,
+            [
+                (r.prompt_ids, r.response_ids, g.problem.image if r.view == "shown" else None)
+                for g in groups
+                for r in g.rollouts
+            ],
+            [r.logprobs for g in groups for r in g.rollouts],
+        )
+
+    def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
+        """The same for (prompt ids, response ids, image) and the engine's log-probs of them."""
+        policy = self.weights[which]
+        sequences = [
+            TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
+            for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
+        ]
+        batch = make_collator(policy, self.processor)(sequences)
+        with torch.no_grad():
+            expected, _ = policy.eval().run(batch)
+        return float((expected - batch.tokens.sampler_logprobs).abs().max())
+
+    def score(
+        self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
+    ) -> list[np.ndarray]:
+        futures = [
+            self.call("score", ScoreRequest(f"s{i}", problem, ids, image))
+            for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
+        ]
+        return [self.wait(future, 300) for future in futures]
+
+
+class PolicyWeights:
+    """A policy's weights as a weight source."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.parameters = dict(policy.model.named_parameters())
+
+    def metadata(self) -> list[Any]:
+        return []
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter((n, p.data) for n, p in self.parameters.items())
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        for names in layer_groups(list(self.parameters)):
+            yield names, [self.parameters[n].data for n in names]
+
+
+def perturbed_engine(
+    policy: Path, folders: pytest.TempPathFactory, image_size: dict[str, int] | None = None
+) -> Iterator[Live]:
+    """An engine of a policy with noise on its weights; shut down after the one item.
+
+    `image_size`: what the image processor is started with in place of its own `size`.
+    """
+    original, processor = load_policy(str(policy))
+    perturbed, _ = load_policy(str(policy))
+    if image_size:
+        processor.image_processor.size = image_size
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in perturbed.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    start_from = folders.mktemp("perturbed") / policy.name
+    perturbed.model.save_pretrained(start_from)  # type: ignore[operator]
+    processor.save_pretrained(start_from)
+    live = Live(start_from, original, perturbed, processor)
+    yield live
+    live.engine.shutdown()
+    live.loop.call_soon_threadsafe(live.loop.stop)
+
+
+def mixed_sizes(count: int) -> list[Problem]:
+    """Problems whose images have different sizes."""
+    specs = [
+        TASK.spec(vertices=4, canvas=canvas, layout="circle", label_size=0, prompt="brief")
+        for canvas in (64, 96, 128)
+    ]
+    return [draw_problem(TASK, specs[i % 3], "train", 5, i) for i in range(count)]
+
+
+def drawn(groups: Sequence[Group]) -> tuple[list[tuple[Problem, np.ndarray]], list[Rollout]]:
+    """What to score of every rollout, and the rollouts."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    return [(g.problem, r.response_ids) for g in groups for r in g.rollouts], rollouts
+
+
+def worst(found: Sequence[np.ndarray], rollouts: Sequence[Rollout]) -> float:
+    """Largest |difference| from the rollouts' own sampler log-probs, over all tokens."""
+    assert all(f.dtype == np.float32 for f in found)
+    assert [len(f) for f in found] == [len(r.response_ids) for r in rollouts]
+    return max(
+        float(np.abs(f - r.logprobs).max()) for f, r in zip(found, rollouts, strict=True) if len(f)
+    )
