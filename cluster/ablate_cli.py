@@ -18,7 +18,9 @@ from cluster.ablate import (
 )
 from cluster.ablation_config import Ablation
 from cluster.ablation_progress import GridProgress, cost_table
-from cluster.placement import Machine, plan
+from cluster.config import UserError
+from cluster.placement import Machine, plan, trained_of
+from rollout.tokens import ModelError
 
 INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
@@ -34,11 +36,17 @@ def ablate_to_the_end(
     """Print the plan, run what is not finished, write and print what was found; the exit code.
 
     `runner` stands in for the one that `address` chooses. Raises UserError for what the user can
-    put right: a folder in use or of another ablation, a machine that is too small.
+    put right: a folder in use or of another ablation, a machine that is too small, parts that the
+    policy of a cell does not have.
     """
     console = Console(soft_wrap=True)
     folder = output or Path(ablation.base.output.folder) / ablation.name
     machine = Machine.detect()
+    for cell in ablation.cells:
+        try:
+            trained_of(cell.recipe)
+        except ModelError as error:
+            raise UserError(f"{ablation.name}: cell {cell.id}: {error}") from error
     slots = ablation.config.parallel if address else slots_for(ablation, machine)
     finished = {
         cell.id: float(read_result(folder, cell)["seconds"])

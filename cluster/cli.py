@@ -81,11 +81,11 @@ def train(
         from cluster.replay import recorded, run_replay
 
         loaded, source = recorded(replay, set_ or ())
-        if _ready(loaded, "replay", address, dry_run):
+        if _ready(loaded, "replay", address, dry_run, replay):
             run_replay(loaded, source, address=address, output=output)
         return
     loaded, resumed = _loaded("train", recipe, set_, output, resume)
-    if not _ready(loaded, "train", address, dry_run):
+    if not _ready(loaded, "train", address, dry_run, recipe or resume):
         return
     from cluster.train import run_training
 
@@ -105,7 +105,7 @@ def sample(
     from cluster.replay import recipe_to_sample, run_sampling
 
     loaded = recipe_to_sample(where, set_ or ())
-    if _ready(loaded, "sample", address, dry_run):
+    if _ready(loaded, "sample", address, dry_run, where):
         run_sampling(loaded, steps, address=address, output=output)
 
 
@@ -125,7 +125,7 @@ def sft(
             f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
             "with steps = 650, or see recipes/tiny/cold_start.toml"
         )
-    if not _ready(loaded, "sft", address, dry_run):
+    if not _ready(loaded, "sft", address, dry_run, recipe or resume):
         return
     from cluster.cold_start import run_sft
 
@@ -323,13 +323,19 @@ def _loaded(
     return load_recipe(recipe, overrides or ()), None
 
 
-def _ready(recipe: Recipe, command: Command, address: str | None, dry_run: bool) -> bool:
+def _ready(
+    recipe: Recipe, command: Command, address: str | None, dry_run: bool, source: Path | None
+) -> bool:
     """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
 
     The placement comes as comments, so that all that is printed is a recipe again. Raises
-    PlacementError where this machine lacks what the recipe asks for and no cluster is given.
+    PlacementError where this machine lacks what the recipe asks for and no cluster is given, and
+    RecipeError, which names `source`, where it names parts that the policy does not have.
     """
-    placement = plan(recipe, Machine.detect(), command)
+    try:
+        placement = plan(recipe, Machine.detect(), command)
+    except ModelError as error:
+        raise RecipeError(f"{source}: {error}") from error
     if dry_run:
         print(resolved_toml(recipe))
         print("\n".join(f"# {line}".rstrip() for line in describe(placement).splitlines()))

@@ -1,8 +1,10 @@
 """What runs where: the actors of a recipe, what each takes, and a rough account of memory.
 
-Pure arithmetic on a recipe and a machine; nothing is started and no heavy library is imported,
-so a recipe for eight GPUs can be looked at on a laptop. Memory is an estimate from parameter
-counts (sources at each formula), meant to catch what cannot fit, not to plan the last GiB.
+Arithmetic on a recipe and a machine; nothing is started and no weight is read, so a recipe for
+eight GPUs can be looked at on a laptop. Memory is an estimate from parameter counts (sources at
+each formula), meant to catch what cannot fit, not to plan the last GiB. Where a recipe says what is
+trained (`learner.freeze`, `learner.rates`, `[learner.lora]`) and the policy is in a folder here,
+names are looked up in its structure, which takes the seconds of importing torch.
 """
 
 from __future__ import annotations
@@ -14,13 +16,18 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import Recipe, UserError
 from rewards.records import TermError
 from rewards.terms import find_term, load_term
+
+if TYPE_CHECKING:
+    from cluster.sections_learner import LoraConfig
+    from learner.outline import Trained
 
 Command = Literal["train", "sft", "eval", "replay", "sample"]
 
@@ -85,7 +92,8 @@ their model cards round them; both hold a Qwen3-4B text model."""
 class Actor:
     """One Ray actor: its role, what it takes, and its memory parts in bytes by name.
 
-    Memory is in GPU memory where `gpus` > 0 and in main memory elsewhere.
+    Memory is in GPU memory where `gpus` > 0 and in main memory elsewhere; `offloaded` is in main
+    memory in any case.
     """
 
     role: Literal["sampler", "frozen model", "learner", "reward worker", "driver"]
@@ -93,6 +101,7 @@ class Actor:
     cpus: float
     gpus: float
     memory: dict[str, int]
+    offloaded: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,11 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     `sft` runs its samplers after its learner, or beside it where it measures on the way;
     `replay` has no samplers, `sample` no learner.
 
-    Never raises for a recipe that does not fit: see `Placement.require`.
+    Never raises for a recipe that does not fit: see `Placement.require`. Raises ModelError for a
+    part or pattern of `learner` that matches nothing in a policy whose folder is here.
     """
     size = policy_size(recipe.model.path)
-    learners = [
-        Actor("learner", i, recipe.learner.cpus, recipe.learner.gpus, learner_memory(recipe, size))
-        for i in range(0 if command == "sample" else recipe.learner.ranks)
-    ]
+    learners = _learners(recipe, size) if command in ("train", "sft", "replay") else []
     samplers, frozen, workers = [], [], []
     if command in ("train", "sample") or (command == "sft" and recipe.eval.every):
         memory = sampler_memory(recipe, size, machine)
@@ -180,6 +187,17 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     return Placement(actors, machine, shortages, tuple(notes))
 
 
+def _learners(recipe: Recipe, size: PolicySize | None) -> list[Actor]:
+    learner = recipe.learner
+    memory = learner_memory(recipe, size, trained_of(recipe))
+    offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
+    away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
+    there = {name: memory.pop(name) for name in away}
+    return [
+        Actor("learner", i, learner.cpus, learner.gpus, memory, there) for i in range(learner.ranks)
+    ]
+
+
 def describe(placement: Placement) -> str:
     """The placement as a table of text, for `--dry-run`."""
     rows = [("actor", "cores", "GPUs", "memory (estimate)")]
@@ -188,6 +206,10 @@ def describe(placement: Placement) -> str:
         if parts:
             on = " on each GPU" if actor.gpus else ""
             memory = f"{_gib(sum(actor.memory.values()))}{on}: {parts}"
+            if actor.offloaded:
+                memory += "; in main memory " + ", ".join(
+                    f"{name} {_gib(size)}" for name, size in actor.offloaded.items()
+                )
         else:
             memory = "unknown" if actor.role in UNKNOWN_SIZES else "small"
         rows.append((f"{actor.role} {actor.index}", f"{actor.cpus:g}", f"{actor.gpus:g}", memory))
@@ -252,15 +274,46 @@ def policy_size(path: str) -> PolicySize | None:
         ) from error
 
 
-def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
-    """Bytes on one learner rank, by part.
+def trained_of(recipe: Recipe) -> Trained | None:
+    """What the recipe trains of a policy whose folder is here; None where all of it is, or unknown.
+
+    Raises ModelError for a part or pattern that matches nothing.
+    """
+    learner = recipe.learner
+    told = learner.freeze or learner.rates or learner.lora
+    if not told or not (Path(recipe.model.path) / "config.json").is_file():
+        return None
+    rates = tuple(learner.rates.items())
+    return _trained(recipe.model.path, learner.freeze, rates, learner.lora)
+
+
+@cache
+def _trained(
+    path: str,
+    frozen: tuple[str, ...],
+    rates: tuple[tuple[str, float], ...],
+    lora: LoraConfig | None,
+) -> Trained:
+    from learner.lora import LoraSettings
+    from learner.outline import what_is_trained
+
+    settings = LoraSettings(**lora.model_dump()) if lora else None
+    return what_is_trained(path, frozen, dict(rates), settings)
+
+
+def learner_memory(
+    recipe: Recipe, size: PolicySize | None, trained: Trained | None = None
+) -> dict[str, int]:
+    """Bytes on one learner rank, by part; `trained` None: all parameters are.
 
     Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
     the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
-    the stage that shards them. Activations follow arXiv 2205.05198, equation 1 without its
-    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision. With activation
-    checkpointing one layer has them, and of the others the input is kept (the same paper, section
-    5). To them comes one table of float32 logits (`learner.logits_mib`) and its gradient.
+    the stage that shards them. What is frozen has weights only. At stage 0 float32 weights
+    are stepped on themselves, with no master copy beside them. Activations follow arXiv 2205.05198,
+    equation 1 without its attention term: 34 bytes a token, hidden unit and layer at 2-byte
+    precision. With activation checkpointing one layer has them, and of the others the input is kept
+    (the same paper, section 5). To them comes one table of float32 logits (`learner.logits_mib`)
+    and its gradient.
     """
     if size is None:
         return {}
@@ -269,13 +322,16 @@ def learner_memory(recipe: Recipe, size: PolicySize | None) -> dict[str, int]:
     def shard(total: int, from_stage: int) -> int:
         return math.ceil(total / (learner.ranks if learner.zero_stage >= from_stage else 1))
 
+    held = size.parameters + (trained.added if trained else 0)
+    stepped = trained.trained if trained else size.parameters
+    no_master = learner.zero_stage == 0 and recipe.model.dtype == "float32"
     tokens = learner.micro_batch_tokens
     again = learner.activation_checkpointing
     per_token = 17 + size.layers if again else 17 * size.layers
     return {
-        "weights": shard(width * size.parameters, 3),
-        "gradients": shard(width * size.parameters, 2),
-        "optimizer": shard(12 * size.parameters, 1),
+        "weights": shard(width * held, 3),
+        "gradients": shard(width * stepped, 2),
+        "optimizer": shard((8 if no_master else 12) * stepped, 1),
         "activations": width * tokens * size.hidden * per_token
         + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
     }
@@ -312,9 +368,9 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
     """unit -> {product of fields: amount} that a command holds at one time."""
     sampler, learner = recipe.sampler, recipe.learner
     found = {}
-    for unit, field in (("cores", "cpus"), ("GPUs", "gpus")):
-        sample = {f"sampler.count × sampler.{field}": sampler.count * getattr(sampler, field)}
-        learn = {f"learner.ranks × learner.{field}": learner.ranks * getattr(learner, field)}
+    for unit, taken in (("cores", "cpus"), ("GPUs", "gpus")):
+        sample = {f"sampler.count × sampler.{taken}": sampler.count * getattr(sampler, taken)}
+        learn = {f"learner.ranks × learner.{taken}": learner.ranks * getattr(learner, taken)}
         if command == "sft" and not recipe.eval.every:  # one after the other
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
@@ -322,8 +378,8 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
             found[unit] = alone.get(command, sample | learn)
         models = len(frozen_models(recipe)) if command in ("train", "sample") else 0
         if models:
-            one = models * getattr(sampler, field)
-            found[unit] |= {f"{models} frozen model(s) of reward.terms × sampler.{field}": one}
+            one = models * getattr(sampler, taken)
+            found[unit] |= {f"{models} frozen model(s) of reward.terms × sampler.{taken}": one}
     return found
 
 
@@ -341,6 +397,7 @@ def _shortages(
 def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[str, int, int]]:
     """(what memory, bytes estimated, bytes there): main memory, and the smallest GPU."""
     main = sum(sum(a.memory.values()) for a in actors if not a.gpus)
+    main += sum(sum(a.offloaded.values()) for a in actors)
     totals = [("main memory", main, machine.memory)]
     if machine.gpus:
         on_one = [sum(a.memory.values()) for a in actors if a.gpus >= 1]

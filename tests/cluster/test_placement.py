@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from cluster.config import Recipe, load_recipe
+from cluster.cli import app
+from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.placement import (
     GIB,
     Gpu,
@@ -95,6 +100,89 @@ def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
     parts = learner_memory(tiny("model.dtype=bfloat16"), SIZE)
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert states == 16 * SIZE.parameters  # arXiv 1910.02054, section 3.1
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_model_states_are_what_was_measured(stage: int) -> None:
+    """Against the table that `benchmarks.learner_memory` printed (docs/results/learner.md)."""
+    text = (ROOT / "docs/results/learner.md").read_text("utf-8").split("## Memory of a rank")[1]
+    size = PolicySize(int(re.findall(r"([\d,]+) parameters", text)[0].replace(",", "")), 1, 1, 1)
+    (row,) = re.findall(rf"^\| {stage} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    parts = learner_memory(tiny(f"learner.zero_stage={stage}", "learner.ranks=2"), size)
+    states = [parts[name] / 2**20 for name in ("weights", "gradients", "optimizer")]
+    assert states == pytest.approx([float(value) for value in row], abs=1)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_models: dict[str, Path]) -> tuple[str, dict[str, torch.Tensor]]:
+    """A folder, and what is in its file."""
+    folder = tiny_models["qwen3_vl"]
+    return str(folder), load_file(folder / "model.safetensors")
+
+
+def test_what_is_frozen_has_weights_only(policy: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, tensors = policy
+    seeing = sum(t.numel() for n, t in tensors.items() if n.startswith("model.visual."))
+    every = sum(t.numel() for t in tensors.values())
+    assert 0 < seeing < every
+    recipe = tiny(
+        f"model.path={path}", 'learner.freeze=["vision", "merger"]', "learner.zero_stage=1"
+    )
+    parts = plan(recipe, TWO_CORES).actors[-2].memory
+    assert parts["weights"] == 4 * every
+    assert parts["gradients"] == 4 * (every - seeing)
+    assert parts["optimizer"] == 12 * (every - seeing)
+
+
+def test_adapters_alone_have_gradients(policy: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, tensors = policy
+    layers = [
+        t.shape
+        for n, t in tensors.items()
+        if n.startswith("model.language_model.layers.") and t.ndim == 2
+    ]
+    # A [rank, in] and B [out, rank].
+    added = sum(3 * (out + into) for out, into in layers)
+    every = sum(t.numel() for t in tensors.values())
+    lora = ("learner.lora.rank=3", "learner.zero_stage=3", "learner.ranks=2")
+    memory = plan(tiny(f"model.path={path}", *lora), TWO_CORES).actors[-2].memory
+    assert memory["weights"] == -(-4 * (every + added) // 2)
+    assert memory["gradients"] == -(-4 * added // 2)
+    assert memory["optimizer"] == -(-12 * added // 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('learner.freeze=["visoin.*"]', "learner.freeze: 'visoin.*' matches no parameter of this"),
+        ('learner.freeze=["*"]', "learner.freeze: nothing is left to train"),
+        ('learner.rates={"model.visual.patch_embd.*" = 0.1}', "nearest names are model.visual.pat"),
+        ('learner.lora.targets=["*.q_porj"]', "learner.lora.targets: '*.q_porj' matches no linear"),
+        ('learner.rates={"head" = 2.0}', "an LM head tied to the embedding is part of language"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_by_the_dry_run(
+    policy: tuple[str, dict[str, torch.Tensor]], override: str, said: str
+) -> None:
+    source = ROOT / "recipes/tiny/sudoku.toml"
+    arguments = ["train", str(source), "--dry-run", "--set", f"model.path={policy[0]}"]
+    result = CliRunner().invoke(app, [*arguments, "--set", override])
+    assert isinstance(result.exception, RecipeError) and result.stdout == ""
+    assert str(result.exception).startswith(f"{source}: learner.") and said in str(result.exception)
+
+
+def test_what_is_offloaded_is_in_main_memory() -> None:
+    whole, away = (plan(gpu(*more), EIGHT_GPUS) for more in ((), ('learner.offload="optimizer"',)))
+    for one, other in zip(whole.actors, away.actors, strict=True):
+        assert one.memory == other.memory | other.offloaded
+        assert list(other.offloaded) == (["optimizer"] if other.role == "learner" else [])
+    assert "in main memory optimizer" in describe(away)
+    # Its own host cannot hold the states of eight such ranks.
+    small = Machine(64, 16 * GIB, EIGHT_GPUS.gpus)
+    assert not any("main memory" in note for note in plan(gpu(), small).notes)
+    assert any(
+        "main memory may" in n for n in plan(gpu('learner.offload="optimizer"'), small).notes
+    )
 
 
 def test_a_local_policy_is_counted_from_its_own_files(tmp_path: Path) -> None:
