@@ -5,7 +5,7 @@
     ABLATION/cells/<cell>/recipe.toml, started.json, log.txt, run/
     ABLATION/cells/<cell>/result.json    written whole, last: the cell is finished
     ABLATION/cells/<cell>/failure.json   instead of it: how the cell failed
-    ABLATION/aside/<cell>-1/        an earlier try that failed
+    ABLATION/aside/<cell>-try-1/    an earlier try that failed
     ABLATION/results.parquet, summary.json, report.html    what was found, made at the end
 
 There is no state but these files. A cell with a result is never run again; any other cell that

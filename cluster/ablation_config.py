@@ -23,7 +23,7 @@ from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.recipe_errors import dotted, explain
 from cluster.recipe_fields import Count, Positive, Rate, Section, Share, Text, refusal
 from cluster.sections_algorithm import AlgorithmConfig, SpendConfig
-from cluster.toml_writer import _value as toml_value
+from cluster.toml_writer import toml_value
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]
 Settings = dict[str, Any]

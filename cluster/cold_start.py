@@ -49,10 +49,10 @@ from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
 from learner.checkpoint import checkpoint_folder
-from learner.engine import LearnerSettings
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Source, draw
+from learner.trainer import LearnerSettings
 from learner.warmup import warm_up_vision
 from rollout.tokens import load_processor
 from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem

@@ -82,11 +82,6 @@ def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def avg_at_k(correct: np.ndarray) -> float:
-    """Mean over problems of the share of right responses; bool [P, k]."""
-    return float(np.mean(correct))
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """1 − C(n−c, k)/C(n, k): a problem's chance that one of k responses is right.
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cluster.metrics import MISMATCH_LIMIT, Z95
+from cluster.metrics import MISMATCH_LIMIT
 from cluster.report_charts import Metrics, Series
 from rewards.advantages import is_constant
+from rewards.intervals import Z95
 
 METRIC_NAMES = {
     "a": "a: end to end",

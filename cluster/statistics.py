@@ -34,7 +34,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from cluster.metrics import mcnemar, wilson
+from cluster.metrics import mcnemar
+from rewards.intervals import wilson
 
 LEVEL = 0.95
 """Coverage of every interval here."""

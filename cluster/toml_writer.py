@@ -21,7 +21,7 @@ def table_lines(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[st
             for entry in value:
                 below += ["", f"[[{name}]]", *table_lines(entry, full)]
         else:
-            lines.append(f"{_key(key)} = {_value(value)}")
+            lines.append(f"{_key(key)} = {toml_value(value)}")
     return lines + below
 
 
@@ -30,10 +30,11 @@ def _is_table(value: Any) -> bool:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value in one line. Raises TypeError for what TOML has no form of."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -43,8 +44,8 @@ def _value(value: Any) -> str:
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, Mapping):
-        entries = (f"{_key(k)} = {_value(v)}" for k, v in value.items())
+        entries = (f"{_key(k)} = {toml_value(v)}" for k, v in value.items())
         return f"{{ {', '.join(entries)} }}"
     raise TypeError(f"TOML has no {type(value).__name__}")

@@ -119,20 +119,6 @@ def draw_graph(
     )
 
 
-def is_connected(n: int, edges: Iterable[Edge]) -> bool:
-    """Whether every vertex can be reached from vertex 0."""
-    adjacency = _adjacency(n, edges)
-    reached, frontier = 1, 1
-    while frontier:
-        step = 0
-        for v in range(n):
-            if frontier >> v & 1:
-                step |= adjacency[v]
-        frontier = step & ~reached
-        reached |= step
-    return reached == (1 << n) - 1
-
-
 def is_planar(n: int, edges: Sequence[Edge]) -> bool:
     """Whether the graph can be drawn without crossings."""
     if n <= 4 or len(edges) < 9:

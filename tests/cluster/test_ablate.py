@@ -18,7 +18,6 @@ import pytest
 
 from cluster.ablate import (
     MARK,
-    GridProgress,
     LocalRunner,
     RayJobRunner,
     hash_weights,
@@ -31,7 +30,7 @@ from cluster.ablate import (
 )
 from cluster.ablate_cli import ablate_to_the_end
 from cluster.ablation_config import Ablation, load_ablation
-from cluster.ablation_progress import cost_table
+from cluster.ablation_progress import GridProgress, cost_table
 from cluster.config import UserError
 from cluster.placement import Machine
 from tests.cluster.ray_heads import RAY, environment, ray_head

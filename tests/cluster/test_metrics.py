@@ -13,7 +13,6 @@ from scipy import stats
 
 from cluster.metrics import (
     EvalTable,
-    avg_at_k,
     before_after,
     eval_table,
     mcnemar,
@@ -21,9 +20,9 @@ from cluster.metrics import (
     pass_at_k,
     pooled,
     step_metrics,
-    wilson,
 )
 from rewards.compose import Composition, compose_groups
+from rewards.intervals import wilson
 from rewards.terms import Outcome, Perception
 from tests.rewards.toys import TASK, Misbehaves, group, score
 
@@ -64,7 +63,6 @@ def test_pass_at_k_equals_drawing_every_subset() -> None:
     for n, c, k in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
         with pytest.raises(ValueError, match="expected"):
             pass_at_k(n, c, k)
-    assert avg_at_k(np.array([[True, False], [True, True]])) == 0.75
 
 
 def test_mcnemar_equals_scipys_binomial_test() -> None:

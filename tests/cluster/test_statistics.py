@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cluster.metrics import mcnemar, wilson
+from cluster.metrics import mcnemar
 from cluster.statistics import (
     PHASES,
     asymmetry,
@@ -29,6 +29,7 @@ from cluster.statistics import (
     seed_interval,
     smoothed,
 )
+from rewards.intervals import wilson
 
 PROBLEMS = 512
 

@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.terminal import printable
 from cluster.tracking import (
     METRIC_SCHEMA,
     ROLLOUT_SCHEMA,
     Progress,
     Tracker,
-    printable,
     read_metrics,
     read_rollouts,
 )

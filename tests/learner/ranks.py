@@ -25,9 +25,10 @@ import torch
 import learner.engine as learner_engine
 from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
-from learner.engine import DeepSpeedLearner, LearnerSettings, NonFiniteLoss, WorldPlace
+from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
 from learner.state import seed_all
+from learner.trainer import LearnerSettings, NonFiniteLoss, WorldPlace
 
 
 @dataclass(frozen=True)

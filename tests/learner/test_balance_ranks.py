@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from learner.batch import TrainBatch
-from learner.engine import LearnerSettings
 from learner.losses import BalancedLoss
 from learner.policy import load_policy
+from learner.trainer import LearnerSettings
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import mixed_batch
 

@@ -24,10 +24,10 @@ from learner.checkpoint import (
     seal,
     write_json,
 )
-from learner.engine import LearnerSettings
 from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.state import own_part
+from learner.trainer import LearnerSettings
 from tests.learner.ranks import Job, Outcome, run_killed, run_ranks
 from tests.learner.samples import mixed_batch
 
