@@ -217,7 +217,7 @@ def load_ablation(path: str | Path) -> Ablation:
     if errors:
         raise RecipeError("\n".join(dict.fromkeys(errors)))
     cells = tuple(
-        _cell(source.stem, config, base_path, arm, difficulty, seed)
+        _cell(config, base_path, arm, difficulty, seed)
         for seed in config.seeds
         for difficulty in config.difficulties or (None,)
         for arm in config.arms
@@ -365,7 +365,6 @@ def _cell_name(arm: ArmConfig, difficulty: DifficultyConfig | None, seed: int) -
 
 
 def _cell(
-    name: str,
     config: AblationConfig,
     base: Path,
     arm: ArmConfig,

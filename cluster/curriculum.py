@@ -21,7 +21,7 @@ from rewards.records import ScoredGroup
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """What a strategy knows of one entry.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cell:
 class Strategy(Protocol):
     """Named in a recipe, or `"module:Class"`; made with the recipe's `args`."""
 
-    def weights(self, cells: Sequence[Cell]) -> Sequence[float]:
+    def weights(self, entries: Sequence[Entry]) -> Sequence[float]:
         """How often each entry should come next: not negative, not all 0. Pure."""
 
 
@@ -48,8 +48,9 @@ class Strategy(Protocol):
 class Uniform:
     """The recipe's own weights, whatever the success."""
 
-    def weights(self, cells: Sequence[Cell]) -> list[float]:
-        return [cell.weight for cell in cells]
+    def weights(self, entries: Sequence[Entry]) -> list[float]:
+        """As `Strategy.weights`."""
+        return [entry.weight for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class SuccessBand:
 
     floor: float = 0.1
 
-    def weights(self, cells: Sequence[Cell]) -> list[float]:
+    def weights(self, entries: Sequence[Entry]) -> list[float]:
+        """As `Strategy.weights`."""
         found = []
-        for cell in cells:
-            p = 0.5 if cell.success is None else cell.success
-            found.append(cell.weight * (self.floor + (1 - self.floor) * 4 * p * (1 - p)))
+        for entry in entries:
+            p = 0.5 if entry.success is None else entry.success
+            found.append(entry.weight * (self.floor + (1 - self.floor) * 4 * p * (1 - p)))
         return found
 
 
@@ -91,7 +93,7 @@ def make_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     except TypeError as error:
         raise UserError(f"{where}.args: {name!r} does not take them: {error}") from error
     if not callable(getattr(made, "weights", None)):
-        raise UserError(f"{where}.strategy: {name!r} has no method weights(cells)")
+        raise UserError(f"{where}.strategy: {name!r} has no method weights(entries)")
     return made
 
 
@@ -110,7 +112,7 @@ class Curriculum(Sequence[ProblemSource]):
         self._strategy = make_strategy(chosen.strategy, chosen.args)
         self._plain = list(sources)
         done = state or {}
-        self._cells = [Cell(s.label, s.weight, *_known(done.get(s.label))) for s in self._plain]
+        self._entries = [Entry(s.label, s.weight, *_known(done.get(s.label))) for s in self._plain]
         self._weigh()
 
     def observe(self, step: int, scored: Sequence[ScoredGroup]) -> None:
@@ -123,18 +125,18 @@ class Curriculum(Sequence[ProblemSource]):
         for place, group in zip(places, scored, strict=False):
             if group.diagnosis is None:
                 continue
-            cell, now = self._cells[place], float(group.diagnosis.a.mean())
-            old = now if cell.success is None else cell.success
+            entry, now = self._entries[place], float(group.diagnosis.a.mean())
+            old = now if entry.success is None else entry.success
             mean = self._memory * old + (1 - self._memory) * now
-            self._cells[place] = replace(cell, success=mean, groups=cell.groups + 1)
+            self._entries[place] = replace(entry, success=mean, groups=entry.groups + 1)
         self._weigh()
 
     def state(self) -> dict[str, list[float]]:
         """For the checkpoint: entry -> success and number of groups; JSON-able."""
         return {
-            cell.label: [cell.success, float(cell.groups)]
-            for cell in self._cells
-            if cell.success is not None
+            entry.label: [entry.success, float(entry.groups)]
+            for entry in self._entries
+            if entry.success is not None
         }
 
     def metrics(self) -> dict[str, float]:
@@ -143,16 +145,16 @@ class Curriculum(Sequence[ProblemSource]):
             return {}
         total = sum(source.weight for source in self)
         found = {f"curriculum/{s.label}/share": s.weight / total for s in self}
-        success = {c.label: c.success for c in self._cells if c.success is not None}
+        success = {c.label: c.success for c in self._entries if c.success is not None}
         return found | {f"curriculum/{label}/success": value for label, value in success.items()}
 
     def _weigh(self) -> None:
-        weights = np.asarray(self._strategy.weights(tuple(self._cells)), np.float64)
-        fits = weights.shape == (len(self._cells),) and np.isfinite(weights).all()
+        weights = np.asarray(self._strategy.weights(tuple(self._entries)), np.float64)
+        fits = weights.shape == (len(self._entries),) and np.isfinite(weights).all()
         if not fits or (weights < 0).any() or not weights.any():
             raise UserError(
                 f"algorithm.curriculum.strategy: {self._recipe.algorithm.curriculum.strategy!r} "
-                f"gave the weights {weights.tolist()} for {len(self._cells)} entries; they must "
+                f"gave the weights {weights.tolist()} for {len(self._entries)} entries; they must "
                 "be one each, finite, not negative, and not all 0"
             )
         self._sources = [

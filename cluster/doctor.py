@@ -38,6 +38,7 @@ KEY_PACKAGES = (
     "transformers",
     "ray",
     "deepspeed",
+    "peft",
     "numpy",
     "pyarrow",
     "pydantic",

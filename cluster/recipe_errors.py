@@ -137,6 +137,7 @@ def _options_at(model: type[BaseModel], loc: Location) -> tuple[Any, ...]:
 
 
 def dotted(loc: Sequence[str | int]) -> str:
+    """A field's place as a recipe writes it: `tasks[0].knobs`; `top` for the whole."""
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".") or "top"
 
 

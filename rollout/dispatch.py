@@ -80,16 +80,19 @@ class Job:
 
     @property
     def id(self) -> str:
+        """The group's id, or the request's."""
         if isinstance(self.request, SampleRequest):
             return self.request.group_id
         return self.request.request_id
 
     @property
     def sequences(self) -> int:
+        """Responses that the engine runs for it at once."""
         return self.request.n if isinstance(self.request, SampleRequest) else 1
 
     @property
     def tokens(self) -> int:
+        """At most so many are drawn or scored: what routing goes by."""
         if isinstance(self.request, SampleRequest):
             return self.request.n * self.request.sampling.max_tokens
         return 1 + len(self.request.response_ids)
@@ -141,6 +144,7 @@ class Seat:
 
     @property
     def takes_work(self) -> bool:
+        """Whether it is up, with the policy's weights, and stays."""
         return self.up and self.current and not self.retiring
 
 

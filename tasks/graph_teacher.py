@@ -12,7 +12,7 @@ def terse_steps(n: int, edges: Sequence[Edge], colors: Sequence[int]) -> str:
     """A line a vertex: `2: 0a 1b -> c`."""
     lines = []
     for v in range(n):
-        named = [f" {u}{ascii_lowercase[colors[u]]}" for u in _blockers(n, edges, colors, v)]
+        named = [f" {u}{ascii_lowercase[colors[u]]}" for u in _blockers(edges, colors, v)]
         lines.append(f"{v}:{''.join(named)} -> {ascii_lowercase[colors[v]]}")
     return "\n".join(lines)
 
@@ -29,7 +29,7 @@ def verbose_steps(n: int, edges: Sequence[Edge], colors: Sequence[int]) -> str:
     ]
     for v in range(n):
         neighbors = sorted({i + j - v for i, j in edges if v in (i, j)})
-        named = _blockers(n, edges, colors, v)
+        named = _blockers(edges, colors, v)
         earlier = [u for u in named if u < v]
         text = f"Vertex {v} is joined to {_listing(neighbors or ['no other'])}. "
         if earlier:
@@ -55,7 +55,7 @@ def verbose_steps(n: int, edges: Sequence[Edge], colors: Sequence[int]) -> str:
     return "\n\n".join(parts)
 
 
-def _blockers(n: int, edges: Sequence[Edge], colors: Sequence[int], v: int) -> list[int]:
+def _blockers(edges: Sequence[Edge], colors: Sequence[int], v: int) -> list[int]:
     """Neighbours to name for v: earlier ones, then later ones that keep a smaller colour."""
     neighbors = sorted({i + j - v for i, j in edges if v in (i, j)})
     named = [u for u in neighbors if u < v]

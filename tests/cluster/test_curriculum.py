@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from cluster.checkpoints import Position
 from cluster.config import Recipe, RecipeError, UserError, load_recipe
-from cluster.curriculum import Cell, Curriculum, SuccessBand, Uniform, make_strategy
+from cluster.curriculum import Curriculum, Entry, SuccessBand, Uniform, make_strategy
 from cluster.problems import open_sources, step_problems, step_sources
 from tests.cluster.test_train import RECIPE, scored
 
 BAND = RECIPE + '[algorithm]\nproblems_per_step = 6\ncurriculum = { strategy = "success_band" }\n'
 
-cells = st.lists(
+entries = st.lists(
     st.builds(
-        Cell,
+        Entry,
         label=st.uuids().map(str),
         weight=st.floats(0.01, 10),
         success=st.none() | st.floats(0, 1),
@@ -39,8 +39,8 @@ class Last:
 
     spoilt: bool = False
 
-    def weights(self, cells: Any) -> list[float]:
-        return [-1.0 if self.spoilt else 0.0] * (len(cells) - 1) + [1.0]
+    def weights(self, entries: Any) -> list[float]:
+        return [-1.0 if self.spoilt else 0.0] * (len(entries) - 1) + [1.0]
 
 
 @pytest.fixture
@@ -50,19 +50,19 @@ def recipe(tmp_path: Path) -> Recipe:
     return load_recipe(path)
 
 
-@given(cells=cells, floor=st.floats(0.01, 1))
+@given(entries=entries, floor=st.floats(0.01, 1))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_the_nearer_to_one_in_two_the_oftener(cells: list[Cell], floor: float) -> None:
-    found = SuccessBand(floor).weights(cells)
-    shares = [weight / cell.weight for weight, cell in zip(found, cells, strict=True)]
-    far = [0.0 if c.success is None else abs(c.success - 0.5) for c in cells]
+def test_the_nearer_to_one_in_two_the_oftener(entries: list[Entry], floor: float) -> None:
+    found = SuccessBand(floor).weights(entries)
+    shares = [weight / entry.weight for weight, entry in zip(found, entries, strict=True)]
+    far = [0.0 if c.success is None else abs(c.success - 0.5) for c in entries]
     for a, b in zip(np.argsort(far)[:-1], np.argsort(far)[1:], strict=True):
         assert shares[a] >= shares[b] - 1e-12
     assert all(floor - 1e-12 <= share <= 1 + 1e-12 for share in shares)
-    mirrored = [Cell(c.label, c.weight, None if c.success is None else 1 - c.success)
-                for c in cells]  # fmt: skip
+    mirrored = [Entry(c.label, c.weight, None if c.success is None else 1 - c.success)
+                for c in entries]  # fmt: skip
     assert SuccessBand(floor).weights(mirrored) == pytest.approx(found)
-    assert Uniform().weights(cells) == [c.weight for c in cells]
+    assert Uniform().weights(entries) == [c.weight for c in entries]
 
 
 def practise(
