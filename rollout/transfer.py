@@ -8,16 +8,22 @@ transfer, and its error names the sampler.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
+
+FOLDER = "equipoise-weights-"
+"""What the folders of transfers under way are called, in shared memory."""
 
 
 class WeightTransferError(RuntimeError):
@@ -115,9 +121,7 @@ class HostSender:
         buckets = source.iter_groups()
         try:
             self._all("begin_weight_update", until, version)
-            with tempfile.TemporaryDirectory(
-                prefix="equipoise-weights-", dir=self._folder
-            ) as folder:
+            with shared_folder(self._folder) as folder:
                 for names, tensors in buckets:
                     path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")
                     bucket = {
@@ -140,6 +144,43 @@ class HostSender:
 
     def _all(self, method: str, until: float, *args: Any) -> None:
         call_all(self._samplers, method, args, until, self._deadline)
+
+
+@contextmanager
+def shared_folder(parent: Path) -> Iterator[str]:
+    """A folder for the files of one transfer, removed after it.
+
+    A process that is killed leaves its own behind, and where `parent` is in memory that memory
+    with it: whoever sends next removes it. The living hold a lock, which the kernel drops with
+    its process.
+    """
+    for left in parent.glob(f"{FOLDER}*"):
+        with suppress(OSError):  # at work, of another user, or removed meanwhile
+            held = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(held)
+    folder, held = _locked_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(held)
+
+
+def _locked_folder(parent: Path) -> tuple[str, int]:
+    """A fresh folder and the descriptor that holds its lock."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=FOLDER, dir=parent)
+        # Until it is locked, another sender may take it for one that was left.
+        with suppress(FileNotFoundError):
+            held = os.open(folder, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if os.path.isdir(folder):
+                return folder, held
+            os.close(held)
 
 
 def call_all(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +17,8 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 
 from rollout.transfer import HostSender, WeightTransferError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Sampler:
@@ -93,6 +97,40 @@ def test_a_sampler_that_fails_is_named_with_its_own_error(tmp_path: Path) -> Non
     named = "'broken' failed in load_weights: ValueError: out of cheese"
     with pytest.raises(WeightTransferError, match=named):
         HostSender(samplers, 30, tmp_path).send(Source(), 1, rank=0)
+
+
+def test_what_a_killed_sender_left_in_memory_goes_with_the_next_transfer(tmp_path: Path) -> None:
+    left = tmp_path / "of-something-else"
+    left.mkdir()
+    code = "import sys; from pathlib import Path; from rollout.transfer import shared_folder\n"
+    code += "with shared_folder(Path(sys.argv[1])) as folder:\n"
+    code += "    Path(folder, 'group').write_text('x' * 99); print(folder, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:  # type: ignore[call-overload]
+        folder = Path(other.stdout.readline().strip())
+        sampler = Sampler("a")
+        # One whose process lives is at work.
+        assert HostSender([sampler], 30, tmp_path).send(Source(), 1, rank=0)
+        assert (folder / "group").exists()
+        other.kill()
+        other.wait()
+    assert (folder / "group").exists()
+    assert HostSender([sampler], 30, tmp_path).send(Source(), 2, rank=0)
+    assert sampler.version == 2 and os.listdir(tmp_path) == [left.name]
+
+
+def test_senders_that_begin_at_once_leave_each_other_alone(tmp_path: Path) -> None:
+    samplers = [Sampler(str(i)) for i in range(8)]
+
+    def send(sampler: Sampler) -> None:
+        for version in range(25):
+            assert HostSender([sampler], 30, tmp_path).send(Source(), version, rank=0)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(send, samplers))
+    assert [sampler.version for sampler in samplers] == [24] * 8
+    assert os.listdir(tmp_path) == []
 
 
 class RaySampler(Sampler):
