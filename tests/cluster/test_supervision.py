@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,27 @@ def test_the_last_restart_ends_it_with_the_transfers_own_words(samplers: Sampler
     samplers.lives[0].hangs_in = ("load_weights",)
     with pytest.raises(SamplerLost, match=r"'sampler-0' did not finish load_weights within .* 5 s"):
         delivery.send(1)
+    pool.stop()
+
+
+def test_a_sampler_that_leaves_while_weights_are_sent_is_no_loss(samplers: Samplers) -> None:
+    pool, _, delivery = start(samplers, 2)
+    delivery.send(1)
+    leaving, last_group = samplers.lives[1], threading.Event()
+    for life in samplers.lives:
+        life.fate = lambda asked: last_group.wait(60) and None
+    pool.submit([request("g-0"), request("g-1")])
+    leaving.hangs_in = ("load_weights",)
+    sent = threading.Thread(target=delivery.send, args=(2,))
+    sent.start()
+    assert leaving.hangs.wait(60)
+    pool.resize(1)  # it finishes what it has, and then ends in the middle of the transfer
+    last_group.set()
+    assert len(pool.collect(2, 60)) == 2
+    sent.join(60)
+    assert leaving.gone.is_set() and samplers.lives[0].version == 2
+    assert pool.size() == pool.counts()["count"] == 1
+    assert pool.counts()["restarts"] == 0 and pool.news() == []
     pool.stop()
 
 

@@ -75,6 +75,7 @@ class Threaded:
     def __init__(self, name: str, threads: ThreadPoolExecutor, fate: Callable[[Any], Any]) -> None:
         self.name, self._threads, self.fate = name, threads, fate
         self.alive, self.version = True, -1
+        self.hangs, self.gone = threading.Event(), threading.Event()
         self.reached = threading.Event()
         self.weights = "as loaded"
         self.fails_in: tuple[str, ...] = ()
@@ -98,6 +99,7 @@ class Threaded:
 
     def kill(self) -> None:
         self.alive = False
+        self.gone.set()
 
     def _run(self, method: str, *args: Any) -> Any:
         if method == "ready":
@@ -109,7 +111,10 @@ class Threaded:
         if method in self.dies_in:
             return Died("engine", f"{self.name}: the engine's process died")
         if method in self.hangs_in:
-            self.over.wait()
+            self.hangs.set()
+            while not (self.over.is_set() or self.gone.wait(0.01)):
+                continue
+            return Died("actor", f"{self.name}: gone")
         if method == "finish_weight_update":
             self.version = args[0]
             self.reached.set()
