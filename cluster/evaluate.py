@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
@@ -125,7 +124,7 @@ def run_eval(
     chosen = held_out(sources[0], seed, problems)
     console = Console(stderr=as_json)
     console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
-    with actor_errors(Path(recipe.output.folder)), connected(address):
+    with actor_errors(None), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "eval")
         with sampling_from(recipe, checkpoint) as pool:
             table = evaluate(

@@ -34,7 +34,7 @@ from cluster.report_charts import (
     plane,
     training_charts,
 )
-from cluster.report_page import Format, Report, Section, put, to_html, to_json, write_markdown
+from cluster.report_page import Format, Report, Section, to_html, to_json, write_markdown
 from cluster.report_plots import Chart
 from cluster.report_rollouts import Shown, read_shown
 from cluster.report_words import (
@@ -49,7 +49,7 @@ from cluster.report_words import (
     training_table,
     warnings,
 )
-from cluster.tracking import read_metrics
+from cluster.tracking import put, read_metrics
 
 FLAT_SCHEMA = pa.schema(
     {

@@ -24,10 +24,11 @@ from cluster.ablate import cell_folder, is_finished, pairing_faults, read_failur
 from cluster.ablation_config import AblationConfig, CellName, stored_ablation
 from cluster.ablation_results import RESULT_SCHEMA, Results, Summary, collect, summarise
 from cluster.config import UserError
-from cluster.report_page import Report, Section, put, to_html
+from cluster.report_page import Report, Section, to_html
 from cluster.report_rollouts import Shown, read_arms
 from cluster.report_words import Words, settings_table
 from cluster.statistics import Estimate
+from cluster.tracking import put
 
 ABLATION_SCHEMA = pa.schema(
     {

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -180,10 +180,3 @@ def _md(text: str) -> str:
     """Text that stays text in Markdown and inside a table's cell."""
     safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in safe)
-
-
-def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside, then put into place: a reader never sees half a report."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    beside.replace(path)

@@ -356,8 +356,8 @@ def running(
 
 
 @contextmanager
-def actor_errors(folder: Path) -> Iterator[None]:
-    """Turn an actor's error into RunFailed with that error on top, kept in `folder`."""
+def actor_errors(folder: Path | None) -> Iterator[None]:
+    """Turn an actor's error into RunFailed with that error on top; kept in `folder`, if any."""
     try:
         yield
     except (
@@ -369,8 +369,9 @@ def actor_errors(folder: Path) -> Iterator[None]:
         TimeoutError,
     ) as error:
         message = explain(error)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error

@@ -146,9 +146,9 @@ class Tracker:
             (self.run_dir / folder).mkdir(parents=True, exist_ok=True)
         if recipe_toml is not None:
             text = recipe_toml.encode()
-            _write(self.run_dir / "recipe.toml", lambda path: path.write_bytes(text))
+            put(self.run_dir / "recipe.toml", lambda path: path.write_bytes(text))
         versions = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
-        _write(self.run_dir / "versions.json", lambda path: path.write_bytes(versions.encode()))
+        put(self.run_dir / "versions.json", lambda path: path.write_bytes(versions.encode()))
         self._events = EventFileWriter(str(self.run_dir / "tensorboard"))
         if after_step is not None:
             self._rewind(after_step)
@@ -181,7 +181,7 @@ class Tracker:
         ]
         table = pa.Table.from_arrays(columns, schema=METRIC_SCHEMA)
         part = self.run_dir / "metrics" / f"part-{self._part:06d}.parquet"
-        _write(part, lambda path: pq.write_table(table, path))
+        put(part, lambda path: pq.write_table(table, path))
         values = [Summary.Value(tag=name, simple_value=value) for _, name, value, _ in rows]
         self._events.add_event(Event(step=step, wall_time=now, summary=Summary(value=values)))
         self._events.flush()
@@ -194,7 +194,7 @@ class Tracker:
             rows += [_rollout_row(step, scored, i, sha) for i in range(len(scored.totals))]
         table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
         file = _rollout_file(self.run_dir, step)
-        _write(file, lambda path: pq.write_table(table, path, compression="zstd"))
+        put(file, lambda path: pq.write_table(table, path, compression="zstd"))
 
     def log_demonstrations(self, step: int, batch: TrainBatch) -> None:
         """Write the demonstrations of an update (`DEMONSTRATION_SCHEMA`) and their images."""
@@ -210,7 +210,7 @@ class Tracker:
         table = pa.Table.from_pylist(rows, schema=DEMONSTRATION_SCHEMA)
         file = self.run_dir / "demonstrations" / f"step-{step:06d}.parquet"
         file.parent.mkdir(exist_ok=True)
-        _write(file, lambda path: pq.write_table(table, path, compression="zstd"))
+        put(file, lambda path: pq.write_table(table, path, compression="zstd"))
 
     def close(self) -> None:
         """Join the metric parts into one table. Safe to call twice."""
@@ -218,7 +218,7 @@ class Tracker:
         parts = _metric_parts(self.run_dir)
         if parts:
             table = read_metrics(self.run_dir)
-            _write(self.run_dir / "metrics.parquet", lambda path: pq.write_table(table, path))
+            put(self.run_dir / "metrics.parquet", lambda path: pq.write_table(table, path))
             for part in parts:
                 part.unlink()
 
@@ -233,7 +233,7 @@ class Tracker:
                 pc.less_equal(table["step"], step), pc.starts_with(table["name"], "warmup/")
             )
             kept = table.filter(early)
-            _write(self.run_dir / "metrics.parquet", lambda path: pq.write_table(kept, path))
+            put(self.run_dir / "metrics.parquet", lambda path: pq.write_table(kept, path))
             for part in _metric_parts(self.run_dir):
                 part.unlink()
         for file in (self.run_dir / "rollouts").glob("step-*.parquet"):
@@ -251,7 +251,7 @@ class Tracker:
             suffix = "jpg" if image.startswith(b"\xff\xd8") else "png"
             file = self.run_dir / "images" / f"{sha}.{suffix}"
             if not file.exists():
-                _write(file, lambda path: path.write_bytes(image))
+                put(file, lambda path: path.write_bytes(image))
             self._images.add(sha)
         return sha
 
@@ -335,8 +335,8 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": commit, "modified": bool(changes)} if commit else None
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place."""
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then put it into place: no reader sees half of it."""
     beside = path.with_name(f".{path.name}.tmp")
     write(beside)
     os.replace(beside, path)

@@ -228,7 +228,7 @@ class Engine:
         request = WeightTransferInitRequest(init_info=info)
         await self._answered(self._llm.init_weight_transfer_engine(request))
 
-    async def begin_weight_update(self, version: int) -> None:
+    async def begin_weight_update(self) -> None:
         """Freeze generation and open a weight update; running requests keep their place.
 
         One that was left open, since another sampler failed its part, is closed first: some

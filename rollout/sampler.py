@@ -39,8 +39,8 @@ class Sampler:
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer(info)
 
-    async def begin_weight_update(self, version: int) -> None:
-        await self._engine.begin_weight_update(version)
+    async def begin_weight_update(self) -> None:
+        await self._engine.begin_weight_update()
 
     async def load_weights(self, update: dict[str, Any]) -> None:
         await self._engine.load_weights(update)

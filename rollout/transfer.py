@@ -120,7 +120,7 @@ class HostSender:
         sizes: list[int] = []
         buckets = source.iter_groups()
         try:
-            self._all("begin_weight_update", until, version)
+            self._all("begin_weight_update", until)
             with shared_folder(self._folder) as folder:
                 for names, tensors in buckets:
                     path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")

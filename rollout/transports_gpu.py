@@ -90,7 +90,7 @@ class _Client:
         wait_all(futures, "init_weight_transfer", self._until, self._deadline)
 
     def start_weight_update(self) -> None:
-        self._all("begin_weight_update", self._version)
+        self._all("begin_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         self._all("load_weights", update_info)

@@ -373,7 +373,7 @@ def test_a_dead_engine_is_told_to_all_who_wait_for_it(live: Live) -> None:
         live.call("weight_checksums"),
         live.call("sample", request, TASK),
         live.call("score", ScoreRequest("s0", problem, np.asarray([300, 301]), problem.image)),
-        live.call("begin_weight_update", 7),
+        live.call("begin_weight_update"),
     ]
     with pytest.raises(TimeoutError):
         waiting[0].result(2)

@@ -303,7 +303,7 @@ def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: Sampl
     assert "special token '<|im_end|>'" in messages[3]
     (client,) = frozen.clients
     with pytest.raises(SamplerError, match="frozen-0: a frozen model takes no weight updates"):
-        client.wait(client.call("begin_weight_update", 1), 60)
+        client.wait(client.call("begin_weight_update"), 60)
     assert isinstance(frozen.answer([good], 120)[0], np.ndarray)
 
 
