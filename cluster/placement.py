@@ -83,9 +83,10 @@ class PolicySize:
 KNOWN_POLICIES = {
     "Qwen/Qwen3-VL-4B-Instruct": PolicySize(4_438_000_000, 2560, 36, 151_936),
     "OpenGVLab/InternVL3_5-4B-HF": PolicySize(4_700_000_000, 2560, 36, 151_936),
+    "Qwen/Qwen2.5-VL-3B-Instruct": PolicySize(3_755_000_000, 2048, 36, 151_936),
 }
 """Hub names that recipes here use, so that they can be placed offline. Parameter counts as
-their model cards round them; both hold a Qwen3-4B text model."""
+their model cards round them, the last one counted on its config class."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,12 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
         notes.append(
             f"model.path = {recipe.model.path} is neither a folder with safetensors weights here "
             "nor a hub name of known size, so its memory is not estimated"
+        )
+    unknown = bool(recipe.learner.freeze or recipe.learner.lora) and trained_of(recipe) is None
+    if learners and size and unknown:
+        notes.append(
+            "model.path is no folder here, so what learner.freeze or learner.lora leaves untrained "
+            "is not known; the learner's memory is counted as if all of it were trained"
         )
     if any(actor.gpus for actor in samplers):
         share = recipe.sampler.gpu_memory_utilization

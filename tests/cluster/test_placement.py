@@ -171,6 +171,23 @@ def test_a_name_that_matches_nothing_is_refused_by_the_dry_run(
     assert str(result.exception).startswith(f"{source}: learner.") and said in str(result.exception)
 
 
+def test_every_policy_that_a_recipe_names_by_hub_is_of_known_size() -> None:
+    recipes = [load_recipe(path) for path in (ROOT / "recipes/gpu").glob("*.toml")]
+    assert len(recipes) > 2 and all(policy_size(r.model.path) for r in recipes)
+
+
+def test_of_a_hub_name_it_is_said_that_all_is_counted_as_trained() -> None:
+    told = [
+        any("as if all of it were trained" in note for note in plan(gpu(*more), EIGHT_GPUS).notes)
+        for more in (
+            (),
+            ('learner.freeze=["vision"]',),
+            ("learner.lora.rank=8", 'transfer.transport="host"'),
+        )
+    ]
+    assert told == [False, True, True]
+
+
 def test_what_is_offloaded_is_in_main_memory() -> None:
     whole, away = (plan(gpu(*more), EIGHT_GPUS) for more in ((), ('learner.offload="optimizer"',)))
     for one, other in zip(whole.actors, away.actors, strict=True):
