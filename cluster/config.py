@@ -82,7 +82,7 @@ class Recipe(Section):
         return tasks
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> Recipe:
+    def _rewards_fit_the_advantage(self) -> Recipe:
         if self.reward.compose == "normalize_then_sum" and self.algorithm.advantage != "grpo":
             raise refusal(
                 f'"normalize_then_sum" normalises as GRPO does, and algorithm.advantage is '
@@ -97,6 +97,10 @@ class Recipe(Section):
                 "reward",
                 "compose",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_has_a_choice(self) -> Recipe:
         strategy = self.algorithm.curriculum.strategy
         if strategy != "uniform" and len(self.tasks) < 2:
             raise refusal(
@@ -106,6 +110,10 @@ class Recipe(Section):
                 "curriculum",
                 "strategy",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _responses_fit_the_context(self) -> Recipe:
         if self.sampler.max_tokens >= self.model.max_model_len:
             raise refusal(
                 f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "
@@ -113,6 +121,10 @@ class Recipe(Section):
                 "sampler",
                 "max_tokens",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_trained_and_sent(self) -> Recipe:
         if self.learner.lora and self.transfer.transport != "host":
             raise refusal(
                 f'"{self.transfer.transport}" loads weights as they come, and with [learner.lora] '
@@ -133,6 +145,10 @@ class Recipe(Section):
                 "sft",
                 "vision_warmup_steps",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _transport_has_its_gpus(self) -> Recipe:
         if self.transfer.transport != "host" and not (self.sampler.gpus and self.learner.gpus):
             raise refusal(
                 f'"{self.transfer.transport}" moves weights between GPUs, and sampler.gpus or '
@@ -140,6 +156,10 @@ class Recipe(Section):
                 "transfer",
                 "transport",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_be_computed(self) -> Recipe:
         if self.model.attention == "flash_attention_2" and not self.learner.gpus:
             raise refusal(
                 '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
