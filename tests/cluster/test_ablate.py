@@ -418,6 +418,20 @@ def test_the_plan_counts_and_learns_from_finished_cells(
     assert "nothing to do" in cost_table(loaded, machine, everything, 1)
 
 
+def test_a_part_that_the_policy_lacks_is_refused_with_its_cell(
+    write: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write()
+    path.with_name("base.toml").write_text(BASE.format(model=tiny_models["internvl"]))
+    arm = '[[arms]]\nname = "frozen"\nset = { "learner.freeze" = ["visoin"] }\n'
+    path.write_text(path.read_text() + arm)
+    with pytest.raises(
+        UserError, match=r"cell frozen--seed-1: learner\.freeze: 'visoin' matches no"
+    ):
+        ablate_to_the_end(load_ablation(path), tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_cell_is_finished_by_a_half_written_file(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from cluster.placement import (
     plan,
     policy_size,
 )
+from learner.outline import Trained
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_CORES = Machine(cores=2, memory=24 * GIB)
@@ -103,14 +104,18 @@ def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_model_states_are_what_was_measured(stage: int) -> None:
-    """Against the table that `benchmarks.learner_memory` printed (docs/results/learner.md)."""
+@pytest.mark.parametrize("adapters", [False, True])
+def test_model_states_are_what_was_measured(stage: int, adapters: bool) -> None:
+    """Against the tables that `benchmarks.learner_memory` printed (docs/results/learner.md)."""
     text = (ROOT / "docs/results/learner.md").read_text("utf-8").split("## Memory of a rank")[1]
-    size = PolicySize(int(re.findall(r"([\d,]+) parameters", text)[0].replace(",", "")), 1, 1, 1)
-    (row,) = re.findall(rf"^\| {stage} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
-    parts = learner_memory(tiny(f"learner.zero_stage={stage}", "learner.ranks=2"), size)
+    every, added = (int(n.replace(",", "")) for n in re.findall(r"([\d,]{7,}) parameters", text))
+    rows = re.findall(rf"^\| {stage} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    measured = [float(value) for value in rows[adapters]]
+    recipe = tiny(f"learner.zero_stage={stage}", "learner.ranks=2")
+    trained = Trained(added, added) if adapters else None
+    parts = learner_memory(recipe, PolicySize(every, 1, 1, 1), trained)
     states = [parts[name] / 2**20 for name in ("weights", "gradients", "optimizer")]
-    assert states == pytest.approx([float(value) for value in row], abs=1)
+    assert states == pytest.approx(measured, abs=0.6)
 
 
 @pytest.fixture(scope="module")
