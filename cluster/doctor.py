@@ -247,20 +247,20 @@ def check_compiler() -> Finding:
     return Finding("compiler", "ok", f"{_tool('g++')}, {_tool('ninja')}")
 
 
-def check_start(
-    name: str, quick: bool, on_gpu: bool, deadline: float = PROBE_DEADLINE_SECONDS
-) -> Finding:
+def check_start(name: str, quick: bool, on_gpu: bool) -> Finding:
     """Import an engine and, unless `quick`, start the smallest real thing it can run."""
     importing, starting = _PROBES[name]
     what = "imports" if quick else "starts"
     began = time.monotonic()
-    code, output = run_probe(importing if quick else importing + starting, on_gpu, deadline)
+    code, output = run_probe(
+        importing if quick else importing + starting, on_gpu, PROBE_DEADLINE_SECONDS
+    )
     took = f"{time.monotonic() - began:.0f} s"
     if code == 0:
         return Finding(f"{name} {what}", "ok", took)
     if code is None:
         detail, remedy = (
-            f"no end within {deadline:g} s",
+            f"no end within {PROBE_DEADLINE_SECONDS:g} s",
             "end other runs, then try again",
         )
     else:

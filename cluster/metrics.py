@@ -68,7 +68,7 @@ PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
 
 
-def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Interval of the mean of float [P] values in [0, 1], one a problem, clipped to [0, 1].
 
     Normal, with the sample standard deviation; Wilson's where the values do not vary, since a
@@ -76,9 +76,9 @@ def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
     """
     n = len(values)
     if n < 2 or is_constant(values):
-        return wilson(min(float(np.sum(values)), float(n)), n, z)
+        return wilson(min(float(np.sum(values)), float(n)), n)
     mean = float(values.mean())
-    half = z * float(values.std(ddof=1)) / math.sqrt(n)
+    half = Z95 * float(values.std(ddof=1)) / math.sqrt(n)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 

@@ -81,8 +81,8 @@ class Shown:
     """What could not be read, in words."""
 
 
-def read_shown(run_dir: Path, limit: int = MOST_ROLLOUTS) -> Shown:
-    """Read a run's rollouts, choose at most `limit`, and make them ready for the page."""
+def read_shown(run_dir: Path) -> Shown:
+    """Read a run's rollouts, choose at most `MOST_ROLLOUTS`, and make them ready for the page."""
     files = sorted((run_dir / "rollouts").glob("step-*.parquet"))
     chosen_files = _evenly(files, MOST_STEPS)
     problems: list[str] = []
@@ -95,7 +95,7 @@ def read_shown(run_dir: Path, limit: int = MOST_ROLLOUTS) -> Shown:
     counts: dict[int, list[int]] = defaultdict(lambda: [0] * len(CELLS))
     for entry in entries:
         counts[entry.step][entry.cell] += 1
-    chosen = sorted(choose(entries, limit), key=lambda e: (e.step, e.row))
+    chosen = sorted(choose(entries), key=lambda e: (e.step, e.row))
     tasks = _tasks({e.task for e in chosen}, problems)
     views = [_view(row, tasks.get(e.task)) for e, row in _rows(chosen)]
     cap = _fit_texts(views)

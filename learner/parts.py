@@ -26,22 +26,22 @@ def matching(pattern: str, names: Iterable[str], family: Family) -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
-def freeze(policy: Policy, patterns: Sequence[str], field: str = "learner.freeze") -> None:
+def freeze(policy: Policy, patterns: Sequence[str]) -> None:
     """Have the parameters that match need no gradient.
 
     Raises ModelError for a pattern that matches nothing, or where nothing is left to train.
     """
     named = dict(policy.model.named_parameters())
     for pattern in patterns:
-        fault = f"{field}: {pattern!r} matches no parameter"
+        fault = f"learner.freeze: {pattern!r} matches no parameter"
         for name in require_matches(pattern, list(named), policy.family, fault):
             named[name].requires_grad_(False)
     if not any(p.requires_grad for p in named.values()):
-        raise ModelError(f"{field}: nothing is left to train; freeze less of the model")
+        raise ModelError("learner.freeze: nothing is left to train; freeze less of the model")
 
 
 def parameter_groups(
-    policy: Policy, rates: Mapping[str, float], learning_rate: float, field: str = "learner.rates"
+    policy: Policy, rates: Mapping[str, float], learning_rate: float
 ) -> list[dict[str, Any]]:
     """The trained parameters as an optimizer's groups, one for each rate.
 
@@ -52,7 +52,7 @@ def parameter_groups(
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     multipliers = dict.fromkeys(trained, 1.0)
     for pattern, multiplier in rates.items():
-        fault = f"{field}: {pattern!r} matches no trained parameter"
+        fault = f"learner.rates: {pattern!r} matches no trained parameter"
         found = require_matches(pattern, list(trained), policy.family, fault)
         multipliers |= dict.fromkeys(found, multiplier)
     groups: dict[float, list[nn.Parameter]] = {}

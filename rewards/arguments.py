@@ -13,17 +13,17 @@ def whole(name: str, value: Any, least: int) -> int:
     return value
 
 
-def number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
-    """`value` if it is a finite number from `least` to `most`."""
-    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-        limits = f">= {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+def number(name: str, value: Any, most: float = math.inf) -> float:
+    """`value` if it is a finite number from 0 to `most`."""
+    if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= most:
+        limits = ">= 0" if most == math.inf else f"from 0 to {most:g}"
         raise ValueError(f"{name} = {value!r}: a finite number {limits}")
     return float(value)
 
 
 def positive(name: str, value: Any, most: float = math.inf) -> float:
     """`value` if it is a finite number above 0, up to `most`."""
-    if number(name, value, most=most) == 0:
+    if number(name, value, most) == 0:
         raise ValueError(f"{name} = {value!r}: a finite number > 0")
     return float(value)
 

@@ -160,17 +160,17 @@ def _won(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return np.count_nonzero(right > wrong) + ties / 2, float(right.size * wrong.size)
 
 
-def calibration(values: np.ndarray, truth: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
+def calibration(values: np.ndarray, truth: np.ndarray) -> tuple[Bin, ...]:
     """Share of right perceptions by the term's value; float [N] and bool [N].
 
-    One bin a distinct value where there are at most `bins` of them, else bins of about equal
+    One bin a distinct value where there are at most `BINS` of them, else bins of about equal
     counts between quantiles, equal values always together.
     """
     distinct = np.unique(values)
-    if len(distinct) <= bins:
+    if len(distinct) <= BINS:
         place = np.searchsorted(distinct, values)
     else:
-        edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]))
         place = np.searchsorted(edges, values)
     found = []
     for index in np.unique(place):

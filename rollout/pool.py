@@ -68,11 +68,10 @@ class SamplerPool:
         count: int,
         limits: PoolLimits,
         name: str = "sampler",
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`start` starts the process of a sampler, named `<name>-<place>`, and does not wait."""
         self.catch_up: Callable[[], None] | None = None
-        self._start, self._limits, self._clock = start, limits, clock
+        self._start, self._limits = start, limits
         self._clients: dict[str, tuple[int, PoolClient]] = {}
         self._calls: dict[int, Any] = {}
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -81,7 +80,7 @@ class SamplerPool:
         self._hooked = 0.0
         self._stopped = False
         names = [f"{name}-{place}" for place in range(count)]
-        self._dispatch = Dispatch(names, limits, clock())
+        self._dispatch = Dispatch(names, limits, time.monotonic())
         self._carry_out()
         self._thread = threading.Thread(target=self._run, name=f"{name}-pool", daemon=True)
         self._thread.start()
@@ -140,7 +139,7 @@ class SamplerPool:
 
         A request whose sampler is lost is asked again while there is time.
         """
-        until = self._clock() + seconds
+        until = time.monotonic() + seconds
         jobs = [Job(request, until) for request in requests]
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
@@ -227,7 +226,7 @@ class SamplerPool:
     def counts(self) -> dict[str, float]:
         """What befell the samplers since the pool began; names are in docs/metrics.md."""
         with self._changed:
-            return self._dispatch.counts(self._clock())
+            return self._dispatch.counts(time.monotonic())
 
     def news(self) -> list[str]:
         """Which samplers were lost since the last call, and why: sentences for the user."""
@@ -276,7 +275,7 @@ class SamplerPool:
     def _tell(self, event: Callable[[float], None]) -> None:
         """Let the dispatch know of something, and the thread carry out what follows."""
         with self._changed:
-            event(self._clock())
+            event(time.monotonic())
             self._changed.notify_all()
         self._events.put(())
 
@@ -327,7 +326,7 @@ class SamplerPool:
                     for event in filter(None, events):
                         self._hear(*event)
                     # After what was heard: an answer that waited for this thread is not late.
-                    self._dispatch.tick(self._clock())
+                    self._dispatch.tick(time.monotonic())
                     self._changed.notify_all()
                 self._carry_out()
         except BaseException as error:
@@ -338,14 +337,14 @@ class SamplerPool:
 
     def _next_event(self) -> tuple[Any, ...]:
         due = self._dispatch.next_due()
-        left = TICK_SECONDS if due is None else due - self._clock()
+        left = TICK_SECONDS if due is None else due - time.monotonic()
         try:
             return self._events.get(timeout=max(0.0, min(TICK_SECONDS, left)))
         except queue.Empty:
             return ()
 
     def _hear(self, what: str, name: str, life: int, ticket: int, result: Any) -> None:
-        now, dispatch = self._clock(), self._dispatch
+        now, dispatch = time.monotonic(), self._dispatch
         if what == "send":
             self._calls.pop(ticket, None)
             dispatch.replied(name, life, ticket, result, now)
