@@ -114,9 +114,9 @@ def names_of(node: ast.stmt) -> list[str]:
 
 
 def test_the_columns_of_the_run_folder() -> None:
-    text = DOCS["architecture.md"].split("Columns of the rollouts")[1].split("\n\n")[1]
+    text = DOCS["runs.md"].split("Columns of the rollouts")[1].split("\n\n")[1]
     assert first_column(text) == ROLLOUT_SCHEMA.names
-    assert ", ".join(f"`{name}`" for name in METRIC_SCHEMA.names) in DOCS["architecture.md"]
+    assert ", ".join(f"`{name}`" for name in METRIC_SCHEMA.names) in DOCS["runs.md"]
 
 
 def made_by_scoring() -> set[str]:
