@@ -23,6 +23,7 @@ from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.recipe_errors import dotted, explain
 from cluster.recipe_fields import Count, Positive, Rate, Section, Share, Text, refusal
 from cluster.sections_algorithm import AlgorithmConfig, SpendConfig
+from cluster.sections_reward import RewardConfig, RewardTermConfig
 from cluster.toml_writer import toml_value
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=32)]
@@ -445,3 +446,49 @@ def _leaves(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str, A
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- what an arm is ----------------------------------------------------------------------------
+
+
+def arm_reward(arm: ArmConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The arm's reward section: the base recipe's, replaced and changed as the arm says."""
+    reward = dict(base.get("reward") or {} if arm.reward is None else arm.reward)
+    for key, value in flat(arm.set):
+        section, _, field = key.partition(".")
+        if section == "reward" and "." not in field:
+            reward[field] = value
+    return reward
+
+
+def alpha_of(reward: Mapping[str, Any]) -> float | None:
+    """α of a reward α·a_p + (1 − α)·a; 0 for the outcome alone, None for any other."""
+    if reward.get("alpha") is not None:
+        return float(reward["alpha"])
+    try:
+        terms = RewardConfig.model_validate(reward).effective_terms()
+    except ValidationError:
+        return None  # of another version
+    # A term credited to some segments only, or whose weight changes, is another reward.
+    outcome = RewardTermConfig(name="outcome")
+    plain = all(term.model_copy(update={"weight": outcome.weight}) == outcome for term in terms)
+    return 0.0 if plain else None
+
+
+def other_settings(arm: ArmConfig) -> list[tuple[str, Any]]:
+    """What an arm sets outside [reward]."""
+    return [(key, value) for key, value in flat(arm.set) if key.partition(".")[0] != "reward"]
+
+
+def fixed_weights(config: AblationConfig, base: Mapping[str, Any]) -> dict[str, float]:
+    """Arm -> λ, of the arms of SFT that fix it and set nothing else."""
+    plain = dict(base.get("sft") or {})
+    found = {}
+    for arm in config.arms:
+        sft = plain | {
+            key.removeprefix("sft."): value for key, value in flat(arm.set) if key[:4] == "sft."
+        }
+        others = {key for key, _ in flat(arm.set)} - {"sft.balance", "sft.perception_weight"}
+        if sft.get("balance") == "fixed" and not others:
+            found[arm.name] = float(sft.get("perception_weight", 0.5))
+    return found

@@ -19,9 +19,18 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from cluster import report_ablation_charts as charts
+from cluster import report_ablation_tables as tables
 from cluster import report_ablation_words as words
 from cluster.ablate import cell_folder, is_finished, pairing_faults, read_failure, read_result
-from cluster.ablation_config import AblationConfig, CellName, stored_ablation
+from cluster.ablation_config import (
+    AblationConfig,
+    CellName,
+    alpha_of,
+    arm_reward,
+    fixed_weights,
+    other_settings,
+    stored_ablation,
+)
 from cluster.ablation_results import RESULT_SCHEMA, Results, Summary, collect, summarise
 from cluster.config import UserError
 from cluster.report_page import Report, Section, to_html
@@ -111,12 +120,12 @@ def read_ablation(folder: Path) -> AblationRecord:
             "this folder as --output"
         ) from error
     problems: list[str] = []
-    finished, failed, tables = {}, {}, []
+    finished, failed, parts = {}, {}, []
     for cell in cells:
         try:
             if is_finished(folder, cell):
                 result = read_result(folder, cell)
-                tables.append(collect([cell], folder))
+                parts.append(collect([cell], folder))
                 finished[cell.id] = result
             elif (why := read_failure(folder, cell)) is not None:
                 failed[cell.id] = why
@@ -128,7 +137,7 @@ def read_ablation(folder: Path) -> AblationRecord:
         faults = tuple(pairing_faults(folder, ended))
     except KeyError as error:
         problems.append(f"Results of cells lack {error}: whether arms are paired is not known.")
-    table = pa.concat_tables(tables) if tables else _stored_table(folder, problems)
+    table = pa.concat_tables(parts) if parts else _stored_table(folder, problems)
     summary = summarise(table, config.question, [a.name for a in config.arms], config.target)
     runs, seed = _runs_to_show(folder, cells, set(finished))
     # SFT has no rollouts to show.
@@ -173,7 +182,7 @@ def build_ablation(record: AblationRecord) -> Report:
         return tuple(thing for thing in things if thing is not None)
 
     if config.command == "sft":
-        frontiers = charts.frontiers(summary, words.fixed_weights(config, base), charts.LAMBDA)
+        frontiers = charts.frontiers(summary, fixed_weights(config, base), charts.LAMBDA)
         about_the_loss = (
             Section(
                 "frontier", "The λ frontier", tuple(frontiers), (),
@@ -181,7 +190,7 @@ def build_ablation(record: AblationRecord) -> Report:
             ),
             Section(
                 "shares", "What the updates were made of", (),
-                present(words.share_table(summary)),
+                present(tables.share_table(summary)),
                 "No shares were logged.",
             ),
         )  # fmt: skip
@@ -189,8 +198,8 @@ def build_ablation(record: AblationRecord) -> Report:
         alphas = {
             arm.name: alpha
             for arm in config.arms
-            if (alpha := words.alpha_of(words.arm_reward(arm, base))) is not None
-            and words.other_settings(arm) == words.other_settings(config.arms[0])
+            if (alpha := alpha_of(arm_reward(arm, base))) is not None
+            and other_settings(arm) == other_settings(config.arms[0])
         }
         about_the_loss = (
             Section(
@@ -201,22 +210,22 @@ def build_ablation(record: AblationRecord) -> Report:
                 "reward", "Coupling and reliability",
                 tuple(charts.coupling_charts(summary, arms)),
                 present(
-                    words.coupling_table(summary), words.reliability_table(results, metrics, arms)
+                    tables.coupling_table(summary), tables.reliability_table(results, metrics, arms)
                 ),
                 "No coupling and no reliability was logged.",
             ),
         )  # fmt: skip
     frontier, about = about_the_loss
     sections = (
-        Section("arms", "Arms", (), (words.arms_table(config, base, record.cells, ended),)),
+        Section("arms", "Arms", (), (tables.arms_table(config, base, record.cells, ended),)),
         Section(
             "outcome", "Which arm ended best", tuple(charts.forests(summary)),
-            (*words.comparison_tables(summary), *words.level_tables(summary)),
+            (*tables.comparison_tables(summary), *tables.level_tables(summary)),
             "No cell has finished, so nothing is compared.",
         ),
         Section(
             "seeing", "To see or to think", tuple(charts.planes(summary, arms)),
-            present(words.asymmetry_table(summary)),
+            present(tables.asymmetry_table(summary)),
             "a_p and a_r were not measured before and after.",
         ),
         frontier,
@@ -227,14 +236,14 @@ def build_ablation(record: AblationRecord) -> Report:
         about,
         Section(
             "cost", "Cost", (),
-            present(words.cost_table(summary), words.speed_table(results, arms, seconds)),
+            present(tables.cost_table(summary), tables.speed_table(results, arms, seconds)),
             "No cost was logged.",
         ),
         Section(
             "pairing", "Pairing and cells", (),
             present(
-                words.pairing_table(record.cells, record.finished, config.command),
-                words.cells_table(record.cells, ended, record.finished, record.failed),
+                tables.pairing_table(record.cells, record.finished, config.command),
+                tables.cells_table(record.cells, ended, record.finished, record.failed),
             ),
         ),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster.ablation_config import Ablation, Cell, load_ablation, stored_ablation
+from cluster.ablation_config import Ablation, Cell, alpha_of, load_ablation, stored_ablation
 from cluster.cli import app
 from cluster.config import UserError
 from cluster.report import run_report
@@ -23,7 +23,7 @@ from cluster.report_ablation import (
     read_ablation,
     write_results,
 )
-from cluster.report_ablation_words import alpha_of, learnt_words, show
+from cluster.report_ablation_words import learnt_words, show
 from cluster.report_charts import CELLS
 from cluster.report_page import to_html
 from cluster.report_plots import Chart, Line, to_svg
