@@ -1,11 +1,11 @@
 """How many rollouts a second can the driver handle, and does a step take the longer of two times?
 
     python -m benchmarks.driver_ceiling              # 8, 64 and 256 samplers
-    python -m benchmarks.driver_ceiling --samplers 8 --tails
+    python -m benchmarks.driver_ceiling --samplers 256 --token-ms 20 --orders problem --tails
 
 Pool, buffer, stream and the driver's arithmetic are those of a run; samplers and learner only
 take time. A sampler draws `SLOTS` groups at once, as long as its longest response at
-`TOKEN_SECONDS` a token; lengths are those of a run of `equipoise demo` (`recorded_lengths.csv`, a
+`--token-ms` a token; lengths are those of a run of `equipoise demo` (`recorded_lengths.csv`, a
 line a group), with `--tails` spread by a log-normal factor. There is no engine and no Ray.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from cluster.train import train_batches
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import load_term, score_group
+from rollout.buffer import Order
 from rollout.dispatch import PoolLimits
 from rollout.pool import SamplerPool
 from rollout.record import Group, SampleRequest
@@ -46,7 +47,6 @@ SLOTS = 4
 """Groups that a sampler draws at once."""
 WAVES = 2
 """Groups of a step, in times of what all samplers draw at once."""
-TOKEN_SECONDS = 0.005
 STEPS = 8
 WARM_STEPS = 2
 
@@ -236,18 +236,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samplers", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--tails", action="store_true", help="spread the recorded lengths")
+    parser.add_argument("--token-ms", type=float, default=5.0)
+    parser.add_argument("--orders", nargs="+", default=get_args(Order), choices=get_args(Order))
     given = parser.parse_args()
     rng = np.random.default_rng(0)
     recorded = np.loadtxt(LENGTHS, delimiter=",").max(axis=1)
     longest = recorded * (rng.lognormal(0.0, 0.7, len(recorded)) if given.tails else 1.0)
-    seconds = (longest * TOKEN_SECONDS).tolist()
+    seconds = (longest * given.token_ms / 1e3).tolist()
     templates = made_up(64, seed=0)
     print(f"{GROUP} rollouts a group; longest response of a group: {longest.mean():.0f} tokens in "
-          f"the mean, {longest.max():.0f} at most; {TOKEN_SECONDS * 1e3:g} ms a token")  # fmt: skip
+          f"the mean, {longest.max():.0f} at most; {given.token_ms:g} ms a token")  # fmt: skip
     for samplers in given.samplers:
         per_step = samplers * SLOTS * WAVES * GROUP
         ceiling(samplers, per_step, templates)
-        for order in ("problem", "completion"):
+        for order in given.orders:
             overlap(samplers, order, seconds, templates)
 
 
@@ -269,11 +271,15 @@ def ceiling(samplers: int, per_step: int, templates: Sequence[Group]) -> None:
 def overlap(
     samplers: int, order: str, seconds: Sequence[float], templates: Sequence[Group]
 ) -> None:
-    """Step time with staleness 1 against the longer of sampling and learning alone."""
-    driver = Driver(samplers, 0, order, seconds, templates)
-    # A step without a learner is its sampling, to the last group.
-    sampling = statistics.mean([driver.step(0.0) for _ in range(STEPS)][WARM_STEPS:])
-    driver.stop()
+    """Step time with staleness 1 against the longer of sampling and learning alone.
+
+    Sampling alone, without a learner: to a step's last group where nothing is asked for ahead,
+    and without that tail where the next step's groups are.
+    """
+    barrier, sampling = (
+        alone(samplers, staleness, order, seconds, templates) for staleness in (0, 1)
+    )
+    print(f"  order {order}: sampling {barrier:.2f} s to its last group, {sampling:.2f} s ahead")
     for share in (0.5, 1.0, 2.0):
         learning = share * sampling
         driver = Driver(samplers, 1, order, seconds, templates)
@@ -282,11 +288,24 @@ def overlap(
         driver.stop()
         longer = max(sampling, learning)
         print(
-            f"  order {order}: sampling {sampling:.2f} s, learning {learning:.2f} s: a step "
-            f"{step:.2f} s = {step / longer:.2f} x the longer, "
-            f"{step / (sampling + learning):.2f} x the sum; "
+            f"    learning {learning:.2f} s: a step {step:.2f} s = {step / longer:.2f} x the "
+            f"longer; without staleness {barrier + learning:.2f} s; "
             f"{counts['buffer/resampled']:.0f} groups too old"
         )
+
+
+def alone(
+    samplers: int,
+    staleness: int,
+    order: str,
+    seconds: Sequence[float],
+    templates: Sequence[Group],
+) -> float:
+    """Seconds of a step whose update takes no time."""
+    driver = Driver(samplers, staleness, order, seconds, templates)
+    found = statistics.mean([driver.step(0.0) for _ in range(STEPS)][WARM_STEPS:])
+    driver.stop()
+    return found
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@
 
 A random Qwen3-VL of about 100 million parameters, from a learner's weight source through
 `HostSender` into a real vLLM engine on this machine, against a copy of the same bytes in memory,
-in turns. Extra memory of the sender: the high-water mark of its resident memory during a
-transfer less what it held before, and the largest file in shared memory. Linux only.
+in turns. Extra memory of sender and engine: the high-water mark of a process's resident memory
+during a transfer less what it held before; to it come two files in shared memory. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import tempfile
 import threading
@@ -21,9 +22,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from cluster.sections_rollout import TransferConfig
 from learner.tiny import make_tiny
 from learner.weights import GatheredWeights
 from rollout.engine import Engine, EngineSettings
@@ -43,20 +46,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = scaled_model(Path(folder))
         # One rank holds whole parameters, so there is nothing to gather.
-        source = GatheredWeights(model, lambda _: nullcontext(), torch.float32)
+        bucket = int(TransferConfig().bucket_mib * 2**20)
+        source = GatheredWeights(model, nullcontext, torch.float32, bucket)
         names = [meta.name for meta in source.metadata()]
         client = EngineClient(EngineSettings(folder, max_model_len=256, threads=given.threads))
         sender = HostSender([client], DEADLINE)
         sender.send(source, 1, 0)  # what is done once is not timed: pages, vLLM's first reload
-        seconds, copies, extra = [], [], []
+        engine = next(
+            p.pid for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()
+        )
+        seconds, copies = [], []
+        extra: dict[int, list[int]] = {os.getpid(): [], engine: []}
         target = {name: torch.empty_like(t).fill_(0) for name, t in source}
         report = None
         client.seconds.clear()
         for version in range(2, given.repeats + 2):
             copies.append(copy_seconds(source, target))
-            before = reset_high_water()
+            before = {process: reset_high_water(process) for process in extra}
             report = sender.send(source, version, 0)
-            extra.append(high_water() - before)
+            for process, rises in extra.items():
+                rises.append(high_water(process) - before[process])
             assert report is not None
             seconds.append(report.seconds)
         assert report is not None
@@ -71,7 +80,9 @@ def main() -> None:
         print(f"  of a transfer, waiting for {method}: {sum(spent) / given.repeats:.3f} s")
     waiting = sum(map(sum, client.seconds.values())) / given.repeats
     print(f"  the rest, gathering and writing: {statistics.mean(seconds) - waiting:.3f} s")
-    print(f"sender's extra resident memory: {spread([x / 2**20 for x in extra])} MiB")
+    for process, rises in extra.items():
+        name = "engine" if process == engine else "sender"
+        print(f"{name}'s extra resident memory: {spread([x / 2**20 for x in rises])} MiB")
 
 
 def spread(values: list[float]) -> str:
@@ -139,20 +150,20 @@ class EngineClient:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
-def reset_high_water() -> int:
-    """Forget the high-water mark of this process's resident memory; bytes resident now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return status("VmRSS")
+def reset_high_water(process: int) -> int:
+    """Forget the high-water mark of a process's resident memory; bytes resident now."""
+    Path(f"/proc/{process}/clear_refs").write_text("5", encoding="ascii")
+    return status(process, "VmRSS")
 
 
-def high_water() -> int:
+def high_water(process: int) -> int:
     """The most bytes that were resident since `reset_high_water`."""
-    return status("VmHWM")
+    return status(process, "VmHWM")
 
 
-def status(field: str) -> int:
-    """A memory field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+def status(process: int, field: str) -> int:
+    """A memory field of /proc/<process>/status in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     found = next(line for line in lines if line.startswith(f"{field}:"))
     return int(found.split()[1]) * 1024
 

@@ -145,6 +145,7 @@ def learner_settings(
         micro_batch_tokens=learner.micro_batch_tokens,
         layout=learner.layout,
         logits_mib=learner.logits_mib,
+        bucket_mib=recipe.transfer.bucket_mib,
         threads=learner.threads or threads_for(learner.cpus),
         seed=recipe.seed,
         resume=resume,

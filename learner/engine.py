@@ -250,7 +250,8 @@ class DeepSpeedLearner:
         dtype = getattr(torch, self._settings.dtype)
         if self._adapters:
             return self._adapters.weights(self._gather, dtype)
-        return GatheredWeights(self._engine.module.model, self._gather, dtype)
+        bucket = int(self._settings.bucket_mib * 2**20)
+        return GatheredWeights(self._engine.module.model, self._gather, dtype, bucket)
 
     def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         """A context in which parameters are whole; under ZeRO-3 all ranks must enter it."""

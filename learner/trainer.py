@@ -37,6 +37,7 @@ class LearnerSettings:
     memory instead of the GPU's, the optimizer's state (ZeRO 1 and up) or the weights too (ZeRO 3).
     background_saving: training goes on while a training checkpoint is written. lora: train
     adapters instead of the weights; on resuming, `base` is the model that they are of.
+    bucket_mib: layer groups of weights that are sent together (`learner.weights.in_buckets`).
     """
 
     model: str
@@ -62,6 +63,7 @@ class LearnerSettings:
     background_saving: bool = False
     lora: LoraSettings | None = None
     base: str = ""
+    bucket_mib: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,20 +29,25 @@ class GatheredWeights:
     transformers may hold a parameter under another name, or split otherwise, than its checkpoint
     does; names, shapes and splits here are those of `save_pretrained`, which samplers read.
     Under ZeRO-3 a group is gathered while it is handed out and let go after, so the extra
-    memory is one group. Tensors have the dtype the sampler computes in.
+    memory is one group. Groups that are small go together, as many as fit into a bucket: a round
+    trip to the samplers takes a tiny group longer than its bytes. Tensors have the dtype the
+    sampler computes in.
 
     A layer group without a trained parameter is left out: samplers hold it already. One with any
     goes whole, since a sampler fuses neighbours (q, k and v) and loads the fused one whole.
     """
 
-    def __init__(self, model: Any, gather: Gather, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, gather: Gather, dtype: torch.dtype, bucket_bytes: int = 0
+    ) -> None:
         """`gather`: a context in which parameters are whole."""
         self._model, self._gather, self._dtype = model, gather, dtype
         self._parameters = dict(model.named_parameters())
         self._all = layer_groups(list(self._parameters))
-        self._trained = [
+        trained = [
             names for names in self._all if any(self._parameters[n].requires_grad for n in names)
         ]
+        self._trained = in_buckets(trained, self._bytes, bucket_bytes)
 
     def metadata(self) -> list[ParameterMeta]:
         """What iteration will yield, in its order, without gathering anything."""
@@ -70,6 +75,10 @@ class GatheredWeights:
         """All parameters, frozen ones too, under the names and in the form of the module tree."""
         return self._gathered(self._all)
 
+    def _bytes(self, names: list[str]) -> int:
+        parameters = [self._parameters[name] for name in names]
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * self._dtype.itemsize
+
     def _gathered(self, groups: list[list[str]]) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         for names in groups:
             parameters = [self._parameters[name] for name in names]
@@ -93,3 +102,20 @@ def layer_groups(names: list[str]) -> list[list[str]]:
         key = ".".join(parts[: number + 1]) if number is not None else ""
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def in_buckets(
+    groups: list[list[str]], size: Callable[[list[str]], int], bucket_bytes: int
+) -> list[list[str]]:
+    """Neighbouring groups joined while they hold at most `bucket_bytes`; a larger one is alone."""
+    buckets: list[list[str]] = []
+    room = 0
+    for group in groups:
+        needed = size(group)
+        if buckets and needed <= room:
+            buckets[-1].extend(group)
+        else:
+            buckets.append(list(group))
+            room = bucket_bytes
+        room -= needed
+    return buckets

@@ -96,7 +96,8 @@ class WeightSender(Protocol):
 class HostSender:
     """Transport `host`: one safetensors file in shared memory per layer group.
 
-    Each file is removed once every sampler has read it, so the extra memory is one group.
+    A group is written while samplers read the one before it, whose file is then removed: the
+    extra memory is two groups.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class HostSender:
         try:
             self._all("begin_weight_update", until)
             with shared_folder(self._folder) as folder:
+                reading: tuple[str, list[tuple[SamplerClient, Any]]] | None = None
                 for names, tensors in buckets:
                     path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")
                     bucket = {
@@ -129,9 +131,11 @@ class HostSender:
                         for name, t in zip(names, tensors, strict=True)
                     }
                     save_file(bucket, path)
-                    self._all("load_weights", until, {"path": path, "names": names})
-                    os.unlink(path)
+                    self._read(reading, until)
+                    update = {"path": path, "names": names}
+                    reading = path, [(s, s.call("load_weights", update)) for s in self._samplers]
                     sizes.append(sum(t.numel() * t.element_size() for t in bucket.values()))
+                self._read(reading, until)
             self._all("finish_weight_update", until, version)
         except WeightTransferError:
             # The other ranks gather to the end; a rank that stops would leave them waiting, and
@@ -144,6 +148,15 @@ class HostSender:
 
     def _all(self, method: str, until: float, *args: Any) -> None:
         call_all(self._samplers, method, args, until, self._deadline)
+
+    def _read(
+        self, reading: tuple[str, list[tuple[SamplerClient, Any]]] | None, until: float
+    ) -> None:
+        """Wait until every sampler has read a file, and remove it."""
+        if reading:
+            path, futures = reading
+            wait_all(futures, "load_weights", until, self._deadline)
+            os.unlink(path)
 
 
 @contextmanager

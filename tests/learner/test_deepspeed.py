@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -20,11 +21,11 @@ from learner.engine import (
     BUILD_SECONDS,
     LearnerSettings,
     clear_abandoned_builds,
-    layer_groups,
 )
 from learner.policy import load_policy, make_collator
 from learner.policy_loss import Papo, PolicyLoss
 from learner.tiny import FAMILIES
+from learner.weights import in_buckets, layer_groups
 from tasks.images import mask_patches
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import CliffLoss, mixed_batch
@@ -335,6 +336,26 @@ def test_layer_groups_hold_every_name_once_and_a_layer_together() -> None:
     assert sorted(n for group in groups for n in group) == sorted(names)
     assert ["m.layers.0.q", "m.layers.0.mlp.1.k"] in groups
     assert ["m.layers.10.q"] in groups
+
+
+def test_buckets_join_neighbours_within_their_size_and_lose_none() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        sizes = rng.integers(1, 40, rng.integers(0, 30)).tolist()
+        groups = [[f"{place}.a", f"{place}.b"] for place in range(len(sizes))]
+        limit = int(rng.integers(0, 80))
+
+        def size(names: list[str], sizes: list[int] = sizes) -> int:
+            return sum(sizes[int(place)] for place in {name.split(".")[0] for name in names})
+
+        buckets = in_buckets(groups, size, limit)
+        assert [name for bucket in buckets for name in bucket] == [n for g in groups for n in g]
+        for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
+            assert size(bucket) <= limit or len(bucket) == 2
+            # Full: what comes next had no room. A layer is never split.
+            if following:
+                assert size(bucket) + size(following[:2]) > limit
+                assert following[0].split(".")[0] != bucket[-1].split(".")[0]
 
 
 def test_the_lock_of_a_build_that_died_long_ago_is_no_lock(

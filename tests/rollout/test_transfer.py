@@ -1,4 +1,4 @@
-"""Weight transfer: deadlines, names in errors, one group in memory at a time."""
+"""Weight transfer: deadlines, names in errors, two groups in memory at most."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Source:
             yield list(group), list(group.values())
 
 
-def test_every_sampler_gets_every_tensor_and_one_file_lives_at_a_time(tmp_path: Path) -> None:
+def test_every_sampler_gets_every_tensor_and_two_files_live_at_most(tmp_path: Path) -> None:
     samplers = [Sampler("a"), Sampler("b")]
     report = HostSender(samplers, 30, tmp_path).send(Source(), 7, rank=0)
     assert report is not None
@@ -78,7 +78,7 @@ def test_every_sampler_gets_every_tensor_and_one_file_lives_at_a_time(tmp_path: 
         for name, tensor in Source():
             assert torch.equal(sampler.loaded[name], tensor)
         assert sampler.version == 7
-        assert set(sampler.files_seen) == {1}
+        assert len(sampler.files_seen) == 5 and set(sampler.files_seen) <= {1, 2}
     assert (report.groups, report.bytes) == (5, 5 * 4 * 8 * 4)
     assert report.largest_group_bytes == 4 * 8 * 4
     assert os.listdir(tmp_path) == []
