@@ -53,7 +53,7 @@ def main() -> None:
         sender = HostSender([client], DEADLINE)
         sender.send(source, 1, 0)  # what is done once is not timed: pages, vLLM's first reload
         engine = next(
-            p.pid for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()
+            p.pid for p in psutil.Process().children(recursive=True) if "VLLM" in p.name()
         )
         seconds, copies = [], []
         extra: dict[int, list[int]] = {os.getpid(): [], engine: []}
