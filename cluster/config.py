@@ -159,6 +159,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _overlap_has_something_beside_it(self) -> Recipe:
+        if self.transfer.overlap and not self.algorithm.max_staleness:
+            raise refusal(
+                "got true with algorithm.max_staleness = 0, where the learner waits for samples of "
+                "the new weights and has nothing to do meanwhile; use false, or raise that",
+                "transfer",
+                "overlap",
+            )
+        if self.transfer.overlap and self.transfer.transport != "host":
+            raise refusal(
+                f'got true with transport "{self.transfer.transport}", which sends from the '
+                'learner\'s own memory while it stands still; use false, or transport "host"',
+                "transfer",
+                "overlap",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attention_can_be_computed(self) -> Recipe:
         if self.model.attention == "flash_attention_2" and not self.learner.gpus:
             raise refusal(

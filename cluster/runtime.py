@@ -255,6 +255,16 @@ class LivePolicy:
         """Send the learner's weights to the samplers as a policy version (see `Delivery`)."""
         return self._delivery.send(version)
 
+    def renew_weights(self, version: int) -> TransferReport | None:
+        """The same after a step; under `transfer.overlap` it is only begun (`Delivery.begin`)."""
+        if self.recipe.transfer.overlap:
+            return self._delivery.begin(version)
+        return self._delivery.send(version)
+
+    def settle_weights(self) -> None:
+        """Wait for a transfer that was begun."""
+        self._delivery.settle()
+
     def _sender(self, clients: list[PoolClient]) -> WeightSender:
         transfer = self.recipe.transfer
         if transfer.transport == "host":

@@ -124,6 +124,9 @@ class TransferConfig(Section):
     """Groups that are being sampled when new weights are there (`algorithm.max_staleness` above
     0): `keep` pauses them and they go on under the new weights, `abort` starts them again, with
     `wait` the transfer comes after them."""
+    overlap: bool = False
+    """Samplers read new weights while the learner goes on, from a copy in its rank 0's memory.
+    Needs `algorithm.max_staleness` above 0: without it the learner waits for samples anyway."""
 
 
 class EvalConfig(Section):

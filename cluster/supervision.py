@@ -19,6 +19,10 @@ class Learner(Protocol):
 
     def send_weights(self, version: int) -> TransferReport: ...
 
+    def begin_weights(self, version: int) -> None: ...
+
+    def finish_weights(self) -> TransferReport: ...
+
 
 class Delivery:
     """Sends the learner's weights to a pool's samplers, whichever these are by now."""
@@ -36,6 +40,8 @@ class Delivery:
         self._lock = threading.RLock()
         self._attached: list[PoolClient] = []
         self._sent = (-1, -1)
+        self._begun: tuple[int, list[PoolClient]] | None = None
+        self._report: TransferReport | None = None
         pool.catch_up = self._catch_up
 
     def send(self, version: int) -> TransferReport:
@@ -46,17 +52,60 @@ class Delivery:
         WeightTransferError for a fault that is none of a sampler's.
         """
         with self._lock:
+            self.settle()
             report = self._transfer(version, self._pool.wait_clients)
             self._sent = (version, self._learner.updates)
             return report
 
-    def _catch_up(self) -> None:
-        """Send the version of the last transfer to samplers that were started since.
+    def begin(self, version: int) -> TransferReport | None:
+        """As `send`, but return as soon as the samplers are paused and the weights are copied.
 
-        Where the learner has, or is making, newer weights, these are left to bring it: they would
-        arrive under the name of the older version.
+        The learner may go on to other weights; the samplers go on when they have these. Returns
+        the report of the transfer begun before, if there was one. A sampler that fails is met by
+        `settle`, at the latest by the next transfer.
         """
         with self._lock:
+            self.settle()
+            while True:
+                clients = self._open(self._pool.wait_clients)
+                try:
+                    self._learner.begin_weights(version)
+                    break
+                except WeightTransferError as error:
+                    self._replace_failed(error, clients)
+            self._begun = (version, clients)
+            self._sent = (version, self._learner.updates)
+            before, self._report = self._report, None
+            return before
+
+    def settle(self) -> None:
+        """Wait for a transfer that was begun, if one was.
+
+        Where a sampler failed it, it is made again to the others, as `send` does; but for weights
+        that the learner does not have any more: the next transfer brings newer ones.
+        """
+        with self._lock:
+            if self._begun is None:
+                return
+            (version, clients), self._begun = self._begun, None
+            try:
+                self._report = self._learner.finish_weights()
+            except WeightTransferError as error:
+                self._replace_failed(error, clients)
+                if self._sent[1] == self._learner.updates:
+                    self._report = self._transfer(version, self._pool.wait_clients)
+            else:
+                self._pool.holds(version, clients)
+
+    def _catch_up(self) -> None:
+        """Somebody waits for samplers: end a transfer that was begun, see who has no weights.
+
+        Samplers that were started since the last transfer get its version. Where the learner
+        has, or is making, newer weights, these are left to bring it: they would arrive under the
+        name of the older version.
+        """
+        with self._lock:
+            self.settle()
             version, updates = self._sent
             if version >= 0 and updates == self._learner.updates and self._pool.behind():
                 some = self._pool.clients_behind if self._reaches_some else self._pool.wait_clients
@@ -64,20 +113,29 @@ class Delivery:
 
     def _transfer(self, version: int, receivers: Callable[[], list[PoolClient]]) -> TransferReport:
         while True:
-            clients = receivers()
-            if clients != self._attached:
-                self._learner.attach_sender(self._sender_to(clients))
-                self._attached = clients
-            self._pool.begin_transfer()
+            clients = self._open(receivers)
             try:
                 report = self._learner.send_weights(version)
             except WeightTransferError as error:
-                # Ray's own kind of this error holds the one that was raised.
-                own = getattr(error, "cause", error)
-                failed = next((c for c in clients if c.name == own.sampler), None)
-                if failed is None:
-                    raise
-                self._pool.replace(failed, "transfer", str(own))
+                self._replace_failed(error, clients)
                 continue
             self._pool.holds(version, clients)
             return report
+
+    def _open(self, receivers: Callable[[], list[PoolClient]]) -> list[PoolClient]:
+        """Let the learner's sender reach these samplers, and the pool leave them alone."""
+        clients = receivers()
+        if clients != self._attached:
+            self._learner.attach_sender(self._sender_to(clients))
+            self._attached = clients
+        self._pool.begin_transfer()
+        return clients
+
+    def _replace_failed(self, error: WeightTransferError, clients: list[PoolClient]) -> None:
+        """Start the sampler again that failed a transfer; raises the error if it is none's."""
+        # Ray's own kind of this error holds the one that was raised.
+        own = getattr(error, "cause", error)
+        failed = next((c for c in clients if c.name == own.sampler), None)
+        if failed is None:
+            raise error
+        self._pool.replace(failed, "transfer", str(own))

@@ -31,7 +31,7 @@ from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.records import ScoredGroup
 from rollout.record import Group
-from rollout.transfer import WeightTransferError
+from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment
 
 
@@ -83,7 +83,7 @@ def run_training(
             version += len(updates)
             metrics |= learner_metrics(updates) | {"learner/lr": rate}
             clock.lap("learn")
-            metrics |= transfer_metrics(stream.renew(run.send_weights, version))
+            metrics |= transfer_metrics(stream.renew(run.renew_weights, version))
             clock.lap("transfer")
             metrics |= {"policy/version": float(version)} | stream.metrics() | sampler_metrics(run)
             metrics |= clock.metrics(groups, batches, updates, run.samplers.counts())
@@ -102,6 +102,7 @@ def run_training(
                 state = (stream.state(), curriculum.state())
                 run.save(folder, Position(step, version, spent, before, *state))
             if stop.asked:
+                run.settle_weights()
                 run.learner.finish_saving()
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
@@ -296,9 +297,10 @@ def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {f"learner/{name}": value for name, value in sorted(found.items())}
 
 
-def transfer_metrics(report: object) -> dict[str, float]:
-    """What a weight transfer cost, under `transfer/`."""
-    return {f"transfer/{name}": float(value) for name, value in vars(report).items()}
+def transfer_metrics(report: TransferReport | None) -> dict[str, float]:
+    """What a weight transfer cost, under `transfer/`; of one that was only begun, nothing yet."""
+    told = vars(report) if report else {}
+    return {f"transfer/{name}": float(value) for name, value in told.items()}
 
 
 def report_change(

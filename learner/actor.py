@@ -50,6 +50,12 @@ class LearnerRank:
     def send_weights(self, version: int) -> Any:
         return self._sender.send(self._trainer.weights(), version, self._rank)
 
+    def begin_weights(self, version: int) -> None:
+        self._sender.begin(self._trainer.weights(), version, self._rank)
+
+    def finish_weights(self) -> Any:
+        return self._sender.finish()
+
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
         return self._trainer.logprobs(batch)
 
@@ -133,6 +139,14 @@ class LearnerGroup:
     def send_weights(self, version: int) -> Any:
         """Send the weights to all samplers as a policy version; returns rank 0's report."""
         return self.wait([r.send_weights.remote(version) for r in self._ranks])
+
+    def begin_weights(self, version: int) -> None:
+        """Begin to send them beside what the ranks do next (see `BackgroundSender`)."""
+        self.wait([r.begin_weights.remote(version) for r in self._ranks])
+
+    def finish_weights(self) -> Any:
+        """Wait for what was begun, once the ranks are idle; returns rank 0's report."""
+        return self.wait([r.finish_weights.remote() for r in self._ranks])
 
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
         """Log-probs of a batch under the current weights."""

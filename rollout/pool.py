@@ -57,9 +57,10 @@ class SamplerPool:
     `answer` has a deadline. All may be called from any thread, and side by side.
 
     `catch_up` may be set by whoever owns the policy: it is called, by the thread that waits in
-    `collect`, `sample` or `answer`, while samplers that were started again wait for weights
-    (`behind`). It is to send them the current version and to report it with `holds`, or to do
-    nothing where that version is not at hand; it is called again then.
+    `collect`, `sample` or `answer`, while a transfer is open (`begin_transfer`) or samplers that
+    were started again wait for weights (`behind`). It is to end the one, and to send the others
+    the current version and to report it with `holds`, or to do nothing where that version is not
+    at hand; it is called again then.
     """
 
     def __init__(
@@ -305,7 +306,8 @@ class SamplerPool:
 
     def _hook_is_due(self) -> bool:
         waited = time.monotonic() - self._hooked >= HOOK_SECONDS
-        return self.catch_up is not None and waited and bool(self._dispatch.behind())
+        needed = self._dispatch.transferring or bool(self._dispatch.behind())
+        return self.catch_up is not None and waited and needed
 
     def _call_hook(self) -> None:
         with self._hook:

@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,25 @@ class WeightSender(Protocol):
     def send(self, source: WeightSource, version: int, rank: int) -> TransferReport | None: ...
 
 
+class BackgroundSender(WeightSender, Protocol):
+    """One that can also send beside whatever its learner does next."""
+
+    def begin(self, source: WeightSource, version: int, rank: int) -> None:
+        """Copy the weights, pause the samplers, and return; they read the copy meanwhile.
+
+        From here on every new token is of this version, or of a later one.
+        """
+
+    def finish(self) -> TransferReport | None:
+        """Wait for what was begun, and raise its error; rank 0 gets the report."""
+
+
 class HostSender:
     """Transport `host`: one safetensors file in shared memory per layer group.
 
     A group is written while samplers read the one before it, whose file is then removed: the
-    extra memory is two groups.
+    extra memory is two groups. What `begin` sends is held as a whole beside that, in host memory
+    of rank 0.
     """
 
     def __init__(
@@ -110,6 +125,7 @@ class HostSender:
         self._folder = folder or (shared if shared.is_dir() else Path(tempfile.gettempdir()))
         self._samplers = list(samplers)
         self._deadline = deadline_seconds
+        self._begun: Future[TransferReport] | None = None
 
     def send(self, source: WeightSource, version: int, rank: int) -> TransferReport | None:
         if rank:
@@ -117,32 +133,55 @@ class HostSender:
                 pass
             return None
         start = time.perf_counter()
-        until = start + self._deadline
-        sizes: list[int] = []
         buckets = source.iter_groups()
         try:
-            self._all("begin_weight_update", until)
-            with shared_folder(self._folder) as folder:
-                reading: tuple[str, list[tuple[SamplerClient, Any]]] | None = None
-                for names, tensors in buckets:
-                    path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")
-                    bucket = {
-                        name: t.detach().cpu().contiguous()
-                        for name, t in zip(names, tensors, strict=True)
-                    }
-                    save_file(bucket, path)
-                    self._read(reading, until)
-                    update = {"path": path, "names": names}
-                    reading = path, [(s, s.call("load_weights", update)) for s in self._samplers]
-                    sizes.append(sum(t.numel() * t.element_size() for t in bucket.values()))
-                self._read(reading, until)
-            self._all("finish_weight_update", until, version)
+            self._all("begin_weight_update", start + self._deadline)
+            return self._pour(buckets, version, start)
         except WeightTransferError:
             # The other ranks gather to the end; a rank that stops would leave them waiting, and
             # the next transfer's gathers would meet these.
             for _ in buckets:
                 pass
             raise
+
+    def begin(self, source: WeightSource, version: int, rank: int) -> None:
+        """See `BackgroundSender`."""
+        if rank:
+            self.send(source, version, rank)
+            return
+        held = [(names, [host_copy(t) for t in tensors]) for names, tensors in source.iter_groups()]
+        start = time.perf_counter()
+        self._all("begin_weight_update", start + self._deadline)
+        thread = ThreadPoolExecutor(1, "weights")
+        self._begun = thread.submit(self._pour, held, version, start)
+        thread.shutdown(wait=False)
+
+    def finish(self) -> TransferReport | None:
+        """See `BackgroundSender`."""
+        begun, self._begun = self._begun, None
+        return begun.result() if begun else None
+
+    def _pour(
+        self, buckets: Iterable[tuple[list[str], list[torch.Tensor]]], version: int, start: float
+    ) -> TransferReport:
+        """Everything after the pause."""
+        until = start + self._deadline
+        sizes: list[int] = []
+        with shared_folder(self._folder) as folder:
+            reading: tuple[str, list[tuple[SamplerClient, Any]]] | None = None
+            for names, tensors in buckets:
+                path = os.path.join(folder, f"group-{len(sizes):05d}.safetensors")
+                bucket = {
+                    name: t.detach().cpu().contiguous()
+                    for name, t in zip(names, tensors, strict=True)
+                }
+                save_file(bucket, path)
+                self._read(reading, until)
+                update = {"path": path, "names": names}
+                reading = path, [(s, s.call("load_weights", update)) for s in self._samplers]
+                sizes.append(sum(t.numel() * t.element_size() for t in bucket.values()))
+            self._read(reading, until)
+        self._all("finish_weight_update", until, version)
         seconds = time.perf_counter() - start
         return TransferReport(seconds, sum(sizes), len(sizes), max(sizes, default=0))
 
@@ -157,6 +196,11 @@ class HostSender:
             path, futures = reading
             wait_all(futures, "load_weights", until, self._deadline)
             os.unlink(path)
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, whatever becomes of the tensor."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 @contextmanager

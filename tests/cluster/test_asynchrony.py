@@ -108,10 +108,13 @@ def gaps_by_lag(run: Run, groups: list[Group], version: int) -> dict[int, np.nda
 
 
 def overlapped(run: Run, recipe: Recipe, steps_done: int, version: int, steps: int) -> list[str]:
-    """Some steps with staleness 1; checks what each token says of its version."""
+    """Some steps with staleness 1; checks what each token says of its version.
+
+    In the second half the learner goes on while samplers read its weights.
+    """
     stream = GroupStream(recipe, run.sources, run.samplers, steps_done)
     used, mixed, lags = [], 0, set()
-    for _ in range(steps):
+    for place in range(steps):
         groups = stream.take(version)
         used += [g.group_id for g in groups]
         mixed += sum(len(set(r.versions.tolist())) > 1 for g in groups for r in g.rollouts)
@@ -128,7 +131,7 @@ def overlapped(run: Run, recipe: Recipe, steps_done: int, version: int, steps: i
             metrics = run.learner.update(batch, policy_loss(recipe), 2e-4)
             assert np.isfinite(metrics["loss"]) and metrics["logprob_gap"] > 0
             version += 1
-        stream.renew(run.send_weights, version)
+        stream.renew(run.send_weights if place < steps // 2 else run.renew_weights, version)
     assert lags == {0, 1}
     assert mixed > 0, "no rollout was in flight when weights came"
     stream.end()
@@ -166,12 +169,13 @@ def test_one_path_with_and_without_staleness(tmp_path: Path) -> None:
                 assert logged[step, name] == 0
         assert version >= STEPS - 1, "steps without a gradient compare nothing"
 
-        stale = load_recipe(path, ["algorithm.max_staleness=1", "algorithm.steps=20"])
+        ahead = ["algorithm.max_staleness=1", "algorithm.steps=20", "transfer.overlap=true"]
+        run.recipe = stale = load_recipe(path, ahead)
         assert stale.algorithm.correction.kind == "token_tis"
-        used = overlapped(run, stale, STEPS, version, steps=5)
+        used = overlapped(run, stale, STEPS, version, steps=6)
         asked = [
             f"step-{step + 1}/{i}/{p.id}"
-            for step in range(STEPS, STEPS + 5)
+            for step in range(STEPS, STEPS + 6)
             for i, p in enumerate(step_problems(run.sources, recipe.seed, step, 6))
         ]
         assert used == asked

@@ -29,11 +29,20 @@ class Learner:
         self.senders = 0
 
     def attach_sender(self, sender: WeightSender) -> None:
+        assert isinstance(sender, HostSender)
         self.sender = sender
         self.senders += 1
 
     def send_weights(self, version: int) -> TransferReport:
         report = self.sender.send(self, version, 0)
+        assert report is not None
+        return report
+
+    def begin_weights(self, version: int) -> None:
+        self.sender.begin(self, version, 0)
+
+    def finish_weights(self) -> TransferReport:
+        report = self.sender.finish()
         assert report is not None
         return report
 
@@ -118,6 +127,67 @@ def test_weights_that_are_newer_than_the_last_transfer_never_go_by_its_name(
     delivery.send(2)
     assert [g.group_id for g in pool.collect(1, 60)] == ["g"]
     assert [s.version for s in samplers.lives] == [1, 2]
+    pool.stop()
+
+
+def test_the_learner_goes_on_while_samplers_read_and_who_waits_for_them_ends_it(
+    samplers: Samplers,
+) -> None:
+    pool, learner, delivery = start(samplers, 2)
+    delivery.send(1)
+    reading = threading.Event()
+    for life in samplers.lives:
+        life.waits_in["load_weights"] = reading
+    assert delivery.begin(2) is None
+    learner.updates += 1  # beside it
+    assert [life.version for life in samplers.lives] == [1, 1]
+    reading.set()
+    before = delivery.begin(3)
+    assert before is not None and before.groups == 3
+    finish, finished = learner.finish_weights, threading.Event()
+
+    def told() -> TransferReport:
+        report = finish()
+        finished.set()
+        return report
+
+    learner.finish_weights = told  # type: ignore[method-assign]
+    for life in samplers.lives:
+        life.fate = lambda asked: finished.wait(60) and None
+    assert len(pool.sample([request(f"g-{i}") for i in range(4)])) == 4
+    assert [life.version for life in samplers.lives] == [3, 3]
+    assert finished.is_set() and pool.counts()["restarts"] == 0
+    told_of_it = delivery.begin(4)
+    assert told_of_it is not None and told_of_it.bytes == before.bytes
+    delivery.settle()
+    pool.stop()
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize(
+    ("what", "step"),
+    [("fails", "begin_weight_update"), ("fails", "load_weights"), ("hangs", "load_weights"),
+     ("fails", "finish_weight_update")],
+)  # fmt: skip
+def test_a_transfer_that_was_begun_and_failed_is_made_good(
+    samplers: Samplers, what: str, step: str, newer: bool
+) -> None:
+    pool, learner, delivery = start(samplers, 2)
+    delivery.send(1)
+    bad = samplers.lives[1]
+    setattr(bad, f"{what}_in", (step,))
+    delivery.begin(2)
+    if newer:
+        learner.updates += 1
+        delivery.begin(3)
+    wanted = 3 if newer else 2
+    pool.submit([request(f"g-{i}") for i in range(4)])
+    assert len(pool.collect(4, 60)) == 4
+    assert samplers.lives[0].version == wanted
+    pool.wait_ready(60)
+    pool.sample([request(f"h-{i}", n=200) for i in range(8)])
+    assert not bad.alive and pool.counts()["restarts/transfer"] == 1
+    assert {life.version for life in samplers.lives if life.alive} == {wanted}
     pool.stop()
 
 

@@ -78,6 +78,7 @@ class Threaded:
         self.hangs, self.gone = threading.Event(), threading.Event()
         self.reached = threading.Event()
         self.weights = "as loaded"
+        self.waits_in: dict[str, threading.Event] = {}
         self.fails_in: tuple[str, ...] = ()
         self.dies_in: tuple[str, ...] = ()
         self.hangs_in: tuple[str, ...] = ()
@@ -106,6 +107,8 @@ class Threaded:
             return VOCABULARY
         if method == "answer":
             return self.fate(args[0]) or self._reply(args[0])
+        if method in self.waits_in:
+            assert self.waits_in[method].wait(60)
         if method in self.fails_in:
             raise ValueError("out of cheese")
         if method in self.dies_in:

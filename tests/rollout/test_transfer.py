@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ class Sampler:
         self.loaded: dict[str, torch.Tensor] = {}
         self.version: int | None = None
         self.files_seen: list[int] = []
+        self.waits_in: dict[str, threading.Event] = {}
         self._thread = ThreadPoolExecutor(1)
 
     def call(self, method: str, *args: Any) -> Future[None]:
@@ -40,6 +43,8 @@ class Sampler:
     def _run(self, method: str, *args: Any) -> None:
         if method == self.hangs_in:
             time.sleep(1.5)
+        if method in self.waits_in:
+            assert self.waits_in[method].wait(60)
         if method == self.fails_in:
             raise ValueError("out of cheese")
         if method == "load_weights":
@@ -82,6 +87,38 @@ def test_every_sampler_gets_every_tensor_and_two_files_live_at_most(tmp_path: Pa
     assert (report.groups, report.bytes) == (5, 5 * 4 * 8 * 4)
     assert report.largest_group_bytes == 4 * 8 * 4
     assert os.listdir(tmp_path) == []
+
+
+def test_what_was_begun_is_sent_as_it_was_whatever_the_learner_does_then(tmp_path: Path) -> None:
+    samplers, source = [Sampler("a"), Sampler("b")], Source()
+    for sampler in samplers:
+        sampler.waits_in["load_weights"] = threading.Event()
+    sender = pickle.loads(pickle.dumps(HostSender([], 30, tmp_path)))
+    sender._samplers = samplers
+    sender.begin(source, 7, rank=0)
+    assert [sampler.version for sampler in samplers] == [None, None]
+    for group in source.groups:
+        for tensor in group.values():
+            tensor.zero_()
+    for sampler in samplers:
+        sampler.waits_in["load_weights"].set()
+    report = sender.finish()
+    assert report.groups == 5
+    for sampler in samplers:
+        assert sampler.version == 7
+        for name, tensor in Source():
+            assert torch.equal(sampler.loaded[name], tensor)
+    assert os.listdir(tmp_path) == [] and sender.finish() is None
+
+
+def test_what_was_begun_and_failed_says_so_when_it_is_finished(tmp_path: Path) -> None:
+    sender = HostSender([Sampler("fine"), Sampler("broken", fails_in="load_weights")], 30, tmp_path)
+    sender.begin(Source(), 1, rank=0)
+    with pytest.raises(WeightTransferError, match="'broken' failed in load_weights"):
+        sender.finish()
+    sleepy = HostSender([Sampler("sleepy", hangs_in="begin_weight_update")], 0.5, tmp_path)
+    with pytest.raises(WeightTransferError, match="'sleepy' did not finish begin_weight_update"):
+        sleepy.begin(Source(), 1, rank=0)
 
 
 @pytest.mark.parametrize("method", ["begin_weight_update", "load_weights", "finish_weight_update"])
