@@ -273,13 +273,13 @@ def overlap(
 ) -> None:
     """Step time with staleness 1 against the longer of sampling and learning alone.
 
-    Sampling alone, without a learner: to a step's last group where nothing is asked for ahead,
-    and without that tail where the next step's groups are.
+    Sampling alone is to a step's last group, as without staleness. Where the next step's groups
+    fill the tail it is shorter: told as `ahead`, and why a step can be shorter than the longer.
     """
-    barrier, sampling = (
+    sampling, ahead = (
         alone(samplers, staleness, order, seconds, templates) for staleness in (0, 1)
     )
-    print(f"  order {order}: sampling {barrier:.2f} s to its last group, {sampling:.2f} s ahead")
+    print(f"  order {order}: sampling {sampling:.2f} s to its last group, {ahead:.2f} s ahead")
     for share in (0.5, 1.0, 2.0):
         learning = share * sampling
         driver = Driver(samplers, 1, order, seconds, templates)
@@ -289,7 +289,7 @@ def overlap(
         longer = max(sampling, learning)
         print(
             f"    learning {learning:.2f} s: a step {step:.2f} s = {step / longer:.2f} x the "
-            f"longer; without staleness {barrier + learning:.2f} s; "
+            f"longer; without staleness {sampling + learning:.2f} s; "
             f"{counts['buffer/resampled']:.0f} groups too old"
         )
 
