@@ -188,8 +188,8 @@ class Dispatch:
         Raises ValueError for a submitted group whose id is still on its way.
         """
         jobs = list(jobs)
-        new = [job.id for job in jobs if job.submitted]
-        twice = sorted({i for i in new if i in self.submitted or new.count(i) > 1}) if new else []
+        new = Counter(job.id for job in jobs if job.submitted)
+        twice = sorted(i for i, times in new.items() if i in self.submitted or times > 1)
         if twice:
             raise ValueError(f"group id {twice[0]!r} was submitted twice; ids must be unique")
         for job in jobs:
@@ -464,10 +464,8 @@ class Dispatch:
     def _deal(self, now: float) -> None:
         """Hand out what is queued while a sampler has room."""
         room = OVERFILL * self._limits.sequences
-        while queue := self._urgent or self._waiting:
-            free = [s for s in self.seats.values() if s.takes_work and s.sequences < room]
-            if not free:
-                return
+        free = [s for s in self.seats.values() if s.takes_work and s.sequences < room]
+        while free and (queue := self._urgent or self._waiting):
             job = queue.popleft()
             seat = min(free, key=lambda s: s.tokens)
             image = job.image
@@ -489,6 +487,8 @@ class Dispatch:
             seat.running[job.ticket] = (job, now)
             seat.sequences += job.sequences
             seat.tokens += job.tokens
+            if seat.sequences >= room:
+                free.remove(seat)
             self._commands.append(Command("send", seat.name, seat.life, job.ticket, job.request))
 
 
