@@ -94,6 +94,10 @@ class Delivery:
                 self._replace_failed(error, clients)
                 if self._sent[1] == self._learner.updates:
                     self._report = self._transfer(version, self._pool.wait_clients)
+                else:
+                    # The others are paused with half of the weights: whoever waits for their
+                    # groups must know that nothing comes before the next transfer.
+                    self._pool.holds(version, [])
             else:
                 self._pool.holds(version, clients)
 

@@ -191,6 +191,25 @@ def test_a_transfer_that_was_begun_and_failed_is_made_good(
     pool.stop()
 
 
+def test_where_a_begun_transfer_broke_all_its_samplers_are_behind(samplers: Samplers) -> None:
+    pool, learner, delivery = start(samplers, 2)
+    delivery.send(1)
+    leaving = samplers.lives[1]
+    leaving.hangs_in = ("load_weights",)
+    delivery.begin(2)
+    learner.updates += 1
+    assert leaving.hangs.wait(60)
+    pool.resize(1)  # idle, it ends at once: no sampler is lost that would come back and be behind
+    delivery.settle()
+    # A transfer that waits for groups in flight would wait for ever for those of the other one.
+    assert pool.behind() == ["sampler-0"] and samplers.lives[0].version == 1
+    delivery.begin(3)
+    delivery.settle()
+    assert pool.behind() == [] and samplers.lives[0].version == 3
+    assert pool.counts()["restarts"] == 0
+    pool.stop()
+
+
 def test_the_last_restart_ends_it_with_the_transfers_own_words(samplers: Samplers) -> None:
     pool, _, delivery = start(samplers, 2, restarts=0)
     samplers.lives[0].hangs_in = ("load_weights",)
