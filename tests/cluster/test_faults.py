@@ -8,78 +8,17 @@ sampler stopped. What is left behind must be as if nothing had happened.
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from cluster.metrics import MISMATCH_LIMIT
 from cluster.tracking import read_metrics, read_rollouts
-from tests.cluster.ray_heads import environment
-from tests.cluster.test_resume import RECIPE, ROOT
+from tests.cluster.live_driver import Driver
 
 GROUPS, SIZE = 4, 4
 HANGING = ("sampler/restarts/silent", "sampler/restarts/transfer")
-
-
-class Driver:
-    """A run in a process of its own, and the processes below it."""
-
-    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
-        recipe = folder / "recipe.toml"
-        recipe.write_text(RECIPE.format(model=model), encoding="utf-8")
-        self.run, self._log = folder / "run", folder / "out.log"
-        command = [sys.executable, "-m", "cluster", "train", str(recipe)]
-        command += ["--output", str(self.run)]
-        for override in overrides:
-            command += ["--set", override]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def wait(
-        self, what: str, until: Callable[[], object], seconds: float = 600, pause: float = 1.0
-    ) -> None:
-        deadline = time.monotonic() + seconds
-        while not until():
-            assert self.process.poll() is None, self.printed()
-            assert time.monotonic() < deadline, f"{what}\n{self.printed()}"
-            time.sleep(pause)
-
-    def printed(self) -> str:
-        return self._log.read_text()[-3000:]
-
-    def steps(self) -> int:
-        """Steps whose rollouts are written: their weights have been sent."""
-        return len(list((self.run / "rollouts").glob("step-*.parquet")))
-
-    def wait_steps(self, more: int) -> None:
-        start = self.steps()
-        self.wait(f"{more} steps after {start}", lambda: self.steps() >= start + more, pause=0.05)
-
-    def below(self, title: str, of: psutil.Process | None = None) -> list[psutil.Process]:
-        """Processes below the driver, or one of them, with a word in their title."""
-        found = []
-        for process in (of or psutil.Process(self.process.pid)).children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()) and process.status() != "zombie":
-                    found.append(process)
-            except psutil.Error:  # it ended meanwhile
-                continue
-        return found
-
-    def samplers(self) -> list[psutil.Process]:
-        """Sampler actors whose engine has a process."""
-        return [p for p in self.below("ray::Sampler") if self.below("EngineCore", p)]
-
-    def metric(self, name: str) -> float:
-        rows = [r for r in read_metrics(self.run).to_pylist() if r["name"] == name]
-        return max(rows, key=lambda r: r["step"])["value"] if rows else 0.0
 
 
 def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -126,8 +65,7 @@ def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_
         driver.wait("a hanging one", lambda: sum(map(driver.metric, HANGING)) >= 1, 900)
         driver.wait("both again", lambda: driver.metric("sampler/count") == 2, 900)
         driver.wait_steps(2)
-        driver.process.send_signal(signal.SIGTERM)
-        assert driver.process.wait(300) == 0, driver.printed()
+        driver.stop()
     finally:
         driver.process.kill()
         for engine in engines:
