@@ -55,11 +55,15 @@ def _attach(address: str | None) -> None:
     """`ray.init`, tried again where a local node was slow to come up.
 
     Ray gives a new node 30 seconds, which a busy machine can take; it raises a bare Exception.
+    Without an address it would join whatever cluster was last started on this machine: a run
+    joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
+    RAY_ADDRESS.
     """
+    local = None if os.environ.get("RAY_ADDRESS") else "local"
     for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
         try:
             ray.init(
-                address=address,
+                address=address or local,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level="error",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +60,23 @@ def until(what: Callable[[], object], seconds: float = 120) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_a_local_run_stays_out_of_a_cluster_that_runs_on_its_machine(cluster: Cluster) -> None:
+    code = (
+        "import ray; from cluster.runtime import connected\n"
+        "with connected(None): print('at', ray.get_runtime_context().gcs_address)"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    found = {}
+    for name, told in (("alone", {}), ("told", {"RAY_ADDRESS": cluster.address})):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=variables | told,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        (found[name],) = [line for line in done.stdout.splitlines() if line.startswith("at ")]
+    assert found["told"] == f"at {cluster.address}" != found["alone"]
 
 
 def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         logging_level="ERROR",
