@@ -143,7 +143,7 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     part or pattern of `learner` that matches nothing in a policy whose folder is here.
     """
     size = policy_size(recipe.model.path)
-    learners = _learners(recipe, size) if command in ("train", "sft", "replay") else []
+    learners = _learners(recipe, size, command) if command in ("train", "sft", "replay") else []
     samplers, frozen, workers = [], [], []
     if command in ("train", "sample") or (command == "sft" and recipe.eval.every):
         memory = sampler_memory(recipe, size, machine)
@@ -194,14 +194,19 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     return Placement(actors, machine, shortages, tuple(notes))
 
 
-def _learners(recipe: Recipe, size: PolicySize | None) -> list[Actor]:
-    learner = recipe.learner
-    memory = learner_memory(recipe, size, trained_of(recipe))
+def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list[Actor]:
+    learner, trained = recipe.learner, trained_of(recipe)
+    memory = learner_memory(recipe, size, trained)
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
     away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
     there = {name: memory.pop(name) for name in away}
+    copy = {}
+    if size and command == "train" and recipe.transfer.overlap:
+        sent = trained.added if trained and learner.lora else size.parameters
+        copy = {"copy to send": _width(recipe) * sent}
     return [
-        Actor("learner", i, learner.cpus, learner.gpus, memory, there) for i in range(learner.ranks)
+        Actor("learner", i, learner.cpus, learner.gpus, memory, there | ({} if i else copy))
+        for i in range(learner.ranks)
     ]
 
 

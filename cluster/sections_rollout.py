@@ -117,7 +117,8 @@ class TransferConfig(Section):
     transport: Literal["host", "nccl", "ipc"] = "host"
     deadline_seconds: Rate = 120.0
     bucket_mib: Amount = 64.0
-    """Layer groups that are smaller are sent together up to this size; 0: each by itself."""
+    """Layer groups that are smaller are sent together up to this size; 0: each by itself, as
+    those of [learner.lora] always are: the engine merges one at a time."""
     checksum: Literal["first", "never"] = "first"
     """`first`: sending the weights the engines already have must leave their checksums alone."""
     in_flight: Literal["keep", "abort", "wait"] = "keep"

@@ -143,6 +143,8 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
         ("algorithm.max_staleness=-1", "algorithm.max_staleness"),
         ("algorithm={max_staleness=1, updates_per_step=2}", "algorithm.max_staleness"),
         ('transfer.in_flight="pause"', "transfer.in_flight"),
+        ("transfer.overlap=true", "transfer.overlap"),
+        ("transfer.bucket_mib=-1", "transfer.bucket_mib"),
         ("reward.terms=[{name='outcome', weight=0}]", "reward.terms"),
         ("algorithm.kl_weight=0.1", "algorithm.kl_weight"),
         ("reward.alpha=1.5", "reward.alpha"),
@@ -156,6 +158,14 @@ def test_settings_that_cannot_work_name_their_field(
     recipe: Path, override: str, field: str
 ) -> None:
     assert error(recipe, override).startswith(f"{recipe}: {field}: ")
+
+
+def test_only_the_host_transport_sends_beside_an_update(recipe: Path) -> None:
+    ahead = ["algorithm.max_staleness=1", "transfer.overlap=true"]
+    assert load_recipe(recipe, ahead).transfer.overlap
+    gpus = ["sampler.gpus=1", "learner.gpus=1", 'transfer.transport="nccl"']
+    line = error(recipe, *ahead, *gpus)
+    assert line.startswith(f'{recipe}: transfer.overlap: got true with transport "nccl"')
 
 
 def test_eager_attention_takes_no_packed_rows(recipe: Path) -> None:

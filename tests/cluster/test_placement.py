@@ -207,6 +207,13 @@ def test_what_is_offloaded_is_in_main_memory() -> None:
     )
 
 
+def test_the_copy_that_an_overlapped_transfer_sends_is_in_main_memory_of_the_first_rank() -> None:
+    overlap = ("transfer.transport=host", "algorithm.max_staleness=1", "transfer.overlap=true")
+    first, *others = (a for a in plan(gpu(*overlap), EIGHT_GPUS).actors if a.role == "learner")
+    assert first.offloaded == {"copy to send": 2 * 4_438_000_000} and others
+    assert not any(other.offloaded for other in others)
+
+
 def test_a_local_policy_is_counted_from_its_own_files(tmp_path: Path) -> None:
     tensors = {"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}
     save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "np"})
