@@ -17,7 +17,7 @@ Kind = Literal["free", "oracle", "blind"]
 """`free`: image and prompt. `oracle`: `p*` forced as the perception prefix. `blind`: no image."""
 
 ImageView = Literal["shown", "blank", "none"]
-"""`blank`: a canvas of the same size in the image's mean colour. `none`: prompt text only."""
+"""`blank`: a canvas of the same size, grey for every problem. `none`: prompt text only."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageOps
 
 from tasks.core import DataError
 
@@ -19,6 +19,10 @@ the model families train on far fewer, so a larger file is a mistake or an attac
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Read by Pillow alone; formats that start other programs (EPS) stay closed."""
+
+BLANK = (128, 128, 128)
+"""Of every blanked image: a colour taken from the picture, such as its mean, tells how much is
+drawn on it."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -78,15 +82,14 @@ def check_image(data: bytes, source: str, max_pixels: int = MAX_PIXELS) -> Image
 
 
 def blank_like(data: bytes) -> bytes:
-    """A PNG of the same width and height, filled with the image's mean colour.
+    """A PNG of the same width and height in `BLANK`: of the image, its size alone remains.
 
     Raises:
         DataError: as `check_image`.
     """
     image = check_image(data, "image to blank")
-    red, green, blue = (round(mean) for mean in ImageStat.Stat(image).mean)
     out = io.BytesIO()
-    Image.new("RGB", image.size, (red, green, blue)).save(out, format="PNG")
+    Image.new("RGB", image.size, BLANK).save(out, format="PNG")
     return out.getvalue()
 
 
