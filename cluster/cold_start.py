@@ -37,11 +37,12 @@ from cluster.runtime import (
     sampling_from,
 )
 from cluster.sections_learner import SftConfig
-from cluster.tracking import Progress, Tracker, read_metrics
+from cluster.tracking import Progress, Tracker, put, read_metrics
 from cluster.train import (
     checkpoint_due,
     measure,
     report_change,
+    save_and_measure,
     transfer_metrics,
     verify_transfer,
 )
@@ -121,10 +122,11 @@ def run_sft(
             )
         if tables is None:
             return folder
-        summary = summarise(past_shares(folder), sft, time.perf_counter() - started)
-        (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        seconds = time.perf_counter() - started
         if not tables:
             tables = measure_checkpoint(recipe, opened, folder, progress)
+    summary = summarise(past_shares(folder), sft, seconds)
+    (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     card = model_card(recipe, summary, tables)
     (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
@@ -188,11 +190,15 @@ def fine_tune(
             if stop.asked:
                 progress.say(f"stopped after update {step}; equipoise sft --resume {folder}")
                 return None
-        learner.save(folder / "checkpoint")
         if not live:
+            learner.save(folder / "checkpoint")
             return {}
-        tracker.log(sft.steps, transfer_metrics(live.send_weights(sft.steps)))
-        after = measured(live, tracker, sft.steps, progress)
+
+        def measured_last() -> dict[str, EvalTable]:
+            tracker.log(sft.steps, transfer_metrics(live.send_weights(sft.steps)))
+            return measured(live, tracker, sft.steps, progress)
+
+        after = save_and_measure(learner, folder, measured_last)
     report_change(folder, before, after, progress)
     return after
 
@@ -240,15 +246,15 @@ def tuning(
 def measure_checkpoint(
     recipe: Recipe, opened: Sequence[ProblemSource], folder: Path, progress: Progress
 ) -> dict[str, EvalTable]:
-    """All evaluation passes on the recipe's tasks; printed, and kept as `evaluation.json`."""
+    """All evaluation passes on the recipe's tasks; kept as `evaluation.json`, and printed."""
     progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
     measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": PASSES})})
     with sampling_from(measured, str(folder / "checkpoint")) as samplers:
         tables = evaluate_all(samplers, opened, measured)
+    kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
+    put(folder / "evaluation.json", lambda path: path.write_text(kept, encoding="utf-8"))
     for task, table in tables.items():
         progress.console.print(table.to_rich(f"{recipe.name} on {task}"))
-    kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
-    (folder / "evaluation.json").write_text(kept, encoding="utf-8")
     return tables
 
 

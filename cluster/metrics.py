@@ -164,21 +164,21 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
     return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
 
 
-def pooled(tables: Sequence[EvalTable]) -> EvalTable:
-    """One table over the problems of several tasks: the metrics that all of them have.
+def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
+    """One table over the problems of several entries, by label: the metrics that all of them have.
 
-    Every problem counts once, whatever its task. Raises ValueError where two tables share a
-    problem id.
+    Every problem counts once in each entry that holds it, as `<label>/<id>`.
     """
-    first, *others = tables
+    first, *others = tables.values()
     values: dict[str, dict[str, float]] = {}
     for metric in first.per_problem:
         if metric.startswith("defect/") or any(metric not in t.per_problem for t in others):
             continue
-        merged = {k: v for table in tables for k, v in table.per_problem[metric].items()}
-        if len(merged) != sum(len(table.per_problem[metric]) for table in tables):
-            raise ValueError(f"{metric}: two tables share a problem id")
-        values[metric] = merged
+        values[metric] = {
+            f"{label}/{problem}": value
+            for label, table in tables.items()
+            for problem, value in table.per_problem[metric].items()
+        }
     return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
 
 

@@ -93,11 +93,11 @@ def is_ablation(folder: Path) -> bool:
 def write_results(folder: Path) -> tuple[AblationRecord, Report]:
     """Write `results.parquet`, `summary.json` and `report.html` of an ablation; what they say."""
     record = read_ablation(folder)
-    report = build_ablation(record)
     numbers = json.dumps(record.summary.to_dict() | {"pairing_faults": record.faults}, indent=1)
-    page = to_html(report)
     put(folder / "results.parquet", lambda beside: pq.write_table(record.table, beside))
     put(folder / "summary.json", lambda beside: beside.write_text(numbers, "utf-8"))
+    report = build_ablation(record)
+    page = to_html(report)
     put(folder / "report.html", lambda beside: beside.write_text(page, "utf-8"))
     return record, report
 

@@ -7,6 +7,7 @@
     RUN/rollouts/step-000001.parquet     one row a rollout (see `ROLLOUT_SCHEMA`)
     RUN/demonstrations/step-000001.parquet   of SFT: the first update's demonstrations
     RUN/images/<sha256>.png              every image once
+    RUN/evaluations/step-000000.json     what an evaluation measured, by task and problem
     RUN/tensorboard/                     the same metrics
 
 Each file is written whole under another name and then renamed, so a crash costs no more than
@@ -40,6 +41,7 @@ from rewards.records import ScoredGroup
 from rollout.record import Group
 
 if TYPE_CHECKING:  # torch, which reading a run does not need
+    from cluster.metrics import EvalTable
     from learner.batch import TrainBatch
 
 METRIC_SCHEMA = pa.schema(
@@ -186,6 +188,15 @@ class Tracker:
         self._events.add_event(Event(step=step, wall_time=now, summary=Summary(value=values)))
         self._events.flush()
 
+    def log_evaluation(self, step: int, tables: Mapping[str, EvalTable]) -> None:
+        """Write an evaluation, a table a task, whole; then its numbers under `eval/<task>/`."""
+        text = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
+        file = self.run_dir / "evaluations" / f"step-{step:06d}.json"
+        file.parent.mkdir(exist_ok=True)
+        put(file, lambda path: path.write_text(text, encoding="utf-8"))
+        rows = [(task, row) for task, table in tables.items() for row in table.rows]
+        self.log(step, {f"eval/{task}/{row.metric}": row.value for task, row in rows})
+
     def log_rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Write every rollout of a step, in one file, and the images not yet written."""
         rows = []
@@ -236,9 +247,10 @@ class Tracker:
             put(self.run_dir / "metrics.parquet", lambda path: pq.write_table(kept, path))
             for part in _metric_parts(self.run_dir):
                 part.unlink()
-        for file in (self.run_dir / "rollouts").glob("step-*.parquet"):
-            if int(file.stem[5:]) > step:
-                file.unlink()
+        for pattern in ("rollouts/step-*.parquet", "evaluations/step-*.json"):
+            for file in self.run_dir.glob(pattern):
+                if int(file.stem[5:]) > step:
+                    file.unlink()
         for name in ("evaluation.json", "error.txt"):
             (self.run_dir / name).unlink(missing_ok=True)
         # TensorBoard drops what it read from this step on.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.budget import Spent, is_over, run_share
 from cluster.checkpoints import Position, Resumed, claimed, stop_signal
@@ -22,7 +24,7 @@ from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.scaling import scale_as_asked
 from cluster.stream import GroupStream
-from cluster.tracking import Progress, Tracker
+from cluster.tracking import Progress, Tracker, put
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
 from learner.correction import Correction, with_old_logprobs
@@ -33,6 +35,8 @@ from rewards.records import ScoredGroup
 from rollout.record import Group
 from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment
+
+T = TypeVar("T")
 
 
 def run_training(
@@ -107,10 +111,9 @@ def run_training(
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
         stream.end()
-        after = measure(run, tracker, step)
-        run.learner.save(folder / "checkpoint")
+        after = save_and_measure(run.learner, folder, lambda: measure(run, tracker, step))
         report_change(folder, before, after, progress)
-    progress.say(f"report: {write_report(folder)}")
+    draw_report(folder, progress)
     return folder
 
 
@@ -250,17 +253,23 @@ def tell_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress)
 
 
 def measure(run: LivePolicy, tracker: Tracker, step: int) -> dict[str, EvalTable]:
-    """Evaluate, log under `eval/<task>/`, and return a table a task."""
+    """Evaluate, keep what was measured, and return a table a task."""
     tables = evaluate_all(run.samplers, run.sources, run.recipe)
-    tracker.log(
-        step,
-        {
-            f"eval/{task}/{row.metric}": row.value
-            for task, table in tables.items()
-            for row in table.rows
-        },
-    )
+    tracker.log_evaluation(step, tables)
     return tables
+
+
+def save_and_measure(learner: LearnerGroup, folder: Path, measured: Callable[[], T]) -> T:
+    """Save the last policy, then measure it; one that cannot be saved is still measured."""
+    failed: Exception | None = None
+    try:
+        learner.save(folder / "checkpoint")
+    except Exception as error:
+        failed = error
+    found = measured()
+    if failed is not None:
+        raise failed
+    return found
 
 
 def reward_metrics(run: Run) -> dict[str, float]:
@@ -309,20 +318,34 @@ def report_change(
     after: dict[str, EvalTable],
     progress: Progress,
 ) -> None:
-    """Print the before/after tables, each task's and all together; keep `evaluation.json`."""
+    """Keep `evaluation.json`, then print its tables: each task's, and all together."""
     if len(before) > 1:
-        before, after = (t | {"all tasks": pooled(list(t.values()))} for t in (before, after))
-    kept = {}
-    for task in before:
-        change = before_after(before[task], after[task])
-        progress.console.print(change.to_rich(f"{task}: before and after"))
-        kept[task] = {
+        before, after = (tables | {"all tasks": pooled(tables)} for tables in (before, after))
+    changes = {task: before_after(before[task], after[task]) for task in before}
+    kept = {
+        task: {
             "before": before[task].to_dict(),
             "after": after[task].to_dict(),
             "change": change.to_dict(),
         }
-    (folder / "evaluation.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        for task, change in changes.items()
+    }
+    put(folder / "evaluation.json", lambda path: path.write_text(json.dumps(kept, indent=1)))
+    for task, change in changes.items():
+        progress.console.print(change.to_rich(f"{task}: before and after"))
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
+
+
+def draw_report(folder: Path, progress: Progress) -> None:
+    """Write the report; what it is drawn from is kept, so a report that fails fails no run."""
+    try:
+        progress.say(f"report: {write_report(folder)}")
+    except Exception as error:
+        traceback.print_exc()
+        progress.say(
+            f"report: not drawn ({type(error).__name__}: {error}); all else is in {folder}: "
+            f"equipoise report {folder}"
+        )
 
 
 class StepClock:

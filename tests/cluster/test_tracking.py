@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.metrics import EvalRow, EvalTable
 from cluster.terminal import printable
 from cluster.tracking import (
     METRIC_SCHEMA,
@@ -76,16 +77,20 @@ def test_a_run_that_goes_on_from_a_step_forgets_those_after_it(tmp_path: Path) -
     for step in range(1, 6):
         crashed.log(step, {"x": float(step)})
         crashed.log_rollouts(step, scored(group(5, "5;10;", "1;2;")))
-    crashed.log(3, {"eval/x": 0.5})
+    for step, a in ((3, 0.5), (5, 1.0)):
+        tables = {"toy": EvalTable((EvalRow("a", a, 1, 0.0, 1.0, "normal"),), {"a": {"p": a}})}
+        crashed.log_evaluation(step, tables)
     (tmp_path / "error.txt").write_text("it crashed")
     with Tracker(tmp_path, after_step=3) as again:
         assert not (tmp_path / "error.txt").exists()
-        assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 2, (3, "x"): 3, (3, "eval/x"): 0.5}
+        assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 2, (3, "x"): 3, (3, "eval/toy/a"): 0.5}
         with pytest.raises(FileNotFoundError):
             read_rollouts(tmp_path, 4)
         again.log(4, {"x": 40.0})
     assert values(tmp_path)[4, "x"] == 40
     assert len(list((tmp_path / "rollouts").iterdir())) == 3
+    (kept,) = (tmp_path / "evaluations").iterdir()
+    assert json.loads(kept.read_text())["toy"]["per_problem"] == {"a": {"p": 0.5}}
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("x")] == [(1, 1), (2, 2), (3, 3), (4, 40)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cluster.budget import Spent, is_over, run_share
 from cluster.config import Recipe, RunFailed, load_recipe
+from cluster.metrics import EvalTable
 from cluster.problems import held_out, open_sources, step_problems
 from cluster.sections_algorithm import CorrectionConfig
 from cluster.sections_reward import RewardTermConfig
 from cluster.stream import free_requests
+from cluster.tracking import Progress
 from cluster.train import (
     anchored,
+    draw_report,
     learner_metrics,
     learning_rate,
     policy_loss,
+    report_change,
+    save_and_measure,
     tell_mismatch,
     train_batches,
 )
@@ -275,3 +283,43 @@ def test_a_budget_ends_the_run_with_the_step_that_spends_it_and_times_its_schedu
         assert run_share(recipe.algorithm, 4, spent) == 1.0
         few = recipe.algorithm.model_copy(update={"steps": 2})
         assert [is_over(few, done, Spent()) for done in (0, 1, 2, 3)] == [False, False, True, True]
+
+
+def test_what_was_measured_is_kept_before_it_is_pooled_printed_or_drawn(tmp_path: Path) -> None:
+    # Two [[tasks]] entries of one task with other knobs may hold the same problem.
+    before = {
+        label: EvalTable((), {"a": {"p": 0.0, "q": 0.0}}) for label in ("dots:Dots", "dots:Dots-2")
+    }
+    after = before | {"dots:Dots-2": EvalTable((), {"a": {"p": 1.0, "q": 1.0}})}
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal"):
+        report_change(tmp_path, before, after, Progress(1, Console(file=Closed(), width=100)))
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert kept["dots:Dots-2"]["after"]["per_problem"] == {"a": {"p": 1.0, "q": 1.0}}
+    (pooled,) = kept["all tasks"]["change"]["rows"]
+    assert (pooled["after"]["value"], pooled["after"]["n"], pooled["gained"]) == (0.5, 4, 2)
+
+
+def test_a_report_that_cannot_be_drawn_is_told_and_fails_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = io.StringIO()
+    draw_report(tmp_path / "gone", Progress(1, Console(file=shown, width=100)))
+    assert shown.getvalue().startswith("report: not drawn (NoRun: ")
+    assert f"equipoise report {tmp_path / 'gone'}" in shown.getvalue()
+
+
+def test_a_policy_that_cannot_be_saved_is_still_measured(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def save(path: Path) -> None:
+        done.append(path.name)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save_and_measure(SimpleNamespace(save=save), tmp_path, lambda: done.append("measured"))  # type: ignore[arg-type]
+    assert done == ["checkpoint", "measured"]
