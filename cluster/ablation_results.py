@@ -24,6 +24,7 @@ from cluster.statistics import (
     Estimate,
     PairedTest,
     Reach,
+    accuracy_interval,
     asymmetry,
     band,
     correlation_interval,
@@ -347,8 +348,8 @@ def _levels(results: Results, difficulty: str, task: str, arm: str) -> Iterator[
                 arm,
                 metric,
                 # Before training all seeds are one checkpoint: greedy, they give the same answers.
-                before=crossed_interval(before[:1], ACCURACY),
-                after=crossed_interval(after, ACCURACY),
+                before=accuracy_interval(before[:1]),
+                after=accuracy_interval(after),
                 change=crossed_interval(after - before, DIFFERENCE),
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rewards.advantages import is_constant
 from rewards.coupling import Coupling, coupling, outcome_couplings
-from rewards.intervals import Z95, wilson
+from rewards.intervals import score_interval
 from rewards.records import ScoredGroup
 from rewards.reliability import roc_auc
 from rewards.terms import diagnose
@@ -69,17 +69,8 @@ PerProblem = Mapping[str, Mapping[str, float]]
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Interval of the mean of float [P] values in [0, 1], one a problem, clipped to [0, 1].
-
-    Normal, with the sample standard deviation; Wilson's where the values do not vary, since a
-    width of zero would claim too much.
-    """
-    n = len(values)
-    if n < 2 or is_constant(values):
-        return wilson(min(float(np.sum(values)), float(n)), n)
-    mean = float(values.mean())
-    half = Z95 * float(values.std(ddof=1)) / math.sqrt(n)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    """Interval of the mean of float [P] values in [0, 1], one a problem; Wilson's for 0 and 1."""
+    return score_interval(float(values.mean()), float(values.var()) / len(values), len(values))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -101,18 +92,13 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One metric with its 95 % interval.
-
-    `n` counts problems. `interval` says how [low, high] was made: `wilson` for a right or
-    wrong a problem, `normal` for a mean of per-problem scores.
-    """
+    """One metric with its 95 % interval (`mean_interval`); `n` counts problems."""
 
     metric: str
     value: float
     n: int
     low: float
     high: float
-    interval: Literal["wilson", "normal"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +135,9 @@ class EvalTable:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalTable:
         """Read what `to_dict` wrote."""
-        return cls(tuple(EvalRow(**row) for row in data["rows"]), data["per_problem"])
+        names = [field.name for field in fields(EvalRow)]
+        rows = tuple(EvalRow(**{name: row[name] for name in names}) for row in data["rows"])
+        return cls(rows, data["per_problem"])
 
 
 def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTable:
@@ -228,9 +216,7 @@ def _powers_of_two(n: int) -> list[int]:
 def _row(metric: str, per_problem: Mapping[str, float]) -> EvalRow:
     values = np.array(list(per_problem.values()))
     n, mean = len(values), float(values.mean())
-    if np.isin(values, (0.0, 1.0)).all():
-        return EvalRow(metric, mean, n, *wilson(float(values.sum()), n), "wilson")
-    return EvalRow(metric, mean, n, *mean_interval(values), "normal")
+    return EvalRow(metric, mean, n, *mean_interval(values))
 
 
 @dataclass(frozen=True)

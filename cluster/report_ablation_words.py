@@ -209,7 +209,8 @@ def show(estimate: Estimate, sign: str = "", form: str = ".3f") -> str:
     """A value with its interval, or with a word on why it has none."""
     value = f"{estimate.value:{sign}{form}}"
     if estimate.low is None or estimate.high is None:
-        return f"{value} (one seed)".replace("-", "−")
+        why = "one seed" if estimate.seeds < 2 else "in every seed"
+        return f"{value} ({why})".replace("-", "−")
     return f"{value} [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]".replace("-", "−")
 
 

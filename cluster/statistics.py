@@ -4,25 +4,26 @@ Pure functions of NumPy arrays. Shapes: S seeds, P problems, K steps.
 
 The interval. Every seed of an arm is measured on the same test problems, so the values [S, P]
 are a crossed layout with two random factors: other seeds and other problems would have given
-another mean. `crossed_interval` finds the share of each in the variance of the mean and has the
-formula. For a paired difference of two arms, pass the difference at each seed and problem: what
-the arms share cancels.
+another mean. `_parts` finds the share of each in the variance of the mean. For a paired
+difference of two arms, pass the difference at each seed and problem to `crossed_interval`: what
+the arms share cancels. An arm's own accuracy goes to `accuracy_interval`.
 
 Why not a bootstrap. The share of nominal 95 % intervals that hold the truth, measured on simulated
 right-or-wrong answers: 512 problems of varying difficulty (logit s.d. 1.5), seeds that differ by 0
 to 10 points of accuracy, means of one arm and paired differences; lowest and highest found:
 
                                              3 seeds   5 seeds  10 seeds
-    crossed_interval                         .95 .97   .95 .97   .95 .95
+    ours                                     .95 .97   .95 .97   .95 .95
     t over seed means alone                  .90 .95   .80 .95   .65 .95
     hierarchical bootstrap, percentile:
       problems drawn anew for each seed      .77 .98   .81 .98   .77 .99
       the same draw of problems for all      .80 1.0   .85 .99   .88 1.0
 
 A percentile of three resampled seeds is too narrow where seeds differ, and resampling answers
-that are noisy already makes it too wide where they do not. tests/cluster/test_statistics.py
-measures again. Skewed seed effects (exponential) bring crossed_interval to about .90 with three
-seeds: no method can see a tail that none of three seeds drew.
+that are noisy already makes it too wide where they do not. benchmarks/interval_coverage.py has
+accuracies from .01 to .99 and 1 to 12 seeds; tests/cluster/test_statistics.py measures some again.
+No method can see a tail that none of the seeds drew: where one seed in seven collapses to nothing,
+from .85, the interval of three seeds holds the mean of all only about half of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy as np
 from scipy import special
 
 from cluster.metrics import mcnemar
-from rewards.intervals import wilson
+from rewards.intervals import Z95, score_interval, wilson
 
 LEVEL = 0.95
 """Coverage of every interval here."""
@@ -47,12 +48,17 @@ PHASES = ("early", "middle", "late")
 """Thirds of training, for correlations that change on the way."""
 
 
+Parts = Sequence[tuple[float, float]]
+"""(variance, its degrees of freedom) of the independent parts of a mean."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its 95 % interval and what it rests on.
 
     Attributes:
-        low, high: the interval; None where one seed alone says nothing about other seeds.
+        low, high: the interval; None where one seed alone, or one number that all seeds share, says
+            nothing about other seeds.
         p: two-sided p-value of "the true mean is 0", by the same reasoning; None with it.
         seeds, problems: S and P. With one seed and several problems the interval is over other
             problems only; with one problem (a number a seed) it is over other seeds only.
@@ -71,41 +77,78 @@ def crossed_interval(
 ) -> Estimate:
     """Mean of float [S, P] values, one a seed and problem, over other seeds and other problems.
 
-    Two-way random effects without replication. With mean squares MS_s = P·var(seed means),
-    MS_p = S·var(problem means) and MS_r of the residual, the mean's variance is A + B with
-    A = MS_s / SP (seeds, and the noise of single answers) and B = max(0, MS_p − MS_r) / SP
-    (problems). The half width is √(t²·A + z²·B), t with S − 1 degrees of freedom: those of two
-    independent parts added in quadrature (Howe 1974). With one
-    seed it is t·√(var / P) with P − 1 degrees of freedom.
-
-    Values that do not vary at all (every answer right) get Wilson's bound of 0 in P problems on
-    each side instead of a width of 0. The interval is clipped to `bounds`. Raises ValueError for
-    an empty array and for values that are not finite.
+    The half width is √(Σ t²·v) over the independent parts of the mean's variance (`_parts`), added
+    in quadrature (Howe 1974), and clipped to `bounds`. For accuracies see `accuracy_interval`.
+    Raises ValueError for an empty array and for values that are not finite.
     """
+    values, mean = _checked(values)
+    parts = _parts(values)
+    if not parts:
+        return Estimate(mean, None, None, None, *values.shape)
+    half = _half_width(1 - LEVEL, parts)
+    low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
+    return Estimate(mean, low, high, _p_value(mean, parts), *values.shape)
+
+
+def accuracy_interval(values: np.ndarray) -> Estimate:
+    """The same of values in [0, 1]: Wilson's interval at the effective sample size of that width.
+
+    Near 0 and 1 errors are skewed, and a symmetric interval holds the truth less often than it
+    says. One seed's right and wrong answers get Wilson's own. There is no p: that the true
+    accuracy is not 0 is shown by one right answer.
+    """
+    values, mean = _checked(values)
+    seeds, problems = values.shape
+    parts = _parts(values)
+    if not parts:
+        return Estimate(mean, None, None, None, seeds, problems)
+    variance = (_half_width(1 - LEVEL, parts) / Z95) ** 2
+    if seeds == 1:
+        variance = float(values.var()) / problems
+    flat = np.ptp(values) == 0
+    low, high = score_interval(min(1.0, max(0.0, mean)), 0.0 if flat else variance, problems)
+    return Estimate(mean, low, high, None, seeds, problems)
+
+
+def _checked(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Values as float64 [S, P], and their mean."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"expected finite values [seeds, problems], got shape {values.shape}")
+    return values, float(values.mean())
+
+
+def _parts(values: np.ndarray) -> Parts:
+    """The parts of the variance of the mean of float [S, P]; none where nothing can be said.
+
+    Two-way random effects without replication. With mean squares MS_s = P·var(seed means),
+    MS_p = S·var(problem means) and MS_r of the residual, the mean's variance is A + B with
+    A = MS_s / SP (seeds, and the noise of single answers; S − 1 degrees of freedom) and
+    B = max(0, MS_p − MS_r) / SP (problems). One seed leaves var / P with P − 1.
+
+    Seed means of right and wrong answers lie on a grid of 1 / P, and may tie without being equal
+    in truth: A has the variance of that rounding too (grid² / 12, Sheppard). Values that do
+    not vary at all have Wilson's bound of 0 in P problems. One number a seed that all seeds
+    share says nothing of other seeds.
+    """
     seeds, problems = values.shape
-    mean = float(values.mean())
-    if problems > 1 and np.ptp(values) == 0:
-        wide = wilson(0, problems)[1]
-        low, high = max(bounds[0], mean - wide), min(bounds[1], mean + wide)
-        return Estimate(mean, low, high, 1.0 if low <= 0 <= high else 0.0, seeds, problems)
-    by_seed, by_problem = values.mean(axis=1), values.mean(axis=0)
-    if seeds == 1 and problems == 1:
-        return Estimate(mean, None, None, None, 1, 1)
+    flat = np.ptp(values) == 0
+    parts: list[tuple[float, float]] = []
+    if flat and problems > 1:
+        parts.append(((wilson(0, problems)[1] / Z95) ** 2, math.inf))
     if seeds == 1:
-        parts = [(float(values.var(ddof=1)) / problems, float(problems - 1))]
-    else:
-        parts = [(float(by_seed.var(ddof=1)) / seeds, float(seeds - 1))]
-    if seeds > 1 and problems > 1:
-        residual = values - by_seed[:, None] - by_problem[None, :] + mean
-        of_residual = float((residual**2).sum()) / ((seeds - 1) * (problems - 1))
-        excess = seeds * float(by_problem.var(ddof=1)) - of_residual
-        parts.append((max(0.0, excess) / (seeds * problems), math.inf))
-    half = _half_width(1 - LEVEL, parts)
-    low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
-    return Estimate(mean, low, high, _p_value(mean, parts), seeds, problems)
+        return parts if flat else [(float(values.var(ddof=1)) / problems, float(problems - 1))]
+    by_seed, by_problem = values.mean(axis=1), values.mean(axis=0)
+    if problems == 1:
+        return [] if flat else [(float(by_seed.var(ddof=1)) / seeds, float(seeds - 1))]
+    step = 1.0 if flat else float(np.diff(np.unique(values.round(9))).min())
+    of_seeds = float(by_seed.var(ddof=1)) + (step / problems) ** 2 / 12
+    residual = values - by_seed[:, None] - by_problem[None, :] + values.mean()
+    of_residual = float((residual**2).sum()) / ((seeds - 1) * (problems - 1))
+    excess = seeds * float(by_problem.var(ddof=1)) - of_residual
+    parts.append((of_seeds / seeds, float(seeds - 1)))
+    parts.append((max(0.0, excess) / (seeds * problems), math.inf))
+    return parts
 
 
 def seed_interval(
@@ -113,10 +156,6 @@ def seed_interval(
 ) -> Estimate:
     """Mean and t-interval of one number a seed, float [S]."""
     return crossed_interval(np.asarray(values, dtype=np.float64)[:, None], bounds)
-
-
-Parts = Sequence[tuple[float, float]]
-"""(variance, its degrees of freedom) of the independent parts of a mean."""
 
 
 def _half_width(alpha: float, parts: Parts) -> float:
@@ -132,9 +171,6 @@ def _p_value(mean: float, parts: Parts) -> float:
     """The level at which the interval just touches 0."""
     if mean == 0:
         return 1.0
-    if sum(variance for variance, _ in parts) == 0:
-        return 0.0
-
     # Bisection on log p: the half width falls as the level rises.
     low, high = math.log(SMALLEST_P), 0.0
     while high - low > 1e-9:

@@ -35,11 +35,10 @@ class Estimate:
     high: float | None
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
 
-    `successes` may be fractional: for a mean of values in [0, 1] the interval is then wider
-    than need be, since no such values vary more than a coin of the same mean.
+    Both may be fractional: `score_interval` makes them of a mean and its variance.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
@@ -53,6 +52,17 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     low = 0.0 if successes == 0 else max(0.0, middle - half)
     high = 1.0 if successes == n else min(1.0, middle + half)
     return low, high
+
+
+def score_interval(mean: float, variance: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a mean of values in [0, 1] whose sampling variance is `variance`.
+
+    Such a mean is as sure as a share of mean·(1 − mean)/variance coins, its effective sample
+    size; for n coins that is n. Without any variance, n is taken: values that all agree are
+    not certain. So an interval near an end leans inwards, as errors there do, and has a width.
+    """
+    effective = mean * (1 - mean) / variance if variance > 0 else n
+    return wilson(mean * effective, effective)
 
 
 def group_bootstrap(
