@@ -16,12 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from cluster.report_charts import CELLS
 from cluster.report_figures import answer_figure, perception_figure, text_figure
 from cluster.tracking import ROLLOUT_SCHEMA
-from tasks.core import SEGMENTS, Parsed, Task
+from tasks.core import SEGMENTS, DataError, Parsed, Task
+from tasks.images import check_image
 from tasks.load import BUILT_IN, load_task
 
 MOST_ROLLOUTS = 500
@@ -403,14 +403,13 @@ def _images(folders: Sequence[Path], hashes: Iterable[str]) -> tuple[dict[str, s
 
 def _smaller(data: bytes, side: int) -> bytes:
     """JPEG of at most `side` pixels; b"" for what is no image."""
-    out = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("RGB")
-            small.thumbnail((side, side))
-            small.save(out, "JPEG", quality=75)
-    except (OSError, ValueError, Image.DecompressionBombError):
+        small = check_image(data, "image")
+    except DataError:
         return b""
+    small.thumbnail((side, side))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=75)
     return out.getvalue()
 
 

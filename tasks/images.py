@@ -9,7 +9,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tasks.core import DataError
 
@@ -25,6 +25,21 @@ BLANK = (128, 128, 128)
 drawn on it."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ADAM7 = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
+    (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+"""Of an interlaced PNG's passes: first column, first row, and their strides."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an EXIF orientation."""
 
 
 def content_hash(data: bytes) -> str:
@@ -35,8 +50,10 @@ def content_hash(data: bytes) -> str:
 def check_image(data: bytes, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file completely, or say why it cannot be used.
 
-    The size is judged from the header before any pixel is decoded. Transparency is laid on
-    white and the EXIF orientation is applied, so the result is what a person sees.
+    Only pixels are judged. The size is read from the header before any pixel is decoded;
+    comments, thumbnails, colour profiles and damaged metadata are passed over. Of a photo with
+    further pictures behind it (MPO) the first is taken. Transparency is laid on white and the
+    EXIF orientation is applied, so the result is what a person sees.
 
     Args:
         data: the whole encoded file.
@@ -48,16 +65,22 @@ def check_image(data: bytes, source: str, max_pixels: int = MAX_PIXELS) -> Image
 
     Raises:
         DataError: empty, not a PNG, JPEG or WebP image, truncated or damaged, of zero size,
-            larger than `max_pixels`, animated, or with more than 8 bits a channel.
+            larger than `max_pixels`, animated, or with more than 8 bits a channel, whose
+            scaling to 8 is not ours to choose.
     """
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes); write the image file again")
-    if data.startswith(_PNG_SIGNATURE):
-        _check_png_chunks(data, source, max_pixels)
+    exif = b""
     try:
+        if data.startswith(_PNG_SIGNATURE):
+            data, exif = _png_pixels(data, source, max_pixels)
+        elif data.startswith(b"\xff\xd8\xff"):
+            data, exif = _jpeg_pixels(data, source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size judges
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except DataError:
+        raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{source}: the image is too large: {error}; scale it down") from error
     except Image.UnidentifiedImageError as error:
@@ -69,14 +92,11 @@ def check_image(data: bytes, source: str, max_pixels: int = MAX_PIXELS) -> Image
         raise _damaged(source, error) from error
     _check_size(*image.size, source, max_pixels)
     if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"{source}: the image is animated; save one frame of it as PNG")
-    if image.mode.startswith(("I", "F")):
-        raise DataError(
-            f"{source}: more than 8 bits a channel (mode {image.mode}); save it as 8-bit PNG"
-        )
+        raise _animated(source)
     try:
         image.load()
-        return _flat_rgb(ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(exif or image.info.get("exif", b"")))
+        return _flat_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # as above
         raise _damaged(source, error) from error
 
@@ -130,37 +150,94 @@ def _check_size(width: int, height: int, source: str, max_pixels: int) -> None:
         )
 
 
-def _check_png_chunks(data: bytes, source: str, max_pixels: int) -> None:
-    """Walk a PNG's chunks to the end.
+def _png_pixels(data: bytes, source: str, max_pixels: int) -> tuple[bytes, bytes]:
+    """(a PNG of the chunks that make pixels, the EXIF block); walks the chunks to the end.
 
-    Pillow is content once it has its pixels, and skips checksums where another library has
-    set its `LOAD_TRUNCATED_IMAGES`; a file cut short anywhere must not pass.
+    Pillow is content with fewer rows than the header promises, skips checksums where another
+    library has set its `LOAD_TRUNCATED_IMAGES`, and fails on texts that nobody looks at.
     """
-    if len(data) >= 24 and data[12:16] == b"IHDR":
-        width, height = struct.unpack_from(">II", data, 16)
+    if data[12:16] == b"IHDR" and len(data) >= 33:
+        width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
         _check_size(width, height, source, max_pixels)
-    at = len(_PNG_SIGNATURE)
-    while True:
-        if at + 12 > len(data):
-            break
+        if depth > 8:
+            raise _deep(source, depth)
+    else:  # of a dialect, such as the one that Apple's tools write (CgBI)
+        raise _damaged(source, f"its first chunk is {data[12:16]!r}, not IHDR")
+    parts, pixels, exif, at = [_PNG_SIGNATURE], [], b"", len(_PNG_SIGNATURE)
+    while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
-        end = at + 12 + length
+        kind, body, end = data[at + 4 : at + 8], data[at + 8 : at + 8 + length], at + 12 + length
         if end > len(data):
             break
-        kind = data[at + 4 : at + 8]
-        (stored,) = struct.unpack_from(">I", data, end - 4)
-        if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != stored:
-            raise DataError(
-                f"{source}: the PNG is damaged (checksum of chunk {kind!r} at byte {at}); "
-                "copy or write the file again"
-            )
+        if kind == b"fdAT":
+            raise _animated(source)
+        sound = zlib.crc32(body, zlib.crc32(kind)) == struct.unpack_from(">I", data, end - 4)[0]
+        if kind == b"eXIf" and sound:
+            exif = body
+        elif kind[:1].isupper() or kind == b"tRNS":
+            if not sound:
+                raise _damaged(source, f"checksum of chunk {kind!r} at byte {at}")
+            if kind == b"tRNS" and colour == 0 and depth in (2, 4) and length == 2:
+                # Pillow scales these greys to 8 bits, but not the transparent one.
+                top = 2**depth - 1
+                body = struct.pack(">H", (body[1] & top) * 255 // top)
+            parts += [struct.pack(">I", length), kind, body]
+            parts.append(struct.pack(">I", zlib.crc32(body, zlib.crc32(kind))))
+            pixels += [body] if kind == b"IDAT" else []
         if kind == b"IEND":
-            return
+            break
         at = end
-    raise DataError(
-        f"{source}: the PNG is truncated ({len(data)} bytes, no end chunk); "
-        "copy or write the file again"
+    if kind != b"IEND" or end > len(data):
+        raise _damaged(source, f"{len(data)} bytes, no end chunk")
+    if colour == 3 and b"PLTE" not in parts:
+        raise _damaged(source, "it has no palette")
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    wanted = sum(
+        -(-(height - y) // down) * (1 + (-(-(width - x) // right) * bits + 7) // 8)
+        for x, y, right, down in (_ADAM7 if interlaced else ((0, 0, 1, 1),))
+        if width > x and height > y
     )
+    found = len(zlib.decompressobj().decompress(b"".join(pixels), wanted))
+    if found < wanted:
+        raise _damaged(source, f"{found} of {wanted} bytes of pixels")
+    return b"".join(parts), exif
+
+
+def _jpeg_pixels(data: bytes, source: str) -> tuple[bytes, bytes]:
+    """(a JPEG without comments and application data but what sets its colours, the EXIF block)."""
+    parts, exif, at = [data[:2]], b"", 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, (length,) = data[at + 1], struct.unpack_from(">H", data, at + 2)
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD7:  # padding, no segment
+            at += 1 if marker == 0xFF else 2
+            continue
+        segment = data[at : at + 2 + length]
+        at += 2 + length
+        if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
+            exif = exif or segment[10:]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and segment[4:5] > b"\x08":
+            raise _deep(source, segment[4])
+        sets_colours = segment[4:9] == b"Adobe" or (segment[4:8] == b"JFIF" and length >= 16)
+        if sets_colours or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            parts.append(segment)
+    return b"".join([*parts, data[at:]]), exif
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation that an EXIF block tells; 1, as stored, where it tells none."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = "<" if tiff.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, form = struct.unpack_from(f"{order}HH", tiff, at)
+            if tag == 0x0112:
+                value = struct.unpack_from(f"{order}{'H' if form == 3 else 'I'}", tiff, at + 8)
+                return int(value[0])
+    except struct.error:  # cut short
+        pass
+    return 1
 
 
 def _flat_rgb(image: Image.Image) -> Image.Image:
@@ -171,7 +248,15 @@ def _flat_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _damaged(source: str, error: Exception) -> DataError:
+def _damaged(source: str, what: Exception | str) -> DataError:
     return DataError(
-        f"{source}: the image is damaged or truncated ({error}); copy or write the file again"
+        f"{source}: the image is damaged or truncated ({what}); copy or write the file again"
     )
+
+
+def _animated(source: str) -> DataError:
+    return DataError(f"{source}: the image is animated; save one frame of it as PNG")
+
+
+def _deep(source: str, bits: int) -> DataError:
+    return DataError(f"{source}: {bits} bits a channel, at most 8 are read; save it as 8-bit PNG")

@@ -318,7 +318,7 @@ def test_missing_column_is_named_with_those_that_are_there(tmp_path: Path, colum
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("image", {"bytes": png()[:-15], "path": None}, "image: the PNG is truncated"),
+        ("image", {"bytes": png()[:-15], "path": None}, "image: the image is damaged or truncated"),
         ("image", {"bytes": huge_png(), "path": None}, "image: the image is 20000x20000"),
         ("image", {"bytes": b"text", "path": None}, "image: not an image"),
         ("image", {"bytes": None, "path": "a.png"}, "image: has no bytes"),
@@ -545,7 +545,7 @@ def test_equal_rows_keep_their_place_under_new_ids(tmp_path: Path) -> None:
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"image": "gone.png"}, "line 2: image: no file 'gone.png'"),
-    ({"image": "short.png"}, "line 2: image: the PNG is truncated"),
+    ({"image": "short.png"}, "line 2: image: the image is damaged or truncated"),
     ({"image": "huge.png"}, "line 2: image: the image is 20000x20000"),
     ({"image": "/dev/zero"}, "line 2: image: no file '/dev/zero'"),
     ({"image": "a\0b"}, "line 2: image: "),
