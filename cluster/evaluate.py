@@ -17,6 +17,7 @@ from cluster.config import Recipe
 from cluster.metrics import EvalPass, EvalTable, eval_table
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.sections_rollout import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
+from cluster.standstill import unread_tables
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from tasks.core import Problem
@@ -139,4 +140,6 @@ def run_eval(
         )
     else:
         console.print(table.to_rich(f"{checkpoint} on {task.name}"))
+    for line in unread_tables({task.name: table}):
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     return table

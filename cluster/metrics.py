@@ -64,6 +64,9 @@ EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
 and the image blanked; `blind`: prompt text only."""
 
+TRUNCATED = "truncated"
+"""Stands among an evaluation's defects for a response that reached the token limit."""
+
 PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
 
@@ -187,7 +190,8 @@ def _pass_values(
                 "leak": d.leak.mean(),
                 "self_consistency": d.self_consistency.mean(),
             }
-            defects[problem] = list(d.defects)
+            cut = [(TRUNCATED,) if r.finish_reason == "length" else () for r in group.rollouts]
+            defects[problem] = [(*ds, *c) for ds, c in zip(d.defects, cut, strict=True)]
         elif name == "sampled":
             n, c, seen = len(d.a), int(d.a.sum()), int(d.a_p.sum())
             metrics = {f"a avg@{n}": d.a.mean(), f"a_p avg@{n}": d.a_p.mean()}

@@ -31,6 +31,7 @@ from cluster.runtime import (
     reward_pool,
     sampling_from,
 )
+from cluster.standstill import Standstill, unread_step
 from cluster.stored import read_scored, stored_steps
 from cluster.stream import free_requests
 from cluster.tracking import Progress, Tracker, read_metrics
@@ -109,6 +110,7 @@ def run_replay(
             with claimed(folder), Tracker(folder, resolved_toml(recipe)) as tracker:
                 progress.say(f"run folder: {folder}")
                 version, gaps = 0, {}
+                standstill = Standstill(progress.say)
                 for step in source.steps:
                     scored = read_scored(source.run, step)
                     metrics = step_metrics(scored, version)
@@ -121,6 +123,7 @@ def run_replay(
                     tracker.log(step, metrics)
                     tell_mismatch(recipe, metrics, progress)
                     progress.step(step, metrics, metrics.get("learner/seconds", 0.0))
+                    standstill.step(metrics, len(updates))
                     if updates and step in source.losses:
                         gaps[step] = abs(metrics["learner/loss"] - source.losses[step])
                 learner.save(folder / "checkpoint")
@@ -132,6 +135,7 @@ def run_replay(
             f"largest difference to the loss of the run: {gaps[worst]:.2g} in step {worst}"
         )
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
+    standstill.end()
     return folder
 
 
@@ -195,6 +199,8 @@ def run_sampling(
                         tracker.log_rollouts(step, scored)
                         seconds = max(r.seconds for g in groups for r in g.rollouts)
                         progress.step(step, metrics, seconds)
+                        if step == 1 and (line := unread_step(metrics)):
+                            progress.say(f"warning: {line}")
                 finally:
                     rewards.close()
         finally:

@@ -23,6 +23,7 @@ from cluster.refill import refill_step
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.scaling import scale_as_asked
+from cluster.standstill import Standstill
 from cluster.stream import GroupStream
 from cluster.tracking import Progress, Tracker, put
 from learner.actor import LearnerGroup
@@ -63,6 +64,8 @@ def run_training(
         progress.say(f"run folder: {folder}")
         verify_transfer(run, at.version)
         before = at.before or measure(run, tracker, step=0)
+        standstill = Standstill(progress.say)
+        standstill.measured(before if not at.step else {})
         step, version, spent = at.step, at.version, at.spent
         curriculum = Curriculum(recipe, run.sources, at.curriculum)
         stream = GroupStream(recipe, curriculum, run.samplers, step, at.buffer)
@@ -100,6 +103,7 @@ def run_training(
             for loss in run.news():
                 progress.say(f"warning: {loss}")
             progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
+            standstill.step(metrics, len(updates))
             if recipe.eval.every and step % recipe.eval.every == 0 and not over:
                 measure(run, tracker, step)
             if stop.asked or checkpoint_due(recipe, step, over):
@@ -114,6 +118,7 @@ def run_training(
         after = save_and_measure(run.learner, folder, lambda: measure(run, tracker, step))
         report_change(folder, before, after, progress)
     draw_report(folder, progress)
+    standstill.end()
     return folder
 
 
