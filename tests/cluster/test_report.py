@@ -103,9 +103,7 @@ def log_steps(tracker: Tracker, steps: int = 3) -> None:
 
 def table_of(**values: Sequence[float]) -> EvalTable:
     per = {m: {f"p{i}": float(v) for i, v in enumerate(vs)} for m, vs in values.items()}
-    rows = tuple(
-        EvalRow(m, float(np.mean(vs)), len(vs), 0.0, 1.0, "wilson") for m, vs in values.items()
-    )
+    rows = tuple(EvalRow(m, float(np.mean(vs)), len(vs), 0.0, 1.0) for m, vs in values.items())
     return EvalTable(rows, per)
 
 

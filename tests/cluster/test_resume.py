@@ -51,7 +51,7 @@ every = 3
 """
 )
 
-TABLE = EvalTable((EvalRow("a", 0.5, 2, 0.1, 0.9, "wilson"),), {"a": {"p1": 1.0, "p2": 0.0}})
+TABLE = EvalTable((EvalRow("a", 0.5, 2, 0.1, 0.9),), {"a": {"p1": 1.0, "p2": 0.0}})
 
 
 def make_run(folder: Path, *steps: int) -> Path:

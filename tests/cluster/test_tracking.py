@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_from_a_step_forgets_those_after_it(tmp_path: Path) -
         crashed.log(step, {"x": float(step)})
         crashed.log_rollouts(step, scored(group(5, "5;10;", "1;2;")))
     for step, a in ((3, 0.5), (5, 1.0)):
-        tables = {"toy": EvalTable((EvalRow("a", a, 1, 0.0, 1.0, "normal"),), {"a": {"p": a}})}
+        tables = {"toy": EvalTable((EvalRow("a", a, 1, 0.0, 1.0),), {"a": {"p": a}})}
         crashed.log_evaluation(step, tables)
     (tmp_path / "error.txt").write_text("it crashed")
     with Tracker(tmp_path, after_step=3) as again:
