@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from learner.families import TINY
 from tasks.load import load_task
+from tasks.responses import HARMLESS
 
 FAMILIES = tuple(TINY)
 
@@ -86,7 +87,8 @@ def _corpus(seed: int) -> tuple[str, ...]:
         rng = np.random.default_rng([seed, index])
         for _ in range(150):
             problem = task.generate(rng, spec)
-            texts += [problem.prompt]
+            # The shipped policy's tokenizer was trained before prompts said this.
+            texts += [problem.prompt.replace(HARMLESS, "")]
             texts += [task.demonstrate(problem, "terse"), task.demonstrate(problem, "verbose")]
     return tuple(texts)
 

@@ -42,7 +42,14 @@ from tasks.graph_puzzle import (
     labelled_key,
 )
 from tasks.graph_teacher import terse_steps, verbose_steps
-from tasks.responses import compose_response, oracle_prefix, parse_response, read_json
+from tasks.responses import (
+    HARMLESS,
+    compose_response,
+    items,
+    oracle_prefix,
+    parse_response,
+    read_json,
+)
 
 Edges = frozenset[Edge]
 """The perception value: unordered pairs, written with i < j."""
@@ -57,7 +64,6 @@ _NUMBER = "0|[1-9][0-9]{0,2}"
 _EDGE = re.compile(f"({_NUMBER})-({_NUMBER})")
 _ASSIGNMENT = re.compile(f"({_NUMBER}):([a-z])")
 _VERTEX = re.compile(_NUMBER)
-_SEPARATOR = re.compile(r"\s*,\s*|\s+")
 
 _Hex = Annotated[str, Field(pattern=r"^(#[0-9a-fA-F]{6}|random)$")]
 
@@ -202,12 +208,13 @@ class GraphColoring:
     def parse(self, text: str) -> Parsed:
         """Read a whole response; never raises.
 
-        Perception: `i-j` tokens in any order and orientation, a JSON list of pairs, or a JSON
+        Perception: `i-j` items in any order and orientation, a JSON list of pairs, or a JSON
         object with `edges` (and `v`, `c`). Defects: `bad_edge`, `self_loop`, `duplicate_edge`
-        (in either orientation), `empty_perception`. Answer: `vertex:letter` tokens or a JSON
+        (in either orientation), `empty_perception`. Answer: `vertex:letter` items or a JSON
         object of letters by vertex. Defects: `bad_assignment`, `duplicate_vertex`. JSON adds
         the defects of `responses.read_json`. Any of them leaves the value None: an edge set
-        would hide a repeat, which is misreading all the same.
+        would hide a repeat, which is misreading all the same. `responses.items` says how items
+        may be parted; spaces may stand around `-` and `:`.
         """
         return parse_response(text, _read_edges, _read_coloring)
 
@@ -335,7 +342,7 @@ def _prompt(spec: GraphColoringSpec) -> str:
         "Reply in three parts. Between <perception> and </perception>: every edge of the graph "
         'once, as two vertex numbers joined by "-", separated by spaces, such as 0-1 0-2 1-3. '
         "Between <reasoning> and </reasoning>: your reasoning. Between <answer> and </answer>: "
-        "a color letter (a, b, c, ...) for every vertex, such as 0:a 1:b 2:b 3:a."
+        f"a color letter (a, b, c, ...) for every vertex, such as 0:a 1:b 2:b 3:a.{HARMLESS}"
     )
 
 
@@ -380,7 +387,7 @@ def _read_edges(text: str) -> tuple[Edges | None, tuple[str, ...]]:
                 return None, ("bad_edge",)
             pairs.append((pair[0], pair[1]))
     else:
-        for token in _SEPARATOR.split(text):
+        for token in items(_closed_up(text, "-")):
             found = _EDGE.fullmatch(token)
             if found is None:
                 return None, ("bad_edge",)
@@ -411,7 +418,7 @@ def _read_coloring(text: str) -> tuple[Coloring | None, tuple[str, ...]]:
                 return None, ("bad_assignment",)
             colors.append((int(vertex), letter))
     else:
-        for token in _SEPARATOR.split(text):
+        for token in items(_closed_up(text, ":")):
             found = _ASSIGNMENT.fullmatch(token)
             if found is None:
                 return None, ("bad_assignment",)
@@ -421,6 +428,11 @@ def _read_coloring(text: str) -> tuple[Coloring | None, tuple[str, ...]]:
     if len({v for v, _ in colors}) < len(colors):
         return None, ("duplicate_vertex",)
     return tuple(sorted(colors)), ()
+
+
+def _closed_up(text: str, mark: str) -> str:
+    """`0 - 1` as `0-1`: without the spaces and tabs beside a mark, in linear time."""
+    return mark.join(part.strip(" \t") for part in text.split(mark))
 
 
 def _is_vertex(value: object) -> bool:

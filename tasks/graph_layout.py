@@ -32,6 +32,8 @@ MIN_CONTRAST_RATIO = 3.0
 MIN_NODE = {0: 6.0, 1: 10.0, 2: 13.0}
 """Smallest vertex diameter (px) chosen automatically, by the digits of its label."""
 STARTS = 4
+MORE_STARTS = 8
+"""With near and far moves in turn, which are stuck less often where room is scarce."""
 MOVES = 800
 SHAPING_MOVES = 400
 """Moves of the local search: to become legible, and to change the number of crossings."""
@@ -137,9 +139,10 @@ def place(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -
     """
     layout_rng, jitter_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
     judge = _Judge(n, edges, look)
-    starts = 1 if look.layout == "circle" else STARTS
-    for _ in range(starts):
-        positions = _search(layout_rng, _start(layout_rng, n, edges, look), judge, look)
+    starts = 1 if look.layout == "circle" else STARTS + MORE_STARTS
+    for number in range(starts):
+        start = _start(layout_rng, n, edges, look)
+        positions = _search(layout_rng, start, judge, look, mixed=number >= STARTS)
         if judge.shortfall(positions) > 0:
             continue
         if look.jitter == 0:
@@ -278,9 +281,12 @@ def _start(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) 
 
 
 def _search(
-    rng: np.random.Generator, positions: np.ndarray, judge: _Judge, look: Look
+    rng: np.random.Generator, positions: np.ndarray, judge: _Judge, look: Look, mixed: bool
 ) -> np.ndarray:
-    """Move one vertex at a time (on the circle: swap two) while the score does not worsen."""
+    """Move one vertex at a time (on the circle: swap two) while the score does not worsen.
+
+    Anywhere in the layout `random`, by a little in `spring`; if `mixed`, either by a coin.
+    """
     as_is = look.crossings == "any"
     if as_is and look.layout == "circle":
         return positions
@@ -296,7 +302,8 @@ def _search(
         else:
             v = int(rng.integers(n))
             low, high = look.border, look.canvas - look.border
-            if look.layout == "random":
+            far = rng.random() < 0.5 if mixed else look.layout == "random"
+            if far:
                 trial[v] = rng.uniform(low, high, size=2)
             else:
                 trial[v] = (trial[v] + rng.normal(0, look.canvas / 10, size=2)).clip(low, high)

@@ -36,6 +36,11 @@ bracket, the answer is the last JSON block after it, and the reasoning lies betw
 around the blocks is then prose, not a defect; `missing_perception` and `missing_answer` are
 the only defects of this style.
 
+What a segment holds is canonical text or JSON. Canonical text is read item by item (`items`):
+cells, edges and assignments may be parted by white space of any kind and length, or by one comma
+with or without it, and a list or line may end in a comma; `HARMLESS` says so in the prompts. In
+JSON no more is allowed than JSON allows.
+
 Readers add defects of their own (`bad_cell`, `bad_shape`, ...); those of `read_json` are
 `bad_json`, `json_too_long`, `json_too_deep` and `bad_number`.
 """
@@ -53,11 +58,15 @@ from tasks.core import SEGMENTS, Parsed, Segment
 Reader = Callable[[str], tuple[Any | None, tuple[str, ...]]]
 """Reads a segment's contents: (value, ()) or (None, defects). Never raises."""
 
+HARMLESS = " Blank lines, extra spaces and commas in between do no harm."
+"""What a prompt that explains the format says of the room `items` leaves."""
+
 JSON_MAX_CHARS = 65_536
 JSON_MAX_DEPTH = 16
 JSON_MAX_DIGITS = 18
 """A longer number is `bad_number`; 18 digits fit int64."""
 
+_SEPARATOR = re.compile(r"\s*,\s*|\s+")
 _TAG = re.compile(r"<(/?)(perception|reasoning|answer)>")
 _BRACKET_OR_STRING_MARK = re.compile(r'[\[\]{}"\\\n]')
 _OPENER = {"]": "[", "}": "{"}
@@ -191,6 +200,14 @@ def without_preamble(segment: str) -> str:
         return segment
     blocks = _json_blocks(segment)
     return segment[blocks[0][0] :] if blocks else segment
+
+
+def items(text: str) -> list[str]:
+    """The items of canonical text, as written; "" where one is missing beside a comma."""
+    found = _SEPARATOR.split(text.strip())
+    if len(found) > 1 and not found[-1]:
+        found.pop()  # what follows the comma at the end
+    return found
 
 
 def read_json(text: str) -> tuple[Any | None, tuple[str, ...]]:

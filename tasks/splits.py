@@ -24,6 +24,10 @@ TEST_SHARE = 0.2
 PATIENCE = 1000
 """Draws without a problem of the wanted split before the knobs are called too narrow."""
 
+UNLUCKY = 8
+"""Draws in a row that may fail (no legible layout, no such puzzle in the tries a task allows)
+before the knobs are called impossible. Each has the task's own tries in it, so few are enough."""
+
 
 def split_of(problem: Problem) -> Split:
     """The split a problem belongs to, by its task and symmetry key alone."""
@@ -37,17 +41,26 @@ def draw_problem(task: Task, spec: BaseModel, split: Split, seed: int, index: in
 
     Depends on (seed, split, index) and the knobs alone, so any part of the stream can be drawn
     in any order by any process. The problem's puzzle is fixed by the reasoning knobs; the
-    perception knobs change its picture only.
+    perception knobs change its picture only. Where `generate` raises ValueError, the stream goes
+    on to its next draw: one unlucky drawing is no reason to end a run.
 
-    Raises DataError when the task cannot draw with these knobs, or they leave too few problems.
+    Raises DataError when `UNLUCKY` draws in a row failed, or the knobs leave too few problems.
     """
     stream = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index))
     rng = np.random.default_rng(stream)
+    failed = 0
     for _ in range(PATIENCE):
         try:
             problem = task.generate(rng, spec)
         except ValueError as error:
-            raise DataError(f"{task.name}: drawing problem {index} of {split}: {error}") from error
+            failed += 1
+            if failed < UNLUCKY:
+                continue
+            raise DataError(
+                f"{task.name}: drawing problem {index} of {split}: {failed} draws in a row "
+                f"failed, the last: {error}"
+            ) from error
+        failed = 0
         if split_of(problem) == split:
             return problem
     raise DataError(

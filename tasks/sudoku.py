@@ -5,7 +5,8 @@ and what makes thinking hard (size, blanks, solving technique) are drawn from se
 streams: with one seed, changing a knob of one kind leaves what the other kind governs as it was.
 
 A grid is a tuple of rows of ints, 0 for a blank. Its canonical text has one row a line, cells
-parted by one space and `-` for a blank.
+parted by one space and `-` for a blank. Cells may also be parted otherwise (`responses.items`) or
+not at all, boxes by a gap in all rows that have no other (`53- -7- ---`) and by blank lines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tasks.core import DataError, Parsed, Problem, Style
-from tasks.responses import compose_response, oracle_prefix, parse_response, read_json
+from tasks.responses import (
+    HARMLESS,
+    compose_response,
+    items,
+    oracle_prefix,
+    parse_response,
+    read_json,
+)
 from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, symmetry_key, unique_solution
 from tasks.sudoku_render import RANDOM, Lines, Look, render
 from tasks.sudoku_teacher import terse_steps, verbose_steps
@@ -275,7 +283,7 @@ def _read_answer(text: str) -> tuple[Grid | None, tuple[str, ...]]:
 
 
 def _read_grid(text: str) -> tuple[Grid | None, tuple[str, ...]]:
-    """Rows of cells (`1 - 3 4` or `1-34`) or a JSON list of lists; blank is `-` or 0."""
+    """Rows of cells (`1 - 3 4`, `1-34` or `1- 34`) or a JSON list of lists; blank is `-` or 0."""
     text = text.strip()
     rows: list[Any]
     if text[:1] in ("[", "{"):
@@ -286,14 +294,21 @@ def _read_grid(text: str) -> tuple[Grid | None, tuple[str, ...]]:
             return None, ("bad_shape",)
         rows = value
     else:
-        rows = [line.split() for line in text.split("\n")]
-        rows = [list(row[0]) if len(row) == 1 else row for row in rows]
+        lines = [line for line in text.split("\n") if not line.isspace() and line]
+        rows = [_row(line, len(lines)) for line in lines]
     if len(rows) not in SIZES or any(len(row) != len(rows) for row in rows):
         return None, ("bad_shape",)
     grid = tuple(tuple(_read_cell(cell, len(rows)) for cell in row) for row in rows)
     if any(-1 in row for row in grid):
         return None, ("bad_cell",)
     return grid, ()
+
+
+def _row(line: str, size: int) -> list[str]:
+    """The cells of a line, of which each is one character: `12 34` cannot be two numbers."""
+    cells = items(line)
+    boxes = "," not in line and all(len(cell) ** 2 == size for cell in cells)
+    return list("".join(cells)) if len(cells) == 1 or boxes else cells
 
 
 def _read_cell(cell: Any, size: int) -> int:
@@ -355,7 +370,8 @@ def _prompt(spec: SudokuSpec) -> str:
         f"and each {side}x{side} box holds every digit from 1 to {n} exactly once.\n"
         "First write down the grid you see, one row a line, cells separated by spaces, with - "
         "(or 0) for an empty cell. Then reason step by step. Then write the completed grid in "
-        "the same form, without empty cells. Use exactly this layout and nothing outside it:\n"
+        f"the same form, without empty cells.{HARMLESS} Use exactly this layout and nothing "
+        "outside it:\n"
         "<perception>\nthe grid in the image\n</perception>\n"
         "<reasoning>\nyour reasoning\n</reasoning>\n"
         "<answer>\nthe completed grid\n</answer>"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from tasks import graph_coloring, sudoku
 from tasks.core import DataError, Problem
@@ -172,6 +173,48 @@ def test_sides_are_decided_for_good() -> None:
     sides = [split_of(replace(problem, symmetry_key=f"key-{n}"))[1] for n in range(24)]
     # Changing these moves held-out problems of old runs and data sets into training.
     assert "".join(sides) == "rrerreeerrrerrrrerrrrrrr"
+
+
+class Unlucky(sudoku.Sudoku):
+    """Fails as often as `failing` says, before it draws anything else."""
+
+    failing = 0.25
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        if rng.random() < self.failing:
+            raise ValueError("no such luck")
+        return super().generate(rng, spec)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_unlucky_drawing_is_drawn_again_and_depends_on_nothing_else() -> None:
+    task = Unlucky()
+    spec = task.spec(**SUDOKU)
+    forth = [draw_problem(task, spec, "test", 3, index) for index in range(30)]
+    back = [draw_problem(task, spec, "test", 3, index) for index in reversed(range(30))]
+    assert forth == back[::-1]
+    assert {split_of(problem) for problem in forth} == {"test"}
+    task.failing = 1.0
+    with pytest.raises(DataError, match=r"problem 2 of test: 8 draws in a row .* no such luck"):
+        draw_problem(task, spec, "test", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "unlucky"),
+    [
+        ({"vertices": 12, "layout": "random"}, (27, 34)),
+        ({"vertices": 14, "layout": "random", "canvas": 224}, (3, 6)),
+    ],
+)
+def test_a_graph_without_a_legible_layout_at_once_is_drawn_all_the_same(
+    knobs: dict[str, Any], unlucky: tuple[int, ...]
+) -> None:
+    """These raised `no legible random layout`; the graph does not depend on the picture."""
+    task = load_task("graph_coloring")
+    for index in unlucky:
+        drawn = draw_problem(task, task.spec(**knobs), "train", 0, index)
+        plain = draw_problem(task, task.spec(vertices=knobs["vertices"]), "train", 0, index)
+        assert drawn.truth == plain.truth
 
 
 @pytest.mark.usefixtures("undrawn")
