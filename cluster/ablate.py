@@ -35,6 +35,7 @@ from cluster.ablation_config import Ablation, Cell, CellCommand, CellName, chang
 from cluster.ablation_progress import GridProgress
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.placement import Machine, plan
+from tasks.files import put_text
 
 MARK = "EQUIPOISE_CELL"
 """Environment variable that a cell's processes carry: the folder of the cell."""
@@ -242,7 +243,7 @@ def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
     here.mkdir(parents=True)
     job = f"equipoise-{uuid4().hex[:16]}"
     recipe = here / "recipe.toml"
-    recipe.write_text(resolved_toml(cell.recipe), encoding="utf-8")
+    put_text(recipe, resolved_toml(cell.recipe))
     started = {"job": job, "weights": hash_weights(cell.recipe.model.path), "time": time.time()}
     _write_json(here / "started.json", started)
     with (here / "log.txt").open("wb") as log:
@@ -455,12 +456,7 @@ def _adopt(ablation: Ablation, folder: Path) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all, also when the machine stops."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    put_text(path, json.dumps(value, indent=1))
 
 
 def slots_for(ablation: Ablation, machine: Machine) -> int:

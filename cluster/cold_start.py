@@ -37,7 +37,7 @@ from cluster.runtime import (
     sampling_from,
 )
 from cluster.sections_learner import SftConfig
-from cluster.tracking import Progress, Tracker, put, read_metrics
+from cluster.tracking import Progress, Tracker, read_metrics
 from cluster.train import (
     checkpoint_due,
     measure,
@@ -57,6 +57,7 @@ from learner.trainer import LearnerSettings
 from learner.warmup import warm_up_vision
 from rollout.tokens import load_processor
 from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
+from tasks.files import put_text
 
 WARMUP_BATCH = 128
 WARMUP_STREAM = 2**31
@@ -126,9 +127,9 @@ def run_sft(
         if not tables:
             tables = measure_checkpoint(recipe, opened, folder, progress)
     summary = summarise(past_shares(folder), sft, seconds)
-    (folder / "sft.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    put_text(folder / "sft.json", json.dumps(summary, indent=1))
     card = model_card(recipe, summary, tables)
-    (folder / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
+    put_text(folder / "checkpoint" / "README.md", card)
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
 
@@ -252,7 +253,7 @@ def measure_checkpoint(
     with sampling_from(measured, str(folder / "checkpoint")) as samplers:
         tables = evaluate_all(samplers, opened, measured)
     kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
-    put(folder / "evaluation.json", lambda path: path.write_text(kept, encoding="utf-8"))
+    put_text(folder / "evaluation.json", kept)
     for task, table in tables.items():
         progress.console.print(table.to_rich(f"{recipe.name} on {task}"))
     return tables

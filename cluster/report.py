@@ -49,7 +49,8 @@ from cluster.report_words import (
     training_table,
     warnings,
 )
-from cluster.tracking import put, read_metrics
+from cluster.tracking import read_metrics
+from tasks.files import put, put_text
 
 FLAT_SCHEMA = pa.schema(
     {
@@ -94,7 +95,7 @@ def write_report(run_dir: Path) -> Path:
     warning in the report.
     """
     path = run_dir / "report.html"
-    put(path, lambda beside: beside.write_text(to_html(build(read_run(run_dir))), "utf-8"))
+    put_text(path, to_html(build(read_run(run_dir))))
     return path
 
 

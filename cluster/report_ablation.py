@@ -37,7 +37,7 @@ from cluster.report_page import Report, Section, to_html
 from cluster.report_rollouts import Shown, read_arms
 from cluster.report_words import Words, settings_table
 from cluster.statistics import Estimate
-from cluster.tracking import put
+from tasks.files import put, put_text
 
 ABLATION_SCHEMA = pa.schema(
     {
@@ -95,10 +95,10 @@ def write_results(folder: Path) -> tuple[AblationRecord, Report]:
     record = read_ablation(folder)
     numbers = json.dumps(record.summary.to_dict() | {"pairing_faults": record.faults}, indent=1)
     put(folder / "results.parquet", lambda beside: pq.write_table(record.table, beside))
-    put(folder / "summary.json", lambda beside: beside.write_text(numbers, "utf-8"))
+    put_text(folder / "summary.json", numbers)
     report = build_ablation(record)
     page = to_html(report)
-    put(folder / "report.html", lambda beside: beside.write_text(page, "utf-8"))
+    put_text(folder / "report.html", page)
     return record, report
 
 

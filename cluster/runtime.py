@@ -36,6 +36,7 @@ from rollout.pool import PoolClient, SamplerPool
 from rollout.sampler import ray_samplers
 from rollout.tokens import load_processor, load_reader
 from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
+from tasks.files import put_text
 
 LOCAL_RAY_TRIES = 3
 
@@ -386,7 +387,7 @@ def actor_errors(folder: Path | None) -> Iterator[None]:
         message = explain(error)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
+            put_text(folder / "error.txt", message + "\n")
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error

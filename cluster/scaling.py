@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import ray
@@ -17,6 +16,7 @@ from cluster.config import UserError
 from cluster.placement import require_cluster
 from cluster.runtime import LivePolicy
 from cluster.tracking import Progress
+from tasks.files import put_text
 
 WISH = "scale.json"
 
@@ -30,9 +30,7 @@ def ask(run: Path, samplers: int) -> None:
             f"{run}: no process is running it; to go on with it: equipoise train --resume {run} "
             f"--set sampler.count={samplers}"
         )
-    fresh = run / f".{WISH}.{os.getpid()}"
-    fresh.write_text(json.dumps({"samplers": samplers}), encoding="utf-8")
-    fresh.replace(run / WISH)
+    put_text(run / WISH, json.dumps({"samplers": samplers}))
 
 
 def asked(run: Path) -> int | None:

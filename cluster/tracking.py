@@ -24,7 +24,7 @@ import platform
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from cluster.terminal import printable
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import ScoredGroup
 from rollout.record import Group
+from tasks.files import put, put_text
 
 if TYPE_CHECKING:  # torch, which reading a run does not need
     from cluster.metrics import EvalTable
@@ -147,10 +148,9 @@ class Tracker:
         for folder in ("metrics", "rollouts", "images"):
             (self.run_dir / folder).mkdir(parents=True, exist_ok=True)
         if recipe_toml is not None:
-            text = recipe_toml.encode()
-            put(self.run_dir / "recipe.toml", lambda path: path.write_bytes(text))
+            put_text(self.run_dir / "recipe.toml", recipe_toml)
         versions = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
-        put(self.run_dir / "versions.json", lambda path: path.write_bytes(versions.encode()))
+        put_text(self.run_dir / "versions.json", versions)
         self._events = EventFileWriter(str(self.run_dir / "tensorboard"))
         if after_step is not None:
             self._rewind(after_step)
@@ -345,13 +345,6 @@ def _git_state() -> dict[str, Any] | None:
         return None
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     return {"commit": commit, "modified": bool(changes)} if commit else None
-
-
-def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it into place: no reader sees half of it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    os.replace(beside, path)
 
 
 def _metric_parts(run_dir: Path) -> list[Path]:

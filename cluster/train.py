@@ -25,7 +25,7 @@ from cluster.runtime import LivePolicy, Run, new_run_folder, running
 from cluster.scaling import scale_as_asked
 from cluster.standstill import Standstill
 from cluster.stream import GroupStream
-from cluster.tracking import Progress, Tracker, put
+from cluster.tracking import Progress, Tracker
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
 from learner.correction import Correction, with_old_logprobs
@@ -36,6 +36,7 @@ from rewards.records import ScoredGroup
 from rollout.record import Group
 from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment
+from tasks.files import put_text
 
 T = TypeVar("T")
 
@@ -335,7 +336,7 @@ def report_change(
         }
         for task, change in changes.items()
     }
-    put(folder / "evaluation.json", lambda path: path.write_text(json.dumps(kept, indent=1)))
+    put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
     for task, change in changes.items():
         progress.console.print(change.to_rich(f"{task}: before and after"))
     progress.say(f"checkpoint: {folder / 'checkpoint'}")

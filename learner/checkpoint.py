@@ -4,21 +4,21 @@
     step-000010/training/         what is needed to go on (see `learner.state`)
     step-000010/manifest.json     {"files": {"<path>": {"bytes": n, "sha256": "..."}}}
 
-It is filled under another name, every file and folder is flushed to the disk, and then it is
-renamed. A folder without its manifest, or with any byte changed, is refused by name.
+It is put in place whole (`tasks.files.replacing`). A folder without its manifest, or with any byte
+changed, is refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tasks.files import recover
 
 MANIFEST = "manifest.json"
 TRAINING = "training"
@@ -36,6 +36,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """The training checkpoints of a run, oldest first, whole or not."""
+    for aside in (run / "checkpoints").glob(".step-*.old"):
+        recover(aside.with_name(aside.name[1:].removesuffix(".old")))
     found = (run / "checkpoints").glob("step-*")
     return sorted((f for f in found if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
 
@@ -58,16 +60,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of all files in a folder and flush them, and it, to the disk."""
+    """Write the manifest of all files in a folder."""
     files = {}
     for path in _files(folder):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
     write_json(folder / MANIFEST, {"files": files})
-    for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _flush(path)
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -118,29 +117,6 @@ class Writer:
             writing.result()
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes the place of `folder` once the block ends without error.
-
-    After an error, or if the process dies within the block, `folder` is as it was.
-    """
-    fresh = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-    except BaseException:
-        shutil.rmtree(fresh)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
@@ -152,12 +128,3 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: missing; not a whole training checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from learner.balance import NormOf, SegmentGradients, segment_gradients
 from learner.batch import MicroBatch, TrainBatch
-from learner.checkpoint import STATE, TRAINING, Writer, prune, replacing, seal, write_json
+from learner.checkpoint import STATE, TRAINING, Writer, prune, seal, write_json
 from learner.correction import mismatch_summary
 from learner.lora import ADAPTER, Adapters, AdapterWeights
 from learner.losses import Loss, token_statistics
@@ -42,6 +42,7 @@ from learner.trainer import LearnerSettings, NonFiniteLoss, WorldPlace
 from learner.weights import GatheredWeights, layer_groups
 from rollout.tokens import ModelError
 from tasks.core import SEGMENTS
+from tasks.files import replacing
 from tasks.images import mask_patches
 
 BUILD_SECONDS = 900.0

@@ -44,6 +44,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from tasks.core import DataError, Problem, Style, Task
+from tasks.files import flush
 from tasks.images import check_image, content_hash
 from tasks.splits import Split, draw_problem
 
@@ -52,6 +53,8 @@ FORMAT_VERSION = 1
 GENERATOR_VERSION = 1
 """Raise it when a built-in task draws or renders differently for the same seed."""
 MANIFEST = "manifest.json"
+COMPLETE = ".complete"
+"""Holds a data set that is whole and was not yet moved to its place."""
 
 ResponseStyle = Literal["none", Style]
 
@@ -328,7 +331,10 @@ class SplitWriter:
 
 @contextmanager
 def staged(folder: Path, splits: Iterable[str], overwrite: bool) -> Iterator[Path]:
-    """A hidden folder to write in; its files move to `folder` once all of them are done."""
+    """A hidden folder to write in; its files move to `folder` once all of them are done.
+
+    Killed at any moment, the next reader or writer (`settle`) finds the old set or the new one.
+    """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name a folder to write the data set in")
     taken = [n for n in (MANIFEST, *(f"{s}.parquet" for s in splits)) if (folder / n).exists()]
@@ -337,28 +343,37 @@ def staged(folder: Path, splits: Iterable[str], overwrite: bool) -> Iterator[Pat
             f"{folder}: already holds {', '.join(taken)}; name another folder, or replace the "
             "data set with --force"
         )
+    settle(folder)
     home = next(p for p in (folder, *folder.parents) if p.is_dir())  # the same file system
     with tempfile.TemporaryDirectory(prefix=".equipoise-", dir=home) as name:
         stage = Path(name)
         yield stage
+        for path in (*stage.iterdir(), stage):
+            flush(path)
         folder.mkdir(parents=True, exist_ok=True)
-        # The old manifest goes first and the new one comes last: whatever is interrupted, a
-        # folder with a manifest is whole.
-        stale = _listed_files(folder)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for old in stale:
-            old.unlink(missing_ok=True)
-        for new in sorted(stage.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
-            os.replace(new, folder / new.name)
+        stage.rename(folder / COMPLETE)
+    settle(folder)
 
 
-def _listed_files(folder: Path) -> list[Path]:
+def settle(folder: Path) -> None:
+    """Move a data set that is complete to its place, also for a process that was killed at it."""
+    complete = folder / COMPLETE
+    if (complete / MANIFEST).exists():
+        for name in {*_listed_files(folder)} - {*_listed_files(complete)}:
+            (folder / name).unlink(missing_ok=True)
+        # The manifest comes last: until then the old one says which files are of the old set.
+        for file in sorted(complete.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
+            os.replace(file, folder / file.name)
+    if complete.exists():
+        complete.rmdir()
+
+
+def _listed_files(folder: Path) -> list[str]:
     """The Parquet files that a folder's manifest lists as its own."""
     try:
-        names = [entry["file"] for entry in read_manifest(folder)["splits"].values()]
+        return [entry["file"] for entry in _manifest(folder)["splits"].values()]
     except DataError:  # absent, or the damage that is being repaired
         return []
-    return [folder / name for name in names]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -367,7 +382,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         DataError: absent, not JSON, or not of a data set.
     """
-    file = Path(folder) / MANIFEST
+    settle(Path(folder))
+    return _manifest(Path(folder))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -430,6 +450,7 @@ def _split_file(path: Path, split: str) -> Path:
         return path
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; `equipoise tasks generate` makes one")
+    settle(path)
     file = path / f"{split}.parquet"
     if not file.is_file():
         there = ", ".join(sorted(p.stem for p in path.glob("*.parquet"))) or "none"

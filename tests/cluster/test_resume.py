@@ -18,7 +18,8 @@ from cluster.cli import main
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.metrics import EvalRow, EvalTable
 from cluster.tracking import read_metrics, read_rollouts
-from learner.checkpoint import checkpoint_folder, checkpoint_folders, replacing, seal, write_json
+from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
+from tasks.files import replacing
 from tests.cluster.real_runs import ROOT, TINY_SUDOKU, start, wait_for
 
 RECIPE = (

@@ -14,7 +14,8 @@ from cluster.cold_start import past_shares
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
 from cluster.tracking import Tracker, read_metrics
 from learner.balance import Balance, SegmentGradients
-from learner.checkpoint import checkpoint_folder, checkpoint_folders, replacing, seal, write_json
+from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
+from tasks.files import replacing
 from tests.cluster.real_runs import TINY_SUDOKU, start, wait_for
 from tests.cluster.test_resume import TABLE
 

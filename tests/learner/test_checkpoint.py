@@ -20,7 +20,6 @@ from learner.checkpoint import (
     checkpoint_folder,
     checkpoint_folders,
     prune,
-    replacing,
     seal,
     write_json,
 )
@@ -28,6 +27,7 @@ from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.state import own_part
 from learner.trainer import LearnerSettings
+from tasks.files import replacing
 from tests.learner.ranks import Job, Outcome, run_killed, run_ranks
 from tests.learner.samples import mixed_batch
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 
 from learner.batch import Layout, TrainBatch, TrainSequence
-from learner.checkpoint import replacing
 from learner.engine import (
     BUILD_SECONDS,
     LearnerSettings,
@@ -26,6 +25,7 @@ from learner.policy import load_policy, make_collator
 from learner.policy_loss import Papo, PolicyLoss
 from learner.tiny import FAMILIES
 from learner.weights import in_buckets, layer_groups
+from tasks.files import replacing
 from tasks.images import mask_patches
 from tests.learner.ranks import Job, Outcome, run_ranks
 from tests.learner.samples import CliffLoss, mixed_batch

@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tasks.datasets import SCHEMA, read_dataset, read_examples, write_dataset
 from tasks.load import load_task
 from tasks.responses import compose_response, oracle_prefix, parse_response
 from tasks.splits import draw_problem, split_of
+from tests.tasks.killed import killed_before
 
 
 class ShadeSpec(BaseModel):
@@ -381,28 +382,30 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, after: int) -> None
     assert tree(tmp_path / "data") == before
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2])
-def test_stopped_between_files_the_folder_claims_nothing(
-    tmp_path: Path, moves: int, monkeypatch: pytest.MonkeyPatch
+def test_killed_at_any_moment_a_data_set_is_the_old_one_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written(tmp_path)
-    done: Iterator[int] = iter(range(moves))
-    real = datasets.os.replace
+    monkeypatch.setattr(datasets, "flush", lambda _: None)
 
-    def replace(source: Path, target: Path) -> None:
-        if next(done, None) is None:
-            raise OSError("disk gone")
-        real(source, target)
+    def old(at: Path) -> Path:
+        return written(at, splits={"train": 4, "test": 2})
 
-    monkeypatch.setattr(datasets.os, "replace", replace)
-    with pytest.raises(OSError, match="disk gone"):
-        written(tmp_path, seed=1, overwrite=True)
-    assert not (tmp_path / "data" / "manifest.json").exists()
-    for file in (tmp_path / "data").glob("*.parquet"):
-        read_dataset(file)  # whole, as far as it is there
-    monkeypatch.undo()
-    written(tmp_path, seed=1, overwrite=True)
-    assert len(read_dataset(tmp_path / "data")) == 40
+    def new(at: Path) -> Path:
+        return written(at, splits={"train": 3, "more": 2}, seed=1, overwrite=True)
+
+    def shown(folder: Path) -> dict[str, bytes]:
+        return {name: data for name, data in tree(folder).items() if name[0] != "."}
+
+    whole = [tree(old(tmp_path / "old")), tree(new(tmp_path / "new"))]
+    change, died = 0, True
+    while died:
+        folder = old(tmp_path / str(change))
+        died = killed_before(change, lambda folder=folder: new(folder.parent))
+        read_dataset(folder)
+        assert shown(folder) in whole
+        assert shown(new(folder.parent)) == whole[1]
+        change += 1
+    assert change > 5
 
 
 def test_a_data_set_is_replaced_only_when_asked(tmp_path: Path) -> None:
