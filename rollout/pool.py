@@ -264,12 +264,14 @@ class SamplerPool:
                 return found
 
     def stop(self) -> None:
-        """Shut the engines down, then their actors."""
+        """Shut the engines down, then their actors; nothing where that is done."""
         with self._changed:
             self._stopped = True
         self._events.put(())
         self._thread.join()
-        _retire([client for _, client in self._clients.values()])
+        with self._changed:
+            held, self._clients = self._clients, {}
+        _retire([client for _, client in held.values()])
 
     # Inside
 

@@ -1,10 +1,15 @@
-"""Tiny policies of all families, made once for all tests that need real weights."""
+"""What tests of several rooms share: tiny policies of all families, samplers without engines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.rollout.pretend import Samplers
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +22,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[family] = tmp_path_factory.mktemp("models") / family
         make_tiny(family, folders[family], seed=0)
     return folders
+
+
+@pytest.fixture
+def samplers() -> Iterator[Samplers]:
+    """Samplers without engines, whose pools and threads end with the test."""
+    from tests.rollout.pretend import Samplers
+
+    made = Samplers()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,11 @@ def pool_of_two() -> Iterator[SamplerPool]:
         PoolLimits(sequences=8, start_seconds=20.0),
         "told",
     )
-    pool.wait_ready(60)
-    yield pool
-    pool.stop()
+    try:
+        pool.wait_ready(60)
+        yield pool
+    finally:
+        pool.stop()
 
 
 def until(what: Callable[[], object], seconds: float = 120) -> None:

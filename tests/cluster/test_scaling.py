@@ -14,7 +14,6 @@ from cluster.cli import main
 from cluster.config import UserError, load_recipe
 from cluster.scaling import WISH, ask, asked, scale_as_asked
 from rollout.dispatch import PoolLimits
-from rollout.pool import SamplerPool
 from tests.cluster.test_resume import RECIPE
 from tests.rollout.pretend import Samplers, request
 
@@ -61,12 +60,11 @@ def test_a_wish_that_cannot_be_read_is_said_and_left(run: Path, text: str) -> No
 
 
 def test_the_pool_grows_and_shrinks_and_keeps_within_the_cluster(
-    run: Path, monkeypatch: Any
+    run: Path, samplers: Samplers, monkeypatch: Any
 ) -> None:
     recipe = load_recipe(run / "recipe.toml", ["sampler.count=1", "learner.cpus=1.0"])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
-    samplers = Samplers()
-    pool = SamplerPool(samplers, 1, PoolLimits())
+    pool = samplers.pool(1, PoolLimits())
     pool.wait_ready(60)
     live: Any = SimpleNamespace(recipe=recipe, samplers=pool)
     said: list[str] = []
@@ -84,5 +82,3 @@ def test_the_pool_grows_and_shrinks_and_keeps_within_the_cluster(
     assert said[1].startswith("warning: not scaled: sampler.count × sampler.cpus + ")
     assert "4 cores, but the cluster has 3" in said[1]
     assert said[3].startswith("warning: not scaled: ") and len(said) == 4
-    pool.stop()
-    samplers.close()

@@ -58,18 +58,11 @@ class Learner:
         self.gathered += 1
 
 
-@pytest.fixture
-def samplers() -> Iterator[Samplers]:
-    made = Samplers()
-    yield made
-    made.close()
-
-
 def start(
     samplers: Samplers, count: int, restarts: int = 5, request_seconds: float = 600.0
 ) -> tuple[SamplerPool, Learner, Delivery]:
     limits = PoolLimits(max_restarts=restarts, request_seconds=request_seconds)
-    pool = SamplerPool(samplers, count, limits)
+    pool = samplers.pool(count, limits)
     pool.wait_ready(60)
     learner = Learner()
 
@@ -185,6 +178,10 @@ def test_a_transfer_that_was_begun_and_failed_is_made_good(
     assert len(pool.collect(4, 60)) == 4
     assert samplers.lives[0].version == wanted
     pool.wait_ready(60)
+    # The fresh one may come up after the transfer was made again: no group before it has its own.
+    fresh = samplers.lives[-1]
+    for life in samplers.lives:
+        life.fate = lambda asked: fresh.reached.wait(60) and None
     pool.sample([request(f"h-{i}", n=200) for i in range(8)])
     assert not bad.alive and pool.counts()["restarts/transfer"] == 1
     assert {life.version for life in samplers.lives if life.alive} == {wanted}
@@ -305,7 +302,7 @@ def test_a_sampler_lost_over_its_checksums_again_and_again_ends_the_run(
 
 def test_losses_of_frozen_models_are_counted_and_told(samplers: Samplers) -> None:
     names = ("sampler", "frozen-0", "frozen-1")
-    pools = {name: SamplerPool(samplers, 1, PoolLimits(), name) for name in names}
+    pools = {name: samplers.pool(1, PoolLimits(), name) for name in names}
     for pool in pools.values():
         pool.wait_ready(60)
     policy, *frozen = pools.values()

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rollout.dispatch import Died
+from rollout.dispatch import Died, PoolLimits
+from rollout.pool import SamplerPool
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from tasks.core import Parsed, Problem
 
@@ -132,19 +133,27 @@ class Threaded:
 
 
 class Samplers:
-    """What a pool starts its samplers with; remembers every life."""
+    """What a pool starts its samplers with; remembers every life, and every pool made here."""
 
     def __init__(self, fate: Callable[[Any], Any] = lambda asked: None) -> None:
         self.threads = ThreadPoolExecutor(8)
         self.fate = fate
         self.lives: list[Threaded] = []
+        self._pools: list[SamplerPool] = []
+
+    def pool(self, count: int, limits: PoolLimits, name: str = "sampler") -> SamplerPool:
+        """A pool of these samplers, that `close` stops: its thread never outlives a test."""
+        self._pools.append(SamplerPool(self, count, limits, name))
+        return self._pools[-1]
 
     def __call__(self, name: str) -> Threaded:
         self.lives.append(Threaded(name, self.threads, self.fate))
         return self.lives[-1]
 
     def close(self) -> None:
-        """End all threads, those that hang too."""
+        """Stop all pools and end all threads, those that hang too."""
         Threaded.over.set()
+        for pool in self._pools:
+            pool.stop()
         self.threads.shutdown()
         Threaded.over.clear()

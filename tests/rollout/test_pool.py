@@ -5,25 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rollout.dispatch import Died, PoolLimits, Refused, SamplerLost
-from rollout.pool import SamplerPool
 from rollout.record import Group
 from tests.rollout.pretend import Samplers, request, score_request
 
 LIMITS = PoolLimits(sequences=16, max_restarts=10**9)
-
-
-@pytest.fixture
-def samplers() -> Iterator[Samplers]:
-    made = Samplers()
-    yield made
-    made.close()
 
 
 def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers) -> None:
@@ -35,7 +26,7 @@ def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers
         return Died("actor", "gone") if unlucky else None
 
     samplers.fate = fate
-    pool = SamplerPool(samplers, 3, LIMITS)
+    pool = samplers.pool(3, LIMITS)
     pool.wait_ready(60)
     wrong: list[str] = []
 
@@ -85,7 +76,7 @@ def test_the_only_sampler_gets_its_weights_by_the_hook_while_the_driver_waits(
         return None if samplers.lives[-1].version == 7 else Refused(ValueError(name), "stale")
 
     samplers.fate = fate
-    pool = SamplerPool(samplers, 1, LIMITS)
+    pool = samplers.pool(1, LIMITS)
     pool.wait_ready(60)
     hooked: list[str] = []
 
@@ -131,7 +122,7 @@ def test_collect_says_what_there_is_by_its_time_and_raises_a_refusal_alone(
         return Refused(ValueError("too long"), "x") if asked.group_id == "bad" else None
 
     samplers.fate = fate
-    pool = SamplerPool(samplers, 1, LIMITS)
+    pool = samplers.pool(1, LIMITS)
     pool.wait_ready(60)
     pool.submit([request("slow")])
     assert pool.collect(1, 0.0) == []
@@ -160,7 +151,7 @@ def test_collect_says_what_there_is_by_its_time_and_raises_a_refusal_alone(
 def test_a_pool_that_loses_hope_wakes_those_who_wait(samplers: Samplers) -> None:
     gate = threading.Event()
     samplers.fate = lambda asked: gate.wait(60) and Died("engine", "EngineDied: no more")
-    pool = SamplerPool(samplers, 1, PoolLimits(max_restarts=0))
+    pool = samplers.pool(1, PoolLimits(max_restarts=0))
     pool.wait_ready(60)
     threading.Timer(0.3, gate.set).start()
     pool.submit([request("g")])
@@ -179,7 +170,7 @@ def test_a_pool_that_loses_hope_wakes_those_who_wait(samplers: Samplers) -> None
 def test_a_sampler_replaced_by_the_driver_hands_its_work_on(samplers: Samplers) -> None:
     gate = threading.Event()
     samplers.fate = lambda asked: gate.wait(60) and None
-    pool = SamplerPool(samplers, 2, LIMITS)
+    pool = samplers.pool(2, LIMITS)
     pool.wait_ready(60)
     pool.submit([request("g-0"), request("g-1")])
     first = pool.clients

@@ -127,9 +127,11 @@ def told(count: int, limits: PoolLimits = LIMITS) -> Iterator[SamplerPool]:
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, Told.remote(name)), count, limits, "told"
     )
-    pool.wait_ready(60)
-    yield pool
-    pool.stop()
+    try:
+        pool.wait_ready(60)
+        yield pool
+    finally:
+        pool.stop()
 
 
 def asked(*ids: str) -> list[ScoreRequest]:
