@@ -339,6 +339,9 @@ def _ready(
     if dry_run:
         print(resolved_toml(recipe))
         print("\n".join(f"# {line}".rstrip() for line in describe(placement).splitlines()))
+        from cluster.preflight import preflight
+
+        preflight(recipe, command, lambda line: print(f"# note: {line}"), dry_run=True)
         return False
     if address is None:
         placement.require()

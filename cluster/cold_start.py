@@ -26,7 +26,8 @@ from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import PASSES, evaluate_all
 from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
-from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.preflight import preflight
+from cluster.problems import ProblemSource
 from cluster.runtime import (
     LivePolicy,
     actor_errors,
@@ -55,7 +56,6 @@ from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Source, draw
 from learner.trainer import LearnerSettings
 from learner.warmup import warm_up_vision
-from rollout.tokens import load_processor
 from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
 from tasks.files import put_text
 
@@ -90,12 +90,10 @@ def run_sft(
     folder = resumed.run if resumed else new_run_folder(recipe, output)
     at = resumed.position if resumed else Position(command="sft")
     progress = Progress(sft.steps)
-    opened = open_sources(recipe.tasks)
+    ready = preflight(recipe, "sft", progress.say)
+    opened, processor = ready.sources, ready.processor
     sources = demonstration_sources(recipe, opened)
-    processor = load_processor(recipe.model.path)
     started = time.perf_counter()
-    for source in opened:
-        held_out(source, recipe.eval.seed, recipe.eval.problems)
     with (
         tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
         actor_errors(folder),
@@ -260,15 +258,10 @@ def measure_checkpoint(
 
 
 def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> list[Source]:
-    """The recipe's tasks as sources of demonstrations; stored rows need a response."""
+    """The recipe's tasks as sources of demonstrations; of stored rows those with a response."""
     sources = []
-    for index, (config, source) in enumerate(zip(recipe.tasks, opened, strict=True)):
+    for config, source in zip(recipe.tasks, opened, strict=True):
         rows = tuple((e.problem, e.response) for e in source.train if e.response)
-        if config.data is not None and not rows:
-            raise DataError(
-                f"tasks[{index}].data: {config.data}: no row of split train has a response to "
-                "learn from; SFT needs demonstrations (column `response`)"
-            )
         sources.append(Source(source.task, source.weight, config.style, source.spec, rows))
     return sources
 

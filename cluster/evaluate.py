@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster.config import Recipe
 from cluster.metrics import EvalPass, EvalTable, eval_table
-from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.problems import ProblemSource, held_out
 from cluster.sections_rollout import EvalConfig, ModelConfig, SamplerConfig, TaskConfig
 from cluster.standstill import unread_tables
 from rollout.pool import SamplerPool
@@ -108,8 +108,8 @@ def run_eval(
     import ray
 
     from cluster.placement import require_cluster
+    from cluster.preflight import preflight
     from cluster.runtime import actor_errors, connected, sampling_from
-    from rollout.tokens import load_processor
 
     recipe = Recipe(
         name="eval",
@@ -120,10 +120,9 @@ def run_eval(
         sampler=like.sampler if like else SamplerConfig(),
         eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
     )
-    sources = open_sources(recipe.tasks)
-    load_processor(checkpoint)
-    chosen = held_out(sources[0], seed, problems)
     console = Console(stderr=as_json)
+    sources = preflight(recipe, "eval", console.print).sources
+    chosen = held_out(sources[0], seed, problems)
     console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
     with actor_errors(None), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "eval")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
 
+from cluster.room import Room
 from cluster.sections_rollout import TaskConfig
 from tasks.core import DataError, Problem, Task
 from tasks.datasets import Example, read_examples
@@ -18,6 +20,8 @@ from tasks.splits import Split, draw_problem
 
 PATIENCE = 200
 """Draws in a row without a new test problem before there are taken to be no more."""
+REDRAWS = 20
+"""Draws in a row of problems that do not fit the policy before none is taken to fit."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class ProblemSource:
     """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored examples.
 
     `label` names the entry in tables and metrics: the task's name, with a number from the
-    second entry of one task on.
+    second entry of one task on. Stored rows fit the policy; of a task with knobs each problem is
+    held against `room` when it is drawn, and with `redraws` another takes its place, which
+    `left_out` counts.
     """
 
     label: str
@@ -34,9 +40,14 @@ class ProblemSource:
     spec: BaseModel | None
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    room: Room | None = None
+    redraws: bool = False
+    left_out: Counter[Split] = field(default_factory=Counter)
 
     @classmethod
-    def open(cls, config: TaskConfig, index: int, label: str) -> ProblemSource:
+    def open(
+        cls, config: TaskConfig, index: int, label: str, check_images: bool = True
+    ) -> ProblemSource:
         """Load the task and, where the recipe names a data set, its splits.
 
         Raises DataError naming file and field for data that cannot be used.
@@ -50,8 +61,8 @@ class ProblemSource:
                 f"tasks[{index}].data: {config.data}: expected the folder of a data set, with a "
                 "train and a test split; make one with `equipoise tasks generate` or `import`"
             )
-        train = tuple(read_examples(config.data, "train", check_images=True))
-        test = tuple(read_examples(config.data, "test", check_images=True))
+        train = tuple(read_examples(config.data, "train", check_images=check_images))
+        test = tuple(read_examples(config.data, "test", check_images=check_images))
         for split, rows in (("train", train), ("test", test)):
             if not rows:
                 raise DataError(f"tasks[{index}].data: {config.data}: split {split} has no rows")
@@ -66,20 +77,42 @@ class ProblemSource:
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem `index` of a split; stored rows come in an order shuffled anew each epoch."""
         if self.spec is not None:
-            return draw_problem(self.task, self.spec, split, seed, index)
+            return self._drawn(self.spec, split, seed, index)
         rows = self.train if split == "train" else self.test
         epoch, place = divmod(index, len(rows))
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         return rows[int(order[place])].problem
 
+    def _drawn(self, spec: BaseModel, split: Split, seed: int, index: int) -> Problem:
+        """Raises DataError for a problem that does not fit, or where none does."""
+        stream: int | tuple[int, int] = seed
+        for again in itertools.count(1):
+            problem = draw_problem(self.task, spec, split, stream, index)
+            fault = self.room.lack(self.room.taken_by(problem)) if self.room else None
+            if fault is None:
+                break
+            if not self.redraws or again == REDRAWS:
+                drawn = f"{again} problems in a row, the last " if self.redraws else "problem "
+                remedy = "" if self.redraws else ', or draw others by tasks.too_long = "drop"'
+                raise DataError(
+                    f"task {self.label}: {drawn}{problem.id}: {fault.field}: {fault.reason}; "
+                    f"change these or the knobs{remedy}"
+                )
+            self.left_out[split] += 1
+            stream = (seed, again)
+        return problem
 
-def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
-    """All task entries of a recipe, in order."""
+
+def open_sources(configs: Sequence[TaskConfig], check_images: bool = True) -> list[ProblemSource]:
+    """All task entries of a recipe, in order.
+
+    `check_images`: decode all that is stored; `cluster.preflight` does so where it measures them.
+    """
     sources: list[ProblemSource] = []
     for index, config in enumerate(configs):
         before = sum(other.name == config.name for other in configs[:index])
         label = f"{config.name}-{before + 1}" if before else config.name
-        sources.append(ProblemSource.open(config, index, label))
+        sources.append(ProblemSource.open(config, index, label, check_images))
     return sources
 
 

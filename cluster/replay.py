@@ -19,8 +19,9 @@ import ray
 from cluster.checkpoints import changed_fields, claimed
 from cluster.config import Recipe, RecipeError, UserError, load_recipe, resolved_toml
 from cluster.metrics import step_metrics
-from cluster.placement import frozen_models, require_cluster
-from cluster.problems import open_sources, step_problems
+from cluster.placement import require_cluster
+from cluster.preflight import preflight
+from cluster.problems import step_problems
 from cluster.runtime import (
     actor_errors,
     connected,
@@ -43,7 +44,6 @@ from cluster.train import (
     tell_mismatch,
     train_batches,
 )
-from rollout.tokens import load_processor, load_reader
 
 LEARNT = ("algorithm.", "learner.", "model.dtype", "model.attention", "model.lm_head_float32")
 SAMPLED = (
@@ -98,8 +98,8 @@ def run_replay(
     are. The largest difference to the losses of the run is printed. Raises as `run_training`.
     """
     folder = new_run_folder(recipe, output)
-    load_processor(recipe.model.path)
     progress = Progress(len(source.steps))
+    preflight(recipe, "replay", progress.say)
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "replay")
         settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
@@ -168,11 +168,8 @@ def run_sampling(
     images and the metrics of scoring. Raises as `run_training`.
     """
     folder = new_run_folder(recipe, output)
-    sources = open_sources(recipe.tasks)
-    load_processor(recipe.model.path)
-    for model in frozen_models(recipe):
-        load_reader(model)
     progress = Progress(steps)
+    sources = preflight(recipe, "sample", progress.say).sources
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "sample")
         progress.say("starting samplers (vLLM) and reward workers ...")

@@ -18,9 +18,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.checkpoints import Position, Resumed
 from cluster.config import Recipe, RunFailed, UserError
-from cluster.curriculum import make_strategy
 from cluster.placement import frozen_models, require_cluster
-from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.preflight import preflight
+from cluster.problems import ProblemSource
 from cluster.supervision import Delivery
 from cluster.tracking import Progress
 from learner.actor import LearnerGroup
@@ -28,13 +28,11 @@ from learner.checkpoint import checkpoint_folder
 from learner.lora import LoraSettings
 from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
-from rewards.records import RewardError, TermError
-from rewards.terms import load_terms
+from rewards.records import RewardError
 from rollout.dispatch import PoolLimits, SamplerLost
 from rollout.engine import EngineSettings
 from rollout.pool import PoolClient, SamplerPool
 from rollout.sampler import ray_samplers
-from rollout.tokens import load_processor, load_reader
 from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
 from tasks.files import put_text
 
@@ -347,24 +345,14 @@ def running(
     Input that cannot be used is refused before anything is started or written. Raises RunFailed
     with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
     """
-    sources = open_sources(recipe.tasks)
-    load_processor(recipe.model.path)
-    for source in sources:
-        held_out(source, recipe.eval.seed, recipe.eval.problems)
-    try:
-        load_terms(recipe.reward.effective_terms())
-    except TermError as error:
-        raise UserError(f"reward.terms: {error}") from error
-    make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
-    for model in frozen_models(recipe):
-        load_reader(model)
+    ready = preflight(recipe, "train", say.say)
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "train")
         for reason in resumed.refused if resumed else ():
             say.say(f"warning: checkpoint refused: {reason}")
         if resumed:
             say.say(f"going on after step {resumed.position.step}, from {resumed.checkpoint}")
-        run = Run(recipe, sources, say, resumed.checkpoint if resumed else None)
+        run = Run(recipe, ready.sources, say, resumed.checkpoint if resumed else None)
         try:
             yield run
         finally:

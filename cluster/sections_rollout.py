@@ -30,6 +30,10 @@ class TaskConfig(Section):
     weight: Rate = 1.0
     data: Text | None = None
     """A Parquet data set to draw problems from instead of generating them."""
+    too_long: Literal["error", "drop"] = "error"
+    """Of problems that do not fit the policy: prompt and image leave less than `sampler.max_tokens`
+    of `model.max_model_len`, or its processor refuses the image. `error` lists them before anything
+    is started; `drop` leaves them out of training and evaluation, counted."""
     knobs: dict[str, Any] = Field(default_factory=dict)
     """Difficulty of generated problems; resolved against the task's `spec`."""
     style: Literal["terse", "verbose"] = "terse"

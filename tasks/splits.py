@@ -36,7 +36,9 @@ def split_of(problem: Problem) -> Split:
     return "test" if share < TEST_SHARE else "train"
 
 
-def draw_problem(task: Task, spec: BaseModel, split: Split, seed: int, index: int) -> Problem:
+def draw_problem(
+    task: Task, spec: BaseModel, split: Split, seed: int | tuple[int, int], index: int
+) -> Problem:
     """Problem number `index` of a split's endless stream.
 
     Depends on (seed, split, index) and the knobs alone, so any part of the stream can be drawn

@@ -1,0 +1,181 @@
+"""Everything that is asked of recipe, data, model and machine before anything is started.
+
+`train`, `sft`, `sample` and `eval` call `preflight` before Ray, vLLM or DeepSpeed start, resumed
+runs too, and so does `--dry-run`: what one refuses, all refuse, in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Recipe, UserError
+from cluster.curriculum import make_strategy
+from cluster.placement import Command, frozen_models
+from cluster.problems import ProblemSource, held_out, open_sources
+from cluster.room import Fault, Room, Taken
+from cluster.rows import row_takes
+from rewards.records import TermError
+from rewards.terms import load_terms
+from rollout.tokens import load_processor, load_reader
+from tasks.core import DataError, Task
+from tasks.datasets import Example
+from tasks.splits import SPLITS, Split
+
+FRESH = 3
+"""Problems a split that are drawn of a task without data, to be measured."""
+SHOWN = 5
+"""Bad rows that are listed; the others are counted."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a command goes on with: problems that fit the policy, and the policy's processor."""
+
+    sources: list[ProblemSource]
+    processor: Any
+
+
+def preflight(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = False) -> Ready:
+    """Ask all that can be asked; `say` is told what was left out, and what could not be asked.
+
+    A dry run fetches no model, and of one that is not here nothing is measured; nor does it
+    draw all problems to evaluate on. Raises DataError, ModelError or UserError, a line a fault.
+    """
+    trains = command in ("train", "sample")
+    sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=False)
+    if trains:
+        _ask_terms(recipe)
+    if dry_run and not _is_here(recipe.model.path):
+        say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
+        return Ready(sources, None)
+    processor = load_processor(recipe.model.path)
+    for model in frozen_models(recipe) if trains else ():
+        if _is_here(model) or not dry_run:
+            load_reader(model)
+    room = Room(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
+    fitting = [
+        _fitting_rows(recipe, command, index, source, room, say)
+        if source.spec is None
+        else _fitting_draws(recipe, command, index, source, room)
+        for index, source in enumerate(sources)
+    ]
+    for source in fitting if command in ("train", "sft") else ():
+        if source.spec is None or not dry_run:
+            held_out(source, recipe.eval.seed, recipe.eval.problems)
+    return Ready(fitting, processor)
+
+
+def _fitting_draws(
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room
+) -> ProblemSource:
+    """A source of generated problems that will fit; a few are drawn and measured here."""
+    config = recipe.tasks[index]
+    source = replace(source, room=room, redraws=config.too_long == "drop")
+    for place in range(FRESH):
+        if command != "sample":
+            source.problem("test", recipe.eval.seed, place)
+        if command != "eval":
+            problem = source.problem("train", recipe.seed, place)
+            if command == "sft":
+                response = source.task.demonstrate(problem, config.style)
+                fault = _response_fault(recipe, source.task, response, room, room.taken_by(problem))
+                if fault is not None:
+                    raise DataError(
+                        f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
+                    )
+    return source
+
+
+def _fitting_rows(
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room, say: Say
+) -> ProblemSource:
+    """The source with the stored rows that fit; raises DataError where some must not be left out.
+
+    Both splits are measured whole, so that no row ends a run when its turn comes.
+    """
+    config = recipe.tasks[index]
+    kept: dict[Split, list[Example]] = {"train": [], "test": []}
+    lines: list[str] = []
+    damaged = False
+    for split in SPLITS:
+        examples = source.train if split == "train" else source.test
+        file = Path(str(config.data)) / f"{split}.parquet"
+        learns = command == "sft" and split == "train"
+        for row, (example, taken) in enumerate(
+            zip(examples, row_takes(file, examples, room), strict=True)
+        ):
+            if not learns:
+                prefix = source.task.oracle_prefix(example.problem) if split == "test" else ""
+                fault = room.lack(taken, prefix)
+            elif example.response:
+                fault = _response_fault(recipe, source.task, example.response, room, taken)
+            else:
+                continue
+            if fault is None:
+                kept[split].append(example)
+            else:
+                damaged |= fault.damaged
+                lines.append(f"{file}: row {row}: {fault.field}: {fault.reason}")
+        if learns and not any(example.response for example in examples):
+            raise DataError(
+                f"tasks[{index}].data: {config.data}: no row of split train has a response to "
+                "learn from; SFT needs demonstrations (column `response`)"
+            )
+    if not lines:
+        return source
+    shown = lines[:SHOWN]
+    if len(lines) > SHOWN:
+        shown.append(f"... and {len(lines) - SHOWN:,} more")
+    where = f"tasks[{index}].data: {config.data}: {len(lines):,} rows"
+    empty = next((split for split, examples in kept.items() if not examples), None)
+    if damaged:
+        raise DataError("\n".join([*shown, f"{where} cannot be used; mend or remove them"]))
+    if config.too_long == "error":
+        remedy = f'raise model.max_model_len, or leave them out by tasks[{index}].too_long = "drop"'
+        raise DataError("\n".join([*shown, f"{where} do not fit the policy; {remedy}"]))
+    if empty:
+        raise DataError("\n".join([*shown, f"{where} do not fit, and none of {empty} is left"]))
+    for line in (*shown, f"{where} do not fit the policy and are left out"):
+        say(line)
+    return replace(source, train=tuple(kept["train"]), test=tuple(kept["test"]))
+
+
+def _response_fault(
+    recipe: Recipe, task: Task, response: str, room: Room, taken: Taken
+) -> Fault | None:
+    """Why a response cannot be learnt from behind its prompt, where it cannot."""
+    if taken.fault:
+        return taken.fault
+    parsed = task.parse(response)
+    if parsed.defects:
+        defect = parsed.defects[0]
+        reason = f"has defect {defect!r}; demonstrations must parse without defects"
+        return Fault("response", reason, damaged=True)
+    if recipe.sft and recipe.sft.blind_share and "perception" not in parsed.spans:
+        reason = "has no perception to be given (sft.blind_share)"
+        return Fault("response", reason, damaged=True)
+    return room.response_lack(taken, response)
+
+
+def _ask_terms(recipe: Recipe) -> None:
+    try:
+        load_terms(recipe.reward.effective_terms())
+    except TermError as error:
+        raise UserError(f"reward.terms: {error}") from error
+    make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
+
+
+def _is_here(model: str) -> bool:
+    """Whether a model is on this machine; what is no name of the hub's cannot be elsewhere."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:
+        return True

@@ -1,0 +1,170 @@
+"""What problems and responses take of a policy's context, measured without the policy.
+
+The processor decides: how many tokens an image is hangs on its size alone, so each size is asked
+for once, and a text costs its tokenizer only. What it refuses is a reason, never an exception.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from rollout.tokens import encode, encode_literal, render_prompt
+from tasks.core import DataError, Problem
+from tasks.images import check_image
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+PROBES = 3
+"""Sizes at which a processor's own count must agree with what it makes of an image."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a problem cannot be used: the field of its row, and what is wrong with it.
+
+    `damaged`: with any policy; else it does not fit this one.
+    """
+
+    field: str
+    reason: str
+    damaged: bool = False
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Tokens of a prompt, `image` of them of its image; `fault` where it cannot be made."""
+
+    prompt: int = 0
+    image: int = 0
+    fault: Fault | None = None
+
+
+@dataclass
+class Room:
+    """The context of a policy, of `context` tokens, `answer` of them left for a response."""
+
+    processor: Any
+    context: int
+    answer: int
+    _texts: dict[str, int | Fault] = field(default_factory=dict, repr=False)
+    _blocks: dict[Size, int | Fault] = field(default_factory=dict, repr=False)
+
+    def taken(self, asked: Sequence[tuple[str, Size]]) -> list[Taken]:
+        """What each prompt with an image of that size takes."""
+        self._measure_sizes({size for _, size in asked})
+        found = []
+        for prompt, size in asked:
+            text, block = self._text(prompt), self._blocks[size]
+            if isinstance(text, Fault) or isinstance(block, Fault):
+                found.append(Taken(fault=block if isinstance(block, Fault) else text))  # type: ignore[arg-type]
+            else:
+                found.append(Taken(text + block, block))
+        return found
+
+    def lack(self, taken: Taken, prefix: str = "") -> Fault | None:
+        """Why there is no room for a response, where there is none; nor behind a forced prefix."""
+        if taken.fault:
+            return taken.fault
+        if taken.prompt + self.answer > self.context:
+            return Fault(
+                "image" if 2 * taken.image > taken.prompt else "query",
+                f"{taken.prompt:,} tokens, {taken.image:,} of them of the image, and "
+                f"sampler.max_tokens = {self.answer:,} do not fit in model.max_model_len = "
+                f"{self.context:,}",
+            )
+        forced = len(encode_literal(self.processor.tokenizer, prefix)) if prefix else 0
+        if taken.prompt + forced >= self.context:
+            return Fault(
+                "perception",
+                f"{forced:,} tokens behind {taken.prompt:,} of query and image leave no room for "
+                f"an answer in model.max_model_len = {self.context:,}",
+            )
+        return None
+
+    def taken_by(self, problem: Problem) -> Taken:
+        """What one problem takes. Raises DataError for an image that cannot be read."""
+        size = check_image(problem.image, f"image of problem {problem.id}").size
+        return self.taken([(problem.prompt, size)])[0]
+
+    def response_lack(self, taken: Taken, response: str) -> Fault | None:
+        """Why a response to learn from does not fit behind its prompt, where it does not."""
+        length = len(encode(self.processor.tokenizer, response)) + 1  # the end of turn
+        if taken.prompt + length <= self.context:
+            return None
+        return Fault(
+            "response",
+            f"{length:,} tokens behind {taken.prompt:,} of query and image do not fit in "
+            f"model.max_model_len = {self.context:,}",
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that measurements of prompts and images depend on."""
+        import transformers
+
+        tokenizer = self.processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = (
+            transformers.__version__,
+            json.dumps(self.processor.to_dict(), sort_keys=True, default=str),
+            str(self.processor.chat_template or tokenizer.chat_template),
+            backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _text(self, prompt: str) -> int | Fault:
+        """Tokens of a prompt without those that stand for the image."""
+        if prompt not in self._texts:
+            try:
+                text = render_prompt(self.processor, prompt, with_image=True)
+                self._texts[prompt] = len(encode(self.processor.tokenizer, text)) - 1
+            except DataError as error:
+                self._texts[prompt] = Fault("query", str(error))
+        return self._texts[prompt]
+
+    def _measure_sizes(self, sizes: Iterable[Size]) -> None:
+        new = sorted(set(sizes) - self._blocks.keys(), key=lambda size: size[0] * size[1])
+        long = sorted(new, key=lambda size: max(size) / min(size))
+        probes = {*new[:1], *new[-1:], *long[-1:]} if len(new) > PROBES else set(new)
+        self._blocks |= {size: self._made(size) for size in probes}
+        # Marks around an image are not among those that a processor counts.
+        around = {
+            made - (self._counted(size) or 0)
+            for size in probes
+            if not isinstance(made := self._blocks[size], Fault)
+        }
+        for size in set(new) - probes:
+            counted = self._counted(size) if len(around) == 1 else None
+            self._blocks[size] = counted + min(around) if counted else self._made(size)
+
+    def _made(self, size: Size) -> int | Fault:
+        """Tokens that stand for an image of a size, as the processor makes them."""
+        token = self.processor.image_token
+        try:
+            made = self.processor(images=[Image.new("RGB", size)], text=[token])
+            return len(made["input_ids"][0]) - len(encode(self.processor.tokenizer, token)) + 1
+        except Exception as error:  # whatever a processor does with an odd size
+            return _refused(size, error)
+
+    def _counted(self, size: Size) -> int | None:
+        """The same by the processor's own arithmetic, without an image; None where it has none."""
+        try:
+            made = self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])
+            return int(made.num_image_tokens[0])
+        except Exception:
+            return None
+
+
+def _refused(size: Size, error: Exception) -> Fault:
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return Fault(
+        "image", f"{size[0]}x{size[1]} pixels, which the policy's image processor refuses: {why}"
+    )
