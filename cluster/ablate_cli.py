@@ -32,10 +32,14 @@ def ablate_to_the_end(
     address: str | None = None,
     dry_run: bool = False,
     runner: Runner | None = None,
+    pilot: Path | None = None,
+    difference: float = 0.03,
 ) -> int:
     """Print the plan, run what is not finished, write and print what was found; the exit code.
 
-    `runner` stands in for the one that `address` chooses. Raises UserError for what the user can
+    `runner` stands in for the one that `address` chooses. A dry run tells the power of the plan to
+    show `difference`, from the spread in `pilot`, an ablation's folder, or in what is finished
+    here. Raises UserError for what the user can
     put right: a folder in use or of another ablation, a machine that is too small, parts that the
     policy of a cell does not have.
     """
@@ -55,6 +59,8 @@ def ablate_to_the_end(
     }
     console.print(cost_table(ablation, machine, finished, slots), markup=False, highlight=False)
     if dry_run:
+        if pilot or finished:
+            print_power(ablation, pilot or folder, difference, console)
         return 0
     if address is None:
         for cell in ablation.cells:
@@ -76,3 +82,18 @@ def ablate_to_the_end(
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
     console.print(f"ablation folder: {folder}", markup=False, highlight=False)
     return 1 if failed or record.faults else 0
+
+
+def print_power(ablation: Ablation, pilot: Path, difference: float, console: Console) -> None:
+    """Print what the planned seeds and problems can show (`cluster.power`)."""
+    from cluster.ablation_results import pilot_differences
+    from cluster.power import power_words
+    from cluster.report_ablation import read_ablation
+
+    table = read_ablation(pilot).table
+    arms = list(dict.fromkeys(table["arm"].to_pylist()))
+    recipe = ablation.base
+    planned = recipe.eval.problems * len(recipe.tasks)
+    seeds = len({cell.seed for cell in ablation.cells})
+    for line in power_words(pilot_differences(table, arms), seeds, planned, difference):
+        console.print(line, markup=False, highlight=False)

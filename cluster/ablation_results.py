@@ -265,6 +265,21 @@ class Results:
         return self._numbers.get((difficulty, arm, task, metric), {})
 
 
+def pilot_differences(table: pa.Table, arms: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """arm -> its `a` after training less the reference's (`arms[0]`), [S, P] for a difficulty."""
+    results = Results(table)
+    task = ALL_TASKS if len(results.tasks) > 1 else "".join(results.tasks)
+    found: dict[str, list[np.ndarray]] = {}
+    for arm in arms[1:]:
+        for difficulty in results.difficulties:
+            ours, reference = aligned(
+                *(results.problems(difficulty, a, task, "a", "after") for a in (arm, arms[0]))
+            )
+            if ours.size:
+                found.setdefault(arm, []).append(ours - reference)
+    return found
+
+
 def aligned(*parts: Mapping[int, Mapping[str, float]]) -> list[np.ndarray]:
     """Arrays [S, P] of the seeds and problems that all parts have, in one order.
 

@@ -230,6 +230,13 @@ def ablate(
     address: Annotated[
         str | None, typer.Option(help="Run each cell as a Ray job: http://HEAD:8265")
     ] = None,
+    pilot: Annotated[
+        Path | None,
+        typer.Option(help="With --dry-run: an ablation's folder whose spread tells the power"),
+    ] = None,
+    difference: Annotated[
+        float, typer.Option(help="With --dry-run: the difference in a that is to be shown")
+    ] = 0.03,
 ) -> None:
     """Compare reward designs: paired arms, the same seeds, problems and budget, and intervals.
 
@@ -238,7 +245,10 @@ def ablate(
     from cluster.ablate_cli import ablate_to_the_end
     from cluster.ablation_config import load_ablation
 
-    raise typer.Exit(ablate_to_the_end(load_ablation(ablation), output, address, dry_run))
+    code = ablate_to_the_end(
+        load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference
+    )
+    raise typer.Exit(code)
 
 
 @models.command()
