@@ -144,7 +144,7 @@ def power_words(
     else:
         lines.append("power: none is planned, for one seed says nothing about other seeds")
     for count in (problems, 4 * problems):
-        found = seeds_needed(spread, count, difference, arms)
-        needed = f"{found} seeds" if found else f"more than {MOST_SEEDS} seeds"
+        least = seeds_needed(spread, count, difference, arms)
+        needed = f"{least} seeds" if least else f"more than {MOST_SEEDS} seeds"
         lines.append(f"power: {difference:g} needs {needed} × {count} problems, Holm-adjusted")
     return lines

@@ -93,9 +93,11 @@ class SftConfig(Section):
     learning_rate: Rate = 2e-3
     warmup_steps: Count = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    balance: Literal["token_mean", "fixed", "ngdiff"] = "fixed"
+    balance: Literal["token_mean", "fixed", "ngdiff", "ngdiff_sum"] = "fixed"
     """`fixed`: L = w * L_perception + (1 - w) * L_rest, each a mean over its own tokens.
-    `ngdiff`: the same with w set by gradient norms, so that both parts pull alike."""
+    `ngdiff`: the same with w set by gradient norms, so that both parts pull alike; the step
+    vanishes once either part is solved. `ngdiff_sum`: g_p / |g_p| + g_r / |g_r|, of a length that
+    does not."""
     perception_weight: Share = 0.5
     """w of `fixed`."""
     blind_share: Share = 0.0
@@ -108,7 +110,7 @@ class SftConfig(Section):
     """`all` parameters, or the LM head alone: cheap in time and memory, but what seeing
     changes in the vision tower is out of its sight, so it finds a larger w."""
     norm_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """What `ngdiff` keeps of its last w at each measurement."""
+    """What `ngdiff` and `ngdiff_sum` keep of their last w at each measurement."""
     curriculum: Literal["none", "perception_first"] = "none"
     """`perception_first`: the weight is `curriculum_weight` in the first `curriculum_share` of
     the updates, then as `balance` says."""
@@ -121,10 +123,10 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _ngdiff_measures(self) -> SftConfig:
-        if self.balance == "ngdiff" and not self.norm_every:
+        if self.balance.startswith("ngdiff") and not self.norm_every:
             raise refusal(
-                'got 0, and balance = "ngdiff" weighs by gradient norms; say how often they are '
-                "measured: norm_every = 5",
+                f'got 0, and balance = "{self.balance}" weighs by gradient norms; say how often '
+                "they are measured: norm_every = 5",
                 "norm_every",
             )
         return self

@@ -20,7 +20,7 @@ from learner.batch import MicroBatch, TrainBatch
 from learner.losses import PERCEPTION, BalancedLoss, Loss, TokenMeanLoss
 from learner.policy import Policy
 
-Rule = Literal["token_mean", "fixed", "ngdiff"]
+Rule = Literal["token_mean", "fixed", "ngdiff", "ngdiff_sum"]
 NormOf = Literal["all", "head"]
 
 
@@ -129,12 +129,21 @@ def _graph_from_the_head_on(head: torch.nn.Module) -> Iterator[None]:
 def ngdiff_weight(perception: float, reasoning: float) -> float:
     """λ = ‖g_r‖ / (‖g_p‖ + ‖g_r‖): both parts then pull with equal norm, λ‖g_p‖ = (1-λ)‖g_r‖.
 
-    NGDiff (arXiv 2410.22086) steps along g_R/‖g_R‖ - g_F/‖g_F‖, to keep one loss low and raise
-    another. Here both are to fall, so the direction is g_p/‖g_p‖ + g_r/‖g_r‖, which is this λ up
-    to scale. The adaptation is ours: arXiv 2605.29496 names NGDiff, and we read only its project
-    page. The other paper's automatic learning rate is left out.
+    The rule of arXiv 2605.29496, whose project page says that λ is adjusted on the fly to equalize
+    perception and reasoning gradients; how, it does not say.
     """
     return reasoning / (perception + reasoning)
+
+
+def balanced_pull(perception: float, reasoning: float) -> float:
+    """λ‖g_p‖ = (1-λ)‖g_r‖ at the λ of `ngdiff_weight`: the norm with which each part then pulls.
+
+    It vanishes with either norm. NGDiff's own step (arXiv 2410.22086) is the sum of unit vectors:
+    there g_R/‖g_R‖ - g_F/‖g_F‖, to keep one loss low and raise another; here, where both are to
+    fall, g_p/‖g_p‖ + g_r/‖g_r‖. That is the gradient of the balanced loss divided by this pull. Its
+    automatic learning rate is left out.
+    """
+    return perception * reasoning / (perception + reasoning)
 
 
 @dataclass
@@ -142,11 +151,14 @@ class Balance:
     """Chooses λ for each update of a run; updates count from 1.
 
     Attributes:
-        rule: `token_mean` (λ is perception's token share), `fixed` or `ngdiff`.
+        rule: `token_mean` (λ is perception's token share), `fixed`, `ngdiff` (λ equalizes both
+            gradients) or `ngdiff_sum` (and the loss is divided by their pull, so that the part
+            which is not solved goes on when the other is).
         weight: λ of `fixed`.
         norm_every: updates between measurements of the gradients, 0 for none.
-        smoothing: `ngdiff` uses s·(last λ) + (1-s)·(λ of this measurement). λ is averaged, not
-            the norms: it is bounded, so one odd batch cannot rule the average.
+        smoothing: s·(last λ) + (1-s)·(λ of this measurement), and so for the pull. These are
+            averaged, not the norms: neither exceeds the smaller norm or 1, so one odd batch
+            cannot rule the average.
         first_steps, first_weight: perception-first curriculum: λ of the first updates, before
             the rule sets in.
     """
@@ -158,16 +170,17 @@ class Balance:
     first_steps: int = 0
     first_weight: float = 1.0
     _ngdiff: float = 0.5
+    _pull: float = 1.0
     _measured: bool = False
 
     def state(self) -> dict[str, float]:
         """What was measured so far, for a run that goes on; empty if nothing was."""
-        return {"ngdiff": self._ngdiff} if self._measured else {}
+        return {"ngdiff": self._ngdiff, "pull": self._pull} if self._measured else {}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Take over what `state` gave."""
         if state:
-            self._ngdiff, self._measured = state["ngdiff"], True
+            self._ngdiff, self._pull, self._measured = state["ngdiff"], state["pull"], True
 
     def measures(self, step: int) -> bool:
         """Whether the gradients are to be measured before this update.
@@ -180,13 +193,15 @@ class Balance:
         """Take a measurement into account. One with a part missing, or at rest, says nothing."""
         if step <= self.first_steps or not (gradients.perception and gradients.reasoning):
             return
-        found = ngdiff_weight(gradients.perception, gradients.reasoning)
+        weight = ngdiff_weight(gradients.perception, gradients.reasoning)
+        pull = balanced_pull(gradients.perception, gradients.reasoning)
         if self._measured:
-            found = self.smoothing * self._ngdiff + (1 - self.smoothing) * found
-        self._ngdiff, self._measured = found, True
+            weight = self.smoothing * self._ngdiff + (1 - self.smoothing) * weight
+            pull = self.smoothing * self._pull + (1 - self.smoothing) * pull
+        self._ngdiff, self._pull, self._measured = weight, pull, True
 
     def weight_at(self, step: int, batch: TrainBatch) -> float:
-        """λ of this update; 0.5 for `ngdiff` before anything was measured."""
+        """λ of this update; 0.5 for `ngdiff` and `ngdiff_sum` before anything was measured."""
         if step <= self.first_steps:
             return self.first_weight
         if self.rule == "token_mean":
@@ -197,4 +212,5 @@ class Balance:
         """The loss of this update."""
         if self.rule == "token_mean" and step > self.first_steps:
             return TokenMeanLoss()
-        return BalancedLoss(self.weight_at(step, batch))
+        divided = self.rule == "ngdiff_sum" and step > self.first_steps
+        return BalancedLoss(self.weight_at(step, batch), 1 / self._pull if divided else 1.0)

@@ -62,6 +62,8 @@ class BalancedLoss:
     """
 
     perception_weight: float = 0.5
+    scale: float = 1.0
+    """A factor on the whole loss; see `learner.balance.Balance`."""
 
     @property
     def uses_entropy(self) -> bool:
@@ -78,10 +80,11 @@ class BalancedLoss:
     ) -> dict[str, torch.Tensor]:
         perception = tokens.segments == PERCEPTION
         zero = logprobs.new_zeros(())
+        seen = self.scale * self.perception_weight
+        rest = self.scale * (1 - self.perception_weight)
         return {
-            "perception": -self.perception_weight * torch.where(perception, logprobs, zero).sum(),
-            "reasoning": -(1 - self.perception_weight)
-            * torch.where(perception, zero, logprobs).sum(),
+            "perception": -seen * torch.where(perception, logprobs, zero).sum(),
+            "reasoning": -rest * torch.where(perception, zero, logprobs).sum(),
         }
 
 

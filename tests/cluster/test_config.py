@@ -111,7 +111,8 @@ def test_every_error_is_reported_at_once_with_file_and_field(tmp_path: Path) -> 
         "algorithm.steps": 'expected a whole number, got "40"',
         "learner.betas[1]": 'expected a number, got "a"',
         "sft.balance": (
-            'expected "token_mean", "fixed" or "ngdiff", got "fix"; did you mean "fixed"?'
+            'expected "token_mean", "fixed", "ngdiff" or "ngdiff_sum", got "fix"; '
+            'did you mean "fixed"?'
         ),
         "sft.steps": "is required and missing; add it",
         "eval.problms": 'no such key; did you mean "problems"? (from --set)',

@@ -54,7 +54,9 @@ def stored(folder: Path, position: Position) -> Path:
 
 
 def test_a_position_keeps_the_balance_and_whose_run_it_is(tmp_path: Path) -> None:
-    position = Position(6, 6, before={"sudoku": TABLE}, command="sft", balance={"ngdiff": 0.3})
+    position = Position(
+        6, 6, before={"sudoku": TABLE}, command="sft", balance={"ngdiff": 0.3, "pull": 0.2}
+    )
     run = stored(tmp_path / "run", position)
     _, resumed = resume(run, (), "sft")
     assert resumed.position == position
@@ -177,7 +179,7 @@ def test_a_killed_sft_goes_on_as_if_it_had_not_been(
 
     stopped = newest(run)
     assert stopped.position.command == "sft" and not stopped.refused
-    assert stopped.position.step >= killed and set(stopped.position.balance) == {"ngdiff"}
+    assert stopped.position.step >= killed and set(stopped.position.balance) == {"ngdiff", "pull"}
 
 
 def test_sft_measured_on_the_way_tells_before_and_after(

@@ -132,6 +132,43 @@ def test_the_gradient_of_the_balanced_loss_is_the_weighted_sum(loaded: tuple[Pol
     assert norm == pytest.approx(e * math.sqrt(2 + 2 * found.cosine), rel=1e-4)
 
 
+def test_the_normalised_sum_is_the_sum_of_unit_gradients(loaded: tuple[Policy, Any]) -> None:
+    policy, processor = loaded
+    batch = mixed_batch(processor)
+    found = segment_gradients(policy, micro_batches(loaded, batch, [[0, 1, 2, 3, 4]]), batch)
+    balance = Balance("ngdiff_sum", norm_every=1)
+    balance.observe(1, found)
+    loss = balance.loss(1, batch)
+    logprobs, entropy = policy.run(whole := make_collator(*loaded)(batch.sequences))
+    counts = loss.denominators(batch)
+    parts = loss.sums(logprobs, entropy, whole.tokens)
+    total = torch.stack([value / counts[name] for name, value in parts.items()]).sum()
+    names, parameters = zip(*policy.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    p, r = reference(loaded, batch)
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None:
+            units = p[name] / found.perception + r[name] / found.reasoning
+            assert torch.allclose(gradient, units.to(gradient.dtype), atol=1e-4), name
+
+
+def test_only_the_normalised_sum_goes_on_once_a_part_is_solved() -> None:
+    """Two quadratic losses on one vector each, one of them solved long before the other."""
+    left = {}
+    for rule in ("ngdiff", "ngdiff_sum"):
+        balance = Balance(rule, norm_every=1)  # type: ignore[arg-type]
+        p, r = torch.tensor([1e-4, 0.0]), torch.tensor([3.0, 4.0])
+        for step in range(1, 401):
+            balance.observe(step, SegmentGradients(float(p.norm()), float(r.norm()), 0.0))
+            loss = balance.loss(step, TrainBatch(()))
+            assert isinstance(loss, BalancedLoss)
+            rate = 0.01 * loss.scale
+            p = p - rate * loss.perception_weight * p
+            r = r - rate * (1 - loss.perception_weight) * r
+        left[rule] = float(r.norm())
+    assert left["ngdiff"] > 4.9 and left["ngdiff_sum"] == pytest.approx(1.0, abs=0.02)
+
+
 def test_frozen_parameters_do_not_count(loaded: tuple[Policy, Any]) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
