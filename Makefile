@@ -60,8 +60,8 @@ check: $(STAMP)
 	$(RUN)/mypy
 
 models: $(STAMP)
+	rm -rf build/tiny-qwen3-vl-random build/cold-start build/cold-start-think
 	$(RUN)/equipoise models make qwen3_vl --out build/tiny-qwen3-vl-random
-	rm -rf build/cold-start build/cold-start-think
 	$(RUN)/equipoise sft recipes/tiny/cold_start.toml --output build/cold-start
 	$(RUN)/equipoise sft recipes/tiny/cold_start_think.toml --output build/cold-start-think
 	rm -rf models/tiny-qwen3-vl

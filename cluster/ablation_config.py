@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import Recipe, RecipeError, load_recipe
 from cluster.recipe_errors import dotted, explain
-from cluster.recipe_fields import Count, Positive, Rate, Section, Share, Text, refusal
+from cluster.recipe_fields import Count, PathText, Positive, Rate, Section, Share, Text, refusal
 from cluster.sections_algorithm import AlgorithmConfig, SpendConfig
 from cluster.sections_reward import RewardConfig, RewardTermConfig
 from cluster.toml_writer import toml_value
@@ -99,7 +99,7 @@ class AblationConfig(Section):
     command: CellCommand = "train"
     """What a cell runs: RL, or SFT on demonstrations."""
     question: Text
-    base: Text
+    base: PathText
     """The recipe that arms vary; a path relative to this file."""
     set: Settings = Field(default_factory=dict)
     """Single fields of the base recipe that every cell changes."""

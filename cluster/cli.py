@@ -7,6 +7,7 @@ Heavy libraries are imported inside the command that needs them, so that `--help
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,6 +26,7 @@ from cluster.config import (
 from cluster.placement import Command, Machine, describe, plan
 from rollout.tokens import ModelError
 from tasks.core import DataError
+from tasks.files import expanded
 
 if TYPE_CHECKING:
     from cluster.checkpoints import Resumable, Resumed
@@ -258,8 +260,10 @@ def make(
     seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
 ) -> None:
     """Write a tiny policy with random weights, its tokenizer and its processor."""
+    from cluster.machine import require_free
     from learner.tiny import make_tiny
 
+    require_free(out, "--out")
     sizes = make_tiny(family, out, seed)
     shown = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
     print(f"{out}: {shown}")
@@ -304,6 +308,8 @@ def main() -> None:
     # A recipe's `module:Class` is found from the folder the command is run in, however it is run.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # A shell expands `~` neither in quotes nor behind `=`.
+    sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~.*", _at_home, word) for word in sys.argv[1:]]
     try:
         app()
     except (UserError, DataError, ModelError) as error:
@@ -312,6 +318,11 @@ def main() -> None:
     except RunFailed as error:
         print(f"the run failed: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _at_home(word: re.Match[str]) -> str:
+    option = word[1] or ""
+    return option + expanded(word[0].removeprefix(option))
 
 
 def _loaded(

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from cluster.recipe_errors import Location, dotted, explain
-from cluster.recipe_fields import Count, Name, Section, Text, refusal
+from cluster.recipe_fields import Count, Name, PathText, Section, refusal
 from cluster.sections_algorithm import AlgorithmConfig
 from cluster.sections_learner import CheckpointConfig, LearnerConfig, SftConfig
 from cluster.sections_reward import RewardConfig
@@ -52,7 +52,7 @@ class RecipeError(UserError):
 class OutputConfig(Section):
     """[output] Where runs are written: `folder/<name>-...`."""
 
-    folder: Text = "runs"
+    folder: PathText = "runs"
 
 
 class Recipe(Section):

@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.checkpoints import Position, Resumed
-from cluster.config import Recipe, RunFailed, UserError
+from cluster.config import Recipe, RunFailed
+from cluster.machine import require_free
 from cluster.placement import frozen_models, require_cluster
 from cluster.preflight import preflight
 from cluster.problems import ProblemSource
@@ -93,8 +94,7 @@ def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
     Raises UserError where `output` already holds something: two runs must not mix.
     """
     if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"--output {output}: already holds something; name a new folder")
+        require_free(output, "--output")
         return output
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     return Path(recipe.output.folder) / f"{recipe.name}-{stamp}"

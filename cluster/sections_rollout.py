@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cluster.recipe_fields import Amount, Count, Positive, Rate, Section, Text, refusal
+from cluster.recipe_fields import Amount, Count, PathText, Positive, Rate, Section, Text, refusal
 
 
 class ModelConfig(Section):
     """[model] The policy: where its weights come from and how they are held."""
 
-    path: Text
+    path: PathText
     """A folder with config, weights, tokenizer and processor, or a hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_model_len: Positive = 1024
@@ -28,7 +28,7 @@ class TaskConfig(Section):
     name: Text
     """`"sudoku"`, `"graph_coloring"`, or `"module:Class"` on the Python path."""
     weight: Rate = 1.0
-    data: Text | None = None
+    data: PathText | None = None
     """A Parquet data set to draw problems from instead of generating them."""
     too_long: Literal["error", "drop"] = "error"
     """Of problems that do not fit the policy: prompt and image leave less than `sampler.max_tokens`

@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from learner.families import TINY
+from tasks.files import replacing
 from tasks.load import load_task
 from tasks.responses import HARMLESS
 
@@ -66,9 +67,9 @@ def make_tiny(family: str, out: Path, seed: int = 0) -> dict[str, int]:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    out.mkdir(parents=True, exist_ok=True)
-    processor.save_pretrained(out)
-    model.save_pretrained(out)
+    with replacing(out) as fresh:
+        processor.save_pretrained(fresh)
+        model.save_pretrained(fresh)
     seeing = [p for n, p in model.named_parameters() if made.part_of(n) in ("vision", "merger")]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

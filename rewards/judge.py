@@ -35,6 +35,7 @@ from pydantic import Field, ValidationError, field_validator
 from rewards.judge_client import Endpoint, JudgeClient, Miss, read_key
 from rollout.record import Group, Rollout
 from tasks.core import SEGMENTS, Problem, Task
+from tasks.files import expanded
 from tasks.images import content_hash
 from tasks.responses import read_json
 
@@ -285,7 +286,7 @@ def _settings(args: dict[str, Any]) -> JudgeSettings:
 def _cache_folder(cache: str) -> Path | None:
     if not cache:
         return None
-    folder = Path(cache).expanduser().absolute()
+    folder = Path(expanded(cache)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -27,6 +27,7 @@ import numpy as np
 from rewards.arguments import flag, number, one_of, positive, whole
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Parsed, Problem, Task
+from tasks.files import expanded
 from tasks.images import blank_like, mask_patches
 from tasks.responses import without_preamble
 
@@ -166,7 +167,7 @@ class BlindPolicy:
     ) -> None:
         if not isinstance(model, str):
             raise ValueError(f"model = {model!r}: a checkpoint's folder or name as text")
-        self.model = model
+        self.model = expanded(model)
         self.sampling = Sampling(
             temperature=number("temperature", temperature),
             max_tokens=whole("max_tokens", max_tokens, 1),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rollout.models import why_missing
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
 
 
@@ -24,6 +25,7 @@ def load_processor(path: str, field: str = "model.path") -> Any:
 
     Raises ModelError naming `field` and the folder when it holds none, or none that reads images.
     """
+    _require(path, field)
     from transformers import AutoProcessor
 
     try:
@@ -40,11 +42,17 @@ def load_processor(path: str, field: str = "model.path") -> Any:
     return processor
 
 
+def _require(path: str, field: str) -> None:
+    if wrong := why_missing(path):
+        raise ModelError(f"{field}: {path}: {wrong}")
+
+
 def load_reader(path: str) -> Any:
     """What reads prompts for a frozen model: a VLM's processor, a text-only model's tokenizer.
 
     Raises ModelError when the checkpoint has no config, or not the reader its config asks for.
     """
+    _require(path, "frozen model")
     from transformers import AutoConfig, AutoTokenizer
 
     try:

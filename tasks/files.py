@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def expanded(path: str) -> str:
+    """A path with `~` and `$VARIABLES` replaced; unknown ones stay as they are."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it into place: no reader sees half of it."""
     beside = path.with_name(f".{path.name}.tmp")
