@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from cluster.config import Recipe, RecipeError, load_recipe
+from cluster.config import Recipe, RecipeError, load_recipe, read_toml
 from cluster.recipe_errors import dotted, explain
 from cluster.recipe_fields import Count, PathText, Positive, Rate, Section, Share, Text, refusal
 from cluster.sections_algorithm import AlgorithmConfig, SpendConfig
@@ -256,14 +255,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _read(source: Path) -> AblationConfig:
-    try:
-        data = tomllib.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{source}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: not valid TOML: {error}") from None
+    data = read_toml(source)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", source.stem):
         raise RecipeError(
             f"{source}: the file's name names the ablation; use at most 32 letters, digits, dots, "

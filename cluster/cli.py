@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -305,6 +306,9 @@ def demo() -> None:
 
 def main() -> None:
     """Run the command line; what the user can put right is one message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may lack characters that data has
+            stream.reconfigure(errors="backslashreplace")
     # A recipe's `module:Class` is found from the folder the command is run in, however it is run.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

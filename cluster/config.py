@@ -194,20 +194,32 @@ class Recipe(Section):
         return self
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """A recipe file as a user's editor left it, with or without a byte order mark.
+
+    Raises RecipeError: not there, not UTF-8, not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file{_near_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path}: is UTF-16 or no text ({error.reason}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number too long for int
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `overrides` (`"a.b=c"`, as after `--set`).
 
     Raises RecipeError, its message one line for each thing wrong.
     """
     source = str(path)
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{source}: no such file{_near_file(Path(path))}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number too long for int
-        raise RecipeError(f"{source}: not valid TOML: {error}") from None
+    data = read_toml(Path(path))
     lines, set_paths = [], []
     for override in overrides:
         try:

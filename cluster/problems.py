@@ -72,6 +72,14 @@ class ProblemSource:
                     f"tasks[{index}].data: {config.data}: split {split} holds problem {other.id} "
                     f"of task {other.task!r}, but tasks[{index}].name is {config.name!r}"
                 )
+        held_out = {e.problem.symmetry_key: e.problem.id for e in test}
+        for problem in (e.problem for e in train):
+            if problem.symmetry_key in held_out:
+                raise DataError(
+                    f"tasks[{index}].data: {config.data}: problem {problem.id} of split train is, "
+                    f"up to symmetry, {held_out[problem.symmetry_key]} of split test; take it out "
+                    "of one of them (`equipoise tasks import --skip-bad` does)"
+                )
         return cls(label, task, config.weight, None, train, test)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:

@@ -25,9 +25,10 @@ from cluster.config import UserError, task_of
 from cluster.terminal import printable
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows
-from tasks.datasets import ResponseStyle, read_examples, side_of, write_dataset
+from tasks.datasets import ResponseStyle, read_examples, write_dataset
 from tasks.images import check_image, content_hash
 from tasks.load import BUILT_IN, load_task
+from tasks.split_names import side_of, tells_side
 from tasks.splits import draw_problem
 
 app = typer.Typer(
@@ -104,7 +105,10 @@ def show_command(
     split: Annotated[str, typer.Option(help="Which split of a folder or task.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Draw a task's problem with this seed.")] = 0,
     settings: Settings = None,
-    style: Style = "terse",
+    style: Annotated[
+        ResponseStyle | None,
+        typer.Option(help="Have the teacher respond so; of a task's name, terse."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="Task that reads a data set of your own task.")
     ] = None,
@@ -130,8 +134,8 @@ def show_command(
                 raise UserError(f"{source}: no such file or folder")
             reader, spec = _task_and_knobs(source, settings)
             problem = draw_problem(reader, spec, side_of(split), seed, row)
-            response = ""
-        if not response and reader is not None and style != "none":
+            response, style = "", style or "terse"
+        if not response and reader is not None and style is not None and style != "none":
             response = reader.demonstrate(problem, style)
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
@@ -187,6 +191,9 @@ def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
         if "draws" in entry:
             line += f" ({entry['skipped_repeats']} repeats left out of {entry['draws']} draws)"
         lines.append(line)
+        if not tells_side(name):
+            side = "held out" if entry["side"] == "test" else "training data"
+            lines.append(f"  taken as {side}: its name says neither train nor test, val, dev, ...")
         if entry["responses"]:
             share = entry["perception_chars"] / max(entry["response_chars"], 1)
             lines.append(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import codecs
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,18 @@ from tasks.datasets import (
     open_parquet,
     parquet_rows,
     question_of,
-    side_of,
     staged,
     write_manifest,
 )
 from tasks.images import check_image
+from tasks.split_names import side_of, split_of_file
 
 _SHOWN_ERRORS = 10
+_MAX_REASON = 300
+"""Characters of what is said about a row, which may quote any of it."""
 _MAX_FILE_BYTES = 64 * 2**20
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR")
+"""How PNG, JPEG and WebP files begin as base64."""
 
 
 def import_rows(
@@ -39,12 +46,12 @@ def import_rows(
     """Make a data set from files with the public columns; returns its manifest.
 
     Args:
-        source: a `.parquet` or `.jsonl` file, or a folder of them. A file's name without a
-            shard's number (`train-00000-of-00002`) is its split. Columns: `query`, `image`
-            (a struct of bytes and path, bytes, or a path relative to the file),
-            `ground_truth` (text, or in JSON lines any JSON value), and, optionally,
+        source: a `.parquet` or `.jsonl` file, or a folder of them, at any depth; the split of
+            each is told by `split_of_file`. Columns: `query`, `image` (bytes, a struct of bytes
+            and path, a path relative to the file, base64 or a data URI, or a list of one of
+            these), `ground_truth` (text, or any other value as JSON), and, optionally,
             `response`, which is kept as it is.
-        out: folder to write, as in `write_dataset`.
+        out: folder to write, as in `write_dataset`; apart from the source.
         skip_bad: leave bad rows out and list them in the manifest, rather than fail. Who made
             the data split it, so rows stay where they are; but a training row that repeats a
             held-out problem up to symmetry is a bad row, and so is a row of a held-out split
@@ -55,67 +62,79 @@ def import_rows(
         DataError: nothing to read, a column is missing, or rows are bad; the first bad ones
             are listed with file, row and field. Nothing is written then.
     """
-    files = _source_files(Path(source))
-    keys: set[str] = set()  # of the held-out splits read so far
-    questions: set[tuple[str, str]] = set()
+    source = Path(source).resolve()
+    files = _source_files(source)
+    _check_apart(source, Path(out).resolve())
+    keys: dict[str, str] = {}  # of the held-out splits read so far, and their names
+    questions: dict[tuple[str, str], str] = {}
     entries: dict[str, Any] = {}
     skipped: list[dict[str, str]] = []
     with staged(Path(out), files, overwrite) as stage:
         for split in sorted(files, key=lambda name: side_of(name) == "train"):
             held_out = side_of(split) == "test"
             with SplitWriter(stage, split, task) as writer:
-                for file in files[split]:
+                for name, file in files[split].items():
                     for place, row in _source_rows(file):
                         try:
                             problem, ground_truth, response = _from_source(task, row, file.parent)
                             key, question = problem.symmetry_key, question_of(problem)
-                            if question in questions if held_out else key in keys:
+                            twin = questions.get(question) if held_out else keys.get(key)
+                            if twin is not None:
                                 raise DataError(
-                                    "ground_truth: the same problem, up to symmetry, is in a "
-                                    "held-out split; take it out of one of them"
+                                    "ground_truth: the same problem, up to symmetry, is in the "
+                                    f"held-out split {twin}; take it out of one of them"
                                 )
                         except DataError as error:
-                            skipped.append({"file": file.name, "row": place, "reason": str(error)})
+                            reason = " ".join(str(error).split())[:_MAX_REASON]
+                            skipped.append({"file": name, "row": place, "reason": reason})
                         else:
                             writer.add(writer.with_fresh_id(problem), ground_truth, response)
                         if on_row is not None:
                             on_row(split)
             if held_out:
-                keys |= writer.keys
-                questions |= writer.questions
-            entries[split] = writer.entry()
+                keys |= dict.fromkeys(writer.keys, split)
+                questions |= dict.fromkeys(writer.questions, split)
+            entries[split] = writer.entry() | {"side": side_of(split)}
         empty = [split for split in files if not entries[split]["rows"]]
         if skipped and (empty or not skip_bad):
             raise DataError(_bad_rows_message(skipped, empty))
         if empty:
             raise DataError(f"{source}: no rows in split {', '.join(empty)}")
-        sources = {f.name: file_hash(f) for fs in files.values() for f in fs}
+        sources = {name: file_hash(f) for fs in files.values() for name, f in fs.items()}
         origin = {"imported_from": sources, "skipped": skipped}
         return write_manifest(stage, task, origin, {s: entries[s] for s in files})
 
 
-def _source_files(source: Path) -> dict[str, list[Path]]:
-    """Split name -> its files, in the order of their names."""
+def _source_files(source: Path) -> dict[str, dict[str, Path]]:
+    """Split -> its files by their names within the source, in the order of these."""
+    home = source if source.is_dir() else source.parent
+    files = [source]
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix in (".parquet", ".jsonl"))
-    else:
-        files = [source]
-    splits: dict[str, list[Path]] = {}
-    for file in files:
+        below = (p for p in source.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl"))
+        files = [p for p in below if not any(n[0] == "." for n in p.relative_to(source).parts)]
+    splits: dict[str, dict[str, Path]] = {}
+    for file in sorted(files):
         if not file.is_file():
             raise DataError(f"{file}: no such file; name a .parquet or .jsonl file, or a folder")
-        if file.suffix not in (".parquet", ".jsonl"):
+        if file.suffix.lower() not in (".parquet", ".jsonl"):
             raise DataError(f"{file}: not a .parquet or .jsonl file; convert it to one of them")
-        stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
-        splits.setdefault(re.sub(r"\W+", "_", stem), []).append(file)
+        name = file.relative_to(home)
+        splits.setdefault(split_of_file(home.name / name), {})[str(name)] = file
     if not splits:
         raise DataError(f"{source}: holds no .parquet or .jsonl file; name the folder that does")
     return splits
 
 
+def _check_apart(source: Path, out: Path) -> None:
+    if source == out or source in out.parents or out in source.parents:
+        raise DataError(
+            f"{out}: is, holds or lies in the source {source}; write the data set somewhere else"
+        )
+
+
 def _source_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """(where, row): rows of Parquet from 0, lines of JSON from 1, as tools show them."""
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         parquet = open_parquet(file)
         names = parquet.schema_arrow.names
         missing = [name for name in SOURCE_COLUMNS if name not in names]
@@ -130,6 +149,9 @@ def _source_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if b"\0" in line:
+                raise DataError(f"{file}: line {number} is UTF-16 or no text; save it as UTF-8")
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             place = f"line {number}"
@@ -153,10 +175,9 @@ def _from_source(
     for name in SOURCE_COLUMNS:
         if row.get(name) is None:
             raise DataError(f"{name}: is missing; the row has {', '.join(map(str, row))}")
-    truth = row["ground_truth"]
     texts = {
         "query": row["query"],
-        "ground_truth": json.dumps(truth) if isinstance(truth, list | dict) else truth,
+        "ground_truth": _truth_text(row["ground_truth"]),
         "response": "" if row.get("response") is None else row["response"],
     }
     for name, text in texts.items():
@@ -170,28 +191,76 @@ def _from_source(
     return problem, texts["ground_truth"], texts["response"]
 
 
+def _truth_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(f"ground_truth: {_shown(value)}: neither text nor a JSON value") from None
+
+
 def _source_image(value: Any, folder: Path) -> bytes:
-    path = value
+    """An image file's bytes, from any of the forms in which a row holds one."""
+    found = value
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, list):
+        raise DataError(f"image: a list of {len(value)}, {_shown(found)}; a row has one image")
     if isinstance(value, dict):
-        if isinstance(value.get("bytes"), bytes):
-            return value["bytes"]
-        path = value.get("path")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return value
-    if not isinstance(path, str) or not path:
-        raise DataError("image: neither bytes nor a path; store the image file in the row")
+    if not isinstance(value, str) or not value:
+        raise DataError(
+            f"image: {_shown(found)}; wanted bytes, a struct of bytes and path, a path, base64 "
+            "or a data URI"
+        )
+    if value[:5].lower() == "data:":
+        head, _, value = value.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise DataError(f"image: {_shown(found)}: a data URI without base64; store the bytes")
+    elif not value.lstrip().startswith(_BASE64_HEADS) or _is_file(folder / value):
+        return _read_image(value, folder)
+    try:
+        letters = "".join(value.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except ValueError as error:
+        raise DataError(f"image: {_shown(found)}: damaged base64 ({error})") from error
+
+
+def _read_image(path: str, folder: Path) -> bytes:
+    if re.match(r"\w+://", path):
+        raise DataError(f"image: {_shown(path)} is a URL; store the file itself, or its path")
     file = folder / path
     try:
         # A device or a pipe would never end; a huge file is no image.
         if not file.is_file():
-            raise DataError(f"image: no file {path!r} in {folder}; paths are relative to the data")
+            raise DataError(
+                f"image: no file {_shown(path)} in {folder}; paths are relative to the data"
+            )
         if file.stat().st_size > _MAX_FILE_BYTES:
-            raise DataError(f"image: {path!r} is over {_MAX_FILE_BYTES} bytes; scale it down")
+            raise DataError(f"image: {_shown(path)} is over {_MAX_FILE_BYTES} bytes; scale it down")
         return file.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"image: {path!r} cannot be read ({error}); check the path") from error
+        what = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"image: {_shown(path)} cannot be read ({what}); check the path") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for a path
+        return False
+
+
+def _shown(value: Any) -> str:
+    """What a value is, in a few words, however large or deep it is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) < 80 else f"{value[:40]!r}... of {len(value)} characters"
+    return f"{type(value).__name__} {reprlib.repr(value)}"[:80]
 
 
 def _bad_rows_message(skipped: list[dict[str, str]], empty: list[str]) -> str:

@@ -7,10 +7,10 @@ it came to be and holds the hash of every file. Columns: `image` (struct of byte
 
 What holds for every folder that `write_dataset` makes:
 
-- A split whose name starts with `test` or `valid` is held out: its problems are of the `test`
-  side of `tasks.splits`, those of other splits of the `train` side. So no held-out problem
-  occurs, up to the task's symmetries, in a training split of this or any other data set drawn
-  here, nor in a run that draws its own problems.
+- A split is held out or for training by its name (`tasks.split_names`): its problems are of the
+  `test` or the `train` side of `tasks.splits`. So no held-out problem occurs, up to the task's
+  symmetries, in a training split of this or any other data set drawn here, nor in a run that
+  draws its own problems.
 - The splits of one side, sorted by name, are consecutive parts of one stream: that of
   `draw_problem`, from which runs with the same seed and knobs draw too.
 - No problem (`id`) is there twice, within a split or in two of them. Held-out splits do not
@@ -46,6 +46,7 @@ from pydantic import BaseModel
 from tasks.core import DataError, Problem, Style, Task
 from tasks.files import flush
 from tasks.images import check_image, content_hash
+from tasks.split_names import side_of
 from tasks.splits import Split, draw_problem
 
 FORMAT_VERSION = 1
@@ -88,11 +89,6 @@ class Example:
 
     problem: Problem
     response: str
-
-
-def side_of(split: str) -> Split:
-    """The side of `tasks.splits` that a data set's split, by its name, belongs to."""
-    return "test" if split.startswith(("test", "valid")) else "train"
 
 
 def write_dataset(
@@ -338,6 +334,12 @@ def staged(folder: Path, splits: Iterable[str], overwrite: bool) -> Iterator[Pat
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name a folder to write the data set in")
     taken = [n for n in (MANIFEST, *(f"{s}.parquet" for s in splits)) if (folder / n).exists()]
+    foreign = [name for name in taken if not _is_ours(folder / name)]
+    if foreign:
+        raise DataError(
+            f"{folder}: {', '.join(foreign)} there is no part of a data set that this command "
+            "wrote; move it away, or name another folder"
+        )
     if taken and not overwrite:
         raise DataError(
             f"{folder}: already holds {', '.join(taken)}; name another folder, or replace the "
@@ -366,6 +368,18 @@ def settle(folder: Path) -> None:
             os.replace(file, folder / file.name)
     if complete.exists():
         complete.rmdir()
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a manifest or a split was written here, so that --force may replace it."""
+    if file.name in _listed_files(file.parent):
+        return True
+    try:
+        if file.name == MANIFEST:
+            return bool(read_manifest(file.parent))
+        return set(_OUR_COLUMNS) <= set(pq.read_schema(file).names)
+    except (DataError, OSError, pa.ArrowException):
+        return False
 
 
 def _listed_files(folder: Path) -> list[str]:

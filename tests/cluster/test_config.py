@@ -291,6 +291,15 @@ def test_toml_syntax_errors_name_the_line(tmp_path: Path) -> None:
     assert "bad.toml: not valid TOML: " in error(path) and "line 2" in error(path)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe_and_utf_16_is_named(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    plain = load_recipe(recipe)
+    recipe.write_text(text, encoding="utf-8-sig")
+    assert load_recipe(recipe) == plain
+    recipe.write_text(text, encoding="utf-16")
+    assert error(recipe).startswith(f"{recipe}: is UTF-16 or no text (")
+
+
 def test_a_missing_file_suggests_its_neighbour(recipe: Path) -> None:
     assert error(recipe.with_name("smal.toml")).endswith(f"did you mean {recipe}?")
 

@@ -1,6 +1,8 @@
 """`equipoise tasks`: what it writes, prints and says when something is wrong."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
+from cluster.cli import main
 from cluster.config import UserError
 from cluster.tasks_cli import app
 from tasks.datasets import read_dataset, read_manifest
 from tasks.images import check_image
 from tasks.load import load_task
+from tasks.splits import split_of
 
 TEST = ["--split", "test"]
 SMALL = ["--train", "8", "--test", "3", "--set", "size=4", "--set", "blanks=6"]
@@ -72,6 +76,58 @@ def test_show_a_row_and_save_its_image(tmp_path: Path) -> None:
     assert "exact (graded 1.000)" in text and "right" in text and "defects       none" in text
     assert (tmp_path / "x.png").read_bytes() == problem.image
     check_image((tmp_path / "x.png").read_bytes(), "x.png")
+
+
+def test_held_out_names_are_drawn_from_the_held_out_side_and_others_are_told(
+    tmp_path: Path,
+) -> None:
+    out, more = tmp_path / "data", ["--split", "val=4", "--split", "HoldOut=2", "--split", "ood=4"]
+    text = good("generate", "sudoku", "--out", out, *SMALL, *more)
+    sides = {n: {split_of(p) for p in read_dataset(out, n)} for n in ("val", "HoldOut", "ood")}
+    assert sides == {"val": {"test"}, "HoldOut": {"test"}, "ood": {"train"}}
+    lines = text.splitlines()
+    (told,) = (line for line in lines if "taken as" in line)
+    assert told == "  taken as training data: its name says neither train nor test, val, dev, ..."
+    assert lines[lines.index(told) - 1].startswith("ood: 4 problems")
+
+
+def test_show_prints_what_is_stored_and_asks_the_teacher_only_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_teacher(*_: object) -> str:
+        raise NotImplementedError
+
+    good("generate", "sudoku", "--out", tmp_path / "data", *SMALL, "--style", "none")
+    assert "[response]" in good("show", tmp_path / "data", "--style", "terse")
+    monkeypatch.setattr("tasks.sudoku.Sudoku.demonstrate", no_teacher)
+    text = good("show", tmp_path / "data")
+    assert "[p*]" in text and "[response]" not in text
+
+
+@pytest.mark.parametrize("coding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_lacks_a_character_shows_its_escape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coding: str
+) -> None:
+    good("generate", "sudoku", "--out", tmp_path / "data", *SMALL)
+    file = tmp_path / "data" / "train.parquet"
+    table = pq.read_table(file)
+    asked = pa.array(["Löse → 解"] * table.num_rows)
+    pq.write_table(table.set_column(table.schema.get_field_index("query"), "query", asked), file)
+    (tmp_path / "data" / "manifest.json").unlink()
+    for arguments in (["show", str(file)], ["show", str(tmp_path / "→ 解")]):
+        shown = {name: io.TextIOWrapper(io.BytesIO(), coding) for name in ("stdout", "stderr")}
+        for name, stream in shown.items():
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["equipoise", "tasks", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        text = ""
+        for stream in shown.values():
+            stream.flush()
+            assert isinstance(stream.buffer, io.BytesIO)
+            text += stream.buffer.getvalue().decode(coding)
+        assert "\\u2192 \\u89e3" in text
+        assert ended.value.code in (0, 2)
 
 
 @pytest.mark.parametrize("task", ["sudoku", "graph_coloring"])

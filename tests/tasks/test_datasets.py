@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,105 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks import datasets
-from tasks.core import DataError, Parsed, Problem, Style
+from tasks.core import DataError, Problem, Style
 from tasks.dataset_import import import_rows
 from tasks.datasets import SCHEMA, read_dataset, read_examples, write_dataset
 from tasks.load import load_task
-from tasks.responses import compose_response, oracle_prefix, parse_response
+from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
 from tests.tasks.killed import killed_before
-
-
-class ShadeSpec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    shades: int = 200
-    grain: int = 1000
-
-
-class Shade:
-    """See a grey level, answer with the next one; a picture's grain is no part of the problem."""
-
-    name = "shade"
-    spec: type[BaseModel] = ShadeSpec
-
-    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
-        assert isinstance(spec, ShadeSpec)
-        shade, grain = int(rng.integers(spec.shades)), int(rng.integers(spec.grain))
-        image = Image.new("RGB", (4, 4), (shade, grain % 256, grain // 256))
-        out = io.BytesIO()
-        image.save(out, format="PNG")
-        return self._problem("Which shade?", out.getvalue(), shade, f"shade-{shade}-{grain}")
-
-    def _problem(self, prompt: str, image: bytes, shade: int, name: str) -> Problem:
-        return Problem(
-            id=name,
-            task=self.name,
-            prompt=prompt,
-            image=image,
-            perception=str(shade),
-            truth={"shade": shade},
-            knobs={"shades": 200},
-            symmetry_key=f"key-{shade}",
-        )
-
-    def parse(self, text: str) -> Parsed:
-        def read(part: str) -> tuple[int | None, tuple[str, ...]]:
-            digits = part.strip()
-            return (int(digits), ()) if digits.isdecimal() else (None, ("bad_number",))
-
-        return parse_response(text, read, read)
-
-    def check(self, problem: Problem, answer: Any) -> bool:
-        return bool(answer == problem.truth["shade"] + 1)
-
-    def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
-        exact = perception == problem.truth["shade"]
-        return exact, float(exact)
-
-    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
-        return bool(answer == perception + 1)
-
-    def oracle_prefix(self, problem: Problem) -> str:
-        return oracle_prefix(problem.perception)
-
-    def solve(self, problem: Problem, perception: Any) -> Any | None:
-        return perception + 1
-
-    def demonstrate(self, problem: Problem, style: Style) -> str:
-        shade = problem.truth["shade"]
-        return compose_response(
-            str(shade), "one more" * (1 + 9 * (style == "verbose")), f"{shade + 1}"
-        )
-
-    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
-        if not ground_truth.isdecimal():
-            raise DataError(f"ground_truth: {ground_truth!r} is not a shade; write a number")
-        return self._problem(query, image, int(ground_truth), f"shade-{ground_truth}")
-
-    def to_ground_truth(self, problem: Problem) -> str:
-        return str(problem.truth["shade"])
-
-
-SHADE = Shade()
-SPEC = ShadeSpec()
-
-
-def shades(numbers: Iterable[int]) -> list[Problem]:
-    return [SHADE.from_row("Which shade?", b"", str(number)) for number in numbers]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def png(shade: int = 0, side: int = 4) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, 0, 0)).save(out, format="PNG")
-    return out.getvalue()
+from tests.tasks.shade import SHADE, SPEC, Shade, ShadeSpec, png, shades, tree
 
 
 def huge_png() -> bytes:
@@ -552,7 +464,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"image": "huge.png"}, "line 2: image: the image is 20000x20000"),
     ({"image": "/dev/zero"}, "line 2: image: no file '/dev/zero'"),
     ({"image": "a\0b"}, "line 2: image: "),
-    ({"image": 5}, "line 2: image: neither bytes nor a path"),
+    ({"image": 5}, "line 2: image: int 5; wanted bytes, a struct of bytes and path, a path"),
     ({"image": None}, "line 2: image: is missing"),
     ({"ground_truth": "red"}, "line 2: ground_truth: 'red' is not a shade"),
     ({"query": 3}, "line 2: query: is a int, not text"),
@@ -599,8 +511,8 @@ def test_import_names_missing_columns(tmp_path: Path) -> None:
 def test_import_keeps_held_out_problems_out_of_train(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    for split, shades in {"train": "1234", "test": "45"}.items():
-        rows = [{"query": "q", "image": png(), "ground_truth": shade} for shade in shades]
+    for split, numbers in {"train": "1234", "test": "45"}.items():
+        rows = [{"query": "q", "image": png(), "ground_truth": shade} for shade in numbers]
         pq.write_table(pa.Table.from_pylist(rows), source / f"{split}.parquet")
     with pytest.raises(DataError, match=r"train\.parquet: row 3: .* held-out split"):
         import_rows(source, SHADE, tmp_path / "out")
@@ -641,8 +553,7 @@ def own_module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_users_own_task_from_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(__file__).read_text()
-    head = source[source.index("import hashlib") : source.index("SHADE = Shade()")]
+    head, _, _ = (Path(__file__).parent / "shade.py").read_text().partition("SHADE = Shade()")
     head = head.replace('name = "shade"', 'name = "own_shade:Shade"')
     own_module(tmp_path, "own_shade", head, monkeypatch)
     task = load_task("own_shade:Shade")
