@@ -33,53 +33,47 @@ _REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
 }
 
 
-def evaluate(
-    samplers: SamplerPool,
-    source: ProblemSource,
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    passes: Sequence[EvalPass],
-    samples: int = 1,
-) -> EvalTable:
-    """Run the passes on one task's problems.
-
-    `sampling` is the training run's; all passes but `sampled` are greedy. `samples`: responses
-    a problem in the pass `sampled`.
-    """
-    greedy = replace(sampling, temperature=0.0)
-    found: dict[EvalPass, list[Group]] = {}
-    for name in passes:
-        kind, view = _REQUEST[name]
-        requests = [
-            SampleRequest(
-                group_id=f"eval/{name}/{problem.id}",
-                problem=problem,
-                n=samples if name == "sampled" else 1,
-                sampling=sampling if name == "sampled" else greedy,
-                kind=kind,
-                view=view,
-            )
-            for problem in problems
-        ]
-        found[name] = samplers.sample(requests)
-    return eval_table(source.task, found)
-
-
 def evaluate_all(
     samplers: SamplerPool, sources: Sequence[ProblemSource], recipe: Recipe
 ) -> dict[str, EvalTable]:
-    """The recipe's own evaluation: a table a task, on its held-out problems."""
-    return {
-        source.label: evaluate(
-            samplers,
-            source,
-            held_out(source, recipe.eval.seed, recipe.eval.problems),
-            training_sampling(recipe),
-            recipe.eval.passes,
-            recipe.eval.samples,
-        )
+    """The recipe's own evaluation: a table a task, on its held-out problems.
+
+    All passes of all tasks are asked for at once, so that no engine waits for another pass's last
+    response; those of one problem together, whose image an engine then has at hand.
+    """
+    asked = [
+        (source.label, name, pass_request(recipe, source, name, problem))
         for source in sources
+        for problem in held_out(source, recipe.eval.seed, recipe.eval.problems)
+        for name in recipe.eval.passes
+    ]
+    found: dict[str, dict[EvalPass, list[Group]]] = {
+        source.label: {name: [] for name in recipe.eval.passes} for source in sources
     }
+    groups = samplers.sample([request for _, _, request in asked])
+    for (label, name, _), group in zip(asked, groups, strict=True):
+        found[label][name].append(group)
+    return {source.label: eval_table(source.task, found[source.label]) for source in sources}
+
+
+def pass_request(
+    recipe: Recipe, source: ProblemSource, name: EvalPass, problem: Problem
+) -> SampleRequest:
+    """What a pass asks about a problem; only `sampled` draws as training does, all else is greedy.
+
+    What is drawn hangs on the id, which names the entry from the second one of its task on.
+    """
+    kind, view = _REQUEST[name]
+    sampling = training_sampling(recipe)
+    entry = source.label.removeprefix(source.task.name)
+    return SampleRequest(
+        group_id=f"eval/{name}/{problem.id}{entry}",
+        problem=problem,
+        n=recipe.eval.samples if name == "sampled" else 1,
+        sampling=sampling if name == "sampled" else replace(sampling, temperature=0.0),
+        kind=kind,
+        view=view,
+    )
 
 
 def training_sampling(recipe: Recipe) -> Sampling:
@@ -127,9 +121,7 @@ def run_eval(
     with actor_errors(None), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "eval")
         with sampling_from(recipe, checkpoint) as pool:
-            table = evaluate(
-                pool, sources[0], chosen, training_sampling(recipe), PASSES, recipe.eval.samples
-            )
+            (table,) = evaluate_all(pool, sources, recipe).values()
     if as_json:
         print(
             json.dumps(

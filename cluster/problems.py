@@ -43,6 +43,10 @@ class ProblemSource:
     room: Room | None = None
     redraws: bool = False
     left_out: Counter[Split] = field(default_factory=Counter)
+    drawn: dict[tuple[int, int], list[Problem]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Held-out problems by (seed, count): drawn once, for all evaluations of a run."""
 
     @classmethod
     def open(
@@ -154,6 +158,12 @@ def step_problems(
 
 def held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
     """`count` test problems of one source, no two with the same id."""
+    if (seed, count) not in source.drawn:
+        source.drawn[seed, count] = _draw_held_out(source, seed, count)
+    return source.drawn[seed, count]
+
+
+def _draw_held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
     found: dict[str, Problem] = {}
     barren = 0
     if source.spec is None and count > len(source.test):

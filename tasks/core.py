@@ -7,7 +7,7 @@ problems, reads model responses and scores them. Everything here is pure: no tor
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -115,6 +115,18 @@ class Task(Protocol):
 
     def to_ground_truth(self, problem: Problem) -> str:
         """The `ground_truth` of a row from which `from_row` makes the problem again."""
+
+
+@runtime_checkable
+class DrawsLate(Protocol):
+    """A task that knows a problem's symmetry key before its picture: none is drawn in vain."""
+
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
+        """The symmetry key of what `generate` makes with this `rng`, and what makes the rest.
+
+        All that is drawn from `rng` itself is drawn at once, so that the next problem is the same
+        whether or not this one is made.
+        """
 
 
 @runtime_checkable

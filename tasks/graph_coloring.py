@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import comb
 from string import ascii_lowercase
 from typing import Annotated, Any, Literal
@@ -184,6 +184,10 @@ class GraphColoring:
         Raises:
             ValueError: the knobs ask for the impossible; the message names the remedy.
         """
+        return self.begin(rng, spec)[1]()
+
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
+        """The symmetry key of the graph, and what draws its picture (`tasks.core.DrawsLate`)."""
         if not isinstance(spec, GraphColoringSpec):
             raise TypeError(f"{self.name} needs a GraphColoringSpec, not {type(spec).__name__}")
         graph_rng, place_rng, paint_rng = (
@@ -192,18 +196,21 @@ class GraphColoring:
         n = spec.vertices
         density = DEFAULT_DENSITY if spec.density is None else spec.density
         edges = draw_graph(graph_rng, n, spec.edges, density, spec.chromatic, spec.planar)
-        look = spec.look()
-        image = render(paint_rng, place(place_rng, n, edges, look), edges, look)
-        key = labelled_key if spec.split_by == "labelled" else isomorphism_key
-        return _problem(
-            prompt=_prompt(spec),
-            image=image,
-            n=n,
-            chromatic=chromatic_number(n, edges),
-            edges=edges,
-            knobs=spec.model_dump(),
-            symmetry_key=key(n, edges),
-        )
+        key = (labelled_key if spec.split_by == "labelled" else isomorphism_key)(n, edges)
+
+        def finish() -> Problem:
+            look = spec.look()
+            return _problem(
+                prompt=_prompt(spec),
+                image=render(paint_rng, place(place_rng, n, edges, look), edges, look),
+                n=n,
+                chromatic=chromatic_number(n, edges),
+                edges=edges,
+                knobs=spec.model_dump(),
+                symmetry_key=key,
+            )
+
+        return key, finish
 
     def parse(self, text: str) -> Parsed:
         """Read a whole response; never raises.

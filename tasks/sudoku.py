@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -145,17 +145,27 @@ class Sudoku:
             TypeError: `spec` is not a `SudokuSpec`.
             ValueError: blanks and technique were not met together in `GENERATE_TRIES` tries.
         """
+        return self.begin(rng, spec)[1]()
+
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
+        """The symmetry key of the puzzle, and what draws its picture (`tasks.core.DrawsLate`)."""
         if not isinstance(spec, SudokuSpec):
             raise TypeError(f"sudoku needs a SudokuSpec, not {type(spec).__name__}")
         puzzle_seed, picture_seed = (int(seed) for seed in rng.integers(2**63, size=2))
         puzzle, solution = draw_puzzle(
             np.random.default_rng(puzzle_seed), spec.size, spec.blanks, spec.technique
         )
-        image = render(puzzle, spec.look(), np.random.default_rng(picture_seed))
-        return _problem(
-            prompt=_prompt(spec), image=image, puzzle=puzzle, solution=solution,
-            knobs=spec.model_dump(),
-        )  # fmt: skip
+
+        key = symmetry_key(puzzle)
+
+        def finish() -> Problem:
+            image = render(puzzle, spec.look(), np.random.default_rng(picture_seed))
+            return _problem(
+                prompt=_prompt(spec), image=image, puzzle=puzzle, solution=solution,
+                knobs=spec.model_dump(), key=key,
+            )  # fmt: skip
+
+        return key, finish
 
     def parse(self, text: str) -> Parsed:
         """Read a response; both values are a `Grid`, or None with a named defect.
@@ -251,7 +261,7 @@ class Sudoku:
         blanks = sum(row.count(0) for row in puzzle)
         return _problem(
             prompt=query, image=image, puzzle=puzzle, solution=solution,
-            knobs={"size": len(puzzle), "blanks": blanks},
+            knobs={"size": len(puzzle), "blanks": blanks}, key=symmetry_key(puzzle),
         )  # fmt: skip
 
     def to_ground_truth(self, problem: Problem) -> str:
@@ -341,7 +351,7 @@ def _completes(puzzle: Sequence[Sequence[int]], answer: Any) -> bool:
 
 
 def _problem(
-    *, prompt: str, image: bytes, puzzle: Grid, solution: Grid, knobs: dict[str, Any]
+    *, prompt: str, image: bytes, puzzle: Grid, solution: Grid, knobs: dict[str, Any], key: str
 ) -> Problem:
     perception = grid_text(puzzle)
     digest = hashlib.sha256(f"{Sudoku.name}\n{perception}\n".encode() + image).hexdigest()
@@ -356,7 +366,7 @@ def _problem(
             "solution": [list(row) for row in solution],
         },
         knobs=knobs,
-        symmetry_key=symmetry_key(puzzle),
+        symmetry_key=key,
     )
 
 

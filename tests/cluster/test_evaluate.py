@@ -1,0 +1,98 @@
+"""An evaluation asks for all it needs at once, of problems that are drawn once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from cluster.config import Recipe, load_recipe
+from cluster.evaluate import PASSES, evaluate_all
+from cluster.problems import open_sources
+from rollout.record import Group, SampleRequest
+from tasks.core import Problem
+from tests.rewards.toys import Doubling, group
+
+RECIPE = """
+name = "x"
+[model]
+path = "m"
+[[tasks]]
+name = "tests.rewards.toys:Doubling"
+[[tasks]]
+name = "tests.rewards.toys:Doubling"
+[eval]
+problems = 2
+samples = 3
+passes = ["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+"""
+
+
+class Samplers:
+    """Right answers where the image is shown, and nothing that can be read where it is not."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[SampleRequest]] = []
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        self.calls.append(list(requests))
+        answers = []
+        for asked in requests:
+            n = asked.problem.truth["n"]
+            text = f"{n};{2 * n};" if asked.view == "shown" else ";;missing_answer"
+            answers.append(group(n, *[text] * asked.n, name=asked.problem.id))
+        return answers
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    path = tmp_path / "x.toml"
+    path.write_text(RECIPE)
+    return load_recipe(path)
+
+
+def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None:
+    samplers = Samplers()
+    tables = evaluate_all(samplers, open_sources(recipe.tasks), recipe)  # type: ignore[arg-type]
+    (asked,) = samplers.calls
+    # Two entries of one task hold the same two problems, and each is asked in every pass.
+    assert len(asked) == len({r.group_id for r in asked}) == 2 * 2 * len(PASSES)
+    # A problem's passes are asked for together: an engine then has its image at hand.
+    places = [
+        [i for i, r in enumerate(asked) if r.problem is p]
+        for p in {r.problem.id: r.problem for r in asked[:10]}.values()
+    ]
+    assert places == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert {(r.n, r.sampling.temperature) for r in asked} == {(1, 0.0), (3, 1.0)}
+    for table in tables.values():
+        values = {row.metric: (row.value, row.n) for row in table.rows}
+        assert values == {
+            **{name: (1.0, 2) for name in ("a", "a_p", "a_p_graded", "self_consistency")},
+            **{name: (1.0, 2) for name in ("a avg@3", "a_p avg@3", "a pass@2", "a_p pass@2")},
+            **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a_r")},
+            **{name: (0.0, 2) for name in ("leak", "a_r_blank", "blind")},
+        }
+
+
+def test_held_out_problems_are_drawn_once_a_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = 0
+    generate = Doubling.generate
+
+    def counted(self: Doubling, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        nonlocal drawn
+        drawn += 1
+        return generate(self, rng, spec)
+
+    monkeypatch.setattr(Doubling, "generate", counted)
+    samplers, sources = Samplers(), open_sources(recipe.tasks)
+    evaluate_all(samplers, sources, recipe)  # type: ignore[arg-type]
+    assert (once := drawn) > 0
+    evaluate_all(samplers, sources, recipe)  # type: ignore[arg-type]
+    assert drawn == once
+    first, second = ([r.problem.id for r in call] for call in samplers.calls)
+    assert first == second
