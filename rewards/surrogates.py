@@ -29,7 +29,7 @@ from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
 from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Parsed, Problem, Task
 from tasks.files import expanded
 from tasks.images import blank_like, mask_patches
-from tasks.responses import without_preamble
+from tasks.responses import line_ends, without_preamble
 
 PERCEPTION = SEGMENTS.index("perception")
 
@@ -211,7 +211,7 @@ class BlindPolicy:
             for rollout in group.rollouts
         ]
         return [
-            blind_prefix(task, group.problem, rollout) if use else None
+            blind_prefix(task, rollout) if use else None
             for use, rollout in zip(usable, group.rollouts, strict=True)
         ]
 
@@ -323,16 +323,15 @@ class ImageDependence:
         return reply.astype(np.float64)
 
 
-def blind_prefix(task: Task, problem: Problem, rollout: Rollout) -> str:
-    """A rollout's readable perception segment, ending as `task.oracle_prefix` does.
+def blind_prefix(task: Task, rollout: Rollout) -> str:
+    """A rollout's readable perception segment and the line ends after it.
 
     Prose in front of a JSON perception is left out where the task reads the rest the same.
     Raises ValueError where the task's parser does not say where the perception lies.
     """
-    oracle = task.oracle_prefix(problem)
-    ending = oracle[_perception_span(task, task.parse(oracle))[1] :]
     start, end = _perception_span(task, rollout.parsed)
-    segment = (rollout.prefix + rollout.text)[start:end]
+    text = rollout.prefix + rollout.text
+    segment, ending = text[start:end], line_ends(text, end)
     bare = without_preamble(segment) + ending
     return bare if task.parse(bare).perception == rollout.parsed.perception else segment + ending
 

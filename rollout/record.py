@@ -41,7 +41,7 @@ class SampleRequest:
     kind: Kind = "free"
     view: ImageView = "shown"
     prefix: str = ""
-    """Text the response is forced to start with, after what the kind itself forces.
+    """Text the response is forced to start with; empty in kind `oracle`: the task's own prefix.
 
     It may come from a model: a special token spelled out in it is read as plain characters.
     """
@@ -79,7 +79,7 @@ class Rollout:
         logprobs: float32 [T], the sampler's processed log-probs (nats) of response_ids.
         versions: int32 [T], policy version that sampled each token.
         segments: int8 [T], index into `tasks.core.SEGMENTS`, or `NO_SEGMENT`.
-        prefix: all forced text before the sampled text: the kind's own, then the request's.
+        prefix: all forced text before the sampled text: the request's, or the kind's own.
         text: sampled text, decoded; hostile input wherever it is shown.
         parsed: `prefix + text` read by the task's parser.
         finish_reason: the engine's word: `stop`, `length`, or `abort`.

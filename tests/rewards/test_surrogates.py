@@ -397,7 +397,23 @@ def test_a_task_with_another_notation_keeps_its_whole_segment() -> None:
     said = "two dots [left] and [right]END so"
     group = Group("g", PUZZLE, (rollout_of(task, said),))
     (request,) = BlindPolicy().ask(task, group, None)
-    assert request.prefix == "two dots [left] and [right]END "
+    assert request.prefix == "two dots [left] and [right]END\n"
+
+
+class Unlabelled(Sudoku):
+    """Without perception labels there is no `p*` to force."""
+
+    def oracle_prefix(self, problem: Problem) -> str:
+        return ""
+
+
+def test_the_blind_request_needs_no_label_and_ends_in_the_line_ends_of_the_policy() -> None:
+    spaced = says(grid_text(MISREAD)).replace("</perception>\n", "</perception>\n\n")
+    group = group_of(PUZZLE, says(grid_text(TRUE)), spaced)
+    assert [r.prefix for r in BlindPolicy().ask(Unlabelled(), group, None)] == [
+        f"<perception>\n{grid_text(TRUE)}\n</perception>\n",
+        f"<perception>\n{grid_text(MISREAD)}\n</perception>\n\n",
+    ]
 
 
 def test_random_groups_with_a_scripted_model_equal_another_implementation() -> None:

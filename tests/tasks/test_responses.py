@@ -10,17 +10,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.core import SEGMENTS
+from tasks.load import load_task
 from tasks.responses import (
     JSON_MAX_DEPTH,
+    Form,
     Split,
     compose_response,
+    form_of,
     oracle_prefix,
+    oracle_prefix_in,
     parse_response,
     read_json,
     split_response,
     without_preamble,
 )
 
+GRAPHS, SUDOKU = load_task("graph_coloring"), load_task("sudoku")
 TAGS = [f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/")]
 GOOD = compose_response("p", "r", "a")
 
@@ -227,3 +232,61 @@ def test_the_preamble_of_a_json_perception_can_be_cut_off(prose: str) -> None:
 def test_a_perception_in_tags_has_no_preamble() -> None:
     for segment in ("<perception>\nnot [1] this\n</perception>", "no block", ""):
         assert without_preamble(segment) == segment
+
+
+@pytest.mark.parametrize(
+    ("perception", "answer", "prefix"),
+    [
+        ("<perception>\n0-2 1-2\n</perception>\n", "<answer>0:A</answer>", None),
+        (
+            "<perception>\n0-2 1-2\n</perception>\n\n",
+            "<answer>0:A</answer>",
+            "<perception>\nP\n</perception>\n\n",
+        ),
+        ("I see [[0, 2], [1, 2]] and so ", '{"0": "A"}', "[[0, 1], [1, 2], [1, 10]]\n"),
+        (
+            'Edges:\n```json\n{"v": 3, "edges": [[0, 2]]}\n```\n',
+            '{"0": "A"}',
+            '```json\n{"edges": [[0, 1], [1, 2], [1, 10]]}\n',
+        ),
+        ("no idea\n", "0:A", None),
+    ],
+)
+def test_the_oracle_writes_as_the_policy_does(
+    perception: str, answer: str, prefix: str | None
+) -> None:
+    truth = json.dumps({"v": 11, "c": 2, "edges": [[1, 10], [1, 2], [0, 1]]})
+    problem = GRAPHS.from_row("Color it.", b"", truth)
+    form = form_of(GRAPHS, ["nothing", perception + "reasons\n" + answer])
+    own = GRAPHS.oracle_prefix(problem)
+    made = oracle_prefix_in(form, GRAPHS, problem)
+    assert made == (own if prefix is None else prefix.replace("P", problem.perception))
+    right = dict(GRAPHS.solve(problem, GRAPHS.parse(own).perception))
+    written = " ".join(f"{v}:{c}" for v, c in right.items())
+    said = (
+        made
+        + "so\n"
+        + (
+            json.dumps({str(v): c for v, c in right.items()})
+            if form.json
+            else f"<answer>{written}</answer>"
+        )
+    )
+    parsed = GRAPHS.parse(said)
+    assert GRAPHS.score_perception(problem, parsed.perception) == (True, 1.0)
+    assert GRAPHS.check(problem, parsed.answer)
+
+
+def test_the_form_is_that_of_most_responses_that_can_be_read() -> None:
+    grid = [[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 0]]
+    written = json.dumps(grid)
+    tags = compose_response(written, "", written)
+    assert form_of(SUDOKU, [tags, written + "\n\nso", written + "\n\nand", "", ""]) == Form(
+        json=True, after="\n\n"
+    )
+    assert form_of(SUDOKU, [tags, tags, written]) == Form()
+    problem = SUDOKU.from_row("Solve it.", b"", written)
+    assert oracle_prefix_in(Form(json=True), SUDOKU, problem) == written + "\n"
+    assert oracle_prefix_in(Form(json=True, key="grid"), SUDOKU, problem) == (
+        SUDOKU.oracle_prefix(problem)
+    )
