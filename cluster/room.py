@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from PIL import Image
-
-from rollout.tokens import encode, encode_literal, render_prompt
+from rollout.tokens import Chat
 from tasks.core import DataError, Problem
 from tasks.images import check_image
 
@@ -80,7 +78,9 @@ class Room:
                 f"sampler.max_tokens = {self.answer:,} do not fit in model.max_model_len = "
                 f"{self.context:,}",
             )
-        forced = len(encode_literal(self.processor.tokenizer, prefix)) if prefix else 0
+        forced = self._length("perception", prefix) if prefix else 0
+        if isinstance(forced, Fault):
+            return forced
         if taken.prompt + forced >= self.context:
             return Fault(
                 "perception",
@@ -96,7 +96,10 @@ class Room:
 
     def response_lack(self, taken: Taken, response: str) -> Fault | None:
         """Why a response to learn from does not fit behind its prompt, where it does not."""
-        length = len(encode(self.processor.tokenizer, response)) + 1  # the end of turn
+        length = self._length("response", response)
+        if isinstance(length, Fault):
+            return length
+        length += 1  # the end of turn
         if taken.prompt + length <= self.context:
             return None
         return Fault(
@@ -104,6 +107,10 @@ class Room:
             f"{length:,} tokens behind {taken.prompt:,} of query and image do not fit in "
             f"model.max_model_len = {self.context:,}",
         )
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self.processor)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,11 +131,17 @@ class Room:
         """Tokens of a prompt without those that stand for the image."""
         if prompt not in self._texts:
             try:
-                text = render_prompt(self.processor, prompt, with_image=True)
-                self._texts[prompt] = len(encode(self.processor.tokenizer, text)) - 1
+                self._texts[prompt] = len(self._chat.prompt(prompt, with_image=True)) - 1
             except DataError as error:
                 self._texts[prompt] = Fault("query", str(error))
         return self._texts[prompt]
+
+    def _length(self, field: str, text: str) -> int | Fault:
+        """Tokens of text that a response begins with or is."""
+        try:
+            return len(self._chat.text(text))
+        except DataError as error:
+            return Fault(field, str(error))
 
     def _measure_sizes(self, sizes: Iterable[Size]) -> None:
         new = sorted(set(sizes) - self._blocks.keys(), key=lambda size: size[0] * size[1])
@@ -147,10 +160,8 @@ class Room:
 
     def _made(self, size: Size) -> int | Fault:
         """Tokens that stand for an image of a size, as the processor makes them."""
-        token = self.processor.image_token
         try:
-            made = self.processor(images=[Image.new("RGB", size)], text=[token])
-            return len(made["input_ids"][0]) - len(encode(self.processor.tokenizer, token)) + 1
+            return len(self._chat.image_block(size))
         except Exception as error:  # whatever a processor does with an odd size
             return _refused(size, error)
 

@@ -297,9 +297,9 @@ class Collator:
     def _padded(
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
     ) -> Laid:
-        """A row each, padded on the right."""
+        """A row each. The padding is on the right, where any token but the image's will do."""
         shape = (len(sequences), max(map(_width, sequences)))
-        ids = torch.full(shape, self._processor.tokenizer.pad_token_id, dtype=torch.long)
+        ids = torch.full(shape, int(self.image_token_id == 0), dtype=torch.long)
         is_image = torch.zeros(shape, dtype=torch.int32)
         rows, columns = [], []
         for row, s in enumerate(sequences):

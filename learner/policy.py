@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from learner.batch import Collator, Layout, MicroBatch
 from learner.families import family_of
@@ -170,9 +170,26 @@ def load_policy(
         family_of(model)
     except ModelError as error:
         raise ModelError(f"model.path: {path}: {error}") from error
+    _make_savable(model)
     if head_float32 and dtype != "float32":
         _float32_head(model.lm_head)
     return Policy(model, temperature, head_float32, logits_mib), processor
+
+
+def _make_savable(model: Any) -> None:
+    """Keep of a generation config that transformers loads but refuses to save what ends a text.
+
+    It does so where sampling flags stand without `do_sample`, which it ignores then.
+    """
+    found = model.generation_config
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=found.bos_token_id,
+            eos_token_id=found.eos_token_id,
+            pad_token_id=found.pad_token_id,
+        )
 
 
 def keep_no_activations(policy: Policy) -> None:

@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel
 from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
-from rollout.tokens import Decoder, encode, label_segments, render_prompt
+from rollout.tokens import Chat, label_segments
 from tasks.core import NO_SEGMENT, DataError, Parsed, Problem, Style, Task
 from tasks.images import check_image
 from tasks.splits import draw_problem
@@ -23,8 +22,7 @@ class Demonstrator:
     """Turns problems and response texts into training sequences for one processor."""
 
     def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._decoder = Decoder(processor.tokenizer)
+        self._chat = Chat(processor)
         self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
     def sequence(
@@ -44,43 +42,44 @@ class Demonstrator:
                 f"response of problem {problem.id}: has defect {parsed.defects[0]!r}; "
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
-        tokenizer = self._processor.tokenizer
-        given = _given(problem, response, parsed) if blind else 0
+        field = "prompt"
         size = None if blind else check_image(problem.image, f"image of problem {problem.id}").size
-        ids = encode(tokenizer, response[given:])
-        _, offsets = self._decoder.decode(ids)
-        segments = label_segments(offsets, parsed.spans, shift=given)
-        prompt = self._prompt(problem.prompt, size)
-        if given:
-            prompt = np.append(prompt, encode(tokenizer, response[:given])).astype(np.int32)
+        try:
+            prompt, field = self._prompt(problem.prompt, size), "response"
+            ids = self._chat.text(response)
+        except DataError as error:
+            raise DataError(f"problem {problem.id}: {field} {error}") from error
+        text, offsets = self._chat.decoder.decode(ids)
+        if text != response:  # another Unicode form, or a space before it
+            parsed = task.parse(text)
+        # A whole response is tokenised, as a policy writes it, and then cut.
+        given = _given(problem, text, parsed, offsets) if blind else 0
+        segments = label_segments(offsets[given:], parsed.spans)
         return demonstration(
-            prompt,
-            np.asarray([*ids, tokenizer.eos_token_id], np.int32),
+            np.asarray([*prompt, *ids[:given]], np.int32),
+            np.asarray([*ids[given:], self._chat.end], np.int32),
             None if blind else problem.image,
             np.append(segments, np.int8(NO_SEGMENT)).astype(np.int8),
         )
 
-    def _make_prompt(self, prompt: str, size: tuple[int, int] | None) -> np.ndarray:
-        """int32 [P], placeholders expanded: how many there are depends on the image's size only.
+    def _make_prompt(self, prompt: str, size: tuple[int, int] | None) -> list[int]:
+        """Ids, placeholders expanded: how many there are depends on the image's size only.
 
         Without a size there is no image.
         """
-        if size is None:
-            bare = render_prompt(self._processor, prompt, with_image=False)
-            return np.asarray(encode(self._processor.tokenizer, bare), np.int32)
-        text = render_prompt(self._processor, prompt, with_image=True)
-        made = self._processor(images=[Image.new("RGB", size)], text=[text])
-        return np.asarray(made["input_ids"][0], np.int32)
+        ids = self._chat.prompt(prompt, with_image=size is not None)
+        return ids if size is None else self._chat.expanded(ids, size)
 
 
-def _given(problem: Problem, response: str, parsed: Parsed) -> int:
-    """Characters of a response up to where its reasoning begins."""
+def _given(problem: Problem, response: str, parsed: Parsed, offsets: np.ndarray) -> int:
+    """Tokens of a response up to where its reasoning begins, line ends included."""
     if "perception" not in parsed.spans:
         raise DataError(
             f"response of problem {problem.id}: has no perception to be given (sft.blind_share)"
         )
     end = parsed.spans["perception"][1]
-    return len(response) - len(response[end:].lstrip())
+    end = len(response) - len(response[end:].lstrip("\n"))
+    return int((offsets[1:] <= end).sum())
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_
 `generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
 `resume_generation`, `is_paused`, `model_config`, `compute_weight_checksums`,
 `reset_prefix_cache`, `reset_encoder_cache`, `shutdown`; `SamplingParams` with
-`n`, `seed`, `logprobs=0`, `flat_logprobs`, `stop_token_ids`, `detokenize=False`, FINAL_ONLY
-outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix cache off) and
-`logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
+`n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`, `detokenize=False`,
+FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix
+cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
 `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
 errors, `EngineDeadError` and `errored`; `worker_extension_cls` and the weight-transfer registry.
 """
@@ -25,18 +25,8 @@ import numpy as np
 from PIL import Image
 
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
-from rollout.tokens import (
-    Decoder,
-    encode,
-    encode_literal,
-    label_segments,
-    load_processor,
-    load_reader,
-    placeholder_ids,
-    render_prompt,
-    tokenizer_of,
-)
-from tasks.core import Problem, Task
+from rollout.tokens import Chat, label_segments, load_processor, load_reader, tokenizer_of
+from tasks.core import DataError, Problem, Task
 from tasks.images import blank_like, check_image
 
 if TYPE_CHECKING:
@@ -85,10 +75,7 @@ class Engine:
         self._llm = llm
         self._frozen = frozen
         self._seed = seed
-        self._processor = processor
-        self._tokenizer = tokenizer_of(processor)
-        self._decoder = Decoder(self._tokenizer)
-        self._placeholders = placeholder_ids(self._tokenizer)
+        self._chat = Chat(processor)
         self._name = name
         self._version = 0
         self._updating = False
@@ -151,11 +138,11 @@ class Engine:
         problem when the prompt does not fit or the engine fails, EngineDied when it is gone.
         """
         problem = request.problem
-        prefix = task.oracle_prefix(problem) if request.kind == "oracle" else ""
-        prefix += request.prefix
+        prefix = request.prefix
+        if request.kind == "oracle" and not prefix:
+            prefix = task.oracle_prefix(problem)
         # Tokenised apart from the prompt, as a response would be.
-        forced = encode_literal(self._tokenizer, prefix) if prefix else []
-        prompt = self._prompt(problem, _view(problem, request.view), forced)
+        prompt = self._prompt(problem, _view(problem, request.view), prefix)
         start = time.perf_counter()
         final = await self._generate(problem, prompt, self._sampling(request), request.n)
         seconds = time.perf_counter() - start
@@ -180,7 +167,7 @@ class Engine:
         if not count:
             return np.zeros(0, np.float32)
         *given, last = [int(token) for token in request.response_ids]
-        if placed := sorted(set(self._placeholders) & set(given)):
+        if placed := sorted(set(self._chat.placeholders) & set(given)):
             raise SamplerError(
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
                 "place: as an input it would announce an image, and no sampler makes one there"
@@ -188,7 +175,8 @@ class Engine:
         image = None
         if request.image is not None:
             image = check_image(request.image, f"image of request {request.request_id}")
-        prompt = self._prompt(problem, image, given)
+        prompt = self._prompt(problem, image)
+        prompt["prompt_token_ids"] += given
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
         # must make leaves its random stream alone.
@@ -300,15 +288,19 @@ class Engine:
         self._llm.shutdown()
 
     def _prompt(
-        self, problem: Problem, image: Image.Image | None, forced: list[int]
+        self, problem: Problem, image: Image.Image | None, prefix: str = ""
     ) -> dict[str, Any]:
-        if image is not None and self._tokenizer is self._processor:
+        if image is not None and self._chat.image_token is None:
             raise SamplerError(
                 f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
                 'an image; ask it with view "none", or to score with no image'
             )
-        text = render_prompt(self._processor, problem.prompt, with_image=image is not None)
-        prompt: dict[str, Any] = {"prompt_token_ids": encode(self._tokenizer, text) + forced}
+        try:
+            ids = self._chat.prompt(problem.prompt, with_image=image is not None)
+            ids += self._chat.text(prefix) if prefix else []
+        except DataError as error:
+            raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if image is not None:
             prompt["multi_modal_data"] = {"image": image}
         return prompt
@@ -348,7 +340,9 @@ class Engine:
             max_tokens=sampling.max_tokens,
             logprobs=0,
             flat_logprobs=True,
-            stop_token_ids=self._placeholders,
+            # vLLM knows of the tokenizer's end and of the configs', defaults of a class included.
+            ignore_eos=True,
+            stop_token_ids=sorted({*self._chat.ends, *self._chat.placeholders}),
             seed=request_seed(self._seed, request.group_id),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -369,8 +363,8 @@ class Engine:
             raise SamplerError(
                 f"problem {request.problem.id}: {len(logprobs)} log-probs for {len(ids)} tokens"
             )
-        ended = len(ids) > 0 and ids[-1] == self._tokenizer.eos_token_id
-        text, offsets = self._decoder.decode(ids[:-1] if ended else ids)
+        ended = len(ids) > 0 and int(ids[-1]) in self._chat.ends
+        text, offsets = self._chat.decoder.decode(ids[:-1] if ended else ids)
         if ended:
             offsets = np.append(offsets, offsets[-1])
         parsed = task.parse(prefix + text)

@@ -7,10 +7,16 @@ text are the same tokens. Nothing here imports an engine.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
+from PIL import Image
 
 from rollout.models import why_missing
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
@@ -23,23 +29,25 @@ class ModelError(ValueError):
 def load_processor(path: str, field: str = "model.path") -> Any:
     """The Hugging Face processor of a checkpoint folder or hub name.
 
-    Raises ModelError naming `field` and the folder when it holds none, or none that reads images.
+    Raises ModelError naming `field` and the folder when it holds none, none that reads images, or
+    one that `Chat` cannot use.
     """
     _require(path, field)
     from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises no narrower one
         raise ModelError(
-            f"{field}: {path}: no processor could be loaded ({str(error).splitlines()[0]}); a "
+            f"{field}: {path}: no processor could be loaded ({_first_line(error)}); a "
             "VLM folder holds preprocessor_config.json and its tokenizer beside the weights"
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ModelError(
             f"{field}: {path}: has no image processor; Equipoise trains vision-language models"
         )
-    return processor
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    return _usable(processor, field, path)
 
 
 def _require(path: str, field: str) -> None:
@@ -50,7 +58,8 @@ def _require(path: str, field: str) -> None:
 def load_reader(path: str) -> Any:
     """What reads prompts for a frozen model: a VLM's processor, a text-only model's tokenizer.
 
-    Raises ModelError when the checkpoint has no config, or not the reader its config asks for.
+    Raises ModelError when the checkpoint has no config, not the reader its config asks for, or one
+    that `Chat` cannot use.
     """
     _require(path, "frozen model")
     from transformers import AutoConfig, AutoTokenizer
@@ -62,14 +71,21 @@ def load_reader(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except ModelError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
-            f"frozen model: {path}: no tokenizer could be loaded ({str(error).splitlines()[0]}); a "
+            f"frozen model: {path}: no tokenizer could be loaded ({_first_line(error)}); a "
             "folder holds config.json and its tokenizer beside the weights"
         ) from error
-    if not tokenizer.chat_template:
-        raise ModelError(f"frozen model: {path}: has no chat template; take an instruct checkpoint")
-    return tokenizer
+    return _usable(tokenizer, "frozen model", path)
+
+
+def _usable(reader: Any, field: str, path: str) -> Any:
+    """The reader, if a conversation can be written with it."""
+    try:
+        Chat(reader)
+    except ModelError as error:
+        raise ModelError(f"{field}: {path}: {error}") from error
+    return reader
 
 
 def tokenizer_of(reader: Any) -> Any:
@@ -77,38 +93,9 @@ def tokenizer_of(reader: Any) -> Any:
     return getattr(reader, "tokenizer", reader)
 
 
-def render_prompt(processor: Any, prompt: str, *, with_image: bool) -> str:
-    """The chat-template text of a one-turn conversation, ending where the response begins.
-
-    The image placeholder is not yet expanded to one token a visual feature. Raises DataError
-    when the prompt holds the text of a special token: it would be read as one.
-    `processor` may be a text-only model's tokenizer (see `load_reader`).
-    """
-    for special in special_tokens(tokenizer_of(processor)).values():
-        if special in prompt:
-            raise DataError(
-                f"prompt: contains the special token {special!r}, which the tokenizer would not "
-                "read as text; remove it from the prompt"
-            )
-    parts = [{"type": "image"}] if with_image else []
-    parts.append({"type": "text", "text": prompt})
-    # Templates of text-only models take a string.
-    content = prompt if tokenizer_of(processor) is processor else parts
-    text: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    return text
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text, adding nothing."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def encode_literal(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text as plain characters: special tokens spelled out in it are not read."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+def encode(tokenizer: Any, text: str, literal: bool = False) -> list[int]:
+    """Token ids of text, adding nothing; `literal`: special tokens spelled out are not read."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=literal)[
         "input_ids"
     ]
     return ids
@@ -120,40 +107,202 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     return {index: token.content for index, token in added if token.special}
 
 
-def placeholder_ids(tokenizer: Any) -> list[int]:
-    """Ids of special tokens other than end-of-turn and padding: image placeholders and the like.
+class Chat:
+    """How one checkpoint writes a conversation in tokens, and what ends a turn of it.
 
-    A policy may sample one; a learner would then count an image that is not there. The sampler
-    ends the response at such a token, so it is only ever a target and never an input.
+    Text of data is characters, never control tokens: the chat template is rendered around a mark
+    and the text put in the mark's place, so no template sees, changes or obeys it.
+
+    Attributes:
+        tokenizer: see `tokenizer_of`.
+        decoder: from its tokens back to text.
+        image_token: the id that stands for an image; None for a text-only model.
+        end: what the template closes an assistant's turn with; SFT teaches it.
+        ends: every id that ends a response: `end`, the tokenizer's own end, and those that the
+            folder's generation_config.json and config.json name.
+        placeholders: the other special tokens but padding: images and the like. A policy may
+            sample one; a learner would then count an image that is not there. A response stops
+            at such a token, so it is only ever a target and never an input.
     """
-    keep = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return sorted(set(special_tokens(tokenizer)) - keep)
+
+    def __init__(self, reader: Any) -> None:
+        """Of a processor or a text-only model's tokenizer; raises ModelError naming no folder."""
+        self._reader, self.tokenizer = reader, tokenizer_of(reader)
+        if not reader.chat_template:
+            raise ModelError(
+                "has no chat template; take the instruct checkpoint, or put the "
+                "chat_template.jinja of one into the folder"
+            )
+        self.decoder = Decoder(self.tokenizer)
+        shows = reader is not self.tokenizer
+        self.image_token: int | None = getattr(reader, "image_token_id", None)
+        config = _json_of(self.tokenizer, "config.json")
+        named = config.get("image_token_id", config.get("image_token_index"))
+        if shows and (self.image_token is None or named not in (None, self.image_token)):
+            raise ModelError(
+                f"its processor's image token is {self.image_token}, its config.json's {named}; "
+                "take both from one checkpoint"
+            )
+        self.image_block = lru_cache(maxsize=256)(self._make_image_block)
+        self._frames = {shown: self._frame(shown) for shown in {False, shows}}
+        self.end, self.ends = self._find_ends(config)
+        specials = set(special_tokens(self.tokenizer))
+        self.placeholders = sorted(specials - self.ends - {self.tokenizer.pad_token_id})
+        if self.image_token is not None and self.image_token not in self.placeholders:
+            self.placeholders.append(self.image_token)  # not special, or also the padding
+        added = set(self.tokenizer.added_tokens_decoder)
+        self._control = specials | (self.ends & added) | {self.image_token}
+        self._check_image()
+
+    def prompt(self, text: str, *, with_image: bool) -> list[int]:
+        """Ids of a one-turn conversation, ending where the response begins.
+
+        The image stands before the text as one `image_token`, not yet expanded. Raises DataError
+        where the tokenizer cannot read `text` as characters.
+        """
+        start, head, tail, cut = self._frames[with_image]
+        text = cut(text)
+        ids = encode(self.tokenizer, head + text + tail)
+        before, after = encode(self.tokenizer, head), encode(self.tokenizer, tail)
+        if self._controls(ids) != self._controls([*before, *after]):
+            ids = [*before, *self.text(text), *after]
+        return [*start, *ids]
+
+    def text(self, text: str) -> list[int]:
+        """Ids of text as characters; raises DataError where the tokenizer cannot read it so."""
+        ids = encode(self.tokenizer, text, literal=True)
+        if controls := self._controls(ids):
+            token = self.tokenizer.convert_ids_to_tokens(controls[0])
+            raise DataError(
+                f"holds {token!r}, which this model's tokenizer reads as a control token "
+                "and never as text; remove it"
+            )
+        return ids
+
+    def expanded(self, ids: Sequence[int], size: tuple[int, int]) -> list[int]:
+        """A prompt's ids with as many placeholders as an image of `size` (width, height) takes."""
+        assert self.image_token is not None
+        at = list(ids).index(self.image_token)
+        return [*ids[:at], *self.image_block(size), *ids[at + 1 :]]
+
+    def _make_image_block(self, size: tuple[int, int]) -> list[int]:
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        image = Image.new("RGB", size)
+        made = self._reader(images=[image], text=[token], add_special_tokens=False)
+        return [int(index) for index in made["input_ids"][0]]
+
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        return [index for index in ids if index in self._control]
+
+    def _start(self, head: str) -> list[int]:
+        """What the tokenizer begins a text with, where a VLM's template leaves that to it."""
+        first = self.tokenizer.bos_token_id
+        if first is None or self.image_token is None or head.startswith(self.tokenizer.bos_token):
+            return []
+        return [first] if self.tokenizer("a")["input_ids"][0] == first else []
+
+    def _render(self, said: Mapping[str, str], with_image: bool) -> str:
+        """The chat template's text of what each role says, one turn each."""
+        messages: list[dict[str, Any]] = []
+        for role, text in said.items():
+            parts = [{"type": "image"}] if with_image and role == "user" else []
+            content = [*parts, {"type": "text", "text": text}]
+            # Templates of text-only models take a string.
+            alone = self._reader is self.tokenizer
+            messages.append({"role": role, "content": text if alone else content})
+        try:
+            rendered: str = self._reader.apply_chat_template(
+                messages, add_generation_prompt="assistant" not in said, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ModelError(f"its chat template fails ({_first_line(error)}); mend it") from error
+        return rendered
+
+    def _frame(self, with_image: bool) -> _Frame:
+        head, *rest = self._render({"user": _MARK}, with_image).split(_MARK)
+        padded = f" \n{_MARK}\n "
+        found = self._render({"user": padded}, with_image)
+        for cut in (str, str.strip, str.lstrip, str.rstrip):
+            if len(rest) == 1 and found == head + cut(padded) + rest[0]:
+                return self._start(head), head, rest[0], cut
+        raise ModelError("its chat template does not write a user's text once, as it is; mend it")
+
+    def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
+        tokenizer = self.tokenizer
+        added = set(tokenizer.added_tokens_decoder)
+        _, mark, closing = self._render({"user": "a", "assistant": _MARK}, False).rpartition(_MARK)
+        if not mark:
+            raise ModelError("its chat template leaves an assistant's text out; mend it")
+        template = [index for index in encode(tokenizer, closing) if index in added][:1]
+        own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        declared = _ids(_json_of(tokenizer, "generation_config.json").get("eos_token_id"))
+        # Configs repeat their class's defaults, so there only a control token is believed.
+        for part in (config, config.get("text_config") or {}):
+            declared += [index for index in _ids(part.get("eos_token_id")) if index in added]
+        ends = template + own + declared
+        if not ends:
+            raise ModelError(
+                "nothing ends a response: no end-of-turn token in its chat template, no eos_token, "
+                "no eos_token_id in generation_config.json; set one"
+            )
+        return ends[0], frozenset(ends)
+
+    def _check_image(self) -> None:
+        if self.image_token is None:
+            return
+        for shown in (False, True):
+            found = self.prompt("a", with_image=shown).count(self.image_token)
+            if found != shown:
+                token = self.tokenizer.convert_ids_to_tokens(self.image_token)
+                raise ModelError(
+                    f"its chat template writes {found} image placeholders ({token!r}) for "
+                    f"{int(shown)} images; take the template that belongs to the checkpoint"
+                )
+        if self.image_token not in self.image_block((64, 64)):
+            raise ModelError("its processor makes no image tokens of an image")
+
+
+_Frame = tuple[list[int], str, str, Callable[[str], str]]
+"""Ids that begin a prompt, text before and after a user's text, how white space around it is cut"""
+
+_MARK = "sphinxofblackquartz"
+"""Text that occurs in no chat template."""
 
 
 class Decoder:
     """Decodes token ids to text and says which characters each token made.
 
     Works on bytes, so a character split over tokens and invalid UTF-8 (shown as U+FFFD) are
-    placed exactly. Needs a byte-level BPE tokenizer (Qwen, InternVL, Llama 3 and most others).
+    placed exactly. Reads byte-level BPE (Qwen, InternVL, Llama 3 and most others) and
+    SentencePiece's way to write spaces and bytes (LLaVA, Mistral, Gemma), whose tokenizers may
+    put a space before a text; it stays, as a policy writes it too.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._special = set(special_tokens(tokenizer))
+        """Raises ModelError where a sample text does not come back from the tokenizer's ids."""
         self._tokenizer = tokenizer
-        self._byte_of = _byte_level_alphabet()
-        self._cache: dict[int, bytes] = {}
+        added = tokenizer.added_tokens_decoder.items()
+        whole = {index: token.content.encode("utf-8", "replace") for index, token in added}
+        ids = encode(tokenizer, _SAMPLE, literal=True)
+        same = 0
+        for self._bytes_of in (_byte_level, _sentencepiece):
+            self._cache = dict(whole)
+            text = self.decode(ids)[0]
+            if text in (_SAMPLE, f" {_SAMPLE}"):
+                return
+            pairs = zip(text, _SAMPLE, strict=False)
+            same = max(same, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        raise ModelError(
+            f"its tokenizer loses {_SAMPLE[same:][:12]!r} of a sample text; take a "
+            "checkpoint with a byte-level or byte-fallback tokenizer"
+        )
 
     def piece(self, token_id: int) -> bytes:
         """The bytes a token stands for; unknown ids (padding of the vocabulary) are empty."""
         known = self._cache.get(token_id)
         if known is None:
             token = self._tokenizer.convert_ids_to_tokens(token_id)
-            if token is None:
-                known = b""
-            elif token_id in self._special or not all(c in self._byte_of for c in token):
-                known = token.encode("utf-8", "replace")
-            else:
-                known = bytes(self._byte_of[c] for c in token)
+            known = b"" if token is None else self._bytes_of(token)
             self._cache[token_id] = known
         return known
 
@@ -195,6 +344,20 @@ def label_segments(
     return segments
 
 
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of byte-level BPE."""
+    if all(c in _BYTE_OF for c in token):
+        return bytes(_BYTE_OF[c] for c in token)
+    return token.encode("utf-8", "replace")
+
+
+def _sentencepiece(token: str) -> bytes:
+    """The bytes of a token of SentencePiece, whose U+2581 is a space and `<0x0A>` a byte."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode("utf-8", "replace")
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """The printable stand-in of each byte in byte-level BPE vocabularies, inverted."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -202,3 +365,48 @@ def _byte_level_alphabet() -> dict[str, int]:
     alphabet = {chr(b): b for b in printable}
     alphabet |= {chr(256 + i): b for i, b in enumerate(rest)}
     return alphabet
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+_SAMPLE = (
+    '<perception>\n1 - 3\n0-1  7\n\n</perception>\n{"a": [[0, 12]]}\tIt\'s é, ß, 漢字, 🙂. '
+    "Two  blanks.\n\n<answer>\nr1c2=3\n</answer>"
+)
+"""What no tokenizer may change: tags, digits, white space, characters of one to four bytes."""
+
+
+def _json_of(tokenizer: Any, name: str) -> dict[str, Any]:
+    """A JSON file beside a tokenizer's, empty where there is none."""
+    from transformers.utils import cached_file
+
+    if not tokenizer.name_or_path:
+        return {}
+    file = cached_file(
+        tokenizer.name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return {}
+    try:
+        with open(file, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except ValueError as error:
+        raise ModelError(f"{name}: not JSON ({_first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: not a JSON object")
+    return found
+
+
+def _ids(value: Any) -> list[int]:
+    """Token ids of a config's field, which is one, a list or nothing."""
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int for index in found):
+        raise ModelError(f"eos_token_id: {str(value)[:40]}: neither a token id nor a list of them")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

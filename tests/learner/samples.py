@@ -12,7 +12,7 @@ from PIL import Image
 
 from learner.batch import Tokens, TrainBatch, TrainSequence
 from learner.sft import Demonstrator
-from rollout.tokens import encode, render_prompt
+from rollout.tokens import Chat, encode
 from tasks.core import Problem
 from tasks.load import load_task
 
@@ -79,10 +79,10 @@ def mixed_batch(processor: Any) -> TrainBatch:
     wide = sequence(processor, 1, (96, 64), 24)
     pad = placeholder(processor)
     wide = replace(wide, response_ids=np.append(wide.response_ids[:-1], np.int32(pad)))
-    text = render_prompt(processor, "Say what you see.", with_image=False)
+    text = Chat(processor).prompt("Say what you see.", with_image=False)
     blind = replace(
         sequence(processor, 2, (64, 64), 12),
-        prompt_ids=np.asarray(encode(processor.tokenizer, text), np.int32),
+        prompt_ids=np.asarray(text, np.int32),
         image=None,
     )
     oracle = sequence(processor, 3, (64, 96), 40)

@@ -19,7 +19,7 @@ from learner.families.base import PARTS, Family, MRopeFamily
 from learner.policy import Policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES as FAMILY_NAMES
-from rollout.tokens import ModelError, load_processor, render_prompt
+from rollout.tokens import Chat, ModelError, load_processor
 from tests.learner.samples import mixed_batch, placeholder, sequence
 from tests.learner.test_policy import plain_logprobs
 
@@ -197,8 +197,9 @@ def test_what_is_saved_is_what_transformers_loads(
         assert torch.equal(again[name], parameter), name
     read = load_processor(str(tmp_path))
     for shown in (True, False):
-        text = render_prompt(processor, "What is it?", with_image=shown)
-        assert render_prompt(read, "What is it?", with_image=shown) == text
+        ids = Chat(processor).prompt("What is it?", with_image=shown)
+        assert Chat(read).prompt("What is it?", with_image=shown) == ids
+        text = read.tokenizer.decode(ids)
         assert ("What is it?" in text) and text.endswith("assistant\n")
     image = sequence(processor, 1, (96, 64), 3).image or b""
     (first,) = make_collator(policy, processor).encode_images([image])

@@ -16,7 +16,7 @@ from learner.batch import TrainSequence
 from learner.policy import Policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
-from rollout.tokens import Decoder, encode, render_prompt
+from rollout.tokens import Chat, Decoder, encode
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
 from tasks.images import check_image
 from tasks.load import load_task
@@ -54,7 +54,10 @@ def test_the_prompt_is_the_processors_own(loaded: tuple[Policy, Any]) -> None:
     demonstrator = Demonstrator(processor)
     for size in ((64, 64), (96, 64), (64, 64)):
         drawn = problem(1, size)
-        text = render_prompt(processor, drawn.prompt, with_image=True)
+        parts = [{"type": "image"}, {"type": "text", "text": drawn.prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
         expected = processor(images=[check_image(drawn.image, "test")], text=[text])["input_ids"][0]
         found = demonstrator.sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
         assert found.prompt_ids.tolist() == list(expected)
@@ -68,10 +71,10 @@ def test_a_blind_demonstration_starts_where_a_blind_request_does(
     drawn = task.generate(np.random.default_rng(3), SPEC if task is TASK else task.spec())
     response = task.demonstrate(drawn, "terse")
     blind = Demonstrator(processor).sequence(task, drawn, response, blind=True)
-    bare = render_prompt(processor, drawn.prompt, with_image=False)
+    bare = Chat(processor).prompt(drawn.prompt, with_image=False)
     forced = encode(processor.tokenizer, task.oracle_prefix(drawn))
     assert blind.image is None
-    assert blind.prompt_ids.tolist() == [*encode(processor.tokenizer, bare), *forced]
+    assert blind.prompt_ids.tolist() == [*bare, *forced]
     text, _ = Decoder(processor.tokenizer).decode(blind.response_ids[:-1])
     assert task.oracle_prefix(drawn) + text == response
     assert SEGMENTS.index("perception") not in blind.segments

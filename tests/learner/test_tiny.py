@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from learner.policy import Policy
 from learner.tiny import make_tiny
-from rollout.tokens import Decoder, encode, label_segments, placeholder_ids, special_tokens
+from rollout.tokens import Chat, Decoder, encode, label_segments, special_tokens
 from tasks.core import NO_SEGMENT, SEGMENTS
 from tests.learner.samples import TASK, problem
 
@@ -46,13 +46,13 @@ def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_tags_are_plain_text(loaded: tuple[Policy, Any]) -> None:
-    tokenizer = loaded[1].tokenizer
+    tokenizer, chat = loaded[1].tokenizer, Chat(loaded[1])
     response = TASK.demonstrate(problem(0), "verbose")
     ids = encode(tokenizer, response)
     assert tokenizer.decode(ids, skip_special_tokens=True) == response
     assert not set(ids) & set(special_tokens(tokenizer))
-    assert tokenizer.eos_token_id not in placeholder_ids(tokenizer)
-    assert placeholder_ids(tokenizer)
+    assert chat.ends == {tokenizer.eos_token_id} and chat.end not in chat.placeholders
+    assert chat.image_token in chat.placeholders
 
 
 @given(text=TEXT)

@@ -23,7 +23,7 @@ from learner.policy import load_policy
 from learner.weights import GatheredWeights
 from rollout.engine import EngineDied, SamplerError
 from rollout.record import SampleRequest, Sampling, ScoreRequest
-from rollout.tokens import encode, placeholder_ids, render_prompt, special_tokens
+from rollout.tokens import Chat, encode, special_tokens
 from rollout.transfer import HostSender, WeightTransferError
 from tasks.core import SEGMENTS
 from tests.rollout.live_engine import (
@@ -221,19 +221,20 @@ def test_greedy_is_deterministic_and_placeholders_only_end_a_response(live: Live
             assert not specials & set(rollout.response_ids[:-1].tolist())
 
 
-def test_a_forced_prefix_goes_on_after_what_the_kind_forces(live: Live) -> None:
+def test_a_forced_prefix_is_what_the_response_goes_on_from(live: Live) -> None:
     problem = mixed_sizes(1)[0]
     live.send("perturbed", 0)
     tokenizer = live.processor.tokenizer
-    (seen,) = live.sample([problem], kind="oracle", prefix="<reasoning>\nr1")
+    given = TASK.oracle_prefix(problem) + "<reasoning>\nr1"
+    (seen,) = live.sample([problem], kind="oracle", prefix=given)
     (blind,) = live.sample([problem], kind="blind", view="none", prefix="<perception>\n1-2\n")
     for group, prefix in (
-        (seen, TASK.oracle_prefix(problem) + "<reasoning>\nr1"),
+        (seen, given),
         (blind, "<perception>\n1-2\n"),
     ):
         shown = group is seen
         ids = encode(tokenizer, prefix)
-        prompt = encode(tokenizer, render_prompt(live.processor, problem.prompt, with_image=shown))
+        prompt = Chat(live.processor).prompt(problem.prompt, with_image=shown)
         for rollout in group.rollouts:
             assert rollout.prefix == prefix
             assert rollout.prompt_ids[-len(ids) :].tolist() == ids
@@ -270,7 +271,7 @@ def test_scores_are_the_rollouts_own_log_probs(live: Live) -> None:
     # Among them are responses that end in a placeholder, which must not become an image.
     last = {int(ids[-1]) for _, ids in scored}
     image_token = live.weights["original"].model.config.image_token_id  # type: ignore[union-attr]
-    assert last & set(placeholder_ids(live.processor.tokenizer))
+    assert last & set(Chat(live.processor).placeholders)
     forced = [(p, np.append(ids[:-1], image_token).astype(np.int32)) for p, ids in scored[:9]]
     inputs = [(r.prompt_ids, ids, p.image) for (p, ids), r in zip(forced, rollouts, strict=False)]
     assert live.gap("perturbed", inputs, live.score(forced, images[:9])) < 1e-4
@@ -290,10 +291,8 @@ def test_scores_under_another_image_and_under_none(live: Live) -> None:
     found = live.score(scored, others)
     assert live.gap("perturbed", inputs, found) < 1e-4
     assert worst(found, rollouts) > 1e-3, "another image must make a difference"
-    tokenizer, processor = live.processor.tokenizer, live.processor
-    text = [
-        encode(tokenizer, render_prompt(processor, p.prompt, with_image=False)) for p, _ in scored
-    ]
+    chat = Chat(live.processor)
+    text = [chat.prompt(p.prompt, with_image=False) for p, _ in scored]
     inputs = [
         (np.asarray(t, np.int32), ids, None) for t, (_, ids) in zip(text, scored, strict=True)
     ]
@@ -346,13 +345,13 @@ def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(live: Live) -> 
     assert found.shape == (0,) and found.dtype == np.float32
     # A response that fills the context to its last place, and one token more.
     room = 512 - len(rollouts[0].prompt_ids)
-    text = next(int(i) for i in ids if i not in placeholder_ids(live.processor.tokenizer))
+    text = next(int(i) for i in ids if i not in Chat(live.processor).placeholders)
     full = np.full(room, text, np.int32)
     (found,) = live.score([(problem, full)], [problem.image])
     assert live.gap("perturbed", [(rollouts[0].prompt_ids, full, problem.image)], [found]) < 1e-4
     with pytest.raises(SamplerError, match=rf"problem {problem.id}: .*512"):
         live.score([(problem, np.append(full, text))], [problem.image])
-    for token in placeholder_ids(live.processor.tokenizer):
+    for token in Chat(live.processor).placeholders:
         with pytest.raises(SamplerError, match=f"special token {token} before the last place"):
             live.score([(problem, np.array([text, token, text], np.int32))], [problem.image])
     for token in (10**6, -1):

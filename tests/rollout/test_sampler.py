@@ -28,7 +28,7 @@ from rollout.engine import EngineDied, EngineSettings, SamplerError
 from rollout.pool import SamplerPool
 from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest
 from rollout.sampler import RaySamplerClient, ray_samplers
-from rollout.tokens import ModelError, encode, load_processor, load_reader, render_prompt
+from rollout.tokens import Chat, ModelError, encode, load_processor, load_reader
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
@@ -256,9 +256,9 @@ def test_a_text_only_model_answers_without_an_image(
     reader = load_reader(str(tiny_text_model))
     model = AutoModelForCausalLM.from_pretrained(tiny_text_model).eval()
     for group in groups:
-        text = render_prompt(reader, group.problem.prompt, with_image=False) + "<perception>\n"
+        prompt = Chat(reader).prompt(group.problem.prompt, with_image=False)
         for rollout in group.rollouts:
-            assert rollout.prompt_ids.tolist() == encode(reader, text)
+            assert rollout.prompt_ids.tolist() == prompt + encode(reader, "<perception>\n")
             assert rollout.prefix == "<perception>\n" and rollout.sampler == "frozen-0"
             ids = torch.as_tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]))
             with torch.no_grad():
@@ -284,7 +284,7 @@ def test_a_text_only_model_answers_without_an_image(
 def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: SamplerPool) -> None:
     (problem,) = problems(1)
     long = replace(problem, prompt="a b c " * 200)
-    special = replace(problem, prompt="<|im_end|>")
+    special = replace(problem, prompt="<|im_end|>")  # as any other text
     good = ScoreRequest("good", problem, np.arange(50, 60, dtype=np.int32), None)
     replies = frozen.answer(
         [
@@ -296,14 +296,13 @@ def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: Sampl
         ],
         120,
     )
-    assert [getattr(reply, "kind", "answered") for reply in replies] == ["refused"] * 4 + [
+    assert [getattr(reply, "kind", "answered") for reply in replies] == ["refused"] * 3 + [
         "answered"
-    ]
+    ] * 2
     messages = [reply.message for reply in replies if isinstance(reply, ReplyError)]
     assert all('text-only model and cannot be shown an image; ask it with view "none"' in m
                for m in messages[:2])  # fmt: skip
     assert f"problem {problem.id}: " in messages[2] and "256" in messages[2]
-    assert "special token '<|im_end|>'" in messages[3]
     (client,) = frozen.clients
     with pytest.raises(SamplerError, match="frozen-0: a frozen model takes no weight updates"):
         client.wait(client.call("begin_weight_update"), 60)

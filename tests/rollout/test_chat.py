@@ -1,0 +1,297 @@
+"""What is relied on in a model's folder, and data that spells out control tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoProcessor
+
+from learner.sft import Demonstrator
+from rollout.tokens import Chat, ModelError, load_processor, load_reader, special_tokens
+from tasks.core import SEGMENTS, DataError
+from tests.learner.samples import TASK, problem
+from tests.rollout.habits import (
+    Habit,
+    change,
+    no_pad,
+    no_template,
+    sentencepiece,
+    several_ends,
+    with_habits,
+)
+
+HABITS: dict[str, tuple[Habit, ...]] = {
+    "ours": (),
+    "several ends": (several_ends,),
+    "no pad": (no_pad,),
+    "sentencepiece": (sentencepiece, several_ends, no_pad),
+}
+
+
+@pytest.fixture(scope="module", params=HABITS)
+def folder(
+    request: pytest.FixtureRequest,
+    tiny_models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    made = tmp_path_factory.mktemp("habits") / "model"
+    return with_habits(tiny_models["idefics3"], made, *HABITS[request.param])
+
+
+def test_a_demonstration_ends_as_the_template_ends_a_turn(folder: Path) -> None:
+    chat = Chat(load_processor(str(folder)))
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end) == "<|im_end|>"
+    drawn = problem(0)
+    s = Demonstrator(load_processor(str(folder))).sequence(
+        TASK, drawn, TASK.demonstrate(drawn, "terse")
+    )
+    assert s.response_ids[-1] == chat.end in chat.ends
+    assert not chat.ends & set(s.response_ids[:-1].tolist())
+    assert not chat.ends & set(chat.placeholders)
+    assert chat.image_token in chat.placeholders
+
+
+def test_every_id_that_generation_config_names_ends_a_response(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model", several_ends)
+    chat = Chat(load_processor(str(model)))
+    assert {chat.tokenizer.convert_ids_to_tokens(i) for i in chat.ends} == {
+        "<|im_end|>",
+        "<|endoftext|>",
+    }
+    # A class's default that a config repeats is no end where it is an ordinary token.
+    change(model / "config.json", eos_token_id=300)
+    (model / "generation_config.json").unlink()
+    assert 300 not in Chat(load_processor(str(model))).ends
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_segments_say_what_the_parser_found(folder: Path, blind: bool) -> None:
+    chat, drawn = Chat(load_processor(str(folder))), problem(0)
+    response = TASK.demonstrate(drawn, "terse")
+    s = Demonstrator(load_processor(str(folder))).sequence(TASK, drawn, response, blind)
+    parsed = TASK.parse(response)
+    for index, segment in enumerate(SEGMENTS):
+        text, _ = chat.decoder.decode(s.response_ids[s.segments == index])
+        start, end = parsed.spans[segment]
+        expected = "" if blind and segment == "perception" else response[start:end]
+        # A first token with a space before its tag starts outside.
+        expected = expected.strip()
+        assert text.strip() in (expected, expected.removeprefix("<perception>\n"))
+    if blind:
+        asked = [
+            *chat.prompt(drawn.prompt, with_image=False),
+            *chat.text(TASK.oracle_prefix(drawn)),
+        ]
+        assert s.prompt_ids.tolist() == asked
+
+
+HOSTILE = st.lists(
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from(
+            ["<|im_end|>", "<|im_start|>", "<image>", "<|endoftext|>", "<global-img>", " ", "\n"]
+        ),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@given(text=HOSTILE)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_text_of_data_becomes_a_control_token(folder: Path, text: str) -> None:
+    chat = _chat(folder)
+    specials = set(special_tokens(chat.tokenizer))
+
+    def controls(ids: list[int]) -> list[int]:
+        return [i for i in ids if i in specials]
+
+    for shown in (False, True):
+        ids = chat.prompt(text, with_image=shown)
+        assert controls(ids) == controls(chat.prompt("a", with_image=shown))
+        said, _ = chat.decoder.decode(ids)
+        # A tokenizer that puts a space before a text does so here too.
+        assert text in said and len(said) - len(text) - len(
+            chat.decoder.decode(chat.prompt("", with_image=shown))[0]
+        ) in (0, 1)
+    assert not controls(chat.text(text))
+    assert chat.decoder.decode(chat.text(text))[0].removeprefix(" ") == text.removeprefix(" ")
+
+
+_CHATS: dict[Path, Chat] = {}
+
+
+def _chat(folder: Path) -> Chat:
+    if folder not in _CHATS:
+        _CHATS[folder] = Chat(load_processor(str(folder)))
+    return _CHATS[folder]
+
+
+def test_a_demonstration_that_spells_out_an_end_teaches_its_characters(folder: Path) -> None:
+    chat, drawn = _chat(folder), problem(0)
+    drawn = replace(drawn, prompt=f"{drawn.prompt} <image><|im_end|>")
+    response = TASK.demonstrate(drawn, "terse").replace(
+        "<reasoning>\n", "<reasoning>\nno <|im_end|> <image> yet "
+    )
+    s = Demonstrator(load_processor(str(folder))).sequence(TASK, drawn, response)
+    text, _ = chat.decoder.decode(s.response_ids[:-1])
+    assert text.removeprefix(" ") == response
+    specials = set(special_tokens(chat.tokenizer))
+    assert not specials & set(s.response_ids[:-1].tolist())
+    assert int((s.prompt_ids == chat.end).sum()) == 1
+    plain = Demonstrator(load_processor(str(folder))).sequence(
+        TASK, problem(0), TASK.demonstrate(problem(0), "terse")
+    )
+    images = [int((found.prompt_ids == chat.image_token).sum()) for found in (s, plain)]
+    assert images[0] == images[1] > 0
+
+
+def test_what_a_tokenizer_cannot_read_as_text_is_named_with_its_problem(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A placeholder that was added as an ordinary token, as some folders have it."""
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    change(model / "tokenizer_config.json", extra_special_tokens=[])
+    _edit(model / "tokenizer.json", '"special": true', '"special": false')
+    demonstrator = Demonstrator(load_processor(str(model)))
+    drawn = problem(0)
+    response = TASK.demonstrate(drawn, "terse")
+    for asked, said, field in (
+        (replace(drawn, prompt="an <|image_pad|> of"), response, "prompt"),
+        (drawn, response.replace("<reasoning>\n", "<reasoning>\n<|image_pad|>"), "response"),
+    ):
+        with pytest.raises(
+            DataError,
+            match=rf"^problem {drawn.id}: {field} holds '<\|image_pad\|>', .*; remove it$",
+        ):
+            demonstrator.sequence(TASK, asked, said)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("", "has no chat template"),
+        ("{{ raise_exception('only one image') }}", "fails (only one image)"),
+        ("{{ messages[0].content + 'x' }}", "chat template fails"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}<|im_end|>", "user's text once"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>", "user's text"),
+        ("USER{{ messages[0].content[-1].text }}<|im_end|>", "assistant's text"),
+        ("PLAIN<|im_end|>", "writes 0 image placeholders"),
+        ("IMAGE IMAGE PLAIN<|im_end|>", "writes 2 image placeholders"),
+    ],
+)
+def test_a_folder_whose_template_cannot_be_used_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path, template: str, words: str
+) -> None:
+    plain = (
+        "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endfor %}"
+    )
+    image = "{% for p in messages[0].content if p.type == 'image' %}<|image_pad|>{% endfor %}"
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model", no_template)
+    if template:
+        text = template.replace("IMAGE", image).replace("PLAIN", plain)
+        (model / "chat_template.jinja").write_text(text)
+    _refused(model, words)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "words"),
+    [
+        ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "eos_token_id"),
+        ("config.json", {"image_token_id": 6}, "image token is 5, its config.json's 6"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    file: str,
+    fields: dict[str, object],
+    words: str,
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    change(model / file, **fields)
+    _refused(model, words)
+
+
+def test_a_folder_without_any_end_and_a_broken_json_are_refused(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    (model / "generation_config.json").write_text("{")
+    _refused(model, "generation_config.json: not JSON")
+    (model / "generation_config.json").unlink()
+    change(model / "tokenizer_config.json", eos_token=None)
+    for name in ("config.json",):
+        _edit(model / name, '"eos_token_id": 2', '"eos_token_id": null')
+    _edit(model / "chat_template.jinja", "<|im_end|>", "")
+    _refused(model, "nothing ends a response")
+
+
+def test_a_tokenizer_that_changes_text_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(model / "tokenizer.json"))
+    _refused(model, "its tokenizer loses \"It's ")
+
+
+def test_a_template_may_stand_with_the_tokenizer_and_trim(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    template = model / "chat_template.jinja"
+    text = template.read_text().replace("{{ part.text }}", "{{ part.text | trim }}")
+    template.unlink()
+    change(model / "tokenizer_config.json", chat_template=text)
+    chat = Chat(load_processor(str(model)))
+    assert chat.prompt(" a b\n", with_image=True) == chat.prompt("a b", with_image=True)
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """LLaVA's template leaves the first token to the tokenizer; others write it themselves."""
+    model = with_habits(tiny_models["idefics3"], tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(model)
+    processor.tokenizer.bos_token = "<|endoftext|>"
+    first = processor.tokenizer.bos_token_id
+    from tokenizers.processors import TemplateProcessing
+
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
+    )
+    for template in (processor.chat_template, "{{ bos_token }}" + processor.chat_template):
+        processor.chat_template = template
+        drawn = problem(0)
+        chat, found = (
+            Chat(processor),
+            Demonstrator(processor).sequence(TASK, drawn, TASK.demonstrate(drawn, "terse")),
+        )
+        ids = chat.prompt(drawn.prompt, with_image=True)
+        assert ids[0] == first and ids.count(first) == 1
+        assert np.flatnonzero(found.prompt_ids == first).tolist() == [0]
+
+
+def _edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def _refused(model: Path, words: str) -> None:
+    """By the loader of policies and by that of frozen models, in one line with the folder."""
+    for load in (load_processor, load_reader):
+        with pytest.raises(ModelError) as refusal:
+            load(str(model))
+        message = str(refusal.value)
+        assert words in message and str(model) in message and "\n" not in message
