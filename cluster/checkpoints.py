@@ -6,7 +6,6 @@ itself must remember is a `Position`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,21 +196,6 @@ def stop_signal() -> Iterator[StopSignal]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone; whatever ends the process lets it go.
-
-    Raises UserError where another process holds it.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: another process is still running it") from None
-        yield
 
 
 def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:

@@ -24,7 +24,9 @@ from cluster.config import (
     resolved_toml,
     task_of,
 )
+from cluster.machine import told
 from cluster.placement import Command, Machine, describe, plan
+from cluster.terminal import printable
 from rollout.tokens import ModelError
 from tasks.core import DataError
 from tasks.files import expanded
@@ -318,6 +320,12 @@ def main() -> None:
         app()
     except (UserError, DataError, ModelError) as error:
         print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(printable(told(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except RunFailed as error:
         print(f"the run failed: {error}", file=sys.stderr)

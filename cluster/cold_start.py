@@ -21,9 +21,11 @@ import ray
 from torch.utils.data import DataLoader
 
 from cluster.card import model_card
-from cluster.checkpoints import Position, Resumed, claimed, stop_signal
+from cluster.checkpoints import Position, Resumed, stop_signal
 from cluster.config import Recipe, resolved_toml
 from cluster.evaluate import PASSES, evaluate_all
+from cluster.keeping import Keeper
+from cluster.machine import claimed, new_run_folder
 from cluster.metrics import EvalTable
 from cluster.placement import require_cluster
 from cluster.preflight import preflight
@@ -34,7 +36,6 @@ from cluster.runtime import (
     connected,
     learner_group,
     learner_settings,
-    new_run_folder,
     sampling_from,
 )
 from cluster.sections_learner import SftConfig
@@ -56,6 +57,7 @@ from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Source, draw
 from learner.trainer import LearnerSettings
 from learner.warmup import warm_up_vision
+from rollout.transfer import TransferReport
 from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
 from tasks.files import put_text
 
@@ -90,20 +92,19 @@ def run_sft(
     folder = resumed.run if resumed else new_run_folder(recipe, output)
     at = resumed.position if resumed else Position(command="sft")
     progress = Progress(sft.steps)
-    ready = preflight(recipe, "sft", progress.say)
+    ready = preflight(recipe, "sft", progress.say, folder=folder)
     opened, processor = ready.sources, ready.processor
     sources = demonstration_sources(recipe, opened)
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
+        claimed(folder, new=resumed is None),
         actor_errors(folder),
         connected(address),
     ):
         require_cluster(recipe, ray.cluster_resources(), "sft")
-        with (
-            claimed(folder),
-            Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
-        ):
+        step = at.step if resumed else None
+        with Tracker(folder, resolved_toml(recipe), step) as tracker:
             progress.say(f"run folder: {folder}")
             model = recipe.model.path
             if resumed:
@@ -150,9 +151,11 @@ def fine_tune(
     """
     balance = sft_balance(sft)
     balance.restore(at.balance)
+    keeper = Keeper(folder)
     with (
         tuning(recipe, opened, settings, progress) as (learner, live),
         stop_signal() as stop,
+        keeper.keeping(learner),
     ):
         before = at.before
         if live:
@@ -190,15 +193,21 @@ def fine_tune(
                 progress.say(f"stopped after update {step}; equipoise sft --resume {folder}")
                 return None
         if not live:
-            learner.save(folder / "checkpoint")
+            keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            keeper.end()
             return {}
+        costs: list[TransferReport] = []
 
         def measured_last() -> dict[str, EvalTable]:
-            tracker.log(sft.steps, transfer_metrics(live.send_weights(sft.steps)))
-            return measured(live, tracker, sft.steps, progress)
+            costs.append(live.send_weights(sft.steps))
+            return evaluate_all(live.samplers, opened, recipe)
 
-        after = save_and_measure(learner, folder, measured_last)
-    report_change(folder, before, after, progress)
+        after = save_and_measure(learner, keeper, sft.steps, measured_last)
+        keeper.keep(lambda place: report_change(place, before, after, progress))
+        tracker.log(sft.steps, transfer_metrics(costs[0]))
+        tracker.log_evaluation(sft.steps, after)
+        progress.say(in_short(sft.steps, after))
+        keeper.end()
     return after
 
 

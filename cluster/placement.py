@@ -185,7 +185,7 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     for where, estimate, present in _memory_totals(actors, machine):
         if estimate > present:
             notes.append(
-                f"{where} may not suffice: the estimate is {_gib(estimate)} of {_gib(present)}; "
+                f"{where} may not suffice: the estimate is {gib(estimate)} of {gib(present)}; "
                 "lower learner.micro_batch_tokens or sampler.kv_cache_gib, or raise "
                 "learner.zero_stage"
             )
@@ -214,13 +214,13 @@ def describe(placement: Placement) -> str:
     """The placement as a table of text, for `--dry-run`."""
     rows = [("actor", "cores", "GPUs", "memory (estimate)")]
     for actor in placement.actors:
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in actor.memory.items())
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in actor.memory.items())
         if parts:
             on = " on each GPU" if actor.gpus else ""
-            memory = f"{_gib(sum(actor.memory.values()))}{on}: {parts}"
+            memory = f"{gib(sum(actor.memory.values()))}{on}: {parts}"
             if actor.offloaded:
                 memory += "; in main memory " + ", ".join(
-                    f"{name} {_gib(size)}" for name, size in actor.offloaded.items()
+                    f"{name} {gib(size)}" for name, size in actor.offloaded.items()
                 )
         else:
             memory = "unknown" if actor.role in UNKNOWN_SIZES else "small"
@@ -232,8 +232,8 @@ def describe(placement: Placement) -> str:
         for row in rows
     ]
     machine = placement.machine
-    gpus = ", ".join(f"{gpu.name} {_gib(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
-    lines += ["", f"this machine: {machine.cores} cores, {_gib(machine.memory)}, {gpus}"]
+    gpus = ", ".join(f"{gpu.name} {gib(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
+    lines += ["", f"this machine: {machine.cores} cores, {gib(machine.memory)}, {gpus}"]
     if placement.gpus > len(machine.gpus):
         lines.append(
             f"needs {placement.gpus:g} GPUs, this machine has {len(machine.gpus)}: dry run only"
@@ -455,5 +455,6 @@ def _first_word(path: str) -> str:
         return ""
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """A size in GiB, or MiB where it is small, as text."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

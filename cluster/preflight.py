@@ -6,6 +6,7 @@ runs too, and so does `--dry-run`: what one refuses, all refuse, in the same wor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from cluster.config import Recipe, UserError
 from cluster.curriculum import make_strategy
+from cluster.machine import require_room, settle_environment
 from cluster.placement import Command, frozen_models
 from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.room import Fault, Room, Taken
@@ -40,12 +42,24 @@ class Ready:
     processor: Any
 
 
-def preflight(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = False) -> Ready:
+def preflight(
+    recipe: Recipe,
+    command: Command,
+    say: Say,
+    *,
+    dry_run: bool = False,
+    folder: Path | None = None,
+) -> Ready:
     """Ask all that can be asked; `say` is told what was left out, and what could not be asked.
 
     A dry run fetches no model, and of one that is not here nothing is measured; nor does it
-    draw all problems to evaluate on. Raises DataError, ModelError or UserError, a line a fault.
+    draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
+    ModelError or UserError, a line a fault.
     """
+    for line in settle_environment(os.environ):
+        say(f"note: {line}")
+    if command != "eval":
+        require_room(recipe, command, folder or Path(recipe.output.folder))
     trains = command in ("train", "sample")
     sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=False)
     if trains:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import ray
 
-from cluster.checkpoints import changed_fields, claimed
+from cluster.checkpoints import changed_fields
 from cluster.config import Recipe, RecipeError, UserError, load_recipe, resolved_toml
+from cluster.keeping import Keeper
+from cluster.machine import claimed, new_run_folder
 from cluster.metrics import step_metrics
 from cluster.placement import require_cluster
 from cluster.preflight import preflight
@@ -28,7 +30,6 @@ from cluster.runtime import (
     frozen_pools,
     learner_group,
     learner_settings,
-    new_run_folder,
     reward_pool,
     sampling_from,
 )
@@ -98,16 +99,16 @@ def run_replay(
     are. The largest difference to the losses of the run is printed. Raises as `run_training`.
     """
     folder = new_run_folder(recipe, output)
-    progress = Progress(len(source.steps))
-    preflight(recipe, "replay", progress.say)
-    with actor_errors(folder), connected(address):
+    progress, keeper = Progress(len(source.steps)), Keeper(folder)
+    preflight(recipe, "replay", progress.say, folder=folder)
+    with claimed(folder, new=True), actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "replay")
         settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
         learner = learner_group(recipe, settings)
         try:
             progress.say("starting learner (DeepSpeed) ...")
             learner.start()
-            with claimed(folder), Tracker(folder, resolved_toml(recipe)) as tracker:
+            with Tracker(folder, resolved_toml(recipe)) as tracker:
                 progress.say(f"run folder: {folder}")
                 version, gaps = 0, {}
                 standstill = Standstill(progress.say)
@@ -126,7 +127,8 @@ def run_replay(
                     standstill.step(metrics, len(updates))
                     if updates and step in source.losses:
                         gaps[step] = abs(metrics["learner/loss"] - source.losses[step])
-                learner.save(folder / "checkpoint")
+                keeper.keep(lambda place: learner.save(place / "checkpoint"))
+                keeper.end()
         finally:
             learner.stop()
     if gaps:
@@ -169,15 +171,14 @@ def run_sampling(
     """
     folder = new_run_folder(recipe, output)
     progress = Progress(steps)
-    sources = preflight(recipe, "sample", progress.say).sources
-    with actor_errors(folder), connected(address):
+    sources = preflight(recipe, "sample", progress.say, folder=folder).sources
+    with claimed(folder, new=True), actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "sample")
         progress.say("starting samplers (vLLM) and reward workers ...")
         frozen = frozen_pools(recipe)
         try:
             with (
                 sampling_from(recipe, recipe.model.path) as samplers,
-                claimed(folder),
                 Tracker(folder, resolved_toml(recipe)) as tracker,
             ):
                 for pool in frozen.values():

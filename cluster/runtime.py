@@ -7,10 +7,10 @@ actor's own error on top, is written to the run folder, and ends the run; nothin
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -18,7 +18,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.checkpoints import Position, Resumed
 from cluster.config import Recipe, RunFailed
-from cluster.machine import require_free
+from cluster.keeping import disk_error
+from cluster.machine import require_answer, told
 from cluster.placement import frozen_models, require_cluster
 from cluster.preflight import preflight
 from cluster.problems import ProblemSource
@@ -44,6 +45,9 @@ LOCAL_RAY_TRIES = 3
 def connected(address: str | None) -> Iterator[None]:
     """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None:
+        print(f"connecting to {address} ...", file=sys.stderr, flush=True)
+        require_answer(address)
     _attach(address)
     try:
         yield
@@ -86,18 +90,6 @@ def _worker_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
-    """The folder of a new run: `output`, or `<output.folder>/<name>-<UTC time>`.
-
-    Raises UserError where `output` already holds something: two runs must not mix.
-    """
-    if output is not None:
-        require_free(output, "--output")
-        return output
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return Path(recipe.output.folder) / f"{recipe.name}-{stamp}"
 
 
 def threads_for(cpus: float) -> int:
@@ -345,7 +337,7 @@ def running(
     Input that cannot be used is refused before anything is started or written. Raises RunFailed
     with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
     """
-    ready = preflight(recipe, "train", say.say)
+    ready = preflight(recipe, "train", say.say, folder=folder)
     with actor_errors(folder), connected(address):
         require_cluster(recipe, ray.cluster_resources(), "train")
         for reason in resumed.refused if resumed else ():
@@ -374,8 +366,9 @@ def actor_errors(folder: Path | None) -> Iterator[None]:
     ) as error:
         message = explain(error)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            put_text(folder / "error.txt", message + "\n")
+            with suppress(OSError):  # a full disk may be what ended the run
+                folder.mkdir(parents=True, exist_ok=True)
+                put_text(folder / "error.txt", message + "\n")
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error
@@ -387,6 +380,8 @@ def explain(error: BaseException) -> str:
         return str(error)
     if isinstance(error, RayTaskError):
         cause = error.cause
+        if (full := disk_error(error)) is not None:
+            return told(full)
         return f"{type(cause).__name__}: {cause}\n\n{error}"
     if isinstance(error, RayActorError):
         return f"an actor's process died: {error}"

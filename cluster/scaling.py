@@ -74,7 +74,7 @@ def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
 
 
 def _is_held(run: Path) -> bool:
-    """Whether a live process holds the run folder (see `cluster.checkpoints.claimed`)."""
+    """Whether a live process holds the run folder (see `cluster.machine.claimed`)."""
     try:
         with (run / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -166,7 +166,11 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else that is what is to be told, and the parts stay
+                raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write metrics of a step to TensorBoard and to a Parquet part of their own."""
@@ -190,10 +194,7 @@ class Tracker:
 
     def log_evaluation(self, step: int, tables: Mapping[str, EvalTable]) -> None:
         """Write an evaluation, a table a task, whole; then its numbers under `eval/<task>/`."""
-        text = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
-        file = self.run_dir / "evaluations" / f"step-{step:06d}.json"
-        file.parent.mkdir(exist_ok=True)
-        put(file, lambda path: path.write_text(text, encoding="utf-8"))
+        put_evaluation(self.run_dir, step, tables)
         rows = [(task, row) for task, table in tables.items() for row in table.rows]
         self.log(step, {f"eval/{task}/{row.metric}": row.value for task, row in rows})
 
@@ -266,6 +267,14 @@ class Tracker:
                 put(file, lambda path: path.write_bytes(image))
             self._images.add(sha)
         return sha
+
+
+def put_evaluation(run_dir: Path, step: int, tables: Mapping[str, EvalTable]) -> None:
+    """Write an evaluation, a table a task, whole."""
+    file = run_dir / "evaluations" / f"step-{step:06d}.json"
+    file.parent.mkdir(exist_ok=True)
+    kept = {task: table.to_dict() for task, table in tables.items()}
+    put_text(file, json.dumps(kept, indent=1))
 
 
 def read_metrics(run_dir: Path | str) -> pa.Table:

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.budget import Spent, is_over, run_share
-from cluster.checkpoints import Position, Resumed, claimed, stop_signal
+from cluster.checkpoints import Position, Resumed, stop_signal
 from cluster.config import Recipe, RunFailed, resolved_toml
 from cluster.curriculum import Curriculum
 from cluster.evaluate import evaluate_all
+from cluster.keeping import Keeper
+from cluster.machine import claimed, new_run_folder
 from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
 from cluster.refill import refill_step
 from cluster.report import write_report
-from cluster.runtime import LivePolicy, Run, new_run_folder, running
+from cluster.runtime import LivePolicy, Run, running
 from cluster.scaling import scale_as_asked
 from cluster.standstill import Standstill
 from cluster.stream import GroupStream
-from cluster.tracking import Progress, Tracker
+from cluster.tracking import Progress, Tracker, put_evaluation
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
 from learner.correction import Correction, with_old_logprobs
@@ -56,11 +58,13 @@ def run_training(
     folder = resumed.run if resumed else new_run_folder(recipe, output)
     at = resumed.position if resumed else Position()
     progress = Progress(recipe.algorithm.steps)
+    keeper = Keeper(folder)
     with (
+        claimed(folder, new=resumed is None),
         running(recipe, address, folder, progress, resumed) as run,
-        claimed(folder),
         Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
         stop_signal() as stop,
+        keeper.keeping(run.learner),
     ):
         progress.say(f"run folder: {folder}")
         verify_transfer(run, at.version)
@@ -116,8 +120,13 @@ def run_training(
                 progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
                 return folder
         stream.end()
-        after = save_and_measure(run.learner, folder, lambda: measure(run, tracker, step))
-        report_change(folder, before, after, progress)
+        after = save_and_measure(
+            run.learner, keeper, step, lambda: evaluate_all(run.samplers, run.sources, recipe)
+        )
+        keeper.keep(lambda place: report_change(place, before, after, progress))
+        progress.say(f"checkpoint: {keeper.folder / 'checkpoint'}")
+        tracker.log_evaluation(step, after)
+        keeper.end()
     draw_report(folder, progress)
     standstill.end()
     return folder
@@ -265,14 +274,17 @@ def measure(run: LivePolicy, tracker: Tracker, step: int) -> dict[str, EvalTable
     return tables
 
 
-def save_and_measure(learner: LearnerGroup, folder: Path, measured: Callable[[], T]) -> T:
+def save_and_measure(
+    learner: LearnerGroup, keeper: Keeper, step: int, measured: Callable[[], dict[str, EvalTable]]
+) -> dict[str, EvalTable]:
     """Save the last policy, then measure it; one that cannot be saved is still measured."""
     failed: Exception | None = None
     try:
-        learner.save(folder / "checkpoint")
+        keeper.keep(lambda place: learner.save(place / "checkpoint"))
     except Exception as error:
         failed = error
     found = measured()
+    keeper.keep(lambda place: put_evaluation(place, step, found))
     if failed is not None:
         raise failed
     return found
@@ -339,7 +351,6 @@ def report_change(
     put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
     for task, change in changes.items():
         progress.console.print(change.to_rich(f"{task}: before and after"))
-    progress.say(f"checkpoint: {folder / 'checkpoint'}")
 
 
 def draw_report(folder: Path, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -20,9 +21,10 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it into place: no reader sees half of it."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        write(beside)
-        flush(beside)
-        os.replace(beside, path)
+        with _naming(path):
+            write(beside)
+            flush(beside)
+            os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)  # half a file takes room that may be short
         raise
@@ -46,7 +48,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     _clear(fresh, old)
     fresh.mkdir(parents=True)
     try:
-        yield fresh
+        with _naming(folder):
+            yield fresh
         for path in (*fresh.rglob("*"), fresh):
             flush(path)
         if not folder.exists():
@@ -76,6 +79,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk is an OSError that names the path: libraries leave it out, or raise their own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        if "No space left" in str(error):
+            number = errno.ENOSPC
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _beside(folder: Path, kind: str) -> Path:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
 
+from cluster import machine
 from cluster.cli import main
-from cluster.config import load_recipe
+from cluster.config import RunFailed, UserError, load_recipe
+from cluster.keeping import Keeper
+from cluster.machine import claimed, require_room
+from cluster.metrics import EvalTable
+from cluster.runtime import connected
 from cluster.sections_rollout import TaskConfig
+from cluster.train import save_and_measure
 from rollout.models import why_missing
+from tasks.files import put, replacing
 from tests.tasks.killed import contents
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-qwen3-vl"
@@ -111,3 +128,218 @@ def test_a_model_is_not_made_over_anything(
         f"--out {trained}: already holds something; name a new folder\n"
     )
     assert contents(tmp_path) == before
+
+
+# The folder of a run
+
+
+def test_of_many_that_are_told_one_folder_at_once_one_gets_it(tmp_path: Path) -> None:
+    folder, begin, end = tmp_path / "runs" / "x", os.pipe(), os.pipe()
+    children = []
+    for _ in range(12):
+        if not (child := os.fork()):
+            os.close(end[1])
+            try:
+                os.read(begin[0], 1)
+                with claimed(folder, new=True):
+                    (folder / f"written by {os.getpid()}").touch()
+                    os.read(end[0], 1)  # holds it until all have tried
+                os._exit(0)
+            except UserError:
+                os._exit(2)
+            finally:
+                os._exit(1)
+        children.append(child)
+    os.write(begin[1], b"x" * 12)
+    waiting, codes = set(children), []
+    while len(codes) < 11:
+        child, status = os.waitpid(-1, 0)
+        waiting.discard(child)
+        codes.append(os.WEXITSTATUS(status))
+    assert codes == [2] * 11
+    assert len([p for p in folder.iterdir() if p.name != ".lock"]) == 1
+    os.close(end[1])
+    assert os.WEXITSTATUS(os.waitpid(waiting.pop(), 0)[1]) == 0
+
+
+def test_a_run_that_another_has_is_refused_before_anything_is_started_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "run", recipe(tmp_path, str(TINY))
+    with claimed(folder):
+        before = contents(tmp_path)
+        for command in ("train", "sample"):
+            assert run(monkeypatch, command, file, "--output", folder) == 2
+            said = capsys.readouterr().err.splitlines()
+            assert said[-1].startswith(f"--output {folder}: already holds something")
+        monkeypatch.setattr("cluster.train.new_run_folder", lambda *_: folder)  # told at once
+        assert run(monkeypatch, "train", file) == 2
+        assert capsys.readouterr().err == f"{folder}: another process is still running it\n"
+        assert contents(tmp_path) == before
+    assert not ray.is_initialized()
+
+
+def test_a_claim_goes_with_what_was_not_written_and_takes_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with pytest.raises(KeyError), claimed(folder, new=True):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with claimed(folder, new=True):
+        (folder / "error.txt").write_text("why")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="already holds something"), claimed(folder, new=True):
+        pass
+    assert contents(tmp_path) == before
+    refused = pytest.raises(UserError, match=r"/proc/x: cannot be written to .*; choose another")
+    with refused, claimed(Path("/proc/x"), new=True):
+        pass
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
+    tmp_path: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = recipe(tmp_path, str(TINY), f'output.folder = "{small_disk}"\ncheckpoint.every = 2')
+    for more in ((), ("--dry-run",)):
+        assert run(monkeypatch, "train", file, *more) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"{small_disk}/x-" if not more else f"{small_disk}: ")
+        assert ": 1 MiB are free there, and the run needs " in said
+        assert "3 training checkpoints" in said and said.count("\n") == 1
+    assert list(small_disk.iterdir()) == []
+
+
+def test_shared_memory_without_room_for_a_transfer_is_refused_at_the_start(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = load_recipe(recipe(tmp_path, str(TINY)))
+    require_room(read, "train", tmp_path / "run")
+    monkeypatch.setattr(machine, "SHARED", small_disk)
+    require_room(read, "sample", tmp_path / "run")  # which sends nothing
+    with pytest.raises(UserError, match=rf"{small_disk}: 1 MiB are free .* --shm-size=2g"):
+        require_room(read, "train", tmp_path / "run")
+
+
+class Learner:
+    """Saves two megabytes, as a learner does."""
+
+    def save(self, folder: Path) -> None:
+        with replacing(folder) as fresh:
+            save_file({"weight": torch.ones(2**19)}, fresh / "model.safetensors")
+
+
+def test_policy_and_evaluation_outlive_a_full_disk(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    table = EvalTable((), {"a": {"p1": 1.0}})
+    learner, run_folder = Learner(), small_disk / "run"
+    run_folder.mkdir()
+    with pytest.raises(RunFailed) as failed:
+        keeper = Keeper(run_folder)
+        with keeper.keeping(learner):  # type: ignore[arg-type]
+            save_and_measure(learner, keeper, 7, lambda: {"sudoku": table})  # type: ignore[arg-type]
+            keeper.end()
+    (kept,) = spare.iterdir()
+    assert str(failed.value) == (
+        f"{run_folder}/checkpoint: No space left on device; free some, or choose another place: "
+        f"--output, or output.folder in the recipe; the policy, as far as it was trained, is in "
+        f"{kept}"
+    )
+    assert len(load_file(kept / "checkpoint" / "model.safetensors")["weight"]) == 2**19
+    assert "p1" in (kept / "evaluations" / "step-000007.json").read_text()
+    assert (kept / "error.txt").read_text().startswith(str(failed.value))
+    assert contents(run_folder) == {}
+
+
+def test_a_disk_that_fills_on_the_way_ends_the_run_with_its_policy_kept(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    table = pa.table({"text": ["a" * 2**22]})
+    ended = pytest.raises(RunFailed, match=r"rollouts\.parquet: No space left on device; .* is in ")
+    with ended, Keeper(small_disk).keeping(Learner()):  # type: ignore[arg-type]
+        to = small_disk / "rollouts.parquet"
+        put(to, lambda path: pq.write_table(table, path, compression="none"))
+    (kept,) = spare.iterdir()
+    assert (kept / "checkpoint" / "model.safetensors").exists()
+
+
+# Home, temporary files, a cluster
+
+
+@pytest.mark.parametrize(
+    ("given", "changed", "said"),
+    [
+        ({}, set(), ""),
+        ({"TMPDIR": "LONG"}, {"TMPDIR"}, "is too long for the paths of sockets"),
+        ({"TMPDIR": "/proc"}, {"TMPDIR"}, "cannot be written to; using /tmp"),
+        ({"TMPDIR": "MIDDLE"}, {"RAY_TMPDIR"}, ""),
+        ({"HOME": "/proc"}, {*machine.CACHES, "HF_HOME"}, "HOME: /proc cannot be written to"),
+    ],
+)
+def test_places_that_will_not_do_are_replaced_and_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    changed: set[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    lengths = {"LONG": 77, "MIDDLE": 50}
+    before = {"HOME": str(tmp_path), "TMPDIR": "/tmp", "USER": "me"} | given
+    if before["TMPDIR"] in lengths:
+        name = "t" * (lengths[before["TMPDIR"]] - len("/tmp/"))
+        before["TMPDIR"] = f"/tmp/{name}"
+        Path(before["TMPDIR"]).mkdir(exist_ok=True)
+    after = dict(before)
+    told = machine.settle_environment(after)
+    assert {name for name in after if after[name] != before.get(name)} == changed
+    assert said in " ".join(told) and len(told) == bool(said)
+    assert not machine.too_long(after.get("RAY_TMPDIR", after["TMPDIR"]), machine.RAY_SOCKET)
+    assert machine.settle_environment(after) == (told if "HOME" in given else [])
+
+
+def test_a_cluster_that_is_dead_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for scheme in ("", "ray://"):
+            refused = pytest.raises(UserError, match=r"nobody answers there .*is the head of the")
+            with refused, connected(scheme + address):
+                pass
+            assert capsys.readouterr().err == f"connecting to {scheme}{address} ...\n"
+
+
+def test_errors_of_the_system_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (
+        ("tasks", "generate", "sudoku", "--train", 1, "--out", "/proc/x"),
+        ("train", tmp_path / ("x" * 300)),
+    ):
+        assert run(monkeypatch, *words) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert "/proc" in said[-1] or "xxx" in said[-1]
+        assert not any("Traceback" in line for line in said)

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from cluster.budget import Spent
-from cluster.checkpoints import Position, claimed, newest, resume, stop_signal
+from cluster.checkpoints import Position, newest, resume, stop_signal
 from cluster.cli import main
 from cluster.config import RecipeError, UserError, load_recipe, resolved_toml
+from cluster.machine import claimed
 from cluster.metrics import EvalRow, EvalTable
 from cluster.tracking import read_metrics, read_rollouts
 from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
@@ -186,7 +187,7 @@ def test_the_first_signal_is_a_wish_and_the_second_ends() -> None:
 
 
 def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from cluster.checkpoints import claimed\n"
+    code = "import sys; from pathlib import Path; from cluster.machine import claimed\n"
     code += "with claimed(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.checkpoints import claimed
 from cluster.cli import main
 from cluster.config import UserError, load_recipe
+from cluster.machine import claimed
 from cluster.scaling import WISH, ask, asked, scale_as_asked
 from rollout.dispatch import PoolLimits
 from tests.cluster.test_resume import RECIPE

@@ -30,26 +30,20 @@ def test_killed_at_any_moment_a_folder_is_whole(
     monkeypatch.setattr(files, "flush", lambda _: None)  # hundreds of writes
     if not exchanges:  # as on a file system that has no such call
         monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    first = 0
-    while True:
-        second, died = 0, True
-        while True:
-            folder = tmp_path / f"{first}-{second}" / "checkpoint"
-            write(folder, "0")
-            died = killed_before(first, lambda folder=folder: write(folder, "1"))
-            died_again = killed_before(second, lambda folder=folder: write(folder, "2"))
+    first, died = 0, True
+    while died:
+        folder = tmp_path / str(first) / "checkpoint"
+        write(folder, "0")
+        died = killed_before(first, lambda folder=folder: write(folder, "1"))
+        for second in (first // 2, 5 - first % 5):
+            killed_before(second, lambda folder=folder: write(folder, "2"))
             if exchanges:
                 assert folder.is_dir()  # also for a reader that knows nothing of ours
             recover(folder)
             assert contents(folder) in [whole(text) for text in "012"]
-            write(folder, "3")
-            assert contents(folder) == whole("3")
-            assert os.listdir(folder.parent) == ["checkpoint"]
-            second += 5
-            if not died_again:
-                break
-        if not died:
-            break
+        write(folder, "3")
+        assert contents(folder) == whole("3")
+        assert os.listdir(folder.parent) == ["checkpoint"]
         first += 1
     assert first > 5  # it was killed in all of that
 
