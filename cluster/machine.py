@@ -171,7 +171,9 @@ def settle_environment(environment: MutableMapping[str, str]) -> list[str]:
         wrong = f"is too long for the paths of sockets ({len(os.fsencode(temporary))} bytes)"
     if wrong:
         short = _short_place(temporary)
-        environment["TMPDIR"] = tempfile.tempdir = short
+        environment["TMPDIR"] = short
+        if environment is os.environ:
+            tempfile.tempdir = short
         done.append(f"TMPDIR: {temporary} {wrong}; using {short}")
         temporary = short
     if too_long(environment.get("RAY_TMPDIR") or temporary, RAY_SOCKET):

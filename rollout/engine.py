@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
+from rollout.starting import own_errors, plain_path
 from rollout.tokens import Chat, label_segments, load_processor, load_reader, tokenizer_of
 from tasks.core import DataError, Problem, Task
 from tasks.images import blank_like, check_image
@@ -85,7 +86,8 @@ class Engine:
     def start(cls, settings: EngineSettings, name: str = "sampler-0") -> Engine:
         """Load the model and start the engine's processes (10-40 s on a CPU).
 
-        Raises ModelError when the folder has no processor, and vLLM's own error otherwise.
+        Raises ModelError when the folder has no processor, and EngineNotStarted with the
+        engine's own error otherwise.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -128,7 +130,9 @@ class Engine:
             disable_log_stats=True,
             **chosen,
         )
-        llm = AsyncLLM.from_engine_args(args)
+        args.model = plain_path(settings.model)
+        with own_errors(settings.model):
+            llm = AsyncLLM.from_engine_args(args)
         return cls(llm, processor, name, settings.frozen, settings.seed)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:
