@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from cluster.report_charts import CELLS
 from cluster.report_figures import answer_figure, perception_figure, text_figure
-from cluster.tracking import ROLLOUT_SCHEMA
+from cluster.tracking import ROLLOUT_SCHEMA, by_name
 from tasks.core import SEGMENTS, DataError, Parsed, Task
 from tasks.images import check_image
 from tasks.load import BUILT_IN, load_task
@@ -248,8 +248,8 @@ def _rows(chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]]:
     for entry in chosen:
         by_file[entry.file].append(entry)
     for file, found in by_file.items():
-        names = [n for n in pq.read_schema(file).names if n not in _UNUSED_COLUMNS]
-        table = pq.read_table(file, columns=names).take([e.row for e in found])
+        wanted = pa.schema([field for field in ROLLOUT_SCHEMA if field.name not in _UNUSED_COLUMNS])
+        table = pq.read_table(file, schema=wanted).take([e.row for e in found])
         yield from zip(found, table.to_pylist(), strict=True)
 
 
@@ -271,7 +271,10 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
     figure, answered = _figures(row, parsed, pieces)
     versions = row["versions"] or [0]
     segments = Counter(row["segments"] or ())
-    advantages = [[name, _number(value)] for name, value in row["advantages"] or ()]
+    terms, advantages = (
+        [[name, _number(value)] for name, value in by_name(row[column] or ()).items()]
+        for column in ("terms", "advantages")
+    )
     return {
         "id": row["rollout_id"],
         "group": row["group_id"],
@@ -289,7 +292,7 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
         "a": row["a"],
         "leak": row["leak"],
         "graded": _number(row["a_p_graded"]),
-        "terms": [[name, _number(value)] for name, value in row["terms"] or ()],
+        "terms": terms,
         "total": _number(row["total"]),
         "advantages": advantages,
         "note": "dropped" if row["dropped"] else "zero variance" if row["zero_variance"] else "",

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.tracking import ROLLOUT_SCHEMA
+from cluster.tracking import ROLLOUT_SCHEMA, by_name
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import Diagnosis, FailureKind, ScoredGroup, TermFailure
 from rollout.record import Group, Rollout
@@ -132,7 +132,7 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
     """
     found = []
     for rows, stored in _groups(run_dir, step, ("advantages",)):
-        table = [dict(row["advantages"]) for row in rows]
+        table = [by_name(row["advantages"]) for row in rows]
         if any(tuple(advantages) != CREDIT_COLUMNS for advantages in table):
             raise DataError(
                 f"{_file(run_dir, step)}: column 'advantages': expected the keys "
@@ -205,7 +205,7 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
 
 def _scores(file: Path, rows: Sequence[Row]) -> StoredScores:
     first = rows[0]
-    terms = [dict(row["terms"]) for row in rows]
+    terms = [by_name(row["terms"]) for row in rows]
     names = list(terms[0])
     if any(set(term) != set(names) for term in terms):
         raise DataError(

@@ -54,6 +54,9 @@ METRIC_SCHEMA = pa.schema(
     }
 )
 
+NAMED_VALUES = pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()}))
+"""No map: `datasets` has none. Reading with the schema makes this of the maps of older runs."""
+
 ROLLOUT_SCHEMA = pa.schema(
     {
         "rollout_id": pa.string(),
@@ -85,9 +88,9 @@ ROLLOUT_SCHEMA = pa.schema(
         "seconds": pa.float64(),
         "sampler": pa.string(),
         # What it earned.
-        "terms": pa.map_(pa.string(), pa.float64()),
+        "terms": NAMED_VALUES,
         "total": pa.float64(),
-        "advantages": pa.map_(pa.string(), pa.float64()),  # by `CREDIT_COLUMNS`
+        "advantages": NAMED_VALUES,  # by `CREDIT_COLUMNS`
         "zero_variance": pa.bool_(),
         "dropped": pa.bool_(),
         "failures": pa.list_(pa.string()),  # "term: kind: message", of the whole group
@@ -395,9 +398,9 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> d
         "finish_reason": rollout.finish_reason,
         "seconds": rollout.seconds,
         "sampler": rollout.sampler,
-        "terms": [(name, float(values[i])) for name, values in scored.terms.items()],
+        "terms": named_values({name: values[i] for name, values in scored.terms.items()}),
         "total": float(scored.totals[i]),
-        "advantages": list(zip(CREDIT_COLUMNS, scored.advantages[i].tolist(), strict=True)),
+        "advantages": named_values(dict(zip(CREDIT_COLUMNS, scored.advantages[i], strict=True))),
         "zero_variance": scored.zero_variance,
         "dropped": scored.dropped,
         "failures": [f"{f.term}: {f.kind}: {f.message}" for f in scored.failures],
@@ -413,12 +416,24 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> d
     return {name: _storable(value) for name, value in row.items()}
 
 
+def named_values(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A cell of type `NAMED_VALUES`; `by_name` reads it back."""
+    return [{"name": name, "value": float(value)} for name, value in values.items()]
+
+
+def by_name(cell: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What `named_values` wrote."""
+    return {item["name"]: item["value"] for item in cell}
+
+
 def _storable(value: Any) -> Any:
     """Text that UTF-8 can hold: a lone surrogate becomes its escape; the ids are the truth."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, list):
         return [_storable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _storable(item) for name, item in value.items()}
     return value
 
 

@@ -134,7 +134,7 @@ def check_halves(run: Path, folder: Path) -> None:
         asked, again = (read_rollouts(f, step).to_pylist() for f in (run, sampled))
         assert [r["rollout_id"] for r in again] == [r["rollout_id"] for r in asked]
         assert [r["response_ids"] for r in again] != [r["response_ids"] for r in asked]
-        assert {r["terms"][0][0] for r in again} == {r["terms"][0][0] for r in asked}
+        assert {r["terms"][0]["name"] for r in again} == {r["terms"][0]["name"] for r in asked}
 
 
 def test_internvl_on_two_zero3_ranks_in_local_mode(

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.ablation_results import RESULT_SCHEMA
+from cluster.report import FLAT_SCHEMA
+from cluster.report_rollouts import read_shown
 from cluster.stored import read_groups, read_scores, stored_steps
-from cluster.tracking import Tracker
+from cluster.tracking import (
+    DEMONSTRATION_SCHEMA,
+    METRIC_SCHEMA,
+    NAMED_VALUES,
+    ROLLOUT_SCHEMA,
+    Tracker,
+    by_name,
+    read_rollouts,
+)
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import Outcome, Perception, diagnose, score_group
@@ -123,7 +135,7 @@ def test_the_advantage_is_not_needed_and_an_undiagnosed_group_has_no_diagnosis(r
         ("image_sha256", ["../../secret"] * 5, "no SHA-256"),
         ("image_sha256", ["0" * 64] * 5, "is missing"),
         ("failures", [["it broke"]] * 5, "it broke"),
-        ("terms", [[("outcome", 1.0)], *[[]] * 4], "different terms"),
+        ("terms", [[{"name": "outcome", "value": 1.0}], *[[]] * 4], "different terms"),
     ],
 )
 def test_a_spoilt_column_is_named(
@@ -136,6 +148,35 @@ def test_a_spoilt_column_is_named(
     assert "step-000002.parquet" in message
     assert repr(column) in message
     assert words in message
+
+
+def test_a_run_of_when_terms_were_maps_is_read(run: Path) -> None:
+    def terms() -> list[dict[str, list[float]]]:
+        found = [group.scores.terms for group in read_groups(run, 2)]
+        return [{name: values.tolist() for name, values in terms.items()} for terms in found]
+
+    new, shown = terms(), read_shown(run)
+    assert shown.problems == () and shown.rollouts
+    for column in ("terms", "advantages"):
+        cells = pq.read_table(file_of(run))[column].to_pylist()
+        pairs: list[object] = [list(by_name(cell).items()) for cell in cells]
+        rewrite(run, column, pairs, pa.map_(pa.string(), pa.float64()))
+    assert terms() == new
+    assert read_rollouts(run, 2)["terms"].type == NAMED_VALUES
+    assert read_shown(run) == shown
+
+
+def test_a_runs_tables_load_with_datasets(run: Path, tmp_path: Path) -> None:
+    for schema in (
+        ROLLOUT_SCHEMA, METRIC_SCHEMA, DEMONSTRATION_SCHEMA, FLAT_SCHEMA, RESULT_SCHEMA
+    ):  # fmt: skip
+        datasets.Features.from_arrow_schema(schema)
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(file_of(run)), cache_dir=str(tmp_path / "cache"), split="train"
+    )
+    stored = read_rollouts(run, 2).to_pylist()
+    assert [row["terms"] for row in loaded] == [row["terms"] for row in stored]
+    assert [row["response_ids"] for row in loaded] == [row["response_ids"] for row in stored]
 
 
 def test_a_column_of_another_type_is_named(run: Path) -> None:

@@ -20,6 +20,7 @@ from cluster.tracking import (
     ROLLOUT_SCHEMA,
     Progress,
     Tracker,
+    by_name,
     read_metrics,
     read_rollouts,
 )
@@ -126,9 +127,9 @@ def test_rollouts_come_back_whole(tmp_path: Path) -> None:
             assert row[name] == getattr(rollout, name)
         assert (row["step"], row["finish_reason"]) == (12, rollout.finish_reason)
         assert row["defects"] == list(rollout.parsed.defects)
-        assert dict(row["terms"]) == {name: v[i] for name, v in g.terms.items()}
+        assert by_name(row["terms"]) == {name: v[i] for name, v in g.terms.items()}
         assert row["total"] == g.totals[i]
-        assert dict(row["advantages"]) == dict(zip(CREDIT_COLUMNS, g.advantages[i], strict=True))
+        assert by_name(row["advantages"]) == dict(zip(CREDIT_COLUMNS, g.advantages[i], strict=True))
         assert row["a"] == g.diagnosis.a[i]
         assert row["leak"] == g.diagnosis.leak[i]
         assert json.loads(row["truth"]) == dict(g.group.problem.truth)
