@@ -21,6 +21,7 @@ from cluster.standstill import unread_tables
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from tasks.core import Problem
+from tasks.responses import form_of, oracle_prefix_in
 
 PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")
 
@@ -39,21 +40,47 @@ def evaluate_all(
     """The recipe's own evaluation: a table a task, on its held-out problems.
 
     All passes of all tasks are asked for at once, so that no engine waits for another pass's last
-    response; those of one problem together, whose image an engine then has at hand.
+    response; those of one problem together, whose image an engine then has at hand. What starts
+    from `p*` is asked again where the free responses show that the policy writes a perception in
+    another form than the task's own.
     """
     asked = [
-        (source.label, name, pass_request(recipe, source, name, problem))
+        (source, name, pass_request(recipe, source, name, problem))
         for source in sources
         for problem in held_out(source, recipe.eval.seed, recipe.eval.problems)
         for name in recipe.eval.passes
     ]
+    groups = samplers.sample([request for *_, request in asked])
+    again = _in_the_policys_form([(source, request) for source, _, request in asked], groups)
+    for place, group in zip(
+        again, samplers.sample([*again.values()]) if again else (), strict=True
+    ):
+        groups[place] = group
     found: dict[str, dict[EvalPass, list[Group]]] = {
         source.label: {name: [] for name in recipe.eval.passes} for source in sources
     }
-    groups = samplers.sample([request for _, _, request in asked])
-    for (label, name, _), group in zip(asked, groups, strict=True):
-        found[label][name].append(group)
+    for (source, name, _), group in zip(asked, groups, strict=True):
+        found[source.label][name].append(group)
     return {source.label: eval_table(source.task, found[source.label]) for source in sources}
+
+
+def _in_the_policys_form(
+    asked: Sequence[tuple[ProblemSource, SampleRequest]], groups: Sequence[Group]
+) -> dict[int, SampleRequest]:
+    """The oracle requests, by place, where the free responses are in another form than theirs."""
+    free: dict[str, list[str]] = {source.label: [] for source, _ in asked}
+    for (source, request), group in zip(asked, groups, strict=True):
+        if request.kind == "free":
+            free[source.label] += [rollout.text for rollout in group.rollouts]
+    tasks = {source.label: source.task for source, _ in asked}
+    forms = {label: form_of(tasks[label], texts) for label, texts in free.items()}
+    again = {}
+    for place, (source, request) in enumerate(asked):
+        if request.kind == "oracle":
+            prefix = oracle_prefix_in(forms[source.label], source.task, request.problem)
+            if prefix != source.task.oracle_prefix(request.problem):
+                again[place] = replace(request, prefix=prefix)
+    return again
 
 
 def pass_request(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from cluster.evaluate import PASSES, evaluate_all
 from cluster.problems import open_sources
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
+from tasks.load import load_task
 from tests.rewards.toys import Doubling, group
 
 RECIPE = """
@@ -75,6 +78,38 @@ def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None
             **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a_r")},
             **{name: (0.0, 2) for name in ("leak", "a_r_blank", "blind")},
         }
+
+
+class JsonSamplers(Samplers):
+    """A policy trained on the public style: JSON, also behind what it is forced to begin with."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        self.calls.append(list(requests))
+        task, made = load_task("sudoku"), []
+        for asked in requests:
+            puzzle, solved = (json.dumps(asked.problem.truth[k]) for k in ("puzzle", "solution"))
+            prefix = asked.prefix or (
+                task.oracle_prefix(asked.problem) if asked.kind == "oracle" else ""
+            )
+            text = f"so\n{solved}" if prefix else f"{puzzle}\n\nso\n{solved}"
+            (plain,) = group(0, ";;").rollouts
+            said = replace(plain, text=text, prefix=prefix, parsed=task.parse(prefix + text))
+            made.append(Group(asked.group_id, asked.problem, (said,) * asked.n))
+        return made
+
+
+def test_a_policy_that_answers_in_json_is_forced_to_begin_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(
+        'name = "x"\n[model]\npath = "m"\n[[tasks]]\nname = "sudoku"\nknobs = { size = 4 }\n'
+        '[eval]\nproblems = 3\npasses = ["greedy", "oracle"]\n'
+    )
+    recipe, samplers = load_recipe(path), JsonSamplers()
+    (table,) = evaluate_all(samplers, open_sources(recipe.tasks), recipe).values()  # type: ignore[arg-type]
+    values = {row.metric: row.value for row in table.rows}
+    assert values["a"] == values["a_r"] == 1.0
+    assert len(samplers.calls) == 2
+    assert all(r.kind == "oracle" and r.prefix.endswith("]]\n\n") for r in samplers.calls[1])
 
 
 def test_held_out_problems_are_drawn_once_a_run(
