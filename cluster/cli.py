@@ -372,11 +372,13 @@ def _ready(
     except ModelError as error:
         raise RecipeError(f"{source}: {error}") from error
     if dry_run:
-        print(resolved_toml(recipe))
-        print("\n".join(f"# {line}".rstrip() for line in describe(placement).splitlines()))
         from cluster.preflight import preflight
 
-        preflight(recipe, command, lambda line: print(f"# note: {line}"), dry_run=True)
+        notes: list[str] = []
+        preflight(recipe, command, notes.append, dry_run=True)
+        print(resolved_toml(recipe))
+        lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
+        print("\n".join(f"# {line}".rstrip() for line in lines))
         return False
     if address is None:
         placement.require()

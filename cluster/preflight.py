@@ -6,6 +6,7 @@ runs too, and so does `--dry-run`: what one refuses, all refuse, in the same wor
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,17 +58,20 @@ def preflight(
     ModelError or UserError, a line a fault.
     """
     for line in settle_environment(os.environ):
-        say(f"note: {line}")
+        say(line)
     if command != "eval":
         require_room(recipe, command, folder or Path(recipe.output.folder))
     trains = command in ("train", "sample")
-    sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=False)
+    measured = not dry_run or _is_here(recipe.model.path)
+    # Measuring decodes the images.
+    sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
     if trains:
         _ask_terms(recipe)
-    if dry_run and not _is_here(recipe.model.path):
+    if not measured:
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None)
     processor = load_processor(recipe.model.path)
+    _ask_context(recipe)
     for model in frozen_models(recipe) if trains else ():
         if _is_here(model) or not dry_run:
             load_reader(model)
@@ -145,7 +149,8 @@ def _fitting_rows(
     shown = lines[:SHOWN]
     if len(lines) > SHOWN:
         shown.append(f"... and {len(lines) - SHOWN:,} more")
-    where = f"tasks[{index}].data: {config.data}: {len(lines):,} rows"
+    rows = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
+    where = f"tasks[{index}].data: {rows} {config.data}"
     empty = next((split for split, examples in kept.items() if not examples), None)
     if damaged:
         raise DataError("\n".join([*shown, f"{where} cannot be used; mend or remove them"]))
@@ -182,6 +187,22 @@ def _ask_terms(recipe: Recipe) -> None:
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
     make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
+
+
+def _ask_context(recipe: Recipe) -> None:
+    """Raise UserError where a policy in a folder has fewer positions than the recipe asks for."""
+    try:
+        config = json.loads((Path(recipe.model.path) / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        scaled = "factor" in (text.get("rope_parameters") or text.get("rope_scaling") or {})
+        positions = int(text["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # a hub's name, or the engine knows better
+    if recipe.model.max_model_len > positions and not scaled:
+        raise UserError(
+            f"model.max_model_len = {recipe.model.max_model_len:,}: {recipe.model.path} has "
+            f"{positions:,} positions (max_position_embeddings in config.json); lower it"
+        )
 
 
 def _is_here(model: str) -> bool:

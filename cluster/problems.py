@@ -60,10 +60,12 @@ class ProblemSource:
         if config.data is None:
             spec = task.spec.model_validate(config.knobs)
             return cls(label, task, config.weight, spec, (), ())
-        if not Path(config.data).is_dir():
+        folder = Path(config.data)
+        if not folder.is_dir():
+            found = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
             raise DataError(
-                f"tasks[{index}].data: {config.data}: expected the folder of a data set, with a "
-                "train and a test split; make one with `equipoise tasks generate` or `import`"
+                f"tasks[{index}].data: {config.data}: {found}; give the folder of a data set, with "
+                "train.parquet and test.parquet, as `equipoise tasks generate` and `import` make it"
             )
         train = tuple(read_examples(config.data, "train", check_images=check_images))
         test = tuple(read_examples(config.data, "test", check_images=check_images))
