@@ -12,7 +12,6 @@ import ray
 
 from learner.balance import NormOf, SegmentGradients
 from learner.batch import TrainBatch
-from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
 from learner.trainer import LearnerSettings, Trainer, WorldPlace
 
@@ -36,6 +35,9 @@ class LearnerRank:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def start(self, settings: LearnerSettings, master: str) -> None:
+        # Here, so that the driver, which knows this class too, does without DeepSpeed.
+        from learner.engine import DeepSpeedLearner
+
         self._trainer = DeepSpeedLearner(settings, WorldPlace(self._rank, self._size, master))
 
     def update(self, batch: TrainBatch, loss: Loss, rate: float | None) -> dict[str, float]:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from learner.families.base import Family
-from learner.packing import pack
 from tasks.images import check_image
 
 Layout = Literal["padded", "packed", "shared_prefix"]
@@ -319,6 +318,8 @@ class Collator:
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
     ) -> Laid:
         """End to end in one row, with the positions that each sequence has by itself."""
+        from learner.packing import pack
+
         prompts = [(s.prompt_ids.tobytes(), s.image) for s in sequences]
         shared = self._layout == "shared_prefix"
         row = pack(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from learner.families.base import Family
 from learner.parts import require_matches
@@ -138,6 +137,8 @@ class Adapters:
         Raises ModelError for one that a checkpoint keeps in another form than as that matrix:
         what B·A adds to it there has no name.
         """
+        from transformers.core_model_loading import revert_weight_conversion
+
         found = {}
         for layer, shape in self.layers.items():
             empty = torch.empty(shape, device="meta")

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from learner.batch import Collator, Layout, MicroBatch
 from learner.families import family_of
-from learner.packing import attend_within_stretches
 from rollout.tokens import ModelError, load_processor
 
 LOGITS_MIB = 256.0
@@ -156,6 +154,8 @@ def load_policy(
     Raises ModelError when the weights or the processor cannot be loaded, or the model lacks what
     the learner needs.
     """
+    from transformers import AutoModelForImageTextToText
+
     processor = load_processor(path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -185,7 +185,7 @@ def _make_savable(model: Any) -> None:
     try:
         found.validate(strict=True)
     except ValueError:
-        model.generation_config = GenerationConfig(
+        model.generation_config = type(found)(
             bos_token_id=found.bos_token_id,
             eos_token_id=found.eos_token_id,
             pad_token_id=found.pad_token_id,
@@ -209,6 +209,8 @@ def make_collator(policy: Policy, processor: Any, layout: Layout = "padded") -> 
     """
     model: Any = policy.model
     if layout != "padded":
+        from learner.packing import attend_within_stretches
+
         attend_within_stretches(model)
     accepted = list(inspect.signature(model.forward).parameters)
     positions = partial(policy.family.positions, model)

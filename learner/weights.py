@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -88,6 +87,8 @@ class GatheredWeights:
     def _checkpoint_form(
         self, names: list[str], tensors: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
         state = dict(zip(names, tensors, strict=True))
         converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
         return converted

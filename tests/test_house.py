@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 LONGEST_FILE = 700
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -91,6 +92,41 @@ def test_tasks_stay_light() -> None:
 def test_one_room_knows_vllm_and_one_file_knows_deepspeed() -> None:
     assert importers("vllm") <= _files_of("rollout")
     assert importers("deepspeed") <= {"learner/engine.py"}
+
+
+def test_the_driver_comes_up_without_the_libraries_of_its_actors() -> None:
+    """They are imported once, in the process that works with them: a second costs seconds."""
+    loaded = imported_at_once("cluster.train") | imported_at_once("cluster.cli")
+    assert {"learner.actor.LearnerGroup", "ray"} <= loaded
+    heavy = ("transformers", "deepspeed", "vllm", "peft", "accelerate")
+    assert {name for name in loaded if within(name, heavy)} == set()
+
+
+def imported_at_once(module: str) -> set[str]:
+    """What importing a module of ours imports before anything is called, `from a import b` as a.b.
+
+    Ours are followed, not others' modules.
+    """
+    found: set[str] = set()
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        path = _file_of(name) or _file_of(name.rpartition(".")[0])
+        if name not in found and path is not None:
+            queue += first_imports(path)
+        found.add(name)
+    return found
+
+
+@cache
+def first_imports(path: Path) -> tuple[str, ...]:
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, IMPORTS)]
+    return tuple(imports(ast.unparse(ast.Module(body, []))))
+
+
+def _file_of(module: str) -> Path | None:
+    path = ROOT / module.replace(".", "/")
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 def test_no_junk_drawer_and_no_file_too_long_to_read() -> None:
