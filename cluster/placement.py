@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import Recipe, UserError
 from rewards.records import TermError
-from rewards.terms import find_term, load_term
+from rewards.terms import find_term, term_facts
 
 if TYPE_CHECKING:
     from cluster.sections_learner import LoraConfig
@@ -255,7 +255,7 @@ def frozen_models(recipe: Recipe) -> list[str]:
     for entry in recipe.reward.effective_terms():
         try:
             if hasattr(find_term(entry.name), "ask"):
-                found[load_term(entry.name, entry.args).model] = None  # type: ignore[union-attr]
+                found[term_facts(entry.name, entry.args).model or ""] = None
         except TermError as error:
             raise UserError(f"reward.terms: {error}") from error
     return [model for model in found if model]

@@ -21,7 +21,7 @@ from cluster.problems import ProblemSource, held_out, open_sources
 from cluster.room import Fault, Room, Taken
 from cluster.rows import row_takes
 from rewards.records import TermError
-from rewards.terms import load_terms
+from rewards.terms import facts_of
 from rollout.tokens import load_processor, load_reader
 from tasks.core import DataError, Task
 from tasks.datasets import Example
@@ -183,7 +183,7 @@ def _response_fault(
 
 def _ask_terms(recipe: Recipe) -> None:
     try:
-        load_terms(recipe.reward.effective_terms())
+        facts_of(recipe.reward.effective_terms())
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
     make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)

@@ -28,9 +28,10 @@ from rewards.records import (
     RewardError,
     ScoredGroup,
     ScoredTerms,
+    TermError,
     TermFailure,
 )
-from rewards.terms import AskingTerm, Term, is_remote, load_terms
+from rewards.terms import facts_of
 from rewards.worker import RemoteWorker, RewardWorker
 from rollout.record import Group, ReplyError
 from tasks.core import Problem
@@ -87,18 +88,21 @@ class RewardPool:
         """
         self._limits = limits or Limits()
         self._answerers = dict(answerers or {})
-        terms = load_named(rules)
+        try:
+            terms = facts_of(rules)
+        except TermError as error:
+            raise RewardError(f"a reward worker cannot start: {error}") from error
         self._rules = dict(zip(terms, rules, strict=True))
-        self._asking = {n: t.model for n, t in terms.items() if isinstance(t, AskingTerm)}
+        self._asking = {n: t.model for n, t in terms.items() if t.model is not None}
         unknown = sorted(set(self._asking.values()) - set(self._answerers))
         if unknown:
             raise RewardError(f"reward terms ask {unknown}, and no sampler runs such a model")
         self._remote = [
             _RemoteTerm(name, self._rules[name], self._limits)
             for name, term in terms.items()
-            if is_remote(term)
+            if term.remote
         ]
-        local = [name for name, term in terms.items() if not is_remote(term)]
+        local = [name for name, term in terms.items() if not term.remote]
         self._parts = (*local, DIAGNOSIS)
         self._method: Method = method
         self._estimator: Estimator = estimator
@@ -206,17 +210,6 @@ class RewardPool:
             tuple(self._asking),
             lambda place, piece: keep(answered[place], piece),
         )
-
-
-def load_named(rules: Sequence[RewardRule]) -> dict[str, Term]:
-    """The terms of a recipe by name, loaded here only to learn what kind each is.
-
-    Raises RewardError for a term that cannot be loaded.
-    """
-    try:
-        return load_terms(rules)
-    except ValueError as error:
-        raise RewardError(f"a reward worker cannot start: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -237,14 +238,54 @@ def is_remote(term: Term) -> bool:
     return inspect.iscoroutinefunction(type(term).__call__)
 
 
+@dataclass(frozen=True)
+class TermFacts:
+    """What is to be known of a term where it does not work.
+
+    `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
+    """
+
+    name: str
+    model: str | None
+    remote: bool
+
+
+Named = TypeVar("Named", "Term", TermFacts)
+_KNOWN: dict[tuple[str, str], TermFacts] = {}
+
+
+def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
+    """The facts of a term, made once a process for it and let go: it may hold a model.
+
+    Raises `TermError` as `load_term` does.
+    """
+    key = (name, repr(dict(args or {})))
+    if key not in _KNOWN:
+        term = load_term(name, args)
+        model = term.model if isinstance(term, AskingTerm) else None
+        _KNOWN[key] = TermFacts(term.name, model, is_remote(term))
+    return _KNOWN[key]
+
+
 def load_terms(specs: Sequence[TermSpec]) -> dict[str, Term]:
     """Load the terms by what metrics call them: an entry's `label`, or the term's own name.
 
     Raises `TermError` where two share a name, or one is no term.
     """
-    terms: dict[str, Term] = {}
+    return _by_name(specs, load_term)
+
+
+def facts_of(specs: Sequence[TermSpec]) -> dict[str, TermFacts]:
+    """The facts of the terms that `load_terms` loads (`term_facts`); raises what it raises."""
+    return _by_name(specs, term_facts)
+
+
+def _by_name(
+    specs: Sequence[TermSpec], load: Callable[[str, Mapping[str, Any]], Named]
+) -> dict[str, Named]:
+    terms: dict[str, Named] = {}
     for spec in specs:
-        term = load_term(spec.name, spec.args)
+        term = load(spec.name, spec.args)
         name = spec.label or term.name
         if name == DIAGNOSIS:
             raise TermError(f"a reward term cannot be named {DIAGNOSIS!r}; give it another label")

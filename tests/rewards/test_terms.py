@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.config import Recipe
+from cluster.placement import frozen_models
 from cluster.sections_reward import REWARD_TERMS, RewardTermConfig
-from rewards.records import DIAGNOSIS, TermError
+from rewards.records import DIAGNOSIS, Reply, TermError
 from rewards.terms import (
     BUILT_IN,
     Format,
     Outcome,
     Perception,
     PerceptionGraded,
+    TermFacts,
     diagnose,
+    facts_of,
     load_term,
     load_terms,
+    term_facts,
 )
+from rollout.record import Group, SampleRequest
+from tasks.core import Problem, Task
 from tests.rewards.toys import TASK, Length, Misbehaves, group, score
 
 #            seen, solved        wrong seen, leak   right seen, wrong  unreadable
@@ -203,3 +212,41 @@ def test_diagnose_leaves_the_group_alone() -> None:
     before = [r.parsed for r in one.rollouts]
     diagnose(TASK, one)
     assert [r.parsed for r in one.rollouts] == before
+
+
+class HoldsAModel:
+    """An asking term that takes a while, and memory, to make."""
+
+    name = "holds"
+    made: ClassVar[list[weakref.ref[HoldsAModel]]] = []
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.made.append(weakref.ref(self))
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
+        return []
+
+    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> list[float]:
+        return []
+
+
+def test_where_a_term_does_not_work_it_is_made_once_and_let_go() -> None:
+    term = {"name": "tests.rewards.test_terms:HoldsAModel", "args": {"model": "a/solver"}}
+    head = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
+    recipe = Recipe.model_validate(head | {"reward": {"terms": [term, {"name": "outcome"}]}})
+    specs = recipe.reward.effective_terms()
+    # The plan, the check before the start, the engines and the pool of workers each ask.
+    assert frozen_models(recipe) == frozen_models(recipe) == ["a/solver"]
+    assert (
+        facts_of(specs)
+        == facts_of(specs)
+        == {
+            "holds": TermFacts("holds", "a/solver", remote=False),
+            "outcome": TermFacts("outcome", None, remote=False),
+        }
+    )
+    assert [ref() for ref in HoldsAModel.made] == [None]
+    # Other arguments make another term.
+    assert term_facts(str(term["name"]), {"model": ""}).model == ""
+    assert len(HoldsAModel.made) == 2
