@@ -59,8 +59,13 @@ def preflight(
     """
     for line in settle_environment(os.environ):
         say(line)
-    if command != "eval":
-        require_room(recipe, command, folder or Path(recipe.output.folder))
+    try:
+        if command != "eval":
+            require_room(recipe, command, folder or Path(recipe.output.folder))
+    except UserError as error:
+        if not dry_run:  # which may be of a recipe for another machine
+            raise
+        say(str(error))
     trains = command in ("train", "sample")
     measured = not dry_run or _is_here(recipe.model.path)
     # Measuring decodes the images.

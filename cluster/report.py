@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import UserError
+from cluster.machine import require_free
 from cluster.report_ablation import (
     ablation_to_parquet,
     build_ablation,
@@ -102,9 +103,12 @@ def write_report(run_dir: Path) -> Path:
 def run_report(folder: Path, form: Format = "html", output: Path | None = None) -> Path:
     """`equipoise report`: write the report of a run or an ablation and return where it is.
 
-    Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
+    Raises NoRun for a folder that holds no run, and UserError for an `output` that is there
+    already or cannot be written.
     """
     path = output or folder / f"report.{form}"
+    if output is not None:
+        require_free(output, "--output")
     write = _writer(folder, form, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

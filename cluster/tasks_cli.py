@@ -22,10 +22,12 @@ from rich.progress import (
 )
 
 from cluster.config import UserError, task_of
+from cluster.machine import require_free
 from cluster.terminal import printable
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows
 from tasks.datasets import ResponseStyle, read_examples, write_dataset
+from tasks.files import put
 from tasks.images import check_image, content_hash
 from tasks.load import BUILT_IN, load_task
 from tasks.split_names import side_of, tells_side
@@ -139,7 +141,8 @@ def show_command(
             response = reader.demonstrate(problem, style)
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
-            image.write_bytes(problem.image)
+            require_free(image, "--image")
+            put(image, lambda path: path.write_bytes(problem.image))
             _echo(f"image saved to {image}")
 
 
