@@ -284,7 +284,7 @@ class Results:
 
 
 def pilot_differences(table: pa.Table, arms: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """arm -> its `a` after training less the reference's (`arms[0]`), [S, puzzles] for a difficulty."""
+    """arm -> its `a` after training less that of `arms[0]`, [S, K puzzles] a difficulty."""
     results = Results(table)
     task = ALL_TASKS if len(results.tasks) > 1 else "".join(results.tasks)
     found: dict[str, list[np.ndarray]] = {}

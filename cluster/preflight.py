@@ -23,7 +23,7 @@ from cluster.rows import row_takes
 from rewards.records import TermError
 from rewards.terms import facts_of
 from rollout.tokens import load_processor, load_reader
-from tasks.core import DataError, Task
+from tasks.core import DataError, Task, TellsHeldOut
 from tasks.datasets import Example
 from tasks.splits import SPLITS, Split
 
@@ -70,6 +70,9 @@ def preflight(
     measured = not dry_run or _is_here(recipe.model.path)
     # Measuring decodes the images.
     sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
+    for source in sources if command != "sample" else ():
+        if source.spec is not None and isinstance(source.task, TellsHeldOut):
+            say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
     if trains:
         _ask_terms(recipe)
     if not measured:
