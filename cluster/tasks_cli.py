@@ -24,6 +24,7 @@ from rich.progress import (
 from cluster.config import UserError, task_of
 from cluster.machine import require_free
 from cluster.terminal import printable
+from tasks.contract import check_task
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows
 from tasks.datasets import ResponseStyle, read_examples, write_dataset
@@ -144,6 +145,22 @@ def show_command(
             require_free(image, "--image")
             put(image, lambda path: path.write_bytes(problem.image))
             _echo(f"image saved to {image}")
+
+
+@app.command("check")
+def check_command(
+    task: TaskName,
+    settings: Settings = None,
+    problems: Annotated[int, typer.Option(min=2, help="Fresh problems to try it on.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Try each ability of a task on fresh problems and say what is wrong, a line each."""
+    with _for_the_user():
+        checked, spec = _task_and_knobs(task, settings)
+        wrong = check_task(checked, spec, problems, seed)
+        if wrong:
+            raise UserError("\n".join(f"{task}: {line}" for line in wrong))
+    _echo(f"{task}: all its abilities keep the contract on {problems} fresh problems")
 
 
 def _task_and_knobs(name: str, settings: list[str] | None) -> tuple[Task, BaseModel]:

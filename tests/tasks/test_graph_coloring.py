@@ -580,7 +580,7 @@ def test_edge_sets_survive_being_written(pairs: set[tuple[int, int]], random: An
 
 
 def test_a_row_becomes_the_same_problem() -> None:
-    made = problem(2, vertices=7, canvas=96)
+    made = problem(2, vertices=6, canvas=96)
     assert json.loads(TASK.to_ground_truth(made)) == made.truth
     row = TASK.from_row(made.prompt, made.image, TASK.to_ground_truth(made))
     assert (row.id, row.perception, row.truth) == (made.id, made.perception, made.truth)
