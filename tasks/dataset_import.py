@@ -223,8 +223,9 @@ def _source_image(value: Any, folder: Path) -> bytes:
     elif not value.lstrip().startswith(_BASE64_HEADS) or _is_file(folder / value):
         return _read_image(value, folder)
     try:
-        letters = "".join(value.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+        letters = "".join(value.split()).rstrip("=")
+        alphabet = b"+/" if {"+", "/"} & {*letters} else b"-_"
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), alphabet, validate=True)
     except ValueError as error:
         raise DataError(f"image: {_shown(found)}: damaged base64 ({error})") from error
 

@@ -492,7 +492,7 @@ def _check_hash(file: Path) -> None:
 def open_parquet(file: Path) -> pq.ParquetFile:
     """Raises DataError for a file that is not whole."""
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{file}: not a whole Parquet file ({error}); copy or write it again"

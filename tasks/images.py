@@ -226,16 +226,16 @@ def _jpeg_pixels(data: bytes, source: str) -> tuple[bytes, bytes]:
 def _orientation(exif: bytes) -> int:
     """The orientation that an EXIF block tells; 1, as stored, where it tells none."""
     tiff = exif.removeprefix(b"Exif\0\0")
-    order = "<" if tiff.startswith(b"II") else ">"
     try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
         (start,) = struct.unpack_from(f"{order}I", tiff, 4)
         (entries,) = struct.unpack_from(f"{order}H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * entries, 12):
-            tag, form = struct.unpack_from(f"{order}HH", tiff, at)
-            if tag == 0x0112:
-                value = struct.unpack_from(f"{order}{'H' if form == 3 else 'I'}", tiff, at + 8)
-                return int(value[0])
-    except struct.error:  # cut short
+            tag, form, values = struct.unpack_from(f"{order}HHI", tiff, at)
+            if tag == 0x0112 and values == 1:
+                kind = {3: "H", 4: "I"}[form]
+                return int(struct.unpack_from(f"{order}{kind}", tiff, at + 8)[0])
+    except (KeyError, struct.error):  # damaged or cut short
         pass
     return 1
 
