@@ -220,6 +220,8 @@ def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
                 f"  responses: {entry['responses']}, {entry['responses_right']} right by the "
                 f"task's own checker; perception is {share:.1%} of their characters"
             )
+    if left := manifest.get("not_read"):
+        lines.append(f"not read, neither .parquet nor .jsonl: {', '.join(left[:5])} ({len(left)})")
     if manifest.get("skipped"):
         lines.append(f"bad rows left out: {len(manifest['skipped'])} (listed in the manifest)")
     lines.append(f"wrote {folder}")

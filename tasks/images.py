@@ -25,6 +25,8 @@ BLANK = (128, 128, 128)
 drawn on it."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_METADATA = (b"eXIf", b"iCCP", b"iTXt", b"pHYs", b"tEXt", b"tIME", b"zTXt")
+"""Chunks of a PNG that may be damaged; one of another name may have been `tRNS`."""
 _ADAM7 = (
     (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
     (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
@@ -174,9 +176,9 @@ def _png_pixels(data: bytes, source: str, max_pixels: int) -> tuple[bytes, bytes
         sound = zlib.crc32(body, zlib.crc32(kind)) == struct.unpack_from(">I", data, end - 4)[0]
         if kind == b"eXIf" and sound:
             exif = body
+        elif not kind.isalpha() or not (sound or kind in _METADATA):
+            raise _damaged(source, f"checksum of chunk {kind!r} at byte {at}")
         elif kind[:1].isupper() or kind == b"tRNS":
-            if not sound:
-                raise _damaged(source, f"checksum of chunk {kind!r} at byte {at}")
             if kind == b"tRNS" and colour == 0 and depth in (2, 4) and length == 2:
                 # Pillow scales these greys to 8 bits, but not the transparent one.
                 top = 2**depth - 1
