@@ -50,6 +50,7 @@ from cluster.report_words import (
     training_table,
     warnings,
 )
+from cluster.stored import not_kept
 from cluster.tracking import read_metrics
 from tasks.files import put, put_text
 
@@ -175,6 +176,8 @@ def read_run(run_dir: Path) -> RunRecord:
     except (OSError, pa.ArrowException) as failure:
         problems.append(f"The metrics cannot be read: {failure}")
     shown = read_shown(run_dir)
+    if shown.total and (lacking := not_kept(run_dir)):
+        problems.append(f"{lacking[0].upper()}{lacking[1:]}.")
     return RunRecord(
         name=str(recipe.get("name") or run_dir.resolve().name),
         recipe=recipe,
