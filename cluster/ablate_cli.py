@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,14 +17,34 @@ from cluster.ablate import (
     run_ablation,
     slots_for,
 )
-from cluster.ablation_config import Ablation
+from cluster.ablation_config import Ablation, Cell
 from cluster.ablation_progress import GridProgress, cost_table
 from cluster.config import UserError
 from cluster.placement import Machine, plan, trained_of
+from cluster.preflight import preflight
 from rollout.tokens import ModelError
+from tasks.core import DataError
 
 INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
+
+
+def _ask_all(ablation: Ablation, cells: Sequence[Cell], console: Console) -> None:
+    """Ask for each cell what it would ask itself; cells that differ in other things ask once."""
+    asked: set[str] = set()
+    for cell in cells:
+        recipe = cell.recipe
+        what = (recipe.model, recipe.tasks, recipe.sampler, recipe.reward, recipe.eval, recipe.sft)
+        if repr(what) in asked:
+            continue
+        asked.add(repr(what))
+        notes: list[str] = []
+        try:
+            preflight(recipe, cell.command, notes.append, dry_run=True)
+        except (DataError, ModelError, UserError) as error:
+            raise UserError(f"{ablation.name}: cell {cell.id}: {error}") from error
+        for note in notes:
+            console.print(f"{cell.id}: {note}", markup=False, highlight=False)
 
 
 def ablate_to_the_end(
@@ -37,7 +58,8 @@ def ablate_to_the_end(
 ) -> int:
     """Print the plan, run what is not finished, write and print what was found; the exit code.
 
-    `runner` stands in for the one that `address` chooses. A dry run tells the power of the plan to
+    `runner` stands in for the one that `address` chooses. What its cells would find before they
+    start is asked first, but for a model that is not here. A dry run tells the power of the plan to
     show `difference`, from the spread in `pilot`, an ablation's folder, or in what is finished
     here. Raises UserError for what the user can
     put right: a folder in use or of another ablation, a machine that is too small, parts that the
@@ -57,6 +79,8 @@ def ablate_to_the_end(
         for cell in ablation.cells
         if is_finished(folder, cell)
     }
+    if address is None and runner is None:
+        _ask_all(ablation, [c for c in ablation.cells if c.id not in finished], console)
     console.print(cost_table(ablation, machine, finished, slots), markup=False, highlight=False)
     if dry_run:
         if pilot or finished:

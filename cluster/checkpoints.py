@@ -22,7 +22,7 @@ from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 from rollout.buffer import BufferState
 
 MAY_CHANGE = (
-    "algorithm.steps", "sft.steps",
+    "algorithm.steps", "sft.steps", "tasks.too_long",
     "algorithm.budget", "algorithm.budget.kind", "algorithm.budget.amount",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
     "learner.timeout_seconds", "learner.logits_mib", "learner.layout",
@@ -31,7 +31,6 @@ MAY_CHANGE = (
     "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",
-    "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
 
@@ -205,4 +204,7 @@ def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:
         names = dict.fromkeys([*old, *new])
         below = (changed_fields(old.get(n), new.get(n), f"{at}.{n}" if at else n) for n in names)
         return [name for found in below for name in found]
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        pairs = zip(old, new, strict=True)  # entries of one list have one name
+        return list(dict.fromkeys(name for pair in pairs for name in changed_fields(*pair, at)))
     return [] if old == new else [at]

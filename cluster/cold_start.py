@@ -58,7 +58,7 @@ from learner.sft import DemonstrationStream, Source, draw
 from learner.trainer import LearnerSettings
 from learner.warmup import warm_up_vision
 from rollout.transfer import TransferReport
-from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
+from tasks.core import SEGMENTS, DataError, Problem
 from tasks.files import put_text
 
 WARMUP_BATCH = 128
@@ -337,12 +337,6 @@ def warm_up(
     progress: Progress,
 ) -> None:
     """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
-    labelled = [s for s in sources if isinstance(s.task, HasVisionLabels)]
-    if len(labelled) < len(sources):
-        missing = next(s.task.name for s in sources if not isinstance(s.task, HasVisionLabels))
-        raise DataError(
-            f"sft.vision_warmup_steps: task {missing!r} has no vision_labels; set it to 0"
-        )
     policy, processor = load_policy(recipe.model.path, "float32", recipe.model.attention)
 
     def batches() -> Iterator[list[tuple[str, Problem, np.ndarray]]]:

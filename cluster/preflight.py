@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,12 @@ from cluster.rows import row_takes
 from rewards.records import TermError
 from rewards.terms import facts_of
 from rollout.tokens import load_processor, load_reader
-from tasks.contract import check_problems, check_task
-from tasks.core import DataError, Task, TellsHeldOut
+from tasks.core import DataError, HasVisionLabels, Task
 from tasks.datasets import Example
-from tasks.load import BUILT_IN
 from tasks.splits import SPLITS, Split
 
 FRESH = 3
 """Problems a split that are drawn of a task without data, to be measured."""
-TRIED = 3
-"""Problems that a user's own task is tried on."""
 SHOWN = 5
 """Bad rows that are listed; the others are counted."""
 
@@ -61,25 +58,19 @@ def preflight(
     draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
     ModelError or UserError, a line a fault.
     """
+    measured = not dry_run or _is_here(recipe.model.path)
     for line in settle_environment(os.environ):
         say(line)
     try:
         if command != "eval":
             require_room(recipe, command, folder or Path(recipe.output.folder))
     except UserError as error:
-        if not dry_run:  # which may be of a recipe for another machine
+        if measured:  # else it is a dry run for another machine
             raise
         say(str(error))
     trains = command in ("train", "sample")
-    measured = not dry_run or _is_here(recipe.model.path)
     # Measuring decodes the images.
     sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
-    for index, source in enumerate(sources):
-        if source.spec is not None:
-            _ask_contract(index, source)
-    for source in sources if command != "sample" else ():
-        if source.spec is not None and isinstance(source.task, TellsHeldOut):
-            say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
     if trains:
         _ask_terms(recipe)
     if not measured:
@@ -90,6 +81,8 @@ def preflight(
     for model in frozen_models(recipe) if trains else ():
         if _is_here(model) or not dry_run:
             load_reader(model)
+    if command == "sft":
+        _ask_labels(recipe, sources)
     room = Room(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
     fitting = [
         _fitting_rows(recipe, command, index, source, room, say)
@@ -97,12 +90,14 @@ def preflight(
         else _fitting_draws(recipe, command, index, source, room)
         for index, source in enumerate(sources)
     ]
-    for index, source in enumerate(fitting):
-        if source.spec is None:
-            _ask_contract(index, source)
     for source in fitting if command in ("train", "sft") else ():
         if source.spec is None or not dry_run:
             held_out(source, recipe.eval.seed, recipe.eval.problems)
+        if source.spec is not None and source.left_out:
+            say(
+                f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "
+                "so far, and others were drawn"
+            )
     return Ready(fitting, processor)
 
 
@@ -136,6 +131,7 @@ def _fitting_rows(
     """
     config = recipe.tasks[index]
     kept: dict[Split, list[Example]] = {"train": [], "test": []}
+    bad: Counter[Split] = Counter()
     lines: list[str] = []
     damaged = False
     for split in SPLITS:
@@ -155,6 +151,7 @@ def _fitting_rows(
             if fault is None:
                 kept[split].append(example)
             else:
+                bad[split] += 1
                 damaged |= fault.damaged
                 lines.append(f"{file}: row {row}: {fault.field}: {fault.reason}")
         if learns and not any(example.response for example in examples):
@@ -179,7 +176,12 @@ def _fitting_rows(
         raise DataError("\n".join([*shown, f"{where} do not fit, and none of {empty} is left"]))
     for line in (*shown, f"{where} do not fit the policy and are left out"):
         say(line)
-    return replace(source, train=tuple(kept["train"]), test=tuple(kept["test"]))
+    return replace(
+        source,
+        train=tuple(kept["train"]),
+        test=tuple(kept["test"]),
+        left_out=bad,
+    )
 
 
 def _response_fault(
@@ -199,24 +201,20 @@ def _response_fault(
     return room.response_lack(taken, response)
 
 
-def _ask_contract(index: int, source: ProblemSource) -> None:
-    """Try a user's own task on a few problems, as `equipoise tasks check` does on more."""
-    if source.task.name in BUILT_IN:
-        return
-    if source.spec is None:
-        wrong = check_problems(source.task, [row.problem for row in source.train[:TRIED]])
-    else:
-        wrong = check_task(source.task, source.spec, TRIED)
-    if wrong:
-        raise DataError("\n".join(f"tasks[{index}]: {source.task.name}: {line}" for line in wrong))
-
-
 def _ask_terms(recipe: Recipe) -> None:
     try:
         facts_of(recipe.reward.effective_terms())
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
     make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
+
+
+def _ask_labels(recipe: Recipe, sources: Sequence[ProblemSource]) -> None:
+    missing = [s.task.name for s in sources if not isinstance(s.task, HasVisionLabels)]
+    if missing and recipe.sft and recipe.sft.vision_warmup_steps:
+        raise DataError(
+            f"sft.vision_warmup_steps: task {missing[0]!r} has no vision_labels; set it to 0"
+        )
 
 
 def _ask_context(recipe: Recipe) -> None:

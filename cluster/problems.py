@@ -30,8 +30,8 @@ class ProblemSource:
 
     `label` names the entry in tables and metrics: the task's name, with a number from the
     second entry of one task on. Stored rows fit the policy; of a task with knobs each problem is
-    held against `room` when it is drawn, and with `redraws` another takes its place, which
-    `left_out` counts.
+    held against `room` when it is drawn, and with `redraws` another takes its place. `left_out`
+    counts those that did not fit.
     """
 
     label: str
@@ -115,6 +115,15 @@ class ProblemSource:
             self.left_out[split] += 1
             stream = (seed, again)
         return problem
+
+
+def left_out(sources: Sequence[ProblemSource]) -> dict[str, float]:
+    """`problems/<task>/left_out`: how many of train did not fit, where some did not."""
+    return {
+        f"problems/{source.label}/left_out": float(source.left_out["train"])
+        for source in sources
+        if source.left_out["train"]
+    }
 
 
 def open_sources(configs: Sequence[TaskConfig], check_images: bool = True) -> list[ProblemSource]:

@@ -21,6 +21,7 @@ from cluster.evaluate import evaluate_all
 from cluster.keeping import Keeper
 from cluster.machine import claimed, new_run_folder
 from cluster.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
+from cluster.problems import left_out
 from cluster.refill import refill_step
 from cluster.report import write_report
 from cluster.runtime import LivePolicy, Run, running
@@ -62,9 +63,7 @@ def run_training(
     with (
         claimed(folder, new=resumed is None),
         running(recipe, address, folder, progress, resumed) as run,
-        Tracker(
-            folder, resolved_toml(recipe), at.step if resumed else None, recipe.output
-        ) as tracker,
+        Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
         stop_signal() as stop,
         keeper.keeping(run.learner),
     ):
@@ -89,7 +88,7 @@ def run_training(
             scored, groups = refilled.scored, refilled.groups
             clock.lap("refill")
             metrics = step_metrics(scored, version) | reward_metrics(run) | refilled.metrics()
-            metrics |= curriculum.metrics()
+            metrics |= curriculum.metrics() | left_out(run.sources)
             curriculum.observe(step, scored)
             rate = learning_rate(recipe, step)
             batches = anchored(recipe, train_batches(recipe, scored), run.learner)
@@ -104,8 +103,8 @@ def run_training(
             spent = spent.plus(sampled_tokens(groups), clock.total())
             metrics |= spent.metrics()
             over = is_over(recipe.algorithm, step, spent)
-            tracker.log_rollouts(step, scored)
             tracker.log(step, metrics)
+            tracker.log_rollouts(step, scored)
             tell_mismatch(recipe, metrics, progress)
             for loss in run.news():
                 progress.say(f"warning: {loss}")

@@ -17,6 +17,7 @@ import pytest
 
 from cluster.config import load_recipe
 from cluster.metrics import EvalPass, eval_table, step_metrics
+from cluster.problems import left_out
 from cluster.sections_reward import RewardConfig
 from cluster.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.compose import Composition, compose_groups
@@ -187,6 +188,8 @@ def made_by_the_drivers() -> set[str]:
         clock.lap(phase)
     names = set(clock.metrics([], [], [], {})) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
     names |= {"curriculum/sudoku/share", "curriculum/sudoku/success"}
+    narrow: Any = SimpleNamespace(label="sudoku", left_out={"train": 1})
+    names |= set(left_out([narrow]))
     names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
     pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
     pool.add([Job(request("g"), submitted=True)], 0.0)

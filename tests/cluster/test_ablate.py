@@ -397,9 +397,15 @@ def test_arms_prove_that_they_are_paired(
 def test_the_plan_counts_and_learns_from_finished_cells(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    path = write(seeds=(1, 2, 5))
-    assert ablate_to_the_end(load_ablation(path), tmp_path / "out", dry_run=True) == 0
-    assert not (tmp_path / "out").exists()
+    path, out = write(seeds=(1, 2, 5)), tmp_path / "out"
+    shipped = BASE.format(model=ROOT / "models" / "tiny-qwen3-vl")
+    short = shipped.replace("[[tasks]]", "max_model_len = 300\n[[tasks]]")
+    path.with_name("base.toml").write_text(short)
+    with pytest.raises(UserError, match=r"cell outcome--seed-1: .* do not fit in model\.max_model"):
+        ablate_to_the_end(load_ablation(path), out, dry_run=True)
+    path.with_name("base.toml").write_text(shipped)
+    assert ablate_to_the_end(load_ablation(path), out, dry_run=True) == 0
+    assert not out.exists()
     printed = capsys.readouterr().out
     # 6 updates of 3 problems with 8 responses; 512 problems twice, greedy and oracle.
     row = next(line for line in printed.splitlines() if line.startswith("half--seed-5"))

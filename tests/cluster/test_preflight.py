@@ -16,11 +16,12 @@ import pytest
 import ray
 from PIL import Image
 
+from cluster.checkpoints import MAY_CHANGE, changed_fields
 from cluster.cli import main
 from cluster.cold_start import run_sft
 from cluster.config import Recipe, UserError, load_recipe
 from cluster.preflight import preflight
-from cluster.problems import held_out, open_sources, step_problems
+from cluster.problems import held_out, left_out, open_sources, step_problems
 from cluster.replay import run_sampling
 from cluster.room import Room, Size
 from cluster.rows import row_takes
@@ -167,6 +168,10 @@ def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
     assert drawn == left["train"]
     assert {p.id for p in held_out(source, 1, 4)} == left["test"]
     assert told[-1].endswith("data do not fit the policy and are left out")
+    assert left_out([source]) == {"problems/sudoku/left_out": 2.0}
+    # A run that met such a problem may go on without it.
+    changed = changed_fields(recipe(tmp_path, data).model_dump(), wanted.model_dump())
+    assert changed == ["tasks.too_long"] and set(changed) <= set(MAY_CHANGE)
     code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, 'tasks[0].too_long="drop"')
     assert code == 0 and all(f"# note: {line}\n" in printed for line in told)
     # What is held out is counted without them, too.
@@ -330,7 +335,7 @@ def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: 
     (source,) = preflight(wanted, "train", print).sources
     problems = step_problems([source], 3, 0, 30)
     assert all("Think well" not in p.prompt for p in [*problems, *held_out(source, 1, 12)])
-    assert source.left_out["train"] > 0
+    assert left_out([source])[f"problems/{WordySudoku.name}/left_out"] > 0
     (plain,) = open_sources(wanted.tasks)
     usual = step_problems([plain], 3, 0, 30)
     kept = [a == b for a, b in zip(problems, usual, strict=True)]
