@@ -39,6 +39,7 @@ from cluster.statistics import (
     seed_interval,
 )
 from cluster.tracking import read_metrics
+from rewards.intervals import by_puzzle
 
 RESULT_SCHEMA = pa.schema(
     {
@@ -51,6 +52,7 @@ RESULT_SCHEMA = pa.schema(
         "metric": pa.string(),
         "problem": pa.string(),  # "" for a number of the whole step or evaluation
         "value": pa.float64(),
+        "puzzle": pa.string(),  # of that problem, which it may share; "" where that is not known
     }
 )
 """Rows with a problem are its value in the evaluation before (step 0) or after training."""
@@ -191,17 +193,21 @@ def collect(cells: Iterable[CellName], folder: Path) -> pa.Table:
         if not is_finished(folder, cell):
             continue
         run = cell_folder(folder, cell) / "run"
-        rows: list[tuple[int, str, str, str, float]] = []
+        rows: list[tuple[int, str, str, str, float, str]] = []
         for row in read_metrics(run).to_pylist():
-            rows.append((row["step"], *_task_of(row["name"]), "", row["value"]))
+            rows.append((row["step"], *_task_of(row["name"]), "", row["value"], ""))
         steps = max((row[0] for row in rows), default=0)
         evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         for task, tables_of in evaluation.items():
             if task == ALL_TASKS:  # its problems are those of the others
                 continue
             for step, when in ((0, "before"), (steps, "after")):
+                puzzles = tables_of[when].get("puzzles", {})
                 for metric, values in tables_of[when]["per_problem"].items():
-                    rows += [(step, task, metric, problem, v) for problem, v in values.items()]
+                    rows += [
+                        (step, task, metric, problem, value, puzzles.get(problem, ""))
+                        for problem, value in values.items()
+                    ]
         constant = [cell.id, cell.arm, cell.difficulty, cell.seed]
         columns = [[value] * len(rows) for value in constant] + [
             list(c) for c in zip(*rows, strict=True)
@@ -225,13 +231,17 @@ class Results:
     def __init__(self, table: pa.Table) -> None:
         self._problems: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
         self._numbers: dict[tuple[str, ...], dict[int, dict[int, float]]] = {}
+        self._puzzles: dict[tuple[str, str], str] = {}
         self.last_step: dict[tuple[str, str], int] = {}
         arms: dict[str, None] = {}
         difficulties: dict[str, None] = {}
         tasks: dict[str, None] = {}
         names = ["difficulty", "arm", "seed", "step", "task", "metric", "problem", "value"]
         columns = [table.column(name).to_pylist() for name in names]
-        for difficulty, arm, seed, step, task, metric, problem, value in zip(*columns, strict=True):
+        known = "puzzle" in table.column_names  # not in tables of an earlier time
+        columns.append(table.column("puzzle").to_pylist() if known else [""] * len(table))
+        for *key_parts, problem, value, puzzle in zip(*columns, strict=True):
+            difficulty, arm, seed, step, task, metric = key_parts
             arms[arm] = difficulties[difficulty] = None
             if task:
                 tasks[task] = None
@@ -241,6 +251,7 @@ class Results:
             if problem:
                 when = "before" if step == 0 else "after"
                 self._problems.setdefault((*key, when), {}).setdefault(seed, {})[problem] = value
+                self._puzzles[task, problem] = puzzle or f"{task}/{problem}"
             else:
                 self._numbers.setdefault(key, {}).setdefault(seed, {})[step] = value
         self.arms, self.difficulties, self.tasks = list(arms), list(difficulties), list(tasks)
@@ -258,6 +269,13 @@ class Results:
                 merged.setdefault(seed, {}).update({f"{name}/{k}": v for k, v in values.items()})
         return merged
 
+    def puzzles(self, task: str, problems: Sequence[str]) -> list[str]:
+        """The puzzle of each problem that `problems` names so."""
+        if task != ALL_TASKS:
+            return [self._puzzles[task, problem] for problem in problems]
+        merged = {f"{name}/{problem}": puzzle for (name, problem), puzzle in self._puzzles.items()}
+        return [merged[problem] for problem in problems]
+
     def numbers(
         self, difficulty: str, arm: str, task: str, metric: str
     ) -> dict[int, dict[int, float]]:
@@ -266,31 +284,35 @@ class Results:
 
 
 def pilot_differences(table: pa.Table, arms: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """arm -> its `a` after training less the reference's (`arms[0]`), [S, P] for a difficulty."""
+    """arm -> its `a` after training less that of `arms[0]`, [S, K puzzles] a difficulty."""
     results = Results(table)
     task = ALL_TASKS if len(results.tasks) > 1 else "".join(results.tasks)
     found: dict[str, list[np.ndarray]] = {}
     for arm in arms[1:]:
         for difficulty in results.difficulties:
-            ours, reference = aligned(
+            (ours, reference), problems = aligned(
                 *(results.problems(difficulty, a, task, "a", "after") for a in (arm, arms[0]))
             )
             if ours.size:
-                found.setdefault(arm, []).append(ours - reference)
+                puzzles = results.puzzles(task, problems)
+                found.setdefault(arm, []).append(by_puzzle(ours - reference, puzzles))
     return found
 
 
-def aligned(*parts: Mapping[int, Mapping[str, float]]) -> list[np.ndarray]:
-    """Arrays [S, P] of the seeds and problems that all parts have, in one order.
+def aligned(
+    *parts: Mapping[int, Mapping[str, float]],
+) -> tuple[list[np.ndarray], list[str]]:
+    """Arrays [S, P] of the seeds and problems that all parts have, in one order, and these [P].
 
     Problems are those that every one of those seeds has. Empty arrays where nothing is shared.
     """
     seeds = sorted(set.intersection(*(set(part) for part in parts)))
     if not seeds:
-        return [np.zeros((0, 0)) for _ in parts]
+        return [np.zeros((0, 0)) for _ in parts], []
     shared = set.intersection(*(set(part[seed]) for part in parts for seed in seeds))
     problems = sorted(shared)
-    return [np.array([[part[s][p] for p in problems] for s in seeds]) for part in parts]
+    arrays = [np.array([[part[s][p] for p in problems] for s in seeds]) for part in parts]
+    return arrays, problems
 
 
 def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float | None) -> Summary:
@@ -353,9 +375,10 @@ def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float
 
 def _levels(results: Results, difficulty: str, task: str, arm: str) -> Iterator[Level]:
     for metric in COMPARED:
-        before, after = aligned(
+        (before, after), problems = aligned(
             *(results.problems(difficulty, arm, task, metric, w) for w in ("before", "after"))
         )
+        puzzles = results.puzzles(task, problems)
         if after.size:
             yield Level(
                 difficulty,
@@ -363,9 +386,9 @@ def _levels(results: Results, difficulty: str, task: str, arm: str) -> Iterator[
                 arm,
                 metric,
                 # Before training all seeds are one checkpoint: greedy, they give the same answers.
-                before=accuracy_interval(before[:1]),
-                after=accuracy_interval(after),
-                change=crossed_interval(after - before, DIFFERENCE),
+                before=accuracy_interval(before[:1], puzzles),
+                after=accuracy_interval(after, puzzles),
+                change=crossed_interval(after - before, DIFFERENCE, puzzles),
             )
 
 
@@ -374,14 +397,15 @@ def _comparisons(
 ) -> list[Comparison]:
     found = []
     for arm in arms[1:]:
-        ours, reference = aligned(
+        (ours, reference), problems = aligned(
             results.problems(difficulty, arm, task, metric, "after"),
             results.problems(difficulty, arms[0], task, metric, "after"),
         )
         if ours.size:
             binary = bool(np.isin(ours, (0, 1)).all() and np.isin(reference, (0, 1)).all())
-            difference = crossed_interval(ours - reference, DIFFERENCE)
-            test = paired_test(reference, ours) if binary else None
+            puzzles = results.puzzles(task, problems)
+            difference = crossed_interval(ours - reference, DIFFERENCE, puzzles)
+            test = paired_test(reference, ours, puzzles) if binary else None
             found.append((arm, difference, test))
     adjusted = iter(holm([d.p for _, d, _ in found if d.p is not None]))
     return [
@@ -405,7 +429,7 @@ def _asymmetries(results: Results, difficulty: str, task: str, arm: str) -> Iter
         )
         index = seed_interval(asymmetry((r[0], r[1]), (p[0], p[1])), (-2, 2))
         yield Asymmetry(difficulty, task, arm, step, index)
-    arrays = aligned(
+    arrays, problems = aligned(
         *(
             results.problems(difficulty, arm, task, metric, when)
             for metric in ("a_r", "a_p")
@@ -414,7 +438,8 @@ def _asymmetries(results: Results, difficulty: str, task: str, arm: str) -> Iter
     )
     if arrays[0].size:
         by_problem = asymmetry((arrays[0], arrays[1]), (arrays[2], arrays[3]))
-        yield Asymmetry(difficulty, task, arm, last, crossed_interval(by_problem, (-2, 2)))
+        index = crossed_interval(by_problem, (-2, 2), results.puzzles(task, problems))
+        yield Asymmetry(difficulty, task, arm, last, index)
 
 
 def _couplings(results: Results, difficulty: str, arm: str) -> Iterator[Coupling]:

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",
+    "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
 

@@ -50,9 +50,16 @@ class RecipeError(UserError):
 
 
 class OutputConfig(Section):
-    """[output] Where runs are written: `folder/<name>-...`."""
+    """[output] Where runs are written, `folder/<name>-...`, and which rollouts stay there."""
 
     folder: PathText = "runs"
+    rollouts_every: Count = 1
+    """Steps between those whose rollouts are stored; 0: none. Step 1's always are."""
+    rollouts_keep: Count = 0
+    """Of the stored steps but the first, the last so many stay, with their images; 0: all."""
+    rollout_tokens: bool = True
+    """With the token arrays (ids, log-probs, versions, segments), which `train --replay` and
+    `diagnose --rescore` need."""
 
 
 class Recipe(Section):

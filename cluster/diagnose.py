@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.config import UserError
-from cluster.stored import StoredScores, read_groups, read_scores, stored_steps
+from cluster.stored import StoredScores, not_kept, read_groups, read_scores, stored_steps
 from cluster.terminal import printable
 from rewards.coupling import CouplingEstimate, estimate_coupling, independent_reference
 from rewards.hacking import Drift, drift, thirds
@@ -131,6 +132,8 @@ def run_diagnose(
     be rescored.
     """
     reports = task_reports(load_scores(run, rescore))
+    if lacking := not_kept(run):
+        print(f"note: {lacking}", file=sys.stderr)
     if as_json:
         print(json.dumps({"run": run.name, "tasks": [asdict(r) for r in reports]}, indent=1))
         return reports

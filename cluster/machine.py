@@ -12,6 +12,8 @@ import getpass
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
@@ -31,6 +33,8 @@ VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
 LONGEST_SOCKET = 107
 """Bytes of a Unix socket's path, the limit of the kernel."""
 REACH_SECONDS = 10.0
+HEAD_SECONDS = 60.0
+"""Ray's own client would try for a quarter of an hour."""
 CACHES = {
     "XDG_CACHE_HOME": "",
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
@@ -57,9 +61,10 @@ def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
 
 
 def require_free(folder: Path, flag: str) -> None:
-    """Raise UserError where a folder to be written already holds something, of whomever."""
+    """Raise UserError where a folder or file to be written already holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag} {folder}: already holds something; name a new folder")
+        what = "already holds something" if folder.is_dir() else "is there already"
+        raise UserError(f"{flag} {folder}: {what}; name a new one")
 
 
 @contextmanager
@@ -81,11 +86,14 @@ def claimed(run: Path, new: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run}: another process is still running it") from None
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"{run}: files there cannot be locked ({why}); {_ELSEWHERE}") from None
         if os.fstat(file.fileno()).st_nlink == 0:
             raise UserError(f"{run}: another process has just given it up; try again")
         try:
             if new and os.listdir(run) != [LOCK]:
-                raise UserError(f"{run}: already holds something; name a new folder")
+                raise UserError(f"{run}: already holds something; name a new one")
             yield
         finally:
             if new and os.listdir(run) == [LOCK]:
@@ -112,6 +120,12 @@ def require_room(recipe: Recipe, command: Command, folder: Path) -> None:
         raise UserError(
             f"{folder}: {gib(free)} are free there, and the run needs {gib(MARGIN)} for its "
             f"records{listed}; free some, give --output on another disk, or lower checkpoint.keep"
+        )
+    temporary = Path(tempfile.gettempdir())
+    if (free := shutil.disk_usage(temporary).free) < MARGIN:
+        raise UserError(
+            f"{temporary}: {gib(free)} are free there, and Ray needs {gib(MARGIN)}; free some, or "
+            "set TMPDIR to a folder on another disk"
         )
     needed = shared_needed(recipe, command)
     if needed and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < needed:
@@ -230,11 +244,23 @@ def require_answer(address: str) -> None:
         return  # `auto`, or what Ray itself will refuse
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-    except OSError as error:
+        if "://" not in address:
+            subprocess.run([sys.executable, "-c", _ASK_HEAD, address], timeout=HEAD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = getattr(error, "strerror", None) or f"no head of a cluster in {HEAD_SECONDS:g} s"
         raise UserError(
-            f"--address {address}: nobody answers there ({error.strerror or error}); is the head "
-            "of the cluster up? without an address a run starts a Ray of its own"
+            f"--address {address}: nobody answers there ({why}); is the head of the cluster up? "
+            "without an address a run starts a Ray of its own"
         ) from None
+
+
+_ASK_HEAD = """
+import os, sys
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+from ray._private.services import canonicalize_bootstrap_address_or_die as known_as
+from ray._raylet import GcsClient
+GcsClient(address=known_as(sys.argv[1]))
+"""
 
 
 def told(error: OSError) -> str:

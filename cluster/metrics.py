@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
+from scipy.special import stdtrit
 
 from rewards.advantages import is_constant
 from rewards.coupling import Coupling, coupling, outcome_couplings
-from rewards.intervals import score_interval
+from rewards.intervals import Z95, by_puzzle, score_interval
 from rewards.records import ScoredGroup
 from rewards.reliability import roc_auc
 from rewards.terms import diagnose
@@ -71,9 +72,21 @@ PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Interval of the mean of float [P] values in [0, 1], one a problem; Wilson's for 0 and 1."""
-    return score_interval(float(values.mean()), float(values.var()) / len(values), len(values))
+def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[float, float]:
+    """Interval of the mean of float [P] values in [0, 1], one a problem; Wilson's for 0 and 1.
+
+    Where problems share a puzzle (`puzzles`: the puzzle of each) it is Wilson's at the effective
+    sample size that answers alike within a puzzle leave, never above P, with Student's t of
+    the number of puzzles (Korn and Graubard 1998).
+    """
+    scores = by_puzzle(values, puzzles)
+    n, variance = len(scores), float(values.var()) / len(values)
+    if n == 1 < len(values):
+        return 0.0, 1.0
+    if n < len(values) and not is_constant(values):
+        wider = stdtrit(n - 1, 0.975) / Z95
+        variance = max(variance, float(scores.var(ddof=1)) / n * wider**2)
+    return score_interval(float(values.mean()), variance, n)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -93,23 +106,56 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def paired_p(changes: np.ndarray, puzzles: Sequence[str] = ()) -> float:
+    """Exact two-sided p-value that changes [P] of −1, 0 or 1, one a problem, are chance.
+
+    McNemar's where no two problems that changed share a puzzle. Else each puzzle's sum of changes
+    may as well have had the other sign: the share of all such signs that end as far from 0.
+    """
+    sums = changes
+    if puzzles:
+        sums = np.bincount(np.unique(puzzles, return_inverse=True)[1], changes)
+    sums = sums.astype(int)
+    if np.abs(sums).max(initial=0) <= 1:
+        return mcnemar(int((sums > 0).sum()), int((sums < 0).sum()))
+    chances = np.ones(1)  # of each total, from −Σ|sums| to Σ|sums|
+    for size in np.abs(sums[sums != 0]):
+        tails = np.zeros(size * 2)
+        chances = (np.concatenate([chances, tails]) + np.concatenate([tails, chances])) / 2
+    totals = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    return float(min(1.0, chances[totals >= abs(sums.sum())].sum()))
+
+
 @dataclass(frozen=True)
 class EvalRow:
-    """One metric with its 95 % interval (`mean_interval`); `n` counts problems."""
+    """One metric with its 95 % interval (`mean_interval`); `n` counts problems.
+
+    `puzzles`: how many different ones these are, if fewer; None where each is its own.
+    """
 
     metric: str
     value: float
     n: int
     low: float
     high: float
+    puzzles: int | None = None
+
+
+def counted(n: int, puzzles: int | None) -> str:
+    """`512`, or `512 (12 puzzles)` where some share one."""
+    return str(n) if puzzles is None else f"{n} ({puzzles} puzzles)"
 
 
 @dataclass(frozen=True)
 class EvalTable:
-    """An evaluation: rows to read, and per-problem values for paired comparison."""
+    """An evaluation: rows to read, and per-problem values for paired comparison.
+
+    `puzzles`: problem id -> its puzzle, task and symmetry key; one that is not there is its own.
+    """
 
     rows: tuple[EvalRow, ...]
     per_problem: PerProblem
+    puzzles: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> EvalRow:
         for row in self.rows:
@@ -124,8 +170,8 @@ class EvalTable:
         for heading in ("value", "95% interval", "n"):
             table.add_column(heading, justify="right")
         for row in self.rows:
-            interval = f"{row.low:.3f} – {row.high:.3f}"
-            table.add_row(escape(row.metric), f"{row.value:.3f}", interval, str(row.n))
+            interval, count = f"{row.low:.3f} – {row.high:.3f}", counted(row.n, row.puzzles)
+            table.add_row(escape(row.metric), f"{row.value:.3f}", interval, count)
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,14 +179,16 @@ class EvalTable:
         return {
             "rows": [asdict(row) for row in self.rows],
             "per_problem": {name: dict(values) for name, values in self.per_problem.items()},
+            "puzzles": dict(self.puzzles),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalTable:
         """Read what `to_dict` wrote."""
-        names = [field.name for field in fields(EvalRow)]
-        rows = tuple(EvalRow(**{name: row[name] for name in names}) for row in data["rows"])
-        return cls(rows, data["per_problem"])
+        names = [column.name for column in fields(EvalRow)]
+        rows = ({name: row[name] for name in names if name in row} for row in data["rows"])
+        puzzles = data.get("puzzles", {})
+        return cls(tuple(EvalRow(**row) for row in rows), data["per_problem"], puzzles)
 
 
 def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTable:
@@ -152,7 +200,17 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
     values: dict[str, dict[str, float]] = {}
     for name, groups in passes.items():
         values |= _pass_values(task, name, groups)
-    return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
+    puzzles = {
+        group.problem.id: f"{group.problem.task}/{group.problem.symmetry_key}"
+        for groups in passes.values()
+        for group in groups
+    }
+    return _table(values, puzzles)
+
+
+def _table(values: PerProblem, puzzles: Mapping[str, str]) -> EvalTable:
+    rows = tuple(_row(metric, per, puzzles) for metric, per in values.items())
+    return EvalTable(rows, values, puzzles)
 
 
 def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
@@ -170,7 +228,12 @@ def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
             for label, table in tables.items()
             for problem, value in table.per_problem[metric].items()
         }
-    return EvalTable(tuple(_row(metric, per) for metric, per in values.items()), values)
+    puzzles = {
+        f"{label}/{problem}": puzzle
+        for label, table in tables.items()
+        for problem, puzzle in table.puzzles.items()
+    }
+    return _table(values, puzzles)
 
 
 def _pass_values(
@@ -217,10 +280,12 @@ def _powers_of_two(n: int) -> list[int]:
     return [*powers, n] if n > 1 else []
 
 
-def _row(metric: str, per_problem: Mapping[str, float]) -> EvalRow:
+def _row(metric: str, per_problem: Mapping[str, float], puzzles: Mapping[str, str]) -> EvalRow:
     values = np.array(list(per_problem.values()))
-    n, mean = len(values), float(values.mean())
-    return EvalRow(metric, mean, n, *mean_interval(values))
+    names = [puzzles.get(problem, problem) for problem in per_problem]
+    n, different = len(values), len(set(names))
+    low, high = mean_interval(values, names)
+    return EvalRow(metric, float(values.mean()), n, low, high, different if different < n else None)
 
 
 @dataclass(frozen=True)
@@ -232,7 +297,7 @@ class Change:
         overlap: whether the two 95 % intervals share a point.
         paired: problems measured both times (0 where the two sets differ).
         gained, lost: paired problems that went from wrong to right, and back.
-        p: exact McNemar p-value of gained against lost; None where not paired or graded.
+        p: exact p-value of gained against lost (`paired_p`); None where not paired or graded.
     """
 
     metric: str
@@ -268,7 +333,7 @@ class ChangeTable:
                 f"{row.difference:+.3f}",
                 "overlap" if row.overlap else "apart",
                 "" if row.p is None else f"{row.p:.2g}",
-                str(row.after.n),
+                counted(row.after.n, row.after.puzzles),
             )
         return table
 
@@ -286,7 +351,8 @@ def before_after(before: EvalTable, after: EvalTable) -> ChangeTable:
         was, now = _values_of(before, metric), _values_of(after, metric)
         if not was or not now:
             continue
-        old, new = _row(metric, was), _row(metric, now)
+        puzzles = {**before.puzzles, **after.puzzles}
+        old, new = _row(metric, was, puzzles), _row(metric, now, puzzles)
         paired = len(was) if was.keys() == now.keys() else 0
         gained = sum(was[i] == 0.0 and now[i] == 1.0 for i in was) if paired else 0
         lost = sum(was[i] == 1.0 and now[i] == 0.0 for i in was) if paired else 0
@@ -301,10 +367,17 @@ def before_after(before: EvalTable, after: EvalTable) -> ChangeTable:
                 paired=paired,
                 gained=gained,
                 lost=lost,
-                p=mcnemar(gained, lost) if paired and binary else None,
+                p=_paired_p(was, now, puzzles) if paired and binary else None,
             )
         )
     return ChangeTable(tuple(rows))
+
+
+def _paired_p(
+    was: Mapping[str, float], now: Mapping[str, float], puzzles: Mapping[str, str]
+) -> float:
+    changes = np.array([now[problem] - was[problem] for problem in was])
+    return paired_p(changes, [puzzles.get(problem, problem) for problem in was])
 
 
 def _values_of(table: EvalTable, metric: str) -> Mapping[str, float]:

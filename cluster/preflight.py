@@ -24,12 +24,16 @@ from cluster.rows import row_takes
 from rewards.records import TermError
 from rewards.terms import facts_of
 from rollout.tokens import load_processor, load_reader
-from tasks.core import DataError, HasVisionLabels, Task
+from tasks.contract import check_problems, check_task
+from tasks.core import DataError, HasVisionLabels, Task, TellsHeldOut
 from tasks.datasets import Example
+from tasks.load import BUILT_IN
 from tasks.splits import SPLITS, Split
 
 FRESH = 3
 """Problems a split that are drawn of a task without data, to be measured."""
+TRIED = 3
+"""Problems that a user's own task is tried on."""
 SHOWN = 5
 """Bad rows that are listed; the others are counted."""
 
@@ -65,12 +69,18 @@ def preflight(
         if command != "eval":
             require_room(recipe, command, folder or Path(recipe.output.folder))
     except UserError as error:
-        if measured:  # else it is a dry run for another machine
+        if not dry_run:  # which may be of a recipe for another machine
             raise
         say(str(error))
     trains = command in ("train", "sample")
     # Measuring decodes the images.
     sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
+    for index, source in enumerate(sources):
+        if source.spec is not None:
+            _ask_contract(index, source)
+    for source in sources if command != "sample" else ():
+        if source.spec is not None and isinstance(source.task, TellsHeldOut):
+            say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
     if trains:
         _ask_terms(recipe)
     if not measured:
@@ -90,6 +100,9 @@ def preflight(
         else _fitting_draws(recipe, command, index, source, room)
         for index, source in enumerate(sources)
     ]
+    for index, source in enumerate(fitting):
+        if source.spec is None:
+            _ask_contract(index, source)
     for source in fitting if command in ("train", "sft") else ():
         if source.spec is None or not dry_run:
             held_out(source, recipe.eval.seed, recipe.eval.problems)
@@ -199,6 +212,18 @@ def _response_fault(
         reason = "has no perception to be given (sft.blind_share)"
         return Fault("response", reason, damaged=True)
     return room.response_lack(taken, response)
+
+
+def _ask_contract(index: int, source: ProblemSource) -> None:
+    """Try a user's own task on a few problems, as `equipoise tasks check` does on more."""
+    if source.task.name in BUILT_IN:
+        return
+    if source.spec is None:
+        wrong = check_problems(source.task, [row.problem for row in source.train[:TRIED]])
+    else:
+        wrong = check_task(source.task, source.spec, TRIED)
+    if wrong:
+        raise DataError("\n".join(f"tasks[{index}]: {source.task.name}: {line}" for line in wrong))
 
 
 def _ask_terms(recipe: Recipe) -> None:

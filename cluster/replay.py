@@ -34,7 +34,7 @@ from cluster.runtime import (
     sampling_from,
 )
 from cluster.standstill import Standstill, unread_step
-from cluster.stored import read_scored, stored_steps
+from cluster.stored import not_kept, read_scored, stored_steps
 from cluster.stream import free_requests
 from cluster.tracking import Progress, Tracker, read_metrics
 from cluster.train import (
@@ -81,10 +81,9 @@ def recorded(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Recorded
             "run, so a replay may change [algorithm] but for what decides sampling and "
             "advantages, [learner], and model.dtype, attention and lm_head_float32"
         )
+    if lacking := not_kept(run):
+        raise UserError(f"--replay {run}: {lacking}; a replay needs all of them")
     steps = stored_steps(run)
-    if steps != list(range(1, len(steps) + 1)):
-        missing = next(n for n in range(1, steps[-1]) if n not in steps)
-        raise UserError(f"--replay {run}: the rollouts of step {missing} are missing")
     rows = read_metrics(run).to_pylist()
     losses = {row["step"]: row["value"] for row in rows if row["name"] == "learner/loss"}
     return recipe, Recorded(run, tuple(steps[: recipe.algorithm.steps]), losses)
@@ -179,7 +178,7 @@ def run_sampling(
         try:
             with (
                 sampling_from(recipe, recipe.model.path) as samplers,
-                Tracker(folder, resolved_toml(recipe)) as tracker,
+                Tracker(folder, resolved_toml(recipe), output=recipe.output) as tracker,
             ):
                 for pool in frozen.values():
                     pool.wait_ready(recipe.sampler.start_timeout_seconds)
@@ -193,8 +192,8 @@ def run_sampling(
                         groups = samplers.sample(free_requests(recipe, step, problems))
                         scored = rewards.score(groups, 0.0)
                         metrics = step_metrics(scored, 0)
-                        tracker.log(step, metrics)
                         tracker.log_rollouts(step, scored)
+                        tracker.log(step, metrics)
                         seconds = max(r.seconds for g in groups for r in g.rollouts)
                         progress.step(step, metrics, seconds)
                         if step == 1 and (line := unread_step(metrics)):

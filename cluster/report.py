@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import UserError
+from cluster.machine import require_free
 from cluster.report_ablation import (
     ablation_to_parquet,
     build_ablation,
@@ -49,6 +50,7 @@ from cluster.report_words import (
     training_table,
     warnings,
 )
+from cluster.stored import not_kept
 from cluster.tracking import read_metrics
 from tasks.files import put, put_text
 
@@ -102,9 +104,12 @@ def write_report(run_dir: Path) -> Path:
 def run_report(folder: Path, form: Format = "html", output: Path | None = None) -> Path:
     """`equipoise report`: write the report of a run or an ablation and return where it is.
 
-    Raises NoRun for a folder that holds no run, and for an `output` that cannot be written.
+    Raises NoRun for a folder that holds no run, and UserError for an `output` that is there
+    already or cannot be written.
     """
     path = output or folder / f"report.{form}"
+    if output is not None:
+        require_free(output, "--output")
     write = _writer(folder, form, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +176,8 @@ def read_run(run_dir: Path) -> RunRecord:
     except (OSError, pa.ArrowException) as failure:
         problems.append(f"The metrics cannot be read: {failure}")
     shown = read_shown(run_dir)
+    if shown.total and (lacking := not_kept(run_dir)):
+        problems.append(f"{lacking[0].upper()}{lacking[1:]}.")
     return RunRecord(
         name=str(recipe.get("name") or run_dir.resolve().name),
         recipe=recipe,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cluster.metrics import MISMATCH_LIMIT
+from cluster.metrics import MISMATCH_LIMIT, counted
 from cluster.report_charts import Metrics, Series
 from rewards.advantages import is_constant
-from rewards.intervals import Z95
+from rewards.intervals import Z95, by_puzzle
 
 METRIC_NAMES = {
     "a": "a: end to end",
@@ -172,11 +172,16 @@ def asymmetry(tables: Mapping[str, Any]) -> tuple[float, float, float] | None:
     if len(shared) < 2:
         return None
     r1, r0, p1, p0 = (np.array([p[i] for i in shared]) for p in parts if p)
-    d = (r1 - r0) - (p1 - p0)
+    puzzles = tables["after"].get("puzzles", {})
+    d = by_puzzle((r1 - r0) - (p1 - p0), [puzzles.get(i, i) for i in shared])
     if is_constant(d):
         return None
     half = Z95 * float(d.std(ddof=1)) / math.sqrt(len(d))
     return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    return counted(row["n"], row.get("puzzles"))
 
 
 def _change_words(metric: str, row: Mapping[str, Any]) -> str:
@@ -184,7 +189,7 @@ def _change_words(metric: str, row: Mapping[str, Any]) -> str:
     p = f", McNemar p {row['p']:.2g}" if row["p"] is not None else ""
     return (
         f"{metric} {_interval(before)} → {_interval(after)}, {_signed(row['difference'])}: "
-        f"intervals {'overlap' if row['overlap'] else 'apart'}{p}, n {after['n']}"
+        f"intervals {'overlap' if row['overlap'] else 'apart'}{p}, n {_count(after)}"
     )
 
 
@@ -205,7 +210,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
                     _signed(row["difference"]),
                     "overlap" if row["overlap"] else "apart",
                     "" if row["p"] is None else f"{row['p']:.2g}",
-                    str(row["after"]["n"]),
+                    _count(row["after"]),
                 )
                 for row in changes
             ]
@@ -214,7 +219,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
             columns = ("metric", "value and 95 % interval", "n")
             names = [row["metric"] for row in found.get("rows", ())]
             rows = [
-                (METRIC_NAMES.get(r["metric"], r["metric"]), _interval(r), str(r["n"]))
+                (METRIC_NAMES.get(r["metric"], r["metric"]), _interval(r), _count(r))
                 for r in found.get("rows", ())
             ]
         align = "l" + "r" * (len(columns) - 1)

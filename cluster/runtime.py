@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.checkpoints import Position, Resumed
-from cluster.config import Recipe, RunFailed
+from cluster.config import Recipe, RunFailed, UserError
 from cluster.keeping import disk_error
 from cluster.machine import require_answer, told
 from cluster.placement import frozen_models, require_cluster
@@ -77,7 +77,10 @@ def _attach(address: str | None) -> None:
             return
         except Exception as error:
             ray.shutdown()
-            if address is not None or not tries_left or "timed out" not in str(error):
+            if address is not None:
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise UserError(f"--address {address}: Ray cannot join it: {why}") from error
+            if not tries_left or "timed out" not in str(error):
                 raise
 
 

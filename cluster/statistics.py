@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from cluster.metrics import mcnemar
-from rewards.intervals import Z95, score_interval, wilson
+from cluster.metrics import mean_interval, paired_p
+from rewards.intervals import Z95, by_puzzle, score_interval, wilson
 
 LEVEL = 0.95
 """Coverage of every interval here."""
@@ -73,15 +73,20 @@ class Estimate:
 
 
 def crossed_interval(
-    values: np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)
+    values: np.ndarray,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    puzzles: Sequence[str] = (),
 ) -> Estimate:
     """Mean of float [S, P] values, one a seed and problem, over other seeds and other problems.
 
     The half width is √(Σ t²·v) over the independent parts of the mean's variance (`_parts`), added
     in quadrature (Howe 1974), and clipped to `bounds`. For accuracies see `accuracy_interval`.
-    Raises ValueError for an empty array and for values that are not finite.
+    `puzzles` names the puzzle of each problem where some share one: the interval is over other
+    puzzles, and the estimate's `problems` counts these. Raises ValueError for an empty array
+    and for values that are not finite.
     """
     values, mean = _checked(values)
+    values = by_puzzle(values, puzzles)
     parts = _parts(values)
     if not parts:
         return Estimate(mean, None, None, None, *values.shape)
@@ -90,23 +95,24 @@ def crossed_interval(
     return Estimate(mean, low, high, _p_value(mean, parts), *values.shape)
 
 
-def accuracy_interval(values: np.ndarray) -> Estimate:
+def accuracy_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> Estimate:
     """The same of values in [0, 1]: Wilson's interval at the effective sample size of that width.
 
     Near 0 and 1 errors are skewed, and a symmetric interval holds the truth less often than it
     says. One seed's right and wrong answers get Wilson's own. There is no p: that the true
-    accuracy is not 0 is shown by one right answer.
+    accuracy is not 0 is shown by one right answer. `puzzles`: as in `crossed_interval`.
     """
     values, mean = _checked(values)
-    seeds, problems = values.shape
-    parts = _parts(values)
+    scores = by_puzzle(values, puzzles)
+    seeds, problems = scores.shape
+    parts = _parts(scores)
     if not parts:
         return Estimate(mean, None, None, None, seeds, problems)
     variance = (_half_width(1 - LEVEL, parts) / Z95) ** 2
-    if seeds == 1:
-        variance = float(values.var()) / problems
     flat = np.ptp(values) == 0
     low, high = score_interval(min(1.0, max(0.0, mean)), 0.0 if flat else variance, problems)
+    if seeds == 1:
+        low, high = mean_interval(values[0], puzzles)
     return Estimate(mean, low, high, None, seeds, problems)
 
 
@@ -132,7 +138,8 @@ def _parts(values: np.ndarray) -> Parts:
     share says nothing of other seeds.
     """
     seeds, problems = values.shape
-    flat = np.ptp(values) == 0
+    grid = np.unique(values.round(9))
+    flat = len(grid) == 1
     parts: list[tuple[float, float]] = []
     if flat and problems > 1:
         parts.append(((wilson(0, problems)[1] / Z95) ** 2, math.inf))
@@ -141,7 +148,7 @@ def _parts(values: np.ndarray) -> Parts:
     by_seed, by_problem = values.mean(axis=1), values.mean(axis=0)
     if problems == 1:
         return [] if flat else [(float(by_seed.var(ddof=1)) / seeds, float(seeds - 1))]
-    step = 1.0 if flat else float(np.diff(np.unique(values.round(9))).min())
+    step = 1.0 if flat else float(np.diff(grid).min())
     of_seeds = float(by_seed.var(ddof=1)) + (step / problems) ** 2 / 12
     residual = values - by_seed[:, None] - by_problem[None, :] + values.mean()
     of_residual = float((residual**2).sum()) / ((seeds - 1) * (problems - 1))
@@ -195,7 +202,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Exact McNemar tests of two arms on the same problems, seed by seed.
+    """Exact tests of two arms on the same problems, seed by seed (`paired_p`).
 
     Each tests whether these two checkpoints differ on this kind of problem, not whether another
     seed would differ: for that there is `crossed_interval`. `gained` and `lost` are summed over
@@ -207,11 +214,11 @@ class PairedTest:
     p_by_seed: tuple[float, ...]
 
 
-def paired_test(reference: np.ndarray, arm: np.ndarray) -> PairedTest:
+def paired_test(reference: np.ndarray, arm: np.ndarray, puzzles: Sequence[str] = ()) -> PairedTest:
     """McNemar's test on right-or-wrong values [S, P] of two arms with the same seeds and problems.
 
-    `gained`: wrong in the reference, right in the arm. Raises ValueError for other values than 0
-    and 1 or for different shapes.
+    `gained`: wrong in the reference, right in the arm. `puzzles`: as in `crossed_interval`.
+    Raises ValueError for other values than 0 and 1 or for different shapes.
     """
     if reference.shape != arm.shape or reference.ndim != 2:
         raise ValueError(f"expected two arrays [S, P], got {reference.shape} and {arm.shape}")
@@ -219,7 +226,7 @@ def paired_test(reference: np.ndarray, arm: np.ndarray) -> PairedTest:
         raise ValueError("McNemar's test needs values that are 0 or 1")
     gained = ((reference == 0) & (arm == 1)).sum(axis=1)
     lost = ((reference == 1) & (arm == 0)).sum(axis=1)
-    p = tuple(mcnemar(int(g), int(n)) for g, n in zip(gained, lost, strict=True))
+    p = tuple(paired_p(changes, puzzles) for changes in arm - reference)
     return PairedTest(int(gained.sum()), int(lost.sum()), p)
 
 

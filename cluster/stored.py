@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.tracking import ROLLOUT_SCHEMA, by_name
+from cluster.tracking import ROLLOUT_SCHEMA, TOKEN_ARRAYS, by_name, read_metrics
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import Diagnosis, FailureKind, ScoredGroup, TermFailure
 from rollout.record import Group, Rollout
@@ -104,6 +104,38 @@ def stored_steps(run_dir: Path | str) -> list[int]:
             "that `equipoise train` printed"
         )
     return steps
+
+
+def not_kept(run_dir: Path | str) -> str | None:
+    """Which of a run's rollouts, or what of them, is not in its folder, in words; None if all is.
+
+    Raises DataError for a folder that is no run's.
+    """
+    steps = stored_steps(run_dir)
+    try:
+        names = ("step", "name")
+        logged = zip(*(read_metrics(run_dir)[name].to_pylist() for name in names), strict=True)
+        made = {step for step, name in logged if name == "group/count"}
+    except FileNotFoundError:
+        made = set()
+    missing = sorted((made | set(range(1, steps[-1] + 1))) - set(steps))
+    found = []
+    if missing:
+        count = len(steps) + len(missing)
+        shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        found.append(f"the rollouts of {len(missing)} of {count} steps ({shown}) are not there")
+    if tokens_missing(_file(run_dir, steps[-1])):
+        found.append("token arrays are not there")
+    return " and ".join(found) + " (see [output] in its recipe)" if found else None
+
+
+def tokens_missing(file: Path) -> bool:
+    """Whether a file of rollouts was written without token arrays."""
+    try:
+        column = pq.read_table(file, columns=["response_ids"])["response_ids"]
+    except (pa.ArrowException, OSError, KeyError):
+        return False  # whoever reads the file says what is wrong with it
+    return bool(len(column)) and column.null_count == len(column)
 
 
 def read_scores(run_dir: Path | str, step: int) -> list[StoredScores]:
@@ -197,6 +229,11 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
     for name in columns:
         index, field = whole.schema.get_field_index(name), ROLLOUT_SCHEMA.field(name)
         column = _column(file, name, whole.column(index).cast, field.type)
+        if column.null_count and name in TOKEN_ARRAYS and tokens_missing(file):
+            raise DataError(
+                f"{file}: without token arrays (output.rollout_tokens = false in the run's "
+                "recipe), so its groups cannot be scored or learnt from again"
+            )
         if column.null_count and name not in TRUTH_COLUMNS:
             raise DataError(f"{file}: column {name!r} has empty cells; expected {field.type}")
         whole = whole.set_column(index, field, column)

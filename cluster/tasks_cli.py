@@ -22,10 +22,13 @@ from rich.progress import (
 )
 
 from cluster.config import UserError, task_of
+from cluster.machine import require_free
 from cluster.terminal import printable
+from tasks.contract import check_task
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows
 from tasks.datasets import ResponseStyle, read_examples, write_dataset
+from tasks.files import put
 from tasks.images import check_image, content_hash
 from tasks.load import BUILT_IN, load_task
 from tasks.split_names import side_of, tells_side
@@ -139,8 +142,25 @@ def show_command(
             response = reader.demonstrate(problem, style)
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
-            image.write_bytes(problem.image)
+            require_free(image, "--image")
+            put(image, lambda path: path.write_bytes(problem.image))
             _echo(f"image saved to {image}")
+
+
+@app.command("check")
+def check_command(
+    task: TaskName,
+    settings: Settings = None,
+    problems: Annotated[int, typer.Option(min=2, help="Fresh problems to try it on.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Try each ability of a task on fresh problems and say what is wrong, a line each."""
+    with _for_the_user():
+        checked, spec = _task_and_knobs(task, settings)
+        wrong = check_task(checked, spec, problems, seed)
+        if wrong:
+            raise UserError("\n".join(f"{task}: {line}" for line in wrong))
+    _echo(f"{task}: all its abilities keep the contract on {problems} fresh problems")
 
 
 def _task_and_knobs(name: str, settings: list[str] | None) -> tuple[Task, BaseModel]:
@@ -200,6 +220,8 @@ def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
                 f"  responses: {entry['responses']}, {entry['responses_right']} right by the "
                 f"task's own checker; perception is {share:.1%} of their characters"
             )
+    if left := manifest.get("not_read"):
+        lines.append(f"not read, neither .parquet nor .jsonl: {', '.join(left[:5])} ({len(left)})")
     if manifest.get("skipped"):
         lines.append(f"bad rows left out: {len(manifest['skipped'])} (listed in the manifest)")
     lines.append(f"wrote {folder}")

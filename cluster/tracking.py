@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 
+from cluster.config import OutputConfig
 from cluster.terminal import printable
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.records import ScoredGroup
@@ -112,6 +113,9 @@ DEMONSTRATION_SCHEMA = pa.schema(
     }
 )
 
+TOKEN_ARRAYS = ("prompt_ids", "response_ids", "logprobs", "versions", "segments")
+"""Null in a run of `output.rollout_tokens = false`."""
+
 PACKAGES = (
     "equipoise",
     "torch",
@@ -138,11 +142,13 @@ class Tracker:
         run_dir: Path | str,
         recipe_toml: str | None = None,
         after_step: int | None = None,
+        output: OutputConfig | None = None,
     ) -> None:
         """Open a new run folder, or go on in one (a later value of a step's metric counts).
 
         `recipe_toml` is the resolved recipe's text; None leaves the file alone. `after_step`: the
         run goes on from the end of that step, and what later steps left behind is removed.
+        `output`: which rollouts stay; without it all of them.
         """
         # Two seconds of imports that reading a run does not need.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -159,6 +165,7 @@ class Tracker:
             self._rewind(after_step)
         self._part = max((int(p.stem[5:]) for p in _metric_parts(self.run_dir)), default=0)
         self._images: set[str] = set()
+        self._output = output or OutputConfig()
 
     def __enter__(self) -> Tracker:
         return self
@@ -202,14 +209,24 @@ class Tracker:
         self.log(step, {f"eval/{task}/{row.metric}": row.value for task, row in rows})
 
     def log_rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Write every rollout of a step, in one file, and the images not yet written."""
+        """Write every rollout of a step, in one file, and the images not yet written.
+
+        What [output] does not ask for is not written, and what it asks no longer is removed.
+        """
+        every, keep = self._output.rollouts_every, self._output.rollouts_keep
+        if step > 1 and (not every or step % every):
+            return
         rows = []
         for scored in groups:
             sha = self._save_image(scored.group.problem.image)
             rows += [_rollout_row(step, scored, i, sha) for i in range(len(scored.totals))]
+        if not self._output.rollout_tokens:
+            rows = [row | dict.fromkeys(TOKEN_ARRAYS) for row in rows]
         table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
         file = _rollout_file(self.run_dir, step)
         put(file, lambda path: pq.write_table(table, path, compression="zstd"))
+        if keep:
+            self._forget_all_but(keep)
 
     def log_demonstrations(self, step: int, batch: TrainBatch) -> None:
         """Write the demonstrations of an update (`DEMONSTRATION_SCHEMA`) and their images."""
@@ -236,6 +253,22 @@ class Tracker:
             put(self.run_dir / "metrics.parquet", lambda path: pq.write_table(table, path))
             for part in parts:
                 part.unlink()
+
+    def _forget_all_but(self, keep: int) -> None:
+        """Remove the rollouts of all steps but the first and the last `keep`, and their images."""
+        first, *files = sorted((self.run_dir / "rollouts").glob("step-*.parquet"))
+        old, kept = files[:-keep], [first, *files[-keep:]]
+
+        def images(of: Sequence[Path]) -> set[str]:
+            columns = [pq.read_table(file, columns=["image_sha256"])[0] for file in of]
+            return {sha for column in columns for sha in column.to_pylist()}
+
+        for sha in images(old) - images(kept) if old else ():
+            for file in (self.run_dir / "images").glob(f"{sha}.*"):
+                file.unlink()
+            self._images.discard(sha)
+        for file in old:
+            file.unlink()
 
     def _rewind(self, step: int) -> None:
         """Forget every step after `step`, and how the run ended."""

@@ -63,7 +63,9 @@ def run_training(
     with (
         claimed(folder, new=resumed is None),
         running(recipe, address, folder, progress, resumed) as run,
-        Tracker(folder, resolved_toml(recipe), at.step if resumed else None) as tracker,
+        Tracker(
+            folder, resolved_toml(recipe), at.step if resumed else None, recipe.output
+        ) as tracker,
         stop_signal() as stop,
         keeper.keeping(run.learner),
     ):
@@ -103,8 +105,8 @@ def run_training(
             spent = spent.plus(sampled_tokens(groups), clock.total())
             metrics |= spent.metrics()
             over = is_over(recipe.algorithm, step, spent)
-            tracker.log(step, metrics)
             tracker.log_rollouts(step, scored)
+            tracker.log(step, metrics)
             tell_mismatch(recipe, metrics, progress)
             for loss in run.news():
                 progress.say(f"warning: {loss}")

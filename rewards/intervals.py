@@ -7,7 +7,7 @@ Shapes: K groups, R resamples, S statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,23 @@ def score_interval(mean: float, variance: float, n: int) -> tuple[float, float]:
     """
     effective = mean * (1 - mean) / variance if variance > 0 else n
     return wilson(mean * effective, effective)
+
+
+def by_puzzle(values: np.ndarray, puzzles: Sequence[str]) -> np.ndarray:
+    """Values [..., K], one a puzzle, for values [..., P], one a problem of the puzzle named.
+
+    Of the same mean, and with var / K the sampling variance of that mean where answers to problems
+    of one puzzle are not independent (linearised; Binder 1983). Where every problem is a puzzle
+    of its own, or none is named, they are the values as they are.
+    """
+    count = len(set(puzzles))
+    if count in (0, values.shape[-1]):
+        return values
+    place = np.unique(puzzles, return_inverse=True)[1]
+    mean = values.mean(axis=-1, keepdims=True)
+    member = place[:, None] == np.arange(count)  # [P, K]
+    found: np.ndarray = mean + (values - mean) @ member * (count / len(place))
+    return found
 
 
 def group_bootstrap(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tasks.files import recover
+
 ASK_SECONDS = 10.0
 """The hub's own client asks again and again, for minutes, where there is no network."""
 
@@ -14,6 +16,7 @@ def why_missing(model: str) -> str:
     The hub is asked once, for a name that is not in its cache.
     """
     folder = Path(model)
+    recover(folder)
     if (folder / "config.json").is_file():
         return ""
     if folder.is_file():

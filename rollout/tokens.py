@@ -135,9 +135,9 @@ class Chat:
             )
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
-        self.image_token: int | None = getattr(reader, "image_token_id", None)
         config = _json_of(self.tokenizer, "config.json")
         named = config.get("image_token_id", config.get("image_token_index"))
+        self.image_token: int | None = getattr(reader, "image_token_id", named) if shows else None
         if shows and (self.image_token is None or named not in (None, self.image_token)):
             raise ModelError(
                 f"its processor's image token is {self.image_token}, its config.json's {named}; "
@@ -153,6 +153,7 @@ class Chat:
         added = set(self.tokenizer.added_tokens_decoder)
         self._control = specials | (self.ends & added) | {self.image_token}
         self._check_image()
+        self._check_vocabulary(config)
 
     def prompt(self, text: str, *, with_image: bool) -> list[int]:
         """Ids of a one-turn conversation, ending where the response begins.
@@ -201,14 +202,14 @@ class Chat:
             return []
         return [first] if self.tokenizer("a")["input_ids"][0] == first else []
 
-    def _render(self, said: Mapping[str, str], with_image: bool) -> str:
+    def _render(self, said: Mapping[str, str], with_image: bool, plain: Sequence[str] = ()) -> str:
         """The chat template's text of what each role says, one turn each."""
         messages: list[dict[str, Any]] = []
         for role, text in said.items():
             parts = [{"type": "image"}] if with_image and role == "user" else []
             content = [*parts, {"type": "text", "text": text}]
             # Templates of text-only models take a string.
-            alone = self._reader is self.tokenizer
+            alone = self._reader is self.tokenizer or role in plain
             messages.append({"role": role, "content": text if alone else content})
         try:
             rendered: str = self._reader.apply_chat_template(
@@ -230,7 +231,11 @@ class Chat:
     def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
         tokenizer = self.tokenizer
         added = set(tokenizer.added_tokens_decoder)
-        _, mark, closing = self._render({"user": "a", "assistant": _MARK}, False).rpartition(_MARK)
+        said = {"user": "a", "assistant": _MARK}
+        try:
+            _, mark, closing = self._render(said, False).rpartition(_MARK)
+        except ModelError:  # some take an assistant's words as a string only
+            _, mark, closing = self._render(said, False, ("assistant",)).rpartition(_MARK)
         if not mark:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
@@ -246,6 +251,16 @@ class Chat:
                 "no eos_token_id in generation_config.json; set one"
             )
         return ends[0], frozenset(ends)
+
+    def _check_vocabulary(self, config: Mapping[str, Any]) -> None:
+        size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+        last = max(self.end, *self.prompt("a", with_image=self.image_token is not None))
+        if size is not None and last >= size:
+            token = self.tokenizer.convert_ids_to_tokens(last)
+            raise ModelError(
+                f"its tokenizer's {token!r} is token {last}, and its model knows {size}; resize "
+                "the model's embeddings, or take the tokenizer that belongs to it"
+            )
 
     def _check_image(self) -> None:
         if self.image_token is None:

@@ -160,5 +160,13 @@ class CanLeak(Protocol):
         """
 
 
+@runtime_checkable
+class TellsHeldOut(Protocol):
+    """A task that can say in words which problems its symmetry key keeps out of training."""
+
+    def held_out(self, spec: BaseModel) -> str:
+        """What is held out with these knobs, as the end of "held out: "."""
+
+
 class DataError(ValueError):
     """A data file, row or image that cannot be used; the message names file, field, remedy."""

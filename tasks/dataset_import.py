@@ -24,7 +24,7 @@ from tasks.datasets import (
     write_manifest,
 )
 from tasks.images import check_image
-from tasks.split_names import side_of, split_of_file
+from tasks.split_names import side_of, split_of_file, tells_side
 
 _SHOWN_ERRORS = 10
 _MAX_REASON = 300
@@ -101,7 +101,7 @@ def import_rows(
         if empty:
             raise DataError(f"{source}: no rows in split {', '.join(empty)}")
         sources = {name: file_hash(f) for fs in files.values() for name, f in fs.items()}
-        origin = {"imported_from": sources, "skipped": skipped}
+        origin = {"imported_from": sources, "not_read": _not_read(source), "skipped": skipped}
         return write_manifest(stage, task, origin, {s: entries[s] for s in files})
 
 
@@ -123,6 +123,14 @@ def _source_files(source: Path) -> dict[str, dict[str, Path]]:
     if not splits:
         raise DataError(f"{source}: holds no .parquet or .jsonl file; name the folder that does")
     return splits
+
+
+def _not_read(source: Path) -> list[str]:
+    """Files of other kinds in the source whose names say that they hold a split."""
+    kinds = (".csv", ".tsv", ".json", ".arrow", ".gz", ".zst", ".zip", ".tar")
+    files = source.rglob("*") if source.is_dir() else ()
+    named = (p.relative_to(source) for p in files if p.suffix.lower() in kinds)
+    return sorted(str(p) for p in named if any(map(tells_side, (p.stem, *p.parts[:-1]))))
 
 
 def _check_apart(source: Path, out: Path) -> None:
@@ -223,8 +231,9 @@ def _source_image(value: Any, folder: Path) -> bytes:
     elif not value.lstrip().startswith(_BASE64_HEADS) or _is_file(folder / value):
         return _read_image(value, folder)
     try:
-        letters = "".join(value.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+        letters = "".join(value.split()).rstrip("=")
+        alphabet = b"+/" if {"+", "/"} & {*letters} else b"-_"
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), alphabet, validate=True)
     except ValueError as error:
         raise DataError(f"image: {_shown(found)}: damaged base64 ({error})") from error
 

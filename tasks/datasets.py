@@ -333,7 +333,8 @@ def staged(folder: Path, splits: Iterable[str], overwrite: bool) -> Iterator[Pat
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name a folder to write the data set in")
-    taken = [n for n in (MANIFEST, *(f"{s}.parquet" for s in splits)) if (folder / n).exists()]
+    names = (MANIFEST, *(f"{s}.parquet" for s in splits), *_listed_files(folder))
+    taken = [name for name in dict.fromkeys(names) if (folder / name).exists()]
     foreign = [name for name in taken if not _is_ours(folder / name)]
     if foreign:
         raise DataError(
@@ -372,14 +373,13 @@ def settle(folder: Path) -> None:
 
 def _is_ours(file: Path) -> bool:
     """Whether a manifest or a split was written here, so that --force may replace it."""
-    if file.name in _listed_files(file.parent):
-        return True
+    listed = _listed_files(file.parent)
+    if file.name == MANIFEST:
+        return bool(listed)
     try:
-        if file.name == MANIFEST:
-            return bool(read_manifest(file.parent))
         return set(_OUR_COLUMNS) <= set(pq.read_schema(file).names)
-    except (DataError, OSError, pa.ArrowException):
-        return False
+    except (OSError, pa.ArrowException):  # damaged: to be repaired if it was ours
+        return file.name in listed
 
 
 def _listed_files(folder: Path) -> list[str]:
@@ -492,7 +492,7 @@ def _check_hash(file: Path) -> None:
 def open_parquet(file: Path) -> pq.ParquetFile:
     """Raises DataError for a file that is not whole."""
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{file}: not a whole Parquet file ({error}); copy or write it again"

@@ -37,6 +37,7 @@ from tasks.graph_puzzle import (
     chromatic_number,
     draw_graph,
     edge_bounds,
+    has_many_classes,
     is_proper,
     isomorphism_key,
     labelled_key,
@@ -85,10 +86,11 @@ class GraphColoringSpec(BaseModel):
 
     `prompt`: `brief` says only what must be known, `full` explains the response format.
 
-    `split_by`: what makes two problems the same when data is split. `labelled`: the same edges
-    on the same labels; a relabelled graph is another picture with another edge list.
-    `isomorphism`: any relabelling counts as the same; few graphs remain below 7 vertices (21
-    connected ones of 5).
+    `split_by`: what makes two problems the same when data is split. `isomorphism`: any relabelling
+    counts as the same. `labelled`: the same edges on the same labels; a relabelled graph, such as
+    the same drawing turned, may be in training. `auto` becomes the first where these knobs
+    bring some 200 graphs that are not isomorphic, which takes 7 vertices or more (21 connected
+    graphs have 5), and else the second.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,7 +115,7 @@ class GraphColoringSpec(BaseModel):
     contrast: float = Field(1.0, gt=0, le=1)
 
     prompt: Literal["brief", "full"] = "full"
-    split_by: Literal["labelled", "isomorphism"] = "labelled"
+    split_by: Literal["auto", "labelled", "isomorphism"] = "auto"
 
     @model_validator(mode="after")
     def _possible(self) -> GraphColoringSpec:
@@ -141,7 +143,18 @@ class GraphColoringSpec(BaseModel):
                     "choose colours that differ"
                 )
         self.look()
+        if self.split_by == "auto":
+            many = has_many_classes(
+                self.vertices, self.edges, self.drawn_density, self.chromatic, self.planar
+            )
+            # Recipes, problems and data sets say which it is.
+            object.__setattr__(self, "split_by", "isomorphism" if many else "labelled")
         return self
+
+    @property
+    def drawn_density(self) -> float:
+        """`density`, or what is drawn without it."""
+        return DEFAULT_DENSITY if self.density is None else self.density
 
     def look(self) -> Look:
         """The drawing settings, sizes left to choose filled in.
@@ -194,8 +207,9 @@ class GraphColoring:
             np.random.default_rng(seed) for seed in rng.integers(2**63, size=3)
         )
         n = spec.vertices
-        density = DEFAULT_DENSITY if spec.density is None else spec.density
-        edges = draw_graph(graph_rng, n, spec.edges, density, spec.chromatic, spec.planar)
+        edges = draw_graph(
+            graph_rng, n, spec.edges, spec.drawn_density, spec.chromatic, spec.planar
+        )
         key = (labelled_key if spec.split_by == "labelled" else isomorphism_key)(n, edges)
 
         def finish() -> Problem:
@@ -290,8 +304,14 @@ class GraphColoring:
         """Never: a list of edges has no place for a colour."""
         return False
 
+    def held_out(self, spec: BaseModel) -> str:
+        """What no training problem repeats, by `split_by`."""
+        if isinstance(spec, GraphColoringSpec) and spec.split_by == "labelled":
+            return "graphs by their labelled edges; an isomorphic one may be in training"
+        return "graphs up to isomorphism"
+
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
-        """A problem from `{"v": 7, "c": 3, "edges": [[0, 1], ...]}`.
+        """A problem, told apart by labelled edges, from `{"v": 7, "c": 3, "edges": [[0, 1]]}`.
 
         Raises:
             DataError: naming the field of `ground_truth` that is wrong, and what it must be.

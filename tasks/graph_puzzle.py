@@ -7,6 +7,7 @@ index a vertex. Everything is exact and meant for small graphs (up to 26 vertice
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -22,6 +23,9 @@ Planarity = Literal["any", "planar", "nonplanar"]
 TRIES = 200
 FREE_TRIES = 20
 """Tries before a clique or a K3,3 may be planted, so that easy demands stay unbiased."""
+CLASS_DRAWS = 64
+MOST_ALIKE = 10
+"""Of the 2,016 pairs of so many draws: with more alike, there are fewer than some 200 classes."""
 EXACT_ISOMORPHISM_MAX = 8
 """Largest vertex count whose isomorphism key is exact: 8! relabellings at the worst."""
 
@@ -117,6 +121,31 @@ def draw_graph(
         f"density={density}, chromatic={chromatic}, planar={planar!r}; "
         f"relax one of them (such a graph has at least {low} and at most {high} edges)"
     )
+
+
+@lru_cache(maxsize=256)
+def has_many_classes(
+    n: int, edges: int | None, density: float, chromatic: int | None, planar: Planarity
+) -> bool:
+    """Whether `draw_graph` brings some 200 graphs or more that are not isomorphic.
+
+    Counted in draws: two draws from K classes are alike once in K times. False where drawing fails.
+    """
+    if planar == "planar" and n >= 12:
+        return True  # there are at least the 551 trees of 12 vertices; drawing more takes seconds
+    rng = np.random.default_rng(0)
+    found: Counter[str] = Counter()
+    alike = 0
+    for _ in range(CLASS_DRAWS):
+        try:
+            key = isomorphism_key(n, draw_graph(rng, n, edges, density, chromatic, planar))
+        except ValueError:
+            return False
+        alike += found[key]
+        if alike > MOST_ALIKE:
+            return False
+        found[key] += 1
+    return True
 
 
 def is_planar(n: int, edges: Sequence[Edge]) -> bool:

@@ -25,6 +25,8 @@ BLANK = (128, 128, 128)
 drawn on it."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_METADATA = (b"eXIf", b"iCCP", b"iTXt", b"pHYs", b"tEXt", b"tIME", b"zTXt")
+"""Chunks of a PNG that may be damaged; one of another name may have been `tRNS`."""
 _ADAM7 = (
     (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
     (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
@@ -174,9 +176,9 @@ def _png_pixels(data: bytes, source: str, max_pixels: int) -> tuple[bytes, bytes
         sound = zlib.crc32(body, zlib.crc32(kind)) == struct.unpack_from(">I", data, end - 4)[0]
         if kind == b"eXIf" and sound:
             exif = body
+        elif not kind.isalpha() or not (sound or kind in _METADATA):
+            raise _damaged(source, f"checksum of chunk {kind!r} at byte {at}")
         elif kind[:1].isupper() or kind == b"tRNS":
-            if not sound:
-                raise _damaged(source, f"checksum of chunk {kind!r} at byte {at}")
             if kind == b"tRNS" and colour == 0 and depth in (2, 4) and length == 2:
                 # Pillow scales these greys to 8 bits, but not the transparent one.
                 top = 2**depth - 1
@@ -226,16 +228,16 @@ def _jpeg_pixels(data: bytes, source: str) -> tuple[bytes, bytes]:
 def _orientation(exif: bytes) -> int:
     """The orientation that an EXIF block tells; 1, as stored, where it tells none."""
     tiff = exif.removeprefix(b"Exif\0\0")
-    order = "<" if tiff.startswith(b"II") else ">"
     try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
         (start,) = struct.unpack_from(f"{order}I", tiff, 4)
         (entries,) = struct.unpack_from(f"{order}H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * entries, 12):
-            tag, form = struct.unpack_from(f"{order}HH", tiff, at)
-            if tag == 0x0112:
-                value = struct.unpack_from(f"{order}{'H' if form == 3 else 'I'}", tiff, at + 8)
-                return int(value[0])
-    except struct.error:  # cut short
+            tag, form, values = struct.unpack_from(f"{order}HHI", tiff, at)
+            if tag == 0x0112 and values == 1:
+                kind = {3: "H", 4: "I"}[form]
+                return int(struct.unpack_from(f"{order}{kind}", tiff, at + 8)[0])
+    except (KeyError, struct.error):  # damaged or cut short
         pass
     return 1
 

@@ -240,6 +240,10 @@ class Sudoku:
         """
         return all(cell for row in perception for cell in row)
 
+    def held_out(self, spec: BaseModel) -> str:
+        """What no training problem repeats."""
+        return "puzzles up to symmetry (digits, rows, columns, boxes, transposing)"
+
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
         """A problem from a row whose ground truth is the puzzle as a JSON list, 0 for a blank.
 

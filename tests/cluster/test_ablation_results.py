@@ -85,7 +85,7 @@ def test_results_hold_every_number_of_every_cell(grid: tuple[Ablation, Path]) ->
     # 30 steps of 6 metrics; 3 accuracies of 40 problems, twice.
     assert table.num_rows == 12 * (30 * 6 + 3 * 40 * 2)
     results = Results(table)
-    (kept,) = aligned(results.problems("", "half", "sudoku", "a_p", "after"))
+    (kept,), _ = aligned(results.problems("", "half", "sudoku", "a_p", "after"))
     expected = answers(ablation, folder, "half", "a_p", "after")
     assert kept.shape == (4, 40) and kept.sum(axis=1) == pytest.approx(expected.sum(axis=1))
 
@@ -150,9 +150,11 @@ def test_evaluations_on_the_way_give_the_index_over_training() -> None:
     for seed, shift in ((1, 0.0), (2, 0.02)):
         for step, a_r, a_p in ((0, 0.5, 0.4), (10, 0.7, 0.45), (20, 0.7, 0.6)):
             for metric, value in (("a_r", a_r + shift * step / 10), ("a_p", a_p)):
-                rows.append(("c", "x", "", seed, step, "sudoku", metric, "", value))
+                rows.append(("c", "x", "", seed, step, "sudoku", metric, "", value, ""))
                 if step != 10:
-                    rows += [("c", "x", "", seed, step, "sudoku", metric, p, value) for p in "pq"]
+                    rows += [
+                        ("c", "x", "", seed, step, "sudoku", metric, p, value, p) for p in "pq"
+                    ]
     columns = [list(column) for column in zip(*rows, strict=True)]
     table = pa.Table.from_arrays(
         [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)],
@@ -168,7 +170,7 @@ def test_evaluations_on_the_way_give_the_index_over_training() -> None:
 
 def test_several_tasks_are_also_taken_together() -> None:
     rows = [
-        ("c", "x", "hard", 1, step, task, "a", p, value)
+        ("c", "x", "hard", 1, step, task, "a", p, value, "")
         for step in (0, 5)
         for task, value in (("sudoku", 1.0), ("graph_coloring", 0.0))
         for p in ("same-id", "other")
@@ -186,9 +188,9 @@ def test_several_tasks_are_also_taken_together() -> None:
 def test_only_shared_seeds_and_problems_are_compared() -> None:
     ours = {1: {"p": 1.0, "q": 0.0}, 2: {"p": 0.0, "q": 1.0}}
     theirs = {2: {"q": 0.5, "r": 1.0}, 3: {"q": 0.0}}
-    arrays = aligned(ours, theirs)
+    arrays, _ = aligned(ours, theirs)
     assert [a.tolist() for a in arrays] == [[[1.0]], [[0.5]]]
-    assert all(a.size == 0 for a in aligned(ours, {}))
+    assert all(a.size == 0 for a in aligned(ours, {})[0])
 
 
 def test_the_words_say_who_is_better_and_who_is_not_shown_to_be(

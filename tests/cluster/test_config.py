@@ -408,6 +408,10 @@ def test_every_recipe_dry_runs_without_an_accelerator(
     printed = capsys.readouterr()
     assert (ended.value.code, printed.err) == (0, "")
     assert "# learner 0" in printed.out
+    generated = [task.knobs for task in load_recipe(path).tasks if task.data is None]
+    assert printed.out.count(": held out: ") == len(generated)
+    labelled = [knobs for knobs in generated if knobs.get("split_by") == "labelled"]
+    assert printed.out.count("an isomorphic one may be in training") == len(labelled)
     again = tmp_path / "printed.toml"
     again.write_text(printed.out, encoding="utf-8")
     assert load_recipe(again) == load_recipe(path, shipped)

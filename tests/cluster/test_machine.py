@@ -128,9 +128,20 @@ def test_a_model_is_not_made_over_anything(
     before = contents(tmp_path)
     assert run(monkeypatch, "models", "make", "qwen3_vl", "--out", trained) == 2
     assert capsys.readouterr().err == (
-        f"--out {trained}: already holds something; name a new folder\n"
+        f"--out {trained}: already holds something; name a new one\n"
     )
     assert contents(tmp_path) == before
+
+
+def test_a_file_of_the_users_own_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.png"
+    mine.write_text("a photograph")
+    for words in (("report", tmp_path, "--output"), ("tasks", "show", "sudoku", "--image")):
+        assert run(monkeypatch, *words, mine) == 2
+        assert f"{words[-1]} {mine}: is there already; name a new one" in capsys.readouterr().err
+    assert mine.read_text() == "a photograph"
 
 
 # The folder of a run
@@ -220,12 +231,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = recipe(tmp_path, str(TINY), f'output.folder = "{small_disk}"\ncheckpoint.every = 2')
-    for more in ((), ("--dry-run",)):
-        assert run(monkeypatch, "train", file, *more) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"{small_disk}/x-" if not more else f"{small_disk}: ")
-        assert ": 1 MiB are free there, and the run needs " in said
-        assert "3 training checkpoints" in said and said.count("\n") == 1
+    assert run(monkeypatch, "train", file) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{small_disk}/x-") and said.count("\n") == 1
+    needs = ": 1 MiB are free there, and the run needs 0.1 GiB for its records, "
+    assert needs in said and "3 training checkpoints" in said
+    assert run(monkeypatch, "train", file, "--dry-run") == 0  # the recipe may be for another
+    assert f"# note: {small_disk}{needs}" in capsys.readouterr().out
     assert list(small_disk.iterdir()) == []
 
 
@@ -324,7 +336,9 @@ def test_places_that_will_not_do_are_replaced_and_told(
     assert machine.settle_environment(after) == (told if "HOME" in given else [])
 
 
-def test_a_cluster_that_is_dead_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_dead_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -333,6 +347,10 @@ def test_a_cluster_that_is_dead_is_said_at_once(capsys: pytest.CaptureFixture[st
             with refused, connected(scheme + address):
                 pass
             assert capsys.readouterr().err == f"connecting to {scheme}{address} ...\n"
+        taken.listen()  # answers, and is no head of a cluster
+        monkeypatch.setattr(machine, "HEAD_SECONDS", 3.0)
+        with pytest.raises(UserError, match=r"no head of a cluster in 3 s"), connected(address):
+            pass
 
 
 def test_errors_of_the_system_are_one_line(

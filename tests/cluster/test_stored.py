@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.ablation_results import RESULT_SCHEMA
-from cluster.report import FLAT_SCHEMA
+from cluster.config import OutputConfig
+from cluster.diagnose import run_diagnose
+from cluster.report import FLAT_SCHEMA, read_run
 from cluster.report_rollouts import read_shown
-from cluster.stored import read_groups, read_scores, stored_steps
+from cluster.stored import not_kept, read_groups, read_scores, stored_steps
 from cluster.tracking import (
     DEMONSTRATION_SCHEMA,
     METRIC_SCHEMA,
@@ -177,6 +179,44 @@ def test_a_runs_tables_load_with_datasets(run: Path, tmp_path: Path) -> None:
     stored = read_rollouts(run, 2).to_pylist()
     assert [row["terms"] for row in loaded] == [row["terms"] for row in stored]
     assert [row["response_ids"] for row in loaded] == [row["response_ids"] for row in stored]
+
+
+def test_the_rollouts_that_output_asks_for_stay_with_their_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("0;0;", "1;2;")
+    with Tracker(tmp_path, output=OutputConfig(rollouts_every=2, rollouts_keep=2)) as tracker:
+        for step in range(1, 9):
+            # The picture of 0 is in every step, each other in one.
+            tracker.log_rollouts(
+                step, scored(group(step, *texts), group(0, *texts), composition=ZERO)
+            )
+            tracker.log(step, {"group/count": 2.0})
+    assert stored_steps(tmp_path) == [1, 6, 8]
+    pictures = {file.read_bytes() for file in (tmp_path / "images").iterdir()}
+    assert pictures == {group(n, *texts).problem.image for n in (0, 1, 6, 8)}
+    assert len(read_groups(tmp_path, 6)) == 2
+    lacking = (
+        "the rollouts of 5 of 8 steps (2, 3, 4, ...) are not there (see [output] in its recipe)"
+    )
+    assert not_kept(tmp_path) == lacking
+    run_diagnose(tmp_path, as_json=True)
+    assert capsys.readouterr().err == f"note: {lacking}\n"
+    assert read_run(tmp_path).problems == (f"T{lacking[1:]}.",)
+
+
+def test_rollouts_without_token_arrays_are_shown_and_diagnosed_but_not_scored_again(
+    tmp_path: Path,
+) -> None:
+    with Tracker(tmp_path, output=OutputConfig(rollout_tokens=False)) as tracker:
+        tracker.log_rollouts(1, scored(group(1, "1;2;", "1;3;"), composition=ZERO))
+    assert read_rollouts(tmp_path, 1)["logprobs"].null_count == 2
+    (found,) = read_scores(tmp_path, 1)
+    assert found.totals.tolist() == [1.0, 0.0]
+    assert read_shown(tmp_path).problems == () and read_shown(tmp_path).total == 2
+    assert not_kept(tmp_path) == "token arrays are not there (see [output] in its recipe)"
+    with pytest.raises(DataError, match=r"step-000001\.parquet: without token arrays"):
+        read_groups(tmp_path, 1)
 
 
 def test_a_column_of_another_type_is_named(run: Path) -> None:

@@ -183,6 +183,7 @@ def test_what_a_tokenizer_cannot_read_as_text_is_named_with_its_problem(
         ("{% for m in messages %}{{ m.role }}{% endfor %}<|im_end|>", "user's text once"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>", "user's text"),
         ("USER{{ messages[0].content[-1].text }}<|im_end|>", "assistant's text"),
+        ("{{ messages[0].content[-1].text }}{{ messages[1].content + 1 }}", "chat template fails"),
         ("PLAIN<|im_end|>", "writes 0 image placeholders"),
         ("IMAGE IMAGE PLAIN<|im_end|>", "writes 2 image placeholders"),
     ],
@@ -207,6 +208,7 @@ def test_a_folder_whose_template_cannot_be_used_is_refused(
     [
         ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "eos_token_id"),
         ("config.json", {"image_token_id": 6}, "image token is 5, its config.json's 6"),
+        ("config.json", {"text_config": {"vocab_size": 2}}, "and its model knows 2"),
     ],
 )
 def test_a_folder_that_contradicts_itself_is_refused(

@@ -432,7 +432,10 @@ def test_imported_responses_are_counted_when_right(tmp_path: Path) -> None:
         ("sudoku", {"size": 4, "blanks": 2, "cell_size": 16, "font_size": 12}),
         ("sudoku", {"blanks": 12, "cell_size": 12, "font_size": 10, "noise": 5}),
         ("graph_coloring", {"vertices": 5, "canvas": 64, "noise": 5}),
-        ("graph_coloring", {"vertices": 7, "chromatic": 4, "layout": "spring"}),
+        (
+            "graph_coloring",
+            {"vertices": 7, "chromatic": 4, "layout": "spring", "split_by": "labelled"},
+        ),
     ],
 )
 def test_what_was_generated_imports_again(tmp_path: Path, name: str, knobs: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from itertools import combinations, product
 from math import comb
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -34,6 +35,7 @@ from tasks.graph_puzzle import (
     draw_graph,
 )
 from tasks.responses import compose_response
+from tasks.splits import SPLITS, Split, draw_problem
 
 TASK = GraphColoring()
 SMALL: dict[str, Any] = {"canvas": 64, "prompt": "brief"}
@@ -377,6 +379,54 @@ def test_split_by_chooses_the_key() -> None:
     assert 20 < len(by_label) <= 38 and len(by_class) <= 6
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"vertices": 5},
+        {"vertices": 6},
+        {"vertices": 7},
+        {"vertices": 7, "edges": 6},
+        {"vertices": 7, "chromatic": 3, "planar": "planar"},
+        {"vertices": 7, "chromatic": 2},
+        {"vertices": 7, "density": 0.95},
+    ],
+)
+def test_by_default_isomorphic_graphs_are_held_out_where_there_are_200_of_them(
+    knobs: dict[str, Any],
+) -> None:
+    spec = GraphColoringSpec(**knobs)
+    edges, chromatic, planar = spec.edges, spec.chromatic, spec.planar == "planar"
+    classes = sum(
+        len(graph) == spec.vertices
+        and nx.is_connected(graph)
+        and edges in (None, graph.size())
+        and chromatic in (None, chromatic_number(len(graph), graph.edges))
+        and not (planar and not nx.check_planarity(graph)[0])
+        for graph in nx.graph_atlas_g()[1:]
+    )
+    if spec.split_by == "isomorphism":
+        assert classes >= 200
+    else:
+        assert classes < 600 or knobs.get("density")  # dense ones are all there, but not drawn
+    assert GraphColoringSpec(**spec.model_dump()) == spec  # the recipe's word stays
+    assert ("may be in training" in TASK.held_out(spec)) == (spec.split_by == "labelled")
+
+
+def test_no_held_out_graph_is_isomorphic_to_a_training_graph_by_default() -> None:
+    sides: dict[Split, list[nx.Graph]] = {
+        split: [
+            nx.Graph(
+                draw_problem(TASK, GraphColoringSpec(**SMALL, vertices=7), split, 0, i).truth[
+                    "edges"
+                ]
+            )
+            for i in range(60)
+        ]
+        for split in SPLITS
+    }
+    assert not any(nx.is_isomorphic(a, b) for a, b in product(*sides.values()))
+
+
 # The reader
 
 
@@ -530,7 +580,7 @@ def test_edge_sets_survive_being_written(pairs: set[tuple[int, int]], random: An
 
 
 def test_a_row_becomes_the_same_problem() -> None:
-    made = problem(2, vertices=7, canvas=96)
+    made = problem(2, vertices=6, canvas=96)
     assert json.loads(TASK.to_ground_truth(made)) == made.truth
     row = TASK.from_row(made.prompt, made.image, TASK.to_ground_truth(made))
     assert (row.id, row.perception, row.truth) == (made.id, made.perception, made.truth)

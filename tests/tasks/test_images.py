@@ -262,6 +262,15 @@ def test_the_transparent_grey_of_few_bits_becomes_white() -> None:
     assert shown[0, :, 0].tolist() == [255, 4 * 17, 5 * 17, 6 * 17]
 
 
+@pytest.mark.parametrize("kind", [b"tVNS", b"4RNS", b"tR\xceS", b"tRNS"])
+def test_a_chunk_that_may_have_been_the_transparency_must_be_whole(kind: bytes) -> None:
+    palette, clear = chunk(b"PLTE", bytes(6)), bytearray(chunk(b"tRNS", b"\0"))
+    clear[4:8] = kind
+    clear[8] ^= kind == b"tRNS"
+    with pytest.raises(DataError, match="checksum of chunk"):
+        check_image(raw_png((2, 1), 8, 3, b"\0\0\1", palette, bytes(clear)), "x")
+
+
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:

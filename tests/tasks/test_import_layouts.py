@@ -239,3 +239,20 @@ def test_what_another_program_wrote_is_not_replaced(tmp_path: Path, foreign: str
     import_rows(source, SHADE, out)
     import_rows(source, SHADE, out, overwrite=True)
     assert perceived(out, "train") == "12"
+    layout(out, {"train.parquet": "45"})  # in the place of ours
+    layout(tmp_path / "other", {"test.parquet": "3"})
+    for data in (source, tmp_path / "other"):
+        with pytest.raises(DataError, match=r"out: train\.parquet there is no part"):
+            import_rows(data, SHADE, out, overwrite=True)
+    (out / "train.parquet").write_bytes(b"PAR1 and damaged")
+    import_rows(source, SHADE, out, overwrite=True)
+    assert perceived(out, "train") == "12"
+
+
+def test_a_split_in_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
+    source = layout(tmp_path / "in", {"train.parquet": "12"})
+    (source / "val").mkdir()
+    for name in ("test.csv", "val/0000.arrow", "train.jsonl.gz", "about.json", "logo.png"):
+        (source / name).write_bytes(b"")
+    manifest = import_rows(source, SHADE, tmp_path / "out")
+    assert manifest["not_read"] == ["test.csv", "train.jsonl.gz", "val/0000.arrow"]
