@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def load_processor(path: str, field: str = "model.path") -> Any:
     one that `Chat` cannot use.
     """
     _require(path, field)
+    _refuse_base(path, field)
     from transformers import AutoProcessor
 
     try:
@@ -62,6 +64,7 @@ def load_reader(path: str) -> Any:
     that `Chat` cannot use.
     """
     _require(path, "frozen model")
+    _refuse_base(path, "frozen model")
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -77,6 +80,18 @@ def load_reader(path: str) -> Any:
             "folder holds config.json and its tokenizer beside the weights"
         ) from error
     return _usable(tokenizer, "frozen model", path)
+
+
+def _refuse_base(path: str, field: str) -> None:
+    """Refuse a base checkpoint's folder before the seconds that transformers takes to come up."""
+    folder = Path(path)
+    files = [*folder.glob("chat_template*"), *folder.glob("*config.json")]
+    if (folder / "tokenizer_config.json").is_file() and not any(
+        b"chat_template" in file.name.encode() + file.read_bytes()
+        for file in files
+        if file.is_file()
+    ):
+        raise ModelError(f"{field}: {path}: {_NO_TEMPLATE}")
 
 
 def _usable(reader: Any, field: str, path: str) -> Any:
@@ -129,10 +144,7 @@ class Chat:
         """Of a processor or a text-only model's tokenizer; raises ModelError naming no folder."""
         self._reader, self.tokenizer = reader, tokenizer_of(reader)
         if not reader.chat_template:
-            raise ModelError(
-                "has no chat template; take the instruct checkpoint, or put the "
-                "chat_template.jinja of one into the folder"
-            )
+            raise ModelError(_NO_TEMPLATE)
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
         config = _json_of(self.tokenizer, "config.json")
@@ -279,6 +291,11 @@ class Chat:
 
 _Frame = tuple[list[int], str, str, Callable[[str], str]]
 """Ids that begin a prompt, text before and after a user's text, how white space around it is cut"""
+
+_NO_TEMPLATE = (
+    "has no chat template; take the instruct checkpoint, or put the chat_template.jinja of one "
+    "into the folder"
+)
 
 _MARK = "sphinxofblackquartz"
 """Text that occurs in no chat template."""
