@@ -2,8 +2,14 @@
 
 from cluster.names import require_own_names
 
-require_own_names()
 
-from cluster.cli import main  # noqa: E402  (else a user's module would be met first)
+def main() -> None:
+    """Run the command line, unless a module of the user's would be met in place of one of ours."""
+    require_own_names()
+    from cluster.cli import main as run
 
-main()
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -96,9 +96,9 @@ def claimed(run: Path, new: bool = False) -> Iterator[None]:
                 raise UserError(f"{run}: already holds something; name a new one")
             yield
         finally:
-            if new and os.listdir(run) == [LOCK]:
-                (run / LOCK).unlink()
-                with suppress(OSError):  # another run was begun beside it
+            with suppress(OSError):  # removed meanwhile, or another run was begun beside it
+                if new and os.listdir(run) == [LOCK]:
+                    (run / LOCK).unlink()
                     for folder in made:
                         folder.rmdir()
 

@@ -50,8 +50,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         with _naming(folder):
             yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            flush(path)
+            for path in (*fresh.rglob("*"), fresh):
+                flush(path)
         if not folder.exists():
             fresh.rename(folder)
         elif not _exchange(fresh, folder):
