@@ -6,6 +6,7 @@ Heavy libraries are imported inside the command that needs them, so that `--help
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from cluster.config import (
 from cluster.machine import told
 from cluster.names import require_own_names
 from cluster.placement import Command, Machine, describe, plan
-from cluster.terminal import printable
+from cluster.terminal import as_written, printable
 from rollout.tokens import ModelError
 from tasks.core import DataError
 from tasks.files import expanded
@@ -40,7 +41,6 @@ app = typer.Typer(
     help="RL post-training for vision-language models that keeps seeing and thinking in balance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 models = typer.Typer(help="Tiny policies made from the real config classes.", no_args_is_help=True)
 app.add_typer(models, name="models")
@@ -65,6 +65,24 @@ DryRun = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"equipoise {importlib.metadata.version('equipoise')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and stop"
+        ),
+    ] = False,
+) -> None:
+    """Stand before the command."""
 
 
 @app.command()
@@ -283,7 +301,7 @@ def tasks_command(context: typer.Context) -> None:
     from cluster.tasks_cli import app as tasks_app
 
     # `prog_name` makes its own help say `equipoise tasks`.
-    tasks_app(args=context.args, prog_name="equipoise tasks")
+    as_written(tasks_app)(args=context.args, prog_name="equipoise tasks")
 
 
 @app.command()
@@ -319,7 +337,7 @@ def main() -> None:
     # A shell expands `~` neither in quotes nor behind `=`.
     sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~.*", _at_home, word) for word in sys.argv[1:]]
     try:
-        app()
+        as_written(app)(prog_name="equipoise")
     except (UserError, DataError, ModelError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

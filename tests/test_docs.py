@@ -296,6 +296,8 @@ def test_the_example_reward_and_recipes(dots: Any, tmp_path: Path) -> None:
         )
         for i, text in enumerate([*texts, "nothing"])
     )  # fmt: skip
+    lines = len(block("your_task.md", "python").splitlines())
+    assert f", {lines} lines together" in (ROOT / "README.md").read_text("utf-8")
     term = load_term("dots:Close", {"scale": 4.0})
     assert list(term(dots, Group("g", problem, rollouts))) == [1.0, 0.75, 0.0, 0.0]
 
