@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
+from pydantic import BaseModel
 
 from cluster.checkpoints import MAY_CHANGE, changed_fields
 from cluster.cli import main
@@ -316,10 +317,18 @@ class WordySudoku(Sudoku):
 
     name = "tests.cluster.test_preflight:WordySudoku"
 
-    def generate(self, rng: np.random.Generator, spec: object) -> Problem:  # type: ignore[override]
-        problem = super().generate(rng, spec)  # type: ignore[arg-type]
-        prompt = problem.prompt + " Think well." * (200 if rng.random() < 0.3 else 0)
-        return replace(problem, prompt=prompt, task=self.name)
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
+        key, finish = super().begin(rng, spec)
+        more = " Think well." * (200 if rng.random() < 0.3 else 0)
+
+        def made() -> Problem:
+            problem = finish()
+            return replace(problem, prompt=problem.prompt + more, task=self.name)
+
+        return key, made
+
+    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
+        return replace(super().from_row(query, image, ground_truth), task=self.name)
 
 
 def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: Path) -> None:
