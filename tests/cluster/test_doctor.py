@@ -75,6 +75,18 @@ def test_missing_shared_memory_and_few_cores_have_remedies(tmp_path: Path) -> No
     assert doctor.check_python((3, 11)).status == "ok"
 
 
+def test_what_a_run_would_be_refused_for_is_told_here_too(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").touch()
+    names = doctor.check_names(str(tmp_path))
+    assert (names.status, names.remedy) == ("fail", "rename it")
+    assert str(tmp_path / "rewards.py") in names.detail
+    places = doctor.check_places({"HOME": "/proc", "TMPDIR": "/proc", "USER": "me"})
+    assert places.status == "warn"
+    assert "HOME: /proc cannot be written to" in places.detail
+    assert "TMPDIR: /proc cannot be written to; using /tmp" in places.detail
+    assert doctor.check_disk(Path("/proc")).status == "fail"
+
+
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
 def test_the_exit_code_is_1_when_something_needed_fails(
     status: doctor.Status,
