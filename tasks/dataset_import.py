@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator
@@ -62,9 +63,9 @@ def import_rows(
         DataError: nothing to read, a column is missing, or rows are bad; the first bad ones
             are listed with file, row and field. Nothing is written then.
     """
-    source = Path(source).resolve()
+    source = Path(os.path.abspath(source))  # links stay: what they point to may have no name
     files = _source_files(source)
-    _check_apart(source, Path(out).resolve())
+    _check_apart(source.resolve(), Path(out).resolve())
     keys: dict[str, str] = {}  # of the held-out splits read so far, and their names
     questions: dict[tuple[str, str], str] = {}
     entries: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -97,8 +98,12 @@ def check_image(data: bytes, source: str, max_pixels: int = MAX_PIXELS) -> Image
         raise _animated(source)
     try:
         image.load()
+        if image.format == "JPEG" and not _scans_are_whole(data, image):
+            raise _damaged(source, "its end is not that of its pixels")
         turn = _TURNS.get(_orientation(exif or image.info.get("exif", b"")))
         return _flat_rgb(image if turn is None else image.transpose(turn))
+    except DataError:
+        raise
     except Exception as error:  # as above
         raise _damaged(source, error) from error
 
@@ -223,6 +228,19 @@ def _jpeg_pixels(data: bytes, source: str) -> tuple[bytes, bytes]:
         if sets_colours or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             parts.append(segment)
     return b"".join([*parts, data[at:]]), exif
+
+
+def _scans_are_whole(data: bytes, image: Image.Image) -> bool:
+    """Whether a JPEG has all its pixels, and not an end mark where it was cut.
+
+    The decoder paints what is missing grey, and says nothing. Letters put before the end mark
+    change the picture where pixels are missing, and nothing where none are.
+    """
+    if image.info.get("progressive") is None and not re.search(rb"\xff[\xc0\xc1]", data):
+        return True  # arithmetic coding, which may leave out its last zeros
+    end = data.find(b"\xff\xd9", data.find(b"\xff\xda"))
+    longer = Image.open(io.BytesIO(data[:end] + b"\x2a\x95\x5c" * 64 + data[end:]), formats=FORMATS)
+    return longer.tobytes() == image.tobytes()
 
 
 def _orientation(exif: bytes) -> int:

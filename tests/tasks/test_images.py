@@ -220,6 +220,23 @@ def test_of_a_phones_two_pictures_the_first_is_taken() -> None:
         check_image(data[: len(encoded(first, "JPEG")) // 2], "x")
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("colours", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_was_cut_and_ended_is_refused(options: dict[str, int], colours: str) -> None:
+    """The decoder paints what is missing grey, and is content with the end mark."""
+    data = encoded(noise(40, 32).convert(colours), "JPEG", **options)
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(np.asarray(check_image(data + b"tail", "x")), whole)
+    cuts, taken = range(data.index(b"\xff\xda") + 14, len(data) - 2, len(data) // 60), 0
+    for cut in cuts:
+        try:
+            check_image(data[:cut] + b"\xff\xd9", "x")
+            taken += 1  # cut between two scans, or at a restart: a file that is whole
+        except DataError as error:
+            assert "damaged or truncated" in str(error)
+    assert taken <= len(cuts) / 10, (taken, len(cuts))
+
+
 @pytest.mark.parametrize("interlaced", [0, 1])
 def test_a_png_with_fewer_rows_than_it_promises_is_refused(interlaced: int) -> None:
     """Pillow paints the missing rows black where the compressed data ends as it should."""

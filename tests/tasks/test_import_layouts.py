@@ -109,6 +109,14 @@ def test_files_come_to_their_splits_in_order(tmp_path: Path, files: dict[str, st
     assert manifest["imported_from"].keys() == {f for f in files if f[0] != "."}
 
 
+def test_a_linked_file_has_the_name_of_the_link(tmp_path: Path) -> None:
+    blob = layout(tmp_path, {"blobs/0f3a.parquet": "12"}) / "blobs" / "0f3a"
+    blob.with_suffix(".parquet").rename(blob)  # as the hub's cache keeps it
+    (tmp_path / "test-00000-of-00001.parquet").symlink_to(blob)
+    import_rows(tmp_path / "test-00000-of-00001.parquet", SHADE, tmp_path / "out")
+    assert perceived(tmp_path / "out", "test") == "12"
+
+
 @pytest.mark.parametrize("name", HELD_OUT[::3] + BOTH[:1])
 def test_no_training_row_is_in_any_held_out_split(tmp_path: Path, name: str) -> None:
     files = {"train.parquet": "1274", f"{name}.parquet": "47", "unseen.parquet": "57"}
