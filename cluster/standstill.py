@@ -67,16 +67,15 @@ def unread_step(metrics: Mapping[str, float]) -> str | None:
 
 def why_no_update(metrics: Mapping[str, float]) -> str:
     """Why a step, by its metrics, gave the learner nothing."""
-    groups, dropped = metrics["group/count"], metrics["group/dropped"]
-    failed = sorted(
-        name.split("/")[1]
-        for name, count in metrics.items()
+    groups = metrics["group/count"]
+    failed = ", ".join(
+        f"{name.split('/')[1]} failed on {count:.0f} of {groups:.0f} groups"
+        for name, count in sorted(metrics.items())
         if name.startswith("reward/") and name.endswith("/failures") and count
     )
-    lost = f"{dropped:.0f} of {groups:.0f} groups were dropped, {', '.join(failed)} failed"
-    if dropped == groups:
-        return lost
-    more = f"; {lost}" if dropped else ""
+    if metrics["group/dropped"] == groups:
+        return f"every group was dropped: {failed}"
+    more = f"; {failed}" if failed else ""
     if metrics.get("reward/total/std", 1.0) < 1e-9:
         return f"every reward was {metrics['reward/total/mean']:.3g}{more}"
     if metrics.get("group/zero_variance") == 1.0:

@@ -263,12 +263,13 @@ class Tracker:
             columns = [pq.read_table(file, columns=["image_sha256"])[0] for file in of]
             return {sha for column in columns for sha in column.to_pylist()}
 
-        for sha in images(old) - images(kept) if old else ():
+        gone = images(old) - images(kept) if old else set()
+        for file in old:
+            file.unlink()
+        for sha in gone:
             for file in (self.run_dir / "images").glob(f"{sha}.*"):
                 file.unlink()
             self._images.discard(sha)
-        for file in old:
-            file.unlink()
 
     def _rewind(self, step: int) -> None:
         """Forget every step after `step`, and how the run ended."""

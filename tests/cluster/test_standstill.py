@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.metrics import eval_table, step_metrics
-from cluster.standstill import Standstill, unread, unread_step, unread_tables
+from cluster.standstill import Standstill, unread, unread_step, unread_tables, why_no_update
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import Outcome
@@ -69,11 +69,11 @@ def test_a_run_that_never_updates_says_so_as_it_happens_and_at_its_end() -> None
     run.end()
     assert said == [
         "warning: no update in 3 steps in a row: every reward was 0",
-        "warning: no update in 6 steps in a row: every reward was 1; 1 of 2 groups were dropped, "
-        "nan failed",
-        "warning: no update in 12 steps in a row: 1 of 1 groups were dropped, nan failed",
-        "warning: the policy is unchanged: no update in 12 of 12 steps; in the last of them 1 of 1 "
-        "groups were dropped, nan failed",
+        "warning: no update in 6 steps in a row: every reward was 1; nan failed on 1 of 2 groups",
+        "warning: no update in 12 steps in a row: every group was dropped: nan failed on "
+        "1 of 1 groups",
+        "warning: the policy is unchanged: no update in 12 of 12 steps; in the last of them every "
+        "group was dropped: nan failed on 1 of 1 groups",
     ]
 
 
@@ -94,3 +94,12 @@ def test_a_run_that_learns_is_left_alone() -> None:
         f"warning: no update in 3 steps in a row: {why}",
         f"warning: no update in 6 of 9 steps; in the last of them {why}",
     ]
+
+
+def test_a_term_whose_failures_count_as_zero_is_the_cause() -> None:
+    asked = group(0, "0;0;", "0;0;")
+    composition = Composition({"nan": 1.0}, on_failure={"nan": "zero"})
+    found = compose_groups([asked], [score(asked, Misbehaves("nan"))], composition)
+    assert why_no_update(step_metrics(found, 7)) == (
+        "every reward was 0; nan failed on 1 of 1 groups"
+    )
