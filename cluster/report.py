@@ -167,6 +167,11 @@ def read_run(run_dir: Path) -> RunRecord:
     recipe = read("recipe.toml", lambda p: tomllib.loads(p.read_text("utf-8")), {})
     versions = read("versions.json", lambda p: json.loads(p.read_text("utf-8")), {})
     evaluation = read("evaluation.json", lambda p: json.loads(p.read_text("utf-8")), {})
+    measured = sorted((run_dir / "evaluations").glob("step-*.json"))
+    if not evaluation and measured:
+        name = f"evaluations/{measured[-1].name}"
+        evaluation = read(name, lambda p: json.loads(p.read_text("utf-8")), {})
+        problems.append(f"There is no evaluation.json: what is shown is {name}, the last measured.")
     error = read("error.txt", lambda p: p.read_text("utf-8", "replace"), "")
     rows: pa.Table | None = None
     try:

@@ -273,6 +273,13 @@ def missing(folder: Path, what: str) -> Iterator[str]:
         yield "There is no evaluation.json"
         yield "only training's own rollouts can tell"
         yield "a_r was not measured"
+    elif what == "after":
+        with Tracker(folder, RECIPE) as tracker:
+            tracker.log_evaluation(0, {"sudoku": table_of(a=coins(0.3), a_p=coins(0.5))})
+            log_steps(tracker)
+        yield "There is no evaluation.json: what is shown is evaluations/step-000000.json"
+        yield "sudoku, held-out problems"
+        yield "0.300"
     elif what == "end":
         log_steps(Tracker(folder, RECIPE), 2)
         (folder / "error.txt").write_text("RuntimeError: out of cores\ntrace")
@@ -304,7 +311,9 @@ def missing(folder: Path, what: str) -> Iterator[str]:
         yield "no readable recipe"
 
 
-@pytest.mark.parametrize("what", ["evaluation", "end", "close", "rollouts", "everything", "sense"])
+@pytest.mark.parametrize(
+    "what", ["evaluation", "after", "end", "close", "rollouts", "everything", "sense"]
+)
 def test_a_report_says_what_is_missing(what: str, tmp_path: Path) -> None:
     expected = list(missing(tmp_path, what))
     html = write_report(tmp_path).read_text("utf-8")
