@@ -1,7 +1,7 @@
 """The command line: `equipoise COMMAND`, the same as `python -m cluster COMMAND`.
 
-Heavy libraries are imported inside the command that needs them, so that `--help` and
-`--dry-run` answer at once and on a machine that has none of them.
+Heavy libraries are imported inside the command that needs them, so that `--help` answers at once.
+`--dry-run` needs none of the engines (Ray, vLLM, DeepSpeed).
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ Address = Annotated[
     typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster; without it, one of its own"),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved recipe and the placement, and stop")
+    bool,
+    typer.Option(
+        "--dry-run", help="Check data and model; print the resolved recipe, the placement, and stop"
+    ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]

@@ -146,7 +146,7 @@ def _fitting_rows(
     kept: dict[Split, list[Example]] = {"train": [], "test": []}
     bad: Counter[Split] = Counter()
     lines: list[str] = []
-    damaged = False
+    damaged, query, image = False, 0, 0
     for split in SPLITS:
         examples = source.train if split == "train" else source.test
         file = Path(str(config.data)) / f"{split}.parquet"
@@ -163,6 +163,9 @@ def _fitting_rows(
                 continue
             if fault is None:
                 kept[split].append(example)
+                if split == "train":
+                    query = max(query, taken.prompt - taken.image)
+                    image = max(image, taken.image)
             else:
                 bad[split] += 1
                 damaged |= fault.damaged
@@ -172,6 +175,13 @@ def _fitting_rows(
                 f"tasks[{index}].data: {config.data}: no row of split train has a response to "
                 "learn from; SFT needs demonstrations (column `response`)"
             )
+    swaps = any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms())
+    if swaps and command in ("train", "sample") and query + image + room.answer > room.context:
+        raise DataError(
+            f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
+            f"{image:,} and {query:,} tokens and sampler.max_tokens = {room.answer:,} do not fit "
+            f"in model.max_model_len = {room.context:,}; raise it, or choose another view"
+        )
     if not lines:
         return source
     shown = lines[:SHOWN]

@@ -181,6 +181,15 @@ def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
     assert code == 2 and "asked for 5" in message and "has 4" in message
 
 
+def test_images_that_are_swapped_fit_behind_every_query(data: Path, tmp_path: Path) -> None:
+    change(data, "train", 2, query="Solve.", image=(160, 128))
+    change(data, "train", 5, query="Solve the 4x4 Sudoku." + " Solve this." * 8)
+    terms = 'reward.terms=[{name="image_dependence", args={view="%s"}}]'
+    preflight(recipe(tmp_path, data, terms % "blank"), "train", print)
+    with pytest.raises(DataError, match=r'view = "swapped" .*: 80 and 74 tokens and .* do not fit'):
+        preflight(recipe(tmp_path, data, terms % "swapped"), "train", print)
+
+
 def test_only_the_first_bad_rows_are_listed(data: Path, tmp_path: Path) -> None:
     for row in range(8):
         change(data, "train", row, image=THIN)
