@@ -521,6 +521,8 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
     ids: set[str] = set()
     for number, row in parquet_rows(parquet, file, SCHEMA.names):
         place = f"{file}: row {number}"
+        if isinstance(row, DataError):
+            raise DataError(f"{place}: {row}")
         texts = {name: as_text(row[name], f"{place}: {name}") for name in _OUR_COLUMNS}
         image = (row["image"] or {}).get("bytes")
         if not isinstance(image, bytes):
@@ -548,23 +550,35 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
 
 def parquet_rows(
     parquet: pq.ParquetFile, file: Path, columns: list[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row); raises DataError naming the file where it is damaged."""
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """(number from 0, row, or what is wrong with its values).
+
+    Raises DataError naming the file where it is damaged.
+    """
     number = 0
     batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
     while True:
         try:
             batch = next(batches, None)
-            rows = [] if batch is None else batch.to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{file}: damaged after row {number} ({error}); copy or write it again"
             ) from error
         if batch is None:
             return
-        for row in rows:
+        for row in _rows(batch):
             yield number, row
             number += 1
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | DataError]:
+    try:
+        found: list[dict[str, Any] | DataError] = batch.to_pylist()
+        return found
+    except (ValueError, ArithmeticError, pa.ArrowException) as error:  # not UTF-8, out of range
+        if batch.num_rows == 1:
+            return [DataError(f"a value cannot be read ({error}); write the row again")]
+        return [row for at in range(batch.num_rows) for row in _rows(batch.slice(at, 1))]
 
 
 def as_text(value: Any, place: str) -> str:

@@ -205,6 +205,21 @@ def test_a_value_that_is_no_json_is_a_bad_row(tmp_path: Path) -> None:
         import_rows(tmp_path / "train.parquet", SHADE, tmp_path / "out")
 
 
+def test_a_value_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
+    text = pa.array([b"ok", b"\xff\xfe", b"ok"]).view(pa.string())  # as a careless writer leaves it
+    far = pa.array([3, 2**62, 4], pa.int64()).view(pa.duration("s"))
+    for name, column, good in (("query", text, 2), ("response", far, 0)):
+        table = {"query": ["q"] * 3, "image": [png()] * 3, "ground_truth": ["1", "2", "3"]}
+        file = tmp_path / name / "train.parquet"
+        file.parent.mkdir()
+        pq.write_table(pa.table(table | {name: column}), file)
+        with pytest.raises(DataError, match=r"train\.parquet: row 1: a value cannot be read \("):
+            import_rows(file, SHADE, tmp_path / "out" / name)
+        if good:
+            manifest = import_rows(file, SHADE, tmp_path / "out" / name, skip_bad=True)
+            assert manifest["splits"]["train"]["rows"] == good
+
+
 def test_a_byte_order_mark_is_not_data_and_utf_16_is_named(tmp_path: Path) -> None:
     line = json.dumps({"query": "é", "image": FORMS["base64"], "ground_truth": "3"})
     file = tmp_path / "train.jsonl"
