@@ -154,13 +154,16 @@ class SamplerPool:
 
     def wait_ready(self, seconds: float) -> None:
         """Block until every engine is up; an engine's own start-up error is raised."""
-        seats = self._dispatch.seats
-        until = time.monotonic() + seconds
-        self._wait(lambda: bool(seats) and all(seat.up for seat in seats.values()), until)
-        late = [seat.name for seat in seats.values() if not seat.up]
-        if late:
+
+        def late() -> list[str]:
+            return [seat.name for seat in self._dispatch.seats.values() if not seat.up]
+
+        self._wait(lambda: bool(self._dispatch.seats) and not late(), time.monotonic() + seconds)
+        with self._changed:
+            missing = late()
+        if missing:
             raise TimeoutError(
-                f"sampler {late[0]!r} was not up after {seconds:g} s "
+                f"sampler {missing[0]!r} was not up after {seconds:g} s "
                 "(sampler.start_timeout_seconds); see its log in the Ray session folder"
             )
 
@@ -177,14 +180,14 @@ class SamplerPool:
 
     def wait_clients(self) -> list[PoolClient]:
         """The samplers that are up, as soon as one is. Raises SamplerLost where none will be."""
-        seats = self._dispatch.seats
-        self._wait(lambda: any(seat.up for seat in seats.values()), hooks=False)
+        self._wait(lambda: any(s.up for s in self._dispatch.seats.values()), hooks=False)
         return self.clients
 
     def clients_behind(self) -> list[PoolClient]:
         """Those of them that wait for weights."""
-        behind = self.behind()
-        return [client for client in self.clients if client.name in behind]
+        with self._changed:
+            behind = self.behind()
+            return [client for client in self.clients if client.name in behind]
 
     def begin_transfer(self) -> None:
         """A transfer begins: no sampler is pinged until `holds` or `replace`."""
@@ -308,7 +311,8 @@ class SamplerPool:
 
     def _hook_is_due(self) -> bool:
         waited = time.monotonic() - self._hooked >= HOOK_SECONDS
-        needed = self._dispatch.transferring or bool(self._dispatch.behind())
+        with self._changed:
+            needed = self._dispatch.transferring or bool(self._dispatch.behind())
         return self.catch_up is not None and waited and needed
 
     def _call_hook(self) -> None:
@@ -340,7 +344,8 @@ class SamplerPool:
             raise
 
     def _next_event(self) -> tuple[Any, ...]:
-        due = self._dispatch.next_due()
+        with self._changed:
+            due = self._dispatch.next_due()
         left = TICK_SECONDS if due is None else due - time.monotonic()
         try:
             return self._events.get(timeout=max(0.0, min(TICK_SECONDS, left)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rollout.dispatch import Died, PoolLimits, Refused, SamplerLost
+from rollout.dispatch import Died, Dispatch, PoolLimits, Refused, SamplerLost
 from rollout.record import Group
 from tests.rollout.pretend import Samplers, request, score_request
 
@@ -188,4 +189,44 @@ def test_a_sampler_replaced_by_the_driver_hands_its_work_on(samplers: Samplers) 
     while samplers.lives[-1].alive:
         assert time.monotonic() < until
         time.sleep(0.01)
+    pool.stop()
+
+
+def test_nothing_is_read_of_what_threads_share_without_the_lock(samplers: Samplers) -> None:
+    pool = samplers.pool(2, LIMITS)
+    pool.wait_ready(60)
+    lock = pool._changed
+
+    class Shared(Dispatch):
+        def __getattribute__(self, name: str) -> Any:
+            assert lock._is_owned(), name  # type: ignore[attr-defined]
+            return super().__getattribute__(name)
+
+    with lock:
+        pool._dispatch.__class__ = Shared
+    hooked: list[int] = []
+
+    def catch_up() -> None:
+        hooked.append(len(pool.clients_behind()))
+        pool.holds(1, pool.wait_clients())
+
+    pool.catch_up = catch_up
+    pool.holds(1, pool.clients[:1])
+    gate = threading.Event()
+    samplers.lives[0].fate = lambda asked: gate.wait(60) and None
+    pool.submit([request("a"), request("b")])
+    pool.holds(2, [])
+    assert pool.collect(1, 0.0) == [] and hooked == [2]
+    gate.set()
+    assert pool.sample([request("c")]) and pool.answer([score_request("s")], 60)
+    assert len(pool.collect(pool.pending(), 60)) == 2
+    pool.begin_transfer()
+    pool.replace(pool.clients[1], "transfer", "late")
+    pool.resize(3)
+    with suppress(TimeoutError):
+        pool.wait_ready(0)
+    pool.wait_ready(60)
+    assert pool.size() == pool.counts()["asked"] == 3 and len(pool.news()) == 1
+    pool.abort(["a"])
+    assert pool.weight_checksums()
     pool.stop()
