@@ -325,7 +325,8 @@ def learner_memory(
     equation 1 without its attention term: 34 bytes a token, hidden unit and layer at 2-byte
     precision. With activation checkpointing one layer has them, and of the others the input is kept
     (the same paper, section 5). To them comes one table of float32 logits (`learner.logits_mib`)
-    and its gradient.
+    and its gradient. A float32 head of bfloat16 weights is a copy, whole on every rank, with its
+    gradient and that of one turn beside it where it is trained.
     """
     if size is None:
         return {}
@@ -340,7 +341,10 @@ def learner_memory(
     tokens = learner.micro_batch_tokens
     again = learner.activation_checkpointing
     per_token = 17 + size.layers if again else 17 * size.layers
-    return {
+    copied = recipe.model.lm_head_float32 and recipe.model.dtype != "float32"
+    copies = 1 if learner.lora or "head" in learner.freeze else 3
+    head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
+    return head | {
         "weights": shard(width * held, 3),
         "gradients": shard(width * stepped, 2),
         "optimizer": shard((8 if no_master else 12) * stepped, 1),

@@ -99,16 +99,23 @@ def _seen_by(embedding: nn.Module, features: torch.Tensor) -> Iterator[None]:
 def _read_in_turns(head: Any, policy: Policy) -> None:
     """Make `head(hidden [N, hidden], ids [N], entropy_gradient)` give log-probs and entropies [N].
 
-    `head(hidden)` still gives logits. Its module hooks, which gather its weight under ZeRO-3, run
-    once around all turns.
+    `head(hidden)` still gives logits, in float32 too where the policy's head is. Its module hooks,
+    which gather its weight under ZeRO-3, run once around all turns. All turns share one float32
+    copy of a bfloat16 weight: their gradients add up in float32 and are rounded once.
     """
-    logits_of = head.forward
+
+    def weight() -> torch.Tensor:
+        """[V, hidden], possibly tied to the embeddings."""
+        own: torch.Tensor = head.weight
+        return own.to(torch.promote_types(own.dtype, torch.float32)) if policy.head_float32 else own
+
+    def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
 
     def read_off(
-        hidden: torch.Tensor, ids: torch.Tensor, entropy_gradient: bool
+        hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, entropy_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden.float() if policy.head_float32 else hidden
-        logits = logits_of(hidden).float()  # [n, V]
+        logits = logits_of(hidden, weight).float()  # [n, V]
         if policy.temperature != 1.0:
             logits = logits / policy.temperature
         logits = torch.log_softmax(logits, dim=-1)
@@ -120,15 +127,17 @@ def _read_in_turns(head: Any, policy: Policy) -> None:
     def forward(
         hidden: torch.Tensor, ids: torch.Tensor | None = None, entropy_gradient: bool = False
     ) -> Any:
+        shared = weight()
         if ids is None:
-            return logits_of(hidden)
+            return logits_of(hidden, shared)
         size = max(1, int(policy.logits_mib * 2**20 / (4 * head.out_features)))
         if len(ids) <= size:
-            return read_off(hidden, ids, entropy_gradient)
+            return read_off(hidden, shared, ids, entropy_gradient)
         parts = [
             checkpoint(
                 read_off,
                 hidden[start : start + size],
+                shared,
                 ids[start : start + size],
                 entropy_gradient,
                 use_reentrant=False,
@@ -171,8 +180,6 @@ def load_policy(
     except ModelError as error:
         raise ModelError(f"model.path: {path}: {error}") from error
     _make_savable(model)
-    if head_float32 and dtype != "float32":
-        _float32_head(model.lm_head)
     return Policy(model, temperature, head_float32, logits_mib), processor
 
 
@@ -217,13 +224,3 @@ def make_collator(policy: Policy, processor: Any, layout: Layout = "padded") -> 
     return Collator(
         processor, accepted, model.config.image_token_id, policy.family, positions, layout
     )
-
-
-def _float32_head(head: nn.Module) -> None:
-    """Make a (possibly tied, bfloat16) head compute in float32; its module hooks still run."""
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        weight: Any = head.weight
-        return nn.functional.linear(hidden.float(), weight.float())
-
-    head.forward = forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from cluster.placement import (
     policy_size,
 )
 from learner.outline import Trained
+from learner.policy import load_policy
+from tests.learner.test_policy import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_CORES = Machine(cores=2, memory=24 * GIB)
@@ -101,6 +104,28 @@ def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
     parts = learner_memory(tiny("model.dtype=bfloat16"), SIZE)
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert states == 16 * SIZE.parameters  # arXiv 1910.02054, section 3.1
+
+
+def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(
+    policy: tuple[str, dict[str, torch.Tensor]],
+) -> None:
+    model, _ = load_policy(policy[0], dtype="bfloat16")
+    head: Any = model.model.lm_head
+    vocabulary, width = head.weight.shape
+    hidden = torch.randn(4000, width).bfloat16().requires_grad_()
+    ids = torch.randint(vocabulary, (len(hidden),))
+    table = 4 * 50 * vocabulary
+    model.logits_mib = table / 2**20
+    head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
+    found = peak_bytes(lambda: head(hidden, ids)[0].sum().backward())
+    size = PolicySize(0, width, 1, vocabulary)
+    parts = learner_memory(tiny("model.dtype=bfloat16"), size)
+    told = parts["head in float32"]
+    assert told < found < told + 8 * table + 2 * 2 * hidden.numel()
+    frozen = learner_memory(tiny("model.dtype=bfloat16", 'learner.freeze=["head"]'), size)
+    assert frozen["head in float32"] == told // 3
+    for exact in ("model.dtype=float32", "model.lm_head_float32=false"):
+        assert "head in float32" not in learner_memory(tiny(exact), size)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -213,6 +213,26 @@ def test_the_head_computes_in_float32_whatever_the_body(model_path: str) -> None
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
 
 
+def test_the_heads_gradient_is_rounded_once_in_however_many_turns(model_path: str) -> None:
+    policy, _ = load_policy(model_path, dtype="bfloat16")
+    head: Any = policy.model.lm_head
+    vocabulary, width = head.weight.shape
+    tokens, generator = 640, torch.Generator().manual_seed(3)
+    hidden = torch.randn(tokens, width, generator=generator).bfloat16()
+    ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    weights = torch.randn(tokens, generator=generator)
+    p = torch.softmax(hidden.double() @ head.weight.double().T, -1)
+    p[torch.arange(tokens), ids] -= 1
+    exact = (-(weights.double()[:, None] * p).T @ hidden.double()).detach()  # [V, hidden]
+    for turns in (1, 8, 64, 640):
+        policy.logits_mib = (tokens / turns + 0.5) * 4 * vocabulary / 2**20
+        policy.zero_grad()
+        (head(hidden, ids)[0] @ weights).backward()
+        # Half a unit in the last of 8 bits, and what float32 adds up to.
+        bound = 2**-8 * exact.abs() + 1e-5 * exact.abs().max()
+        assert float(((head.weight.grad.double() - exact).abs() / bound).max()) < 1, turns
+
+
 def test_a_folder_without_weights_is_named(model_path: str, tmp_path: Path) -> None:
     for file in Path(model_path).iterdir():
         if file.suffix != ".safetensors":
