@@ -22,18 +22,26 @@ from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 from rollout.buffer import BufferState
 
 MAY_CHANGE = (
-    "algorithm.steps", "sft.steps", "tasks.too_long",
-    "algorithm.budget", "algorithm.budget.kind", "algorithm.budget.amount",
+    "name", "question", "tasks.too_long",
+    "algorithm.steps", "algorithm.budget.kind", "algorithm.budget.amount", "algorithm.on_mismatch",
+    "sft.steps", "sft.save_every", "eval.every",
+    "model.attention",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
-    "learner.timeout_seconds", "learner.logits_mib", "learner.layout",
-    "learner.activation_checkpointing", "learner.offload",
-    "sampler.count", "sampler.cpus", "sampler.gpus", "sampler.threads",
-    "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
+    "learner.micro_batch_tokens", "learner.logits_mib", "learner.layout",
+    "learner.activation_checkpointing", "learner.offload", "learner.timeout_seconds",
+    "sampler.count", "sampler.tensor_parallel", "sampler.cpus", "sampler.gpus", "sampler.threads",
+    "sampler.kv_cache_gib", "sampler.max_num_seqs", "sampler.gpu_memory_utilization",
+    "sampler.enforce_eager", "sampler.start_timeout_seconds", "sampler.request_timeout_seconds",
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
+    "transfer.transport", "transfer.deadline_seconds", "transfer.bucket_mib", "transfer.checksum",
+    "transfer.overlap",
+    "reward.workers", "reward.deadline_seconds", "reward.answer_seconds", "reward.remote_seconds",
+    "reward.remote_in_flight", "reward.memory_gib",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",
-    "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
+    "output.folder", "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
 )  # fmt: skip
-"""Recipe fields that a resumed run may set: where it runs and how long, not what it learns."""
+"""Recipe fields that a resumed run may set: where it runs, how long and in what memory, not what
+it learns or measures. A test holds every other field to be one that decides."""
 
 
 Resumable = Literal["train", "sft"]
@@ -112,7 +120,7 @@ def resume(
     if wrong := [name for name in changed if name not in MAY_CHANGE]:
         raise RecipeError(
             f"--resume {run}: --set changes {', '.join(wrong)}, which would make another run of "
-            f"it; a resumed run may change {', '.join(MAY_CHANGE)}"
+            "it; start one, or leave that out (where a run goes on, and in what memory, may change)"
         )
     resumed = newest(run)
     at = resumed.position
@@ -200,12 +208,17 @@ def stop_signal() -> Iterator[StopSignal]:
 
 
 def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:
-    """Dotted names of the fields that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = dict.fromkeys([*old, *new])
-        below = (changed_fields(old.get(n), new.get(n), f"{at}.{n}" if at else n) for n in names)
-        return [name for found in below for name in found]
+    """Dotted names of the fields that differ, also of a table that only one side has."""
+    if old == new:
+        return []
     if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        pairs = zip(old, new, strict=True)  # entries of one list have one name
-        return list(dict.fromkeys(name for pair in pairs for name in changed_fields(*pair, at)))
-    return [] if old == new else [at]
+        # Entries of one list have one name.
+        pairs = [(at, *pair) for pair in zip(old, new, strict=True)]
+    elif isinstance(old or new, dict) and isinstance(new or old, dict):
+        one, two = old or {}, new or {}
+        names = dict.fromkeys([*one, *two])
+        pairs = [(f"{at}.{n}" if at else n, one.get(n), two.get(n)) for n in names]
+    else:
+        return [at]
+    found = [name for place, *pair in pairs for name in changed_fields(*pair, place)]
+    return list(dict.fromkeys(found))
