@@ -215,6 +215,7 @@ class GraphColoring:
         def finish() -> Problem:
             look = spec.look()
             return _problem(
+                task=self.name,
                 prompt=_prompt(spec),
                 image=render(paint_rng, place(place_rng, n, edges, look), edges, look),
                 n=n,
@@ -318,6 +319,7 @@ class GraphColoring:
         """
         n, chromatic, edges = _read_truth(ground_truth)
         return _problem(
+            task=self.name,
             prompt=query,
             image=image,
             n=n,
@@ -333,6 +335,7 @@ class GraphColoring:
 
 
 def _problem(
+    task: str,
     prompt: str,
     image: bytes,
     n: int,
@@ -345,7 +348,7 @@ def _problem(
     identity = b"\0".join((GraphColoring.name.encode(), perception.encode(), image))
     return Problem(
         id=f"{GraphColoring.name}-{hashlib.sha256(identity).hexdigest()[:16]}",
-        task=GraphColoring.name,
+        task=task,
         prompt=prompt,
         image=image,
         perception=perception,

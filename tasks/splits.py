@@ -44,13 +44,17 @@ def _split_of(task: str, symmetry_key: str) -> Split:
 def _begin(
     task: Task, rng: np.random.Generator, spec: BaseModel
 ) -> tuple[str, Callable[[], Problem]]:
-    """As `DrawsLate.begin`, where a task has it that no subclass's own `generate` overrules."""
-    if isinstance(task, DrawsLate):
-        owners = (c for c in type(task).__mro__ if {"begin", "generate"} & vars(c).keys())
-        if "begin" in vars(next(owners)):
-            return task.begin(rng, spec)
+    """As `DrawsLate.begin`, of any task."""
+    if isinstance(task, DrawsLate) and draws_late(task):
+        return task.begin(rng, spec)
     problem = task.generate(rng, spec)
     return problem.symmetry_key, lambda: problem
+
+
+def draws_late(task: Task) -> bool:
+    """Whether a task is `DrawsLate`, and no subclass's own `generate` overrules that."""
+    owners = (c for c in type(task).__mro__ if {"begin", "generate"} & vars(c).keys())
+    return isinstance(task, DrawsLate) and "begin" in vars(next(owners))
 
 
 def draw_problem(

@@ -161,7 +161,7 @@ class Sudoku:
         def finish() -> Problem:
             image = render(puzzle, spec.look(), np.random.default_rng(picture_seed))
             return _problem(
-                prompt=_prompt(spec), image=image, puzzle=puzzle, solution=solution,
+                task=self.name, prompt=_prompt(spec), image=image, puzzle=puzzle, solution=solution,
                 knobs=spec.model_dump(), key=key,
             )  # fmt: skip
 
@@ -264,7 +264,7 @@ class Sudoku:
             )
         blanks = sum(row.count(0) for row in puzzle)
         return _problem(
-            prompt=query, image=image, puzzle=puzzle, solution=solution,
+            task=self.name, prompt=query, image=image, puzzle=puzzle, solution=solution,
             knobs={"size": len(puzzle), "blanks": blanks}, key=symmetry_key(puzzle),
         )  # fmt: skip
 
@@ -355,13 +355,14 @@ def _completes(puzzle: Sequence[Sequence[int]], answer: Any) -> bool:
 
 
 def _problem(
-    *, prompt: str, image: bytes, puzzle: Grid, solution: Grid, knobs: dict[str, Any], key: str
-) -> Problem:
+    *, task: str, prompt: str, image: bytes, puzzle: Grid, solution: Grid, knobs: dict[str, Any],
+    key: str,
+) -> Problem:  # fmt: skip
     perception = grid_text(puzzle)
     digest = hashlib.sha256(f"{Sudoku.name}\n{perception}\n".encode() + image).hexdigest()
     return Problem(
         id=f"sudoku-{digest[:16]}",
-        task=Sudoku.name,
+        task=task,
         prompt=prompt,
         image=image,
         perception=perception,

@@ -19,6 +19,7 @@ from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Parsed, Problem, Style, Task
 from tasks.load import load_task
 from tasks.responses import compose_response, oracle_prefix, parse_response
+from tasks.sudoku import Sudoku
 
 
 class Knobs(BaseModel):
@@ -222,6 +223,22 @@ class ListedItems(Shade):
         return [perception]
 
 
+class AnotherBegin(Shade):
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Any]:
+        made = self.generate(rng, spec)
+        return "key", lambda: replace(made, symmetry_key=made.symmetry_key)
+
+
+class Courteous(Sudoku):
+    """One of ours with a name, a prompt and a `generate` of its own."""
+
+    name = f"{__name__}:Courteous"
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        made = super().generate(rng, spec)
+        return replace(made, prompt=f"Please. {made.prompt}")
+
+
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
@@ -233,6 +250,7 @@ class ListedItems(Shade):
             "generate: the same rng gives another problem; take all chance from it (draw 0: id,",
         ),
         (OneId, "generate: different problems have one id"),
+        (AnotherBegin, "begin: tells another symmetry key"),
         (NumPyTruth, "problem.truth: cannot be stored as JSON"),
         (NumberedTruth, "check: raised KeyError"),
         (NoImage, "check_image: raised DataError ("),
@@ -283,6 +301,8 @@ def test_a_task_of_ones_own_passes_with_rows_of_a_file_too() -> None:
     assert check_task(task, Knobs()) == []
     rows = [task.from_row("Twice?", b"", str(n)) for n in (3, 4, 200)]
     assert check_problems(task, rows) == []
+    courteous: Task = Courteous()
+    assert check_task(courteous, courteous.spec.model_validate({"size": 4}), problems=3) == []
 
 
 def test_the_command_and_a_run_name_what_is_wrong(
