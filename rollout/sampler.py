@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rollout.dispatch import Cause, Died, Refused
 from rollout.engine import Engine, EngineDied, EngineSettings
 from rollout.record import Group, SampleRequest, ScoreRequest
+from rollout.starting import own_words
 from tasks.load import load_task
 
 
@@ -93,7 +94,7 @@ class RaySamplerClient:
             return Refused(error, f"{self.name}: {type(own).__name__}: {own}")
         # What is no error of Ray's is a reply that could not be unpickled.
         cause: Cause = "actor" if isinstance(error, RayError) else "garbage"
-        return Died(cause, f"{self.name}: {type(error).__name__}: {error}")
+        return Died(cause, f"{self.name}: {own_words(f'{type(error).__name__}: {error}')}")
 
 
 def ray_samplers(

@@ -57,6 +57,12 @@ def own_errors(model: str) -> Iterator[None]:
         raise EngineNotStarted(f"model {model}: the engine does not start: {why}") from error
 
 
+def own_words(message: str) -> str:
+    """What an engine that did not start said, of a longer message about its actor; else that."""
+    said = re.findall(r"EngineNotStarted: (.*)", message)
+    return said[-1] if said else message
+
+
 def last_error(output: str) -> str:
     """The line of an output that names an error: the last `SomeError: ...`; "" without one."""
     lines = [_PREFIX.sub("", line.strip()).strip() for line in output.splitlines()]

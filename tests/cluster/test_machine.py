@@ -31,7 +31,7 @@ from cluster.runtime import connected
 from cluster.sections_rollout import TaskConfig
 from cluster.train import save_and_measure
 from rollout.models import why_missing
-from rollout.starting import EngineNotStarted, own_errors, plain_path
+from rollout.starting import EngineNotStarted, own_errors, own_words, plain_path
 from tasks.files import put, replacing
 from tests.tasks.killed import contents
 
@@ -435,5 +435,8 @@ def test_an_engine_that_does_not_start_says_its_own_last_error(
     assert str(refused.value) == (
         "model a/policy: the engine does not start: torch.OutOfMemoryError: tried to allocate 3 GiB"
     )
+    told = f"ActorDiedError: in its creation task\n  File x\na.EngineNotStarted: {refused.value}\n"
+    assert own_words(told) == str(refused.value)
+    assert own_words("ActorDiedError: killed\nby hand") == "ActorDiedError: killed\nby hand"
     with pytest.raises(EngineNotStarted, match="start: ValueError: too long"), own_errors("x"):
         raise ValueError("too long")
