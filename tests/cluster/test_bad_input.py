@@ -17,6 +17,8 @@ from PIL import Image
 from cluster.cold_start import run_sft
 from cluster.config import Recipe, load_recipe
 from cluster.placement import Machine, PlacementError, plan
+from cluster.problems import ProblemSource
+from cluster.sections_rollout import TaskConfig
 from cluster.train import run_training
 from rollout.tokens import ModelError
 from tasks.core import DataError
@@ -115,6 +117,15 @@ def test_a_column_that_is_not_there(
     rewrite(data / "train.parquet", "ground_truth", None)
     message = refuse(recipe(tmp_path, tiny_models["qwen3_vl"], data), tmp_path / "out", DataError)
     assert "train.parquet" in message and "ground_truth" in message
+
+
+def test_a_training_row_of_a_held_out_problem(data: Path) -> None:
+    train, test = (pq.read_table(data / f"{split}.parquet") for split in ("train", "test"))
+    pq.write_table(pa.concat_tables([train, test.slice(2, 1)]), data / "train.parquet")
+    (data / "manifest.json").unlink()
+    problem = test["id"][2].as_py()
+    with pytest.raises(DataError, match=rf"{data}: problem {problem} of split train is, up to sym"):
+        ProblemSource.open(TaskConfig(name="sudoku", data=str(data)), 0, "sudoku")
 
 
 def test_a_model_folder_without_a_processor(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
