@@ -187,12 +187,21 @@ class RewardPool:
             for name, requests in piece.requests.items()
         ]
         replies: list[dict[str, Sequence[Reply]]] = [{} for _ in groups]
-        for model in dict.fromkeys(self._asking[name] for _, name, _ in asked):
-            mine = [(i, name, r) for i, name, r in asked if self._asking[name] == model]
-            flat = [request for _, _, requests in mine for request in requests]
+        of_model: dict[str, list[tuple[int, str, Sequence[ModelRequest]]]] = {}
+        for each in asked:
+            of_model.setdefault(self._asking[each[1]], []).append(each)
+
+        def ask(model: str) -> tuple[Sequence[Reply | ReplyError], float]:
+            """What a model answers, and the seconds it took."""
+            flat = [request for _, _, requests in of_model[model] for request in requests]
             start = time.perf_counter()
-            answers = iter(self._answerers[model].answer(flat, self._limits.answer_seconds))
-            waited = time.perf_counter() - start
+            answers = self._answerers[model].answer(flat, self._limits.answer_seconds)
+            return answers, time.perf_counter() - start
+
+        with ThreadPoolExecutor(max(1, len(of_model))) as threads:
+            told = list(threads.map(ask, of_model))
+        for mine, (given_all, waited) in zip(of_model.values(), told, strict=True):
+            answers = iter(given_all)
             for index, name, requests in mine:
                 given = [next(answers) for _ in requests]
                 keep(index, ScoredTerms({}, (), {name: waited}, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,12 +126,16 @@ def test_a_term_that_eats_memory_fails_alone_and_its_worker_lives_on() -> None:
 class Echo:
     """A model that says what it was forced to say, or cannot answer for one problem."""
 
-    def __init__(self, broken: str = "", kind: Any = "refused") -> None:
-        self.broken, self.kind = broken, kind
+    def __init__(
+        self, broken: str = "", kind: Any = "refused", beside: threading.Barrier | None = None
+    ) -> None:
+        self.broken, self.kind, self.beside = broken, kind, beside
         self.seen: list[SampleRequest] = []
 
     def answer(self, requests: Any, seconds: float) -> list[Any]:
         self.seen += requests
+        if self.beside is not None:
+            self.beside.wait(60)
         return [
             ReplyError(r.group_id, self.kind, "too long")
             if r.group_id.startswith(self.broken or "never")
@@ -144,7 +149,8 @@ def asks(on_failure: Any = "zero", **args: Any) -> RewardTermConfig:
 
 
 def test_answers_come_back_to_the_rollouts_that_asked() -> None:
-    policy, frozen = Echo(), Echo()
+    both = threading.Barrier(2)  # each answers once the other is asked
+    policy, frozen = Echo(beside=both), Echo(beside=both)
     other = RewardTermConfig(name="tests.rewards.toys:Asks", label="frozen", args={"model": "f"})
     groups = [group(i, f"{i};2;", ";;", "777;1;", f"{i};1;") for i in range(2 * CHUNK + 3)]
     pool = RewardPool([asks(), other], workers=2, answerers={"": policy, "f": frozen})
