@@ -33,6 +33,7 @@ from learner.policy import Policy, keep_no_activations, load_policy, make_collat
 from learner.policy_loss import PolicyLoss
 from learner.state import (
     OptimizerState,
+    forget_first_step,
     random_state,
     read_random_states,
     seed_all,
@@ -131,6 +132,7 @@ class DeepSpeedLearner:
             },
         )
         self._engine: Any = engine
+        forget_first_step(engine.optimizer)
 
     def update(
         self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None

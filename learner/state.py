@@ -151,6 +151,19 @@ class OptimizerState:
             optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def forget_first_step(optimizer: Any) -> None:
+    """Undo what a DeepSpeed optimizer of bfloat16 weights without ZeRO does when it is made.
+
+    It lets AdamW step on gradients of zero to have its moments: that decays the float32 weights,
+    and counts, so that every later step would be corrected for one too many.
+    """
+    if hasattr(optimizer, "fp32_groups"):
+        optimizer.state.clear()
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(low, high, strict=True):
+                master.data.copy_(weight.data)
+
+
 def own_part(value: torch.Tensor, size: int, rank: int) -> torch.Tensor:
     """[size]: a rank's part of a tensor that is cut into equal parts, the end filled with zeros."""
     mine = torch.zeros(size, dtype=value.dtype)

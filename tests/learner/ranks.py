@@ -24,7 +24,7 @@ import torch
 
 import learner.engine as learner_engine
 from learner.balance import NormOf, SegmentGradients
-from learner.batch import TrainBatch
+from learner.batch import MicroBatch, TrainBatch
 from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
 from learner.state import seed_all
@@ -59,7 +59,9 @@ class Outcome:
             clipping, and AdamW's first moment after the step.
         state_elements: how many numbers this rank's optimizer keeps as first moments.
         after_first, weights: checkpoint names after the first update and at the end.
-        logprobs: of the first batch at the end.
+        state_at_start, state_after_first: `OptimizerState.tensors` of everything, and the weights
+            as `weights/<name>`.
+        logprobs: of the first batch at the end; computed: how many of them this rank computed.
         errors: of updates that were refused.
         draw_at_start, draw_at_checkpoint: see `draws`.
         measured: gradients by segment before each update, one for each of `Job.measure`.
@@ -70,9 +72,12 @@ class Outcome:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     after_first: dict[str, torch.Tensor] = field(default_factory=dict)
+    state_at_start: dict[str, torch.Tensor] = field(default_factory=dict)
+    state_after_first: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
+    computed: int = 0
     errors: list[str] = field(default_factory=list)
     draw_at_start: list[float] = field(default_factory=list)
     draw_at_checkpoint: list[float] = field(default_factory=list)
@@ -165,6 +170,8 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
     outcome.draw_at_start = draws()
+    if job.settings.resume:
+        outcome.state_at_start = whole_state(learner)
     moved_on = threading.Event()
     for done, (batch, loss) in enumerate(job.updates):
         if job.checkpoint and job.checkpoint[0] == done:
@@ -186,7 +193,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
             if job.killed:
                 _die_in_the_middle_of(learner, Path(job.checkpoint[1]), done + 1)
         if not outcome.after_first:
-            learner._optimizer_state()  # links parameters to their state
+            outcome.state_after_first = whole_state(learner)
             # Under bfloat16 AdamW steps on float32 twins of these.
             for name, parameter in named.items() if job.settings.dtype == "float32" else ():
                 if job.settings.zero_stage:
@@ -199,11 +206,25 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     outcome.state_elements = sum(state["exp_avg"].numel() for state in states)
     outcome.metadata = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     outcome.weights = {name: tensor.clone() for name, tensor in source}
+    run = learner._engine.module.run
+
+    def counted(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        outcome.computed += len(micro.tokens.ids) if micro.weight else 0
+        return run(micro)
+
+    learner._engine.module.run = counted
     outcome.logprobs = learner.logprobs(job.updates[0][0])
     if job.save:
         learner.save(Path(job.save))
     learner.close()
     return outcome
+
+
+def whole_state(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
+    """`<kind>/<parameter>` -> float32 optimizer state, and the weights as the model has them."""
+    weights = {f"weights/{name}": tensor.clone() for name, tensor in learner.weights()}
+    groups = learner._optimizer_groups()
+    return weights | {name: t.clone() for group in groups for name, t in group.items()}
 
 
 def _die_in_the_middle_of(learner: DeepSpeedLearner, last: Path, step: int) -> None:

@@ -32,8 +32,9 @@ from tests.learner.ranks import Job, Outcome, run_killed, run_ranks
 from tests.learner.samples import mixed_batch
 
 RANKS = 2
-FURTHER = 10
+FURTHER = 3
 """Updates after the checkpoint."""
+RATE, DECAY = 1e-3, 0.1
 LOSS = PolicyLoss(entropy_weight=0.01)
 SAVED_AFTER = 2
 KILLED = f"{RANKS}/3"
@@ -46,6 +47,10 @@ RESUMING = {
     "1/0 bf16": ("1/0 bf16", "1/2 bf16"),
     "1/3 bf16": ("1/3 bf16", "1/0 bf16"),
 }
+RESUMED = [(start, end) for start, ends in RESUMING.items() for end in ends]
+# Another stage adds up in another order, and how far two orders of bfloat16 come apart in a few
+# updates is the processor's affair: float32 shows what belongs where.
+SAME_UPDATES = [pair for pair in RESUMED if pair[0] == pair[1] or "bf16" not in pair[0]]
 
 
 class Lives:
@@ -86,6 +91,15 @@ class Lives:
     def checkpoint(self, name: str) -> Path:
         return checkpoint_folder(self.folder / name.replace("/", "-").replace(" ", "-"), 2)
 
+    def stored(self, start: str) -> dict[str, torch.Tensor]:
+        """What a checkpoint's files hold, by the names of `Outcome.state_at_start`."""
+        folder = self.left_by_the_killed() if start == KILLED else self.checkpoint(start)
+        weights = load_file(folder / "model.safetensors")
+        found = {f"weights/{name}": tensor for name, tensor in weights.items()}
+        for path in (folder / "training").glob("optimizer-*.safetensors"):
+            found |= load_file(path)
+        return found
+
     def left_by_the_killed(self) -> Path:
         return checkpoint_folder(self.folder / "killed", 2)
 
@@ -95,13 +109,12 @@ class Lives:
             dtype="bfloat16" if "bf16" in name else "float32",
             zero_stage=int(name[2]),
             micro_batch_tokens=600,
-            weight_decay=0.1,
+            logits_mib=0.05 if "bf16" in name else 256.0,  # a float32 head in turns
+            weight_decay=DECAY,
             background_saving=name in BACKGROUND,
         )
-        # bfloat16 soon rounds another way; three steps show what is lost, if anything is.
-        count = SAVED_AFTER + (3 if "bf16" in name else FURTHER)
-        updates = tuple((batch, LOSS) for batch in self.batches[:count])
-        return Job(settings, updates, 1e-3, checkpoint=(SAVED_AFTER, str(self.checkpoint(name))))
+        updates = tuple((batch, LOSS) for batch in self.batches)
+        return Job(settings, updates, RATE, checkpoint=(SAVED_AFTER, str(self.checkpoint(name))))
 
     def resume(self, start: str, end: str) -> Job:
         job = self.job(end)
@@ -115,25 +128,58 @@ def lives(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return Lives(tmp_path_factory.mktemp("lives"), tiny_models["qwen3_vl"])
 
 
-@pytest.mark.parametrize("start", RESUMING)
-def test_a_resumed_learner_goes_on_as_the_uninterrupted_one(lives: Lives, start: str) -> None:
-    whole = lives.whole[start]
-    for end in RESUMING[start]:
-        found = lives.resumed[start, end]
-        same = start == end
-        # bfloat16 rounds each rank's or stage's sums in its own order.
-        loose = 3e-2 if "bf16" in start else 1e-4
-        assert len(found.metrics) == (3 if "bf16" in start else FURTHER)
-        for old, new in zip(whole.metrics[SAVED_AFTER:], found.metrics, strict=True):
-            for name in ("loss", "grad_norm", "entropy/perception"):
-                near = pytest.approx(old[name], rel=1e-6 if same else loose, abs=1e-6)
-                assert new[name] == near, (end, name)
-        moved = 0.0
-        for name, expected in whole.weights.items():
-            gap = (found.weights[name].float() - expected.float()).abs().max()
-            assert gap <= (1e-7 if same else 1e-2 if "bf16" in start else 1e-4), (end, name)
-            moved = max(moved, float((expected.float() - whole.after_first[name].float()).norm()))
-        assert moved > 0.01
+@pytest.mark.parametrize(("start", "end"), RESUMED)
+def test_a_resumed_learner_has_what_was_stored_to_the_bit(
+    lives: Lives, start: str, end: str
+) -> None:
+    """Whatever stage and ranks wrote it: weights, float32 weights, both moments, steps taken."""
+    stored = lives.stored(start)
+    found = lives.resumed[start, end].state_at_start
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    names = [name for name in stored if name.startswith("steps/")]
+    assert names and all(stored[name] == SAVED_AFTER for name in names)
+    masters = [name for name in stored if name.startswith("master/")]
+    assert len(masters) == (len(names) if "bf16" in start else 0)
+
+
+@pytest.mark.parametrize(("start", "end"), RESUMED)
+def test_a_resumed_learner_steps_from_what_was_stored(lives: Lives, start: str, end: str) -> None:
+    """Its first update is AdamW's on its own gradients, whatever rounding gave these."""
+    stored, outcome = lives.stored(start), lives.resumed[start, end]
+    found, steps = outcome.state_after_first, SAVED_AFTER + 1
+    scale = min(1.0, 1 / outcome.norms[0])
+    own = "master" if "bf16" in start else "weights"
+    for name, gradient in outcome.gradients.items():
+        gradient = gradient.float() * scale
+        mean, square, weight = (found[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq", own))
+        told = (mean - 0.9 * stored[f"exp_avg/{name}"]) / 0.1
+        rounding = 1e-6 * float(stored[f"exp_avg/{name}"].norm())
+        assert (told - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name
+        expected = 0.999 * stored[f"exp_avg_sq/{name}"] + 0.001 * told.square()
+        assert (square - expected).norm() <= 1e-4 * expected.norm(), name
+        step = mean / (1 - 0.9**steps) / ((square / (1 - 0.999**steps)).sqrt() + 1e-8)
+        expected = stored[f"{own}/{name}"] * (1 - RATE * DECAY) - RATE * step
+        assert (weight - expected).abs().max() <= 1e-3 * RATE, name
+        assert found[f"steps/{name}"] == steps
+        assert torch.equal(found[f"weights/{name}"], weight.to(found[f"weights/{name}"].dtype))
+
+
+@pytest.mark.parametrize(("start", "end"), SAME_UPDATES)
+def test_a_resumed_learner_goes_on_as_the_uninterrupted_one(
+    lives: Lives, start: str, end: str
+) -> None:
+    whole, found, same = lives.whole[start], lives.resumed[start, end], start == end
+    assert len(found.metrics) == FURTHER
+    for old, new in zip(whole.metrics[SAVED_AFTER:], found.metrics, strict=True):
+        for name in ("loss", "grad_norm", "entropy/perception"):
+            assert new[name] == pytest.approx(old[name], rel=1e-6 if same else 1e-4, abs=1e-6), name
+    moved = 0.0
+    for name, expected in whole.weights.items():
+        gap = (found.weights[name].float() - expected.float()).abs().max()
+        assert gap <= (1e-7 if same else 1e-4), name
+        moved = max(moved, float((expected.float() - whole.after_first[name].float()).norm()))
+    assert moved > 0.01
 
 
 def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(lives: Lives) -> None:
@@ -153,8 +199,9 @@ def test_what_is_written_in_the_background_is_of_the_step_it_names(lives: Lives)
         after_first = lives.whole[name].after_first
         assert found.keys() == at_once.keys()
         for parameter, expected in at_once.items():
-            assert (found[parameter] - expected).abs().max() < 2e-5, (name, parameter)
-        moved = [(found[n] - after_first[n]).abs().max() > 1e-4 for n in found]
+            # An update moves a weight by about the rate; orders of adding up do not.
+            assert (found[parameter] - expected).abs().max() < RATE / 10, (name, parameter)
+        moved = [(found[n] - after_first[n]).abs().max() > RATE / 10 for n in found]
         assert sum(moved) > len(moved) / 2
 
 
