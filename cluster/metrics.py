@@ -84,7 +84,7 @@ def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[floa
     if n == 1 < len(values):
         return 0.0, 1.0
     if n < len(values) and not is_constant(values):
-        wider = stdtrit(n - 1, 0.975) / Z95
+        wider = float(stdtrit(n - 1, 0.975)) / Z95  # of NumPy's type no JSON is made
         variance = max(variance, float(scores.var(ddof=1)) / n * wider**2)
     return score_interval(float(values.mean()), variance, n)
 

@@ -478,7 +478,7 @@ class Progress:
         self.steps = steps
         # A log file has no width; its tables should not be squeezed into 80 columns.
         wide = Console()
-        self.console = console or (wide if wide.is_terminal else Console(width=110))
+        self.console = console or (wide if wide.is_terminal else Console(width=132))
         self._recent: deque[float] = deque(maxlen=10)
 
     def step(

@@ -12,6 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from cluster.metrics import (
+    EvalRow,
     EvalTable,
     before_after,
     eval_table,
@@ -198,6 +199,15 @@ def test_before_after_pairs_problems_and_tests_what_changed() -> None:
     other = {row.metric: row for row in before_after(before, table({0}, count=19)).rows}
     assert other["a"].p is None
     assert other["a"].paired == 0
+
+
+def test_changes_of_problems_that_share_a_puzzle_can_be_kept() -> None:
+    puzzles = {"p": "one", "q": "one", "r": "two"}
+    rows = (EvalRow("a", 0.5, 3, 0.0, 1.0),)
+    before = EvalTable(rows, {"a": {"p": 0.0, "q": 1.0, "r": 0.0}}, puzzles)
+    after = EvalTable(rows, {"a": {"p": 1.0, "q": 1.0, "r": 0.0}}, puzzles)
+    (row,) = json.loads(json.dumps(before_after(before, after).to_dict()))["rows"]
+    assert (row["overlap"], row["paired"], row["gained"]) == (True, 3, 1)
 
 
 def test_tables_show_hostile_names_as_they_are() -> None:
