@@ -213,12 +213,12 @@ def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:
         return []
     if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
         # Entries of one list have one name.
-        pairs = [(at, *pair) for pair in zip(old, new, strict=True)]
+        pairs = [(at, one, two) for one, two in zip(old, new, strict=True)]
     elif isinstance(old or new, dict) and isinstance(new or old, dict):
-        one, two = old or {}, new or {}
-        names = dict.fromkeys([*one, *two])
-        pairs = [(f"{at}.{n}" if at else n, one.get(n), two.get(n)) for n in names]
+        left, right = old or {}, new or {}
+        names = dict.fromkeys([*left, *right])
+        pairs = [(f"{at}.{n}" if at else n, left.get(n), right.get(n)) for n in names]
     else:
         return [at]
-    found = [name for place, *pair in pairs for name in changed_fields(*pair, place)]
+    found = [name for place, one, two in pairs for name in changed_fields(one, two, place)]
     return list(dict.fromkeys(found))
