@@ -136,7 +136,7 @@ def source_image(value: Any, folder: Path) -> bytes:
     while isinstance(value, list):
         (value,) = value
     if isinstance(value, dict):
-        value = value["path"] if value["bytes"] is None else value["bytes"]
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return value
     if (folder / value[:200]).is_file():
