@@ -232,21 +232,20 @@ class DeepSpeedLearner:
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
         """float32 [T] log-probs of every sequence's response under the current weights.
 
-        Under ZeRO-3 every rank must call it; each computes all sequences.
+        Every rank must call it; each computes its share, and all get all of them.
         """
         was_training = self._engine.module.training
         self._engine.module.eval()
-        found: list[np.ndarray] = [np.empty(0)] * len(batch.sequences)
-        for indices in self._plan(batch, 1)[0]:
-            chosen = [batch.sequences[i] for i in indices]
-            micro = self._collate(chosen).to(self._engine.device)
-            flat, _ = self._engine.module.run(micro)
-            parts = flat.float().cpu().split([len(s.response_ids) for s in chosen])
-            for index, part in zip(indices, parts, strict=True):
-                found[index] = part.numpy()
+        found: dict[int, np.ndarray] = {}
+        for indices in self._plan(batch, self._place.size)[self._place.rank]:
+            flat, _ = self._engine.module.run(self._micro_batch(batch, indices, None))
+            ends = np.cumsum([len(batch.sequences[i].response_ids) for i in indices], dtype=int)
+            # A filler, which has no indices, is there for the other ranks' collectives only.
+            found |= zip(indices, np.split(flat.float().cpu().numpy(), ends), strict=False)
         self._engine.module.train(was_training)
         self._collate.forget()
-        return found
+        shares = _from_ranks(found, self._place.size)
+        return [share[i] for i in range(len(batch.sequences)) for share in shares if i in share]
 
     def weights(self) -> GatheredWeights | AdapterWeights:
         """What is trained, as a weight source (see `rollout.transfer.WeightSource`)."""

@@ -306,6 +306,20 @@ def test_a_saved_folder_is_the_learner_that_wrote_it(ranks: Ranks, name: str) ->
     np.testing.assert_allclose(found.numpy(), told, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_computes_its_share_of_log_probs_and_all_come_back(
+    ranks: Ranks, family: str
+) -> None:
+    sequences = ranks.batches[family][0].sequences
+    tokens = sum(len(s.response_ids) for s in sequences)
+    for name, outcome in outcomes(ranks, family).items():
+        assert [len(found) for found in outcome.logprobs] == [
+            len(s.response_ids) for s in sequences
+        ]
+        alone = name.startswith("1/")
+        assert outcome.computed == tokens if alone else 0 < outcome.computed < tokens, name
+
+
 @pytest.mark.parametrize("stage", REFUSING)
 def test_an_update_that_is_not_finite_is_refused_whole(ranks: Ranks, stage: int) -> None:
     outcome = ranks.outcomes[f"refused {stage}"]
