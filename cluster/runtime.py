@@ -63,17 +63,21 @@ def _attach(address: str | None) -> None:
     joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
     RAY_ADDRESS.
     """
-    local = None if os.environ.get("RAY_ADDRESS") else "local"
+    own = address is None and not os.environ.get("RAY_ADDRESS")
+    job = address is None and not own
     for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
         try:
-            ray.init(
-                address=address or local,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="error",
-                ignore_reinit_error=True,
-                runtime_env={"env_vars": _worker_environment()} if address is None else None,
-            )
+            # A node of our own hands its environment on, so that the workers that it starts at
+            # once are those that the actors get; asked for by each job, they would not fit.
+            with _environment(_worker_environment() if own else {}):
+                ray.init(
+                    address="local" if own else address,
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="error",
+                    ignore_reinit_error=True,
+                    runtime_env={"env_vars": _worker_environment()} if job else None,
+                )
             return
         except Exception as error:
             ray.shutdown()
@@ -82,6 +86,21 @@ def _attach(address: str | None) -> None:
                 raise UserError(f"--address {address}: Ray cannot join it: {why}") from error
             if not tries_left or "timed out" not in str(error):
                 raise
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """What is started within has these variables too."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _worker_environment() -> dict[str, str]:
