@@ -112,6 +112,10 @@ class Engine:
             chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
             chosen["weight_transfer_config"] = WeightTransferConfig(backend=settings.transport)
         if current_platform.is_cpu():
+            if settings.enforce_eager:
+                # A few small functions would be compiled all the same, at the first request: that
+                # takes a C++ compiler longer than a CPU run can ever win back.
+                os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
             # A prompt read in pieces throws the token drawn after each piece away and takes its
             # seed's stream back by an offset, which a CPU's generator does not have.
             chosen["enable_chunked_prefill"] = False
