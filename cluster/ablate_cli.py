@@ -61,10 +61,14 @@ def ablate_to_the_end(
     `runner` stands in for the one that `address` chooses. What its cells would find before they
     start is asked first, but for a model that is not here. A dry run tells the power of the plan to
     show `difference`, from the spread in `pilot`, an ablation's folder, or in what is finished
-    here. Raises UserError for what the user can
-    put right: a folder in use or of another ablation, a machine that is too small, parts that the
-    policy of a cell does not have.
+    here. Raises UserError for what the user can put right: a folder in use or of another ablation,
+    a machine that is too small, parts that the policy of a cell does not have, a pilot without a
+    dry run.
     """
+    if pilot and not dry_run:
+        raise UserError(f"--pilot {pilot}: tells the power of a plan; give it with --dry-run")
+    if not 0 < difference <= 1:
+        raise UserError(f"--difference {difference:g}: expected a difference of accuracies, 0 to 1")
     console = Console(soft_wrap=True)
     folder = output or Path(ablation.base.output.folder) / ablation.name
     machine = Machine.detect()
@@ -114,10 +118,15 @@ def print_power(ablation: Ablation, pilot: Path, difference: float, console: Con
     from cluster.power import power_words
     from cluster.report_ablation import read_ablation
 
-    table = read_ablation(pilot).table
-    arms = list(dict.fromkeys(table["arm"].to_pylist()))
+    record = read_ablation(pilot)
+    # The reference is the first arm, whether it has finished or not.
+    found, share = pilot_differences(
+        record.table, list(dict.fromkeys(cell.arm for cell in record.cells))
+    )
     recipe = ablation.base
-    planned = recipe.eval.problems * len(recipe.tasks)
+    compared = max(1, len({cell.arm for cell in ablation.cells}) - 1)
     seeds = len({cell.seed for cell in ablation.cells})
-    for line in power_words(pilot_differences(table, arms), seeds, planned, difference):
+    planned = max(2, round(recipe.eval.problems * len(recipe.tasks) * share))
+    unit = "problems" if share == 1 else "puzzles"
+    for line in power_words(found, compared, seeds, planned, difference, unit):
         console.print(line, markup=False, highlight=False)

@@ -283,11 +283,17 @@ class Results:
         return self._numbers.get((difficulty, arm, task, metric), {})
 
 
-def pilot_differences(table: pa.Table, arms: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """arm -> its `a` after training less that of `arms[0]`, [S, K puzzles] a difficulty."""
+def pilot_differences(
+    table: pa.Table, arms: Sequence[str]
+) -> tuple[dict[str, list[np.ndarray]], float]:
+    """arm -> its `a` after training less that of `arms[0]`, [S, K puzzles] a difficulty; and K / P.
+
+    The second is how many puzzles a problem stands for: 1 where no two are of one puzzle.
+    """
     results = Results(table)
     task = ALL_TASKS if len(results.tasks) > 1 else "".join(results.tasks)
     found: dict[str, list[np.ndarray]] = {}
+    of_problems = of_puzzles = 0
     for arm in arms[1:]:
         for difficulty in results.difficulties:
             (ours, reference), problems = aligned(
@@ -296,7 +302,9 @@ def pilot_differences(table: pa.Table, arms: Sequence[str]) -> dict[str, list[np
             if ours.size:
                 puzzles = results.puzzles(task, problems)
                 found.setdefault(arm, []).append(by_puzzle(ours - reference, puzzles))
-    return found
+                of_problems += len(problems)
+                of_puzzles += found[arm][-1].shape[1]
+    return found, of_puzzles / max(1, of_problems)
 
 
 def aligned(

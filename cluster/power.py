@@ -114,16 +114,21 @@ def seeds_needed(spread: Spread, problems: int, difference: float, arms: int = 1
 
 
 def power_words(
-    pilot: Mapping[str, Sequence[np.ndarray]], seeds: int, problems: int, difference: float
+    pilot: Mapping[str, Sequence[np.ndarray]],
+    arms: int,
+    seeds: int,
+    problems: int,
+    difference: float,
+    unit: str = "problems",
 ) -> list[str]:
     """What the planned seeds and problems can show of `a`, and what `difference` would need.
 
-    `pilot`: arm -> paired differences [S, P] to the reference, one a difficulty.
+    `pilot`: arm -> paired differences [S, P] to the reference, one a difficulty. `arms` are those
+    that the plan compares; `unit` says what P counts.
     """
     spread = spread_of([values for arrays in pilot.values() for values in arrays])
     if spread is None:
         return ["power: unknown, for the pilot has no arm and reference with two seeds in common"]
-    arms = len(pilot)
     of_arms = ", ".join(
         f"{arm} {math.sqrt(found.seeds):.3f}"
         for arm, arrays in pilot.items()
@@ -131,14 +136,14 @@ def power_words(
     )
     lines = [
         f"power: from the pilot's paired differences of a, s.d. over seeds "
-        f"{math.sqrt(spread.seeds):.3f} ({of_arms}; {spread.df} degrees of freedom), over problems "
+        f"{math.sqrt(spread.seeds):.3f} ({of_arms}; {spread.df} degrees of freedom), over {unit} "
         f"{math.sqrt(spread.problems):.3f}, of single answers {math.sqrt(spread.answers):.3f}"
     ]
     if seeds > 1:
         one = smallest_difference(spread, seeds, problems)
         of_all = smallest_difference(spread, seeds, problems, arms)
         lines.append(
-            f"power: {seeds} seeds × {problems} problems, as planned, show a difference of "
+            f"power: {seeds} seeds × {problems} {unit}, as planned, show a difference of "
             f"{one:.3f} with {POWER:.0%} power, of {of_all:.3f} where Holm adjusts over {arms} arms"
         )
     else:
@@ -146,5 +151,5 @@ def power_words(
     for count in (problems, 4 * problems):
         least = seeds_needed(spread, count, difference, arms)
         needed = f"{least} seeds" if least else f"more than {MOST_SEEDS} seeds"
-        lines.append(f"power: {difference:g} needs {needed} × {count} problems, Holm-adjusted")
+        lines.append(f"power: {difference:g} needs {needed} × {count} {unit}, Holm-adjusted")
     return lines

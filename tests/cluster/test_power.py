@@ -11,7 +11,16 @@ from scipy import stats
 
 from cluster.ablate_cli import ablate_to_the_end
 from cluster.ablation_config import load_ablation
-from cluster.power import POWER, Spread, power, seeds_needed, smallest_difference, spread_of
+from cluster.config import UserError
+from cluster.power import (
+    POWER,
+    Spread,
+    power,
+    power_words,
+    seeds_needed,
+    smallest_difference,
+    spread_of,
+)
 from cluster.statistics import crossed_interval
 
 SPREAD = Spread(seeds=0.02**2, problems=0.013, answers=0.2, df=6)
@@ -85,3 +94,21 @@ def test_a_dry_run_tells_the_power_from_a_published_pilot(
     assert len(lines) == 4
     assert "group_agreement 0.103" in lines[0] and "8 degrees of freedom" in lines[0]
     assert "3 seeds × 512 problems" in lines[1] and "Holm adjusts over 4 arms" in lines[1]
+
+
+def test_holm_counts_the_arms_of_the_plan_and_not_of_the_pilot() -> None:
+    pilot = {"other": [drawn(np.random.default_rng(7), SPREAD, 6, 512, 0.05)]}
+    spread = spread_of(pilot["other"])
+    assert spread is not None
+    words = power_words(pilot, 3, 8, 512, 0.03)
+    assert (
+        f"{smallest_difference(spread, 8, 512, 3):.3f} where Holm adjusts over 3 arms" in words[1]
+    )
+
+
+def test_what_only_a_dry_run_reads_is_refused_without_one(tmp_path: Path) -> None:
+    ablation = load_ablation(Path("recipes/ablations/perception_signal.toml"))
+    with pytest.raises(UserError, match=r"--pilot docs: .*--dry-run"):
+        ablate_to_the_end(ablation, tmp_path, pilot=Path("docs"))
+    with pytest.raises(UserError, match=r"--difference 0: expected"):
+        ablate_to_the_end(ablation, tmp_path, dry_run=True, difference=0)
