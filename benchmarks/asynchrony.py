@@ -16,12 +16,12 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from cluster.config import Recipe, load_recipe
-from cluster.metrics import step_metrics
-from cluster.runtime import Run, running
-from cluster.stream import GroupStream
-from cluster.tracking import Progress
-from cluster.train import StepClock, anchored, policy_loss, train_batches
+from cluster.recipe.recipe import Recipe, load_recipe
+from cluster.record.metrics import step_metrics
+from cluster.record.tracking import Progress
+from cluster.run.runtime import Run, running
+from cluster.run.stream import GroupStream
+from cluster.run.train import StepClock, anchored, policy_loss, train_batches
 
 DEFAULT = Path(__file__).parents[1] / "recipes" / "tiny" / "sudoku.toml"
 SETTINGS = (

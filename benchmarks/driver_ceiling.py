@@ -27,10 +27,10 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks.score_rollouts import made_up
-from cluster.config import Recipe
-from cluster.metrics import step_metrics
-from cluster.stream import GroupStream
-from cluster.train import train_batches
+from cluster.recipe.recipe import Recipe
+from cluster.record.metrics import step_metrics
+from cluster.run.stream import GroupStream
+from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import load_term, score_group

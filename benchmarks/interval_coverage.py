@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import optimize, special
 
-from cluster.statistics import accuracy_interval, crossed_interval
+from cluster.ablation.statistics import accuracy_interval, crossed_interval
 
 HARDNESS = 1.5
 COLLAPSE = 0.15

@@ -24,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
-from cluster.config import load_recipe
+from cluster.recipe.recipe import load_recipe
 from learner.batch import Layout, TrainBatch, TrainSequence
 from learner.engine import DeepSpeedLearner
 from learner.policy_loss import PolicyLoss

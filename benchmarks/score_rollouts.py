@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.runtime import connected
-from cluster.sections_reward import RewardTermConfig
-from cluster.stored import read_groups, stored_steps
-from cluster.tracking import read_metrics
+from cluster.record.stored import read_groups, stored_steps
+from cluster.record.tracking import read_metrics
+from cluster.run.runtime import connected
 from rewards.pool import RewardPool
+from rewards.settings import RewardTermConfig
 from rollout.record import Group, Rollout
 from rollout.tokens import label_segments
 from tasks.core import Problem, Task

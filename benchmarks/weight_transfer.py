@@ -26,10 +26,10 @@ import psutil
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from cluster.sections_rollout import TransferConfig
 from learner.tiny import make_tiny
 from learner.weights import GatheredWeights
 from rollout.engine import Engine, EngineSettings
+from rollout.settings import TransferConfig
 from rollout.transfer import HostSender
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 11

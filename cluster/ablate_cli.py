@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.ablate import (
+from cluster.ablation.launch import (
     LocalRunner,
     RayJobRunner,
     Runner,
@@ -17,11 +17,11 @@ from cluster.ablate import (
     run_ablation,
     slots_for,
 )
-from cluster.ablation_config import Ablation, Cell
-from cluster.ablation_progress import GridProgress, cost_table
-from cluster.config import UserError
-from cluster.placement import Machine, plan, trained_of
-from cluster.preflight import preflight
+from cluster.ablation.plan import Ablation, Cell
+from cluster.ablation.progress import GridProgress, cost_table
+from cluster.recipe.placement import Machine, plan, trained_of
+from cluster.recipe.preflight import preflight
+from cluster.recipe.recipe import UserError
 from rollout.tokens import ModelError
 from tasks.core import DataError
 
@@ -102,8 +102,8 @@ def ablate_to_the_end(
         console.print("stopped; the same command goes on from here", highlight=False)
         return INTERRUPTED
     # Seconds of imports (SciPy, PyArrow) that launching does not need.
-    from cluster.report_ablation import write_results
-    from cluster.report_page import to_text
+    from cluster.report.ablation_report import write_results
+    from cluster.report.page import to_text
 
     record, report = write_results(folder)
     console.print(to_text(report, "outcome"), markup=False, highlight=False)
@@ -113,10 +113,10 @@ def ablate_to_the_end(
 
 
 def print_power(ablation: Ablation, pilot: Path, difference: float, console: Console) -> None:
-    """Print what the planned seeds and problems can show (`cluster.power`)."""
-    from cluster.ablation_results import pilot_differences
-    from cluster.power import power_words
-    from cluster.report_ablation import read_ablation
+    """Print what the planned seeds and problems can show (`cluster.ablation.power`)."""
+    from cluster.ablation.power import power_words
+    from cluster.ablation.results import pilot_differences
+    from cluster.report.ablation_report import read_ablation
 
     record = read_ablation(pilot)
     # The reference is the first arm, whether it has finished or not.

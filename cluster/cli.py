@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cluster.config import (
+from cluster.names import require_own_names
+from cluster.recipe.machine import told
+from cluster.recipe.placement import Command, Machine, describe, plan
+from cluster.recipe.recipe import (
     Recipe,
     RecipeError,
     RunFailed,
@@ -25,16 +28,13 @@ from cluster.config import (
     resolved_toml,
     task_of,
 )
-from cluster.machine import told
-from cluster.names import require_own_names
-from cluster.placement import Command, Machine, describe, plan
-from cluster.terminal import as_written, printable
+from cluster.record.terminal import as_written, printable
 from rollout.tokens import ModelError
 from tasks.core import DataError
 from tasks.files import expanded
 
 if TYPE_CHECKING:
-    from cluster.checkpoints import Resumable, Resumed
+    from cluster.run.checkpoints import Resumable, Resumed
 
 app = typer.Typer(
     name="equipoise",
@@ -105,7 +105,7 @@ def train(
     if replay is not None:
         if recipe is not None or resume is not None:
             raise UserError("--replay RUN: the run has its recipe; give neither one nor --resume")
-        from cluster.replay import recorded, run_replay
+        from cluster.run.replay import recorded, run_replay
 
         loaded, source = recorded(replay, set_ or ())
         if _ready(loaded, "replay", address, dry_run, replay):
@@ -114,9 +114,12 @@ def train(
     loaded, resumed = _loaded("train", recipe, set_, output, resume)
     if not _ready(loaded, "train", address, dry_run, recipe or resume):
         return
-    from cluster.train import run_training
+    from cluster.run.train import run_training
 
-    run_training(loaded, address=address, output=output, resumed=resumed)
+    folder = run_training(loaded, address=address, output=output, resumed=resumed)
+    from cluster.report.run_report import draw_report
+
+    draw_report(folder)
 
 
 @app.command()
@@ -129,7 +132,7 @@ def sample(
     output: Output = None,
 ) -> None:
     """Sample and score rollouts as training would, without a learner; diagnose reads them."""
-    from cluster.replay import recipe_to_sample, run_sampling
+    from cluster.run.replay import recipe_to_sample, run_sampling
 
     loaded = recipe_to_sample(where, set_ or ())
     if _ready(loaded, "sample", address, dry_run, where):
@@ -154,7 +157,7 @@ def sft(
         )
     if not _ready(loaded, "sft", address, dry_run, recipe or resume):
         return
-    from cluster.cold_start import run_sft
+    from cluster.run.sft import run_sft
 
     run_sft(loaded, address=address, output=output, resumed=resumed)
 
@@ -179,7 +182,7 @@ def evaluate(
     """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
     chosen = task_of(task, set_ or ())
     like = load_recipe(recipe) if recipe else None
-    from cluster.evaluate import run_eval
+    from cluster.run.evaluate import run_eval
 
     run_eval(
         checkpoint,
@@ -211,7 +214,7 @@ def diagnose(
     """Say what a stored run's rewards taught, and which reward terms can be trusted."""
     if as_json and markdown:
         raise UserError("--json and --markdown: choose one")
-    from cluster.diagnose import run_diagnose
+    from cluster.report.diagnose import run_diagnose
 
     run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
 
@@ -228,7 +231,7 @@ def report(
     ] = None,
 ) -> None:
     """Show what a run did or an ablation found: summary, curves, rollouts to look at, in a file."""
-    from cluster.report import run_report
+    from cluster.report.run_report import run_report
 
     print(f"report: {run_report(folder, form, output)}")
 
@@ -239,7 +242,7 @@ def scale(
     samplers: Annotated[int, typer.Option(min=1, help="How many samplers it is to have")],
 ) -> None:
     """Give a run that goes on more samplers, or fewer, from its next step."""
-    from cluster.scaling import ask
+    from cluster.run.scaling import ask
 
     ask(run, samplers)
     print(f"{run}: {samplers} samplers from its next step; see sampler/asked and sampler/count")
@@ -270,7 +273,7 @@ def ablate(
     Exit code 1 when a cell failed or arms turned out not to be paired.
     """
     from cluster.ablate_cli import ablate_to_the_end
-    from cluster.ablation_config import load_ablation
+    from cluster.ablation.plan import load_ablation
 
     code = ablate_to_the_end(
         load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference
@@ -285,7 +288,7 @@ def make(
     seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
 ) -> None:
     """Write a tiny policy with random weights, its tokenizer and its processor."""
-    from cluster.machine import require_free
+    from cluster.recipe.machine import require_free
     from learner.tiny import make_tiny
 
     require_free(out, "--out")
@@ -371,7 +374,7 @@ def _loaded(
     if resume is not None:
         if recipe is not None or output is not None:
             raise UserError("--resume RUN: the run has its recipe and its folder; give neither")
-        from cluster.checkpoints import resume as go_on
+        from cluster.run.checkpoints import resume as go_on
 
         return go_on(resume, overrides or (), command)
     if recipe is None:
@@ -393,7 +396,7 @@ def _ready(
     except ModelError as error:
         raise RecipeError(f"{source}: {error}") from error
     if dry_run:
-        from cluster.preflight import preflight
+        from cluster.recipe.preflight import preflight
 
         notes: list[str] = []
         preflight(recipe, command, notes.append, dry_run=True)

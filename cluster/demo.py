@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.config import UserError, load_recipe
-from cluster.placement import Machine, plan
-from cluster.train import run_training
+from cluster.recipe.placement import Machine, plan
+from cluster.recipe.recipe import UserError, load_recipe
+from cluster.report.run_report import draw_report
+from cluster.run.train import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "tiny" / "demo.toml"
@@ -30,5 +31,6 @@ def run_demo() -> Path:
     plan(recipe, Machine.detect()).require()
     start = time.perf_counter()
     folder = run_training(recipe)
+    draw_report(folder)
     Console().print(f"demo: {time.perf_counter() - start:.0f} s", highlight=False)
     return folder

@@ -24,10 +24,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from cluster.config import UserError
-from cluster.machine import can_write, settle_environment
 from cluster.names import other_than_ours
-from cluster.placement import GIB, Machine
+from cluster.recipe.machine import can_write, settle_environment
+from cluster.recipe.placement import GIB, Machine
+from cluster.recipe.recipe import UserError
 from rollout.starting import last_error
 
 Status = Literal["ok", "warn", "fail"]

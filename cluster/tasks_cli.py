@@ -21,9 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.config import UserError, task_of
-from cluster.machine import require_free
-from cluster.terminal import printable
+from cluster.recipe.machine import require_free
+from cluster.recipe.recipe import UserError, task_of
+from cluster.record.terminal import printable
 from tasks.contract import check_task
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.rollout.pretend import Samplers
+    from tests.support.pretend import Samplers
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def samplers() -> Iterator[Samplers]:
     """Samplers without engines, whose pools and threads end with the test."""
-    from tests.rollout.pretend import Samplers
+    from tests.support.pretend import Samplers
 
     made = Samplers()
     yield made

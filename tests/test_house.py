@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("tasks", "rollout", "rewards", "learner", "cluster")
-RECORDS = ("tasks", "rollout.record", "rollout.tokens")
+RECORDS = ("tasks", "rollout.record", "rollout.settings", "rollout.tokens")
 MAY_IMPORT = {
     "tasks": (),
     "rollout": ("tasks",),
@@ -19,6 +19,17 @@ MAY_IMPORT = {
     "learner": RECORDS,
     "cluster": ROOMS,
 }
+CLUSTER_MAY_IMPORT = {
+    "recipe": (),
+    "record": ("recipe",),
+    "run": ("recipe", "record"),
+    "ablation": ("recipe", "record"),
+    "report": ("recipe", "record", "ablation"),
+}
+"""The rooms inside cluster/; the commands, its flat files, may import all of them."""
+COMMANDS = {
+    "__init__", "__main__", "ablate_cli", "cli", "demo", "doctor", "names", "tasks_cli",
+}  # fmt: skip
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 LONGEST_FILE = 700
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -75,6 +86,26 @@ def test_rooms_import_only_what_the_table_allows(room: str) -> None:
     assert {path: modules for path, modules in found.items() if modules} == {}
 
 
+@pytest.mark.parametrize("room", CLUSTER_MAY_IMPORT)
+def test_rooms_of_cluster_import_one_way(room: str) -> None:
+    files = python_files(f"cluster/{room}")
+    assert files, "a room without files proves nothing"
+    allowed = tuple(f"cluster.{name}" for name in (room, *CLUSTER_MAY_IMPORT[room]))
+    found = {
+        str(path.relative_to(ROOT)): [
+            module
+            for module in imports_of(path)
+            if within(module, ("cluster",)) and not within(module, allowed)
+        ]
+        for path in files
+    }
+    assert {path: modules for path, modules in found.items() if modules} == {}
+
+
+def test_flat_files_of_cluster_are_the_commands() -> None:
+    assert {path.stem for path in (ROOT / "cluster").glob("*.py")} == COMMANDS
+
+
 def test_the_table_would_catch_an_intruder() -> None:
     assert intruders("rewards", "def f():\n    from learner import losses") == ["learner.losses"]
     assert intruders("learner", "import rollout.engine") == ["rollout.engine"]
@@ -96,7 +127,7 @@ def test_one_room_knows_vllm_and_one_file_knows_deepspeed() -> None:
 
 def test_the_driver_comes_up_without_the_libraries_of_its_actors() -> None:
     """They are imported once, in the process that works with them: a second costs seconds."""
-    loaded = imported_at_once("cluster.train") | imported_at_once("cluster.cli")
+    loaded = imported_at_once("cluster.run.train") | imported_at_once("cluster.cli")
     assert {"learner.actor.LearnerGroup", "ray"} <= loaded
     heavy = ("transformers", "deepspeed", "vllm", "peft", "accelerate")
     assert {name for name in loaded if within(name, heavy)} == set()

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.cli import main
-from cluster.config import UserError
+from cluster.recipe.recipe import UserError
 from cluster.tasks_cli import app
 from tasks.datasets import read_dataset, read_manifest
 from tasks.images import check_image

@@ -16,8 +16,8 @@ from learner.balance import Balance, SegmentGradients, ngdiff_weight, segment_gr
 from learner.batch import MicroBatch, TrainBatch
 from learner.losses import PERCEPTION, BalancedLoss, TokenMeanLoss
 from learner.policy import Policy, make_collator
-from tests.learner.samples import mixed_batch
 from tests.learner.test_policy import plain_logprobs
+from tests.support.samples import mixed_batch
 
 POSITIVE = st.floats(1e-6, 1e6)
 

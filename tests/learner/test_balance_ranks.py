@@ -12,8 +12,8 @@ from learner.batch import TrainBatch
 from learner.losses import BalancedLoss
 from learner.policy import load_policy
 from learner.trainer import LearnerSettings
-from tests.learner.ranks import Job, Outcome, run_ranks
-from tests.learner.samples import mixed_batch
+from tests.support.ranks import Job, Outcome, run_ranks
+from tests.support.samples import mixed_batch
 
 LOSS = BalancedLoss(0.3)
 

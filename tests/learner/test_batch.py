@@ -11,7 +11,7 @@ import torch
 
 from learner.policy import Policy, make_collator
 from tasks.core import DataError
-from tests.learner.samples import mixed_batch, placeholder, sequence
+from tests.support.samples import mixed_batch, placeholder, sequence
 
 
 def test_a_micro_batch_predicts_every_response_token_from_the_one_before(

@@ -28,8 +28,8 @@ from learner.policy_loss import PolicyLoss
 from learner.state import own_part
 from learner.trainer import LearnerSettings
 from tasks.files import replacing
-from tests.learner.ranks import Job, Outcome, run_killed, run_ranks
-from tests.learner.samples import mixed_batch
+from tests.support.ranks import Job, Outcome, run_killed, run_ranks
+from tests.support.samples import mixed_batch
 
 RANKS = 2
 FURTHER = 3

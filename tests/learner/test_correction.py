@@ -24,7 +24,6 @@ from learner.correction import (
 from learner.policy import Policy, make_collator
 from learner.policy_loss import Aggregation, Objective, PolicyLoss
 from tasks.core import SEGMENTS
-from tests.learner.samples import mixed_batch
 from tests.learner.test_policy_loss import (
     AGGREGATIONS,
     CLIP,
@@ -40,6 +39,7 @@ from tests.learner.test_policy_loss import (
     gains,
     total,
 )
+from tests.support.samples import mixed_batch
 
 KINDS: tuple[CorrectionKind, ...] = get_args(CorrectionKind)
 BOUNDS = {

@@ -27,9 +27,9 @@ from learner.tiny import FAMILIES
 from learner.weights import in_buckets, layer_groups
 from tasks.files import replacing
 from tasks.images import mask_patches
-from tests.learner.ranks import Job, Outcome, run_ranks
-from tests.learner.samples import CliffLoss, mixed_batch
 from tests.learner.test_policy import plain_logprobs
+from tests.support.ranks import Job, Outcome, run_ranks
+from tests.support.samples import CliffLoss, mixed_batch
 
 RATE = 1e-3
 CLIP = 0.5

@@ -16,8 +16,8 @@ from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.trainer import LearnerSettings, Trainer, WorldPlace
 from rollout.tokens import ModelError
-from tests.learner.ranks import Job, Outcome, run_ranks
-from tests.learner.samples import mixed_batch
+from tests.support.ranks import Job, Outcome, run_ranks
+from tests.support.samples import mixed_batch
 
 RATE = 1e-3
 part_of = FAMILIES["qwen3_vl"].part_of

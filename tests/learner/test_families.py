@@ -20,8 +20,8 @@ from learner.policy import Policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES as FAMILY_NAMES
 from rollout.tokens import Chat, ModelError, load_processor
-from tests.learner.samples import mixed_batch, placeholder, sequence
 from tests.learner.test_policy import plain_logprobs
+from tests.support.samples import mixed_batch, placeholder, sequence
 
 LOSS = PolicyLoss(kl_weight=0.1, kl_estimator="k2")
 

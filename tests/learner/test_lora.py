@@ -21,8 +21,8 @@ from learner.policy import Policy, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
 from learner.trainer import LearnerSettings
 from rollout.tokens import ModelError
-from tests.learner.ranks import Job, Outcome, run_ranks
-from tests.learner.samples import mixed_batch
+from tests.support.ranks import Job, Outcome, run_ranks
+from tests.support.samples import mixed_batch
 
 LOSS = PolicyLoss(entropy_weight=0.01)
 LORA = LoraSettings(rank=4, alpha=6.0, targets=("*.q_proj", "*.down_proj", "vision", "merger"))

@@ -22,8 +22,8 @@ from learner.plan import Costs, describe, plan_micro_batches
 from learner.policy import Policy, keep_no_activations, load_policy, make_collator
 from learner.policy_loss import PolicyLoss
 from rollout.tokens import ModelError
-from tests.learner.samples import mixed_batch, off_policy, sequence
 from tests.learner.test_policy import plain_logprobs
+from tests.support.samples import mixed_batch, off_policy, sequence
 
 PACKED: tuple[Layout, ...] = tuple(x for x in get_args(Layout) if x != "padded")
 GSPO = PolicyLoss(

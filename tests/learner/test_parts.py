@@ -11,7 +11,7 @@ from learner.families.base import PARTS
 from learner.parts import freeze, matching, parameter_groups
 from learner.policy import Policy, keep_no_activations, load_policy, make_collator
 from rollout.tokens import ModelError
-from tests.learner.samples import mixed_batch
+from tests.support.samples import mixed_batch
 
 
 def test_every_parameter_of_a_family_is_of_one_part(loaded: tuple[Policy, Any]) -> None:

@@ -19,7 +19,7 @@ from learner.batch import Layout
 from learner.plan import Costs, Item, count_costs, describe, load, plan_micro_batches, row_tokens
 from learner.policy import Policy, load_policy, make_collator
 from learner.sft import Demonstrator
-from tests.learner.samples import TASK, mixed_batch, problem
+from tests.support.samples import TASK, mixed_batch, problem
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 COSTS = Costs(pair=0.002, head=0.1, visual=2.5)

@@ -16,7 +16,7 @@ from learner.batch import TrainSequence
 from learner.policy import Policy, load_policy, make_collator
 from rollout.tokens import ModelError
 from tasks.images import check_image
-from tests.learner.samples import mixed_batch, placeholder, sequence
+from tests.support.samples import mixed_batch, placeholder, sequence
 
 
 def plain_logprobs(

@@ -28,8 +28,8 @@ from learner.policy_loss import (
 )
 from tasks.core import SEGMENTS
 from tasks.images import mask_patches
-from tests.learner.samples import mixed_batch, sequence
 from tests.learner.test_policy import plain_logprobs
+from tests.support.samples import mixed_batch, sequence
 
 LENGTHS = (1, 37, 8, 20, 3, 12, 30, 5)
 MAX_TOKENS = 40

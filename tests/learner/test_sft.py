@@ -20,7 +20,7 @@ from rollout.tokens import Chat, Decoder, encode
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
 from tasks.images import check_image
 from tasks.load import load_task
-from tests.learner.samples import SPEC, TASK, problem
+from tests.support.samples import SPEC, TASK, problem
 
 GRAPHS = load_task("graph_coloring")
 

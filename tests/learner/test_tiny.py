@@ -15,7 +15,7 @@ from learner.policy import Policy
 from learner.tiny import make_tiny
 from rollout.tokens import Chat, Decoder, encode, label_segments, special_tokens
 from tasks.core import NO_SEGMENT, SEGMENTS
-from tests.learner.samples import TASK, problem
+from tests.support.samples import TASK, problem
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

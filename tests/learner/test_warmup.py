@@ -11,7 +11,7 @@ import torch
 from learner.policy import load_policy
 from learner.warmup import warm_up_vision
 from tasks.core import Problem
-from tests.learner.samples import TASK
+from tests.support.samples import TASK
 
 # Nearly full grids: each digit fills a quarter of them, so guessing reads 0.25 of the cells right.
 SPEC = TASK.spec(size=4, blanks=1, cell_size=16, margin=0, font_size=12, prompt="brief")

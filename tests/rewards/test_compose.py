@@ -20,7 +20,7 @@ from rewards.compose import (
 from rewards.records import RewardError, ScoredGroup, ScoredTerms
 from rewards.terms import Format, Outcome, Perception
 from tasks.core import SEGMENTS
-from tests.rewards.toys import Length, Misbehaves, group, score
+from tests.support.toys import Length, Misbehaves, group, score
 
 
 def compose(groups: list, terms: list, composition: Composition) -> list[ScoredGroup]:
@@ -199,7 +199,7 @@ def test_a_weight_that_names_no_term_is_an_error() -> None:
 
 
 def test_a_recipes_terms_fit_the_contract() -> None:
-    from cluster.sections_reward import RewardConfig
+    from rewards.settings import RewardConfig
 
     terms = RewardConfig(alpha=0.25).effective_terms()
     assert {term.name: term.weight_at(0.5) for term in terms} == {

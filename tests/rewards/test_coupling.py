@@ -8,7 +8,7 @@ from scipy import stats
 
 from rewards.coupling import coupling, independent_reference, outcome_couplings, pearson
 from rewards.terms import diagnose
-from tests.rewards.toys import TASK, group
+from tests.support.toys import TASK, group
 
 
 def test_pearson_equals_scipy_and_is_none_where_undefined() -> None:

@@ -27,7 +27,7 @@ from rewards.judge import RUBRIC, Judge
 from rewards.judge_client import MAX_REPLY_BYTES, JudgeError, TokenBucket
 from rewards.terms import RemoteTerm, load_term
 from rollout.record import Group
-from tests.rewards.judge_server import (
+from tests.support.judge_server import (
     HOSTILE,
     FakeClock,
     Reply,
@@ -38,7 +38,7 @@ from tests.rewards.judge_server import (
     says,
     seen,
 )
-from tests.rewards.toys import TASK, group
+from tests.support.toys import TASK, group
 
 KEY = "sk-Very+Secret/0123456789=="
 
@@ -83,7 +83,7 @@ def test_a_perception_longer_than_allowed_earns_nothing(server: Server) -> None:
 
 
 def test_a_task_that_does_not_say_where_perception_stands_is_told(server: Server) -> None:
-    with pytest.raises(ValueError, match=r"tests.rewards.toys:Doubling: .* spans"):
+    with pytest.raises(ValueError, match=r"tests.support.toys:Doubling: .* spans"):
         run(make(server.url), group(1, "1;2;"))
     assert server.bodies == []
 

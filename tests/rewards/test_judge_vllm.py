@@ -20,7 +20,7 @@ import pytest
 from rewards.judge import Judge
 from rewards.judge_client import JudgeError
 from tasks.load import load_task
-from tests.rewards.judge_server import HOSTILE, seen
+from tests.support.judge_server import HOSTILE, seen
 
 
 @pytest.fixture(scope="module")

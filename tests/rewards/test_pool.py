@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.sections_reward import RewardTermConfig
 from rewards.compose import Composition, compose_groups
 from rewards.pool import CHUNK, Limits, RewardPool
 from rewards.records import RewardError
+from rewards.settings import RewardTermConfig
 from rewards.terms import Outcome, Perception
 from rollout.record import ReplyError, SampleRequest
-from tests.rewards.toys import Length, Misbehaves, group, score
+from tests.support.toys import Length, Misbehaves, group, score
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,13 +38,13 @@ def local_ray() -> Iterator[None]:
 
 def spec(name: str, on_failure: Any = "abort", weight: float = 1.0, **args: Any) -> Any:
     if ":" not in name and name not in ("outcome", "perception"):
-        name, args = "tests.rewards.toys:Misbehaves", {"what": name}
+        name, args = "tests.support.toys:Misbehaves", {"what": name}
     return RewardTermConfig(name=name, weight=weight, args=args, on_failure=on_failure)
 
 
 def test_the_pool_equals_scoring_in_this_process_and_a_hang_ends_it_under_abort() -> None:
     rest = [group(i, f"{i};{2 * i};", f"{i};1;", "4;8;") for i in range(1, 2 * CHUNK + 3)]
-    length = spec("tests.rewards.toys:Length", weight=0.1, scale=2.0)
+    length = spec("tests.support.toys:Length", weight=0.1, scale=2.0)
     pool = RewardPool([spec("outcome"), spec("perception"), length, spec("hang")], workers=2)
     found = pool.score(rest)
     weights = {"outcome": 1.0, "perception": 1.0, "length": 0.1, "hang": 1.0}
@@ -107,12 +107,12 @@ def test_a_hang_and_a_crash_are_blamed_on_their_term_and_group_alone() -> None:
 
 def test_a_pool_that_cannot_start_says_why() -> None:
     with pytest.raises(RewardError, match="did you mean 'Length'"):
-        RewardPool([spec("tests.rewards.toys:Lenght")])
+        RewardPool([spec("tests.support.toys:Lenght")])
 
 
 def test_a_term_that_eats_memory_fails_alone_and_its_worker_lives_on() -> None:
     pool = RewardPool(
-        [spec("outcome"), spec("tests.rewards.toys:Hog", "zero")], limits=Limits(memory_gib=0.5)
+        [spec("outcome"), spec("tests.support.toys:Hog", "zero")], limits=Limits(memory_gib=0.5)
     )
     found = pool.score([group(0, "0;0;", "0;1;"), group(1, "1;2;")])
     assert [(f.term, f.kind) for f in found[0].failures] == [("hog", "exception")]
@@ -145,13 +145,13 @@ class Echo:
 
 
 def asks(on_failure: Any = "zero", **args: Any) -> RewardTermConfig:
-    return spec("tests.rewards.toys:Asks", on_failure, **args)
+    return spec("tests.support.toys:Asks", on_failure, **args)
 
 
 def test_answers_come_back_to_the_rollouts_that_asked() -> None:
     both = threading.Barrier(2)  # each answers once the other is asked
     policy, frozen = Echo(beside=both), Echo(beside=both)
-    other = RewardTermConfig(name="tests.rewards.toys:Asks", label="frozen", args={"model": "f"})
+    other = RewardTermConfig(name="tests.support.toys:Asks", label="frozen", args={"model": "f"})
     groups = [group(i, f"{i};2;", ";;", "777;1;", f"{i};1;") for i in range(2 * CHUNK + 3)]
     pool = RewardPool([asks(), other], workers=2, answerers={"": policy, "f": frozen})
     found = pool.score(groups)
@@ -195,7 +195,7 @@ def test_both_halves_of_an_asking_term_may_fail_typed() -> None:
 def test_remote_terms_wait_side_by_side_and_never_too_many() -> None:
     groups = [group(i, f"{i};{2 * i};", "9;9;") for i in range(12)]
     pool = RewardPool(
-        [spec("outcome"), spec("tests.rewards.toys:Waits")], limits=Limits(remote_in_flight=3)
+        [spec("outcome"), spec("tests.support.toys:Waits")], limits=Limits(remote_in_flight=3)
     )
     found = pool.score(groups)
     assert [g.terms["waits"].tolist() for g in found] == [
@@ -218,7 +218,7 @@ def test_remote_terms_wait_side_by_side_and_never_too_many() -> None:
 def test_a_remote_term_that_misbehaves_fails_alone(what: str, kind: str) -> None:
     groups = [group(i, f"{i};{2 * i};", "9;9;") for i in range(5)]
     pool = RewardPool(
-        [spec("outcome"), spec("tests.rewards.toys:Waits", "drop_group", what=what)],
+        [spec("outcome"), spec("tests.support.toys:Waits", "drop_group", what=what)],
         limits=Limits(remote_seconds=5.0, remote_in_flight=2),
     )
     found = pool.score(groups)
@@ -229,7 +229,7 @@ def test_a_remote_term_that_misbehaves_fails_alone(what: str, kind: str) -> None
 
 
 def test_abort_ends_remote_calls_that_are_in_flight() -> None:
-    pool = RewardPool([spec("raise"), spec("tests.rewards.toys:Waits", what="hang")])
+    pool = RewardPool([spec("raise"), spec("tests.support.toys:Waits", what="hang")])
     start = time.monotonic()
     with pytest.raises(RewardError, match="no such cell"):
         pool.score([group(0, "0;0;"), group(1, "1;2;")])

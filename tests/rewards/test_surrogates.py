@@ -33,8 +33,8 @@ from tasks.images import blank_like, mask_patches
 from tasks.responses import compose_response
 from tasks.sudoku import Sudoku, SudokuSpec, grid_text
 from tasks.sudoku_puzzle import Grid
-from tests.rewards.toys import TASK as DOUBLING
-from tests.rewards.toys import group as doubling
+from tests.support.toys import TASK as DOUBLING
+from tests.support.toys import group as doubling
 
 SUDOKU, GRAPHS = Sudoku(), GraphColoring()
 TINY = SudokuSpec(size=4, cell_size=16, font_size=12, margin=0, prompt="brief")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import Recipe
-from cluster.placement import frozen_models
-from cluster.sections_reward import REWARD_TERMS, RewardTermConfig
+from cluster.recipe.placement import frozen_models
+from cluster.recipe.recipe import Recipe
 from rewards.records import DIAGNOSIS, Reply, TermError
+from rewards.settings import REWARD_TERMS, RewardTermConfig
 from rewards.terms import (
     BUILT_IN,
     Format,
@@ -31,7 +31,7 @@ from rewards.terms import (
 )
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem, Task
-from tests.rewards.toys import TASK, Length, Misbehaves, group, score
+from tests.support.toys import TASK, Length, Misbehaves, group, score
 
 #            seen, solved        wrong seen, leak   right seen, wrong  unreadable
 FOUR = ("5;10;", "4;10;bad_cell", "5;9;", ";;missing_perception,missing_answer")
@@ -174,7 +174,7 @@ def test_terms_load_by_name_and_by_class() -> None:
     for name in BUILT_IN:
         assert load_term(name, needed.get(name)).name == name
     assert set(REWARD_TERMS) == set(BUILT_IN)
-    mine = load_term("tests.rewards.toys:Length", {"scale": 2.0})
+    mine = load_term("tests.support.toys:Length", {"scale": 2.0})
     assert mine(TASK, group(1, "1;2;")).tolist() == [8.0]
     assert isinstance(mine, Length)
 
@@ -184,10 +184,10 @@ def test_terms_load_by_name_and_by_class() -> None:
     [
         ("percption", {}, "did you mean 'perception'"),
         ("zzz", {}, "outcome, perception"),
-        ("tests.rewards.toys:Lenght", {}, "did you mean 'Length'"),
+        ("tests.support.toys:Lenght", {}, "did you mean 'Length'"),
         ("tests.rewards.nowhere:Length", {}, "PYTHONPATH"),
-        ("tests.rewards.toys:NoTerm", {}, "no RewardTerm"),
-        ("tests.rewards.toys:TASK", {}, "not callable"),
+        ("tests.support.toys:NoTerm", {}, "no RewardTerm"),
+        ("tests.support.toys:TASK", {}, "not callable"),
         ("outcome", {"wieght": 1}, "args"),
     ],
 )
@@ -202,7 +202,7 @@ def test_two_terms_never_share_a_name() -> None:
         load_terms([RewardTermConfig(name="outcome"), RewardTermConfig(name="outcome")])
     second = RewardTermConfig(name="outcome", label="again")
     assert list(load_terms([RewardTermConfig(name="outcome"), second])) == ["outcome", "again"]
-    toy = "tests.rewards.toys:Misbehaves"
+    toy = "tests.support.toys:Misbehaves"
     with pytest.raises(TermError, match="diagnosis"):
         load_terms([RewardTermConfig(name=toy, args={"what": "diagnosis"})])
 

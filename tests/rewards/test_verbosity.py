@@ -11,7 +11,7 @@ import pytest
 from rewards.terms import load_term
 from rewards.verbosity import Length, Repetition
 from rollout.record import Group
-from tests.rewards.toys import TASK, group
+from tests.support.toys import TASK, group
 
 
 def with_tokens(*ids: list[int]) -> Group:

@@ -10,8 +10,8 @@ import pytest
 
 from rollout.buffer import BufferRule, BufferState, GroupBuffer, GroupBufferError, oldest_version
 from rollout.record import Group, SampleRequest, Sampling
-from tests.rewards.toys import problem
-from tests.rollout.simulated_pool import SimulatedPool
+from tests.support.simulated_pool import SimulatedPool
+from tests.support.toys import problem
 
 PROBLEMS = [problem(n) for n in range(10)]
 

@@ -15,8 +15,7 @@ from transformers import AutoProcessor
 from learner.sft import Demonstrator
 from rollout.tokens import Chat, ModelError, load_processor, load_reader, special_tokens
 from tasks.core import SEGMENTS, DataError
-from tests.learner.samples import TASK, problem
-from tests.rollout.habits import (
+from tests.support.habits import (
     Habit,
     change,
     no_pad,
@@ -25,6 +24,7 @@ from tests.rollout.habits import (
     several_ends,
     with_habits,
 )
+from tests.support.samples import TASK, problem
 
 HABITS: dict[str, tuple[Habit, ...]] = {
     "ours": (),

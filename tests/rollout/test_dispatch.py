@@ -21,7 +21,7 @@ from rollout.dispatch import (
     fault_of,
 )
 from rollout.record import Group, ReplyError
-from tests.rollout.pretend import VOCABULARY, group, request, score_request
+from tests.support.pretend import VOCABULARY, group, request, score_request
 
 LIMITS = PoolLimits(
     sequences=16, request_seconds=30, start_seconds=20, heartbeat_seconds=8, max_restarts=10**9

@@ -26,7 +26,7 @@ from rollout.record import SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import Chat, encode, special_tokens
 from rollout.transfer import HostSender, WeightTransferError
 from tasks.core import SEGMENTS
-from tests.rollout.live_engine import (
+from tests.support.live_engine import (
     TASK,
     Live,
     PolicyWeights,

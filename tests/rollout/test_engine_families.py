@@ -1,7 +1,7 @@
 """Families beside the two of `test_engine`: one engine each, from sampling to a weight transfer.
 
 Idefics3 is started with images in tiles: a square one is 2 x 2 tiles and the whole of it.
-Qwen2.5-VL's folder is one as other people leave them (see `tests.rollout.habits`).
+Qwen2.5-VL's folder is one as other people leave them (see `tests.support.habits`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from learner.weights import GatheredWeights
 from rollout.record import Sampling
 from rollout.tokens import Chat, special_tokens
 from rollout.transfer import HostSender
-from tests.learner.samples import problem as picture
-from tests.rollout.habits import no_pad, sentencepiece, several_ends, with_habits
-from tests.rollout.live_engine import Live, drawn, mixed_sizes, perturbed_engine, worst
+from tests.support.habits import no_pad, sentencepiece, several_ends, with_habits
+from tests.support.live_engine import Live, drawn, mixed_sizes, perturbed_engine, worst
+from tests.support.samples import problem as picture
 
 FAMILIES = ("qwen2_5_vl", "idefics3")
 

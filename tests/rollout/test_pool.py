@@ -13,7 +13,7 @@ import pytest
 
 from rollout.dispatch import Died, Dispatch, PoolLimits, Refused, SamplerLost
 from rollout.record import Group
-from tests.rollout.pretend import Samplers, request, score_request
+from tests.support.pretend import Samplers, request, score_request
 
 LIMITS = PoolLimits(sequences=16, max_restarts=10**9)
 

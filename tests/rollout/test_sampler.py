@@ -32,7 +32,7 @@ from rollout.tokens import Chat, ModelError, encode, load_processor, load_reader
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
-from tests.rollout.pretend import group as pretended
+from tests.support.pretend import group as pretended
 
 ROOT = Path(__file__).parents[2]
 TASK = load_task("graph_coloring")

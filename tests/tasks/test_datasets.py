@@ -24,8 +24,8 @@ from tasks.datasets import SCHEMA, read_dataset, read_examples, write_dataset
 from tasks.load import load_task
 from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
-from tests.tasks.killed import killed_before
-from tests.tasks.shade import SHADE, SPEC, Shade, ShadeSpec, png, shades, tree
+from tests.support.killed import killed_before
+from tests.support.shade import SHADE, SPEC, Shade, ShadeSpec, png, shades, tree
 
 
 def huge_png() -> bytes:
@@ -556,7 +556,11 @@ def own_module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_users_own_task_from_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, _, _ = (Path(__file__).parent / "shade.py").read_text().partition("SHADE = Shade()")
+    head, _, _ = (
+        (Path(__file__).parents[1] / "support" / "shade.py")
+        .read_text()
+        .partition("SHADE = Shade()")
+    )
     head = head.replace('name = "shade"', 'name = "own_shade:Shade"')
     own_module(tmp_path, "own_shade", head, monkeypatch)
     task = load_task("own_shade:Shade")

@@ -9,7 +9,7 @@ import pytest
 
 from tasks import files
 from tasks.files import put_text, recover, replacing
-from tests.tasks.killed import contents, killed_before
+from tests.support.killed import contents, killed_before
 
 
 def write(folder: Path, text: str) -> None:

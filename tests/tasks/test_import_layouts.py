@@ -14,7 +14,7 @@ from tasks.core import DataError
 from tasks.dataset_import import import_rows
 from tasks.datasets import read_dataset
 from tasks.split_names import side_of, split_of_file, tells_side
-from tests.tasks.shade import SHADE, png, tree
+from tests.support.shade import SHADE, png, tree
 
 
 def rows(numbers: str) -> list[dict[str, Any]]:

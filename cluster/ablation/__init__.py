@@ -1,0 +1,1 @@
+"""Arms by seeds: the plan, the cells as runs of their own, the statistics."""

@@ -1,0 +1,178 @@
+"""Recipe section [algorithm] and the sections below it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from learner.loss_settings import (
+    LOSS_DEFAULTS,
+    CorrectionConfig,
+    EntropyWeights,
+    PapoConfig,
+    SegmentWeights,
+)
+from tasks.fields import (
+    CLASS_PATH,
+    Amount,
+    Count,
+    Positive,
+    Section,
+    Share,
+    Text,
+    Weight,
+    refusal,
+)
+
+
+class DynamicSamplingConfig(Section):
+    """[algorithm.dynamic_sampling] New groups for those without variance (DAPO)."""
+
+    max_rounds: Positive = 4
+    """How often a step may ask the samplers for more."""
+    max_groups: Positive
+    """How many extra groups a step may sample in all its rounds."""
+
+
+class CurriculumConfig(Section):
+    """[algorithm.curriculum] How often each `[[tasks]]` entry comes, by past success on it."""
+
+    strategy: Text = "uniform"
+    """`uniform`: by the entries' weights. `success_band`: more where about half of the answers
+    are right. Or `"module:Class"`, see `cluster.run.curriculum.Strategy`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the strategy's class."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """What an entry's running success keeps of itself at each new group."""
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_is_known(cls, name: str) -> str:
+        if name in ("uniform", "success_band") or CLASS_PATH.fullmatch(name):
+            return name
+        raise refusal(
+            f'no strategy "{name}"; known: uniform, success_band, or your own as "module:Class"'
+        )
+
+
+class SpendConfig(Section):
+    """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
+
+    kind: Literal["tokens", "seconds"]
+    amount: Positive
+
+
+class AlgorithmConfig(Section):
+    """[algorithm] One step: sample, score, learn, send the weights back."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    problems_per_step: Positive = 16
+    steps: Positive = 40
+    budget: SpendConfig | None = None
+    """Ends the run before `steps` when it is spent, and is what schedules go by."""
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
+    clip_low: Share = 0.2
+    clip_high: Amount = 0.28
+    kl_weight: Amount = 0.0
+    """Of the KL to the policy that sampled."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_weight: Weight = 0.0
+    """Of a bonus on the mean entropy of all response tokens."""
+    drop_zero_variance: bool = True
+    max_staleness: Count = 0
+    """Policy versions that the oldest token of a group may lag behind the learner when a step
+    begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
+    the learner learns."""
+    too_old: Literal["resample", "drop"] = "resample"
+    """A group beyond `max_staleness`: sample its problem again, or take another problem."""
+    order: Literal["problem", "completion"] = "problem"
+    """Which groups a step learns from: those of the run's next problems, the same as without
+    staleness, or those that are complete, oldest first. The latter waits for no slow group, and
+    learns from long responses later, or finds them too old."""
+    updates_per_step: Positive = 1
+    """Minibatches a step's rollouts are split into, one optimizer step each."""
+    segment_weights: SegmentWeights = SegmentWeights()
+    entropy_weights: EntropyWeights = EntropyWeights()
+    papo: PapoConfig | None = None
+    correction: CorrectionConfig = CorrectionConfig()
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    curriculum: CurriculumConfig = CurriculumConfig()
+    on_mismatch: Literal["warn", "stop"] = "warn"
+    """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
+    run with an error (the limits: `mismatch` in `cluster/record/metrics.py`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        stale = isinstance(versions := data.get("max_staleness", 0), int) and versions > 0
+        corrected = {"correction": {"kind": "token_tis"}} if stale else {}
+        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | corrected | data
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient(self) -> AlgorithmConfig:
+        if self.kl_weight and self.updates_per_step == 1 and self.max_staleness == 0:
+            raise refusal(
+                f"got {self.kl_weight:g}, but with one update a step the learner still is the "
+                "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
+                "or leave kl_weight out",
+                "kl_weight",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_knows_the_past(self) -> AlgorithmConfig:
+        if self.curriculum.strategy != "uniform" and self.max_staleness:
+            raise refusal(
+                f'got "{self.curriculum.strategy}" with max_staleness = {self.max_staleness}; '
+                "problems are drawn ahead then, before the success on earlier ones is known; use "
+                '"uniform" or max_staleness = 0',
+                "curriculum",
+                "strategy",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refilling_makes_sense(self) -> AlgorithmConfig:
+        if self.dynamic_sampling is None:
+            return self
+        if self.advantage not in ("grpo", "dr_grpo", "rloo"):
+            raise refusal(
+                f'extra groups are scored after the others, and "{self.advantage}" compares all '
+                'groups of a batch; use "grpo", "dr_grpo" or "rloo"',
+                "advantage",
+            )
+        if not self.drop_zero_variance:
+            raise refusal(
+                "got false, and dynamic_sampling puts new groups in the place of those that are "
+                "dropped; leave one of them out",
+                "drop_zero_variance",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_reaches_a_step(self) -> AlgorithmConfig:
+        if 0 < self.max_staleness < self.updates_per_step:
+            raise refusal(
+                f"got {self.max_staleness}, but a step makes {self.updates_per_step} policy "
+                "versions (updates_per_step), so nothing could be sampled ahead; write 0, or "
+                f"{self.updates_per_step} or more",
+                "max_staleness",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_split(self) -> AlgorithmConfig:
+        if self.updates_per_step > self.problems_per_step:
+            raise refusal(
+                f"got {self.updates_per_step}, more than problems_per_step = "
+                f"{self.problems_per_step}; a minibatch needs at least one group",
+                "updates_per_step",
+            )
+        return self

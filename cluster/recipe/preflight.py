@@ -1,0 +1,279 @@
+"""Everything that is asked of recipe, data, model and machine before anything is started.
+
+`train`, `sft`, `sample` and `eval` call `preflight` before Ray, vLLM or DeepSpeed start, resumed
+runs too, and so does `--dry-run`: what one refuses, all refuse, in the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.recipe.machine import require_room, settle_environment
+from cluster.recipe.placement import Command, frozen_models
+from cluster.recipe.problems import ProblemSource, held_out, open_sources
+from cluster.recipe.recipe import Recipe, UserError
+from cluster.recipe.room import Fault, Room, Taken
+from cluster.recipe.rows import row_takes
+from cluster.recipe.strategies import make_strategy
+from rewards.records import TermError
+from rewards.terms import facts_of
+from rollout.tokens import load_processor, load_reader
+from tasks.contract import check_problems, check_task
+from tasks.core import DataError, HasVisionLabels, Task, TellsHeldOut
+from tasks.datasets import Example
+from tasks.load import BUILT_IN
+from tasks.splits import SPLITS, Split
+
+FRESH = 3
+"""Problems a split that are drawn of a task without data, to be measured."""
+TRIED = 3
+"""Problems that a user's own task is tried on."""
+SHOWN = 5
+"""Bad rows that are listed; the others are counted."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a command goes on with: problems that fit the policy, and the policy's processor."""
+
+    sources: list[ProblemSource]
+    processor: Any
+
+
+def preflight(
+    recipe: Recipe,
+    command: Command,
+    say: Say,
+    *,
+    dry_run: bool = False,
+    folder: Path | None = None,
+) -> Ready:
+    """Ask all that can be asked; `say` is told what was left out, and what could not be asked.
+
+    A dry run fetches no model, and of one that is not here nothing is measured; nor does it
+    draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
+    ModelError or UserError, a line a fault.
+    """
+    measured = not dry_run or _is_here(recipe.model.path)
+    for line in settle_environment(os.environ):
+        say(line)
+    try:
+        if command != "eval":
+            require_room(recipe, command, folder or Path(recipe.output.folder))
+    except UserError as error:
+        if not dry_run:  # which may be of a recipe for another machine
+            raise
+        say(str(error))
+    trains = command in ("train", "sample")
+    # Measuring decodes the images.
+    sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
+    for index, source in enumerate(sources):
+        if source.spec is not None:
+            _ask_contract(index, source)
+    for source in sources if command != "sample" else ():
+        if source.spec is not None and isinstance(source.task, TellsHeldOut):
+            say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
+    if trains:
+        _ask_terms(recipe)
+    if not measured:
+        say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
+        return Ready(sources, None)
+    processor = load_processor(recipe.model.path)
+    _ask_context(recipe)
+    for model in frozen_models(recipe) if trains else ():
+        if _is_here(model) or not dry_run:
+            load_reader(model)
+    if command == "sft":
+        _ask_labels(recipe, sources)
+    room = Room(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
+    fitting = [
+        _fitting_rows(recipe, command, index, source, room, say)
+        if source.spec is None
+        else _fitting_draws(recipe, command, index, source, room)
+        for index, source in enumerate(sources)
+    ]
+    for index, source in enumerate(fitting):
+        if source.spec is None:
+            _ask_contract(index, source)
+    for source in fitting if command in ("train", "sft") else ():
+        if source.spec is None or not dry_run:
+            held_out(source, recipe.eval.seed, recipe.eval.problems)
+        if source.spec is not None and source.left_out:
+            say(
+                f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "
+                "so far, and others were drawn"
+            )
+    return Ready(fitting, processor)
+
+
+def _fitting_draws(
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room
+) -> ProblemSource:
+    """A source of generated problems that will fit; a few are drawn and measured here."""
+    config = recipe.tasks[index]
+    source = replace(source, room=room, redraws=config.too_long == "drop")
+    for place in range(FRESH):
+        if command != "sample":
+            source.problem("test", recipe.eval.seed, place)
+        if command != "eval":
+            problem = source.problem("train", recipe.seed, place)
+            if command == "sft":
+                response = source.task.demonstrate(problem, config.style)
+                fault = _response_fault(recipe, source.task, response, room, room.taken_by(problem))
+                if fault is not None:
+                    raise DataError(
+                        f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
+                    )
+    return source
+
+
+def _fitting_rows(
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room, say: Say
+) -> ProblemSource:
+    """The source with the stored rows that fit; raises DataError where some must not be left out.
+
+    Both splits are measured whole, so that no row ends a run when its turn comes.
+    """
+    config = recipe.tasks[index]
+    kept: dict[Split, list[Example]] = {"train": [], "test": []}
+    bad: Counter[Split] = Counter()
+    lines: list[str] = []
+    damaged, query, image = False, 0, 0
+    for split in SPLITS:
+        examples = source.train if split == "train" else source.test
+        file = Path(str(config.data)) / f"{split}.parquet"
+        learns = command == "sft" and split == "train"
+        for row, (example, taken) in enumerate(
+            zip(examples, row_takes(file, examples, room), strict=True)
+        ):
+            if not learns:
+                prefix = source.task.oracle_prefix(example.problem) if split == "test" else ""
+                fault = room.lack(taken, prefix)
+            elif example.response:
+                fault = _response_fault(recipe, source.task, example.response, room, taken)
+            else:
+                continue
+            if fault is None:
+                kept[split].append(example)
+                if split == "train":
+                    query = max(query, taken.prompt - taken.image)
+                    image = max(image, taken.image)
+            else:
+                bad[split] += 1
+                damaged |= fault.damaged
+                lines.append(f"{file}: row {row}: {fault.field}: {fault.reason}")
+        if learns and not any(example.response for example in examples):
+            raise DataError(
+                f"tasks[{index}].data: {config.data}: no row of split train has a response to "
+                "learn from; SFT needs demonstrations (column `response`)"
+            )
+    swaps = any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms())
+    if swaps and command in ("train", "sample") and query + image + room.answer > room.context:
+        raise DataError(
+            f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
+            f"{image:,} and {query:,} tokens and sampler.max_tokens = {room.answer:,} do not fit "
+            f"in model.max_model_len = {room.context:,}; raise it, or choose another view"
+        )
+    if not lines:
+        return source
+    shown = lines[:SHOWN]
+    if len(lines) > SHOWN:
+        shown.append(f"... and {len(lines) - SHOWN:,} more")
+    rows = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
+    where = f"tasks[{index}].data: {rows} {config.data}"
+    empty = next((split for split, examples in kept.items() if not examples), None)
+    if damaged:
+        raise DataError("\n".join([*shown, f"{where} cannot be used; mend or remove them"]))
+    if config.too_long == "error":
+        remedy = f'raise model.max_model_len, or leave them out by tasks[{index}].too_long = "drop"'
+        raise DataError("\n".join([*shown, f"{where} do not fit the policy; {remedy}"]))
+    if empty:
+        raise DataError("\n".join([*shown, f"{where} do not fit, and none of {empty} is left"]))
+    for line in (*shown, f"{where} do not fit the policy and are left out"):
+        say(line)
+    return replace(
+        source,
+        train=tuple(kept["train"]),
+        test=tuple(kept["test"]),
+        left_out=bad,
+    )
+
+
+def _response_fault(
+    recipe: Recipe, task: Task, response: str, room: Room, taken: Taken
+) -> Fault | None:
+    """Why a response cannot be learnt from behind its prompt, where it cannot."""
+    if taken.fault:
+        return taken.fault
+    parsed = task.parse(response)
+    if parsed.defects:
+        defect = parsed.defects[0]
+        reason = f"has defect {defect!r}; demonstrations must parse without defects"
+        return Fault("response", reason, damaged=True)
+    if recipe.sft and recipe.sft.blind_share and "perception" not in parsed.spans:
+        reason = "has no perception to be given (sft.blind_share)"
+        return Fault("response", reason, damaged=True)
+    return room.response_lack(taken, response)
+
+
+def _ask_contract(index: int, source: ProblemSource) -> None:
+    """Try a user's own task on a few problems, as `equipoise tasks check` does on more."""
+    if source.task.name in BUILT_IN:
+        return
+    if source.spec is None:
+        wrong = check_problems(source.task, [row.problem for row in source.train[:TRIED]])
+    else:
+        wrong = check_task(source.task, source.spec, TRIED)
+    if wrong:
+        raise DataError("\n".join(f"tasks[{index}]: {source.task.name}: {line}" for line in wrong))
+
+
+def _ask_terms(recipe: Recipe) -> None:
+    try:
+        facts_of(recipe.reward.effective_terms())
+    except TermError as error:
+        raise UserError(f"reward.terms: {error}") from error
+    make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
+
+
+def _ask_labels(recipe: Recipe, sources: Sequence[ProblemSource]) -> None:
+    missing = [s.task.name for s in sources if not isinstance(s.task, HasVisionLabels)]
+    if missing and recipe.sft and recipe.sft.vision_warmup_steps:
+        raise DataError(
+            f"sft.vision_warmup_steps: task {missing[0]!r} has no vision_labels; set it to 0"
+        )
+
+
+def _ask_context(recipe: Recipe) -> None:
+    """Raise UserError where a policy in a folder has fewer positions than the recipe asks for."""
+    try:
+        config = json.loads((Path(recipe.model.path) / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        scaled = "factor" in (text.get("rope_parameters") or text.get("rope_scaling") or {})
+        positions = int(text["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # a hub's name, or the engine knows better
+    if recipe.model.max_model_len > positions and not scaled:
+        raise UserError(
+            f"model.max_model_len = {recipe.model.max_model_len:,}: {recipe.model.path} has "
+            f"{positions:,} positions (max_position_embeddings in config.json); lower it"
+        )
+
+
+def _is_here(model: str) -> bool:
+    """Whether a model is on this machine; what is no name of the hub's cannot be elsewhere."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:
+        return True

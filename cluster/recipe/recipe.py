@@ -1,0 +1,315 @@
+"""Recipes: the one TOML file that says what is trained, on what, how and where.
+
+`load_recipe` reads a file and the command line's `--set` overrides into a frozen `Recipe`, or
+raises a `RecipeError` that lists everything wrong with it at once, one line each: file, field,
+what was wrong, what to do. `resolved_toml` writes a recipe back, every default spelled out, as
+TOML that loads to an equal `Recipe`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cluster.recipe.algorithm import AlgorithmConfig
+from cluster.recipe.errors import Location, dotted, explain
+from cluster.recipe.sections import EvalConfig, OutputConfig
+from cluster.recipe.toml_writer import table_lines
+from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
+from rewards.settings import RewardConfig
+from rollout.settings import ModelConfig, SamplerConfig, TransferConfig
+from tasks.fields import Count, Name, Section, refusal
+from tasks.settings import TaskConfig
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints the message and no traceback."""
+
+
+class RunFailed(RuntimeError):
+    """A run that one of its actors ended; the message starts with the actor's own error."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used; the message has one line for each thing wrong with it."""
+
+
+class Recipe(Section):
+    """Everything a run is made from; the sections are documented one by one."""
+
+    name: Name
+    question: str | None = None
+    """What the run should answer, in the user's words."""
+    seed: Count = 0
+    model: ModelConfig
+    tasks: Annotated[tuple[TaskConfig, ...], Field(strict=False)]
+    sampler: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    transfer: TransferConfig = TransferConfig()
+    eval: EvalConfig = EvalConfig()
+    sft: SftConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    output: OutputConfig = OutputConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_task(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        if not tasks:
+            raise refusal('needs at least one entry; add [[tasks]] with name = "sudoku"')
+        return tasks
+
+    @model_validator(mode="after")
+    def _rewards_fit_the_advantage(self) -> Recipe:
+        if self.reward.compose == "normalize_then_sum" and self.algorithm.advantage != "grpo":
+            raise refusal(
+                f'"normalize_then_sum" normalises as GRPO does, and algorithm.advantage is '
+                f'"{self.algorithm.advantage}"; use "grpo" or "sum_then_normalize"',
+                "reward",
+                "compose",
+            )
+        if self.reward.compose == "normalize_then_sum" and self.algorithm.dynamic_sampling:
+            raise refusal(
+                '"normalize_then_sum" compares all groups of a step, and extra groups of '
+                'algorithm.dynamic_sampling are scored after the others; use "sum_then_normalize"',
+                "reward",
+                "compose",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_has_a_choice(self) -> Recipe:
+        strategy = self.algorithm.curriculum.strategy
+        if strategy != "uniform" and len(self.tasks) < 2:
+            raise refusal(
+                f'got "{strategy}", and there is one [[tasks]] entry, so nothing to choose from; '
+                "give an entry for each difficulty",
+                "algorithm",
+                "curriculum",
+                "strategy",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _responses_fit_the_context(self) -> Recipe:
+        if self.sampler.max_tokens >= self.model.max_model_len:
+            raise refusal(
+                f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "
+                f"model.max_model_len = {self.model.max_model_len}; lower it or raise that",
+                "sampler",
+                "max_tokens",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_trained_and_sent(self) -> Recipe:
+        if self.learner.lora and self.transfer.transport != "host":
+            raise refusal(
+                f'"{self.transfer.transport}" loads weights as they come, and with [learner.lora] '
+                'only adapters are sent; use "host", which works on GPUs of one machine too',
+                "transfer",
+                "transport",
+            )
+        if self.learner.lora and self.sft and self.sft.norm_every and self.sft.norm_of == "head":
+            raise refusal(
+                'got "head", and [learner.lora] freezes the LM head; "all" measures the adapters',
+                "sft",
+                "norm_of",
+            )
+        if self.learner.lora and self.sft and self.sft.vision_warmup_steps:
+            raise refusal(
+                f"got {self.sft.vision_warmup_steps}, and warming up changes the weights that "
+                "the adapters of [learner.lora] are of; warm up in a recipe without it first",
+                "sft",
+                "vision_warmup_steps",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transport_has_its_gpus(self) -> Recipe:
+        if self.transfer.transport != "host" and not (self.sampler.gpus and self.learner.gpus):
+            raise refusal(
+                f'"{self.transfer.transport}" moves weights between GPUs, and sampler.gpus or '
+                'learner.gpus is 0; use "host"',
+                "transfer",
+                "transport",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_has_something_beside_it(self) -> Recipe:
+        if self.transfer.overlap and not self.algorithm.max_staleness:
+            raise refusal(
+                "got true with algorithm.max_staleness = 0, where the learner waits for samples of "
+                "the new weights and has nothing to do meanwhile; use false, or raise that",
+                "transfer",
+                "overlap",
+            )
+        if self.transfer.overlap and self.transfer.transport != "host":
+            raise refusal(
+                f'got true with transport "{self.transfer.transport}", which sends from the '
+                'learner\'s own memory while it stands still; use false, or transport "host"',
+                "transfer",
+                "overlap",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_be_computed(self) -> Recipe:
+        if self.model.attention == "flash_attention_2" and not self.learner.gpus:
+            raise refusal(
+                '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
+                "model",
+                "attention",
+            )
+        if self.model.attention == "eager" and self.learner.layout != "padded":
+            raise refusal(
+                f'got "{self.learner.layout}", which "eager" attention cannot take; use "padded", '
+                'or model.attention = "sdpa"',
+                "learner",
+                "layout",
+            )
+        return self
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A recipe file as a user's editor left it, with or without a byte order mark.
+
+    Raises RecipeError: not there, not UTF-8, not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file{_near_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path}: is UTF-16 or no text ({error.reason}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number too long for int
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `overrides` (`"a.b=c"`, as after `--set`).
+
+    Raises RecipeError, its message one line for each thing wrong.
+    """
+    source = str(path)
+    data = read_toml(Path(path))
+    lines, set_paths = [], []
+    for override in overrides:
+        try:
+            set_paths.append(_apply_override(data, override))
+        except RecipeError as error:
+            lines.append(str(error))
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        lines += [
+            f"{source}: {dotted(loc)}: {message}{_set_note(loc, set_paths)}"
+            for loc, message in explain(error.errors(include_url=False), Recipe)
+        ]
+    if lines:
+        raise RecipeError("\n".join(lines))
+    return recipe
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML and falls back to plain text.
+
+    Raises RecipeError when there is no `=` or no key.
+    """
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: expected key=value, such as learner.learning_rate=1e-5")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return key, raw
+    return key, parsed["value"] if len(parsed) == 1 else raw
+
+
+def task_of(name: str, settings: Sequence[str] = ()) -> TaskConfig:
+    """A task named on the command line, with its knobs as `"key=value"` settings.
+
+    Raises RecipeError, its message one line for each thing wrong.
+    """
+    knobs = dict(map(parse_setting, settings))
+    try:
+        return TaskConfig.model_validate({"name": name, "knobs": knobs})
+    except ValidationError as error:
+        lines = []
+        for loc, message in explain(error.errors(include_url=False), TaskConfig):
+            flag = "--task" if loc[0] == "name" else f"--set {dotted(loc[1:])}"
+            lines.append(f"{flag}: {message}")
+        raise RecipeError("\n".join(lines)) from None
+
+
+def resolved_toml(recipe: Recipe) -> str:
+    """The recipe as TOML with every default spelled out; loads to an equal recipe."""
+    return "\n".join(table_lines(recipe.model_dump(exclude_none=True))).strip() + "\n"
+
+
+# --- overrides -------------------------------------------------------------------------------
+
+
+def _apply_override(data: dict[str, Any], override: str) -> Location:
+    """Set one value in `data`; unknown keys are left for validation to name."""
+    key, value = parse_setting(override)
+    parts: list[str | int] = []
+    for piece in key.split("."):
+        match = re.fullmatch(r"([^\[\]]*)((?:\[\d{1,6}\])*)", piece)
+        if match is None or not piece:
+            raise RecipeError(
+                f"--set {override}: cannot read the path {key}; write it like "
+                "learner.learning_rate or tasks[0].knobs.noise"
+            )
+        if match[1]:
+            parts.append(match[1])
+        parts += [int(index) for index in re.findall(r"\d+", match[2])]
+    here: Any = data
+    for i, part in enumerate(parts):
+        if isinstance(here, list) and isinstance(part, str) and re.fullmatch(r"\d{1,6}", part):
+            part = parts[i] = int(part)
+        at = dotted(parts[:i]) if i else "the recipe"
+        if isinstance(here, list):
+            if not isinstance(part, int) or part >= len(here):
+                raise RecipeError(
+                    f"--set {override}: {at} is a list with {len(here)} entries, "
+                    f"and {part!r} is not an index into it"
+                )
+        elif not isinstance(here, dict) or isinstance(part, int):
+            raise RecipeError(f"--set {override}: {at} has nothing below it to set")
+        if i == len(parts) - 1:
+            here[part] = value
+        elif isinstance(here, dict):
+            here = here.setdefault(part, {})
+        else:
+            here = here[part]
+    return tuple(parts)
+
+
+def _set_note(loc: Location, set_paths: Sequence[Location]) -> str:
+    touched = any(loc[: len(p)] == p or p[: len(loc)] == loc for p in set_paths)
+    return " (from --set)" if touched else ""
+
+
+def _near_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.toml")]
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,103 @@
+"""The rows of stored data, measured once: what was found is kept by content, beside no run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from cluster.recipe.room import Fault, Room, Size, Taken
+from tasks.core import DataError
+from tasks.datasets import Example, file_hash
+from tasks.images import check_image
+
+MEASURING = 2
+"""Raise it when rows are measured differently: what was kept before counts no more."""
+MANY = 2000
+"""Rows from which on measuring them shows its progress."""
+
+
+def row_takes(file: Path, examples: Sequence[Example], room: Room) -> list[Taken]:
+    """What the prompt and image of each row of a split take; its file tells what was kept of it."""
+    whole = f"{MEASURING} {file_hash(file)} {room.fingerprint}"
+    folder = _cache_folder()
+    kept = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
+    found = _read(kept, len(examples)) if kept else None
+    if found is None:
+        found = _measured(file, examples, room)
+        if kept:
+            _write(kept, found)
+    return found
+
+
+def _measured(file: Path, examples: Sequence[Example], room: Room) -> list[Taken]:
+    sizes: list[Size | Fault] = []
+    with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
+        sizes.extend(
+            track(
+                threads.map(_size, examples),
+                f"measuring {file}",
+                len(examples),
+                console=Console(stderr=True),
+                transient=True,
+                disable=len(examples) < MANY,
+            )
+        )
+    asked = [
+        (example.problem.prompt, size)
+        for example, size in zip(examples, sizes, strict=True)
+        if not isinstance(size, Fault)
+    ]
+    takes = iter(room.taken(asked))
+    return [Taken(fault=size) if isinstance(size, Fault) else next(takes) for size in sizes]
+
+
+def _size(example: Example) -> Size | Fault:
+    """Pixels of a row's image, which is decoded whole."""
+    try:
+        size: Size = check_image(example.problem.image, "image").size
+    except DataError as error:
+        return Fault("image", str(error).removeprefix("image: "), damaged=True)
+    return size
+
+
+def _cache_folder() -> Path | None:
+    """Where measurements are kept; None where this user has no folder that can be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home) / "equipoise" / "rows"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if folder.is_absolute() and os.access(folder, os.W_OK) else None
+
+
+def _read(file: Path, rows: int) -> list[Taken] | None:
+    try:
+        found = [
+            Taken(prompt, image, Fault(*fault) if fault else None)
+            for prompt, image, fault in json.loads(file.read_text(encoding="utf-8"))
+        ]
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if len(found) == rows else None
+
+
+def _write(file: Path, found: Sequence[Taken]) -> None:
+    """Whole or not at all; a full disk costs only the time to measure again."""
+    rows = [
+        (taken.prompt, taken.image, taken.fault and tuple(vars(taken.fault).values()))
+        for taken in found
+    ]
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(rows), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        beside.unlink(missing_ok=True)

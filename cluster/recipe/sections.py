@@ -1,0 +1,38 @@
+"""Recipe sections of the run itself: [eval] and [output]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tasks.fields import Count, PathText, Positive, Section
+
+
+class EvalConfig(Section):
+    """[eval] The held-out measurement before, after and, if `every` > 0, between steps."""
+
+    problems: Positive = 512
+    seed: Count = 1234567
+    samples: Positive = 1
+    """Sampled responses a problem, for avg@k and pass@k."""
+    every: Count = 0
+    """Steps between measurements; 0: only before and after."""
+    passes: Annotated[
+        tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...],
+        Field(strict=False, min_length=1),
+    ] = ("greedy", "oracle")
+    """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all."""
+
+
+class OutputConfig(Section):
+    """[output] Where runs are written, `folder/<name>-...`, and which rollouts stay there."""
+
+    folder: PathText = "runs"
+    rollouts_every: Count = 1
+    """Steps between those whose rollouts are stored; 0: none. Step 1's always are."""
+    rollouts_keep: Count = 0
+    """Of the stored steps but the first, the last so many stay, with their images; 0: all."""
+    rollout_tokens: bool = True
+    """With the token arrays (ids, log-probs, versions, segments), which `train --replay` and
+    `diagnose --rescore` need."""

@@ -1,0 +1,326 @@
+"""A run's rollouts read back: the scores alone, or whole groups that can be scored again.
+
+Shapes: G rollouts in a group. `Tracker.log_rollouts` wrote what is read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.record.tracking import ROLLOUT_SCHEMA, TOKEN_ARRAYS, by_name, read_metrics
+from rewards.advantages import CREDIT_COLUMNS
+from rewards.records import Diagnosis, FailureKind, ScoredGroup, TermFailure
+from rollout.record import Group, Rollout
+from tasks.core import DataError, Problem, Task
+from tasks.load import load_task
+
+Row = Mapping[str, Any]
+T = TypeVar("T")
+
+TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
+SCORE_COLUMNS = (
+    *("group_id", "step", "task", "defects", "terms", "total", "zero_variance", "dropped"),
+    *("failures", *TRUTH_COLUMNS),
+)
+GROUP_COLUMNS = (
+    *("rollout_id", "problem_id", "kind", "view", "prompt", "true_perception", "truth", "knobs"),
+    *("symmetry_key", "image_sha256", "prompt_ids", "response_ids", "logprobs", "versions"),
+    *("segments", "prefix", "text", "finish_reason", "seconds", "sampler"),
+)
+TOKEN_COLUMNS = {
+    "prompt_ids": np.int32,
+    "response_ids": np.int32,
+    "logprobs": np.float32,
+    "versions": np.int32,
+    "segments": np.int8,
+}
+_STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+_FAILURE = re.compile(rf"(.*?): ({'|'.join(get_args(FailureKind))}): (.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """What a run recorded about one group.
+
+    Attributes:
+        terms: term name -> float64 [G], as in `ScoredGroup`: a failed term is absent, or zero
+            where the recipe counts it as zero.
+        totals: float64 [G], NaN where dropped.
+        failures: without tracebacks, which are not stored.
+        diagnosis: None where the task's own code failed.
+    """
+
+    step: int
+    task: str
+    group_id: str
+    terms: Mapping[str, np.ndarray]
+    totals: np.ndarray
+    zero_variance: bool
+    dropped: bool
+    failures: tuple[TermFailure, ...]
+    diagnosis: Diagnosis | None
+
+    def measured(self) -> dict[str, np.ndarray]:
+        """The terms that gave values of their own; zeros that stand for a failure are not."""
+        failed = {failure.term for failure in self.failures}
+        return {name: values for name, values in self.terms.items() if name not in failed}
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """A group as it was sampled, parsed again by its task, with what the run recorded.
+
+    Text that UTF-8 cannot hold was stored as escapes, so it may parse differently than it did;
+    the token ids are as they were.
+    """
+
+    group: Group
+    scores: StoredScores
+
+
+def stored_steps(run_dir: Path | str) -> list[int]:
+    """Steps whose rollouts a run folder holds, ascending.
+
+    Raises DataError for a folder that is no run's.
+    """
+    folder = Path(run_dir) / "rollouts"
+    found = (_STEP_FILE.fullmatch(file.name) for file in folder.glob("step-*.parquet"))
+    steps = sorted(int(match[1]) for match in found if match)
+    if not steps:
+        what = "no folder" if not Path(run_dir).is_dir() else "no run with rollouts"
+        raise DataError(
+            f"{run_dir}: {what}: expected rollouts/step-*.parquet in it; give the run folder "
+            "that `equipoise train` printed"
+        )
+    return steps
+
+
+def not_kept(run_dir: Path | str) -> str | None:
+    """Which of a run's rollouts, or what of them, is not in its folder, in words; None if all is.
+
+    Raises DataError for a folder that is no run's.
+    """
+    steps = stored_steps(run_dir)
+    try:
+        names = ("step", "name")
+        logged = zip(*(read_metrics(run_dir)[name].to_pylist() for name in names), strict=True)
+        made = {step for step, name in logged if name == "group/count"}
+    except FileNotFoundError:
+        made = set()
+    missing = sorted((made | set(range(1, steps[-1] + 1))) - set(steps))
+    found = []
+    if missing:
+        count = len(steps) + len(missing)
+        shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        found.append(f"the rollouts of {len(missing)} of {count} steps ({shown}) are not there")
+    if tokens_missing(_file(run_dir, steps[-1])):
+        found.append("token arrays are not there")
+    return " and ".join(found) + " (see [output] in its recipe)" if found else None
+
+
+def tokens_missing(file: Path) -> bool:
+    """Whether a file of rollouts was written without token arrays."""
+    try:
+        column = pq.read_table(file, columns=["response_ids"])["response_ids"]
+    except (pa.ArrowException, OSError, KeyError):
+        return False  # whoever reads the file says what is wrong with it
+    return bool(len(column)) and column.null_count == len(column)
+
+
+def read_scores(run_dir: Path | str, step: int) -> list[StoredScores]:
+    """What was recorded about each group of a step, in scoring order; tokens are left unread.
+
+    Raises DataError naming file and column for what cannot be read.
+    """
+    file = _file(run_dir, step)
+    return [_scores(file, rows) for rows in _rows_by_group(file, SCORE_COLUMNS)]
+
+
+def read_groups(run_dir: Path | str, step: int) -> list[StoredGroup]:
+    """The groups of a step, in scoring order, images included, ready to be scored again.
+
+    Raises DataError naming file and column for what cannot be read: a column that is absent or
+    of another type, a task that cannot be loaded, an image that is gone or not the one stored.
+    """
+    return [group for _, group in _groups(run_dir, step)]
+
+
+def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
+    """The groups of a step as the learner got them, in scoring order, with stored advantages.
+
+    What is not stored is empty: tracebacks of failures, and the seconds that terms took. Raises
+    DataError as `read_groups` does, and for advantages of other columns than `CREDIT_COLUMNS`.
+    """
+    found = []
+    for rows, stored in _groups(run_dir, step, ("advantages",)):
+        table = [by_name(row["advantages"]) for row in rows]
+        if any(tuple(advantages) != CREDIT_COLUMNS for advantages in table):
+            raise DataError(
+                f"{_file(run_dir, step)}: column 'advantages': expected the keys "
+                f"{', '.join(CREDIT_COLUMNS)} in every row"
+            )
+        scores = stored.scores
+        found.append(
+            ScoredGroup(
+                group=stored.group,
+                terms=scores.terms,
+                totals=scores.totals,
+                advantages=np.array([list(a.values()) for a in table], np.float64),
+                zero_variance=scores.zero_variance,
+                dropped=scores.dropped,
+                failures=scores.failures,
+                seconds={},
+                diagnosis=scores.diagnosis,
+            )
+        )
+    return found
+
+
+def _groups(
+    run_dir: Path | str, step: int, more: Sequence[str] = ()
+) -> Iterator[tuple[list[Row], StoredGroup]]:
+    """Each group of a step with its rows, which have the columns `more` as well."""
+    file = _file(run_dir, step)
+    tasks: dict[str, Task] = {}
+    for rows in _rows_by_group(file, (*SCORE_COLUMNS, *GROUP_COLUMNS, *more)):
+        name = rows[0]["task"]
+        if name not in tasks:
+            tasks[name] = _column(file, "task", load_task, name)
+        problem = _problem(Path(run_dir), file, rows[0])
+        rollouts = tuple(_rollout(tasks[name], row) for row in rows)
+        group = Group(rows[0]["group_id"], problem, rollouts)
+        yield rows, StoredGroup(group, _scores(file, rows))
+
+
+def _file(run_dir: Path | str, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"step-{step:06d}.parquet"
+
+
+def _rows_by_group(file: Path, columns: Sequence[str]) -> Iterator[list[Row]]:
+    """Rows of one group after another; the rows of a group are written together."""
+    rows = _read(file, columns).to_pylist()
+    for _, group in itertools.groupby(rows, key=lambda row: row["group_id"]):
+        yield list(group)
+
+
+def _read(file: Path, columns: Sequence[str]) -> pa.Table:
+    """The named columns in the types of `ROLLOUT_SCHEMA`, without nulls but for the truth."""
+    try:
+        table = pq.ParquetFile(file)
+        absent = [name for name in columns if name not in table.schema_arrow.names]
+        if absent:
+            raise DataError(f"{file}: column {absent[0]!r} is missing; expected a run's rollouts")
+        whole = table.read(columns=list(columns))
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file; this run holds no rollouts of that step") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+    for name in columns:
+        index, field = whole.schema.get_field_index(name), ROLLOUT_SCHEMA.field(name)
+        column = _column(file, name, whole.column(index).cast, field.type)
+        if column.null_count and name in TOKEN_ARRAYS and tokens_missing(file):
+            raise DataError(
+                f"{file}: without token arrays (output.rollout_tokens = false in the run's "
+                "recipe), so its groups cannot be scored or learnt from again"
+            )
+        if column.null_count and name not in TRUTH_COLUMNS:
+            raise DataError(f"{file}: column {name!r} has empty cells; expected {field.type}")
+        whole = whole.set_column(index, field, column)
+    return whole
+
+
+def _scores(file: Path, rows: Sequence[Row]) -> StoredScores:
+    first = rows[0]
+    terms = [by_name(row["terms"]) for row in rows]
+    names = list(terms[0])
+    if any(set(term) != set(names) for term in terms):
+        raise DataError(
+            f"{file}: column 'terms': rollouts of group {first['group_id']!r} have different terms"
+        )
+    return StoredScores(
+        step=first["step"],
+        task=first["task"],
+        group_id=first["group_id"],
+        terms={name: np.array([term[name] for term in terms], np.float64) for name in names},
+        totals=np.array([row["total"] for row in rows], np.float64),
+        zero_variance=first["zero_variance"],
+        dropped=first["dropped"],
+        failures=tuple(_failure(file, text) for text in first["failures"]),
+        diagnosis=_diagnosis(rows),
+    )
+
+
+def _failure(file: Path, text: str) -> TermFailure:
+    match = _FAILURE.fullmatch(text)
+    if match is None:
+        raise DataError(f"{file}: column 'failures': expected 'term: kind: message', got {text!r}")
+    return TermFailure(match[1], cast(FailureKind, match[2]), match[3])
+
+
+def _diagnosis(rows: Sequence[Row]) -> Diagnosis | None:
+    if any(row[name] is None for row in rows for name in TRUTH_COLUMNS):
+        return None
+    return Diagnosis(
+        a=np.array([row["a"] for row in rows], bool),
+        a_p=np.array([row["a_p"] for row in rows], bool),
+        a_p_graded=np.array([row["a_p_graded"] for row in rows], np.float64),
+        self_consistency=np.array([row["self_consistency"] for row in rows], bool),
+        leak=np.array([row["leak"] for row in rows], bool),
+        defects=tuple(tuple(row["defects"]) for row in rows),
+    )
+
+
+def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
+    return Problem(
+        id=row["problem_id"],
+        task=row["task"],
+        prompt=row["prompt"],
+        image=_image(run_dir, file, row["image_sha256"]),
+        perception=row["true_perception"],
+        truth=_column(file, "truth", json.loads, row["truth"]),
+        knobs=_column(file, "knobs", json.loads, row["knobs"]),
+        symmetry_key=row["symmetry_key"],
+    )
+
+
+def _rollout(task: Task, row: Row) -> Rollout:
+    names = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason")
+    fields: dict[str, Any] = {name: row[name] for name in (*names, "seconds", "sampler")}
+    fields |= {name: np.array(row[name], dtype) for name, dtype in TOKEN_COLUMNS.items()}
+    return Rollout(**fields, parsed=task.parse(row["prefix"] + row["text"]))
+
+
+def _image(run_dir: Path, file: Path, sha: str) -> bytes:
+    # The name comes from a file: only a hash may become a path.
+    if not re.fullmatch(r"[0-9a-f]{64}", sha):
+        raise DataError(f"{file}: column 'image_sha256': {sha!r} is no SHA-256")
+    for suffix in ("png", "jpg"):
+        path = run_dir / "images" / f"{sha}.{suffix}"
+        if path.exists():
+            image = path.read_bytes()
+            if hashlib.sha256(image).hexdigest() != sha:
+                raise DataError(f"{path}: its contents are not those of its name; copy it again")
+            return image
+    raise DataError(
+        f"{file}: column 'image_sha256': {run_dir / 'images' / sha}.png is missing; copy the run "
+        "folder whole"
+    )
+
+
+def _column(file: Path, name: str, read: Callable[[Any], T], value: Any) -> T:
+    """`read(value)`, its errors naming file and column."""
+    try:
+        return read(value)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise DataError(f"{file}: column {name!r}: {error}") from error

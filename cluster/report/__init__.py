@@ -1,0 +1,1 @@
+"""What a person reads: reports of runs and of ablations, the diagnosis."""

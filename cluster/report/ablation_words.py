@@ -1,0 +1,259 @@
+"""An ablation in words: who won, how sure, what was learnt, what to be wary of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.ablation.plan import AblationConfig, CellName
+from cluster.ablation.results import (
+    Asymmetry,
+    Comparison,
+    Cost,
+    Level,
+    Summary,
+)
+from cluster.ablation.statistics import Estimate
+from cluster.report.ablation_charts import at, headlines, levels
+from cluster.report.words import Finding, duration, short_path
+
+LEAST_P = 0.05
+"""A difference is called shown below this, after Holm's adjustment."""
+FEWEST_SEEDS = 3
+"""With fewer the report warns: intervals over seeds are very wide or absent."""
+
+
+def lead(
+    config: AblationConfig, base: Mapping[str, Any], finished: int, cells: int, reference: str
+) -> str:
+    """What was compared, on what, how often, and how the numbers are made."""
+    tasks = " and ".join(str(t.get("name")) for t in base.get("tasks") or ()) or "unknown tasks"
+    model = short_path((base.get("model") or {}).get("path", "?"))
+    harder = ", ".join(d.name for d in config.difficulties)
+    harder = f" × difficulties {harder}" if harder else ""
+    against = f" Arms are compared with {reference}." if reference else ""
+    trained, see = "trained by RL on", "problems"
+    if config.command == "sft":
+        trained, see = "fine-tuned on demonstrations of", "demonstrations"
+    return (
+        f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
+        f"{model} {trained} {tasks}, {config.budget.in_words()} each; "
+        f"{finished} of {cells} cells finished.{against} Arms of one seed are to start from "
+        f"the same weights and see the same {see} (hashes under Pairing). Intervals are 95 %, "
+        "over seeds and test problems; differences are paired by both, their p is Holm-adjusted "
+        "over arms."
+    )
+
+
+def findings(summary: Summary, arms: Sequence[str]) -> tuple[Finding, ...]:
+    """For each difficulty: which arm ended best and how sure, and what each learnt."""
+    found = []
+    for difficulty, task in headlines(summary):
+        where = f"{at(difficulty, task)}: " if len(headlines(summary)) > 1 else f"On {task}, "
+        ranked = sorted(
+            (levels(summary, difficulty, task, arm)["a"] for arm in arms
+             if "a" in levels(summary, difficulty, task, arm)),
+            key=lambda v: -v.after.value,
+        )  # fmt: skip
+        if ranked:
+            found += _winner(summary, where, ranked)
+        found += _learnt(summary, where, difficulty, task, arms, ranked)
+    found += _cheapest(summary)
+    return tuple(found)
+
+
+def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Finding]:
+    """Who ended best on `a`, against the reference, and whose intervals overlap."""
+    best, *others = ranked
+    compared = {
+        c.arm: c
+        for c in summary.comparisons
+        if (c.difficulty, c.task, c.metric) == (best.difficulty, best.task, "a")
+    }
+    ended = f"{where}{best.arm} ended best on a: {show(best.after)}"
+    if best.arm == summary.reference:
+        ended += ", and it is the reference"
+    elif best.arm in compared:
+        c = compared[best.arm]
+        ended += f", {show(c.difference, '+')} against {c.reference} ({_sure(c)}): {_verdict(c)}"
+    ties = [v.arm for v in others if v.after.value == best.after.value]
+    ended += f". {', '.join(ties)} ended at the same value" if ties else ""
+    details = tuple(
+        f"{c.arm} against {c.reference}: {show(c.difference, '+')} ({_sure(c)}): {_verdict(c)}"
+        for c in compared.values()
+        if c.arm != best.arm
+    )
+    said = [Finding(f"{ended}.", details)]
+    if not others:
+        return said
+    same = [v.arm for v in others if overlaps(v.after, best.after)]
+    apart = [v.arm for v in others if v.arm not in same]
+    text = f"The interval of {best.arm}'s a overlaps "
+    text += f"that of {', '.join(same)}" if same else "no other arm's"
+    text += f"; it is apart from that of {', '.join(apart)}." if same and apart else "."
+    if same:
+        text += " Levels alone do not say which of these is best; paired differences say more."
+    shown = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < LEAST_P]
+    if compared and not shown:
+        text += f" No arm is shown to differ from {summary.reference} on a."
+    return [*said, Finding(text.strip())]
+
+
+def _learnt(
+    summary: Summary, where: str, difficulty: str, task: str, arms: Sequence[str],
+    ranked: Sequence[Level],
+) -> list[Finding]:  # fmt: skip
+    """To see or to think, arm by arm, from before to after; the best arm first."""
+    last = {
+        v.arm: v
+        for v in summary.asymmetries
+        if (v.difficulty, v.task) == (difficulty, task)
+        and v.step == max(w.step for w in summary.asymmetries if w.arm == v.arm)
+    }
+    order = list(dict.fromkeys([*(v.arm for v in ranked[:1]), *arms]))
+    said = [
+        text
+        for arm in order
+        if (text := learnt_words(arm, levels(summary, difficulty, task, arm), last.get(arm)))
+    ]
+    return [Finding(where + said[0], tuple(said[1:]))] if said else []
+
+
+def learnt_words(arm: str, of: Mapping[str, Level], index: Asymmetry | None) -> str:
+    """Whether an arm learnt to see or to think: changes whose interval leaves 0 out, and which
+    gained more by the asymmetry index. "" where neither was measured."""
+    parts, up, down = [], [], []
+    for metric, word in (("a_p", "see"), ("a_r", "think")):
+        if metric not in of:
+            continue
+        change = of[metric].change
+        parts.append(f"Δ{metric} {show(change, '+')}")
+        if change.low is not None and change.low > 0:
+            up.append(word)
+        if change.high is not None and change.high < 0:
+            down.append(word)
+    if not parts:
+        return ""
+    worse = f"got worse at {' and at '.join(f'{w}ing' for w in down)}"
+    if up:
+        text = f"{arm} learnt to {' and to '.join(up)}" + (f", and {worse}" if down else "")
+    else:
+        text = f"{arm} {worse}" if down else f"{arm} learnt nothing that is beyond chance"
+    text += f" ({', '.join(parts)})"
+    if index is None:
+        return f"{text}."
+    low, high = index.index.low, index.index.high
+    if low is not None and low > 0:
+        more = "thinking gained more"
+    elif high is not None and high < 0:
+        more = "seeing gained more"
+    else:
+        more = "neither clearly gained more than the other"
+    return f"{text}; {more} (Δa_r − Δa_p = {show(index.index, '+')})."
+
+
+def _cheapest(summary: Summary) -> list[Finding]:
+    found = []
+    for difficulty in dict.fromkeys(c.difficulty for c in summary.costs):
+        tokens = [c for c in summary.costs if (c.difficulty, c.unit) == (difficulty, "tokens")]
+        reached = [c for c in tokens if c.reach.median is not None]
+        if not tokens:
+            continue
+        where = f" ({difficulty})" if difficulty else ""
+        to = f"training accuracy {tokens[0].target:.3f}{where}"
+        if reached:
+            first = min(reached, key=lambda c: c.reach.median or 0)
+            text = f"{first.arm} reached {to} with the fewest tokens: {spent(first)}."
+        else:
+            text = f"No arm reached {to} in at least half of its seeds."
+        rest = tuple(f"{c.arm}: {spent(c)}" for c in tokens if not reached or c.arm != first.arm)
+        found.append(Finding(text, rest))
+    return found
+
+
+def warnings(
+    config: AblationConfig, cells: Sequence[CellName], finished: Sequence[str],
+    failed: Mapping[str, str], faults: Sequence[str],
+) -> list[str]:  # fmt: skip
+    """What a reader must know before believing the rest."""
+    found = [f"Not paired: {fault}." for fault in faults]
+    found += [f"{cell} failed: {' '.join(error.split())[:300]}" for cell, error in failed.items()]
+    open_ = [c.id for c in cells if c.id not in finished and c.id not in failed]
+    if open_:
+        found.append(
+            f"{len(open_)} of {len(cells)} cells have neither ended nor failed; `equipoise ablate` "
+            "goes on with them. Comparisons use the seeds that both arms have."
+        )
+    per_arm = {
+        arm.name: len({c.seed for c in cells if c.arm == arm.name and c.id in finished})
+        for arm in config.arms
+    }
+    least = min(per_arm.values())
+    if finished and least < FEWEST_SEEDS:
+        what = (
+            "Arms without a finished seed are in no table"
+            if least == 0
+            else "With one seed nothing is said about other seeds, however narrow an interval "
+            "over problems is"
+            if least == 1
+            else "Intervals over two seeds are very wide"
+        )
+        counts = ", ".join(f"{arm} {n}" for arm, n in per_arm.items())
+        found.append(f"Few seeds (finished: {counts}). {what}.")
+    if len(config.arms) < 2:
+        found.append("There is one arm only, so nothing is compared.")
+    return found
+
+
+def show(estimate: Estimate, sign: str = "", form: str = ".3f") -> str:
+    """A value with its interval, or with a word on why it has none."""
+    value = f"{estimate.value:{sign}{form}}"
+    if estimate.low is None or estimate.high is None:
+        why = "one seed" if estimate.seeds < 2 else "in every seed"
+        return f"{value} ({why})".replace("-", "−")
+    return f"{value} [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]".replace("-", "−")
+
+
+def _verdict(c: Comparison) -> str:
+    """Whether an arm is shown to differ from the reference, as the end of a sentence."""
+    if c.p_holm is None:
+        said = "one seed decides nothing about others"
+    elif c.p_holm < LEAST_P:
+        more = "more" if c.difference.value > 0 else "less"
+        others = "problems" if c.difference.seeds == 1 else "seeds and problems"
+        said = f"{more} than other {others} explain"
+    else:
+        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
+    if c.difference.seeds == 1:
+        return f"one seed only, so this says nothing about other seeds; {said}"
+    return said
+
+
+def spent(c: Cost) -> str:
+    """What an arm spent until it got there; where it did not, that it was more than it had."""
+    median = c.reach.median
+    known = c.reach.spent_at_least if median is None else median
+    if known is None:
+        return "not known"
+    amount = duration(known) if c.unit == "seconds" else f"{known:,.0f} {c.unit}"
+    return amount if median is not None else f"not within {amount}"
+
+
+def _sure(c: Comparison) -> str:
+    return f"Holm-adjusted p {show_p(c.p_holm)}, {_count(c.difference.seeds, 'seed')}"
+
+
+def show_p(value: float | None) -> str:
+    """A p-value, or a dash where there is none."""
+    return "–" if value is None else f"{value:.2g}"
+
+
+def overlaps(one: Estimate, other: Estimate) -> bool:
+    """Whether two intervals overlap; what has none overlaps with all."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return True
+    return one.low <= other.high and other.low <= one.high
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

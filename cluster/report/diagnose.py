@@ -1,0 +1,406 @@
+"""`equipoise diagnose RUN`: what a stored run's rewards rewarded, and which terms can be trusted.
+
+By task: how the outcome couples with seeing and thinking, how well each reward term tells a right
+perception from a wrong one, and whether a reward rose while perception fell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.recipe.recipe import UserError
+from cluster.record.stored import StoredScores, not_kept, read_groups, read_scores, stored_steps
+from cluster.record.terminal import printable
+from rewards.coupling import CouplingEstimate, estimate_coupling, independent_reference
+from rewards.hacking import Drift, drift, thirds
+from rewards.intervals import Estimate
+from rewards.records import DIAGNOSIS, Diagnosis, TermError
+from rewards.reliability import Reliability, reliability
+from rewards.terms import AskingTerm, Term, is_remote, load_term, score_group
+from tasks.load import load_task
+
+PHASES = ("first third", "second third", "last third")
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """One term in one phase; `failures` counts the groups on which it failed."""
+
+    reliability: Reliability
+    failures: int
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """One task in some of a run's steps.
+
+    Attributes:
+        phase: `all`, or a third of the steps.
+        steps: the first and the last of them.
+        groups, rollouts: with a diagnosis; the figures are theirs.
+        undiagnosed: groups on which the task's own code failed.
+        a, a_p: shares of right answers and of right perceptions; None without rollouts.
+        leak: share of right answers on wrong perceptions. `independent` knows none: where it is
+            large, the outcome follows perception less than that.
+        q: share of answers that are right for the rollout's *own* perception, whether or not that
+            is the true one: how often thinking succeeds on what was seen.
+        perception: the outcome with `a_p`.
+        reasoning: the outcome with self-consistency, whose mean is `q`.
+        independent: what the two pooled correlations were if seeing and thinking succeeded
+            independently at rates `a_p` and `q` (`coupling.independent_reference`).
+        terms: by name.
+    """
+
+    phase: str
+    steps: tuple[int, int]
+    groups: int
+    rollouts: int
+    undiagnosed: int
+    a: float | None
+    a_p: float | None
+    q: float | None
+    leak: float | None
+    perception: CouplingEstimate
+    reasoning: CouplingEstimate
+    independent: tuple[float | None, float | None]
+    terms: Mapping[str, TermReport]
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task: all steps first, then by thirds, and the drift of each term and of the total."""
+
+    task: str
+    phases: tuple[PhaseReport, ...]
+    drifts: Mapping[str, Drift | None]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is drawn: plain text in every cell."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def to_rich(self) -> Table:
+        """For a terminal; markup and control codes in names are inert."""
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=escape(printable(self.title)),
+            caption=escape(self.note) or None,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for index, heading in enumerate(self.columns):
+            table.add_column(heading, justify="right" if index else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*[escape(printable(cell)) for cell in row])
+        return table
+
+    def to_markdown(self) -> str:
+        """For a document; a name cannot end its cell or become markup."""
+        lines = [
+            f"### {_inert(self.title)}",
+            "",
+            "| " + " | ".join(self.columns) + " |",
+            "|---" + "|---:" * (len(self.columns) - 1) + "|",
+            *("| " + " | ".join(_inert(cell) for cell in row) + " |" for row in self.rows),
+        ]
+        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+
+
+def run_diagnose(
+    run: Path, rescore: Sequence[str] = (), as_json: bool = False, as_markdown: bool = False
+) -> list[TaskReport]:
+    """`equipoise diagnose`: print the tables of a stored run, as rich tables unless asked else.
+
+    Raises DataError for a folder that holds no readable run and UserError for a term that cannot
+    be rescored.
+    """
+    reports = task_reports(load_scores(run, rescore))
+    if lacking := not_kept(run):
+        print(f"note: {lacking}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"run": run.name, "tasks": [asdict(r) for r in reports]}, indent=1))
+        return reports
+    found = [sheet for report in reports for sheet in sheets(report)]
+    if as_markdown:
+        print("\n".join(sheet.to_markdown() for sheet in found))
+        return reports
+    wide = Console()
+    # A log file has no width; its tables should not be squeezed into 80 columns.
+    console = wide if wide.is_terminal else Console(width=160)
+    for sheet in found:
+        console.print(sheet.to_rich())
+        console.print()
+    return reports
+
+
+def load_scores(run: Path, rescore: Sequence[str] = ()) -> list[StoredScores]:
+    """Every stored group's scores, with the terms of `rescore` (`TERM` or `TERM={...}`) added.
+
+    A rescored term goes by the words it was asked for with, and `(rescored)`: it stands beside the
+    run's own term of that name. Its failures are counted, like those of training.
+    """
+    steps = stored_steps(run)
+    if not rescore:
+        return [scores for step in steps for scores in read_scores(run, step)]
+    terms = {spec: rescored_term(spec) for spec in rescore}
+    found = []
+    for step in steps:
+        for stored in read_groups(run, step):
+            scores, task = stored.scores, load_task(stored.group.problem.task)
+            for spec, term in terms.items():
+                label = f"{spec} (rescored)"
+                fresh = score_group(task, stored.group, {label: term}, with_diagnosis=False)
+                scores = replace(
+                    scores,
+                    terms={**scores.terms, **fresh.values},
+                    failures=(*scores.failures, *fresh.failures),
+                )
+            found.append(scores)
+    return found
+
+
+def rescored_term(spec: str) -> Term:
+    """The term that `TERM` or `TERM={"arg": 1}` names; raises UserError for what cannot be run."""
+    name, _, text = spec.partition("=")
+    try:
+        args = json.loads(text) if text else {}
+    except ValueError as error:
+        raise UserError(f"--rescore {spec}: after `=` comes a JSON object: {error}") from error
+    if not isinstance(args, dict):
+        raise UserError(
+            f'--rescore {spec}: after `=` comes a JSON object of arguments, such as {{"scale": 2}}'
+        )
+    try:
+        term = load_term(name, args)
+    except TermError as error:
+        raise UserError(f"--rescore {spec}: {error}") from error
+    if isinstance(term, AskingTerm) or is_remote(term):
+        raise UserError(
+            f"--rescore {spec}: this term asks a model or a server, and `diagnose` starts none; "
+            "log it in a training run with weight 0"
+        )
+    return term
+
+
+def task_reports(scores: Sequence[StoredScores]) -> list[TaskReport]:
+    """One report a task, in the order the tasks occur."""
+    return [
+        _task_report(task, [s for s in scores if s.task == task])
+        for task in dict.fromkeys(s.task for s in scores)
+    ]
+
+
+def sheets(report: TaskReport) -> list[Sheet]:
+    """The tables of one task."""
+    return [_coupling_sheet(report), *_term_sheets(report), _drift_sheet(report)]
+
+
+def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
+    names = list(dict.fromkeys(n for s in scores for n in (*s.terms, *_failed(s))))
+    phases = [_phase("all", scores, names)]
+    parts = thirds([s.step for s in scores])
+    for phase, steps in zip(PHASES, parts, strict=True):
+        inside = [s for s in scores if s.step in steps]
+        if inside and len(inside) < len(scores):
+            phases.append(_phase(phase, inside, names))
+    drifts = {}
+    for name in names:
+        drifts[name] = _drift([(s.step, v, d) for s, v, d in _judged(scores, name)])
+    kept = [s for s in scores if not s.dropped]
+    drifts["total"] = _drift([(s.step, s.totals, s.diagnosis) for s in kept if s.diagnosis])
+    return TaskReport(task, tuple(phases), drifts)
+
+
+def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> PhaseReport:
+    diagnoses = [s.diagnosis for s in scores if s.diagnosis is not None]
+    a, a_p, q, leak = (
+        float(np.concatenate(arrays).mean()) if arrays else None
+        for arrays in (
+            [d.a for d in diagnoses],
+            [d.a_p for d in diagnoses],
+            [d.self_consistency for d in diagnoses],
+            [d.leak for d in diagnoses],
+        )
+    )
+    outcome = [d.a for d in diagnoses]
+    terms = {}
+    for name in names:
+        judged = _judged(scores, name)
+        found = reliability([v for _, v, _ in judged], [d.a_p for _, _, d in judged])
+        terms[name] = TermReport(found, sum(name in _failed(s) for s in scores))
+    return PhaseReport(
+        phase=phase,
+        steps=(min(s.step for s in scores), max(s.step for s in scores)),
+        groups=len(diagnoses),
+        rollouts=sum(len(d.a) for d in diagnoses),
+        undiagnosed=len(scores) - len(diagnoses),
+        a=a,
+        a_p=a_p,
+        q=q,
+        leak=leak,
+        perception=estimate_coupling(outcome, [d.a_p for d in diagnoses]),
+        reasoning=estimate_coupling(outcome, [d.self_consistency for d in diagnoses]),
+        independent=(None, None) if a_p is None or q is None else independent_reference(a_p, q),
+        terms=terms,
+    )
+
+
+def _failed(scores: StoredScores) -> list[str]:
+    """Terms that failed on a group; a failed diagnosis is the task's, and no term."""
+    return [f.term for f in scores.failures if f.term != DIAGNOSIS]
+
+
+def _judged(
+    scores: Sequence[StoredScores], term: str
+) -> list[tuple[StoredScores, np.ndarray, Diagnosis]]:
+    """The groups on which a term gave values and the truth is known."""
+    measured = [(s, s.measured().get(term), s.diagnosis) for s in scores]
+    return [(s, v, d) for s, v, d in measured if v is not None and d is not None]
+
+
+def _drift(rows: Sequence[tuple[int, np.ndarray, Diagnosis]]) -> Drift | None:
+    return drift([s for s, _, _ in rows], [v for _, v, _ in rows], [d.a_p for _, _, d in rows])
+
+
+def _coupling_sheet(report: TaskReport) -> Sheet:
+    rows = []
+    for phase in report.phases:
+        head = (
+            *(phase.phase, "{}–{}".format(*phase.steps), str(phase.groups)),
+            *(_number(value) for value in (phase.a, phase.a_p, phase.q, phase.leak)),
+        )
+        pairs = (
+            ("perception", phase.perception, phase.independent[0]),
+            ("reasoning", phase.reasoning, phase.independent[1]),
+        )
+        for place, (skill, found, reference) in enumerate(pairs):
+            rows.append(
+                (
+                    *(head if place == 0 else ("",) * len(head)),
+                    skill,
+                    _interval(found.pooled),
+                    _number(reference),
+                    _interval(found.within),
+                    _number(found.zero_variance),
+                )
+            )
+    undiagnosed = report.phases[0].undiagnosed
+    return Sheet(
+        f"{report.task}: what the outcome is coupled with",
+        (
+            *("phase", "steps", "groups", "a", "a_p", "q", "leak", "outcome with", "pooled"),
+            *("if independent", "within group", "constant groups"),
+        ),
+        tuple(rows),
+        "Pearson correlations with 95% intervals from resampling groups. q: share of answers right "
+        "for the rollout's own perception. Leak: perception wrong, answer right. If independent: "
+        "the pooled correlation if seeing and thinking succeeded independently at a_p and q, "
+        "without leaks."
+        + (f" {undiagnosed} groups are left out: the task's code failed." if undiagnosed else ""),
+    )
+
+
+def _term_sheets(report: TaskReport) -> list[Sheet]:
+    whole = report.phases[0]
+    table, phased, bins = [], [], []
+    for name, term in whole.terms.items():
+        found = term.reliability
+        table.append(
+            (
+                name,
+                *(str(found.n), _number(found.mean)),
+                *(_interval(e) for e in (found.pooled, found.within)),
+                *(_interval(e) for e in (found.auc, found.auc_within)),
+                *(_number(found.brier.value), _number(found.zero_variance.value)),
+                str(term.failures),
+            )
+        )
+        for label, pick in (
+            ("pooled", "pooled"),
+            ("within group", "within"),
+            ("AUC within", "auc_within"),
+        ):
+            cells = [_interval(getattr(p.terms[name].reliability, pick)) for p in report.phases[1:]]
+            phased.append((name if pick == "pooled" else "", label, *cells))
+        for place, b in enumerate(found.calibration):
+            value = f"{b.low:.3g}" if b.low == b.high else f"{b.low:.3g} to {b.high:.3g}"
+            share = Estimate(b.a_p, b.a_p_low, b.a_p_high)
+            bins.append(("" if place else name, value, str(b.n), _number(b.mean), _interval(share)))
+    result = [
+        Sheet(
+            f"{report.task}: can a term tell who saw right? Against true a_p, all steps",
+            (
+                *("term", "n", "mean", "pooled", "within group", "AUC", "AUC within", "Brier"),
+                *("constant groups", "failed groups"),
+            ),
+            tuple(table),
+            "AUC: chance that a right perception earns more than a wrong one, ties half; 0.5 is "
+            "chance. Brier: mean (value − a_p)², where values lie in [0, 1].",
+        )
+    ]
+    if len(report.phases) > 1:
+        headings = ("term", "figure", *(p.phase for p in report.phases[1:]))
+        title = f"{report.task}: the same by phase of training"
+        result.append(Sheet(title, headings, tuple(phased)))
+    headings = ("term", "value", "n", "mean value", "a_p")
+    title = f"{report.task}: calibration, all steps"
+    note = "Wilson's intervals, which take rollouts as independent."
+    return [*result, Sheet(title, headings, tuple(bins), note)]
+
+
+def _drift_sheet(report: TaskReport) -> Sheet:
+    rows = [
+        (name, "-", "-", "too few steps")
+        if found is None
+        else (
+            name,
+            _interval(found.reward, signed=True),
+            _interval(found.a_p, signed=True),
+            "REWARD UP, a_p DOWN" if found.flagged else "no",
+        )
+        for name, found in report.drifts.items()
+    ]
+    return Sheet(
+        f"{report.task}: from the first to the last third of the steps",
+        ("term", "change of its mean", "change of a_p", "reward hacking"),
+        tuple(rows),
+        "Flagged where the interval of the term lies above 0 and that of a_p below 0.",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _interval(found: Estimate, signed: bool = False) -> str:
+    if found.value is None:
+        return "-"
+    form = "+.2f" if signed else ".2f"
+    if found.low is None or found.high is None:
+        return f"{found.value:{form}} [too few]"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def _inert(text: str) -> str:
+    """Text that Markdown shows as it is; intervals are harmless and stay readable."""
+    if re.fullmatch(r"[-+.,\d\[\] ]+", text):
+        return text
+    line = printable(text).replace("\n", " ")
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&~$" else c for c in line)

@@ -1,0 +1,1 @@
+"""The loops and their actors: RL, SFT, replay, sampling and evaluation."""

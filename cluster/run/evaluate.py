@@ -1,0 +1,165 @@
+"""Evaluation: what a policy gets right, what it sees, and what it thinks given perfect sight.
+
+Each pass is a rollout kind on the same engines: `greedy` and `sampled` answer freely, `oracle`
+is forced to start from `p*`, `oracle_blank` the same with the image blanked, `blind` has no
+image at all. Every number comes with its n and a 95% interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from cluster.recipe.problems import ProblemSource, held_out
+from cluster.recipe.recipe import Recipe
+from cluster.recipe.sections import EvalConfig
+from cluster.record.metrics import EvalPass, EvalTable, eval_table
+from cluster.run.standstill import unread_tables
+from rollout.pool import SamplerPool
+from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
+from rollout.settings import ModelConfig, SamplerConfig
+from tasks.core import Problem
+from tasks.responses import form_of, oracle_prefix_in
+from tasks.settings import TaskConfig
+
+PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")
+
+_REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
+    "greedy": ("free", "shown"),
+    "sampled": ("free", "shown"),
+    "oracle": ("oracle", "shown"),
+    "oracle_blank": ("oracle", "blank"),
+    "blind": ("blind", "none"),
+}
+
+
+def evaluate_all(
+    samplers: SamplerPool, sources: Sequence[ProblemSource], recipe: Recipe
+) -> dict[str, EvalTable]:
+    """The recipe's own evaluation: a table a task, on its held-out problems.
+
+    All passes of all tasks are asked for at once, so that no engine waits for another pass's last
+    response; those of one problem together, whose image an engine then has at hand. What starts
+    from `p*` is asked again where the free responses show that the policy writes a perception in
+    another form than the task's own.
+    """
+    asked = [
+        (source, name, pass_request(recipe, source, name, problem))
+        for source in sources
+        for problem in held_out(source, recipe.eval.seed, recipe.eval.problems)
+        for name in recipe.eval.passes
+    ]
+    groups = samplers.sample([request for *_, request in asked])
+    again = _in_the_policys_form([(source, request) for source, _, request in asked], groups)
+    for place, group in zip(
+        again, samplers.sample([*again.values()]) if again else (), strict=True
+    ):
+        groups[place] = group
+    found: dict[str, dict[EvalPass, list[Group]]] = {
+        source.label: {name: [] for name in recipe.eval.passes} for source in sources
+    }
+    for (source, name, _), group in zip(asked, groups, strict=True):
+        found[source.label][name].append(group)
+    return {source.label: eval_table(source.task, found[source.label]) for source in sources}
+
+
+def _in_the_policys_form(
+    asked: Sequence[tuple[ProblemSource, SampleRequest]], groups: Sequence[Group]
+) -> dict[int, SampleRequest]:
+    """The oracle requests, by place, where the free responses are in another form than theirs."""
+    free: dict[str, list[str]] = {source.label: [] for source, _ in asked}
+    for (source, request), group in zip(asked, groups, strict=True):
+        if request.kind == "free":
+            free[source.label] += [rollout.text for rollout in group.rollouts]
+    tasks = {source.label: source.task for source, _ in asked}
+    forms = {label: form_of(tasks[label], texts) for label, texts in free.items()}
+    again = {}
+    for place, (source, request) in enumerate(asked):
+        if request.kind == "oracle":
+            prefix = oracle_prefix_in(forms[source.label], source.task, request.problem)
+            if prefix != source.task.oracle_prefix(request.problem):
+                again[place] = replace(request, prefix=prefix)
+    return again
+
+
+def pass_request(
+    recipe: Recipe, source: ProblemSource, name: EvalPass, problem: Problem
+) -> SampleRequest:
+    """What a pass asks about a problem; only `sampled` draws as training does, all else is greedy.
+
+    What is drawn hangs on the id, which names the entry from the second one of its task on.
+    """
+    kind, view = _REQUEST[name]
+    sampling = training_sampling(recipe)
+    entry = source.label.removeprefix(source.task.name)
+    return SampleRequest(
+        group_id=f"eval/{name}/{problem.id}{entry}",
+        problem=problem,
+        n=recipe.eval.samples if name == "sampled" else 1,
+        sampling=sampling if name == "sampled" else replace(sampling, temperature=0.0),
+        kind=kind,
+        view=view,
+    )
+
+
+def training_sampling(recipe: Recipe) -> Sampling:
+    """How a recipe draws tokens."""
+    sampler = recipe.sampler
+    return Sampling(temperature=sampler.temperature, max_tokens=sampler.max_tokens)
+
+
+def run_eval(
+    checkpoint: str,
+    task: TaskConfig,
+    problems: int,
+    samples: int,
+    seed: int,
+    as_json: bool,
+    address: str | None,
+    like: Recipe | None = None,
+) -> EvalTable:
+    """`equipoise eval`: all passes of one task on one checkpoint, printed as a table or JSON.
+
+    `like`: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
+
+    Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
+    ends the evaluation.
+    """
+    import ray
+
+    from cluster.recipe.placement import require_cluster
+    from cluster.recipe.preflight import preflight
+    from cluster.run.runtime import actor_errors, connected, sampling_from
+
+    recipe = Recipe(
+        name="eval",
+        model=like.model.model_copy(update={"path": checkpoint})
+        if like
+        else ModelConfig(path=checkpoint),
+        tasks=(task,),
+        sampler=like.sampler if like else SamplerConfig(),
+        eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
+    )
+    console = Console(stderr=as_json)
+    sources = preflight(recipe, "eval", console.print).sources
+    chosen = held_out(sources[0], seed, problems)
+    console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
+    with actor_errors(None), connected(address):
+        require_cluster(recipe, ray.cluster_resources(), "eval")
+        with sampling_from(recipe, checkpoint) as pool:
+            (table,) = evaluate_all(pool, sources, recipe).values()
+    if as_json:
+        print(
+            json.dumps(
+                {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict(),
+                indent=2,
+            )
+        )
+    else:
+        console.print(table.to_rich(f"{checkpoint} on {task.name}"))
+    for line in unread_tables({task.name: table}):
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    return table

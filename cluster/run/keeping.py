@@ -1,0 +1,92 @@
+"""Where the policy and its evaluation are kept: in the run folder, or where that takes no more."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cluster.recipe.machine import SHARED, told
+from cluster.recipe.recipe import RunFailed
+from learner.actor import LearnerGroup
+from tasks.files import put_text
+
+_TAKES_NO_MORE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV),
+)
+
+
+def disk_error(error: BaseException, folder: Path | None = None) -> OSError | None:
+    """The error of a disk that takes no more, of this process or of an actor.
+
+    Of what is below `folder` any error of the system is: it may have been removed.
+    """
+    own = getattr(error, "cause", None) or error
+    if not isinstance(own, OSError):
+        return None
+    if own.errno in _TAKES_NO_MORE:
+        return own
+    if folder is None or own.filename is None:
+        return None
+    return own if Path(str(own.filename)).resolve().is_relative_to(folder.resolve()) else None
+
+
+class Keeper:
+    """Keeps what a run must not lose in its folder, or in another place once that takes no more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """Where things are kept by now."""
+        self._run = folder
+        self._wrong: OSError | None = None
+
+    def keep(self, write: Callable[[Path], object]) -> Path:
+        """Have `write` write below a folder, which is returned: the first that takes it.
+
+        Raises RunFailed where none does, and what `write` raises that is no error of a disk.
+        """
+        for place in self._places():
+            try:
+                write(place)
+            except Exception as error:
+                if disk_error(error, place) is None:
+                    raise
+                self._wrong = self._wrong or disk_error(error, place)
+                if place != self._run:
+                    shutil.rmtree(place, ignore_errors=True)
+            else:
+                self.folder = place
+                return place
+        assert self._wrong is not None
+        raise RunFailed(f"{told(self._wrong)}; and no other place took the policy")
+
+    @contextmanager
+    def keeping(self, learner: LearnerGroup) -> Iterator[None]:
+        """Within, a disk that takes no more ends the run, but not before the policy is kept."""
+        try:
+            yield
+        except Exception as error:
+            if disk_error(error, self._run) is None:
+                raise
+            self._wrong = self._wrong or disk_error(error, self._run)
+            self.keep(lambda place: learner.save(place / "checkpoint"))
+            self.end()
+
+    def end(self) -> None:
+        """Raises RunFailed, which names the place, where the run folder did not take all."""
+        if self._wrong is None:
+            return
+        message = f"{told(self._wrong)}; the policy, as far as it was trained, is in {self.folder}"
+        with suppress(OSError):
+            put_text(self.folder / "error.txt", message + "\n")
+        raise RunFailed(message) from self._wrong
+
+    def _places(self) -> Iterator[Path]:
+        yield self.folder
+        bases = (tempfile.gettempdir(), str(Path.home()), "/var/tmp", ".", str(SHARED))
+        for base in bases:
+            with suppress(OSError):
+                yield Path(tempfile.mkdtemp(prefix=f"{self._run.name}-", dir=base)).absolute()

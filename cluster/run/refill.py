@@ -1,0 +1,120 @@
+"""Dynamic sampling: more groups for a step in the place of those that teach nothing.
+
+A group whose rollouts all earn the same has no gradient. DAPO (arXiv 2503.14476, eq. 11) samples
+until the batch is full of groups that have one; here up to a budget of rounds and of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.recipe.algorithm import DynamicSamplingConfig
+from cluster.recipe.problems import ProblemSource, step_problems
+from cluster.recipe.recipe import Recipe
+from cluster.run.evaluate import training_sampling
+from rewards.records import ScoredGroup
+from rollout.record import Group, SampleRequest
+
+if TYPE_CHECKING:  # it starts Ray and all engines, which a test of this file does not need
+    from cluster.run.runtime import Run
+
+STREAM = 0x5EF1
+"""Tells the stream of extra problems from that of the steps' own."""
+
+
+@dataclass(frozen=True)
+class Refilled:
+    """A step's groups, its own first, then the extra ones; none is thrown away or counted twice.
+
+    Attributes:
+        rounds: how often samplers were asked for more.
+        extra: groups they brought.
+        missing: places of the step that are still without a gradient; None where the recipe does
+            not ask for more.
+    """
+
+    scored: list[ScoredGroup]
+    rounds: int = 0
+    extra: int = 0
+    missing: int | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """What was sampled, in the order of `scored`."""
+        return [scored.group for scored in self.scored]
+
+    def metrics(self) -> dict[str, float]:
+        """Under `refill/`."""
+        if self.missing is None:
+            return {}
+        return {
+            "refill/rounds": float(self.rounds),
+            "refill/extra_groups": float(self.extra),
+            "refill/missing": float(self.missing),
+        }
+
+
+def refill(
+    scored: Sequence[ScoredGroup],
+    rule: DynamicSamplingConfig,
+    more: Callable[[range], Sequence[ScoredGroup]],
+) -> Refilled:
+    """Ask for as many groups as lack a gradient, until none does or the budget is spent.
+
+    `more` samples and scores the extra groups of the given numbers; each number, from 0, is
+    asked for once.
+    """
+    found, rounds, extra = list(scored), 0, 0
+    while True:
+        missing = len(scored) - sum(group.has_gradient for group in found)
+        count = min(missing, rule.max_groups - extra)
+        if count <= 0 or rounds == rule.max_rounds:
+            return Refilled(found, rounds, extra, max(0, missing))
+        found += more(range(extra, extra + count))
+        rounds, extra = rounds + 1, extra + count
+
+
+def refill_step(run: Run, step: int, scored: Sequence[ScoredGroup], share: float) -> Refilled:
+    """The groups of step `step` (from 1) with extra ones, as the recipe says.
+
+    `share` of the run is over: schedules of reward weights go by it. Without
+    `[algorithm.dynamic_sampling]` nothing is asked.
+    """
+    rule = run.recipe.algorithm.dynamic_sampling
+    if rule is None:
+        return Refilled(list(scored))
+
+    def more(numbers: range) -> Sequence[ScoredGroup]:
+        requests = extra_requests(run.recipe, run.sources, step, numbers)
+        return run.rewards.score(run.samplers.sample(requests), share)
+
+    return refill(scored, rule, more)
+
+
+def extra_requests(
+    recipe: Recipe, sources: Sequence[ProblemSource], step: int, numbers: range
+) -> list[SampleRequest]:
+    """Requests for the extra groups of a step by their numbers, ids unique within the run.
+
+    Their problems come from a stream of their own, so that runs of one seed keep the same problems
+    in every step, however many groups each had to replace; and step and number alone decide them,
+    so that a resumed run draws them again. Stored problems may come twice in an epoch so.
+    """
+    algorithm = recipe.algorithm
+    most = algorithm.dynamic_sampling.max_groups if algorithm.dynamic_sampling else 0
+    seed = int(np.random.SeedSequence([recipe.seed, STREAM]).generate_state(1)[0])
+    problems = step_problems(sources, seed, step - 1, most, numbers)
+    sampling = training_sampling(recipe)
+    return [
+        SampleRequest(
+            f"step-{step}/{algorithm.problems_per_step + number}/{problem.id}",
+            problem,
+            algorithm.group_size,
+            sampling,
+        )
+        for number, problem in zip(numbers, problems, strict=True)
+    ]

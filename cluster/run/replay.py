@@ -1,0 +1,207 @@
+"""Half a run: the learner on stored rollouts without samplers, or the samplers without a learner.
+
+`run_replay` is what `run_training` does to its learner, step by step, from what a run left in
+`rollouts/` and `images/`: the same groups in the same order with the advantages that were stored
+(not scored again), the same minibatches, learning rates and initial weights. So without a change
+its losses are those of the run, up to rounding; with another loss or learning rate the difference
+is that change's alone. The policy that learns is then no more the one that sampled: from the
+second step on tokens are off-policy, which the ratio, or `[algorithm.correction]`, sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from cluster.recipe.machine import claimed, new_run_folder
+from cluster.recipe.placement import require_cluster
+from cluster.recipe.preflight import preflight
+from cluster.recipe.problems import step_problems
+from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
+from cluster.record.metrics import step_metrics
+from cluster.record.stored import not_kept, read_scored, stored_steps
+from cluster.record.tracking import Progress, Tracker, read_metrics
+from cluster.run.checkpoints import changed_fields
+from cluster.run.keeping import Keeper
+from cluster.run.runtime import (
+    actor_errors,
+    connected,
+    frozen_pools,
+    learner_group,
+    learner_settings,
+    reward_pool,
+    sampling_from,
+)
+from cluster.run.standstill import Standstill, unread_step
+from cluster.run.stream import free_requests
+from cluster.run.train import (
+    anchored,
+    learner_metrics,
+    learning_rate,
+    policy_loss,
+    tell_mismatch,
+    train_batches,
+)
+
+LEARNT = ("algorithm.", "learner.", "model.dtype", "model.attention", "model.lm_head_float32")
+SAMPLED = (
+    "algorithm.advantage", "algorithm.group_size", "algorithm.problems_per_step",
+    "algorithm.budget", "algorithm.dynamic_sampling", "algorithm.max_staleness",
+)  # fmt: skip
+"""A replay may set the fields that start like the first, but for the second: those decided what
+was sampled or what it earned, and would do nothing."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run to learn from again: its folder, its steps with rollouts, and its losses by step."""
+
+    run: Path
+    steps: tuple[int, ...]
+    losses: dict[int, float]
+
+
+def recorded(run: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Recorded]:
+    """A run's recipe, with `overrides` as after `--set`, and what it left to learn from.
+
+    Raises UserError for a folder that is no run, DataError for one without rollouts or with a step
+    missing, RecipeError for an override that a replay cannot follow.
+    """
+    stored = run / "recipe.toml"
+    if not stored.is_file():
+        raise UserError(f"--replay {run}: no run folder: it has no recipe.toml")
+    recipe = load_recipe(stored, overrides)
+    changed = changed_fields(load_recipe(stored).model_dump(), recipe.model_dump())
+    if wrong := [n for n in changed if not n.startswith(LEARNT) or n.startswith(SAMPLED)]:
+        raise RecipeError(
+            f"--replay {run}: --set changes {', '.join(wrong)}; the rollouts are those of the "
+            "run, so a replay may change [algorithm] but for what decides sampling and "
+            "advantages, [learner], and model.dtype, attention and lm_head_float32"
+        )
+    if lacking := not_kept(run):
+        raise UserError(f"--replay {run}: {lacking}; a replay needs all of them")
+    steps = stored_steps(run)
+    rows = read_metrics(run).to_pylist()
+    losses = {row["step"]: row["value"] for row in rows if row["name"] == "learner/loss"}
+    return recipe, Recorded(run, tuple(steps[: recipe.algorithm.steps]), losses)
+
+
+def run_replay(
+    recipe: Recipe, source: Recorded, address: str | None = None, output: Path | None = None
+) -> Path:
+    """Learn from a run's stored rollouts; return the new run folder.
+
+    It holds the learner's metrics and the last policy in `checkpoint`; rollouts stay where they
+    are. The largest difference to the losses of the run is printed. Raises as `run_training`.
+    """
+    folder = new_run_folder(recipe, output)
+    progress, keeper = Progress(len(source.steps)), Keeper(folder)
+    preflight(recipe, "replay", progress.say, folder=folder)
+    with claimed(folder, new=True), actor_errors(folder), connected(address):
+        require_cluster(recipe, ray.cluster_resources(), "replay")
+        settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
+        learner = learner_group(recipe, settings)
+        try:
+            progress.say("starting learner (DeepSpeed) ...")
+            learner.start()
+            with Tracker(folder, resolved_toml(recipe)) as tracker:
+                progress.say(f"run folder: {folder}")
+                version, gaps = 0, {}
+                standstill = Standstill(progress.say)
+                for step in source.steps:
+                    scored = read_scored(source.run, step)
+                    metrics = step_metrics(scored, version)
+                    rate = learning_rate(recipe, step)
+                    batches = anchored(recipe, train_batches(recipe, scored), learner)
+                    updates = [learner.update(b, policy_loss(recipe), rate) for b in batches]
+                    version += len(updates)
+                    metrics |= learner_metrics(updates) | {"learner/lr": rate}
+                    metrics |= {"policy/version": float(version)}
+                    tracker.log(step, metrics)
+                    tell_mismatch(recipe, metrics, progress)
+                    progress.step(step, metrics, metrics.get("learner/seconds", 0.0))
+                    standstill.step(metrics, len(updates))
+                    if updates and step in source.losses:
+                        gaps[step] = abs(metrics["learner/loss"] - source.losses[step])
+                keeper.keep(lambda place: learner.save(place / "checkpoint"))
+                keeper.end()
+        finally:
+            learner.stop()
+    if gaps:
+        worst = max(gaps, key=lambda step: gaps[step])
+        progress.say(
+            f"largest difference to the loss of the run: {gaps[worst]:.2g} in step {worst}"
+        )
+    progress.say(f"checkpoint: {folder / 'checkpoint'}")
+    standstill.end()
+    return folder
+
+
+def recipe_to_sample(where: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of `equipoise sample WHERE`: a recipe file, or a checkpoint of a run.
+
+    Of a checkpoint (`RUN/checkpoint`, `RUN/checkpoints/step-000010`) it is that of its run, with
+    the checkpoint as its policy. Raises UserError where there is none.
+    """
+    if where.is_file():
+        return load_recipe(where, overrides)
+    run = where.resolve().parent
+    run = run.parent if run.name == "checkpoints" else run
+    if not (where / "config.json").is_file() or not (run / "recipe.toml").is_file():
+        raise UserError(
+            f"equipoise sample {where}: expected a recipe, or a checkpoint within its run folder; "
+            "for another checkpoint give a recipe and --set model.path=FOLDER"
+        )
+    recipe = load_recipe(run / "recipe.toml", overrides)
+    model = recipe.model.model_copy(update={"path": str(where)})
+    return recipe.model_copy(update={"model": model})
+
+
+def run_sampling(
+    recipe: Recipe, steps: int, address: str | None = None, output: Path | None = None
+) -> Path:
+    """Sample and score `steps` steps of a recipe, as training would if it learnt nothing.
+
+    The same requests as a training run makes, all at version 0; the run folder has rollouts,
+    images and the metrics of scoring. Raises as `run_training`.
+    """
+    folder = new_run_folder(recipe, output)
+    progress = Progress(steps)
+    sources = preflight(recipe, "sample", progress.say, folder=folder).sources
+    with claimed(folder, new=True), actor_errors(folder), connected(address):
+        require_cluster(recipe, ray.cluster_resources(), "sample")
+        progress.say("starting samplers (vLLM) and reward workers ...")
+        frozen = frozen_pools(recipe)
+        try:
+            with (
+                sampling_from(recipe, recipe.model.path) as samplers,
+                Tracker(folder, resolved_toml(recipe), output=recipe.output) as tracker,
+            ):
+                for pool in frozen.values():
+                    pool.wait_ready(recipe.sampler.start_timeout_seconds)
+                rewards = reward_pool(recipe, {"": samplers, **frozen})
+                progress.say(f"run folder: {folder}")
+                try:
+                    for step in range(1, steps + 1):
+                        problems = step_problems(
+                            sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
+                        )
+                        groups = samplers.sample(free_requests(recipe, step, problems))
+                        scored = rewards.score(groups, 0.0)
+                        metrics = step_metrics(scored, 0)
+                        tracker.log_rollouts(step, scored)
+                        tracker.log(step, metrics)
+                        seconds = max(r.seconds for g in groups for r in g.rollouts)
+                        progress.step(step, metrics, seconds)
+                        if step == 1 and (line := unread_step(metrics)):
+                            progress.say(f"warning: {line}")
+                finally:
+                    rewards.close()
+        finally:
+            for pool in frozen.values():
+                pool.stop()
+    progress.say(f"what the rollouts tell: equipoise diagnose {folder}")
+    return folder

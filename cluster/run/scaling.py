@@ -1,0 +1,85 @@
+"""`equipoise scale`: how many samplers a run has that goes on, from another process.
+
+The wish is a file in the run folder, since all that a process on this machine needs to know of a
+run is its folder. The driver reads it before each step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import ray
+
+from cluster.recipe.placement import require_cluster
+from cluster.recipe.recipe import UserError
+from cluster.record.tracking import Progress
+from cluster.run.runtime import LivePolicy
+from tasks.files import put_text
+
+WISH = "scale.json"
+
+
+def ask(run: Path, samplers: int) -> None:
+    """Leave the wish for `samplers` samplers. Raises UserError where no process runs `run`."""
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"{run}: not a run folder (it has no recipe.toml)")
+    if not _is_held(run):
+        raise UserError(
+            f"{run}: no process is running it; to go on with it: equipoise train --resume {run} "
+            f"--set sampler.count={samplers}"
+        )
+    put_text(run / WISH, json.dumps({"samplers": samplers}))
+
+
+def asked(run: Path) -> int | None:
+    """The number of samplers that was asked for since the last call, if any was.
+
+    Raises UserError for a file that `ask` did not write.
+    """
+    wish = run / WISH
+    taken = run / f".{WISH}.taken"
+    try:
+        wish.replace(taken)
+    except FileNotFoundError:
+        return None
+    text = taken.read_text(encoding="utf-8")
+    taken.unlink()
+    try:
+        samplers = json.loads(text)["samplers"]
+    except (ValueError, KeyError, TypeError):
+        samplers = None
+    if not isinstance(samplers, int) or isinstance(samplers, bool) or samplers < 1:
+        raise UserError(
+            f'{wish}: expected {{"samplers": N}} with N of 1 or more, got {text[:80]!r}'
+        )
+    return samplers
+
+
+def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
+    """Do what was asked of a run since the last call; what cannot be done is said and left."""
+    try:
+        samplers = asked(run)
+        if samplers is None or samplers == live.samplers.size():
+            return
+        sampler = live.recipe.sampler.model_copy(update={"count": samplers})
+        wanted = live.recipe.model_copy(update={"sampler": sampler})
+        require_cluster(wanted, ray.cluster_resources(), "train")
+    except UserError as error:
+        progress.say(f"warning: not scaled: {error}")
+        return
+    progress.say(f"samplers: {live.samplers.size()} -> {samplers}")
+    live.samplers.resize(samplers)
+
+
+def _is_held(run: Path) -> bool:
+    """Whether a live process holds the run folder (see `cluster.recipe.machine.claimed`)."""
+    try:
+        with (run / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -1,0 +1,408 @@
+"""The cold start: supervised fine-tuning on demonstrations, before there is anything to reward.
+
+Vision warm-up (where the recipe asks for it), then DeepSpeed SFT with the loss of each segment
+reported apart. Generated demonstrations are of the `train` split. With `eval.every` one sampler
+pool lives beside the learner and measures on the way; otherwise the samplers come when it has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from torch.utils.data import DataLoader
+
+from cluster.recipe.machine import claimed, new_run_folder
+from cluster.recipe.placement import require_cluster
+from cluster.recipe.preflight import preflight
+from cluster.recipe.problems import ProblemSource
+from cluster.recipe.recipe import Recipe, resolved_toml
+from cluster.record.card import model_card
+from cluster.record.metrics import EvalTable
+from cluster.record.tracking import Progress, Tracker, read_metrics
+from cluster.run.checkpoints import Position, Resumed, stop_signal
+from cluster.run.evaluate import PASSES, evaluate_all
+from cluster.run.keeping import Keeper
+from cluster.run.runtime import (
+    LivePolicy,
+    actor_errors,
+    connected,
+    learner_group,
+    learner_settings,
+    sampling_from,
+)
+from cluster.run.train import (
+    checkpoint_due,
+    measure,
+    report_change,
+    save_and_measure,
+    transfer_metrics,
+    verify_transfer,
+)
+from learner.actor import LearnerGroup
+from learner.balance import Balance, SegmentGradients
+from learner.batch import TrainBatch, TrainSequence
+from learner.checkpoint import checkpoint_folder
+from learner.policy import load_policy
+from learner.schedule import learning_rate_at
+from learner.settings import SftConfig
+from learner.sft import DemonstrationStream, Source, draw
+from learner.trainer import LearnerSettings
+from learner.warmup import warm_up_vision
+from rollout.transfer import TransferReport
+from tasks.core import SEGMENTS, DataError, Problem
+from tasks.files import put_text
+
+WARMUP_BATCH = 128
+WARMUP_STREAM = 2**31
+"""Warm-up draws from a part of the demonstrations' stream that SFT does not reach."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How small a part perception is of one SFT update."""
+
+    perception_tokens: float
+    perception_loss: float
+
+
+def run_sft(
+    recipe: Recipe,
+    address: str | None = None,
+    output: Path | None = None,
+    resumed: Resumed | None = None,
+) -> Path:
+    """Fine-tune by a recipe's [sft] section, or go on where a run was; return the run folder.
+
+    The policy is left in `<folder>/checkpoint` as a plain Hugging Face folder. A first SIGTERM or
+    Ctrl-C lets the update end and leaves a checkpoint to resume from. Raises DataError or
+    ModelError for input that cannot be used, RunFailed when a rank ends the run.
+    """
+    sft = recipe.sft
+    if sft is None:
+        raise DataError(f"recipe {recipe.name}: sft: this section is needed and missing")
+    folder = resumed.run if resumed else new_run_folder(recipe, output)
+    at = resumed.position if resumed else Position(command="sft")
+    progress = Progress(sft.steps)
+    ready = preflight(recipe, "sft", progress.say, folder=folder)
+    opened, processor = ready.sources, ready.processor
+    sources = demonstration_sources(recipe, opened)
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
+        claimed(folder, new=resumed is None),
+        actor_errors(folder),
+        connected(address),
+    ):
+        require_cluster(recipe, ray.cluster_resources(), "sft")
+        step = at.step if resumed else None
+        with Tracker(folder, resolved_toml(recipe), step) as tracker:
+            progress.say(f"run folder: {folder}")
+            model = recipe.model.path
+            if resumed:
+                model = str(resumed.checkpoint)
+                for reason in resumed.refused:
+                    progress.say(f"warning: checkpoint refused: {reason}")
+                progress.say(f"going on after update {at.step}, from {resumed.checkpoint}")
+            elif sft.vision_warmup_steps:
+                model = scratch
+                warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
+            settings = learner_settings(recipe, model, resume=resumed is not None)
+            batches = demonstrations(sources, processor, sft, recipe.seed, at.step)
+            tables = fine_tune(
+                recipe, sft, settings, opened, batches, folder, at, tracker, progress
+            )
+        if tables is None:
+            return folder
+        seconds = time.perf_counter() - started
+        if not tables:
+            tables = measure_checkpoint(recipe, opened, folder, progress)
+    summary = summarise(past_shares(folder), sft, seconds)
+    put_text(folder / "sft.json", json.dumps(summary, indent=1))
+    card = model_card(recipe, summary, tables)
+    put_text(folder / "checkpoint" / "README.md", card)
+    progress.say(f"checkpoint: {folder / 'checkpoint'}")
+    return folder
+
+
+def fine_tune(
+    recipe: Recipe,
+    sft: SftConfig,
+    settings: LearnerSettings,
+    opened: Sequence[ProblemSource],
+    batches: Iterator[list[TrainSequence]],
+    folder: Path,
+    at: Position,
+    tracker: Tracker,
+    progress: Progress,
+) -> dict[str, EvalTable] | None:
+    """All updates from `at` on; leaves `<folder>/checkpoint`.
+
+    Where the recipe measures on the way, `evaluation.json` is left too, and the last evaluation
+    returned, a table a task; else there is none in it. None: it was told to stop before the end.
+    """
+    balance = sft_balance(sft)
+    balance.restore(at.balance)
+    keeper = Keeper(folder)
+    with (
+        tuning(recipe, opened, settings, progress) as (learner, live),
+        stop_signal() as stop,
+        keeper.keeping(learner),
+    ):
+        before = at.before
+        if live:
+            verify_transfer(live, at.step)
+            before = before or measured(live, tracker, 0, progress)
+        started = time.perf_counter()
+        for step in range(at.step + 1, sft.steps + 1):
+            rate = learning_rate_at(
+                step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
+            )
+            batch = TrainBatch(tuple(next(batches)))
+            if step == 1:
+                tracker.log_demonstrations(step, batch)
+            gradients = None
+            if balance.measures(step):
+                gradients = learner.segment_gradients(batch, sft.norm_of)
+                balance.observe(step, gradients)
+            metrics = learner.update(batch, balance.loss(step, batch), rate)
+            told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
+            told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
+            tracker.log(step, told)
+            if step % 10 == 0 or step == sft.steps:
+                seconds = (time.perf_counter() - started) / (step - at.step)
+                progress.say(describe(step, sft.steps, metrics, seconds))
+            if live and step % recipe.eval.every == 0 and step < sft.steps:
+                tracker.log(step, transfer_metrics(live.send_weights(step)))
+                measured(live, tracker, step, progress)
+            if sft.save_every and step % sft.save_every == 0:
+                learner.save(folder / "checkpoint")
+            if stop.asked or checkpoint_due(recipe, step, step == sft.steps):
+                here = Position(step, step, before=before, command="sft", balance=balance.state())
+                target = checkpoint_folder(folder, step)
+                learner.save_training(target, here.to_dict(), recipe.checkpoint.keep)
+            if stop.asked:
+                progress.say(f"stopped after update {step}; equipoise sft --resume {folder}")
+                return None
+        if not live:
+            keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            keeper.end()
+            return {}
+        costs: list[TransferReport] = []
+
+        def measured_last() -> dict[str, EvalTable]:
+            costs.append(live.send_weights(sft.steps))
+            return evaluate_all(live.samplers, opened, recipe)
+
+        after = save_and_measure(learner, keeper, sft.steps, measured_last)
+        keeper.keep(lambda place: report_change(place, before, after, progress))
+        tracker.log(sft.steps, transfer_metrics(costs[0]))
+        tracker.log_evaluation(sft.steps, after)
+        progress.say(in_short(sft.steps, after))
+        keeper.end()
+    return after
+
+
+def measured(
+    live: LivePolicy, tracker: Tracker, step: int, progress: Progress
+) -> dict[str, EvalTable]:
+    """Evaluate after `step` updates; logged, told in a line, and returned as a table a task."""
+    tables = measure(live, tracker, step)
+    progress.say(in_short(step, tables))
+    return tables
+
+
+def past_shares(folder: Path) -> list[Shares]:
+    """Perception's shares of every update that a run logged, also before it was resumed."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in read_metrics(folder).to_pylist():
+        if row["name"].startswith(("sft/tokens/", "sft/nll/")):
+            by_step.setdefault(row["step"], {})[row["name"].removeprefix("sft/")] = row["value"]
+    return [perception_shares(metrics) for _, metrics in sorted(by_step.items())]
+
+
+@contextmanager
+def tuning(
+    recipe: Recipe, opened: Sequence[ProblemSource], settings: LearnerSettings, progress: Progress
+) -> Iterator[tuple[LearnerGroup, LivePolicy | None]]:
+    """The learner, started, and where the recipe measures on the way the samplers beside it."""
+    if recipe.eval.every:
+        progress.say("starting the learner (DeepSpeed), and samplers (vLLM) to measure with ...")
+        live = LivePolicy(recipe, opened, settings)
+        try:
+            live.wait_ready()
+            yield live.learner, live
+        finally:
+            live.stop()
+        return
+    learner = learner_group(recipe, settings)
+    try:
+        learner.start()
+        yield learner, None
+    finally:
+        learner.stop()
+
+
+def measure_checkpoint(
+    recipe: Recipe, opened: Sequence[ProblemSource], folder: Path, progress: Progress
+) -> dict[str, EvalTable]:
+    """All evaluation passes on the recipe's tasks; kept as `evaluation.json`, and printed."""
+    progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
+    measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": PASSES})})
+    with sampling_from(measured, str(folder / "checkpoint")) as samplers:
+        tables = evaluate_all(samplers, opened, measured)
+    kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
+    put_text(folder / "evaluation.json", kept)
+    for task, table in tables.items():
+        progress.console.print(table.to_rich(f"{recipe.name} on {task}"))
+    return tables
+
+
+def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> list[Source]:
+    """The recipe's tasks as sources of demonstrations; of stored rows those with a response."""
+    sources = []
+    for config, source in zip(recipe.tasks, opened, strict=True):
+        rows = tuple((e.problem, e.response) for e in source.train if e.response)
+        sources.append(Source(source.task, source.weight, config.style, source.spec, rows))
+    return sources
+
+
+def demonstrations(
+    sources: Sequence[Source], processor: Any, sft: SftConfig, seed: int, done: int = 0
+) -> Iterator[list[TrainSequence]]:
+    """Endless batches after the first `done`, made ahead of the learner by one worker process."""
+    stream = DemonstrationStream(
+        sources, processor, sft.batch_size, seed, done, blind_share=sft.blind_share
+    )
+    return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def sft_balance(sft: SftConfig) -> Balance:
+    """What chooses λ, as a recipe asks for it."""
+    staged = sft.curriculum == "perception_first"
+    return Balance(
+        rule=sft.balance,
+        weight=sft.perception_weight,
+        norm_every=sft.norm_every,
+        smoothing=sft.norm_smoothing,
+        first_steps=round(sft.curriculum_share * sft.steps) if staged else 0,
+        first_weight=sft.curriculum_weight,
+    )
+
+
+def balance_metrics(
+    metrics: dict[str, float], weight: float, gradients: SegmentGradients | None
+) -> dict[str, float]:
+    """λ, and each segment's share of tokens, of the loss, and of the gradient norm if measured.
+
+    A token's share of the loss is as λ weighs it: λ over the perception tokens, 1-λ over all
+    others. The gradient's parts are L_p and L_r, so its `reasoning` is all that is not perception.
+    """
+    names = (*SEGMENTS, "other")
+    tokens = {n: metrics[f"tokens/{n}"] for n in names}
+    total = max(1.0, sum(tokens.values()))
+    rest = max(1.0, total - tokens["perception"])
+    scale = dict.fromkeys(names, (1 - weight) / rest)
+    scale["perception"] = weight / max(1.0, tokens["perception"])
+    loss = {n: scale[n] * tokens[n] * metrics.get(f"nll/{n}", 0.0) for n in names}
+    found = {"sft/lambda": weight}
+    found |= {f"sft/share/tokens/{segment}": tokens[segment] / total for segment in names}
+    whole = max(1e-12, sum(loss.values()))
+    found |= {f"sft/share/loss/{segment}": loss[segment] / whole for segment in names}
+    if gradients is not None:
+        norms = {"perception": gradients.perception, "reasoning": gradients.reasoning}
+        pull = {"perception": weight * norms["perception"]}
+        pull["reasoning"] = (1 - weight) * norms["reasoning"]
+        sum_of_pulls = max(1e-12, sum(pull.values()))
+        found |= {f"sft/grad_norm/{part}": norms[part] for part in norms}
+        found |= {f"sft/share/grad_norm/{part}": pull[part] / sum_of_pulls for part in pull}
+        found |= {"sft/grad_cosine": gradients.cosine, "sft/norm_seconds": gradients.seconds}
+    return found
+
+
+def warm_up(
+    recipe: Recipe,
+    sft: SftConfig,
+    sources: Sequence[Source],
+    out: Path,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
+    policy, processor = load_policy(recipe.model.path, "float32", recipe.model.attention)
+
+    def batches() -> Iterator[list[tuple[str, Problem, np.ndarray]]]:
+        index = WARMUP_STREAM
+        while True:
+            batch = []
+            for _ in range(WARMUP_BATCH):
+                source, problem, _ = draw(sources, recipe.seed, index)
+                index += 1
+                batch.append((source.task.name, problem, source.task.vision_labels(problem)))  # type: ignore[attr-defined]
+            yield batch
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        tracker.log(step + 1, metrics)
+        if (step + 1) % 10 == 0:
+            shown = "  ".join(f"{k.removeprefix('warmup/')} {v:.3f}" for k, v in metrics.items())
+            progress.say(f"vision warm-up {step + 1}/{sft.vision_warmup_steps}  {shown}")
+
+    warm_up_vision(
+        policy, processor, batches(), sft.vision_warmup_steps, sft.vision_warmup_lr, report
+    )
+    policy.model.save_pretrained(out)  # type: ignore[operator]
+    processor.save_pretrained(out)
+
+
+def perception_shares(metrics: dict[str, float]) -> Shares:
+    """Perception's share of response tokens, and of the token-mean loss they would make."""
+    names = (*SEGMENTS, "other")
+    tokens = {n: metrics.get(f"tokens/{n}", 0.0) for n in names}
+    loss = {n: tokens[n] * metrics.get(f"nll/{n}", 0.0) for n in names}
+    return Shares(
+        tokens["perception"] / max(1.0, sum(tokens.values())),
+        loss["perception"] / max(1e-12, sum(loss.values())),
+    )
+
+
+def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -> str:
+    """One progress line: the loss of each segment, in nats a token; `seconds` are of an update."""
+    parts = "  ".join(
+        f"{name} {metrics[f'nll/{name}']:.3f}" for name in SEGMENTS if f"nll/{name}" in metrics
+    )
+    left = seconds * (steps - step)
+    return f"sft {step}/{steps}  nll: {parts}  {metrics['seconds']:.1f} s/step  ETA {left:.0f} s"
+
+
+def in_short(step: int, tables: Mapping[str, EvalTable]) -> str:
+    """One progress line: the accuracies of an evaluation on the way."""
+    found = [
+        f"{task} " + "  ".join(f"{row.metric} {row.value:.3f}" for row in chosen)
+        for task, table in tables.items()
+        if (chosen := [row for row in table.rows if row.metric in ("a", "a_p", "a_r")])
+    ]
+    return f"measured after {step} updates: {'; '.join(found)}"
+
+
+def summarise(shares: Sequence[Shares], sft: SftConfig, seconds: float) -> dict[str, Any]:
+    """What the model card tells: wall time and perception's shares, early and late."""
+    fifth = max(1, len(shares) // 5)
+
+    def mean(chosen: Sequence[Shares]) -> dict[str, float]:
+        return {k: float(np.mean([asdict(s)[k] for s in chosen])) for k in asdict(chosen[0])}
+
+    return {
+        "steps": sft.steps,
+        "batch_size": sft.batch_size,
+        "wall_seconds": seconds,
+        "shares_first_fifth": mean(shares[:fifth]),
+        "shares_last_fifth": mean(shares[-fifth:]),
+    }

@@ -1,0 +1,122 @@
+"""Why a policy cannot learn: responses in a form that nobody reads, steps without an update.
+
+What is said is a pure function of counts; `Standstill` says it while a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.record.metrics import TRUNCATED, EvalTable
+
+LEAST_SHARE = 0.9
+"""Of responses with one defect: from there on it is the form that is measured, and no skill."""
+HARMLESS = ("text_before_perception", "text_between_segments")
+"""Defects that spoil nothing (`tasks.responses`)."""
+PATIENCE = 3
+"""Steps in a row without an update that are told; told again at each doubling."""
+
+
+def unread(
+    where: str, responses: int, a: float, a_p: float, defects: Mapping[str, float]
+) -> str | None:
+    """The defect for which no answer, or no perception, is right, and what helps; None without one.
+
+    `defects`: defect -> share of responses.
+    """
+    told = {n: share for n, share in defects.items() if share >= LEAST_SHARE and n not in HARMLESS}
+    if not told or (a > 0 and a_p > 0):
+        return None
+    # What was cut off has other defects for that reason; without an answer nothing is earned.
+    worst = max(told, key=lambda name: (name == TRUNCATED, name == "missing_answer", told[name]))
+    helps = (
+        "raise sampler.max_tokens"
+        if worst == TRUNCATED
+        else "teach the form first (`equipoise sft`, section [sft]) or let the prompt ask for it "
+        '(built-in tasks: knobs.prompt = "full")'
+    )
+    return (
+        f"{where}: {worst} in {round(told[worst] * responses)} of {responses} responses, and no "
+        f"{'answer' if a == 0 else 'perception'} is right; {helps}"
+    )
+
+
+def unread_tables(tables: Mapping[str, EvalTable]) -> list[str]:
+    """`unread` for each task of an evaluation; nothing for those without the pass `greedy`."""
+    found = []
+    for task, table in tables.items():
+        values = {row.metric: row.value for row in table.rows}
+        if "a" in values:
+            shares = {
+                n.removeprefix("defect/"): v for n, v in values.items() if n.startswith("defect/")
+            }
+            found.append(unread(task, table["a"].n, values["a"], values.get("a_p", 1.0), shares))
+    return [line for line in found if line]
+
+
+def unread_step(metrics: Mapping[str, float]) -> str | None:
+    """`unread` for the responses of a step, by its metrics."""
+    if "acc/a" not in metrics or not metrics.get("response/tokens_mean"):
+        return None
+    responses = round(metrics["response/tokens"] / metrics["response/tokens_mean"])
+    counts = {n.removeprefix("defects/"): v for n, v in metrics.items() if n.startswith("defects/")}
+    shares = {name: count / responses for name, count in counts.items()}
+    shares[TRUNCATED] = metrics["response/truncated"]
+    return unread("training", responses, metrics["acc/a"], metrics["acc/a_p"], shares)
+
+
+def why_no_update(metrics: Mapping[str, float]) -> str:
+    """Why a step, by its metrics, gave the learner nothing."""
+    groups = metrics["group/count"]
+    failed = ", ".join(
+        f"{name.split('/')[1]} failed on {count:.0f} of {groups:.0f} groups"
+        for name, count in sorted(metrics.items())
+        if name.startswith("reward/") and name.endswith("/failures") and count
+    )
+    if metrics["group/dropped"] == groups:
+        return f"every group was dropped: {failed}"
+    more = f"; {failed}" if failed else ""
+    if metrics.get("reward/total/std", 1.0) < 1e-9:
+        return f"every reward was {metrics['reward/total/mean']:.3g}{more}"
+    if metrics.get("group/zero_variance") == 1.0:
+        return f"in every group all rewards were equal{more}"
+    return f"no group had a gradient{more}"
+
+
+class Standstill:
+    """Counts the steps of a run that made no update, and says what must be said of it."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """`say` shows a line."""
+        self._say = say
+        self._form_is_known = False
+        self._steps = self._without = self._in_a_row = 0
+        self._why = ""
+
+    def measured(self, tables: Mapping[str, EvalTable]) -> None:
+        """The first evaluation, before any step."""
+        self._form_is_known = any("a" in table.per_problem for table in tables.values())
+        for line in unread_tables(tables):
+            self._say(f"warning: {line}")
+
+    def step(self, metrics: Mapping[str, float], updates: int) -> None:
+        """A step is over."""
+        if not self._form_is_known and (line := unread_step(metrics)):
+            self._say(f"warning: {line}")
+        self._form_is_known = True
+        self._steps += 1
+        self._in_a_row = 0 if updates else self._in_a_row + 1
+        if updates:
+            return
+        self._without += 1
+        self._why = why_no_update(metrics)
+        times, left = divmod(self._in_a_row, PATIENCE)
+        if not left and not times & (times - 1):
+            self._say(f"warning: no update in {self._in_a_row} steps in a row: {self._why}")
+
+    def end(self) -> None:
+        """The run is over; nothing is said where most steps made an update."""
+        if 2 * self._without > self._steps:
+            unchanged = "the policy is unchanged: " if self._without == self._steps else ""
+            count = f"no update in {self._without} of {self._steps} steps"
+            self._say(f"warning: {unchanged}{count}; in the last of them {self._why}")

@@ -1,0 +1,98 @@
+"""Recipe sections of the loss: what is below [algorithm] that the learner reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.fields import Amount, Positive, Rate, Section, Share, Weight, refusal
+
+
+class SegmentWeights(Section):
+    """[algorithm.segment_weights] What a token's loss is multiplied by, by its segment."""
+
+    perception: Amount = 1.0
+    reasoning: Amount = 1.0
+    answer: Amount = 1.0
+
+
+class EntropyWeights(Section):
+    """[algorithm.entropy_weights] A bonus on a segment's entropy, a mean over its own tokens."""
+
+    perception: Weight = 0.0
+    reasoning: Weight = 0.0
+    answer: Weight = 0.0
+
+
+class PapoConfig(Section):
+    """[algorithm.papo] PAPO's implicit perception loss: a second view of masked images."""
+
+    weight: Rate = 0.02
+    """Of the KL between the views, which is maximised."""
+    entropy_weight: Amount = 0.0
+    """Of the entropies of both views, which are minimised ("double entropy")."""
+    patch_size: Positive = 14
+    share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Of an image's patches, those painted black."""
+
+
+LOSS_DEFAULTS = {
+    "clip": {"aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
+    "gspo": {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"aggregation": "token_mean", "clip_low": 1.0, "clip_high": 4.0},
+}
+"""What a loss comes with: a range for a token's ratio would never clip a geometric mean of many."""
+
+
+CORRECTION_BOUNDS: dict[str, dict[str, float]] = {
+    "token_tis": {"high": 2.0},
+    "sequence_tis": {"high": 3.0},
+    "token_mask": {"high": 2.0},
+    "sequence_mask": {"high": 3.0},
+    "icepop": {"low": 0.5, "high": 5.0},
+    "geometric_mask": {"low": 0.99, "high": 1.01},
+}
+"""What a correction comes with: 2 a token is usual, 3 a sequence TRL's, the others of their
+authors or of those who run them (docs/papers.md)."""
+
+
+class CorrectionConfig(Section):
+    """[algorithm.correction] What a token counts that an older policy, or another arithmetic, drew.
+
+    Formulas, and how they meet the clip, are in `learner.correction.Correction`.
+    """
+
+    kind: Literal[
+        "none", "token_tis", "sequence_tis", "token_mask", "sequence_mask", "icepop",
+        "geometric_mask",
+    ] = "none"  # fmt: skip
+    """`none`, or `token_tis` where `algorithm.max_staleness` is above 0."""
+    low: Share = 0.0
+    """Lower bound of the masks, on a ratio; 0: none."""
+    high: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Upper bound of a token's ratio, a sequence's, or the geometric mean of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_the_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return CORRECTION_BOUNDS.get(str(data.get("kind", "none")), {}) | data
+
+    @model_validator(mode="after")
+    def _bounds_are_used(self) -> CorrectionConfig:
+        unused = (
+            "low"
+            if self.low and self.kind in ("none", "token_tis", "sequence_tis")
+            else "high"
+            if self.high is not None and self.kind == "none"
+            else None
+        )
+        if unused:
+            raise refusal(
+                f'got {getattr(self, unused):g}, and kind = "{self.kind}" has no such bound; '
+                "leave it out, or choose a kind that masks",
+                unused,
+            )
+        return self

@@ -1,0 +1,153 @@
+"""Recipe section [reward] and its [[reward.terms]]."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tasks.core import SEGMENTS, Segment
+from tasks.fields import CLASS_PATH, Positive, Rate, Section, Share, Text, Weight, refusal
+
+REWARD_TERMS = (
+    "outcome", "perception", "perception_graded", "format", "length", "repetition",
+    "group_agreement", "self_consistency", "blind_solver", "blind_policy", "image_dependence",
+    "judge",
+)  # fmt: skip
+"""The reward terms a recipe can name without giving `module:Class`."""
+
+
+class RewardTermConfig(Section):
+    """[[reward.terms]] One named component of the reward."""
+
+    name: Text
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)] | None = (
+        None
+    )
+    """What metrics and records call it; needed where one term is in a recipe twice."""
+    weight: Weight = 1.0
+    """0 logs the term without rewarding it."""
+    final_weight: Weight | None = None
+    """The weight at the end of the schedule, where it has one."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the run's steps after which `final_weight` is reached and kept."""
+    segments: Annotated[tuple[Segment, ...], Field(strict=False, min_length=1)] = SEGMENTS
+    """The tokens that get this term's advantage: credit by segment."""
+    gate: Text | None = None
+    """Another entry (its label, or its name): below `gate_threshold` this one counts as 0."""
+    gate_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the term's class."""
+    on_failure: Literal["abort", "drop_group", "zero"] = "abort"
+
+    @model_validator(mode="after")
+    def _schedule_goes_somewhere(self) -> RewardTermConfig:
+        if (self.schedule == "constant") != (self.final_weight is None):
+            missing = self.final_weight is None
+            raise refusal(
+                f'"{self.schedule}" needs the weight it goes to; add final_weight'
+                if missing
+                else 'final_weight is given, and a "constant" weight never gets there; write '
+                'schedule = "linear" or "cosine"',
+                "schedule",
+            )
+        return self
+
+    @property
+    def entry(self) -> str:
+        """What other entries call this one."""
+        return self.label or self.name
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a share of the run in [0, 1]."""
+        from rewards.compose import weight_at
+
+        end = self.weight if self.final_weight is None else self.final_weight
+        return weight_at(self.weight, end, self.schedule, progress / self.schedule_share)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        if name in REWARD_TERMS or CLASS_PATH.fullmatch(name):
+            return name
+        if ":" in name:
+            raise refusal(f'expected "module:Class", got "{name}"')
+        near = get_close_matches(name, REWARD_TERMS, n=1)
+        hint = (
+            f'did you mean "{near[0]}"?'
+            if near
+            else f'known: {", ".join(REWARD_TERMS)}, or your own as "module:Class"'
+        )
+        raise refusal(f'no reward term "{name}"; {hint}')
+
+
+class RewardConfig(Section):
+    """[reward] What is rewarded. `alpha` is short for `R = alpha * a_p + (1 - alpha) * a`."""
+
+    alpha: Share | None = None
+    terms: Annotated[tuple[RewardTermConfig, ...], Field(strict=False)] = ()
+    compose: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    workers: Positive = 1
+    """Processes that run the terms that compute; each reserves no core of its own."""
+    deadline_seconds: Rate = 60.0
+    """One call of the computing terms."""
+    answer_seconds: Rate = 600.0
+    """All that terms ask a model in a step."""
+    remote_seconds: Rate = 300.0
+    """One group at a remote term (a judge), its retries included."""
+    remote_in_flight: Positive = 8
+    """Groups that a remote term has in flight at once."""
+    memory_gib: Rate = 4.0
+    """What a reward worker may allocate before its term fails with a MemoryError."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> RewardConfig:
+        if self.alpha is not None and self.terms:
+            raise refusal(
+                "alpha is short for the terms outcome and perception, and terms are given too; "
+                "remove one of them",
+                "alpha",
+            )
+        names = [term.entry for term in self.terms]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise refusal(
+                    f'"{name}" is already terms[{names.index(name)}]; give it once, with the sum '
+                    "of the weights, or give one of them a label",
+                    "terms",
+                    i,
+                    "name",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_are_other_entries(self) -> RewardConfig:
+        names = [term.entry for term in self.terms]
+        for i, term in enumerate(self.terms):
+            if term.gate is not None and (term.gate not in names or term.gate == term.entry):
+                others = ", ".join(f'"{name}"' for name in names if name != term.entry)
+                raise refusal(
+                    f'got "{term.gate}", which is no other entry; there is {others or "none"} '
+                    "(a gate that should not be rewarded itself has weight = 0)",
+                    "terms",
+                    i,
+                    "gate",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _composition_makes_sense(self) -> RewardConfig:
+        if self.terms and not any(term.weight or term.final_weight for term in self.terms):
+            raise refusal("all weights are 0, so nothing is rewarded; weigh one of them", "terms")
+        return self
+
+    def effective_terms(self) -> tuple[RewardTermConfig, ...]:
+        """The terms that count: `terms`, or what `alpha` stands for, or outcome alone."""
+        if self.alpha is None:
+            return self.terms or (RewardTermConfig(name="outcome"),)
+        return (
+            RewardTermConfig(name="outcome", weight=1 - self.alpha),
+            RewardTermConfig(name="perception", weight=self.alpha),
+        )

@@ -1,0 +1,85 @@
+"""Recipe sections on what is sampled: [model], [sampler] and [transfer]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.fields import Amount, Count, PathText, Positive, Rate, Section, refusal
+
+
+class ModelConfig(Section):
+    """[model] The policy: where its weights come from and how they are held."""
+
+    path: PathText
+    """A folder with config, weights, tokenizer and processor, or a hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: Positive = 1024
+    """Prompt and response together, in tokens, image placeholders included."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lm_head_float32: bool = True
+
+
+class SamplerConfig(Section):
+    """[sampler] The vLLM engines. `cpus` and `gpus` are for each of `count` engines."""
+
+    count: Positive = 1
+    tensor_parallel: Positive = 1
+    cpus: Amount = 1.0
+    gpus: Amount = 0.0
+    threads: Count = 0
+    """Intra-op threads of an engine; 0: as many as `cpus`. With
+    `algorithm.max_staleness` = 0 samplers and learner take turns, so on a small machine each may
+    use all its cores."""
+    kv_cache_gib: Positive = 1
+    """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
+    max_num_seqs: Positive = 256
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    enforce_eager: bool = True
+    temperature: Rate = 1.0
+    """Training samples from the whole distribution at this temperature: a cut-off (top-p, top-k)
+    would give the sampler log-probs that the learner cannot have. Evaluation is greedy."""
+    max_tokens: Positive = 256
+    start_timeout_seconds: Rate = 300.0
+    request_timeout_seconds: Rate = 600.0
+    """A sampler whose oldest request is older hangs, and is started again."""
+    heartbeat_seconds: Rate = 120.0
+    """A sampler whose engine does not answer a ping for so long hangs, and is started again. The
+    first tokens of an engine may take half a minute, in which it does not listen."""
+    max_restarts: Count = 3
+    """How often one sampler may be started again within `restart_window_seconds`; 0: a sampler
+    that is lost ends the run."""
+    restart_window_seconds: Rate = 3600.0
+
+    @model_validator(mode="after")
+    def _gpus_fit_tensor_parallel(self) -> SamplerConfig:
+        if self.gpus > 0 and self.gpus != self.tensor_parallel and not self._shares_one_gpu():
+            raise refusal(
+                f"got {self.gpus:g} with tensor_parallel = {self.tensor_parallel}; an engine takes "
+                f"one GPU a tensor-parallel rank: write gpus = {self.tensor_parallel}",
+                "gpus",
+            )
+        return self
+
+    def _shares_one_gpu(self) -> bool:
+        return self.gpus < 1 and self.tensor_parallel == 1
+
+
+class TransferConfig(Section):
+    """[transfer] How new weights reach the samplers."""
+
+    transport: Literal["host", "nccl", "ipc"] = "host"
+    deadline_seconds: Rate = 120.0
+    bucket_mib: Amount = 64.0
+    """Layer groups that are smaller are sent together up to this size; 0: each by itself, as
+    those of [learner.lora] always are: the engine merges one at a time."""
+    checksum: Literal["first", "never"] = "first"
+    """`first`: sending the weights the engines already have must leave their checksums alone."""
+    in_flight: Literal["keep", "abort", "wait"] = "keep"
+    """Groups that are being sampled when new weights are there (`algorithm.max_staleness` above
+    0): `keep` pauses them and they go on under the new weights, `abort` starts them again, with
+    `wait` the transfer comes after them."""
+    overlap: bool = False
+    """Samplers read new weights while the learner goes on, from a copy in its rank 0's memory.
+    Needs `algorithm.max_staleness` above 0: without it the learner waits for samples anyway."""

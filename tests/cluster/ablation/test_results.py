@@ -1,0 +1,245 @@
+"""From cells to results to words: every number checked against arrays made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.ablation.plan import Ablation, Cell, load_ablation
+from cluster.ablation.results import RESULT_SCHEMA, Results, aligned, collect, summarise
+from cluster.ablation.statistics import crossed_interval, paired_test
+from cluster.report.ablation_report import write_results
+from cluster.report.page import to_text
+from tests.support.toy_runs import write_run
+
+GAIN = {"outcome": 0.1, "half": 0.45, "same": 0.1}
+FILE = """
+question = "Does seeing pay?"
+base = "base.toml"
+seeds = [1, 2, 3, 4]
+[budget]
+kind = "updates"
+amount = 30
+[[arms]]
+name = "outcome"
+[[arms]]
+name = "half"
+[[arms]]
+name = "same"
+"""
+BASE = """
+name = "base"
+[model]
+path = "m"
+[[tasks]]
+name = "sudoku"
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ablation, Path]:
+    """A finished grid of three arms, two of which learn the same."""
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "base.toml").write_text(BASE)
+    (folder / "grid.toml").write_text(FILE)
+    ablation = load_ablation(folder / "grid.toml")
+    (folder / "ablation.json").write_text(json.dumps(ablation.identity()))
+    for cell in ablation.cells:
+        finish(folder, cell)
+    return ablation, folder
+
+
+def finish(folder: Path, cell: Cell) -> None:
+    here = folder / "cells" / cell.id
+    write_run(here / "run", cell, GAIN[cell.arm])
+    result = {"seconds": 1.0, "weights": "w", "first_batch": str(cell.seed)}
+    (here / "result.json").write_text(json.dumps(result))
+
+
+def printed(folder: Path) -> str:
+    """What `equipoise ablate` says at its end."""
+    return to_text(write_results(folder)[1], "outcome")
+
+
+def answers(ablation: Ablation, folder: Path, arm: str, metric: str, when: str) -> np.ndarray:
+    """[S, P] straight from the cells' files."""
+    rows = []
+    for cell in ablation.cells:
+        if cell.arm == arm:
+            text = (folder / "cells" / cell.id / "run" / "evaluation.json").read_text()
+            values = json.loads(text)["sudoku"][when]["per_problem"][metric]
+            rows.append([values[f"t{i}"] for i in range(40)])
+    return np.array(rows)
+
+
+def test_results_hold_every_number_of_every_cell(grid: tuple[Ablation, Path]) -> None:
+    ablation, folder = grid
+    table = collect(ablation.cells, folder)
+    assert table.schema == RESULT_SCHEMA
+    # 30 steps of 6 metrics; 3 accuracies of 40 problems, twice.
+    assert table.num_rows == 12 * (30 * 6 + 3 * 40 * 2)
+    results = Results(table)
+    (kept,), _ = aligned(results.problems("", "half", "sudoku", "a_p", "after"))
+    expected = answers(ablation, folder, "half", "a_p", "after")
+    assert kept.shape == (4, 40) and kept.sum(axis=1) == pytest.approx(expected.sum(axis=1))
+
+
+def test_levels_and_differences_are_those_of_the_answers(grid: tuple[Ablation, Path]) -> None:
+    ablation, folder = grid
+    found = summarise(collect(ablation.cells, folder), "?", ["outcome", "half", "same"], None)
+    reference, ours = (answers(ablation, folder, arm, "a", "after") for arm in ("outcome", "half"))
+    (level,) = [v for v in found.levels if (v.arm, v.metric) == ("half", "a")]
+    assert level.after.value == pytest.approx(ours.mean())
+    before = answers(ablation, folder, "half", "a", "before")
+    assert level.change.low == pytest.approx(crossed_interval(ours - before).low)
+    half, same = [c for c in found.comparisons if c.metric == "a"]
+    assert half.difference == crossed_interval(
+        (ours - reference)[:, sorted(range(40), key=lambda i: f"t{i}")], (-1, 1)
+    )
+    assert half.test == paired_test(reference, ours)
+    assert (
+        half.p_holm is not None
+        and half.difference.p is not None
+        and half.difference.low is not None
+    )
+    assert half.p_holm == pytest.approx(2 * half.difference.p) and half.difference.low > 0.1
+    assert same.p_holm is not None and same.difference.p is not None
+    assert same.p_holm >= same.difference.p > 0.05
+
+
+def test_asymmetry_curves_couplings_and_costs(grid: tuple[Ablation, Path]) -> None:
+    ablation, folder = grid
+    found = summarise(collect(ablation.cells, folder), "?", ["outcome", "half", "same"], 0.45)
+    (index,) = [v for v in found.asymmetries if v.arm == "half"]
+    change = {
+        m: answers(ablation, folder, "half", m, "after")
+        - answers(ablation, folder, "half", m, "before")
+        for m in ("a_r", "a_p")
+    }
+    assert index.index.value == pytest.approx((change["a_r"] - change["a_p"]).mean())
+    assert index.step == 30
+
+    (curve,) = [c for c in found.curves if (c.arm, c.metric) == ("half", "acc/a")]
+    assert curve.steps == tuple(range(1, 31)) and curve.points[0].seeds == 4
+    # A straight line from 0.3 to 0.75, but for noise of 0.01.
+    assert curve.mean_level.value == pytest.approx(0.3 + 0.45 * (1 + 1 / 30) / 2, abs=0.01)
+
+    phases = [c.correlation.value for c in found.couplings if c.arm == "half"]
+    expected = [np.tanh(np.mean(np.arctanh(0.6 * np.arange(a, a + 10) / 30))) for a in (1, 11, 21)]
+    assert phases == pytest.approx(expected)
+
+    costs = {(c.arm, c.unit): c.reach for c in found.costs}
+    assert costs["outcome", "tokens"].reached == 0 and costs["outcome", "tokens"].median is None
+    assert costs["outcome", "seconds"].spent_at_least == 60
+    got = costs["half", "seconds"]
+    # 0.3 + 0.45 k/30 averaged over five steps reaches 0.45 at k = 12.
+    assert got.reached == 4 and got.median == pytest.approx(24, abs=4)
+    by_default = summarise(collect(ablation.cells, folder), "?", ["outcome", "half"], None)
+    (target,) = {c.target for c in by_default.costs}
+    assert target == pytest.approx(0.3 + 0.1 * 25.5 / 30, abs=0.005)
+
+
+def test_evaluations_on_the_way_give_the_index_over_training() -> None:
+    rows = []
+    for seed, shift in ((1, 0.0), (2, 0.02)):
+        for step, a_r, a_p in ((0, 0.5, 0.4), (10, 0.7, 0.45), (20, 0.7, 0.6)):
+            for metric, value in (("a_r", a_r + shift * step / 10), ("a_p", a_p)):
+                rows.append(("c", "x", "", seed, step, "sudoku", metric, "", value, ""))
+                if step != 10:
+                    rows += [
+                        ("c", "x", "", seed, step, "sudoku", metric, p, value, p) for p in "pq"
+                    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    table = pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)],
+        schema=RESULT_SCHEMA,
+    )
+    found = summarise(table, "?", ["x"], None)
+    assert [(v.step, round(v.index.value, 6)) for v in found.asymmetries] == [
+        (10, 0.16),
+        (20, 0.02),
+    ]
+    assert found.comparisons == ()
+
+
+def test_several_tasks_are_also_taken_together() -> None:
+    rows = [
+        ("c", "x", "hard", 1, step, task, "a", p, value, "")
+        for step in (0, 5)
+        for task, value in (("sudoku", 1.0), ("graph_coloring", 0.0))
+        for p in ("same-id", "other")
+    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    table = pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)],
+        schema=RESULT_SCHEMA,
+    )
+    levels = {v.task: v.after for v in summarise(table, "?", ["x"], None).levels}
+    assert (levels["all tasks"].value, levels["all tasks"].problems) == (0.5, 4)
+    assert (levels["sudoku"].value, levels["sudoku"].problems) == (1.0, 2)
+
+
+def test_only_shared_seeds_and_problems_are_compared() -> None:
+    ours = {1: {"p": 1.0, "q": 0.0}, 2: {"p": 0.0, "q": 1.0}}
+    theirs = {2: {"q": 0.5, "r": 1.0}, 3: {"q": 0.0}}
+    arrays, _ = aligned(ours, theirs)
+    assert [a.tolist() for a in arrays] == [[[1.0]], [[0.5]]]
+    assert all(a.size == 0 for a in aligned(ours, {})[0])
+
+
+def test_the_words_say_who_is_better_and_who_is_not_shown_to_be(
+    grid: tuple[Ablation, Path],
+) -> None:
+    _, folder = grid
+    text = printed(folder)
+    lines = text.splitlines()
+    (best,) = [line for line in lines if line.startswith("- On sudoku, half ended best on a: ")]
+    assert "more than other seeds and problems explain" in best
+    (same,) = [line for line in lines if line.startswith("  - same against outcome: ")]
+    assert "no difference shown" in same
+    assert "3 arms × 4 seeds" in text and "30 updates each; 12 of 12 cells finished" in text
+    table = lines[lines.index("Against outcome after training: sudoku") + 1 :][:7]
+    assert table[0].split()[:3] == ["arm", "metric", "difference"]
+    # Numbers end below the ends of their heads.
+    end = table[0].index("difference") + len("difference")
+    assert all(row[end - 1] == "]" and row[end : end + 2] == "  " for row in table[1:])
+
+    numbers = json.loads((folder / "summary.json").read_text())
+    assert numbers["reference"] == "outcome" and numbers["pairing_faults"] == []
+    # Recomputing from the table alone gives the same summary.
+    again = summarise(
+        pq.read_table(folder / "results.parquet"), "Does seeing pay?", list(GAIN), None
+    ).to_dict()
+    assert again == {k: v for k, v in numbers.items() if k != "pairing_faults"}
+    assert not any(isinstance(v, float) and math.isnan(v) for v in _leaves(numbers))
+
+
+def _leaves(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [leaf for below in value.values() for leaf in _leaves(below)]
+    if isinstance(value, list):
+        return [leaf for below in value for leaf in _leaves(below)]
+    return [value]
+
+
+def test_one_seed_says_so_and_nothing_finished_is_no_error(
+    grid: tuple[Ablation, Path], tmp_path: Path
+) -> None:
+    ablation, _ = grid
+    (tmp_path / "ablation.json").write_text(json.dumps(ablation.identity()))
+    nothing = printed(tmp_path)
+    assert "0 of 12 cells finished" in nothing and "so nothing is compared" in nothing
+    for cell in ablation.cells[:3]:
+        finish(tmp_path, cell)
+    failed = tmp_path / "cells" / ablation.cells[3].id
+    failed.mkdir(parents=True)
+    (failed / "failure.json").write_text(json.dumps({"error": "exit code 1: <b>boom | bang</b>"}))
+    one = printed(tmp_path)
+    assert "one seed only, so this says nothing about other seeds" in one
+    assert f"! {ablation.cells[3].id} failed: exit code 1" in one

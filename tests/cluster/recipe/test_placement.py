@@ -1,0 +1,269 @@
+"""Placement: what does not fit is named by its fields; memory follows ZeRO's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.recipe.placement import (
+    GIB,
+    Gpu,
+    Machine,
+    PlacementError,
+    PolicySize,
+    describe,
+    learner_memory,
+    plan,
+    policy_size,
+)
+from cluster.recipe.recipe import Recipe, RecipeError, load_recipe
+from learner.outline import Trained
+from learner.policy import load_policy
+from tests.learner.test_policy import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[3]
+TWO_CORES = Machine(cores=2, memory=24 * GIB)
+EIGHT_GPUS = Machine(cores=64, memory=512 * GIB, gpus=(Gpu("test", 80 * GIB),) * 8)
+SIZE = PolicySize(parameters=1_000_003, hidden=128, layers=4, vocabulary=500)
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/tiny/sudoku.toml", overrides)
+
+
+def gpu(*overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/gpu/qwen3_vl_4b_sudoku.toml", overrides)
+
+
+def test_the_tiny_recipe_fills_two_cores_and_no_more() -> None:
+    placed = plan(tiny("reward.workers=3"), TWO_CORES)
+    placed.require()
+    assert (placed.cpus, placed.gpus) == (2, 0)
+    assert [actor.role for actor in placed.actors].count("reward worker") == 3
+
+
+def test_too_many_cores_name_the_fields_and_the_sum() -> None:
+    placed = plan(tiny("sampler.count=2", "learner.ranks=4"), TWO_CORES)
+    with pytest.raises(PlacementError) as caught:
+        placed.require()
+    assert str(caught.value).startswith(
+        "sampler.count × sampler.cpus + learner.ranks × learner.cpus = 6 cores, "
+        "but this machine has 2; lower"
+    )
+    assert "--address" in str(caught.value)
+    plan(tiny("sampler.count=2", "learner.ranks=4"), Machine(6, GIB)).require()
+
+
+def test_too_many_gpus_name_the_fields_and_dry_run_only() -> None:
+    placed = plan(gpu(), TWO_CORES)
+    assert "needs 8 GPUs, this machine has 0: dry run only" in describe(placed)
+    with pytest.raises(PlacementError, match=r"sampler\.gpus \+ learner\.ranks .* = 8 GPUs"):
+        placed.require()
+    plan(gpu(), EIGHT_GPUS).require()
+    assert "dry run only" not in describe(plan(gpu(), EIGHT_GPUS))
+
+
+def test_sft_places_the_learner_alone() -> None:
+    recipe = load_recipe(ROOT / "recipes/tiny/cold_start.toml", ["learner.ranks=2"])
+    placed = plan(recipe, TWO_CORES, "sft")
+    placed.require()
+    assert placed.cpus == 2
+    too_many = load_recipe(ROOT / "recipes/tiny/cold_start.toml", ["learner.ranks=3"])
+    with pytest.raises(PlacementError, match=r"^learner\.ranks × learner\.cpus = 3 cores"):
+        plan(too_many, TWO_CORES, "sft").require()
+
+
+@pytest.mark.parametrize(
+    ("stage", "shared"),
+    [
+        (0, set()),
+        (1, {"optimizer"}),
+        (2, {"optimizer", "gradients"}),
+        (3, {"optimizer", "gradients", "weights"}),
+    ],
+)
+def test_each_zero_stage_divides_one_more_part(stage: int, shared: set[str]) -> None:
+    one = learner_memory(tiny(f"learner.zero_stage={stage}"), SIZE)
+    four = learner_memory(tiny(f"learner.zero_stage={stage}", "learner.ranks=4"), SIZE)
+    for part, total in one.items():
+        whole = -(-total // 4) if part in shared else total
+        assert four[part] == whole, part
+
+
+def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
+    parts = learner_memory(tiny("model.dtype=bfloat16"), SIZE)
+    states = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert states == 16 * SIZE.parameters  # arXiv 1910.02054, section 3.1
+
+
+def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(
+    policy: tuple[str, dict[str, torch.Tensor]],
+) -> None:
+    model, _ = load_policy(policy[0], dtype="bfloat16")
+    head: Any = model.model.lm_head
+    vocabulary, width = head.weight.shape
+    hidden = torch.randn(4000, width).bfloat16().requires_grad_()
+    ids = torch.randint(vocabulary, (len(hidden),))
+    table = 4 * 50 * vocabulary
+    model.logits_mib = table / 2**20
+    head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
+    found = peak_bytes(lambda: head(hidden, ids)[0].sum().backward())
+    size = PolicySize(0, width, 1, vocabulary)
+    parts = learner_memory(tiny("model.dtype=bfloat16"), size)
+    told = parts["head in float32"]
+    assert told < found < told + 8 * table + 2 * 2 * hidden.numel()
+    frozen = learner_memory(tiny("model.dtype=bfloat16", 'learner.freeze=["head"]'), size)
+    assert frozen["head in float32"] == told // 3
+    for exact in ("model.dtype=float32", "model.lm_head_float32=false"):
+        assert "head in float32" not in learner_memory(tiny(exact), size)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_model_states_are_what_was_measured(stage: int, adapters: bool) -> None:
+    """Against the tables that `benchmarks.learner_memory` printed (docs/results/learner.md)."""
+    text = (ROOT / "docs/results/learner.md").read_text("utf-8").split("## Memory of a rank")[1]
+    every, added = (int(n.replace(",", "")) for n in re.findall(r"([\d,]{7,}) parameters", text))
+    rows = re.findall(rf"^\| {stage} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    measured = [float(value) for value in rows[adapters]]
+    recipe = tiny(f"learner.zero_stage={stage}", "learner.ranks=2")
+    trained = Trained(added, added) if adapters else None
+    parts = learner_memory(recipe, PolicySize(every, 1, 1, 1), trained)
+    states = [parts[name] / 2**20 for name in ("weights", "gradients", "optimizer")]
+    assert states == pytest.approx(measured, abs=0.6)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_models: dict[str, Path]) -> tuple[str, dict[str, torch.Tensor]]:
+    """A folder, and what is in its file."""
+    folder = tiny_models["qwen3_vl"]
+    return str(folder), load_file(folder / "model.safetensors")
+
+
+def test_what_is_frozen_has_weights_only(policy: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, tensors = policy
+    seeing = sum(t.numel() for n, t in tensors.items() if n.startswith("model.visual."))
+    every = sum(t.numel() for t in tensors.values())
+    assert 0 < seeing < every
+    recipe = tiny(
+        f"model.path={path}", 'learner.freeze=["vision", "merger"]', "learner.zero_stage=1"
+    )
+    parts = plan(recipe, TWO_CORES).actors[-2].memory
+    assert parts["weights"] == 4 * every
+    assert parts["gradients"] == 4 * (every - seeing)
+    assert parts["optimizer"] == 12 * (every - seeing)
+
+
+def test_adapters_alone_have_gradients(policy: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, tensors = policy
+    layers = [
+        t.shape
+        for n, t in tensors.items()
+        if n.startswith("model.language_model.layers.") and t.ndim == 2
+    ]
+    # A [rank, in] and B [out, rank].
+    added = sum(3 * (out + into) for out, into in layers)
+    every = sum(t.numel() for t in tensors.values())
+    lora = ("learner.lora.rank=3", "learner.zero_stage=3", "learner.ranks=2")
+    memory = plan(tiny(f"model.path={path}", *lora), TWO_CORES).actors[-2].memory
+    assert memory["weights"] == -(-4 * (every + added) // 2)
+    assert memory["gradients"] == -(-4 * added // 2)
+    assert memory["optimizer"] == -(-12 * added // 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('learner.freeze=["visoin.*"]', "learner.freeze: 'visoin.*' matches no parameter of this"),
+        ('learner.freeze=["*"]', "learner.freeze: nothing is left to train"),
+        ('learner.rates={"model.visual.patch_embd.*" = 0.1}', "nearest names are model.visual.pat"),
+        ('learner.lora.targets=["*.q_porj"]', "learner.lora.targets: '*.q_porj' matches no linear"),
+        ('learner.rates={"head" = 2.0}', "an LM head tied to the embedding is part of language"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_by_the_dry_run(
+    policy: tuple[str, dict[str, torch.Tensor]], override: str, said: str
+) -> None:
+    source = ROOT / "recipes/tiny/sudoku.toml"
+    arguments = ["train", str(source), "--dry-run", "--set", f"model.path={policy[0]}"]
+    result = CliRunner().invoke(app, [*arguments, "--set", override])
+    assert isinstance(result.exception, RecipeError) and result.stdout == ""
+    assert str(result.exception).startswith(f"{source}: learner.") and said in str(result.exception)
+
+
+def test_every_policy_that_a_recipe_names_by_hub_is_of_known_size() -> None:
+    recipes = [load_recipe(path) for path in (ROOT / "recipes/gpu").glob("*.toml")]
+    assert len(recipes) > 2 and all(policy_size(r.model.path) for r in recipes)
+
+
+def test_of_a_hub_name_it_is_said_that_all_is_counted_as_trained() -> None:
+    told = [
+        any("as if all of it were trained" in note for note in plan(gpu(*more), EIGHT_GPUS).notes)
+        for more in (
+            (),
+            ('learner.freeze=["vision"]',),
+            ("learner.lora.rank=8", 'transfer.transport="host"'),
+        )
+    ]
+    assert told == [False, True, True]
+
+
+def test_what_is_offloaded_is_in_main_memory() -> None:
+    whole, away = (plan(gpu(*more), EIGHT_GPUS) for more in ((), ('learner.offload="optimizer"',)))
+    for one, other in zip(whole.actors, away.actors, strict=True):
+        assert one.memory == other.memory | other.offloaded
+        assert list(other.offloaded) == (["optimizer"] if other.role == "learner" else [])
+    assert "in main memory optimizer" in describe(away)
+    # Its own host cannot hold the states of eight such ranks.
+    small = Machine(64, 16 * GIB, EIGHT_GPUS.gpus)
+    assert not any("main memory" in note for note in plan(gpu(), small).notes)
+    assert any(
+        "main memory may" in n for n in plan(gpu('learner.offload="optimizer"'), small).notes
+    )
+
+
+def test_the_copy_that_an_overlapped_transfer_sends_is_in_main_memory_of_the_first_rank() -> None:
+    overlap = ("transfer.transport=host", "algorithm.max_staleness=1", "transfer.overlap=true")
+    first, *others = (a for a in plan(gpu(*overlap), EIGHT_GPUS).actors if a.role == "learner")
+    assert first.offloaded == {"copy to send": 2 * 4_438_000_000} and others
+    assert not any(other.offloaded for other in others)
+
+
+def test_a_local_policy_is_counted_from_its_own_files(tmp_path: Path) -> None:
+    tensors = {"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}
+    save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "np"})
+    save_file({"c": np.zeros((), np.float32)}, tmp_path / "model-2.safetensors")
+    text = {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 500}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    assert policy_size(str(tmp_path)) == PolicySize(3 * 5 + 7 + 1, 128, 4, 500)
+    (tmp_path / "model-2.safetensors").write_bytes(b"\x08")
+    with pytest.raises(PlacementError, match="is the checkpoint whole"):
+        policy_size(str(tmp_path))
+
+
+def test_an_unknown_policy_is_placed_without_an_estimate() -> None:
+    placed = plan(tiny("model.path=nobody/nothing"), TWO_CORES)
+    assert placed.shortages == ()
+    assert any("nobody/nothing" in note for note in placed.notes)
+
+
+def test_memory_that_will_not_suffice_is_a_note() -> None:
+    small = Machine(cores=2, memory=GIB // 2)
+    assert any("main memory may not suffice" in note for note in plan(tiny(), small).notes)
+    crowded = plan(gpu("learner.micro_batch_tokens=65536"), EIGHT_GPUS)
+    assert any("GPU memory may not suffice" in note for note in crowded.notes)
+
+
+def test_this_machine_is_seen() -> None:
+    machine = Machine.detect()
+    assert machine.cores >= 1 and machine.memory > GIB // 4

@@ -1,0 +1,377 @@
+"""What hangs on a row and the policy together is found before anything is started, by all alike."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+from pydantic import BaseModel
+
+from cluster.cli import main
+from cluster.recipe.preflight import preflight
+from cluster.recipe.problems import held_out, left_out, open_sources, step_problems
+from cluster.recipe.recipe import Recipe, UserError, load_recipe
+from cluster.recipe.room import Room, Size
+from cluster.recipe.rows import row_takes
+from cluster.run.checkpoints import MAY_CHANGE, changed_fields
+from cluster.run.replay import run_sampling
+from cluster.run.sft import run_sft
+from cluster.run.train import run_training
+from rollout.tokens import load_processor
+from tasks.core import DataError, Problem
+from tasks.datasets import read_examples, write_dataset
+from tasks.load import load_task
+from tasks.sudoku import Sudoku
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = ROOT / "models" / "tiny-qwen3-vl"
+SUDOKU = load_task("sudoku")
+TINY = SUDOKU.spec(size=4, blanks=6, cell_size=16, font_size=12, margin=0, prompt="brief")
+LONG, THIN, FITTING = (640, 480), (10, 2500), (64, 64)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    write_dataset(folder, {"train": 8, "test": 6}, SUDOKU, TINY, seed=0, style="terse")
+    return folder
+
+
+def png(size: Size) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, "white").save(out, "PNG")
+    return out.getvalue()
+
+
+def change(folder: Path, split: str, row: int, **values: object) -> None:
+    """Give a row other values; an image by its size in pixels. The manifest is dropped."""
+    file = folder / f"{split}.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    if "image" in values:
+        values["image"] = {"bytes": png(values["image"]), "path": None}  # type: ignore[arg-type]
+    rows[row] |= values
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    (folder / "manifest.json").unlink(missing_ok=True)
+
+
+def recipe(tmp_path: Path, data: Path | str, *settings: str) -> Recipe:
+    path = tmp_path / "x.toml"
+    path.write_text(
+        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 256\n'
+        f'[[tasks]]\nname = "sudoku"\ndata = "{data}"\n'
+        "[sampler]\nmax_tokens = 128\n[eval]\nproblems = 4\n[sft]\nsteps = 1\n"
+    )
+    return load_recipe(path, settings)
+
+
+def dry_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *settings: str,
+    command: str = "train",
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `equipoise COMMAND x.toml --dry-run`."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    path = str(tmp_path / "x.toml")
+    monkeypatch.setattr(sys, "argv", ["equipoise", command, path, "--dry-run", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, printed.out, printed.err
+
+
+BAD_ROWS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "long in train": (
+        lambda folder: change(folder, "train", 3, image=LONG),
+        "train.parquet: row 3: image: 998 tokens, 972 of them of the image",
+    ),
+    "long in test": (
+        lambda folder: change(folder, "test", 5, image=LONG),
+        "test.parquet: row 5: image: 998 tokens, 972 of them of the image",
+    ),
+    "thin in train": (
+        lambda folder: change(folder, "train", 0, image=THIN),
+        "train.parquet: row 0: image: 10x2500 pixels, which the policy's image processor refuses",
+    ),
+    "thin in test": (
+        lambda folder: change(folder, "test", 1, image=THIN),
+        "test.parquet: row 1: image: 10x2500 pixels",
+    ),
+    "wordy": (
+        lambda folder: change(folder, "test", 2, query="Solve this. " * 100),
+        "test.parquet: row 2: query: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_row_that_does_not_fit_is_refused_by_every_command_in_the_same_words(
+    kind: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil, words = BAD_ROWS[kind]
+    spoil(data)
+    wanted, out = recipe(tmp_path, data), tmp_path / "out"
+    code, printed, message = dry_run(tmp_path, monkeypatch, capsys)
+    assert (code, printed) == (2, "") and words in message
+    assert 'or leave them out by tasks[0].too_long = "drop"' in message
+    for start in (
+        lambda: run_training(wanted, output=out),
+        lambda: run_sampling(wanted, 1, output=out),
+    ):
+        with pytest.raises(DataError) as caught:
+            start()
+        assert str(caught.value) == message.rstrip("\n")
+    if "test" in kind or "thin" in kind:  # a prompt to learn behind needs no room for sampling
+        with pytest.raises(DataError, match=words.split(":")[1].strip()):
+            run_sft(wanted, output=out)
+    assert not out.exists() and not ray.is_initialized()
+
+
+def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = [("train", 3, LONG), ("train", 6, THIN), ("test", 0, LONG), ("test", 4, THIN)]
+    ids = {split: [e.problem.id for e in read_examples(data, split)] for split in ("train", "test")}
+    for split, row, size in bad:
+        change(data, split, row, image=size)
+    wanted = recipe(tmp_path, data, 'tasks[0].too_long="drop"')
+    told: list[str] = []
+    (source,) = preflight(wanted, "train", told.append).sources
+    left = {split: set(ids[split]) - {ids[s][r] for s, r, _ in bad} for split in ids}
+    drawn = {p.id for step in range(6) for p in step_problems([source], 0, step, 4)}
+    assert drawn == left["train"]
+    assert {p.id for p in held_out(source, 1, 4)} == left["test"]
+    assert told[-1].endswith("data do not fit the policy and are left out")
+    assert left_out([source]) == {"problems/sudoku/left_out": 2.0}
+    # A run that met such a problem may go on without it.
+    changed = changed_fields(recipe(tmp_path, data).model_dump(), wanted.model_dump())
+    assert changed == ["tasks.too_long"] and set(changed) <= set(MAY_CHANGE)
+    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, 'tasks[0].too_long="drop"')
+    assert code == 0 and all(f"# note: {line}\n" in printed for line in told)
+    # What is held out is counted without them, too.
+    settings = ['tasks[0].too_long="drop"', "eval.problems=5"]
+    code, _, message = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    assert code == 2 and "asked for 5" in message and "has 4" in message
+
+
+def test_images_that_are_swapped_fit_behind_every_query(data: Path, tmp_path: Path) -> None:
+    change(data, "train", 2, query="Solve.", image=(160, 128))
+    change(data, "train", 5, query="Solve the 4x4 Sudoku." + " Solve this." * 8)
+    terms = 'reward.terms=[{name="image_dependence", args={view="%s"}}]'
+    preflight(recipe(tmp_path, data, terms % "blank"), "train", print)
+    with pytest.raises(DataError, match=r'view = "swapped" .*: 80 and 74 tokens and .* do not fit'):
+        preflight(recipe(tmp_path, data, terms % "swapped"), "train", print)
+
+
+def test_only_the_first_bad_rows_are_listed(data: Path, tmp_path: Path) -> None:
+    for row in range(8):
+        change(data, "train", row, image=THIN)
+    with pytest.raises(DataError) as caught:
+        preflight(recipe(tmp_path, data), "train", print)
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[1] for line in lines[:5]] == [f"row {n}" for n in range(5)]
+    assert lines[5] == "... and 3 more" and len(lines) == 7
+    settings = 'tasks[0].too_long="drop"'
+    with pytest.raises(DataError, match=r"8 rows of .* do not fit, and none of train is left"):
+        preflight(recipe(tmp_path, data, settings), "train", print)
+
+
+def test_a_damaged_image_is_no_row_to_leave_out(data: Path, tmp_path: Path) -> None:
+    file = data / "test.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:-20]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(file)), file)
+    (data / "manifest.json").unlink()
+    wanted = recipe(tmp_path, data, 'tasks[0].too_long="drop"')
+    with pytest.raises(DataError, match=r"test\.parquet: row 2: image: the image is damaged"):
+        preflight(wanted, "train", print)
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        ("<answer>\n1\n</answer>", "response: has defect"),
+        ("{good}", ""),
+        ("long", "response: "),
+    ],
+)
+def test_a_response_that_cannot_be_learnt_from_is_found_before_the_learner_starts(
+    data: Path, tmp_path: Path, response: str, words: str
+) -> None:
+    good = [e.response for e in read_examples(data, "train")][1]
+    if response == "long":
+        response = good.replace("<reasoning>", "<reasoning>" + "\nthink again" * 200)
+    change(data, "train", 1, response=response.replace("{good}", good))
+    wanted = recipe(tmp_path, data)
+    if not words:
+        preflight(wanted, "sft", print)
+        return
+    with pytest.raises(DataError, match=rf"train\.parquet: row 1: {words}"):
+        run_sft(wanted, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not ray.is_initialized()
+    preflight(wanted, "train", print)  # RL reads no responses
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (['tasks[0].data="nowhere"'], "tasks[0].data: nowhere: "),
+        (['tasks[0].data="org/some-data"'], "tasks[0].data: org/some-data: "),
+        (['tasks[0].data="{data}/train.parquet"'], "train.parquet: "),
+        (["eval.problems=7"], "eval.problems: asked for 7"),
+        (
+            ['reward.terms=[{{name="format", args={{penalty=3}}}}]'],
+            "reward.terms: reward term 'format': args: ",
+        ),
+        (["model.max_model_len=1000000"], "model.max_model_len"),
+    ],
+)
+def test_a_dry_run_refuses_what_cannot_run(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    words: str,
+) -> None:
+    filled = [setting.format(data=data) for setting in settings]
+    wanted = recipe(tmp_path, data, *filled)
+    code, _, message = dry_run(tmp_path, monkeypatch, capsys, *filled)
+    assert code == 2 and words in message and message.count("\n") == 1
+    with pytest.raises((DataError, UserError)) as caught:
+        run_training(wanted, output=tmp_path / "out")
+    assert str(caught.value) == message.rstrip("\n")
+    assert not (tmp_path / "out").exists() and not ray.is_initialized()
+
+
+SIZES = [(64, 64), (100, 300), (1, 1), (640, 480), (1500, 300), (31, 33), (17, 90), (512, 64)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl", "idefics3"])
+def test_a_prompt_takes_what_the_processor_makes_of_it(
+    tiny_models: dict[str, Path], family: str
+) -> None:
+    processor = load_processor(str(tiny_models[family]))
+    asked = [(f"What is here? {n}", size) for n, size in enumerate(SIZES)]
+    for (prompt, size), taken in zip(asked, Room(processor, 256, 128).taken(asked), strict=True):
+        said = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": said}], add_generation_prompt=True
+        )
+        made = processor(images=[Image.new("RGB", size)], text=[text])
+        assert taken.fault is None
+        assert taken.prompt == len(made["input_ids"][0])
+        assert 0 < taken.image < taken.prompt
+
+
+def test_rows_are_measured_once_and_again_when_data_or_processor_change(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = load_processor(str(SHIPPED))
+    file = data / "train.parquet"
+    examples = list(read_examples(data, "train", check_images=False))
+    found = row_takes(file, examples, Room(processor, 256, 128))
+    (kept,) = cache.rglob("*.json")
+    # What is kept is believed, so a mark in it shows who reads it.
+    rows = json.loads(kept.read_text())
+    rows[0][0] += 1000
+    kept.write_text(json.dumps(rows))
+    assert row_takes(file, examples, Room(processor, 999, 9))[0].prompt == found[0].prompt + 1000
+    kept.write_text("[[")
+    assert row_takes(file, examples, Room(processor, 256, 128)) == found
+    rows[0][0] += 1000
+    kept.write_text(json.dumps(rows))
+    other = load_processor(str(SHIPPED))
+    other.chat_template += "{# another #}"
+    assert row_takes(file, examples, Room(other, 256, 128))[0].prompt < 1000
+    change(data, "train", 1, image=LONG)
+    changed = list(read_examples(data, "train", check_images=False))
+    assert row_takes(file, changed, Room(processor, 256, 128))[1].image > 900
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert len(row_takes(file, changed, Room(processor, 256, 128))) == 8
+
+
+KNOBS = '{ size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0, prompt = "brief" }'
+
+
+class WordySudoku(Sudoku):
+    """Every third puzzle or so is asked about at length."""
+
+    name = "tests.cluster.recipe.test_preflight:WordySudoku"
+
+    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
+        key, finish = super().begin(rng, spec)
+        more = " Think well." * (200 if rng.random() < 0.3 else 0)
+
+        def made() -> Problem:
+            problem = finish()
+            return replace(problem, prompt=problem.prompt + more, task=self.name)
+
+        return key, made
+
+    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
+        return replace(super().from_row(query, image, ground_truth), task=self.name)
+
+
+def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(
+        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 256\n'
+        f'[[tasks]]\nname = "{WordySudoku.name}"\nknobs = {KNOBS}\n'
+        "[sampler]\nmax_tokens = 128\n[eval]\nproblems = 12\n"
+    )
+    with pytest.raises(DataError, match=r"do not fit in model\.max_model_len = 256"):
+        preflight(load_recipe(path), "train", print)
+    wanted = load_recipe(path, ['tasks[0].too_long="drop"'])
+    (source,) = preflight(wanted, "train", print).sources
+    problems = step_problems([source], 3, 0, 30)
+    assert all("Think well" not in p.prompt for p in [*problems, *held_out(source, 1, 12)])
+    assert left_out([source])[f"problems/{WordySudoku.name}/left_out"] > 0
+    (plain,) = open_sources(wanted.tasks)
+    usual = step_problems([plain], 3, 0, 30)
+    kept = [a == b for a, b in zip(problems, usual, strict=True)]
+    # The others are drawn in their places, and as before.
+    assert kept == ["Think well" not in p.prompt for p in usual]
+    (again,) = preflight(wanted, "train", print).sources
+    assert step_problems([again], 3, 0, 30) == problems
+
+
+def test_knobs_that_never_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(
+        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 130\n[[tasks]]\n'
+        f'name = "sudoku"\nknobs = {KNOBS}\n[sampler]\nmax_tokens = 128\n'
+    )
+    for setting in ("error", "drop"):
+        code, _, message = dry_run(tmp_path, monkeypatch, capsys, f'tasks[0].too_long="{setting}"')
+        assert code == 2 and "do not fit in model.max_model_len = 130" in message
+        assert message.count("\n") == 1

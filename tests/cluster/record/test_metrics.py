@@ -1,0 +1,313 @@
+"""Figures against SciPy, brute force and hand-worked groups."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from cluster.record.metrics import (
+    EvalRow,
+    EvalTable,
+    before_after,
+    eval_table,
+    mcnemar,
+    mean_interval,
+    paired_p,
+    pass_at_k,
+    pooled,
+    step_metrics,
+)
+from rewards.compose import Composition, compose_groups
+from rewards.intervals import wilson
+from rewards.terms import Outcome, Perception
+from tests.support.toys import TASK, Misbehaves, group, score
+
+
+def test_wilson_equals_scipy() -> None:
+    for n in (1, 2, 7, 50, 512):
+        for successes in {0, 1, n // 3, n // 2, n - 1, n}:
+            expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+            assert wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 9)[0] == 0.0
+    assert wilson(9, 9)[1] == 1.0
+    for successes, n in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="successes"):
+            wilson(successes, n)
+
+
+def test_mean_interval_covers_and_never_claims_certainty() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(500):
+        low, high = mean_interval(rng.beta(2, 1, size=60))
+        hits += low <= 2 / 3 <= high
+    assert 0.92 <= hits / 500 <= 0.98
+    low, high = mean_interval(np.ones(20))
+    assert low < 1.0 == high
+    assert mean_interval(np.full(6, 0.9))[0] < 0.9
+
+
+def test_pass_at_k_equals_drawing_every_subset() -> None:
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c > n or k > n:
+            continue
+        right = [True] * c + [False] * (n - c)
+        draws = list(itertools.combinations(right, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert pass_at_k(8, 3, 1) == pytest.approx(3 / 8)
+    for n, c, k in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
+        with pytest.raises(ValueError, match="expected"):
+            pass_at_k(n, c, k)
+
+
+def test_mcnemar_equals_scipys_binomial_test() -> None:
+    assert mcnemar(0, 0) == 1.0
+    for gained, lost in ((1, 0), (5, 5), (12, 3), (3, 12), (120, 60)):
+        expected = stats.binomtest(gained, gained + lost, 0.5).pvalue
+        assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def passes() -> dict:
+    return {
+        "greedy": [group(1, "1;2;"), group(2, "3;4;x"), group(3, "3;5;"), group(4, ";;x,y")],
+        "sampled": [group(1, "1;2;", "1;3;", "1;2;"), group(2, "2;1;", "3;1;", "2;3;")],
+        "oracle": [group(1, "1;2;"), group(2, "2;4;")],
+        "oracle_blank": [group(1, "1;2;"), group(2, "2;5;")],
+        "blind": [group(1, ";3;"), group(2, ";4;")],
+    }
+
+
+def test_the_evaluation_table_on_groups_worked_out_by_hand() -> None:
+    table = eval_table(TASK, passes())
+    assert {row.metric: (row.value, row.n) for row in table.rows} == {
+        "a": (0.5, 4),
+        "a_p": (0.5, 4),
+        "a_p_graded": (pytest.approx((1 + 0.5 + 1 + 0) / 4), 4),
+        "leak": (0.25, 4),
+        "self_consistency": (0.25, 4),
+        "defect/x": (0.5, 4),
+        "defect/y": (0.25, 4),
+        "a avg@3": (pytest.approx(1 / 3), 2),
+        "a_p avg@3": (pytest.approx((1 + 2 / 3) / 2), 2),
+        "a pass@2": (0.5, 2),
+        "a_p pass@2": (1.0, 2),
+        "a pass@3": (0.5, 2),
+        "a_p pass@3": (1.0, 2),
+        "a_r": (1.0, 2),
+        "a_r_blank": (0.5, 2),
+        "blind": (0.5, 2),
+    }
+    assert all(row.low <= row.value <= row.high for row in table.rows)
+    assert (table["a"].low, table["a"].high) == wilson(2, 4)
+    again = EvalTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again == table
+
+
+def test_intervals_of_sampled_passes_count_problems_not_responses() -> None:
+    # Eight copies of each answer tell no more about the problems than one does.
+    one = [group(i, f"{i};{2 * i if i % 2 else 1};", name=f"p{i}") for i in range(40)]
+    eight = [group(i, *[f"{i};{2 * i if i % 2 else 1};"] * 8, name=f"p{i}") for i in range(40)]
+    narrow = eval_table(TASK, {"sampled": eight})["a avg@8"]
+    plain = eval_table(TASK, {"greedy": one})["a"]
+    assert (narrow.low, narrow.high, narrow.n) == (plain.low, plain.high, 40)
+
+
+def test_intervals_of_several_pictures_of_a_puzzle_count_puzzles() -> None:
+    """A policy that answers every picture of a puzzle alike has shown no more than one of each."""
+    alone = [group(i, f"{i};{2 * i if i % 3 else 1};", name=f"p{i}") for i in range(12)]
+    copies = [
+        group(i, f"{i};{2 * i if i % 3 else 1};", name=f"p{i}/{n}")
+        for i in range(12)
+        for n in range(40)
+    ]
+    one, many = (eval_table(TASK, {"greedy": groups}) for groups in (alone, copies))
+    assert (many["a"].value, many["a"].n, many["a"].puzzles) == (one["a"].value, 480, 12)
+    assert many["a"].low < one["a"].low < one["a"].high < many["a"].high  # and t, not z
+    assert many["a_p"].high == 1.0 and many["a_p"].low == one["a_p"].low
+    wrong = [group(i, f"{i};1;", name=f"p{i}/{n}") for i in range(12) for n in range(40)]
+    other = eval_table(TASK, {"greedy": wrong})
+    change = {row.metric: row for row in before_after(many, other).rows}["a"]
+    assert (change.lost, change.gained) == (320, 0)
+    assert change.p == pytest.approx(2 / 2**8)  # eight puzzles changed
+    assert pooled({"x": many, "y": many})["a"].puzzles == 12
+    assert EvalTable.from_dict(json.loads(json.dumps(many.to_dict()))) == many
+    out = io.StringIO()
+    Console(file=out, width=120).print(many.to_rich(), before_after(many, other).to_rich())
+    assert out.getvalue().count("480 (12 puzzles)") > 8
+
+
+@pytest.mark.parametrize(("puzzles", "alike"), [(12, 1.0), (40, 0.3), (150, 0.0)])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_intervals_hold_the_truth_however_alike_answers_to_a_puzzle_are(
+    puzzles: int, alike: float, share: float
+) -> None:
+    rng = np.random.default_rng([puzzles, int(10 * share)])
+    held = 0
+    for _ in range(400):
+        names = rng.choice(puzzles, size=512, p=rng.dirichlet(np.full(puzzles, 3.0)))
+        if alike == 1.0:
+            chances = (rng.random(puzzles) < share).astype(float)
+        else:
+            spread = (1 - alike) / max(alike, 1e-9)
+            chances = rng.beta(share * spread, (1 - share) * spread, size=puzzles)
+        values = (rng.random(512) < chances[names]).astype(float)
+        low, high = mean_interval(values, [str(name) for name in names])
+        held += low <= share <= high
+    # 400 intervals: a standard error of 1.1 points. Wilson's of 512 answers hold it from 20 % on.
+    assert 0.90 <= held / 400 <= 0.99
+
+
+def test_flipping_signs_of_puzzles_equals_trying_all_of_them() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        changes = rng.integers(-1, 2, size=30)
+        puzzles = [str(p) for p in rng.integers(8, size=30)]
+        sums = [sum(c for c, p in zip(changes, puzzles, strict=True) if p == q) for q in "01234567"]
+        all_signs = np.array(list(itertools.product((-1, 1), repeat=8))) @ sums
+        expected = (np.abs(all_signs) >= abs(sum(sums))).mean()
+        assert paired_p(changes, puzzles) == pytest.approx(expected)
+        alone = [str(i) for i in range(30)]
+        gained, lost = (changes == 1).sum(), (changes == -1).sum()
+        assert paired_p(changes, alone) == paired_p(changes) == mcnemar(gained, lost)
+
+
+def test_before_after_pairs_problems_and_tests_what_changed() -> None:
+    def table(right: set[int], count: int = 20, defect: str = "") -> EvalTable:
+        groups = [
+            group(i, f"{i};{2 * i if i in right else 1};{defect}", name=f"p{i}")
+            for i in range(count)
+        ]
+        return eval_table(TASK, {"greedy": groups})
+
+    before, after = table({0, 1, 2}, defect="x"), table({1, *range(3, 20)})
+    rows = {row.metric: row for row in before_after(before, after).rows}
+    assert (rows["a"].gained, rows["a"].lost, rows["a"].paired) == (17, 2, 20)
+    assert rows["a"].p == pytest.approx(stats.binomtest(2, 19, 0.5).pvalue)
+    assert rows["a"].difference == pytest.approx(0.75)
+    assert not rows["a"].overlap
+    assert (rows["a_p"].p, rows["a_p"].overlap, rows["a_p"].difference) == (1.0, True, 0.0)
+    # A defect that is gone is a change too.
+    assert (rows["defect/x"].before.value, rows["defect/x"].after.value) == (1.0, 0.0)
+    # Other problems: no pairing, and no p-value.
+    other = {row.metric: row for row in before_after(before, table({0}, count=19)).rows}
+    assert other["a"].p is None
+    assert other["a"].paired == 0
+
+
+def test_changes_of_problems_that_share_a_puzzle_can_be_kept() -> None:
+    puzzles = {"p": "one", "q": "one", "r": "two"}
+    rows = (EvalRow("a", 0.5, 3, 0.0, 1.0),)
+    before = EvalTable(rows, {"a": {"p": 0.0, "q": 1.0, "r": 0.0}}, puzzles)
+    after = EvalTable(rows, {"a": {"p": 1.0, "q": 1.0, "r": 0.0}}, puzzles)
+    (row,) = json.loads(json.dumps(before_after(before, after).to_dict()))["rows"]
+    assert (row["overlap"], row["paired"], row["gained"]) == (True, 3, 1)
+
+
+def test_tables_show_hostile_names_as_they_are() -> None:
+    table = eval_table(TASK, {"greedy": [group(1, "1;2;[red]x[/red]")]})
+    out = io.StringIO()
+    console = Console(file=out, width=120)
+    console.print(table.to_rich("a [bold]title"))
+    assert out.getvalue().count("[red]x[/red]") == 1
+    assert "a [bold]title" in out.getvalue()
+    # The table of changes shows accuracies; the defects by name are in its record.
+    change = before_after(table, table)
+    console.print(change.to_rich("a [bold]change"))
+    assert out.getvalue().count("[red]x[/red]") == 1
+    assert "a [bold]change" in out.getvalue()
+    assert "defect/[red]x[/red]" in {row["metric"] for row in change.to_dict()["rows"]}
+
+
+def test_step_metrics_on_groups_worked_out_by_hand() -> None:
+    groups = [
+        group(1, "1;2;", "2;4;x", tokens=4),
+        group(2, "2;4;", "2;4;", tokens=8, finish_reason="length"),
+        group(0, "0;0;", "0;1;x,y", tokens=4),
+    ]
+    terms = [Outcome(), Perception(), Misbehaves("nan")]
+    composition = Composition(
+        {"outcome": 0.7, "perception": 0.3, "nan": 0.0}, on_failure={"nan": "drop_group"}
+    )
+    scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)
+    found = step_metrics(scored, policy_version=8)
+    expected = {
+        "reward/outcome/mean": 0.75,
+        "reward/outcome/std": np.std([1, 0, 1, 1]),
+        "reward/outcome/zero_variance": 0.5,
+        "reward/outcome/failures": 0,
+        "reward/nan/failures": 1,
+        "reward/nan/failures/nan": 1,
+        "reward/total/mean": 0.75,
+        "group/count": 3,
+        "group/dropped": 1,
+        "group/zero_variance": 0.5,
+        "acc/a": 4 / 6,
+        "acc/a_p": 5 / 6,
+        "acc/leak": 0.0,
+        "acc/self_consistency": 5 / 6,
+        "defects/x": 2,
+        "defects/y": 1,
+        "coupling/outcome_perception/n": 6,
+        "coupling/outcome_perception/zero_variance": 1 / 3,
+        "response/tokens_mean": (4 + 5 + 8 + 9 + 4 + 5) / 6,
+        "response/tokens": 35,
+        "response/truncated": 1 / 3,
+        "policy/lag_mean": 1,
+        "policy/lag_max": 1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    a, a_p = [1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1]
+    pooled = stats.pearsonr(a, a_p).statistic
+    assert found["coupling/outcome_perception/pooled"] == pytest.approx(pooled)
+    # Groups 1 and 3 vary in a; only group 1 varies in a_p with it.
+    assert found["coupling/outcome_perception/within"] == pytest.approx(0.5 / np.sqrt(1.0 * 0.5))
+    assert found["reward/outcome/seconds_max"] >= found["reward/outcome/seconds_mean"] > 0
+    assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
+
+
+def test_an_undefined_number_is_absent_not_nan() -> None:
+    one = group(1, "1;2;", "1;2;")
+    found = step_metrics(
+        compose_groups([one], [score(one, Outcome())], Composition({"outcome": 1.0})), 7
+    )
+    assert "coupling/outcome_perception/pooled" not in found
+    assert found["coupling/outcome_perception/zero_variance"] == 1.0
+    assert step_metrics([], 0) == {"group/count": 0.0, "group/dropped": 0.0}
+
+
+def test_pooling_counts_every_problem_once() -> None:
+    one = EvalTable((), {"a": {"p": 1.0, "q": 0.0}, "a_p": {"p": 1.0, "q": 1.0}, "defect/x": {}})
+    two = EvalTable((), {"a": {"r": 1.0}, "leak": {"r": 0.0}})
+    table = pooled({"one": one, "two": two})
+    assert [row.metric for row in table.rows] == ["a"]
+    assert table["a"].value == pytest.approx(2 / 3)
+    assert (table["a"].low, table["a"].high) == wilson(2, 3)
+    # Two entries of one task may hold one problem: it was answered twice.
+    assert pooled({"one": one, "one-2": one})["a"].n == 4
+
+
+def test_a_step_tells_each_terms_reliability_where_it_is_defined() -> None:
+    groups = [group(1, "1;2;", "1;3;", "2;4;"), group(2, "2;4;", "3;4;"), group(0, "0;0;", "1;0;")]
+    composition = Composition({"outcome": 1.0}, on_failure={"nan": "zero"})
+    found = [score(g, Outcome(), Perception(), Misbehaves("nan")) for g in groups]
+    metrics = step_metrics(compose_groups(groups, found, composition), 7)
+    a_p = np.array([1, 1, 0, 1, 0, 1, 0])
+    a = np.array([1, 0, 0, 1, 1, 1, 1])
+    assert metrics["reliability/outcome/pooled"] == pytest.approx(stats.pearsonr(a, a_p).statistic)
+    # Only the first group's outcome varies.
+    expected = stats.pearsonr(a[:3], a_p[:3]).statistic
+    assert metrics["reliability/outcome/within"] == pytest.approx(expected)
+    u = stats.mannwhitneyu(a[a_p == 1], a[a_p == 0]).statistic
+    assert metrics["reliability/outcome/auc"] == pytest.approx(u / 12)
+    assert metrics["reliability/perception/auc"] == 1.0
+    # `nan` gives ones, and zeros for the group it failed on: those are not its values.
+    assert "reliability/nan/pooled" not in metrics
+    assert "reliability/nan/within" not in metrics
+    assert metrics["reliability/nan/auc"] == 0.5

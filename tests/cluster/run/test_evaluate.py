@@ -1,0 +1,133 @@
+"""An evaluation asks for all it needs at once, of problems that are drawn once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from cluster.recipe.problems import open_sources
+from cluster.recipe.recipe import Recipe, load_recipe
+from cluster.run.evaluate import PASSES, evaluate_all
+from rollout.record import Group, SampleRequest
+from tasks.core import Problem
+from tasks.load import load_task
+from tests.support.toys import Doubling, group
+
+RECIPE = """
+name = "x"
+[model]
+path = "m"
+[[tasks]]
+name = "tests.support.toys:Doubling"
+[[tasks]]
+name = "tests.support.toys:Doubling"
+[eval]
+problems = 2
+samples = 3
+passes = ["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+"""
+
+
+class Samplers:
+    """Right answers where the image is shown, and nothing that can be read where it is not."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[SampleRequest]] = []
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        self.calls.append(list(requests))
+        answers = []
+        for asked in requests:
+            n = asked.problem.truth["n"]
+            text = f"{n};{2 * n};" if asked.view == "shown" else ";;missing_answer"
+            answers.append(group(n, *[text] * asked.n, name=asked.problem.id))
+        return answers
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    path = tmp_path / "x.toml"
+    path.write_text(RECIPE)
+    return load_recipe(path)
+
+
+def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None:
+    samplers = Samplers()
+    tables = evaluate_all(samplers, open_sources(recipe.tasks), recipe)  # type: ignore[arg-type]
+    (asked,) = samplers.calls
+    # Two entries of one task hold the same two problems, and each is asked in every pass.
+    assert len(asked) == len({r.group_id for r in asked}) == 2 * 2 * len(PASSES)
+    # A problem's passes are asked for together: an engine then has its image at hand.
+    places = [
+        [i for i, r in enumerate(asked) if r.problem is p]
+        for p in {r.problem.id: r.problem for r in asked[:10]}.values()
+    ]
+    assert places == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert {(r.n, r.sampling.temperature) for r in asked} == {(1, 0.0), (3, 1.0)}
+    for table in tables.values():
+        values = {row.metric: (row.value, row.n) for row in table.rows}
+        assert values == {
+            **{name: (1.0, 2) for name in ("a", "a_p", "a_p_graded", "self_consistency")},
+            **{name: (1.0, 2) for name in ("a avg@3", "a_p avg@3", "a pass@2", "a_p pass@2")},
+            **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a_r")},
+            **{name: (0.0, 2) for name in ("leak", "a_r_blank", "blind")},
+        }
+
+
+class JsonSamplers(Samplers):
+    """A policy trained on the public style: JSON, also behind what it is forced to begin with."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        self.calls.append(list(requests))
+        task, made = load_task("sudoku"), []
+        for asked in requests:
+            puzzle, solved = (json.dumps(asked.problem.truth[k]) for k in ("puzzle", "solution"))
+            prefix = asked.prefix or (
+                task.oracle_prefix(asked.problem) if asked.kind == "oracle" else ""
+            )
+            text = f"so\n{solved}" if prefix else f"{puzzle}\n\nso\n{solved}"
+            (plain,) = group(0, ";;").rollouts
+            said = replace(plain, text=text, prefix=prefix, parsed=task.parse(prefix + text))
+            made.append(Group(asked.group_id, asked.problem, (said,) * asked.n))
+        return made
+
+
+def test_a_policy_that_answers_in_json_is_forced_to_begin_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(
+        'name = "x"\n[model]\npath = "m"\n[[tasks]]\nname = "sudoku"\nknobs = { size = 4 }\n'
+        '[eval]\nproblems = 3\npasses = ["greedy", "oracle"]\n'
+    )
+    recipe, samplers = load_recipe(path), JsonSamplers()
+    (table,) = evaluate_all(samplers, open_sources(recipe.tasks), recipe).values()  # type: ignore[arg-type]
+    values = {row.metric: row.value for row in table.rows}
+    assert values["a"] == values["a_r"] == 1.0
+    assert len(samplers.calls) == 2
+    assert all(r.kind == "oracle" and r.prefix.endswith("]]\n\n") for r in samplers.calls[1])
+
+
+def test_held_out_problems_are_drawn_once_a_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = 0
+    generate = Doubling.generate
+
+    def counted(self: Doubling, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        nonlocal drawn
+        drawn += 1
+        return generate(self, rng, spec)
+
+    monkeypatch.setattr(Doubling, "generate", counted)
+    samplers, sources = Samplers(), open_sources(recipe.tasks)
+    evaluate_all(samplers, sources, recipe)  # type: ignore[arg-type]
+    assert (once := drawn) > 0
+    evaluate_all(samplers, sources, recipe)  # type: ignore[arg-type]
+    assert drawn == once
+    first, second = ([r.problem.id for r in call] for call in samplers.calls)
+    assert first == second

@@ -1,0 +1,98 @@
+"""A pool over several Ray nodes, one of which is lost and another one comes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from rollout.dispatch import PoolLimits
+from rollout.pool import SamplerPool
+from rollout.sampler import RaySamplerClient
+from tests.rollout.test_sampler import Told
+from tests.support.pretend import request
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with one core; it leaves nothing behind for other modules' own Ray."""
+    if ray.is_initialized():
+        ray.shutdown()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ray.init(
+        address=made.address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables},
+    )
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@contextlib.contextmanager
+def pool_of_two() -> Iterator[SamplerPool]:
+    """Two actors of a core each; told to be late after a few seconds."""
+    pool = SamplerPool(
+        lambda name: RaySamplerClient(name, Told.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
+        2,
+        PoolLimits(sequences=8, start_seconds=20.0),
+        "told",
+    )
+    try:
+        pool.wait_ready(60)
+        yield pool
+    finally:
+        pool.stop()
+
+
+def until(what: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_a_local_run_stays_out_of_a_cluster_that_runs_on_its_machine(cluster: Cluster) -> None:
+    code = (
+        "import ray; from cluster.run.runtime import connected\n"
+        "with connected(None): print('at', ray.get_runtime_context().gcs_address)"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    found = {}
+    for name, told in (("alone", {}), ("told", {"RAY_ADDRESS": cluster.address})):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=variables | told,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        (found[name],) = [line for line in done.stdout.splitlines() if line.startswith("at ")]
+    assert found["told"] == f"at {cluster.address}" != found["alone"]
+
+
+def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
+    cluster: Cluster,
+) -> None:
+    other = cluster.add_node(num_cpus=1)
+    with pool_of_two() as pool:
+        pool.submit([request(f"g-{i}") for i in range(12)])
+        cluster.remove_node(other, allow_graceful=False)
+        found = pool.collect(12, 120)
+        assert sorted(g.group_id for g in found) == sorted(f"g-{i}" for i in range(12))
+        until(lambda: pool.counts()["absent"] == 1)
+        assert pool.counts()["count"] == 1 and pool.counts()["restarts"] == 1
+        cluster.add_node(num_cpus=1)
+        until(lambda: pool.counts()["count"] == 2)
+        assert pool.counts()["absent"] == 0
+        assert len(pool.sample([request(f"h-{i}") for i in range(12)])) == 12

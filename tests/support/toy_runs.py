@@ -1,0 +1,121 @@
+"""Run folders as trainings leave them, made up by chance from a cell's arm and seed."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.ablation.launch import LocalRunner
+from cluster.ablation.plan import Cell
+from cluster.record.tracking import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
+
+TOY_BASE = """
+name = "base"
+[model]
+path = "{model}"
+[[tasks]]
+name = "sudoku"
+[sampler]
+cpus = 0
+[learner]
+cpus = 0
+"""
+"""A base recipe of cells that take no core."""
+TOY_CELLS = LocalRunner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
+"""Runs `toy_cell.py` in place of each cell's training."""
+
+
+def make_runs(folder: Path, cells: Iterable[Cell]) -> None:
+    """Write the run of every cell to `folder/<cell id>`; a greater alpha or λ learns more."""
+    for cell in cells:
+        sft = cell.recipe.sft
+        if cell.command == "sft" and sft is not None:
+            write_sft_run(folder / cell.id, cell, sft.perception_weight)
+        else:
+            alpha = cell.recipe.reward.alpha or 0.0
+            write_run(folder / cell.id, cell, gain=0.1 + 0.4 * alpha)
+
+
+def write_run(run: Path, cell: Cell, gain: float) -> None:
+    """A run whose accuracies rise by `gain`; reasoning gains half as much as perception."""
+    (run / "rollouts").mkdir(parents=True)
+    batch = [
+        {"group_id": f"step-1/{i}/p{i}", "problem_id": f"p-{cell.seed}-{i}"}
+        for i in range(3)
+        for _ in range(2)
+    ]
+    table = pa.Table.from_pylist([row | {"prompt": "?", "image_sha256": "0"} for row in batch])
+    pq.write_table(table, run / "rollouts" / "step-000001.parquet")
+
+    chance = random.Random(zlib.crc32(cell.id.encode()))
+    steps = cell.recipe.algorithm.steps
+    rows = []
+    for step in range(1, steps + 1):
+        level = 0.3 + gain * step / steps + chance.gauss(0, 0.01)
+        numbers = {"acc/a": level, "acc/a_p": level + 0.1, "response/tokens": 100.0 + cell.seed}
+        numbers |= {"time/step": 2.0, "coupling/outcome_perception/within": 0.6 * step / steps}
+        numbers |= {"coupling/outcome_perception/n_within": 64.0}
+        rows += [(step, name, value, 0.0) for name, value in numbers.items()]
+    write_end(run, rows, chance, gain)
+
+
+def write_sft_run(run: Path, cell: Cell, weight: float) -> None:
+    """A run of SFT with λ = `weight` that was measured at every `eval.every` updates."""
+    (run / "demonstrations").mkdir(parents=True)
+    batch = [
+        {"prompt_ids": [1, i], "response_ids": [cell.seed, i, 9], "segments": [0, 1, 2]}
+        for i in range(3)
+    ]
+    table = pa.Table.from_pylist([row | {"image_sha256": "0"} for row in batch])
+    pq.write_table(table.cast(DEMONSTRATION_SCHEMA), run / "demonstrations/step-000001.parquet")
+
+    chance = random.Random(zlib.crc32(cell.id.encode()))
+    gain, every = 0.1 + 0.4 * weight, cell.recipe.eval.every
+    rows = []
+    for step in range(cell.steps + 1):
+        numbers = {}
+        if step:
+            numbers = {
+                "sft/lambda": weight,
+                "sft/seconds": 1.5,
+                "sft/share/tokens/perception": 0.05,
+            }
+            numbers["sft/share/loss/perception"] = weight / 2 + chance.gauss(0, 0.01)
+        if step % 2:  # as with norm_every = 2
+            numbers["sft/share/grad_norm/perception"] = weight * 0.9
+        if step % every == 0 or step == cell.steps:
+            numbers |= {
+                f"eval/sudoku/{m}": level + share * gain * step / cell.steps
+                for m, level, share in (("a", 0.3, 1), ("a_p", 0.4, 1), ("a_r", 0.6, 0.5))
+            }
+        rows += [(step, name, value, 0.0) for name, value in numbers.items()]
+    write_end(run, rows, chance, gain)
+
+
+def write_end(
+    run: Path, rows: list[tuple[int, str, float, float]], chance: random.Random, gain: float
+) -> None:
+    """The metrics of all steps, and the answers before and after."""
+    columns = [
+        pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), METRIC_SCHEMA, strict=True)
+    ]
+    pq.write_table(pa.Table.from_arrays(columns, schema=METRIC_SCHEMA), run / "metrics.parquet")
+
+    evaluation = {
+        "sudoku": {"before": answers(chance, 0.0), "after": answers(chance, gain), "change": {}}
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def answers(chance: random.Random, gain: float) -> dict[str, object]:
+    """Right or wrong on 40 problems."""
+    level = {"a": 0.3 + gain, "a_p": 0.4 + gain, "a_r": 0.6 + gain / 2}
+    values = {m: {f"t{i}": float(chance.random() < v) for i in range(40)} for m, v in level.items()}
+    return {"rows": [], "per_problem": values}

@@ -1,0 +1,252 @@
+"""A task of one number and terms that misbehave, importable from reward workers too.
+
+The image shows a number n; perception says which, the answer is its double. A response reads
+`p;a;defect,defect`, with an empty field for what cannot be read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from rewards.records import Reply, ScoredTerms
+from rewards.terms import score_group
+from rollout.record import Group, Rollout, SampleRequest, Sampling
+from tasks.core import Parsed, Problem, Style, Task
+
+
+class Knobs(BaseModel):
+    """None."""
+
+
+class Doubling:
+    """Read a number, double it."""
+
+    name = "tests.support.toys:Doubling"
+    spec: type[BaseModel] = Knobs
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        return problem(int(rng.integers(10)))
+
+    def parse(self, text: str) -> Parsed:
+        p, a, defects = text.split(";")
+        return Parsed(
+            perception=int(p) if p else None,
+            reasoning="",
+            answer=int(a) if a else None,
+            spans={},
+            defects=tuple(d for d in defects.split(",") if d),
+        )
+
+    def check(self, problem: Problem, answer: Any) -> bool:
+        if answer == 666:
+            raise ArithmeticError("the checker cannot take 666")
+        return bool(answer == 2 * problem.truth["n"])
+
+    def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
+        n = problem.truth["n"]
+        return perception == n, 1.0 / (1.0 + abs(perception - n))
+
+    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
+        return bool(answer == 2 * perception)
+
+    def oracle_prefix(self, problem: Problem) -> str:
+        return problem.perception
+
+    def solve(self, problem: Problem, perception: Any) -> Any | None:
+        return 2 * perception
+
+    def demonstrate(self, problem: Problem, style: Style) -> str:
+        n = problem.truth["n"]
+        return f"{n};{2 * n};"
+
+    def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
+        return problem(int(ground_truth))
+
+    def to_ground_truth(self, problem: Problem) -> str:
+        return str(problem.truth["n"])
+
+
+TASK: Task = Doubling()
+
+
+def problem(n: int, name: str | None = None) -> Problem:
+    return Problem(
+        id=name or f"n{n}",
+        task=Doubling.name,
+        prompt="Double the number in the image.",
+        image=b"\x89PNG picture of %d" % n,
+        perception=str(n),
+        truth={"n": n},
+        knobs={"noise": 0.5},
+        symmetry_key=str(n),
+    )
+
+
+def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **fields: Any) -> Group:
+    """A group for the number n whose rollouts say `texts`."""
+    group_id = f"g-{name or n}"
+    rollouts = tuple(
+        Rollout(
+            rollout_id=f"{group_id}-{i}",
+            group_id=group_id,
+            prompt_ids=np.arange(3, dtype=np.int32),
+            response_ids=np.arange(tokens + i, dtype=np.int32),
+            logprobs=np.full(tokens + i, -0.5, dtype=np.float32),
+            versions=np.full(tokens + i, 7, dtype=np.int32),
+            segments=np.resize(np.array([0, 1, 2, -1], dtype=np.int8), tokens + i),
+            text=text,
+            parsed=TASK.parse(text),
+            **(
+                {
+                    "kind": "free",
+                    "view": "shown",
+                    "prefix": "",
+                    "finish_reason": "stop",
+                    "seconds": 0.25,
+                    "sampler": "sampler-0",
+                }
+                | fields
+            ),
+        )
+        for i, text in enumerate(texts)
+    )
+    return Group(group_id, problem(n, name), rollouts)
+
+
+def score(one: Group, *terms: Any) -> ScoredTerms:
+    """Score a group in this process."""
+    return score_group(TASK, one, {term.name: term for term in terms})
+
+
+class Length:
+    """Characters of the text: a well-behaved term of a user's own."""
+
+    name = "length"
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, task: Task, group: Group) -> np.ndarray:
+        return np.array([self.scale * len(r.text) for r in group.rollouts])
+
+
+class Misbehaves:
+    """Does `what` on groups of the number 0, and gives ones for every other."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.name = what
+
+    def __call__(self, task: Task, group: Group) -> Any:
+        size = len(group.rollouts)
+        if group.problem.truth["n"] != 0:
+            return [1.0] * size
+        if self.what == "hang":
+            time.sleep(600)
+        if self.what == "crash":
+            os._exit(17)
+        if self.what == "exit":
+            raise SystemExit(3)
+        if self.what == "raise":
+            raise KeyError("no such cell")
+        return {
+            "nan": [float("nan")] * size,
+            "inf": [1.0] * (size - 1) + [float("inf")],
+            "short": [1.0] * (size - 1),
+            "empty": [],
+            "matrix": np.ones((size, 1)),
+            "none": None,
+            "nones": [None] * size,
+            "words": ["1.0"] * size,
+            "scalar": 1.0,
+            "ragged": [[1.0], [1.0, 2.0]] * size,
+            "complex": [1j] * size,
+            "huge": [10**400] * size,
+        }[self.what]
+
+
+class NoTerm:
+    """Lacks a name and cannot be called."""
+
+
+class Hog:
+    """Allocates without end on groups of the number 0."""
+
+    name = "hog"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        held = []
+        while group.problem.truth["n"] == 0:
+            held.append(np.ones(2**24))  # 128 MiB, written to
+        return [1.0] * len(group.rollouts)
+
+
+class Asks:
+    """1 where a model says what the rollout says; asks about rollouts that saw something."""
+
+    name = "asks"
+
+    def __init__(self, model: str = "", misbehaves: str = "") -> None:
+        self.model, self.misbehaves = model, misbehaves
+
+    def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
+        if self.misbehaves == "ask" and group.problem.truth["n"] == 0:
+            raise KeyError("nothing to ask")
+        if self.misbehaves == "words":
+            return ["what do you see?"]  # type: ignore[list-item]
+        shown = group.problem if other is None else other
+        return [
+            SampleRequest(r.rollout_id, shown, 1, Sampling(0.0), "blind", "none", r.text)
+            for r in group.rollouts
+            if r.parsed.perception is not None
+        ]
+
+    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> list[float]:
+        if self.misbehaves == "score" and group.problem.truth["n"] == 0:
+            os._exit(17)
+        answers = iter(replies)
+        found = []
+        for rollout in group.rollouts:
+            reply = next(answers) if rollout.parsed.perception is not None else None
+            same = isinstance(reply, Group) and reply.rollouts[0].text == rollout.text
+            found.append(float(same))
+        return found
+
+
+class Waits:
+    """A remote term: waits a moment, or does `what` on groups of the number 0."""
+
+    name = "waits"
+
+    def __init__(self, what: str = "") -> None:
+        self.what = what
+        self.calls = self.now = self.most = 0
+
+    async def __call__(self, task: Task, group: Group) -> list[float]:
+        self.calls += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.05)
+        self.now -= 1
+        if group.problem.truth["n"] == 0:
+            if self.what == "hang":
+                await asyncio.sleep(600)
+            if self.what == "block":
+                time.sleep(600)
+            if self.what == "crash":
+                os._exit(17)
+            if self.what == "raise":
+                raise ConnectionError("nobody at home")
+            if self.what == "short":
+                return [1.0]
+        return [float(len(r.text)) for r in group.rollouts]
+
+    def counts(self) -> dict[str, float]:
+        return {"sent": self.calls, "most": self.most}

@@ -1,0 +1,35 @@
+"""A user's own reward terms, named in a recipe as `"tests.support.wordiness:Wordiness"`.
+
+Random policies solve nothing, so their groups would have no variance under the built-in terms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from rollout.record import Group
+from tasks.core import Task
+
+
+class Wordiness:
+    """Share of letters in the text: differs between any two random responses."""
+
+    name = "wordiness"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        return [sum(c.isalpha() for c in r.text) / max(1, len(r.text)) for r in group.rollouts]
+
+
+class Moody(Wordiness):
+    """The same on three groups of four; the others get nothing, so they have no variance."""
+
+    name = "moody"
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        cares = cares_for(group.group_id)
+        return super().__call__(task, group) if cares else [0.0] * len(group.rollouts)
+
+
+def cares_for(group_id: str) -> bool:
+    """Whether `Moody` looks at this group."""
+    return bool(hashlib.sha256(group_id.encode()).digest()[1] % 4)
