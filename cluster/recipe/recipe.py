@@ -208,8 +208,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError, its message one line for each thing wrong.
     """
-    source = str(path)
-    data = read_toml(Path(path))
+    return check_recipe(read_toml(Path(path)), overrides, str(path))
+
+
+def check_recipe(data: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
+    """The recipe that a TOML table is, with `overrides` put into it; `source` is named in errors.
+
+    Raises RecipeError, as `load_recipe`.
+    """
     lines, set_paths = [], []
     for override in overrides:
         try:

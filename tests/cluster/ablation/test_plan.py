@@ -10,20 +10,11 @@ import pytest
 
 from cluster.ablation.plan import Ablation, changes, load_ablation
 from cluster.recipe.recipe import RecipeError, load_recipe, resolved_toml
+from tests.support.recipes import recipe_text
 
-BASE = """
-name = "base"
-[model]
-path = "m"
-[[tasks]]
-name = "sudoku"
-knobs = { size = 4, blanks = 6 }
-[reward]
-alpha = 0.25
-deadline_seconds = 9
-[algorithm]
-updates_per_step = 2
-"""
+BASE = recipe_text(
+    "reward = { alpha = 0.25, deadline_seconds = 9 }\nalgorithm.updates_per_step = 2"
+)
 FILE = """
 question = "What is learnt?"
 base = "recipes/base.toml"
@@ -216,7 +207,7 @@ set.eval.problems = 0
 
 
 def test_a_base_that_is_wrong_is_named_as_such(write: Write) -> None:
-    path = write(base=BASE.replace('path = "m"', ""))
+    path = write(base=BASE.replace('model.path = "m"', "model = {}"))
     with pytest.raises(RecipeError, match=r"which-reward\.toml: base: .*base\.toml: model\.path"):
         load_ablation(path)
 

@@ -16,6 +16,7 @@ from cluster.ablation.results import RESULT_SCHEMA, Results, aligned, collect, s
 from cluster.ablation.statistics import crossed_interval, paired_test
 from cluster.report.ablation_report import write_results
 from cluster.report.page import to_text
+from tests.support.recipes import recipe_text
 from tests.support.toy_runs import write_run
 
 GAIN = {"outcome": 0.1, "half": 0.45, "same": 0.1}
@@ -33,20 +34,13 @@ name = "half"
 [[arms]]
 name = "same"
 """
-BASE = """
-name = "base"
-[model]
-path = "m"
-[[tasks]]
-name = "sudoku"
-"""
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ablation, Path]:
     """A finished grid of three arms, two of which learn the same."""
     folder = tmp_path_factory.mktemp("grid")
-    (folder / "base.toml").write_text(BASE)
+    (folder / "base.toml").write_text(recipe_text())
     (folder / "grid.toml").write_text(FILE)
     ablation = load_ablation(folder / "grid.toml")
     (folder / "ablation.json").write_text(json.dumps(ablation.identity()))

@@ -16,33 +16,22 @@ from PIL import Image
 
 from cluster.recipe.placement import Machine, PlacementError, plan
 from cluster.recipe.problems import ProblemSource
-from cluster.recipe.recipe import Recipe, load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.run.sft import run_sft
 from cluster.run.train import run_training
 from rollout.tokens import ModelError
 from tasks.core import DataError
-from tasks.datasets import write_dataset
-from tasks.load import load_task
 from tasks.settings import TaskConfig
-
-SUDOKU = load_task("sudoku")
-TINY = SUDOKU.spec(size=4, blanks=6, cell_size=16, font_size=12, margin=0, prompt="brief")
+from tests.support.recipes import SUDOKU, made_recipe, stored, write_problems
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    write_dataset(folder, {"train": 6, "test": 4}, SUDOKU, TINY, seed=0, style="terse")
-    return folder
+    return write_problems(tmp_path / "data", 6, 4)
 
 
-def recipe(tmp_path: Path, model: Path | str, data: Path | None = None) -> Recipe:
-    text = f'name = "x"\n[model]\npath = "{model}"\n[[tasks]]\nname = "sudoku"\n'
-    text += f'data = "{data}"\n' if data else "[tasks.knobs]\nsize = 4\nblanks = 6\n"
-    text += "[sft]\nsteps = 1\n"
-    path = tmp_path / "x.toml"
-    path.write_text(text)
-    return load_recipe(path)
+def recipe(model: Path | str, data: Path | None = None) -> Recipe:
+    return made_recipe("sft.steps=1", model=model, tasks=stored(data) if data else SUDOKU)
 
 
 def refuse(recipe: Recipe, out: Path, error: type[Exception]) -> str:
@@ -106,7 +95,7 @@ def test_images(
     file = data / "train.parquet"
     rows = pq.read_table(file).column("image").to_pylist()
     rewrite(file, "image", [*rows[:2], image, *rows[3:]])
-    message = refuse(recipe(tmp_path, tiny_models["qwen3_vl"], data), tmp_path / "out", DataError)
+    message = refuse(recipe(tiny_models["qwen3_vl"], data), tmp_path / "out", DataError)
     assert "train.parquet" in message and "row 2" in message
     assert all(word in message for word in words), message
 
@@ -115,7 +104,7 @@ def test_a_column_that_is_not_there(
     data: Path, tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:
     rewrite(data / "train.parquet", "ground_truth", None)
-    message = refuse(recipe(tmp_path, tiny_models["qwen3_vl"], data), tmp_path / "out", DataError)
+    message = refuse(recipe(tiny_models["qwen3_vl"], data), tmp_path / "out", DataError)
     assert "train.parquet" in message and "ground_truth" in message
 
 
@@ -133,19 +122,17 @@ def test_a_model_folder_without_a_processor(tmp_path: Path, tiny_models: dict[st
     shutil.copytree(tiny_models["qwen3_vl"], model)
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    message = refuse(recipe(tmp_path, model), tmp_path / "out", ModelError)
+    message = refuse(recipe(model), tmp_path / "out", ModelError)
     assert str(model) in message and "processor" in message
 
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
-    message = refuse(recipe(tmp_path, tmp_path / "nowhere"), tmp_path / "out", ModelError)
+    message = refuse(recipe(tmp_path / "nowhere"), tmp_path / "out", ModelError)
     assert "nowhere" in message
 
 
 @pytest.mark.parametrize(("field", "unit"), [("cpus", "cores"), ("gpus", "GPUs")])
-def test_more_than_the_machine_has(tmp_path: Path, field: str, unit: str) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text('name = "x"\n[model]\npath = "m"\n[[tasks]]\nname = "sudoku"\n')
-    asked = load_recipe(path, [f"sampler.{field}=1000", "sampler.tensor_parallel=1000"])
+def test_more_than_the_machine_has(field: str, unit: str) -> None:
+    asked = made_recipe(f"sampler.{field}=1000", "sampler.tensor_parallel=1000")
     with pytest.raises(PlacementError, match=rf"sampler\.{field}.*100\d+ {unit}"):
         plan(asked, Machine.detect()).require()

@@ -34,8 +34,7 @@ from rollout.starting import EngineNotStarted, own_errors, own_words, plain_path
 from tasks.files import put, replacing
 from tasks.settings import TaskConfig
 from tests.support.killed import contents
-
-TINY = Path(__file__).resolve().parents[3] / "models" / "tiny-qwen3-vl"
+from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -46,13 +45,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(ended.value.code or 0)
 
 
-def recipe(folder: Path, model: str, more: str = "") -> Path:
-    """A recipe file in a folder."""
-    text = f'name = "x"\n{more}\n[model]\npath = "{model}"\n[[tasks]]\nname = "sudoku"\n'
-    (folder / "x.toml").write_text(text + "[tasks.knobs]\nsize = 4\nblanks = 6\n")
-    return folder / "x.toml"
-
-
 # Paths
 
 
@@ -61,7 +53,7 @@ def test_paths_of_a_recipe_are_those_of_the_reader(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/big")
-    read = load_recipe(recipe(tmp_path, "~/a model"), ['output.folder="~/runs"'])
+    read = load_recipe(recipe_file(tmp_path, model="~/a model"), ['output.folder="~/runs"'])
     assert read.model.path == str(tmp_path / "a model")
     assert read.output.folder == str(tmp_path / "runs")
     assert TaskConfig(name="sudoku", data="$SCRATCH/sudoku").data == "/big/sudoku"
@@ -103,7 +95,9 @@ def test_a_missing_model_is_said_at_once_with_where_it_was_looked_for(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
     start = time.monotonic()
-    assert run(monkeypatch, "train", recipe(here, model), "--output", tmp_path / "run") == 2
+    assert (
+        run(monkeypatch, "train", recipe_file(here, model=model), "--output", tmp_path / "run") == 2
+    )
     assert time.monotonic() - start < 60  # it was 157 s, and 10 at most are a wait for the hub
     printed = capsys.readouterr().err.splitlines()
     said = said.replace("HOME", str(home)).replace("HERE", str(here))
@@ -113,7 +107,7 @@ def test_a_missing_model_is_said_at_once_with_where_it_was_looked_for(
 
 
 def test_a_model_that_is_here_is_not_asked_of_the_hub() -> None:
-    assert why_missing(str(TINY)) == ""
+    assert why_missing(str(TINY_POLICY)) == ""
 
 
 # Writing over what is there
@@ -179,7 +173,7 @@ def test_of_many_that_are_told_one_folder_at_once_one_gets_it(tmp_path: Path) ->
 def test_a_run_that_another_has_is_refused_before_anything_is_started_or_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, file = tmp_path / "run", recipe(tmp_path, str(TINY))
+    folder, file = tmp_path / "run", recipe_file(tmp_path, model=TINY_POLICY)
     with claimed(folder):
         before = contents(tmp_path)
         for command in ("train", "sample"):
@@ -230,7 +224,11 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = recipe(tmp_path, str(TINY), f'output.folder = "{small_disk}"\ncheckpoint.every = 2')
+    file = recipe_file(
+        tmp_path,
+        f'output.folder = "{small_disk}"\ncheckpoint.every = 2',
+        model=TINY_POLICY,
+    )
     assert run(monkeypatch, "train", file) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"{small_disk}/x-") and said.count("\n") == 1
@@ -244,7 +242,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
 def test_shared_memory_without_room_for_a_transfer_is_refused_at_the_start(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = load_recipe(recipe(tmp_path, str(TINY)))
+    read = made_recipe(model=TINY_POLICY)
     require_room(read, "train", tmp_path / "run")
     monkeypatch.setattr(machine, "SHARED", small_disk)
     require_room(read, "sample", tmp_path / "run")  # which sends nothing
@@ -380,7 +378,7 @@ def test_a_module_of_the_users_own_that_is_named_like_ours_is_named(
 ) -> None:
     (tmp_path / name).write_text("raise SystemExit('the module of the user was run')")
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "train", recipe(tmp_path, str(TINY)), "--dry-run") == 2
+    assert run(monkeypatch, "train", recipe_file(tmp_path, model=TINY_POLICY), "--dry-run") == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"{tmp_path / name}: has the name of a module that Equipoise is")
     assert said.err.count("\n") == 1 and said.out == ""
@@ -416,7 +414,7 @@ def test_a_path_of_any_name_reaches_an_engine_as_a_plain_one(
             path = plain_path(str(odd / "policy"))
             assert glob.glob(os.path.join(path, "*.safetensors"))
             assert len(list((tmp_path / "plain").iterdir())) == 1
-    for same in (str(TINY), "Qwen/Qwen3-VL-4B-Instruct", "no [folder]"):
+    for same in (str(TINY_POLICY), "Qwen/Qwen3-VL-4B-Instruct", "no [folder]"):
         assert plain_path(same) == same
 
 

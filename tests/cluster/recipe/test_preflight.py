@@ -29,14 +29,11 @@ from cluster.run.sft import run_sft
 from cluster.run.train import run_training
 from rollout.tokens import load_processor
 from tasks.core import DataError, Problem
-from tasks.datasets import read_examples, write_dataset
-from tasks.load import load_task
+from tasks.datasets import read_examples
 from tasks.sudoku import Sudoku
+from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file, stored, write_problems
 
-ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = ROOT / "models" / "tiny-qwen3-vl"
-SUDOKU = load_task("sudoku")
-TINY = SUDOKU.spec(size=4, blanks=6, cell_size=16, font_size=12, margin=0, prompt="brief")
+NARROW = "model.max_model_len = 256\nsampler.max_tokens = 128\n"
 LONG, THIN, FITTING = (640, 480), (10, 2500), (64, 64)
 
 
@@ -48,9 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    write_dataset(folder, {"train": 8, "test": 6}, SUDOKU, TINY, seed=0, style="terse")
-    return folder
+    return write_problems(tmp_path / "data", 8, 6)
 
 
 def png(size: Size) -> bytes:
@@ -72,12 +67,8 @@ def change(folder: Path, split: str, row: int, **values: object) -> None:
 
 
 def recipe(tmp_path: Path, data: Path | str, *settings: str) -> Recipe:
-    path = tmp_path / "x.toml"
-    path.write_text(
-        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 256\n'
-        f'[[tasks]]\nname = "sudoku"\ndata = "{data}"\n'
-        "[sampler]\nmax_tokens = 128\n[eval]\nproblems = 4\n[sft]\nsteps = 1\n"
-    )
+    more = NARROW + "eval.problems = 4\nsft.steps = 1\n"
+    path = recipe_file(tmp_path, more, model=TINY_POLICY, tasks=stored(data))
     return load_recipe(path, settings)
 
 
@@ -294,7 +285,7 @@ def test_a_prompt_takes_what_the_processor_makes_of_it(
 def test_rows_are_measured_once_and_again_when_data_or_processor_change(
     data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = load_processor(str(SHIPPED))
+    processor = load_processor(str(TINY_POLICY))
     file = data / "train.parquet"
     examples = list(read_examples(data, "train", check_images=False))
     found = row_takes(file, examples, Room(processor, 256, 128))
@@ -308,7 +299,7 @@ def test_rows_are_measured_once_and_again_when_data_or_processor_change(
     assert row_takes(file, examples, Room(processor, 256, 128)) == found
     rows[0][0] += 1000
     kept.write_text(json.dumps(rows))
-    other = load_processor(str(SHIPPED))
+    other = load_processor(str(TINY_POLICY))
     other.chat_template += "{# another #}"
     assert row_takes(file, examples, Room(other, 256, 128))[0].prompt < 1000
     change(data, "train", 1, image=LONG)
@@ -316,9 +307,6 @@ def test_rows_are_measured_once_and_again_when_data_or_processor_change(
     assert row_takes(file, changed, Room(processor, 256, 128))[1].image > 900
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(row_takes(file, changed, Room(processor, 256, 128))) == 8
-
-
-KNOBS = '{ size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0, prompt = "brief" }'
 
 
 class WordySudoku(Sudoku):
@@ -341,12 +329,9 @@ class WordySudoku(Sudoku):
 
 
 def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(
-        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 256\n'
-        f'[[tasks]]\nname = "{WordySudoku.name}"\nknobs = {KNOBS}\n'
-        "[sampler]\nmax_tokens = 128\n[eval]\nproblems = 12\n"
-    )
+    tasks = SUDOKU.replace("sudoku", WordySudoku.name)
+    more = NARROW + "eval.problems = 12\n"
+    path = recipe_file(tmp_path, more, model=TINY_POLICY, tasks=tasks)
     with pytest.raises(DataError, match=r"do not fit in model\.max_model_len = 256"):
         preflight(load_recipe(path), "train", print)
     wanted = load_recipe(path, ['tasks[0].too_long="drop"'])
@@ -366,11 +351,7 @@ def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: 
 def test_knobs_that_never_fit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(
-        f'name = "x"\n[model]\npath = "{SHIPPED}"\nmax_model_len = 130\n[[tasks]]\n'
-        f'name = "sudoku"\nknobs = {KNOBS}\n[sampler]\nmax_tokens = 128\n'
-    )
+    recipe_file(tmp_path, NARROW.replace("256", "130"), model=TINY_POLICY)
     for setting in ("error", "drop"):
         code, _, message = dry_run(tmp_path, monkeypatch, capsys, f'tasks[0].too_long="{setting}"')
         assert code == 2 and "do not fit in model.max_model_len = 130" in message

@@ -29,28 +29,15 @@ from cluster.run.runtime import learner_settings
 from learner.correction import Correction
 from learner.lora import LoraSettings
 from learner.loss_settings import CORRECTION_BOUNDS
+from tests.support.recipes import recipe_file
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
-MINIMAL = """
-name = "small"
-[model]
-path = "models/tiny-qwen3-vl"
-[[tasks]]
-name = "sudoku"
-[tasks.knobs]
-size = 4
-blanks = 6
-cell_size = 16
-font_size = 14
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "small.toml"
-    path.write_text(MINIMAL)
-    return path
+    return recipe_file(tmp_path)
 
 
 def errors(path: Path, *overrides: str) -> list[str]:
@@ -309,7 +296,7 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe_and_utf_16_is_named(recipe: Pa
 
 
 def test_a_missing_file_suggests_its_neighbour(recipe: Path) -> None:
-    assert error(recipe.with_name("smal.toml")).endswith(f"did you mean {recipe}?")
+    assert error(recipe.with_name("xx.toml")).endswith(f"did you mean {recipe}?")
 
 
 def test_knobs_given_on_the_command_line_are_checked_the_same_way() -> None:

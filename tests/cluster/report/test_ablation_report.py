@@ -31,6 +31,7 @@ from cluster.report.rollouts import MOST_OF_AN_ARM
 from cluster.report.run_report import run_report
 from tasks.graph_coloring import GraphColoring
 from tasks.sudoku import Sudoku
+from tests.support.recipes import GRAPH, SUDOKU, recipe_text
 from tests.support.report_pages import (
     HOSTILE,
     Page,
@@ -68,15 +69,7 @@ note = "<script>alert(1)</script>\\u202e$x"
 name = "agree"
 reward = { terms = [{ name = "outcome" }, { name = "group_agreement", weight = 0.5 }] }
 """
-BASE = """
-name = "base"
-[model]
-path = "/somewhere/secret/tiny"
-[[tasks]]
-name = "sudoku"
-[[tasks]]
-name = "graph_coloring"
-"""
+BASE = recipe_text(model="/somewhere/secret/tiny", tasks=f"{SUDOKU}, {GRAPH}")
 
 
 def made(folder: Path, text: str = FILE) -> tuple[Ablation, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.recipe.problems import open_sources, step_problems, step_sources
-from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
+from cluster.recipe.recipe import Recipe, RecipeError, UserError
 from cluster.recipe.strategies import Entry, SuccessBand, Uniform, make_strategy
 from cluster.run.checkpoints import Position
 from cluster.run.curriculum import Curriculum
-from tests.cluster.run.test_train import RECIPE, scored
+from tests.cluster.run.test_train import scored, two_tasks
 
-BAND = RECIPE + '[algorithm]\nproblems_per_step = 6\ncurriculum = { strategy = "success_band" }\n'
+BAND = ("algorithm.problems_per_step=6", "algorithm.curriculum.strategy=success_band")
 
 entries = st.lists(
     st.builds(
@@ -45,10 +44,8 @@ class Last:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    path = tmp_path / "x.toml"
-    path.write_text(BAND)
-    return load_recipe(path)
+def recipe() -> Recipe:
+    return two_tasks(*BAND)
 
 
 @given(entries=entries, floor=st.floats(0.01, 1))
@@ -106,10 +103,8 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(recipe: Recipe) -> None:
     assert again.state() == whole.state()
 
 
-def test_without_a_strategy_the_problems_are_the_recipes(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(RECIPE)
-    recipe = load_recipe(path)
+def test_without_a_strategy_the_problems_are_the_recipes() -> None:
+    recipe = two_tasks()
     sources = open_sources(recipe.tasks)
     curriculum = Curriculum(recipe, sources)
     for step in (1, 2, 3):
@@ -118,7 +113,7 @@ def test_without_a_strategy_the_problems_are_the_recipes(tmp_path: Path) -> None
         curriculum.observe(step, [scored([True, False], str(i)) for i in range(5)])
 
 
-def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe) -> None:
     sources = open_sources(recipe.tasks)
 
     def using(strategy: str, **args: Any) -> Recipe:
@@ -134,8 +129,6 @@ def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe, tmp_p
         make_strategy(f"{__name__}:Nobody", {})
     with pytest.raises(UserError, match="does not take them"):
         make_strategy("success_band", {"ceiling": 1})
-    path = tmp_path / "x.toml"
     for override in ('algorithm.curriculum.strategy="easy"', 'tasks=[{name="sudoku"}]'):
-        with pytest.raises(RecipeError) as wrong:
-            load_recipe(path, [override])
-        assert str(wrong.value).startswith(f"{path}: algorithm.curriculum.strategy: ")
+        with pytest.raises(RecipeError, match=r"^x\.toml: algorithm\.curriculum\.strategy: "):
+            two_tasks(*BAND, override)

@@ -5,33 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import BaseModel
 
 from cluster.recipe.problems import open_sources
-from cluster.recipe.recipe import Recipe, load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.run.evaluate import PASSES, evaluate_all
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 from tasks.load import load_task
+from tests.support.recipes import TOY, made_recipe
 from tests.support.toys import Doubling, group
-
-RECIPE = """
-name = "x"
-[model]
-path = "m"
-[[tasks]]
-name = "tests.support.toys:Doubling"
-[[tasks]]
-name = "tests.support.toys:Doubling"
-[eval]
-problems = 2
-samples = 3
-passes = ["greedy", "sampled", "oracle", "oracle_blank", "blind"]
-"""
 
 
 class Samplers:
@@ -51,10 +37,9 @@ class Samplers:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    path = tmp_path / "x.toml"
-    path.write_text(RECIPE)
-    return load_recipe(path)
+def recipe() -> Recipe:
+    passes = 'passes=["greedy", "sampled", "oracle", "oracle_blank", "blind"]'
+    return made_recipe(f"eval={{problems=2, samples=3, {passes}}}", tasks=f"{TOY}, {TOY}")
 
 
 def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None:
@@ -98,13 +83,8 @@ class JsonSamplers(Samplers):
         return made
 
 
-def test_a_policy_that_answers_in_json_is_forced_to_begin_in_json(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(
-        'name = "x"\n[model]\npath = "m"\n[[tasks]]\nname = "sudoku"\nknobs = { size = 4 }\n'
-        '[eval]\nproblems = 3\npasses = ["greedy", "oracle"]\n'
-    )
-    recipe, samplers = load_recipe(path), JsonSamplers()
+def test_a_policy_that_answers_in_json_is_forced_to_begin_in_json() -> None:
+    recipe, samplers = made_recipe("eval.problems=3"), JsonSamplers()
     (table,) = evaluate_all(samplers, open_sources(recipe.tasks), recipe).values()  # type: ignore[arg-type]
     values = {row.metric: row.value for row in table.rows}
     assert values["a"] == values["a_r"] == 1.0

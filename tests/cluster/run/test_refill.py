@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +15,21 @@ from hypothesis import strategies as st
 
 from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import open_sources, step_problems
-from cluster.recipe.recipe import Recipe, RecipeError, load_recipe
+from cluster.recipe.recipe import Recipe, RecipeError
 from cluster.run.refill import extra_requests, refill, refill_step
 from cluster.run.stream import free_requests
 from cluster.run.train import sampled_tokens, train_batches
 from rewards.records import ScoredGroup
 from rollout.record import Group, SampleRequest
-from tests.cluster.run.test_train import RECIPE, scored
+from tests.cluster.run.test_train import scored, two_tasks
 from tests.support.toys import group
 
-REFILL = RECIPE + "[algorithm]\ndynamic_sampling = { max_rounds = 3, max_groups = 7 }\n"
+REFILL = "algorithm.dynamic_sampling={max_rounds=3, max_groups=7}"
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    path = tmp_path / "x.toml"
-    path.write_text(REFILL)
-    return load_recipe(path)
+def recipe() -> Recipe:
+    return two_tasks(REFILL)
 
 
 USEFUL, USELESS = scored([True, False], "useful"), scored([True, True], "useless")
@@ -141,11 +139,6 @@ def test_a_step_learns_from_its_extra_groups_and_counts_them(recipe: Recipe) -> 
         ("algorithm.dynamic_sampling={max_rounds=2}", "algorithm.dynamic_sampling.max_groups"),
     ],
 )
-def test_what_extra_groups_do_not_go_with_is_refused(
-    tmp_path: Path, override: str, field: str
-) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(REFILL)
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path, [override])
-    assert str(caught.value).startswith(f"{path}: {field}: ")
+def test_what_extra_groups_do_not_go_with_is_refused(override: str, field: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^x\.toml: {re.escape(field)}: "):
+        two_tasks(REFILL, override)

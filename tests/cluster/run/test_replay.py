@@ -21,18 +21,8 @@ from rewards.compose import Composition, compose_groups
 from rewards.records import ScoredGroup
 from rewards.terms import load_term
 from tasks.core import DataError
+from tests.support.recipes import made_recipe
 from tests.support.toys import group, score
-
-RECIPE = """
-name = "x"
-[model]
-path = "m"
-[[tasks]]
-name = "sudoku"
-[algorithm]
-group_size = 3
-steps = 3
-"""
 
 
 def step(number: int) -> list[ScoredGroup]:
@@ -53,9 +43,7 @@ def step(number: int) -> list[ScoredGroup]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    source = tmp_path / "source.toml"
-    source.write_text(RECIPE)
-    recipe = load_recipe(source)
+    recipe = made_recipe("algorithm.group_size=3", "algorithm.steps=3")
     with Tracker(tmp_path / "run", resolved_toml(recipe)) as tracker:
         for number in (1, 2, 3):
             found = step(number)
@@ -99,7 +87,7 @@ def test_a_replay_may_change_how_it_learns_and_nothing_else(run: Path) -> None:
         "sampler.temperature=0.5",
         "reward.alpha=1",
         "model.path=other",
-        "tasks[0].knobs.blanks=6",
+        "tasks[0].knobs.blanks=5",
     ):
         with pytest.raises(RecipeError, match="a replay may change") as wrong:
             recorded(run, [override])

@@ -6,41 +6,28 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.recipe.problems import open_sources, step_problems
-from cluster.recipe.recipe import Recipe, load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.run.budget import Spent
 from cluster.run.checkpoints import Position
 from cluster.run.stream import GroupStream, free_requests
 from rollout.buffer import BufferState, GroupBufferError
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
+from tests.support.recipes import TOY, made_recipe
 from tests.support.simulated_pool import SimulatedPool
 from tests.support.toys import problem
 
-RECIPE = """
-name = "x"
-seed = 5
-[model]
-path = "m"
-[[tasks]]
-name = "tests.support.toys:Doubling"
-[algorithm]
-group_size = 2
-problems_per_step = 5
-steps = 40
-"""
 
-
-def recipe(folder: Path, *overrides: str) -> Recipe:
-    path = folder / "x.toml"
-    path.write_text(RECIPE)
-    return load_recipe(path, overrides)
+def recipe(*overrides: str, tasks: str = TOY) -> Recipe:
+    """Five problems of the toy task a step, two answers each."""
+    small = ("seed=5", "algorithm.group_size=2", "algorithm.problems_per_step=5")
+    return made_recipe(*small, *overrides, tasks=tasks)
 
 
 def run(
@@ -71,8 +58,8 @@ def mixed(groups: list[Group]) -> bool:
     return any(len(set(r.versions.tolist())) > 1 for g in groups for r in g.rollouts)
 
 
-def test_without_staleness_each_step_is_what_the_synchronous_loop_asks_for(tmp_path: Path) -> None:
-    chosen = recipe(tmp_path)
+def test_without_staleness_each_step_is_what_the_synchronous_loop_asks_for() -> None:
+    chosen = recipe()
     pool = SimulatedPool(3, [3.0, 1.0, 7.0, 2.0], death=0.05)
     sources = open_sources(chosen.tasks)
     for step, (version, groups, stream, at) in enumerate(run(chosen, pool, Position(), 40)):
@@ -89,11 +76,9 @@ def test_without_staleness_each_step_is_what_the_synchronous_loop_asks_for(tmp_p
 
 @pytest.mark.parametrize("in_flight", ["keep", "abort", "wait"])
 @pytest.mark.parametrize("order", ["problem", "completion"])
-def test_with_staleness_sampling_goes_on_and_the_bound_holds(
-    tmp_path: Path, in_flight: str, order: str
-) -> None:
+def test_with_staleness_sampling_goes_on_and_the_bound_holds(in_flight: str, order: str) -> None:
     settings = (f"transfer.in_flight={in_flight}", f"algorithm.order={order}")
-    chosen = recipe(tmp_path, "algorithm.max_staleness=1", *settings)
+    chosen = recipe("algorithm.max_staleness=1", *settings)
     seconds = np.random.default_rng(1).lognormal(0, 1, 900)
     pool = SimulatedPool(2, seconds, death=0.03)
     found = list(run(chosen, pool, Position(), 40))
@@ -114,19 +99,19 @@ def test_with_staleness_sampling_goes_on_and_the_bound_holds(
         assert metrics["buffer/resampled"] == 0
 
 
-def test_sampling_and_learning_overlap(tmp_path: Path) -> None:
+def test_sampling_and_learning_overlap() -> None:
     """Steps take the longer of the two, where without staleness they take both."""
     spent = {}
     for k in (0, 1):
         pool = SimulatedPool(5, [6.0])
-        list(run(recipe(tmp_path, f"algorithm.max_staleness={k}"), pool, Position(), 40, 8.0))
+        list(run(recipe(f"algorithm.max_staleness={k}"), pool, Position(), 40, 8.0))
         spent[k] = pool.now
     assert spent == {0: 40 * (6.0 + 8.0), 1: 6.0 + 40 * 8.0}
 
 
 @pytest.mark.parametrize("order", ["problem", "completion"])
-def test_a_run_that_goes_on_repeats_no_group_and_loses_none(tmp_path: Path, order: str) -> None:
-    chosen = recipe(tmp_path, "algorithm.max_staleness=2", f"algorithm.order={order}")
+def test_a_run_that_goes_on_repeats_no_group_and_loses_none(order: str) -> None:
+    chosen = recipe("algorithm.max_staleness=2", f"algorithm.order={order}")
     seconds = np.random.default_rng(2).lognormal(0, 1, 900)
     used, at = [], Position()
     for stop in (7, 8, 20, 40):
@@ -156,10 +141,8 @@ class Named:
         return replace(problem(index % 10), id=f"{self.label}-{index}")
 
 
-def test_a_curriculum_draws_a_step_by_what_is_known_when_it_begins(tmp_path: Path) -> None:
-    second = '[[tasks]]\nname = "tests.support.toys:Doubling"\n'
-    (tmp_path / "x.toml").write_text(RECIPE.replace("[algorithm]", f"{second}[algorithm]"))
-    chosen = load_recipe(tmp_path / "x.toml", ["algorithm.curriculum.strategy=success_band"])
+def test_a_curriculum_draws_a_step_by_what_is_known_when_it_begins() -> None:
+    chosen = recipe("algorithm.curriculum.strategy=success_band", tasks=f"{TOY}, {TOY}")
     sources: list[Any] = []
     pool = SimulatedPool(2, [1.0])
     stream = GroupStream(chosen, sources, pool)
@@ -172,28 +155,26 @@ def test_a_curriculum_draws_a_step_by_what_is_known_when_it_begins(tmp_path: Pat
         stream.renew(pool.send, step + 1)
 
 
-def test_the_checkpoint_of_an_older_version_goes_on_after_its_steps(tmp_path: Path) -> None:
+def test_the_checkpoint_of_an_older_version_goes_on_after_its_steps() -> None:
     state = Position(7, 7).to_dict()
     assert "buffer" not in state
-    (_, groups, _, at), *_ = run(recipe(tmp_path), SimulatedPool(2, [1.0]), Position(7, 7), 8)
+    (_, groups, _, at), *_ = run(recipe(), SimulatedPool(2, [1.0]), Position(7, 7), 8)
     assert {name.group_id.split("/")[0] for name in groups} == {"step-8"}
     assert at.buffer == BufferState(40)
 
 
-def test_a_pool_that_loses_groups_is_found_out(tmp_path: Path) -> None:
+def test_a_pool_that_loses_groups_is_found_out() -> None:
     class Forgetful(SimulatedPool):
         def submit(self, requests: list[SampleRequest]) -> None:  # type: ignore[override]
             super().submit(requests[:-1])
 
     with pytest.raises(GroupBufferError, match="1 groups are missing, and no sampler has them"):
-        list(run(recipe(tmp_path), Forgetful(2, [1.0]), Position(), 1))
+        list(run(recipe(), Forgetful(2, [1.0]), Position(), 1))
 
 
-def test_what_is_in_flight_at_the_end_is_dropped(tmp_path: Path) -> None:
+def test_what_is_in_flight_at_the_end_is_dropped() -> None:
     pool = SimulatedPool(2, [3.0])
-    (*_, (_, _, stream, _)) = run(
-        recipe(tmp_path, "algorithm.max_staleness=1"), pool, Position(), 10
-    )
+    (*_, (_, _, stream, _)) = run(recipe("algorithm.max_staleness=1"), pool, Position(), 10)
     assert pool.pending() > 0 and stream.metrics()["buffer/in_flight"] > 0
     stream.end()
     assert pool.pending() == 0

@@ -41,31 +41,19 @@ from rewards.settings import RewardTermConfig
 from rewards.terms import load_term
 from tasks.core import DataError
 from tasks.splits import split_of
+from tests.support.recipes import GRAPH, SUDOKU, made_recipe
 from tests.support.toys import group, score
 
-RECIPE = """
-name = "x"
-seed = 5
-[model]
-path = "m"
-[[tasks]]
-name = "sudoku"
-weight = 3
-knobs = { size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0, prompt = "brief" }
-[[tasks]]
-name = "graph_coloring"
-knobs = { vertices = 6, canvas = 64, label_size = 0, prompt = "brief" }
-[learner]
-learning_rate = 1e-4
-warmup_steps = 4
-"""
+
+def two_tasks(*overrides: str) -> Recipe:
+    """Problems of both tasks, three of one for one of the other, and a rate that warms up."""
+    rate = ("learner.learning_rate=1e-4", "learner.warmup_steps=4")
+    return made_recipe("seed=5", "tasks[0].weight=3", *rate, *overrides, tasks=f"{SUDOKU}, {GRAPH}")
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    path = tmp_path / "x.toml"
-    path.write_text(RECIPE)
-    return load_recipe(path)
+def recipe() -> Recipe:
+    return two_tasks()
 
 
 def scored(answers: list[bool], name: str) -> ScoredGroup:
@@ -77,29 +65,24 @@ def scored(answers: list[bool], name: str) -> ScoredGroup:
     return found
 
 
-def test_the_loss_is_what_the_recipe_names(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(RECIPE)
+def test_the_loss_is_what_the_recipe_names(recipe: Recipe) -> None:
     # Without a word about it: GRPO's clipped surrogate, token mean, no KL, no bonus, one view.
-    default = policy_loss(load_recipe(path))
+    default = policy_loss(recipe)
     assert default == PolicyLoss(
         max_tokens=256, entropy_weights={"perception": 0, "reasoning": 0, "answer": 0}
     )
     assert not default.uses_entropy
     found = policy_loss(
-        load_recipe(
-            path,
-            [
-                "algorithm.loss=gspo",
-                "algorithm.clip_high=0.01",
-                "algorithm.updates_per_step=2",
-                "algorithm.kl_weight=0.5",
-                "algorithm.kl_estimator=k2",
-                "algorithm.entropy_weight=0.25",
-                "algorithm.entropy_weights.perception=0.125",
-                "algorithm.papo={weight = 0.01, entropy_weight = 0.03, share = 0.5}",
-                "sampler.max_tokens=99",
-            ],
+        two_tasks(
+            "algorithm.loss=gspo",
+            "algorithm.clip_high=0.01",
+            "algorithm.updates_per_step=2",
+            "algorithm.kl_weight=0.5",
+            "algorithm.kl_estimator=k2",
+            "algorithm.entropy_weight=0.25",
+            "algorithm.entropy_weights.perception=0.125",
+            "algorithm.papo={weight = 0.01, entropy_weight = 0.03, share = 0.5}",
+            "sampler.max_tokens=99",
         )
     )
     assert found == PolicyLoss(
@@ -240,22 +223,15 @@ def test_held_out_problems_are_of_the_test_split_and_differ(recipe: Recipe) -> N
         assert len({p.id for p in problems}) == 60
 
 
-def test_too_few_held_out_problems_are_an_error_with_a_remedy(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text(RECIPE.replace("vertices = 6", "vertices = 4"))
-    source = open_sources(load_recipe(path).tasks)[1]
+def test_too_few_held_out_problems_are_an_error_with_a_remedy() -> None:
+    source = open_sources(two_tasks("tasks[1].knobs.vertices=4").tasks)[1]
     with pytest.raises(DataError, match=r"eval\.problems.*lower eval\.problems"):
         held_out(source, 1, 500)
 
 
-def test_two_entries_of_one_task_have_names_of_their_own(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    text = RECIPE.replace("size = 4, blanks = 6, cell_size = 16, font_size = 12, margin = 0", "")
-    path.write_text(text.replace("sudoku", "graph_coloring").replace("{ ,", "{"))
-    assert [s.label for s in open_sources(load_recipe(path).tasks)] == [
-        "graph_coloring",
-        "graph_coloring-2",
-    ]
+def test_two_entries_of_one_task_have_names_of_their_own() -> None:
+    twice = made_recipe(tasks=f"{GRAPH}, {GRAPH}").tasks
+    assert [s.label for s in open_sources(twice)] == ["graph_coloring", "graph_coloring-2"]
 
 
 def test_a_scheduled_weight_is_reached_at_the_last_step() -> None:
@@ -270,10 +246,8 @@ def test_a_scheduled_weight_is_reached_at_the_last_step() -> None:
 
 
 def test_a_budget_ends_the_run_with_the_step_that_spends_it_and_times_its_schedules() -> None:
-    whole = {"name": "x", "seed": 0, "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
     for kind, costs in (("tokens", (300, 0.0)), ("seconds", (0, 300.0))):
-        budget = {"kind": kind, "amount": 1000}
-        recipe = Recipe.model_validate(whole | {"algorithm": {"steps": 40, "budget": budget}})
+        recipe = made_recipe(f'algorithm.budget={{kind="{kind}", amount=1000}}')
         spent, shares = Spent(), []
         while not is_over(recipe.algorithm, len(shares), spent):
             shares.append(run_share(recipe.algorithm, len(shares), spent))
