@@ -32,7 +32,7 @@ from cluster.record.metrics import step_metrics
 from cluster.run.stream import GroupStream
 from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import load_term, score_group
 from rollout.buffer import Order
 from rollout.dispatch import PoolLimits

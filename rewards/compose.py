@@ -24,7 +24,7 @@ from rewards.advantages import (
     group_advantages,
     whiten,
 )
-from rewards.records import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
+from rewards.scored import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
 from rewards.terms import TermSpec
 from rollout.record import Group
 from tasks.core import Segment

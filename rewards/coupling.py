@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from rewards.advantages import is_constant
-from rewards.intervals import RESAMPLES, Estimate, Statistics, group_bootstrap
-from rewards.records import Diagnosis
+from rewards.intervals import Interval, Statistics, group_bootstrap
+from rewards.scored import Diagnosis
 
 ROUNDING = 1e-12
 """A sum of squares this small beside its uncentred one is a constant and its rounding."""
 
 
 @dataclass(frozen=True)
-class Coupling:
+class Correlations:
     """Pearson correlation of a reward with a skill.
 
     Attributes:
@@ -34,48 +34,32 @@ class Coupling:
         zero_variance: share of groups whose reward is constant; None without groups.
     """
 
-    pooled: float | None
-    within: float | None
+    pooled: Interval
+    within: Interval
     n: int
     n_within: int
     zero_variance: float | None
 
 
-@dataclass(frozen=True)
-class CouplingEstimate:
-    """A `Coupling` whose correlations have 95 % intervals, from resampling groups."""
+def coupling(
+    reward: Sequence[np.ndarray],
+    skill: Sequence[np.ndarray],
+    puzzles: Sequence[str] = (),
+    resamples: int = 0,
+    seed: int = 0,
+) -> Correlations:
+    """Couple a reward with a skill; both are one array [G] a group, bool or float.
 
-    pooled: Estimate
-    within: Estimate
-    n: int
-    n_within: int
-    zero_variance: float | None
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's r of two float arrays of one length, or None where it is undefined."""
-    if len(x) < 2 or is_constant(x) or is_constant(y):
-        return None
-    return _cosine(x - x.mean(), y - y.mean())
-
-
-def coupling(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Coupling:
-    """Couple a reward with a skill; both are one array [G] a group, bool or float."""
-    rewards = [np.asarray(r, dtype=np.float64) for r in reward]
-    skills = [np.asarray(s, dtype=np.float64) for s in skill]
-    if not rewards:
-        return Coupling(None, None, 0, 0, None)
-    varying = [(r, s) for r, s in zip(rewards, skills, strict=True) if not is_constant(r)]
-    n_within = sum(len(r) for r, _ in varying)
-    within = None
-    if varying:
-        within = _cosine(
-            np.concatenate([_centred(r) for r, _ in varying]),
-            np.concatenate([_centred(s) for _, s in varying]),
-        )
-    x, y = np.concatenate(rewards), np.concatenate(skills)
-    zero_variance = 1.0 - len(varying) / len(rewards)
-    return Coupling(pearson(x, y), within, len(x), n_within, zero_variance)
+    With `resamples` the correlations have 95 % intervals over `puzzles`, the puzzle of each group
+    (each its own where none is named; see `intervals.group_bootstrap`).
+    """
+    if not reward:
+        return Correlations(Interval(), Interval(), 0, 0, None)
+    statistics = correlation_statistics(reward, skill)
+    pooled, within = group_bootstrap(statistics, len(reward), puzzles, resamples, seed)
+    varying = [len(r) for r in reward if not is_constant(r)]
+    n = sum(len(r) for r in reward)
+    return Correlations(pooled, within, n, sum(varying), 1.0 - len(varying) / len(reward))
 
 
 def correlation_statistics(reward: Sequence[np.ndarray], skill: Sequence[np.ndarray]) -> Statistics:
@@ -104,22 +88,7 @@ def correlation_statistics(reward: Sequence[np.ndarray], skill: Sequence[np.ndar
     return statistics
 
 
-def estimate_coupling(
-    reward: Sequence[np.ndarray],
-    skill: Sequence[np.ndarray],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> CouplingEstimate:
-    """`coupling` with 95 % intervals over resampled groups (see `intervals.group_bootstrap`)."""
-    found = coupling(reward, skill)
-    pooled = within = Estimate(None, None, None)
-    if found.n:
-        statistics = correlation_statistics(reward, skill)
-        pooled, within = group_bootstrap(statistics, len(reward), resamples, seed)
-    return CouplingEstimate(pooled, within, found.n, found.n_within, found.zero_variance)
-
-
-def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Coupling, Coupling]:
+def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Correlations, Correlations]:
     """Outcome with perception (`a_p`), and outcome with reasoning, on free rollouts.
 
     True `a_r` needs an oracle pass, which a training step does not make, so reasoning is
@@ -160,8 +129,3 @@ def _correlation(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.clip(xy / np.sqrt(xx * yy), -1.0, 1.0)
     return np.where(varies, ratio, np.nan)
-
-
-def _cosine(x: np.ndarray, y: np.ndarray) -> float | None:
-    norm = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
-    return None if norm == 0.0 else max(-1.0, min(1.0, float(x @ y) / norm))

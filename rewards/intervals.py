@@ -1,7 +1,8 @@
-"""Intervals: of a proportion, and of anything by resampling whole groups.
+"""Intervals: of a proportion, and of anything by resampling whole puzzles.
 
-Rollouts of one problem resemble each other, so resampling single rollouts would claim too much.
-Shapes: K groups, R resamples, S statistics.
+Rollouts of one problem resemble each other, and so do groups of one puzzle (task and
+`symmetry_key`): resampling single rollouts would claim too much.
+Shapes: P problems, K groups, R resamples, S statistics.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+from rewards.advantages import is_constant
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -27,12 +30,15 @@ Statistics = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval; None where undefined, or where groups are too few."""
+class Interval:
+    """A value with its 95 % interval; None where undefined, or where puzzles are too few."""
 
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+UNDEFINED = Interval()
 
 
 def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -82,44 +88,74 @@ def by_puzzle(values: np.ndarray, puzzles: Sequence[str]) -> np.ndarray:
     return found
 
 
+def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[float, float]:
+    """Interval of the mean of float [P] values in [0, 1], one a problem; Wilson's for 0 and 1.
+
+    Where problems share a puzzle (`puzzles`: the puzzle of each) it is Wilson's at the effective
+    sample size that answers alike within a puzzle leave, never above P, with Student's t of
+    the number of puzzles (Korn and Graubard 1998).
+    """
+    scores = by_puzzle(values, puzzles)
+    n, variance = len(scores), float(values.var()) / len(values)
+    if n == 1 < len(values):
+        return 0.0, 1.0
+    if n < len(values) and not is_constant(values):
+        wider = float(stats.t.ppf(0.975, n - 1)) / Z95
+        variance = max(variance, float(scores.var(ddof=1)) / n * wider**2)
+    return score_interval(float(values.mean()), variance, n)
+
+
 def group_bootstrap(
-    statistics: Statistics, groups: int, resamples: int = RESAMPLES, seed: int = 0, size: int = 0
-) -> tuple[Estimate, ...]:
-    """S estimates with percentile intervals over resampled groups (the cluster bootstrap).
+    statistics: Statistics,
+    groups: int,
+    puzzles: Sequence[str] = (),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    size: int = 0,
+) -> tuple[Interval, ...]:
+    """S values with percentile intervals over resampled puzzles (the cluster bootstrap).
+
+    Args:
+        statistics: of weighted groups.
+        groups: K.
+        puzzles: [K], the puzzle of each group, whose groups are drawn together; if none is named,
+            each group is one of its own.
+        resamples: 0 gives values without intervals.
+        size: numbers the statistics hold for one resample, if more than K.
 
     The percentiles are expanded (Hesterberg 2015, The American Statistician 69): plain ones are
-    too narrow for few groups. `size`: numbers the statistics hold for one resample, if more than
-    K. A statistic that is undefined in more than `MOST_UNDEFINED` of the resamples has no
-    interval, nor has any where there is but one group. One that is at its bound in every
-    resample (an AUC of 1) has an interval of no width. The same seed gives the same interval.
+    too narrow for few puzzles. A statistic that is undefined in more than `MOST_UNDEFINED` of the
+    resamples has no interval, nor has any where there is but one puzzle. One that is at its bound
+    in every resample (an AUC of 1) has an interval of no width. The same seed gives the same.
     """
     values = statistics(np.ones((1, groups)))[0]
-    drawn = []
-    if groups > 1:
+    different, place = np.unique(puzzles or range(groups), return_inverse=True)
+    count = len(different)
+    drawn = [np.full((1, len(values)), np.nan)]
+    if count > 1 and resamples:
         rng = np.random.default_rng(seed)
         rows = max(1, CHUNK // max(groups, size))
-        for start in range(0, resamples, rows):
-            count = min(rows, resamples - start)
-            weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=count)
-            drawn.append(statistics(weights.astype(np.float64)))
-    found = np.concatenate(drawn) if drawn else np.full((1, len(values)), np.nan)
-    tail = _expanded_tail(groups)
-    return tuple(_estimate(float(v), one, tail) for v, one in zip(values, found.T, strict=True))
+        chunks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+        weights = (rng.multinomial(count, np.full(count, 1 / count), size=n) for n in chunks)
+        drawn = [statistics(times[:, place].astype(np.float64)) for times in weights]
+    tail = _expanded_tail(count)
+    found = np.concatenate(drawn).T
+    return tuple(_interval(float(v), one, tail) for v, one in zip(values, found, strict=True))
 
 
-def _expanded_tail(groups: int) -> float:
+def _expanded_tail(puzzles: int) -> float:
     """Φ(−√(K/(K−1))·t) for the 97.5 % quantile t of K − 1 degrees of freedom; 0.025 as K grows."""
-    if groups < 2:
+    if puzzles < 2:
         return 0.025
-    t = stats.t.ppf(0.975, groups - 1)
-    return float(stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * t))
+    t = stats.t.ppf(0.975, puzzles - 1)
+    return float(stats.norm.cdf(-math.sqrt(puzzles / (puzzles - 1)) * t))
 
 
-def _estimate(value: float, drawn: np.ndarray, tail: float) -> Estimate:
+def _interval(value: float, drawn: np.ndarray, tail: float) -> Interval:
     if math.isnan(value):
-        return Estimate(None, None, None)
+        return Interval()
     defined = drawn[~np.isnan(drawn)]
     if len(defined) < (1 - MOST_UNDEFINED) * len(drawn):
-        return Estimate(value, None, None)
+        return Interval(value)
     low, high = np.quantile(defined, (tail, 1 - tail))
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from rewards.advantages import Estimator
 from rewards.compose import Composition, Method, RewardRule, compose_groups, raise_if_fatal
-from rewards.records import (
+from rewards.scored import (
     DIAGNOSIS,
     FailureKind,
     ModelRequest,

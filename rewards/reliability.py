@@ -15,7 +15,14 @@ from scipy import stats
 
 from rewards.advantages import is_constant
 from rewards.coupling import correlation_statistics
-from rewards.intervals import RESAMPLES, Estimate, Statistics, group_bootstrap, wilson
+from rewards.intervals import (
+    RESAMPLES,
+    UNDEFINED,
+    Interval,
+    Statistics,
+    group_bootstrap,
+    mean_interval,
+)
 
 BINS = 10
 """At most so many calibration bins; a term with no more distinct values has one for each."""
@@ -28,18 +35,14 @@ class Bin:
     Attributes:
         low, high: the smallest and largest value in the bin.
         mean: of the values.
-        a_p: share of its rollouts whose perception is right, with Wilson's 95 % interval in
-            `a_p_low` and `a_p_high`, which takes rollouts as independent: where those of a
-            group resemble each other it is too narrow.
+        a_p: share of its rollouts whose perception is right.
         n: rollouts.
     """
 
     low: float
     high: float
     mean: float
-    a_p: float
-    a_p_low: float
-    a_p_high: float
+    a_p: Interval
     n: int
 
 
@@ -50,42 +53,47 @@ class Reliability:
     Attributes:
         mean: of the term's values; None without rollouts, as `a_p`.
         a_p: share of right perceptions among the same rollouts.
-        pooled, within: Pearson correlation with `a_p`, as in `coupling.Coupling`.
+        pooled, within: Pearson correlation with `a_p`, as in `coupling.Correlations`.
         auc: chance that a right perception has a higher value than a wrong one, ties half.
         auc_within: the same over pairs of one group only.
         brier: mean of (value − a_p)²; None where a value lies outside [0, 1].
-        zero_variance: share of groups in which the term is constant, Wilson's interval.
+        zero_variance: share of groups in which the term is constant.
         calibration: by value, from low to high.
         n, groups: rollouts and groups behind all of it.
     """
 
-    mean: float | None
-    a_p: float | None
-    pooled: Estimate
-    within: Estimate
-    auc: Estimate
-    auc_within: Estimate
-    brier: Estimate
-    zero_variance: Estimate
-    calibration: tuple[Bin, ...]
-    n: int
-    groups: int
+    mean: float | None = None
+    a_p: float | None = None
+    pooled: Interval = UNDEFINED
+    within: Interval = UNDEFINED
+    auc: Interval = UNDEFINED
+    auc_within: Interval = UNDEFINED
+    brier: Interval = UNDEFINED
+    zero_variance: Interval = UNDEFINED
+    calibration: tuple[Bin, ...] = ()
+    n: int = 0
+    groups: int = 0
 
 
 def reliability(
     values: Sequence[np.ndarray],
     a_p: Sequence[np.ndarray],
+    puzzles: Sequence[str] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Reliability:
-    """Judge one term; both arguments hold one array [G] a group. Intervals resample groups."""
+    """Judge one term; both arguments hold one array [G] a group.
+
+    Intervals are over `puzzles`, the puzzle of each group; each its own where none is named.
+    """
+    if not values:
+        return Reliability()
     values = [np.asarray(v, dtype=np.float64) for v in values]
     truth = [np.asarray(t, dtype=bool) for t in a_p]
-    if not values:
-        none = Estimate(None, None, None)
-        return Reliability(None, None, none, none, none, none, none, none, (), 0, 0)
+    puzzles = puzzles or [str(k) for k in range(len(values))]
     everything, right = np.concatenate(values), np.concatenate(truth)
-    constant = sum(is_constant(v) for v in values)
+    of_rollouts = [name for name, v in zip(puzzles, values, strict=True) for _ in v]
+    constant = np.array([is_constant(v) for v in values], dtype=np.float64)
     parts = [
         correlation_statistics(values, truth),
         auc_statistics(values, truth),
@@ -96,7 +104,7 @@ def reliability(
         return np.concatenate([part(weights) for part in parts], axis=1)
 
     pooled, within, auc, auc_within, brier = group_bootstrap(
-        statistics, len(values), resamples, seed, size=len(everything)
+        statistics, len(values), puzzles, resamples, seed, size=len(everything)
     )
     return Reliability(
         mean=float(everything.mean()),
@@ -106,8 +114,8 @@ def reliability(
         auc=auc,
         auc_within=auc_within,
         brier=brier,
-        zero_variance=Estimate(constant / len(values), *wilson(constant, len(values))),
-        calibration=calibration(everything, right),
+        zero_variance=Interval(float(constant.mean()), *mean_interval(constant, puzzles)),
+        calibration=calibration(everything, right, of_rollouts),
         n=len(everything),
         groups=len(values),
     )
@@ -116,15 +124,14 @@ def reliability(
 def roc_auc(values: np.ndarray, truth: np.ndarray) -> float | None:
     """P(value of a true one > value of a false one), ties half; None without both kinds.
 
-    U / (n₁·n₀) of Mann and Whitney (1947), by midranks; float [N] and bool [N].
+    U / (n₁·n₀) of Mann and Whitney (1947); float [N] and bool [N].
     """
     truth = np.asarray(truth, dtype=bool)
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    if not positive or not negative:
+    pairs = int(truth.sum()) * int((~truth).sum())
+    if not pairs:
         return None
-    ranks = stats.rankdata(values)
-    u = float(ranks[truth].sum()) - positive * (positive + 1) / 2
-    return u / (positive * negative)
+    found = stats.mannwhitneyu(values[truth], values[~truth], method="asymptotic")
+    return float(found.statistic) / pairs
 
 
 def auc_statistics(values: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> Statistics:
@@ -160,8 +167,10 @@ def _won(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return np.count_nonzero(right > wrong) + ties / 2, float(right.size * wrong.size)
 
 
-def calibration(values: np.ndarray, truth: np.ndarray) -> tuple[Bin, ...]:
-    """Share of right perceptions by the term's value; float [N] and bool [N].
+def calibration(
+    values: np.ndarray, truth: np.ndarray, puzzles: Sequence[str] = ()
+) -> tuple[Bin, ...]:
+    """Share of right perceptions by the term's value; float [N], bool [N], the puzzle of each.
 
     One bin a distinct value where there are at most `BINS` of them, else bins of about equal
     counts between quantiles, equal values always together.
@@ -172,21 +181,16 @@ def calibration(values: np.ndarray, truth: np.ndarray) -> tuple[Bin, ...]:
     else:
         edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]))
         place = np.searchsorted(edges, values)
+    names = np.asarray(puzzles)
     found = []
     for index in np.unique(place):
-        inside, right = values[place == index], truth[place == index]
-        low, high = wilson(float(right.sum()), len(right))
-        found.append(
-            Bin(
-                low=float(inside.min()),
-                high=float(inside.max()),
-                mean=float(inside.mean()),
-                a_p=float(right.mean()),
-                a_p_low=low,
-                a_p_high=high,
-                n=len(inside),
-            )
+        here = place == index
+        inside, right = values[here], truth[here].astype(np.float64)
+        share = Interval(
+            float(right.mean()), *mean_interval(right, list(names[here]) if len(names) else ())
         )
+        low, high = float(inside.min()), float(inside.max())
+        found.append(Bin(low, high, float(inside.mean()), share, len(inside)))
     return tuple(found)
 
 

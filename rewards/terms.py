@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from rewards.judge import Judge
-from rewards.records import (
+from rewards.scored import (
     DIAGNOSIS,
     Diagnosis,
     FailureKind,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
-from rewards.records import DIAGNOSIS, Reply, ScoredTerms
+from rewards.scored import DIAGNOSIS, Reply, ScoredTerms
 from rewards.terms import (
     RemoteTerm,
     Term,

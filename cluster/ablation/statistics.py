@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from cluster.record.metrics import mean_interval, paired_p
-from rewards.intervals import Z95, by_puzzle, score_interval, wilson
+from cluster.record.metrics import paired_p
+from rewards.intervals import Z95, by_puzzle, mean_interval, score_interval, wilson
 
 LEVEL = 0.95
 """Coverage of every interval here."""

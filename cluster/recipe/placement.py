@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.recipe.recipe import Recipe, UserError
-from rewards.records import TermError
+from rewards.scored import TermError
 from rewards.terms import find_term, term_facts
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.room import Fault, Room, Taken
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
-from rewards.records import TermError
+from rewards.scored import TermError
 from rewards.terms import facts_of
 from rollout.tokens import load_processor, load_reader
 from tasks.contract import check_problems, check_task

@@ -15,13 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import stdtrit
 
 from rewards.advantages import is_constant
-from rewards.coupling import Coupling, coupling, outcome_couplings
-from rewards.intervals import Z95, by_puzzle, score_interval
-from rewards.records import ScoredGroup
+from rewards.coupling import Correlations, coupling, outcome_couplings
+from rewards.intervals import mean_interval
 from rewards.reliability import roc_auc
+from rewards.scored import ScoredGroup
 from rewards.terms import diagnose
 from rollout.record import Group
 from tasks.core import NO_SEGMENT, SEGMENTS, Task
@@ -70,23 +69,6 @@ TRUNCATED = "truncated"
 
 PerProblem = Mapping[str, Mapping[str, float]]
 """metric -> problem id -> value in [0, 1]."""
-
-
-def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[float, float]:
-    """Interval of the mean of float [P] values in [0, 1], one a problem; Wilson's for 0 and 1.
-
-    Where problems share a puzzle (`puzzles`: the puzzle of each) it is Wilson's at the effective
-    sample size that answers alike within a puzzle leave, never above P, with Student's t of
-    the number of puzzles (Korn and Graubard 1998).
-    """
-    scores = by_puzzle(values, puzzles)
-    n, variance = len(scores), float(values.var()) / len(values)
-    if n == 1 < len(values):
-        return 0.0, 1.0
-    if n < len(values) and not is_constant(values):
-        wider = float(stdtrit(n - 1, 0.975)) / Z95  # of NumPy's type no JSON is made
-        variance = max(variance, float(scores.var(ddof=1)) / n * wider**2)
-    return score_interval(float(values.mean()), variance, n)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -457,8 +439,8 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
-def _coupling_metrics(name: str, found: Coupling) -> dict[str, float]:
-    values = {"pooled": found.pooled, "within": found.within, "n": found.n}
+def _coupling_metrics(name: str, found: Correlations) -> dict[str, float]:
+    values = {"pooled": found.pooled.value, "within": found.within.value, "n": found.n}
     values |= {"n_within": found.n_within, "zero_variance": found.zero_variance}
     return {f"coupling/{name}/{k}": float(v) for k, v in values.items() if v is not None}
 
@@ -479,7 +461,8 @@ def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         values, truth = [v for v, _ in judged], [t for _, t in judged]
         found = coupling(values, truth)
         auc = roc_auc(np.concatenate(values), np.concatenate(truth))
-        for name, value in (("pooled", found.pooled), ("within", found.within), ("auc", auc)):
+        pairs = (("pooled", found.pooled.value), ("within", found.within.value), ("auc", auc))
+        for name, value in pairs:
             if value is not None:
                 metrics[f"reliability/{term}/{name}"] = value
     return metrics

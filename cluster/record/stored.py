@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.record.tracking import ROLLOUT_SCHEMA, TOKEN_ARRAYS, by_name, read_metrics
 from rewards.advantages import CREDIT_COLUMNS
-from rewards.records import Diagnosis, FailureKind, ScoredGroup, TermFailure
+from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure
 from rollout.record import Group, Rollout
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
 SCORE_COLUMNS = (
-    *("group_id", "step", "task", "defects", "terms", "total", "zero_variance", "dropped"),
-    *("failures", *TRUTH_COLUMNS),
+    *("group_id", "step", "task", "symmetry_key", "defects", "terms", "total", "zero_variance"),
+    *("dropped", "failures", *TRUTH_COLUMNS),
 )
 GROUP_COLUMNS = (
     *("rollout_id", "problem_id", "kind", "view", "prompt", "true_perception", "truth", "knobs"),
-    *("symmetry_key", "image_sha256", "prompt_ids", "response_ids", "logprobs", "versions"),
+    *("image_sha256", "prompt_ids", "response_ids", "logprobs", "versions"),
     *("segments", "prefix", "text", "finish_reason", "seconds", "sampler"),
 )
 TOKEN_COLUMNS = {
@@ -54,6 +54,7 @@ class StoredScores:
     """What a run recorded about one group.
 
     Attributes:
+        symmetry_key: of the problem; with the task it names the puzzle.
         terms: term name -> float64 [G], as in `ScoredGroup`: a failed term is absent, or zero
             where the recipe counts it as zero.
         totals: float64 [G], NaN where dropped.
@@ -63,6 +64,7 @@ class StoredScores:
 
     step: int
     task: str
+    symmetry_key: str
     group_id: str
     terms: Mapping[str, np.ndarray]
     totals: np.ndarray
@@ -251,6 +253,7 @@ def _scores(file: Path, rows: Sequence[Row]) -> StoredScores:
     return StoredScores(
         step=first["step"],
         task=first["task"],
+        symmetry_key=first["symmetry_key"],
         group_id=first["group_id"],
         terms={name: np.array([term[name] for term in terms], np.float64) for name in names},
         totals=np.array([row["total"] for row in rows], np.float64),

@@ -38,7 +38,7 @@ from rich.text import Text
 from cluster.recipe.sections import OutputConfig
 from cluster.record.terminal import printable
 from rewards.advantages import CREDIT_COLUMNS
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rollout.record import Group
 from tasks.files import put, put_text
 

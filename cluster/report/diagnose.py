@@ -22,13 +22,16 @@ from rich.table import Table
 from cluster.recipe.recipe import UserError
 from cluster.record.stored import StoredScores, not_kept, read_groups, read_scores, stored_steps
 from cluster.record.terminal import printable
-from rewards.coupling import CouplingEstimate, estimate_coupling, independent_reference
+from rewards.coupling import Correlations, coupling, independent_reference
 from rewards.hacking import Drift, drift, thirds
-from rewards.intervals import Estimate
-from rewards.records import DIAGNOSIS, Diagnosis, TermError
+from rewards.intervals import RESAMPLES, Interval
 from rewards.reliability import Reliability, reliability
+from rewards.scored import DIAGNOSIS, Diagnosis, TermError
 from rewards.terms import AskingTerm, Term, is_remote, load_term, score_group
 from tasks.load import load_task
+
+Judged = tuple[StoredScores, np.ndarray, Diagnosis]
+"""A group, what a term gave it, and the truth."""
 
 PHASES = ("first third", "second third", "last third")
 
@@ -71,8 +74,8 @@ class PhaseReport:
     a_p: float | None
     q: float | None
     leak: float | None
-    perception: CouplingEstimate
-    reasoning: CouplingEstimate
+    perception: Correlations
+    reasoning: Correlations
     independent: tuple[float | None, float | None]
     terms: Mapping[str, TermReport]
 
@@ -220,16 +223,15 @@ def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
         inside = [s for s in scores if s.step in steps]
         if inside and len(inside) < len(scores):
             phases.append(_phase(phase, inside, names))
-    drifts = {}
-    for name in names:
-        drifts[name] = _drift([(s.step, v, d) for s, v, d in _judged(scores, name)])
+    drifts = {name: _drift(_judged(scores, name)) for name in names}
     kept = [s for s in scores if not s.dropped]
-    drifts["total"] = _drift([(s.step, s.totals, s.diagnosis) for s in kept if s.diagnosis])
+    drifts["total"] = _drift([(s, s.totals, s.diagnosis) for s in kept if s.diagnosis])
     return TaskReport(task, tuple(phases), drifts)
 
 
 def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> PhaseReport:
-    diagnoses = [s.diagnosis for s in scores if s.diagnosis is not None]
+    diagnosed = [s for s in scores if s.diagnosis is not None]
+    diagnoses = [s.diagnosis for s in diagnosed if s.diagnosis is not None]
     a, a_p, q, leak = (
         float(np.concatenate(arrays).mean()) if arrays else None
         for arrays in (
@@ -239,11 +241,18 @@ def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> 
             [d.leak for d in diagnoses],
         )
     )
-    outcome = [d.a for d in diagnoses]
+
+    def coupled(skill: Sequence[np.ndarray]) -> Correlations:
+        return coupling([d.a for d in diagnoses], skill, _puzzles(diagnosed), RESAMPLES)
+
     terms = {}
     for name in names:
         judged = _judged(scores, name)
-        found = reliability([v for _, v, _ in judged], [d.a_p for _, _, d in judged])
+        found = reliability(
+            [v for _, v, _ in judged],
+            [d.a_p for _, _, d in judged],
+            _puzzles([s for s, _, _ in judged]),
+        )
         terms[name] = TermReport(found, sum(name in _failed(s) for s in scores))
     return PhaseReport(
         phase=phase,
@@ -255,8 +264,8 @@ def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> 
         a_p=a_p,
         q=q,
         leak=leak,
-        perception=estimate_coupling(outcome, [d.a_p for d in diagnoses]),
-        reasoning=estimate_coupling(outcome, [d.self_consistency for d in diagnoses]),
+        perception=coupled([d.a_p for d in diagnoses]),
+        reasoning=coupled([d.self_consistency for d in diagnoses]),
         independent=(None, None) if a_p is None or q is None else independent_reference(a_p, q),
         terms=terms,
     )
@@ -267,16 +276,24 @@ def _failed(scores: StoredScores) -> list[str]:
     return [f.term for f in scores.failures if f.term != DIAGNOSIS]
 
 
-def _judged(
-    scores: Sequence[StoredScores], term: str
-) -> list[tuple[StoredScores, np.ndarray, Diagnosis]]:
+def _judged(scores: Sequence[StoredScores], term: str) -> list[Judged]:
     """The groups on which a term gave values and the truth is known."""
     measured = [(s, s.measured().get(term), s.diagnosis) for s in scores]
     return [(s, v, d) for s, v, d in measured if v is not None and d is not None]
 
 
-def _drift(rows: Sequence[tuple[int, np.ndarray, Diagnosis]]) -> Drift | None:
-    return drift([s for s, _, _ in rows], [v for _, v, _ in rows], [d.a_p for _, _, d in rows])
+def _puzzles(scores: Sequence[StoredScores]) -> list[str]:
+    """What may be resampled: problems of one task and symmetry key are one puzzle."""
+    return [s.symmetry_key for s in scores]
+
+
+def _drift(judged: Sequence[Judged]) -> Drift | None:
+    return drift(
+        [s.step for s, _, _ in judged],
+        [v for _, v, _ in judged],
+        [d.a_p for _, _, d in judged],
+        _puzzles([s for s, _, _ in judged]),
+    )
 
 
 def _coupling_sheet(report: TaskReport) -> Sheet:
@@ -309,8 +326,9 @@ def _coupling_sheet(report: TaskReport) -> Sheet:
             *("if independent", "within group", "constant groups"),
         ),
         tuple(rows),
-        "Pearson correlations with 95% intervals from resampling groups. q: share of answers right "
-        "for the rollout's own perception. Leak: perception wrong, answer right. If independent: "
+        "Pearson correlations with 95% intervals from resampling puzzles. q: share of answers "
+        "right for the rollout's own perception. Leak: perception wrong, answer right. If "
+        "independent: "
         "the pooled correlation if seeing and thinking succeeded independently at a_p and q, "
         "without leaks."
         + (f" {undiagnosed} groups are left out: the task's code failed." if undiagnosed else ""),
@@ -341,8 +359,7 @@ def _term_sheets(report: TaskReport) -> list[Sheet]:
             phased.append((name if pick == "pooled" else "", label, *cells))
         for place, b in enumerate(found.calibration):
             value = f"{b.low:.3g}" if b.low == b.high else f"{b.low:.3g} to {b.high:.3g}"
-            share = Estimate(b.a_p, b.a_p_low, b.a_p_high)
-            bins.append(("" if place else name, value, str(b.n), _number(b.mean), _interval(share)))
+            bins.append(("" if place else name, value, str(b.n), _number(b.mean), _interval(b.a_p)))
     result = [
         Sheet(
             f"{report.task}: can a term tell who saw right? Against true a_p, all steps",
@@ -361,7 +378,7 @@ def _term_sheets(report: TaskReport) -> list[Sheet]:
         result.append(Sheet(title, headings, tuple(phased)))
     headings = ("term", "value", "n", "mean value", "a_p")
     title = f"{report.task}: calibration, all steps"
-    note = "Wilson's intervals, which take rollouts as independent."
+    note = "Wilson's intervals at the effective sample size that rollouts of one puzzle leave."
     return [*result, Sheet(title, headings, tuple(bins), note)]
 
 
@@ -389,7 +406,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _interval(found: Estimate, signed: bool = False) -> str:
+def _interval(found: Interval, signed: bool = False) -> str:
     if found.value is None:
         return "-"
     form = "+.2f" if signed else ".2f"

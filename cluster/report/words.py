@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from cluster.ablation.statistics import Estimate, asymmetry, crossed_interval
 from cluster.record.metrics import MISMATCH_LIMIT, counted
 from cluster.report.charts import Metrics, Series
 from rewards.advantages import is_constant
-from rewards.intervals import Z95, by_puzzle
 
 METRIC_NAMES = {
     "a": "a: end to end",
@@ -145,14 +145,13 @@ def verdict(tables: Mapping[str, Any]) -> str:
         text = f"It {worse}" if down else "It learnt nothing that is beyond chance"
     text += "" if "think" in moves else " (thinking, a_r, was not measured)"
     text += "" if "see" in moves else " (seeing, a_p, was not measured)"
-    index = asymmetry(tables)
-    if index is None or not (up or down):
+    index = asymmetry_of(tables)
+    if index is None or index.low is None or index.high is None or not (up or down):
         return f"{text}."
-    value, low, high = index
-    which = "thinking" if low > 0 else "seeing" if high < 0 else None
+    which = "thinking" if index.low > 0 else "seeing" if index.high < 0 else None
     compared = f"{which} gained more" if which else "neither clearly gained more than the other"
-    interval = f"95 % [{_signed(low)}, {_signed(high)}]"
-    return f"{text}; {compared} (Δa_r − Δa_p = {_signed(value)}, {interval})."
+    interval = f"95 % [{_signed(index.low)}, {_signed(index.high)}]"
+    return f"{text}; {compared} (Δa_r − Δa_p = {_signed(index.value)}, {interval})."
 
 
 def counts(row: Mapping[str, Any]) -> bool:
@@ -162,22 +161,21 @@ def counts(row: Mapping[str, Any]) -> bool:
     return not row["overlap"]
 
 
-def asymmetry(tables: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Δa_r − Δa_p with its normal 95 % interval over the problems measured all four times."""
+def asymmetry_of(tables: Mapping[str, Any]) -> Estimate | None:
+    """The asymmetry index of a run, over the problems measured all four times."""
     before, after = (tables[when].get("per_problem", {}) for when in ("before", "after"))
-    parts = [t.get(m) for m in ("a_r", "a_p") for t in (after, before)]
+    parts = [t.get(m) for m in ("a_r", "a_p") for t in (before, after)]
     if not all(parts):
         return None
     shared = sorted(set.intersection(*(set(p) for p in parts if p)))
     if len(shared) < 2:
         return None
-    r1, r0, p1, p0 = (np.array([p[i] for i in shared]) for p in parts if p)
-    puzzles = tables["after"].get("puzzles", {})
-    d = by_puzzle((r1 - r0) - (p1 - p0), [puzzles.get(i, i) for i in shared])
-    if is_constant(d):
+    r0, r1, p0, p1 = (np.array([[p[i] for i in shared]]) for p in parts if p)
+    index = asymmetry((r0, r1), (p0, p1))
+    if is_constant(index):
         return None
-    half = Z95 * float(d.std(ddof=1)) / math.sqrt(len(d))
-    return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
+    puzzles = tables["after"].get("puzzles", {})
+    return crossed_interval(index, (-2, 2), [puzzles.get(i, i) for i in shared])
 
 
 def _count(row: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from cluster.recipe.problems import ProblemSource, step_sources
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.strategies import Entry, make_strategy
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 
 
 class Curriculum(Sequence[ProblemSource]):

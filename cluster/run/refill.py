@@ -16,7 +16,7 @@ from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import ProblemSource, step_problems
 from cluster.recipe.recipe import Recipe
 from cluster.run.evaluate import training_sampling
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rollout.record import Group, SampleRequest
 
 if TYPE_CHECKING:  # it starts Ray and all engines, which a test of this file does not need

@@ -30,7 +30,7 @@ from learner.checkpoint import checkpoint_folder
 from learner.lora import LoraSettings
 from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
-from rewards.records import RewardError
+from rewards.scored import RewardError
 from rollout.dispatch import PoolLimits, SamplerLost
 from rollout.engine import EngineSettings
 from rollout.pool import PoolClient, SamplerPool

@@ -33,7 +33,7 @@ from learner.correction import Correction, with_old_logprobs
 from learner.policy_loss import Papo, PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rollout.record import Group
 from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment

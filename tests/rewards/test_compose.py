@@ -17,7 +17,7 @@ from rewards.compose import (
     weight_at,
     weighted_sum,
 )
-from rewards.records import RewardError, ScoredGroup, ScoredTerms
+from rewards.scored import RewardError, ScoredGroup, ScoredTerms
 from rewards.terms import Format, Outcome, Perception
 from tasks.core import SEGMENTS
 from tests.support.toys import Length, Misbehaves, group, score

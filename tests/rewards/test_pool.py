@@ -13,7 +13,7 @@ import ray
 
 from rewards.compose import Composition, compose_groups
 from rewards.pool import CHUNK, Limits, RewardPool
-from rewards.records import RewardError
+from rewards.scored import RewardError
 from rewards.settings import RewardTermConfig
 from rewards.terms import Outcome, Perception
 from rollout.record import ReplyError, SampleRequest

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rewards.coupling import correlation_statistics, coupling, estimate_coupling
-from rewards.intervals import Estimate, group_bootstrap
+from rewards.coupling import correlation_statistics, coupling
+from rewards.intervals import Interval, group_bootstrap
 from rewards.reliability import auc_statistics, calibration, reliability, roc_auc
 
 GROUP = st.integers(2, 5).flatmap(
@@ -64,8 +64,8 @@ def test_a_resample_scores_like_the_groups_it_drew(
     x, y = [values[i] for i in drawn], [truth[i] for i in drawn]
     pooled, within = correlation_statistics(values, truth)(weights)[0]
     expected = coupling(x, [t.astype(float) for t in y])
-    assert or_none(pooled) == pytest.approx(expected.pooled, abs=1e-9)
-    assert or_none(within) == pytest.approx(expected.within, abs=1e-9)
+    assert or_none(pooled) == pytest.approx(expected.pooled.value, abs=1e-9)
+    assert or_none(within) == pytest.approx(expected.within.value, abs=1e-9)
     auc, auc_within = auc_statistics(values, truth)(weights)[0]
     assert or_none(auc) == pytest.approx(roc_auc(np.concatenate(x), np.concatenate(y)), abs=1e-9)
     won = np.array([pairs_won(v, t) for v, t in zip(x, y, strict=True)]).sum(axis=0)
@@ -83,9 +83,9 @@ def test_a_reliability_worked_out_by_hand() -> None:
     assert found.auc_within.value == pytest.approx((3.5 + 0.5) / 5)
     assert found.brier.value == pytest.approx((0 + 0.25 + 0.25 + 0 + 0.25 + 0.25 + 1 + 0) / 8)
     expected = coupling(values, truth)
-    assert found.pooled.value == pytest.approx(expected.pooled)
-    assert found.within.value == pytest.approx(expected.within)
-    assert [(b.low, b.high, b.n, b.a_p) for b in found.calibration] == [
+    assert found.pooled.value == pytest.approx(expected.pooled.value)
+    assert found.within.value == pytest.approx(expected.within.value)
+    assert [(b.low, b.high, b.n, b.a_p.value) for b in found.calibration] == [
         (0.0, 0.0, 2, 0.5),
         (0.5, 0.5, 4, 0.5),
         (1.0, 1.0, 2, 1.0),
@@ -93,19 +93,19 @@ def test_a_reliability_worked_out_by_hand() -> None:
 
 
 def test_what_is_undefined_is_none_and_few_groups_have_no_interval() -> None:
-    assert reliability([], []).pooled == Estimate(None, None, None)
+    assert reliability([], []).pooled == Interval()
     constant = reliability([np.ones(4)] * 3, [np.array([1, 0, 1, 0])] * 3)
     assert (constant.pooled.value, constant.within.value) == (None, None)
     assert (constant.auc.value, constant.zero_variance.value) == (0.5, 1.0)
     one = reliability([np.array([0.0, 1.0])], [np.array([0, 1])])
-    assert one.pooled == Estimate(pytest.approx(1.0), None, None)
+    assert one.pooled == Interval(pytest.approx(1.0))
     # The term varies in one group of four: most resamples cannot say.
     rare = reliability([np.array([0.0, 1.0]), *[np.ones(2)] * 3], [np.array([0, 1])] * 4)
-    assert rare.within == Estimate(pytest.approx(1.0), None, None)
+    assert rare.within == Interval(pytest.approx(1.0))
     assert reliability([np.array([0.0, 2.0])], [np.array([0, 1])]).brier.value is None
     all_right = reliability([np.array([0.0, 1.0])] * 3, [np.ones(2)] * 3)
     assert (all_right.auc.value, all_right.pooled.value) == (None, None)
-    assert estimate_coupling([], []).pooled == Estimate(None, None, None)
+    assert coupling([], []).pooled == Interval()
 
 
 def test_calibration_bins_part_the_rollouts_and_rise_with_a_calibrated_term() -> None:
@@ -117,8 +117,8 @@ def test_calibration_bins_part_the_rollouts_and_rise_with_a_calibrated_term() ->
     assert sum(b.n for b in bins) == 5000
     assert all(b.n == 500 for b in bins)
     assert all(a.high < b.low for a, b in itertools.pairwise(bins))
-    assert all(b.a_p_low <= b.a_p <= b.a_p_high for b in bins)
-    assert all(abs(b.a_p - b.mean) < 0.08 for b in bins)
+    assert all(b.a_p.low <= b.a_p.value <= b.a_p.high for b in bins)
+    assert all(abs(b.a_p.value - b.mean) < 0.08 for b in bins)
     # Equal values are never parted, however many there are.
     tied = calibration(np.r_[np.zeros(900), np.linspace(0.1, 1, 100)], np.ones(1000, bool))
     assert (tied[0].low, tied[0].high, tied[0].n) == (0.0, 0.0, 900)
@@ -130,10 +130,27 @@ def test_intervals_are_seeded_and_chunks_do_not_change_them() -> None:
     values = [rng.random(8) for _ in range(20)]
     truth = [rng.random(8) < v for v in values]
     statistics = auc_statistics(values, truth)
-    whole = group_bootstrap(statistics, 20, 300, seed=1)
-    assert group_bootstrap(statistics, 20, 300, seed=1, size=2**21) == whole
-    assert group_bootstrap(statistics, 20, 300, seed=2) != whole
+    whole = group_bootstrap(statistics, 20, resamples=300, seed=1)
+    assert group_bootstrap(statistics, 20, resamples=300, seed=1, size=2**21) == whole
+    assert group_bootstrap(statistics, 20, resamples=300, seed=2) != whole
     assert all(e.low is not None and e.low < e.value < e.high for e in whole)
+
+
+def test_more_groups_of_the_same_puzzles_make_nothing_surer() -> None:
+    rng = np.random.default_rng(6)
+    values = [rng.integers(0, 2, 6).astype(float) for _ in range(12)]
+    truth = [(v + rng.integers(0, 2, 6)) > 0 for v in values]
+    names = [f"p{i}" for i in range(12)]
+    once = reliability(values, truth, names)
+    thrice = reliability(values * 3, truth * 3, names * 3)
+    for name in ("pooled", "within", "auc", "auc_within", "brier"):
+        one, three = getattr(once, name), getattr(thrice, name)
+        assert (three.value, three.low, three.high) == pytest.approx((one.value, one.low, one.high))
+    # As if they were puzzles of their own: surer than it is.
+    alone = reliability(values * 3, truth * 3)
+    assert alone.pooled.high - alone.pooled.low < 0.7 * (once.pooled.high - once.pooled.low)
+    for mine, theirs in zip(thrice.calibration, alone.calibration, strict=True):
+        assert theirs.a_p.high - theirs.a_p.low < mine.a_p.high - mine.a_p.low
 
 
 def test_intervals_cover_the_truth_where_rollouts_of_a_group_resemble_each_other() -> None:
@@ -157,7 +174,9 @@ def test_intervals_cover_the_truth_where_rollouts_of_a_group_resemble_each_other
             hits[name] += estimate.low <= value <= estimate.high
         if run < 100:
             # Drawing rollouts one by one, as if they knew nothing of each other.
-            single = estimate_coupling(list(x.reshape(-1, 1)), list(y.reshape(-1, 1)), 300, run)
+            single = coupling(
+                list(x.reshape(-1, 1)), list(y.reshape(-1, 1)), resamples=300, seed=run
+            )
             assert single.pooled.low is not None and single.pooled.high is not None
             alone += single.pooled.low <= truth["pooled"] <= single.pooled.high
     assert all(0.92 <= n / runs <= 0.98 for n in hits.values()), hits

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.records import ScoredTerms
+from rewards.scored import ScoredTerms
 from rewards.surrogates import (
     BlindPolicy,
     BlindSolver,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.recipe.placement import frozen_models
 from cluster.recipe.recipe import Recipe
-from rewards.records import DIAGNOSIS, Reply, TermError
+from rewards.scored import DIAGNOSIS, Reply, TermError
 from rewards.settings import REWARD_TERMS, RewardTermConfig
 from rewards.terms import (
     BUILT_IN,

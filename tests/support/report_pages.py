@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception, score_group
 from rollout.record import Group, Rollout
 from tasks.core import Problem, Task

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from rewards.records import Reply, ScoredTerms
+from rewards.scored import Reply, ScoredTerms
 from rewards.terms import score_group
 from rollout.record import Group, Rollout, SampleRequest, Sampling
 from tasks.core import Parsed, Problem, Style, Task

@@ -17,14 +17,13 @@ from cluster.record.metrics import (
     before_after,
     eval_table,
     mcnemar,
-    mean_interval,
     paired_p,
     pass_at_k,
     pooled,
     step_metrics,
 )
 from rewards.compose import Composition, compose_groups
-from rewards.intervals import wilson
+from rewards.intervals import mean_interval, wilson
 from rewards.terms import Outcome, Perception
 from tests.support.toys import TASK, Misbehaves, group, score
 

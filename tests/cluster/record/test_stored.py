@@ -26,7 +26,7 @@ from cluster.report.diagnose import run_diagnose
 from cluster.report.rollouts import read_shown
 from cluster.report.run_report import FLAT_SCHEMA, read_run
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception, diagnose, score_group
 from tasks.core import DataError
 from tests.support.toys import TASK, Length, Misbehaves, group, score

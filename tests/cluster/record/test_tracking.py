@@ -26,7 +26,7 @@ from cluster.record.tracking import (
 )
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception
 from tests.support.toys import group, score
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from cluster.record.tracking import Tracker
 from cluster.report.diagnose import load_scores, rescored_term, run_diagnose, sheets, task_reports
 from rewards.compose import Composition, compose_groups
 from rewards.coupling import coupling
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception
 from rollout.record import Group
 from tasks.core import DataError, Task
@@ -123,7 +124,7 @@ def test_reliability_coupling_failures_and_hacking_of_a_known_run(run: Path) -> 
 
     a = [s.diagnosis.a for s in scores if s.diagnosis]
     a_p = [s.diagnosis.a_p for s in scores if s.diagnosis]
-    assert whole.perception.within.value == pytest.approx(coupling(a, a_p).within)
+    assert whole.perception.within.value == pytest.approx(coupling(a, a_p).within.value)
     # By construction seeing and thinking are independent, and leaks are rare.
     for found, expected in zip((whole.perception, whole.reasoning), whole.independent, strict=True):
         assert found.pooled.value == pytest.approx(expected, abs=0.1)
@@ -136,6 +137,21 @@ def test_reliability_coupling_failures_and_hacking_of_a_known_run(run: Path) -> 
         EVIL: True,
         "total": True,
     }
+
+
+def test_intervals_are_over_puzzles(run: Path) -> None:
+    # Groups of the same puzzles again and again are no news, and no interval gets narrower.
+    scores = load_scores(run)
+    more = [replace(s, group_id=f"{s.group_id}-{copy}") for s in scores for copy in range(3)]
+    (one,), (three,) = task_reports(scores), task_reports(more)
+    for read in (
+        lambda r: r.phases[0].perception.within,
+        lambda r: r.phases[0].reasoning.pooled,
+        lambda r: r.phases[0].terms["good"].reliability.auc,
+        lambda r: r.drifts[EVIL].reward,
+        lambda r: r.drifts[EVIL].a_p,
+    ):
+        assert astuple(read(three)) == pytest.approx(astuple(read(one)))
 
 
 def test_a_rescored_term_is_judged_beside_the_stored_one(run: Path) -> None:

@@ -30,7 +30,7 @@ from cluster.report.page import to_html
 from cluster.report.plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_svg_file
 from cluster.report.rollouts import Entry, choose, embedded, read_shown
 from cluster.report.run_report import NoRun, build, draw_report, read_run, run_report, write_report
-from cluster.report.words import Table, asymmetry, events_table, verdict, warnings
+from cluster.report.words import Table, asymmetry_of, events_table, verdict, warnings
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome, score_group
@@ -473,17 +473,18 @@ def test_the_verdict(see: tuple[float, float], think: tuple[float, float], words
     assert verdict(tables).startswith(words)
 
 
-def test_the_asymmetry_interval_is_the_paired_normal_one() -> None:
+def test_the_asymmetry_interval_is_the_paired_one_of_ablations() -> None:
     rng = np.random.default_rng(1)
     draws = {name: rng.integers(0, 2, 300).astype(float) for name in "abcd"}
-    found = asymmetry(
+    found = asymmetry_of(
         evaluation(
             table_of(a_p=draws["a"], a_r=draws["b"]), table_of(a_p=draws["c"], a_r=draws["d"])
         )
     )
     d = (draws["d"] - draws["b"]) - (draws["c"] - draws["a"])
-    low, high = scipy.stats.norm.interval(0.95, d.mean(), scipy.stats.sem(d))
-    assert found == pytest.approx((d.mean(), low, high))
+    low, high = scipy.stats.t.interval(0.95, len(d) - 1, d.mean(), scipy.stats.sem(d))
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((d.mean(), low, high))
 
 
 def test_warnings_name_a_mismatch_and_numbers_that_are_none() -> None:

@@ -19,7 +19,7 @@ from cluster.recipe.recipe import Recipe, RecipeError
 from cluster.run.refill import extra_requests, refill, refill_step
 from cluster.run.stream import free_requests
 from cluster.run.train import sampled_tokens, train_batches
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rollout.record import Group, SampleRequest
 from tests.cluster.run.test_train import scored, two_tasks
 from tests.support.toys import group

@@ -18,7 +18,7 @@ from cluster.record.tracking import Tracker
 from cluster.run.replay import recipe_to_sample, recorded
 from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import load_term
 from tasks.core import DataError
 from tests.support.recipes import made_recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.record.metrics import eval_table, step_metrics
 from cluster.run.standstill import Standstill, unread, unread_step, unread_tables, why_no_update
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.terms import Outcome
 from rollout.record import Group
 from tests.support.toys import TASK, Misbehaves, group, score

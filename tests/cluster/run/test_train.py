@@ -36,7 +36,7 @@ from learner.correction import Correction
 from learner.loss_settings import CorrectionConfig
 from learner.policy_loss import Papo, PolicyLoss
 from rewards.compose import Composition, compose_groups
-from rewards.records import ScoredGroup
+from rewards.scored import ScoredGroup
 from rewards.settings import RewardTermConfig
 from rewards.terms import load_term
 from tasks.core import DataError
