@@ -21,6 +21,7 @@ from tasks.core import (
     SEGMENTS,
     CanLeak,
     DataError,
+    Draws,
     DrawsLate,
     HasPerceptionItems,
     HasVisionLabels,
@@ -29,6 +30,7 @@ from tasks.core import (
     Style,
     Task,
 )
+from tasks.figures import Figure
 from tasks.images import check_image
 from tasks.splits import draw_problem, draws_late
 
@@ -55,6 +57,8 @@ RETURNS: dict[str, type] = {
     "from_row": Problem,
     "vision_labels": np.ndarray,
     "perception_items": frozenset,
+    "draw_perception": Figure,
+    "draw_answer": Figure,
 }
 
 T = TypeVar("T")
@@ -258,6 +262,11 @@ def _check_perception(findings: _Findings, task: Task, problem: Problem) -> None
         findings.add("states_answer: must be False for p*", where)
     if isinstance(task, HasPerceptionItems):
         findings.attempt(where, task.perception_items, truth)
+    if isinstance(task, Draws):
+        findings.attempt(where, task.draw_perception, problem, truth)
+        if solved is not None:
+            findings.attempt(where, task.draw_answer, problem, truth, solved)
+            findings.attempt(where, task.draw_answer, problem, None, solved)
 
 
 def _check_labels(findings: _Findings, task: Task, problems: Sequence[Problem]) -> None:
@@ -401,7 +410,11 @@ def _read_hostile(findings: _Findings, task: Task, problems: Sequence[Problem], 
         seen, answer = parsed.perception, parsed.answer
         if answer is not None:
             findings.attempt(where, task.check, problem, answer)
+            if isinstance(task, Draws):
+                findings.attempt(where, task.draw_answer, problem, seen, answer)
         if seen is not None:
+            if isinstance(task, Draws):
+                findings.attempt(where, task.draw_perception, problem, seen)
             findings.attempt(where, task.score_perception, problem, seen)
             findings.attempt(where, task.solve, problem, seen)
             if answer is not None:

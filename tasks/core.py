@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from pydantic import BaseModel
 
+from tasks.figures import Figure
+
 Segment = Literal["perception", "reasoning", "answer"]
 SEGMENTS: tuple[Segment, ...] = ("perception", "reasoning", "answer")
 """A token's segment is stored as its index here, or `NO_SEGMENT` outside every segment."""
@@ -158,6 +160,21 @@ class CanLeak(Protocol):
         `problem` lends only what its prompt tells, never its truth. Must be False for the
         perception of every honest reading, `p*` above all.
         """
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A task that draws what a model saw and answered, beside the image, errors marked.
+
+    The report asks for it, and compares perceptions word by word where it is missing. `problem` is
+    as a run stored it: task, prompt, perception and truth, but no image and no knobs.
+    """
+
+    def draw_perception(self, problem: Problem, perception: Any) -> Figure:
+        """A parsed perception against the true one."""
+
+    def draw_answer(self, problem: Problem, perception: Any | None, answer: Any) -> Figure:
+        """A parsed answer against the *own* perception, None where that could not be read."""
 
 
 @runtime_checkable

@@ -18,6 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.core import DataError, Parsed, Problem, Style
+from tasks.figures import Figure
+from tasks.graph_figure import answered_graph, seen_graph
 from tasks.graph_layout import (
     RANDOM,
     Crossings,
@@ -304,6 +306,14 @@ class GraphColoring:
     def states_answer(self, problem: Problem, perception: Edges) -> bool:
         """Never: a list of edges has no place for a colour."""
         return False
+
+    def draw_perception(self, problem: Problem, perception: Edges) -> Figure:
+        """The edges that were read beside the true ones."""
+        return seen_graph(problem.truth["v"], frozenset(_true_edges(problem)), perception)
+
+    def draw_answer(self, problem: Problem, perception: Edges | None, answer: Coloring) -> Figure:
+        """The colours on the graph that was read, clashes marked."""
+        return answered_graph(problem.truth["v"], perception, answer)
 
     def held_out(self, spec: BaseModel) -> str:
         """What no training problem repeats, by `split_by`."""

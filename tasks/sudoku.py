@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tasks.core import DataError, Parsed, Problem, Style
+from tasks.figures import Figure
 from tasks.responses import (
     HARMLESS,
     compose_response,
@@ -29,6 +30,7 @@ from tasks.responses import (
     parse_response,
     read_json,
 )
+from tasks.sudoku_figure import answered_grid, seen_grid
 from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, symmetry_key, unique_solution
 from tasks.sudoku_render import RANDOM, Lines, Look, render
 from tasks.sudoku_teacher import terse_steps, verbose_steps
@@ -239,6 +241,14 @@ class Sudoku:
         `group_agreement` in mode `soft` pays it less, cell by cell.
         """
         return all(cell for row in perception for cell in row)
+
+    def draw_perception(self, problem: Problem, perception: Grid) -> Figure:
+        """The grid that was read, misread cells marked."""
+        return seen_grid(problem.truth["puzzle"], perception)
+
+    def draw_answer(self, problem: Problem, perception: Grid | None, answer: Grid) -> Figure:
+        """The grid that was filled in, repeats and changed clues marked."""
+        return answered_grid(perception, answer)
 
     def held_out(self, spec: BaseModel) -> str:
         """What no training problem repeats."""

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from cluster.record.tracking import ROLLOUT_SCHEMA, by_name
 from cluster.report.charts import CELLS
-from cluster.report.figures import answer_figure, perception_figure, text_figure
-from tasks.core import SEGMENTS, DataError, Parsed, Task
+from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
+from tasks.figures import compared_words
 from tasks.images import check_image
-from tasks.load import BUILT_IN, load_task
+from tasks.load import load_task
 
 MOST_ROLLOUTS = 500
 MOST_STEPS = 250
@@ -268,7 +268,7 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
     text = (row["prefix"] or "") + (row["text"] or "")
     parsed = _parse(task, text)
     pieces = _pieces(text, parsed)
-    figure, answered = _figures(row, parsed, pieces)
+    figure, answered = _figures(row, task, parsed, pieces)
     versions = row["versions"] or [0]
     segments = Counter(row["segments"] or ())
     terms, advantages = (
@@ -328,20 +328,31 @@ def _pieces(text: str, parsed: Parsed | None) -> list[list[str]]:
 
 
 def _figures(
-    row: Mapping[str, Any], parsed: Parsed | None, pieces: Sequence[Sequence[str]]
+    row: Mapping[str, Any],
+    task: Task | None,
+    parsed: Parsed | None,
+    pieces: Sequence[Sequence[str]],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    if row["task"] in BUILT_IN and parsed is not None:
+    """What was seen and what was answered, as the task draws it; else the texts compared."""
+    if isinstance(task, Draws) and parsed is not None:
+        seen, answer, true = parsed.perception, parsed.answer, row["true_perception"]
         try:
-            truth = json.loads(row["truth"])
+            problem = Problem(
+                row["problem_id"], row["task"], row["prompt"], b"", true,
+                truth=json.loads(row["truth"]), knobs={}, symmetry_key="",
+            )  # fmt: skip
             return (
-                perception_figure(row["task"], truth, parsed.perception),
-                answer_figure(row["task"], truth, parsed.perception, parsed.answer),
+                None if seen is None else task.draw_perception(problem, seen).as_json(),
+                None if answer is None else task.draw_answer(problem, seen, answer).as_json(),
             )
-        except (KeyError, TypeError, ValueError):
-            pass  # the facts of an older version of the task: the texts are compared instead
+        except Exception:
+            # A user's own task that fails at it, or the facts of an older version of the task.
+            pass
     segment = "".join(text for name, text in pieces if name == "perception")
-    seen = re.sub(r"</?perception>", " ", segment) or row["perception"] or ""
-    return (text_figure(row["true_perception"][:2000], seen[:2000]) if seen.strip() else None), None
+    told = re.sub(r"</?perception>", " ", segment) or row["perception"] or ""
+    if not told.strip():
+        return None, None
+    return compared_words(row["true_perception"][:2000], told[:2000]).as_json(), None
 
 
 def embedded(value: Any) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from cluster.cli import main
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Parsed, Problem, Style, Task
+from tasks.figures import Words
 from tasks.load import load_task
 from tasks.responses import compose_response, oracle_prefix, parse_response
 from tasks.sudoku import Sudoku
@@ -223,6 +224,14 @@ class ListedItems(Shade):
         return [perception]
 
 
+class DrawsADict(Shade):
+    def draw_perception(self, problem: Problem, perception: Any) -> Any:
+        return {"kind": "words"}
+
+    def draw_answer(self, problem: Problem, perception: Any, answer: Any) -> Any:
+        return Words(rows=(("right", str(answer)),), text=f"{perception:d} doubled")
+
+
 class AnotherBegin(Shade):
     def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Any]:
         made = self.generate(rng, spec)
@@ -270,6 +279,8 @@ class Courteous(Sudoku):
         (WrongSolver, "solve: check refuses its answer for p*"),
         (Sloppy, "demonstrate: parse finds a defect in it: text_after_answer"),
         (Labelled, "vision_labels: their number must be the same"),
+        (DrawsADict, "draw_perception: returned a dict, not a Figure"),
+        (DrawsADict, "draw_answer: raised TypeError"),  # of a perception that could not be read
         (ListedItems, "perception_items: returned a list, not a frozenset"),
     ],
 )
