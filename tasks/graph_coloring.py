@@ -6,208 +6,60 @@ Perception is the edge list (canonical text: `0-1 0-3 1-2`), the answer one lett
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from math import comb
 from string import ascii_lowercase
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 
-from tasks.core import DataError, Parsed, Problem, Style
+from tasks.core import DataError, Problem, Style
 from tasks.figures import Figure
 from tasks.graph_figure import answered_graph, seen_graph
-from tasks.graph_layout import (
-    RANDOM,
-    Crossings,
-    Layout,
-    Look,
-    auto_line_width,
-    auto_node_size,
-    contrast_ratio,
-    place,
-    render,
-    rgb,
-)
+from tasks.graph_knobs import MAX_VERTICES, GraphColoringSpec
+from tasks.graph_layout import place, render
 from tasks.graph_puzzle import (
     Edge,
-    Planarity,
     best_coloring,
     chromatic_number,
     draw_graph,
-    edge_bounds,
-    has_many_classes,
     is_proper,
     isomorphism_key,
     labelled_key,
 )
 from tasks.graph_teacher import terse_steps, verbose_steps
-from tasks.responses import (
-    HARMLESS,
-    compose_response,
-    items,
-    oracle_prefix,
-    parse_response,
-    read_json,
-)
+from tasks.puzzle_task import PuzzleTask
+from tasks.responses import HARMLESS, Read, compose_response, items, read_json
 
 Edges = frozenset[Edge]
 """The perception value: unordered pairs, written with i < j."""
 Coloring = tuple[tuple[int, str], ...]
 """The answer value: (vertex, letter), sorted by vertex, each vertex once."""
 
-MAX_VERTICES = len(ascii_lowercase)
-LEAST_INK_CONTRAST = 1.1
-DEFAULT_DENSITY = 0.5
-
 _NUMBER = "0|[1-9][0-9]{0,2}"
 _EDGE = re.compile(f"({_NUMBER})-({_NUMBER})")
 _ASSIGNMENT = re.compile(f"({_NUMBER}):([a-z])")
 _VERTEX = re.compile(_NUMBER)
 
-_Hex = Annotated[str, Field(pattern=r"^(#[0-9a-fA-F]{6}|random)$")]
 
-
-class GraphColoringSpec(BaseModel):
-    """The knobs of `GraphColoring.generate`; sizes in pixels of the image.
-
-    Reasoning: `vertices`; `edges` (exactly) or else `density` (the expected share of all
-    pairs, clipped to what the other knobs allow; 0.5 if neither is given); `chromatic`, the
-    chromatic number; `planar`. Graphs are always connected.
-
-    Perception: `canvas`; `layout` and `crossings` (see `graph_layout.place`; `few` and `many`
-    shape each picture by local search); `line_width`, `node_size` (diameter), `label_size`
-    (font; None: fitting the canvas). `label_size = 0` draws no labels: vertex 0 is then at the
-    top and the others follow clockwise, which asks for the plain circle layout. `background`,
-    `ink` (edges, outlines), `node_fill`: `#rrggbb` or `random`. `jitter`: coordinates move by up
-    to this much. `noise`: standard deviation in grey levels. `contrast`: 1 as drawn, towards 0
-    faded into the background.
-
-    `prompt`: `brief` says only what must be known, `full` explains the response format.
-
-    `split_by`: what makes two problems the same when data is split. `isomorphism`: any relabelling
-    counts as the same. `labelled`: the same edges on the same labels; a relabelled graph, such as
-    the same drawing turned, may be in training. `auto` becomes the first where these knobs
-    bring some 200 graphs that are not isomorphic, which takes 7 vertices or more (21 connected
-    graphs have 5), and else the second.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    vertices: int = Field(5, ge=2, le=MAX_VERTICES)
-    edges: int | None = Field(None, ge=1)
-    density: float | None = Field(None, ge=0, le=1)
-    chromatic: int | None = Field(None, ge=2)
-    planar: Planarity = "any"
-
-    canvas: int = Field(448, ge=32, le=2048)
-    layout: Layout = "circle"
-    crossings: Crossings = "any"
-    line_width: float | None = Field(None, ge=0.5, le=32)
-    node_size: float | None = Field(None, ge=4, le=256)
-    label_size: int | None = Field(None, ge=0, le=256)
-    background: _Hex = "#ffffff"
-    ink: _Hex = "#22262e"
-    node_fill: _Hex = "#ffe39a"
-    jitter: float = Field(0.0, ge=0, le=64)
-    noise: float = Field(0.0, ge=0, le=128)
-    contrast: float = Field(1.0, gt=0, le=1)
-
-    prompt: Literal["brief", "full"] = "full"
-    split_by: Literal["auto", "labelled", "isomorphism"] = "auto"
-
-    @model_validator(mode="after")
-    def _possible(self) -> GraphColoringSpec:
-        low, high = edge_bounds(self.vertices, self.chromatic, self.planar)
-        if self.edges is not None:
-            if self.density is not None:
-                raise ValueError("density: cannot be set together with edges; remove one")
-            if not low <= self.edges <= high:
-                raise ValueError(
-                    f"edges: {self.edges} is impossible with vertices={self.vertices}, "
-                    f"chromatic={self.chromatic}, planar={self.planar!r}; use {low} to {high}"
-                )
-        if self.label_size == 0 and (
-            self.layout != "circle" or self.crossings != "any" or self.jitter > 0
-        ):
-            raise ValueError(
-                "label_size: 0 (no labels) leaves vertices told apart by position only; use "
-                'layout="circle", crossings="any" and jitter=0 with it'
-            )
-        if RANDOM not in (self.background, self.ink):
-            ratio = contrast_ratio(rgb(self.background), rgb(self.ink))
-            if ratio < LEAST_INK_CONTRAST:
-                raise ValueError(
-                    f"ink: {self.ink} cannot be seen on background {self.background}; "
-                    "choose colours that differ"
-                )
-        self.look()
-        if self.split_by == "auto":
-            many = has_many_classes(
-                self.vertices, self.edges, self.drawn_density, self.chromatic, self.planar
-            )
-            # Recipes, problems and data sets say which it is.
-            object.__setattr__(self, "split_by", "isomorphism" if many else "labelled")
-        return self
-
-    @property
-    def drawn_density(self) -> float:
-        """`density`, or what is drawn without it."""
-        return DEFAULT_DENSITY if self.density is None else self.density
-
-    def look(self) -> Look:
-        """The drawing settings, sizes left to choose filled in.
-
-        Raises:
-            ValueError: the canvas is too small for the number of vertices.
-        """
-        line_width = self.line_width or auto_line_width(self.canvas)
-        node_size = self.node_size or auto_node_size(
-            self.canvas, self.vertices, self.layout, line_width, self.label_size != 0
-        )
-        label_size = self.label_size
-        if label_size is None:
-            label_size = max(1, round(node_size * (0.75 if self.vertices <= 10 else 0.6)))
-        return Look(
-            canvas=self.canvas,
-            layout=self.layout,
-            crossings=self.crossings,
-            line_width=line_width,
-            node_size=node_size,
-            label_size=label_size,
-            background=self.background,
-            ink=self.ink,
-            node_fill=self.node_fill,
-            jitter=self.jitter,
-            noise=self.noise,
-            contrast=self.contrast,
-        )
-
-
-class GraphColoring:
-    """The graph colouring task."""
+class GraphColoring(PuzzleTask):
+    """The graph colouring task (see `tasks.core.Task`)."""
 
     name = "graph_coloring"
     spec = GraphColoringSpec
+    kind = "graph_coloring"
+    id_separator = "\0"
+    streams = 3
 
-    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
-        """Draw one problem; the same graph whatever the perception knobs, and vice versa.
-
-        Raises:
-            ValueError: the knobs ask for the impossible; the message names the remedy.
-        """
-        return self.begin(rng, spec)[1]()
-
-    def begin(self, rng: np.random.Generator, spec: BaseModel) -> tuple[str, Callable[[], Problem]]:
-        """The symmetry key of the graph, and what draws its picture (`tasks.core.DrawsLate`)."""
-        if not isinstance(spec, GraphColoringSpec):
-            raise TypeError(f"{self.name} needs a GraphColoringSpec, not {type(spec).__name__}")
-        graph_rng, place_rng, paint_rng = (
-            np.random.default_rng(seed) for seed in rng.integers(2**63, size=3)
-        )
+    def draw(
+        self, rngs: list[np.random.Generator], spec: GraphColoringSpec
+    ) -> tuple[str, Callable[[], Problem]]:
+        """A connected graph that meets the demands of the knobs."""
+        graph_rng, place_rng, paint_rng = rngs
         n = spec.vertices
         edges = draw_graph(
             graph_rng, n, spec.edges, spec.drawn_density, spec.chromatic, spec.planar
@@ -215,43 +67,40 @@ class GraphColoring:
         key = (labelled_key if spec.split_by == "labelled" else isomorphism_key)(n, edges)
 
         def finish() -> Problem:
-            look = spec.look()
-            return _problem(
-                task=self.name,
-                prompt=_prompt(spec),
-                image=render(paint_rng, place(place_rng, n, edges, look), edges, look),
-                n=n,
-                chromatic=chromatic_number(n, edges),
-                edges=edges,
-                knobs=spec.model_dump(),
-                symmetry_key=key,
-            )
+            image = render(paint_rng, place(place_rng, n, edges, spec), edges, spec)
+            chromatic = chromatic_number(n, edges)
+            return self._problem(_prompt(spec), image, n, chromatic, edges, spec.model_dump(), key)
 
         return key, finish
 
-    def parse(self, text: str) -> Parsed:
-        """Read a whole response; never raises.
+    def read_perception(self, text: str) -> Read:
+        """`Edges` of `i-j` items in any order and orientation, a JSON list of pairs, or a JSON
+        object with `edges` (and `v`, `c`).
 
-        Perception: `i-j` items in any order and orientation, a JSON list of pairs, or a JSON
-        object with `edges` (and `v`, `c`). Defects: `bad_edge`, `self_loop`, `duplicate_edge`
-        (in either orientation), `empty_perception`. Answer: `vertex:letter` items or a JSON
-        object of letters by vertex. Defects: `bad_assignment`, `duplicate_vertex`. JSON adds
-        the defects of `responses.read_json`. Any of them leaves the value None: an edge set
-        would hide a repeat, which is misreading all the same. `responses.items` says how items
-        may be parted; spaces may stand around `-` and `:`.
+        Defects: `bad_edge`, `self_loop`, `duplicate_edge` (in either orientation),
+        `empty_perception`, those of `responses.read_json`. Any of them leaves the value None: an
+        edge set would hide a repeat, which is misreading all the same. `responses.items` says how
+        items may be parted; spaces may stand around `-` and `:`.
         """
-        return parse_response(text, _read_edges, _read_coloring)
+        return _read_edges(text)
+
+    def read_answer(self, text: str) -> Read:
+        """A `Coloring` of `vertex:letter` items or a JSON object of letters by vertex.
+
+        Defects: `bad_assignment`, `duplicate_vertex`, those of `responses.read_json`.
+        """
+        return _read_coloring(text)
 
     def check(self, problem: Problem, answer: Any) -> bool:
         """Whether the answer colours every vertex, properly, with the fewest colours."""
-        edges = _true_edges(problem)
-        return _is_optimal(problem.truth["v"], edges, answer, problem.truth["c"])
+        truth = problem.truth
+        return _is_optimal(truth["v"], _true_edges(problem), answer, truth["c"])
 
     def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
         """(the edge set is exactly right, F1 of its edges); (False, 0.0) if unreadable."""
         if perception is None:
             return False, 0.0
-        true = frozenset(_true_edges(problem))
+        true = _true_edges(problem)
         if not true and not perception:
             return True, 1.0
         f1 = 2 * len(true & perception) / (len(true) + len(perception))
@@ -263,10 +112,6 @@ class GraphColoring:
         if perception is None or answer is None or not _in_range(perception, n):
             return False
         return _is_optimal(n, perception, answer, chromatic_number(n, perception))
-
-    def oracle_prefix(self, problem: Problem) -> str:
-        """The perception segment holding the true edge list."""
-        return oracle_prefix(problem.perception)
 
     def solve(self, problem: Problem, perception: Any) -> Coloring | None:
         """The lexicographically smallest optimal colouring of a perceived graph."""
@@ -282,7 +127,7 @@ class GraphColoring:
         earlier neighbours and, where the smallest optimal colouring looks ahead, a later
         neighbour for whom a colour is kept.
         """
-        n, edges = problem.truth["v"], _true_edges(problem)
+        n, edges = problem.truth["v"], sorted(_true_edges(problem))
         colors = best_coloring(n, frozenset(edges))
         explain = terse_steps if style == "terse" else verbose_steps
         return compose_response(
@@ -294,10 +139,8 @@ class GraphColoring:
     def vision_labels(self, problem: Problem) -> np.ndarray:
         """int64 [v(v-1)/2]: 1 where an edge joins the pair, pairs in lexicographic order."""
         n = problem.truth["v"]
-        matrix = np.zeros((n, n), dtype=np.int64)
-        for i, j in _true_edges(problem):
-            matrix[i, j] = 1
-        return matrix[np.triu_indices(n, 1)]
+        edges = _true_edges(problem)
+        return np.array([pair in edges for pair in combinations(range(n), 2)], dtype=np.int64)
 
     def perception_items(self, perception: Edges) -> frozenset[Edge]:
         """The edges, undirected: (i, j) with i < j."""
@@ -309,7 +152,7 @@ class GraphColoring:
 
     def draw_perception(self, problem: Problem, perception: Edges) -> Figure:
         """The edges that were read beside the true ones."""
-        return seen_graph(problem.truth["v"], frozenset(_true_edges(problem)), perception)
+        return seen_graph(problem.truth["v"], _true_edges(problem), perception)
 
     def draw_answer(self, problem: Problem, perception: Edges | None, answer: Coloring) -> Figure:
         """The colours on the graph that was read, clashes marked."""
@@ -328,44 +171,20 @@ class GraphColoring:
             DataError: naming the field of `ground_truth` that is wrong, and what it must be.
         """
         n, chromatic, edges = _read_truth(ground_truth)
-        return _problem(
-            task=self.name,
-            prompt=query,
-            image=image,
-            n=n,
-            chromatic=chromatic,
-            edges=edges,
-            knobs={"vertices": n, "edges": len(edges), "chromatic": chromatic},
-            symmetry_key=labelled_key(n, edges),
-        )
+        knobs = {"vertices": n, "edges": len(edges), "chromatic": chromatic}
+        return self._problem(query, image, n, chromatic, edges, knobs, labelled_key(n, edges))
 
     def to_ground_truth(self, problem: Problem) -> str:
         """`{"v": 7, "c": 3, "edges": [[0, 1], ...]}`."""
         return json.dumps({name: problem.truth[name] for name in ("v", "c", "edges")})
 
-
-def _problem(
-    task: str,
-    prompt: str,
-    image: bytes,
-    n: int,
-    chromatic: int,
-    edges: Sequence[Edge],
-    knobs: Mapping[str, Any],
-    symmetry_key: str,
-) -> Problem:
-    perception = " ".join(f"{i}-{j}" for i, j in edges)
-    identity = b"\0".join((GraphColoring.name.encode(), perception.encode(), image))
-    return Problem(
-        id=f"{GraphColoring.name}-{hashlib.sha256(identity).hexdigest()[:16]}",
-        task=task,
-        prompt=prompt,
-        image=image,
-        perception=perception,
-        truth={"v": n, "c": chromatic, "edges": [[i, j] for i, j in edges]},
-        knobs=knobs,
-        symmetry_key=symmetry_key,
-    )
+    def _problem(
+        self, prompt: str, image: bytes, n: int, chromatic: int, edges: Sequence[Edge],
+        knobs: Mapping[str, Any], key: str,
+    ) -> Problem:  # fmt: skip
+        perception = " ".join(f"{i}-{j}" for i, j in edges)
+        truth = {"v": n, "c": chromatic, "edges": [[i, j] for i, j in edges]}
+        return self.problem(prompt, image, perception, truth, knobs, key)
 
 
 def _prompt(spec: GraphColoringSpec) -> str:
@@ -386,15 +205,15 @@ def _prompt(spec: GraphColoringSpec) -> str:
     )
 
 
-def _true_edges(problem: Problem) -> tuple[Edge, ...]:
-    return tuple((i, j) for i, j in problem.truth["edges"])
+def _true_edges(problem: Problem) -> Edges:
+    return frozenset((i, j) for i, j in problem.truth["edges"])
 
 
 def _in_range(edges: Edges, n: int) -> bool:
     return all(0 <= i < j < n for i, j in edges)
 
 
-def _is_optimal(n: int, edges: Edges | Sequence[Edge], answer: Any, chromatic: int) -> bool:
+def _is_optimal(n: int, edges: Iterable[Edge], answer: Any, chromatic: int) -> bool:
     if answer is None or [v for v, _ in answer] != list(range(n)):
         return False
     colors = [letter for _, letter in answer]
@@ -405,8 +224,8 @@ def _letters(colors: Sequence[int]) -> Coloring:
     return tuple((v, ascii_lowercase[c]) for v, c in enumerate(colors))
 
 
-def _read_edges(text: str) -> tuple[Edges | None, tuple[str, ...]]:
-    """The reader of the perception segment; see `GraphColoring.parse`."""
+def _read_edges(text: str) -> Read:
+    """See `GraphColoring.read_perception`."""
     text = text.strip()
     if not text:
         return None, ("empty_perception",)
@@ -443,8 +262,8 @@ def _read_edges(text: str) -> tuple[Edges | None, tuple[str, ...]]:
     return (None if found_defects else edges), tuple(found_defects)
 
 
-def _read_coloring(text: str) -> tuple[Coloring | None, tuple[str, ...]]:
-    """The reader of the answer segment; see `GraphColoring.parse`."""
+def _read_coloring(text: str) -> Read:
+    """See `GraphColoring.read_answer`."""
     text = text.strip()
     colors: list[tuple[int, str]] = []
     if text.startswith(("[", "{")):

@@ -2,35 +2,26 @@
 
 Coordinates are pixels, float64 [n, 2], x to the right and y down. A placement is *legible*
 when no two vertices touch and no edge runs into a vertex it does not join; only legible
-placements are drawn.
+placements are drawn. `look` are a problem's knobs, of which it is the perception knobs that count.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from math import pi, sin
-from typing import Literal
+from math import pi
 
 import networkx as nx
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from tasks.graph_puzzle import Edge
+from tasks.drawing import RANDOM, RGB, contrast_ratio, font, rgb, streams, to_png
+from tasks.graph_knobs import GraphColoringSpec
+from tasks.graph_puzzle import Edge, graph_of
 
-Layout = Literal["circle", "spring", "random"]
-Crossings = Literal["any", "few", "many"]
-RGB = tuple[int, int, int]
-
-RANDOM = "random"
-"""The colour that is drawn anew for every picture."""
 MIN_CONTRAST_RATIO = 3.0
 """Between randomly drawn ink and background; WCAG 2.1 asks this of graphical objects."""
-MIN_NODE = {0: 6.0, 1: 10.0, 2: 13.0}
-"""Smallest vertex diameter (px) chosen automatically, by the digits of its label."""
 STARTS = 4
 MORE_STARTS = 8
 """With near and far moves in turn, which are stuck less often where room is scarce."""
@@ -40,93 +31,9 @@ SHAPING_MOVES = 400
 JITTER_TRIES = 50
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a picture is drawn, all sizes in pixels of the final image.
-
-    Attributes:
-        canvas: side of the square image.
-        layout, crossings: see `place`.
-        line_width: of the edges.
-        node_size: diameter of a vertex.
-        label_size: font size; 0 draws no labels.
-        background, ink, node_fill: `#rrggbb` or `RANDOM`; ink draws edges and outlines.
-        jitter: each coordinate is moved by up to this much.
-        noise: standard deviation of Gaussian noise, in grey levels of 0 to 255.
-        contrast: 1 as drawn, towards 0 faded into the background.
-    """
-
-    canvas: int
-    layout: Layout
-    crossings: Crossings
-    line_width: float
-    node_size: float
-    label_size: int
-    background: str
-    ink: str
-    node_fill: str
-    jitter: float
-    noise: float
-    contrast: float
-
-    @property
-    def radius(self) -> float:
-        """Of the circle layout: as large as fits."""
-        return self.canvas / 2 - self.border
-
-    @property
-    def border(self) -> float:
-        """Distance a vertex's centre keeps from the edge of the image."""
-        return self.node_size / 2 + self.line_width / 2 + self.jitter + 1
-
-    @property
-    def clearance(self) -> float:
-        """Least distance from a vertex's centre to the middle line of another's edge."""
-        return self.node_size / 2 + self.line_width / 2 + _margin(self.canvas)
-
-
-def auto_line_width(canvas: int) -> float:
-    """Two pixels at least, so that thin lines survive a vision tower's patches."""
-    return min(max(2.0, canvas / 150), 4.0)
-
-
-def auto_node_size(canvas: int, n: int, layout: Layout, line_width: float, labelled: bool) -> float:
-    """The largest vertex diameter (px) with which n vertices fit legibly.
-
-    Raises:
-        ValueError: it would be too small to read; the message says which canvas would do.
-    """
-    size = _fitting_node_size(canvas, n, layout, line_width)
-    least = MIN_NODE[len(str(n - 1)) if labelled else 0]
-    if size < least:
-        enough = canvas
-        while _fitting_node_size(enough, n, layout, auto_line_width(enough)) < least:
-            enough += 16
-        raise ValueError(
-            f"canvas: {canvas} px is too small to draw {n} vertices legibly; use at least "
-            f"{enough} (and no wider lines than it gives), or set node_size yourself"
-        )
-    return size
-
-
-def _margin(canvas: int) -> float:
-    """Background (px) that must show between a vertex and an edge that passes it."""
-    return min(max(1.0, canvas / 200), 3.0)
-
-
-def _fitting_node_size(canvas: int, n: int, layout: Layout, line_width: float) -> float:
-    cap = 0.08 * canvas + 9
-    if layout != "circle":
-        return min(cap, canvas / n)
-    radius = canvas / 2 - cap / 2 - line_width / 2 - 1
-    size = min(cap, 1.2 * radius * sin(pi / n))  # 0.6 of the way to the next vertex
-    if n >= 5:  # the chord between a vertex's two neighbours passes this far from it
-        passing = radius * 2 * sin(pi / n) ** 2
-        size = min(size, 2 * (passing - line_width / 2 - _margin(canvas)))
-    return size
-
-
-def place(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -> np.ndarray:
+def place(
+    rng: np.random.Generator, n: int, edges: Sequence[Edge], look: GraphColoringSpec
+) -> np.ndarray:
     """Positions, float64 [n, 2], of a legible drawing.
 
     `circle`: vertex 0 at the top, the others clockwise in order (in any order where crossings
@@ -137,7 +44,7 @@ def place(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -
     Raises:
         ValueError: no legible placement was found; the message names the remedies.
     """
-    layout_rng, jitter_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
+    layout_rng, jitter_rng = streams(rng, 2)
     judge = _Judge(n, edges, look)
     starts = 1 if look.layout == "circle" else STARTS + MORE_STARTS
     for number in range(starts):
@@ -164,56 +71,44 @@ def count_crossings(positions: np.ndarray, edges: Sequence[Edge]) -> int:
 
 
 def render(
-    rng: np.random.Generator, positions: np.ndarray, edges: Sequence[Edge], look: Look
+    rng: np.random.Generator, positions: np.ndarray, edges: Sequence[Edge], look: GraphColoringSpec
 ) -> bytes:
     """The picture as a PNG file (RGB), drawn larger and averaged down."""
-    color_rng, noise_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
+    color_rng, noise_rng = streams(rng, 2)
     background, ink, fill = _colors(color_rng, look)
     scale = 4 if look.canvas <= 160 else 2
     image = Image.new("RGB", (look.canvas * scale,) * 2, background)
     draw = ImageDraw.Draw(image)
     at = [(float(x) * scale, float(y) * scale) for x, y in positions]
-    line = max(1, round(look.line_width * scale))
+    line = max(1, round(look.edge_width * scale))
     for i, j in edges:
         draw.line([at[i], at[j]], fill=ink, width=line)
-    radius = look.node_size / 2 * scale
-    outline = max(1, round(min(look.line_width, 2.0) * scale * 0.6))
+    radius = look.diameter / 2 * scale
+    label_size = look.font_size * scale
+    outline = max(1, round(min(look.edge_width, 2.0) * scale * 0.6))
     label_ink = max(((0, 0, 0), (255, 255, 255)), key=lambda c: contrast_ratio(c, fill))
     for label, (x, y) in enumerate(at):
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, fill=fill, outline=ink, width=outline)
-        if look.label_size:
-            font, (left, top, right, bottom) = _label(str(label), look.label_size * scale)
+        if label_size:
+            left, top, right, bottom = _ink_box(str(label), label_size)
             corner = (x - (left + right) / 2, y - (top + bottom) / 2)
-            draw.text(corner, str(label), fill=label_ink, font=font)
+            draw.text(corner, str(label), fill=label_ink, font=font(label_size))
     image = image.reduce(scale)
     if look.contrast < 1 or look.noise > 0:
         pixels = np.asarray(image, dtype=np.float64)
         pixels = background + look.contrast * (pixels - background)
         pixels = pixels + noise_rng.normal(0.0, look.noise, size=pixels.shape)
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
-
-
-def contrast_ratio(one: RGB, other: RGB) -> float:
-    """From 1 (the same) to 21 (black on white); WCAG 2.1, relative luminance."""
-    brighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (brighter + 0.05) / (darker + 0.05)
-
-
-def rgb(color: str) -> RGB:
-    """Of `#rrggbb`."""
-    red, green, blue = bytes.fromhex(color[1:])
-    return red, green, blue
+    return to_png(image)
 
 
 class _Judge:
     """How far a placement is from legible, and how many crossings it has."""
 
-    def __init__(self, n: int, edges: Sequence[Edge], look: Look) -> None:
-        self.look = look
+    def __init__(self, n: int, edges: Sequence[Edge], look: GraphColoringSpec) -> None:
+        self.wish = {"any": 0, "few": 1, "many": -1}[look.crossings]
+        self.apart_by, self.clearance = 1.25 * look.diameter, look.clearance
         self.edges = np.asarray(edges, dtype=np.int64).reshape(-1, 2)  # [m, 2]
         self.pairs = np.triu_indices(n, 1)
         passed = [(e, v) for e, edge in enumerate(edges) for v in range(n) if v not in edge]
@@ -224,20 +119,19 @@ class _Judge:
         """Sum of the pixels missing to legible distances; 0 is legible."""
         one, other = self.pairs
         gap = np.linalg.norm(positions[one] - positions[other], axis=1)
-        total = np.maximum(1.25 * self.look.node_size - gap, 0).sum()
+        total = np.maximum(self.apart_by - gap, 0).sum()
         edge, vertex = self.passed.T
         start, end = positions[self.edges[edge, 0]], positions[self.edges[edge, 1]]
         along, to = end - start, positions[vertex] - start
         length = np.maximum((along**2).sum(axis=1), 1e-9)
         share = ((to * along).sum(axis=1) / length).clip(0, 1)
         gap = np.linalg.norm(to - share[:, None] * along, axis=1)
-        return float(total + np.maximum(self.look.clearance - gap, 0).sum())
+        return float(total + np.maximum(self.clearance - gap, 0).sum())
 
     def score(self, positions: np.ndarray) -> tuple[float, int]:
         """Smaller is better: legible first, then the crossings as asked for."""
-        sign = {"any": 0, "few": 1, "many": -1}[self.look.crossings]
-        crossings = sign * _crossings(positions, self.edges, self.apart) if sign else 0
-        return self.shortfall(positions), crossings
+        crossings = _crossings(positions, self.edges, self.apart) if self.wish else 0
+        return self.shortfall(positions), self.wish * crossings
 
 
 def _apart(edges: Sequence[Edge]) -> np.ndarray:
@@ -262,17 +156,16 @@ def _crossings(positions: np.ndarray, edges: np.ndarray, apart: np.ndarray) -> i
     return int(crossed.sum())
 
 
-def _start(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) -> np.ndarray:
+def _start(
+    rng: np.random.Generator, n: int, edges: Sequence[Edge], look: GraphColoringSpec
+) -> np.ndarray:
     middle = look.canvas / 2
     if look.layout == "circle":
         angles = 2 * pi * np.arange(n) / n
         return middle + look.radius * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
     if look.layout == "random":
         return rng.uniform(look.border, look.canvas - look.border, size=(n, 2))
-    graph = nx.Graph()
-    graph.add_nodes_from(range(n))
-    graph.add_edges_from(edges)
-    free = nx.spring_layout(graph, seed=int(rng.integers(2**31)))
+    free = nx.spring_layout(graph_of(n, edges), seed=int(rng.integers(2**31)))
     positions = np.stack([free[v] for v in range(n)])
     turn = rng.uniform(0, 2 * pi)
     positions = positions @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -281,13 +174,18 @@ def _start(rng: np.random.Generator, n: int, edges: Sequence[Edge], look: Look) 
 
 
 def _search(
-    rng: np.random.Generator, positions: np.ndarray, judge: _Judge, look: Look, mixed: bool
+    rng: np.random.Generator,
+    positions: np.ndarray,
+    judge: _Judge,
+    look: GraphColoringSpec,
+    mixed: bool,
 ) -> np.ndarray:
     """Move one vertex at a time (on the circle: swap two) while the score does not worsen.
 
     Anywhere in the layout `random`, by a little in `spring`; if `mixed`, either by a coin.
     """
     as_is = look.crossings == "any"
+    low, high = look.border, look.canvas - look.border
     if as_is and look.layout == "circle":
         return positions
     n = len(positions)
@@ -301,7 +199,6 @@ def _search(
             trial[[i, j]] = trial[[j, i]]
         else:
             v = int(rng.integers(n))
-            low, high = look.border, look.canvas - look.border
             far = rng.random() < 0.5 if mixed else look.layout == "random"
             if far:
                 trial[v] = rng.uniform(low, high, size=2)
@@ -313,7 +210,7 @@ def _search(
     return positions
 
 
-def _colors(rng: np.random.Generator, look: Look) -> tuple[RGB, RGB, RGB]:
+def _colors(rng: np.random.Generator, look: GraphColoringSpec) -> tuple[RGB, RGB, RGB]:
     """Background, ink and vertex fill; drawn until ink and background are far enough apart."""
     while True:
         spare = rng.integers(256, size=(3, 3)).tolist()
@@ -330,22 +227,7 @@ def _colors(rng: np.random.Generator, look: Look) -> tuple[RGB, RGB, RGB]:
             return background, ink, fill
 
 
-def _luminance(color: RGB) -> float:
-    linear = [
-        c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @lru_cache(maxsize=1024)
-def _label(
-    text: str, size: int
-) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[float, float, float, float]]:
-    """A font of Pillow's own and the ink box of a text drawn with it at the origin."""
-    font = _font(size)
-    return font, font.getbbox(text)
-
-
-@lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
+def _ink_box(text: str, size: int) -> tuple[float, float, float, float]:
+    """Of a text drawn at the origin."""
+    return font(size).getbbox(text)

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, permutations, product
 from math import comb
 from typing import Literal
 
@@ -148,6 +148,13 @@ def has_many_classes(
     return True
 
 
+def graph_of(n: int, edges: Iterable[Edge]) -> nx.Graph:
+    """As networkx has it."""
+    graph = nx.empty_graph(n)
+    graph.add_edges_from(edges)
+    return graph
+
+
 def is_planar(n: int, edges: Sequence[Edge]) -> bool:
     """Whether the graph can be drawn without crossings."""
     if n <= 4 or len(edges) < 9:
@@ -176,7 +183,7 @@ def best_coloring(n: int, edges: frozenset[Edge]) -> tuple[int, ...]:
     for v in range(n):
         taken = {greedy[u] for u in range(v) if adjacency[v] >> u & 1}
         greedy[v] = next(c for c in range(n) if c not in taken)
-    k = _greedy_clique(adjacency)
+    k = len(max_clique(n, edges))
     while k < max(greedy, default=-1) + 1 and not _completable(adjacency, k, [-1] * n):
         k += 1
     if k >= max(greedy, default=-1) + 1:
@@ -197,10 +204,8 @@ def is_proper(colors: Sequence[object], edges: Iterable[Edge]) -> bool:
 
 def max_clique(n: int, edges: Iterable[Edge]) -> tuple[int, ...]:
     """A largest set of mutually adjacent vertices, the lexicographically smallest of them."""
-    graph = nx.Graph()
-    graph.add_nodes_from(range(n))
-    graph.add_edges_from(edges)
-    return min((tuple(sorted(q)) for q in nx.find_cliques(graph)), key=lambda q: (-len(q), q))
+    cliques = (tuple(sorted(clique)) for clique in nx.find_cliques(graph_of(n, edges)))
+    return min(cliques, key=lambda clique: (-len(clique), clique))
 
 
 def odd_cycle(n: int, edges: Iterable[Edge]) -> tuple[int, ...] | None:
@@ -245,13 +250,17 @@ def isomorphism_key(n: int, edges: Iterable[Edge]) -> str:
     colors, signature = _refine(matrix)
     if n > EXACT_ISOMORPHISM_MAX:
         return "isomorphism-" + _digest((n, signature))
-    orders = np.zeros((1, 0), dtype=np.int64)  # [relabellings, vertices placed so far]
-    for color in range(max(colors) + 1):
-        members = [v for v in range(n) if colors[v] == color]
-        within = _permutations(members)
-        orders = np.concatenate(
-            [np.repeat(orders, len(within), axis=0), np.tile(within, (len(orders), 1))], axis=1
-        )
+    classes = [np.flatnonzero(np.array(colors) == color) for color in range(max(colors) + 1)]
+    within = [_orders(len(members)) for members in classes]
+    mixed = product(*(range(len(orders)) for orders in within))
+    chosen = np.array(list(mixed))  # [relabellings, classes]
+    orders = np.concatenate(
+        [
+            members[orders[at]]
+            for members, orders, at in zip(classes, within, chosen.T, strict=True)
+        ],
+        axis=1,
+    )  # [relabellings, vertices]
     rows, columns = np.triu_indices(n, 1)
     bits = matrix[orders[:, rows], orders[:, columns]]  # [relabellings, pairs]
     codes = bits @ (1 << np.arange(len(rows), dtype=np.int64))
@@ -265,22 +274,6 @@ def _adjacency(n: int, edges: Iterable[Edge]) -> list[int]:
         masks[i] |= 1 << j
         masks[j] |= 1 << i
     return masks
-
-
-def _greedy_clique(adjacency: Sequence[int]) -> int:
-    """Size of a clique grown from each vertex: a lower bound on the chromatic number."""
-    best = 0
-    for v in range(len(adjacency)):
-        size, common = 1, adjacency[v]
-        while common:
-            u = max(
-                (u for u in range(len(adjacency)) if common >> u & 1),
-                key=lambda u: (adjacency[u] & common).bit_count(),
-            )
-            common &= adjacency[u]
-            size += 1
-        best = max(best, size)
-    return best
 
 
 def _completable(adjacency: Sequence[int], k: int, colors: Sequence[int]) -> bool:
@@ -348,12 +341,11 @@ def _fill(
     label = classes.tolist()
     pairs = [(i, j) for i, j in combinations(range(n), 2) if label[i] != label[j]]
     order = [pairs[i] for i in rng.permutation(len(pairs))]
-    component = list(range(n))
+    parts = nx.utils.UnionFind(range(n))
     tree: list[Edge] = []
     for i, j in planted + order:
-        if component[i] != component[j]:
-            old, new = component[i], component[j]
-            component = [new if c == old else c for c in component]
+        if parts[i] != parts[j]:
+            parts.union(i, j)
             tree.append((i, j))
     if len(tree) < n - 1:
         return None
@@ -390,17 +382,7 @@ def _refine(matrix: np.ndarray) -> tuple[list[int], list[tuple[int, tuple[int, .
 @lru_cache(maxsize=EXACT_ISOMORPHISM_MAX)
 def _orders(size: int) -> np.ndarray:
     """int64 [size!, size]: all orders of range(size)."""
-    if size == 0:
-        return np.zeros((1, 0), dtype=np.int64)
-    smaller = _orders(size - 1)
-    return np.concatenate(
-        [np.insert(smaller, place, size - 1, axis=1) for place in range(size)], axis=0
-    )
-
-
-def _permutations(members: Sequence[int]) -> np.ndarray:
-    """int64 [len!, len]: all orders of the members."""
-    return np.asarray(members, dtype=np.int64)[_orders(len(members))]
+    return np.array(list(permutations(range(size))))
 
 
 def _digest(value: object) -> str:

@@ -56,8 +56,10 @@ from typing import Any
 
 from tasks.core import SEGMENTS, Parsed, Problem, Segment, Task
 
-Reader = Callable[[str], tuple[Any | None, tuple[str, ...]]]
-"""Reads a segment's contents: (value, ()) or (None, defects). Never raises."""
+Read = tuple[Any | None, tuple[str, ...]]
+"""What a segment says: (value, ()) or (None, defects)."""
+Reader = Callable[[str], Read]
+"""Reads a segment's contents. Never raises."""
 
 HARMLESS = " Blank lines, extra spaces and commas in between do no harm."
 """What a prompt that explains the format says of the room `items` leaves."""

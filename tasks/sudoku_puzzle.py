@@ -25,13 +25,18 @@ SEARCH_NODES = 20_000
 
 @dataclass(frozen=True)
 class Layout:
-    """Which row, column and box each cell is in; units are rows, then columns, then boxes."""
+    """Units are rows, then columns, then boxes.
+
+    Attributes:
+        size: cells of a unit.
+        full: all digits, as a set.
+        of: for each cell the numbers of its row, column and box among the units.
+        units: for each unit its cells.
+    """
 
     size: int
     full: int
-    row: tuple[int, ...]
-    col: tuple[int, ...]
-    box: tuple[int, ...]
+    of: tuple[tuple[int, int, int], ...]
     units: tuple[tuple[int, ...], ...]
 
 
@@ -40,16 +45,14 @@ def layout_of(cell_count: int) -> Layout:
     """The layout of a board of 16 or 81 cells."""
     side = {16: 2, 81: 3}[cell_count]
     size = side * side
-    cells = range(cell_count)
-    row = tuple(cell // size for cell in cells)
-    col = tuple(cell % size for cell in cells)
-    box = tuple(r // side * side + c // side for r, c in zip(row, col, strict=True))
-    units = tuple(
-        tuple(cell for cell in cells if of[cell] == k)
-        for of in (row, col, box)
-        for k in range(size)
+    of = tuple(
+        (r, size + c, 2 * size + r // side * side + c // side)
+        for r, c in product(range(size), repeat=2)
     )
-    return Layout(size, (1 << size) - 1, row, col, box, units)
+    units = tuple(
+        tuple(cell for cell in range(cell_count) if unit in of[cell]) for unit in range(3 * size)
+    )
+    return Layout(size, (1 << size) - 1, of, units)
 
 
 def flat(grid: Sequence[Sequence[int]]) -> list[int]:
@@ -62,36 +65,28 @@ def as_grid(board: Sequence[int], size: int) -> Grid:
     return tuple(tuple(board[start : start + size]) for start in range(0, size * size, size))
 
 
-def _used_digits(
-    cells: Sequence[int], layout: Layout
-) -> tuple[list[int], list[int], list[int]] | None:
-    """Digits placed in each row, column and box; None where a digit is there twice."""
-    rows, cols, boxes = ([0] * layout.size for _ in range(3))
+def _used_digits(cells: Sequence[int], layout: Layout) -> list[int] | None:
+    """The set of digits placed in each unit; None where a digit is there twice."""
+    used = [0] * len(layout.units)
     for cell, digit in enumerate(cells):
         if digit:
-            bit = 1 << (digit - 1)
-            r, c, b = layout.row[cell], layout.col[cell], layout.box[cell]
-            if (rows[r] | cols[c] | boxes[b]) & bit:
-                return None
-            rows[r] |= bit
-            cols[c] |= bit
-            boxes[b] |= bit
-    return rows, cols, boxes
+            for unit in layout.of[cell]:
+                if used[unit] >> (digit - 1) & 1:
+                    return None
+                used[unit] |= 1 << (digit - 1)
+    return used
 
 
-def units_of(cell: int, layout: Layout) -> tuple[int, int, int]:
-    """Numbers of a cell's row, column and box in `layout.units`."""
-    return (
-        layout.row[cell],
-        layout.size + layout.col[cell],
-        2 * layout.size + layout.box[cell],
-    )
+def _toggle(used: list[int], units: Sequence[int], bit: int) -> None:
+    for unit in units:
+        used[unit] ^= bit
 
 
 def candidates_of(cells: Sequence[int], cell: int) -> int:
+    """The set of digits that a cell's row, column and box leave it."""
     layout = layout_of(len(cells))
     used = 0
-    for unit in units_of(cell, layout):
+    for unit in layout.of[cell]:
         for other in layout.units[unit]:
             if cells[other]:
                 used |= 1 << (cells[other] - 1)
@@ -99,6 +94,7 @@ def candidates_of(cells: Sequence[int], cell: int) -> int:
 
 
 def digits_of(mask: int) -> list[int]:
+    """A set of digits as a list, in order."""
     return [digit for digit in range(1, mask.bit_length() + 1) if mask >> (digit - 1) & 1]
 
 
@@ -114,11 +110,11 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
     Exact depth-first search on the cell with the fewest candidates (or a digit's only place).
     """
     layout = layout_of(len(board))
+    of, full = layout.of, layout.full
     cells = list(board)
     used = _used_digits(cells, layout)
     if used is None:
         return []
-    rows, cols, boxes = used
     blanks = [cell for cell, digit in enumerate(cells) if not digit]
     found: list[list[int]] = []
     nodes = 0
@@ -131,52 +127,46 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
         for cell in blanks:
             if cells[cell]:
                 continue
-            open_ = layout.full & ~(
-                rows[layout.row[cell]] | cols[layout.col[cell]] | boxes[layout.box[cell]]
-            )
+            row, col, box = of[cell]
+            open_ = full & ~(used[row] | used[col] | used[box])
             count = open_.bit_count()
             if count < fewest:
                 chosen, options, fewest = cell, open_, count
-                if count == 0:
-                    return
-                if count == 1:
+                if count <= 1:
                     break
             candidates[cell] = open_
         if chosen < 0:
             found.append(list(cells))
             return
         if fewest > 1:
-            for unit in layout.units:
-                once = twice = filled = 0
-                for cell in unit:
-                    if cells[cell]:
-                        filled |= 1 << (cells[cell] - 1)
-                    else:
-                        twice |= once & candidates[cell]
-                        once |= candidates[cell]
-                if once | filled != layout.full:
+            for number, unit in enumerate(layout.units):
+                once, twice = _places(unit, candidates)
+                if once | used[number] != full:
                     return
-                only = once & ~twice
-                if only:
+                if only := once & ~twice:
                     options = only & -only
                     chosen = next(cell for cell in unit if candidates[cell] & options)
                     break
-        row, col, box = layout.row[chosen], layout.col[chosen], layout.box[chosen]
         while options and len(found) < limit and nodes <= SEARCH_NODES:
             bit = options & -options
             options ^= bit
             cells[chosen] = bit.bit_length()
-            rows[row] ^= bit
-            cols[col] ^= bit
-            boxes[box] ^= bit
+            _toggle(used, of[chosen], bit)
             descend()
             cells[chosen] = 0
-            rows[row] ^= bit
-            cols[col] ^= bit
-            boxes[box] ^= bit
+            _toggle(used, of[chosen], bit)
 
     descend()
     return None if nodes > SEARCH_NODES and len(found) < limit else found
+
+
+def _places(unit: Sequence[int], candidates: Sequence[int]) -> tuple[int, int]:
+    """The digits that have a place in a unit's blanks, and those that have several."""
+    once = twice = 0
+    for cell in unit:
+        twice |= once & candidates[cell]
+        once |= candidates[cell]
+    return once, twice
 
 
 def technique_needed(puzzle: Sequence[Sequence[int]]) -> Technique:
@@ -210,46 +200,36 @@ def singles(cells: list[int], hidden: bool) -> Iterator[Step]:
     used = _used_digits(cells, layout)
     if used is None:
         return
-    rows, cols, boxes = used
     blanks = [cell for cell, digit in enumerate(cells) if not digit]
     while blanks:
-        candidates = dict.fromkeys(blanks, 0)
+        candidates = [0] * len(cells)
         step: Step | None = None
         for cell in blanks:
-            open_ = layout.full & ~(
-                rows[layout.row[cell]] | cols[layout.col[cell]] | boxes[layout.box[cell]]
-            )
+            row, col, box = layout.of[cell]
+            open_ = layout.full & ~(used[row] | used[col] | used[box])
+            candidates[cell] = open_
+            if not open_:
+                return
             if not open_ & (open_ - 1):
-                if not open_:
-                    return
                 step = Step(cell, open_.bit_length(), open_, None)
                 break
-            candidates[cell] = open_
         if step is None and hidden:
             step = _first_hidden_single(candidates, layout)
         if step is None:
             return
-        bit = 1 << (step.digit - 1)
         cells[step.cell] = step.digit
-        rows[layout.row[step.cell]] |= bit
-        cols[layout.col[step.cell]] |= bit
-        boxes[layout.box[step.cell]] |= bit
+        _toggle(used, layout.of[step.cell], 1 << (step.digit - 1))
         blanks.remove(step.cell)
         yield step
 
 
-def _first_hidden_single(candidates: dict[int, int], layout: Layout) -> Step | None:
-    """A digit with one place in a unit; `candidates` maps each blank cell to its digits."""
+def _first_hidden_single(candidates: Sequence[int], layout: Layout) -> Step | None:
+    """A digit with one place in a unit; `candidates` has those of each blank, else 0."""
     for number, unit in enumerate(layout.units):
-        once = twice = 0
-        for cell in unit:
-            open_ = candidates.get(cell, 0)
-            twice |= once & open_
-            once |= open_
-        only = once & ~twice
-        if only:
+        once, twice = _places(unit, candidates)
+        if only := once & ~twice:
             bit = only & -only
-            cell = next(cell for cell in unit if candidates.get(cell, 0) & bit)
+            cell = next(cell for cell in unit if candidates[cell] & bit)
             return Step(cell, bit.bit_length(), candidates[cell], number)
     return None
 
@@ -402,8 +382,8 @@ def _refined_colours_9x9(board: np.ndarray) -> str:
     Rows and columns are one kind of node, so transposing changes nothing; sums of mixed
     colours stand for multisets, so neither does any order.
     """
-    layout = layout_of(81)
-    row, col, box = np.array(layout.row), np.array(layout.col), np.array(layout.box)
+    row, col = np.divmod(np.arange(81), 9)
+    box = row // 3 * 3 + col // 3
     clue = board > 0
     cells = np.where(clue, np.uint64(2), np.uint64(1))
     for _ in range(_WL_ROUNDS):

@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-Lines = Literal["solid", "dashed", "boxes"]
-
-RANDOM = "random"
-"""The colour that is drawn anew for every picture."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a picture is drawn, all sizes in pixels.
-
-    Attributes:
-        cell_size: side of a cell.
-        font_size: of the digits.
-        margin: around the grid.
-        jitter: a digit is shifted by up to this much, each way.
-        rotation: a digit is turned by up to so many degrees, either way.
-        noise: standard deviation of Gaussian noise, in grey levels of 0 to 255.
-        contrast: 1 as drawn, towards 0 faded into the paper.
-        ink, paper: `#rrggbb` or `RANDOM`.
-        lines: all, all dashed, or those around boxes only.
-    """
-
-    cell_size: int
-    font_size: int
-    margin: int
-    jitter: int
-    rotation: float
-    noise: float
-    contrast: float
-    ink: str
-    paper: str
-    lines: Lines
-
-    def side(self, size: int) -> int:
-        """Width and height of the picture of a grid of that size."""
-        return size * self.cell_size + 2 * self.margin
+from tasks.drawing import RANDOM, font, rgb, to_png
+from tasks.sudoku_knobs import SudokuSpec
+from tasks.sudoku_puzzle import Grid
 
 
-def render(puzzle: Sequence[Sequence[int]], look: Look, rng: np.random.Generator) -> bytes:
-    """A PNG of the puzzle, RGB, `look.side(len(puzzle))` pixels square."""
+def render(puzzle: Grid, look: SudokuSpec, rng: np.random.Generator) -> bytes:
+    """A PNG of the puzzle, RGB, `look.side` pixels square."""
     ink, paper = _colours(look, rng)
-    size = len(puzzle)
-    side = look.side(size)
-    coverage = _line_coverage(size, look.cell_size, look.margin, look.lines).copy()
-    for r, c in product(range(size), repeat=2):
+    coverage = _line_coverage(look.size, look.cell_size, look.margin, look.lines).copy()
+    for r, c in product(range(look.size), repeat=2):
         if not puzzle[r][c]:
             continue
         glyph = _glyph(puzzle[r][c], look.font_size)
         if look.rotation:
-            angle = float(rng.uniform(-look.rotation, look.rotation))
-            glyph = _turned(glyph, angle)
+            glyph = _turned(glyph, float(rng.uniform(-look.rotation, look.rotation)))
         shift = rng.integers(-look.jitter, look.jitter + 1, size=2) if look.jitter else (0, 0)
         top = look.margin + r * look.cell_size + (look.cell_size - glyph.shape[0] + 1) // 2
         left = look.margin + c * look.cell_size + (look.cell_size - glyph.shape[1] + 1) // 2
@@ -70,21 +30,19 @@ def render(puzzle: Sequence[Sequence[int]], look: Look, rng: np.random.Generator
     # [side, side, 1] * [3]
     pixels = paper + (look.contrast / 255.0) * coverage[:, :, None] * (ink - paper)
     if look.noise:
-        pixels = pixels + look.noise * rng.standard_normal((side, side, 3), dtype=np.float32)
-    rgb = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
+        pixels = pixels + look.noise * rng.standard_normal(pixels.shape, dtype=np.float32)
     # Noise does not compress; trying hard would take longer than all the rest.
-    Image.fromarray(rgb).save(file, format="PNG", compress_level=1 if look.noise else 6)
-    return file.getvalue()
+    image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    return to_png(image, compress_level=1 if look.noise else 6)
 
 
-def _colours(look: Look, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _colours(look: SudokuSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(ink, paper), float32 [3] in 0..255; random ones are far enough apart to be read."""
 
     def draw(colour: str) -> np.ndarray:
         if colour == RANDOM:
             return rng.integers(256, size=3).astype(np.float32)
-        return np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)], dtype=np.float32)
+        return np.array(rgb(colour), dtype=np.float32)
 
     brightness = np.array([0.299, 0.587, 0.114], dtype=np.float32)
     for _ in range(64):
@@ -122,16 +80,10 @@ def _line_coverage(size: int, cell_size: int, margin: int, lines: str) -> np.nda
 @lru_cache(maxsize=512)
 def _glyph(digit: int, font_size: int) -> np.ndarray:
     """float32 [h, w]: a digit's ink coverage (0..255), cut to its bounds."""
-    font = _font(font_size)
-    left, top, right, bottom = (int(edge) for edge in font.getbbox(str(digit)))
+    left, top, right, bottom = (int(edge) for edge in font(font_size).getbbox(str(digit)))
     image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), str(digit), fill=255, font=font)
+    ImageDraw.Draw(image).text((-left, -top), str(digit), fill=255, font=font(font_size))
     return np.asarray(image, dtype=np.float32)
-
-
-@lru_cache(maxsize=64)
-def _font(font_size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=font_size)
 
 
 def _turned(glyph: np.ndarray, degrees: float) -> np.ndarray:
@@ -142,10 +94,8 @@ def _turned(glyph: np.ndarray, degrees: float) -> np.ndarray:
 
 def _draw(coverage: np.ndarray, glyph: np.ndarray, top: int, left: int) -> None:
     """Lay a glyph over the coverage in place, cut at the image's edges."""
-    height, width = coverage.shape
-    top_in, left_in = max(top, 0), max(left, 0)
-    bottom_in = min(top + glyph.shape[0], height)
-    right_in = min(left + glyph.shape[1], width)
-    target = coverage[top_in:bottom_in, left_in:right_in]
-    inside = glyph[top_in - top : bottom_in - top, left_in - left : right_in - left]
+    first_row, first_column = max(-top, 0), max(-left, 0)
+    target = coverage[max(top, 0) :, max(left, 0) :]
+    inside = glyph[first_row:, first_column:][: target.shape[0], : target.shape[1]]
+    target = target[: inside.shape[0], : inside.shape[1]]
     np.maximum(target, inside, out=target)

@@ -12,7 +12,6 @@ from tasks.sudoku_puzzle import (
     flat,
     layout_of,
     singles,
-    units_of,
 )
 
 
@@ -62,16 +61,10 @@ def _steps(puzzle: Sequence[Sequence[int]], solution: Sequence[Sequence[int]]) -
         yield from singles(cells, hidden=True)
         if 0 not in cells:
             return
-        cell, options = _fewest_candidates(cells)
+        open_ = {cell: candidates_of(cells, cell) for cell, digit in enumerate(cells) if not digit}
+        cell = min(open_, key=lambda blank: open_[blank].bit_count())
         cells[cell] = truth[cell]
-        yield Step(cell, truth[cell], options, None)
-
-
-def _fewest_candidates(cells: Sequence[int]) -> tuple[int, int]:
-    blanks = [cell for cell, digit in enumerate(cells) if not digit]
-    options = {cell: candidates_of(cells, cell) for cell in blanks}
-    chosen = min(blanks, key=lambda cell: options[cell].bit_count())
-    return chosen, options[chosen]
+        yield Step(cell, truth[cell], open_[cell], None)
 
 
 def _why(cells: list[int], step: Step, layout: Layout) -> str:
@@ -92,7 +85,7 @@ def _why(cells: list[int], step: Step, layout: Layout) -> str:
         )
     have = [
         f"{_unit_name(unit, size)} has {_listed(_placed(cells, layout.units[unit]))}"
-        for unit in units_of(step.cell, layout)
+        for unit in layout.of[step.cell]
     ]
     text = f"{name}. {'; '.join(have).capitalize()}. "
     options = digits_of(step.candidates)
@@ -134,7 +127,7 @@ def _failed_trial(cells: list[int], cell: int, digit: int, layout: Layout) -> st
 
 def _blocker(cells: Sequence[int], cell: int, digit: int, layout: Layout) -> str:
     """Which of a cell's units already holds the digit."""
-    for kind, unit in zip(("row", "column", "box"), units_of(cell, layout), strict=True):
+    for kind, unit in zip(("row", "column", "box"), layout.of[cell], strict=True):
         if any(cells[other] == digit for other in layout.units[unit]):
             return kind
     raise AssertionError(f"digit {digit} is not excluded from cell {cell}")

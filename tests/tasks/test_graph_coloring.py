@@ -105,13 +105,13 @@ def test_edges_can_be_read_off_a_tiny_picture() -> None:
     for seed in range(40):
         spec = GraphColoringSpec(vertices=4 + seed % 4, **SMALL)
         made = TASK.generate(np.random.default_rng(seed), spec)
-        n, look, grey = spec.vertices, spec.look(), pixels(made.image)
+        n, look, grey = spec.vertices, spec, pixels(made.image)
         assert grey.shape == (64, 64)
         angles = 2 * np.pi * np.arange(n) / n
         at = 32 + look.radius * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
         seen = set()
         for i, j in combinations(range(n), 2):
-            inside = look.node_size / np.linalg.norm(at[i] - at[j]) / 2 + 0.05
+            inside = look.diameter / np.linalg.norm(at[i] - at[j]) / 2 + 0.05
             points = at[i] + np.linspace(inside, 1 - inside, 64)[:, None] * (at[j] - at[i])
             columns, rows = np.floor(points).astype(int).T
             if grey[rows, columns].max() < 170:
@@ -129,23 +129,23 @@ def test_placements_are_legible(layout: str, crossings: str) -> None:
     spec = GraphColoringSpec(
         vertices=8, density=0.4, layout=layout, crossings=crossings, jitter=4, canvas=320
     )
-    look = spec.look()
+    look = spec
     for seed in range(2):
         rng = np.random.default_rng(seed)
         edges = draw_graph(rng, 8, None, 0.4, None, "any")
         at = place(rng, 8, edges, look)
-        assert (at >= look.node_size / 2).all() and (at <= 320 - look.node_size / 2).all()
+        assert (at >= look.diameter / 2).all() and (at <= 320 - look.diameter / 2).all()
         for u, v in combinations(range(8), 2):
-            assert np.linalg.norm(at[u] - at[v]) > look.node_size
+            assert np.linalg.norm(at[u] - at[v]) > look.diameter
         for (i, j), v in product(edges, range(8)):
             if v not in (i, j):
-                assert distance_to_segment(at[v], at[i], at[j]) > look.node_size / 2
+                assert distance_to_segment(at[v], at[i], at[j]) > look.diameter / 2
 
 
 @pytest.mark.parametrize("layout", ["circle", "spring", "random"])
 def test_crossings_knob_orders_the_drawings(layout: str) -> None:
     def crossings(wish: str) -> int:
-        look = GraphColoringSpec(vertices=7, layout=layout, crossings=wish).look()
+        look = GraphColoringSpec(vertices=7, layout=layout, crossings=wish)
         total = 0
         for seed in range(3):
             edges = draw_graph(np.random.default_rng(seed), 7, 11, 0.5, None, "planar")
@@ -210,7 +210,7 @@ def test_reasoning_knobs_leave_the_drawing_alone() -> None:
     corner = np.s_[:8, :8]  # no vertex or edge gets there
     a, b = (np.asarray(Image.open(io.BytesIO(p.image)))[corner] for p in (one, other))
     assert (a == b).all()
-    looks = [GraphColoringSpec(edges=edges, **dressed).look() for edges in (6, 9)]
+    looks = [GraphColoringSpec(edges=edges, **dressed) for edges in (6, 9)]
     at = [
         place(np.random.default_rng(0), 6, [(i, j) for i, j in p.truth["edges"]], look)
         for p, look in zip((one, other), looks, strict=True)
