@@ -27,7 +27,8 @@ from cluster.record.terminal import printable
 from tasks.contract import check_task
 from tasks.core import DataError, Problem, Task
 from tasks.dataset_import import import_rows
-from tasks.datasets import ResponseStyle, read_examples, write_dataset
+from tasks.dataset_write import ResponseStyle, write_dataset
+from tasks.datasets import read_examples
 from tasks.files import put
 from tasks.images import check_image, content_hash
 from tasks.load import BUILT_IN, load_task

@@ -9,21 +9,13 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tasks.core import DataError, Problem, Task
-from tasks.datasets import (
-    SOURCE_COLUMNS,
-    SplitWriter,
-    as_text,
-    file_hash,
-    open_parquet,
-    parquet_rows,
-    question_of,
-    staged,
-    write_manifest,
-)
+from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
+from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
 from tasks.images import check_image
 from tasks.split_names import side_of, split_of_file, tells_side
 
@@ -73,7 +65,7 @@ def import_rows(
     with staged(Path(out), files, overwrite) as stage:
         for split in sorted(files, key=lambda name: side_of(name) == "train"):
             held_out = side_of(split) == "test"
-            with SplitWriter(stage, split, task) as writer:
+            with closing(SplitWriter(stage, split, task)) as writer:
                 for name, file in files[split].items():
                     for place, row in _source_rows(file):
                         try:

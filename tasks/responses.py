@@ -49,12 +49,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core import SEGMENTS, Parsed, Problem, Segment, Task
+from tasks.core import SEGMENTS, Parsed, Segment
 
 Read = tuple[Any | None, tuple[str, ...]]
 """What a segment says: (value, ()) or (None, defects)."""
@@ -70,7 +69,7 @@ JSON_MAX_DIGITS = 18
 """A longer number is `bad_number`; 18 digits fit int64."""
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
-_TAG = re.compile(r"<(/?)(perception|reasoning|answer)>")
+TAG = re.compile(r"<(/?)(perception|reasoning|answer)>")
 _BRACKET_OR_STRING_MARK = re.compile(r'[\[\]{}"\\\n]')
 _OPENER = {"]": "[", "}": "{"}
 
@@ -114,78 +113,9 @@ def line_ends(text: str, end: int) -> str:
     return "\n\n" if text.startswith("\n\n", end) else "\n"
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a policy writes a perception: in tags, or as JSON in the public data sets' style.
-
-    Attributes:
-        json: whether it is a JSON block without tags.
-        key: where the block is an object, under which key the perception is.
-        fence: what opens a block of code around it.
-        after: the line ends after it.
-    """
-
-    json: bool = False
-    key: str = ""
-    fence: str = ""
-    after: str = "\n"
-
-
-def form_of(task: Task, responses: Iterable[str]) -> Form:
-    """The form of most responses whose perception can be read; tags where there is none."""
-    found = Counter(form for text in responses if (form := _form(task, text)) is not None)
-    return found.most_common(1)[0][0] if found else Form()
-
-
-def oracle_prefix_in(form: Form, task: Task, problem: Problem) -> str:
-    """`task.oracle_prefix(problem)` in a policy's form.
-
-    As the task has it where that cannot be: it would not read the same `p*` from it.
-    """
-    own = task.oracle_prefix(problem)
-    if form == Form():
-        return own
-    true = task.parse(own).perception
-    made = own.rstrip("\n") + form.after if _TAG.search(own) is not None else own
-    if form.json and true is not None:
-        try:
-            value = _as_json(true)
-            text = json.dumps({form.key: value} if form.key else value)
-        except TypeError:  # a task's own class
-            return own
-        made = form.fence + text + form.after
-    return made if task.parse(made).perception == true else own
-
-
-def _form(task: Task, text: str) -> Form | None:
-    parsed = task.parse(text)
-    if parsed.perception is None or "perception" not in parsed.spans:
-        return None
-    start, end = parsed.spans["perception"]
-    after, block = line_ends(text, end), without_preamble(text[start:end])
-    value, _ = read_json(block)
-    if value is None:
-        return Form(after=after)
-    before = text[: end - len(block)]
-    fence = re.search(r"```[a-z]*\n$", before)
-    keys = [
-        key
-        for key, inner in (value.items() if isinstance(value, dict) else ())
-        if task.parse(json.dumps({key: inner})).perception == parsed.perception
-    ]
-    return Form(True, keys[0] if keys else "", fence[0] if fence else "", after)
-
-
-def _as_json(value: Any) -> Any:
-    """A perception's tuples and sets as lists, the sets in order."""
-    if isinstance(value, set | frozenset):
-        return [_as_json(item) for item in sorted(value)]
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def split_response(text: str) -> Split:
     """Find the segments of a response; see the module's docstring for the rules."""
-    if _TAG.search(text) is None:
+    if TAG.search(text) is None:
         return _split_json_style(text)
     spans: dict[Segment, tuple[int, int]] = {}
     inner: dict[Segment, tuple[int, int]] = {}
@@ -209,8 +139,8 @@ def split_response(text: str) -> Split:
 
     current: tuple[Segment, int, int] | None = None  # segment, start and end of its opening tag
     done = 0  # everything before this character is accounted for
-    for tag in _TAG.finditer(text):
-        segment = _segment(tag[2])
+    for tag in TAG.finditer(text):
+        segment = SEGMENTS[SEGMENTS.index(tag[2])]
         closing = tag[1] == "/"
         if current is not None:
             name, start, start_inner = current
@@ -277,7 +207,7 @@ def without_preamble(segment: str) -> str:
 
     A segment in tags is returned as it is: a strict reader leaves no room for prose in it.
     """
-    if _TAG.search(segment) is not None:
+    if TAG.search(segment) is not None:
         return segment
     blocks = _json_blocks(segment)
     return segment[blocks[0][0] :] if blocks else segment
@@ -316,11 +246,6 @@ def read_json(text: str) -> tuple[Any | None, tuple[str, ...]]:
     if not isinstance(value, list | dict):
         return None, ("bad_json",)
     return value, ()
-
-
-def _segment(name: str) -> Segment:
-    """A tag's name as a `Segment`."""
-    return SEGMENTS[SEGMENTS.index(name)]
 
 
 def _split_json_style(text: str) -> Split:

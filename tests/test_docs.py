@@ -27,7 +27,8 @@ from rollout.dispatch import Dispatch, Job, PoolLimits
 from rollout.record import Group, Rollout
 from tasks.core import SEGMENTS
 from tasks.dataset_import import import_rows
-from tasks.datasets import read_examples, write_dataset
+from tasks.dataset_write import write_dataset
+from tasks.datasets import read_examples
 from tasks.load import load_task
 from tasks.splits import draw_problem, split_of
 from tests.support.pretend import request

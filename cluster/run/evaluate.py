@@ -22,7 +22,7 @@ from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from rollout.settings import ModelConfig, SamplerConfig
 from tasks.core import Problem
-from tasks.responses import form_of, oracle_prefix_in
+from tasks.response_form import form_of, oracle_prefix_in
 from tasks.settings import TaskConfig
 
 PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 from cluster.recipe.recipe import Recipe, check_recipe
-from tasks.datasets import write_dataset
+from tasks.dataset_write import write_dataset
 from tasks.load import load_task
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from tasks import datasets
+from tasks import dataset_write
 from tasks.core import DataError, Problem, Style
 from tasks.dataset_import import import_rows
-from tasks.datasets import SCHEMA, read_dataset, read_examples, write_dataset
+from tasks.dataset_write import write_dataset
+from tasks.datasets import SCHEMA, read_dataset, read_examples
 from tasks.load import load_task
 from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
@@ -297,7 +298,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, after: int) -> None
 def test_killed_at_any_moment_a_data_set_is_the_old_one_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "flush", lambda _: None)
+    monkeypatch.setattr(dataset_write, "flush", lambda _: None)
 
     def old(at: Path) -> Path:
         return written(at, splits={"train": 4, "test": 2})

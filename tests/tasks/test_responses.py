@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from tasks.core import SEGMENTS
 from tasks.load import load_task
+from tasks.response_form import Form, form_of, oracle_prefix_in
 from tasks.responses import (
     JSON_MAX_DEPTH,
-    Form,
     Split,
     compose_response,
-    form_of,
     oracle_prefix,
-    oracle_prefix_in,
     parse_response,
     read_json,
     split_response,
