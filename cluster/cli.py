@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
 from cluster.recipe.machine import told
 from cluster.recipe.placement import Command, Machine, describe, plan
@@ -42,8 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models = typer.Typer(help="Tiny policies made from the real config classes.", no_args_is_help=True)
-app.add_typer(models, name="models")
+app.add_typer(models_app, name="models")
 
 OptionalRecipe = Annotated[
     Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
@@ -279,22 +279,6 @@ def ablate(
         load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference
     )
     raise typer.Exit(code)
-
-
-@models.command()
-def make(
-    family: Annotated[Literal["qwen3_vl", "qwen2_5_vl", "internvl", "idefics3"], typer.Argument()],
-    out: Annotated[Path, typer.Option(help="Folder to write")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
-) -> None:
-    """Write a tiny policy with random weights, its tokenizer and its processor."""
-    from cluster.recipe.machine import require_free
-    from learner.tiny import make_tiny
-
-    require_free(out, "--out")
-    sizes = make_tiny(family, out, seed)
-    shown = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
-    print(f"{out}: {shown}")
 
 
 @app.command(

