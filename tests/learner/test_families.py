@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from cluster.cli import make
+from cluster.models_cli import make
 from learner.batch import TrainBatch, TrainSequence
 from learner.families import FAMILIES, TINY, family_of
 from learner.families.base import PARTS, Family, MRopeFamily
