@@ -17,9 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from cluster.recipe.recipe import Recipe, load_recipe
-from cluster.record.metrics import step_metrics
-from cluster.record.tracking import Progress
+from cluster.record.terminal import Progress
 from cluster.run.runtime import Run, running
+from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from cluster.run.train import StepClock, anchored, policy_loss, train_batches
 

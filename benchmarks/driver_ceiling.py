@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.score_rollouts import made_up
 from cluster.recipe.recipe import Recipe
-from cluster.record.metrics import step_metrics
+from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.record.stored import read_groups, stored_steps
-from cluster.record.tracking import read_metrics
+from cluster.record.stored import read_groups, read_metrics, stored_steps
 from cluster.run.runtime import connected
 from rewards.pool import RewardPool
 from rewards.settings import RewardTermConfig

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import json
 import re
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.recipe.problems import left_out
 from cluster.recipe.recipe import load_recipe
-from cluster.record.metrics import EvalPass, eval_table, step_metrics
-from cluster.record.tracking import METRIC_SCHEMA, ROLLOUT_SCHEMA
-from rewards.compose import Composition, compose_groups
+from cluster.record.folder import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.judge import JudgeSettings
 from rewards.settings import RewardConfig
-from rewards.terms import BUILT_IN, Outcome, load_term
-from rollout.dispatch import Dispatch, Job, PoolLimits
+from rewards.terms import BUILT_IN, load_term
 from rollout.record import Group, Rollout
-from tasks.core import SEGMENTS
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset
 from tasks.datasets import read_examples
 from tasks.load import load_task
 from tasks.splits import draw_problem, split_of
-from tests.support.pretend import request
-from tests.support.toys import TASK, Misbehaves, group, score
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("tasks", "rollout", "rewards", "learner", "cluster")
@@ -111,111 +102,6 @@ def test_the_columns_of_the_run_folder() -> None:
     text = DOCS["runs.md"].split("Columns of the rollouts")[1].split("\n\n")[1]
     assert first_column(text) == ROLLOUT_SCHEMA.names
     assert ", ".join(f"`{name}`" for name in METRIC_SCHEMA.names) in DOCS["runs.md"]
-
-
-def made_by_scoring() -> set[str]:
-    """Names of a step's metrics and of an evaluation with every pass, on hand-made groups."""
-    groups = [group(1, "1;2;", "1;3;", "2;4;x"), group(2, "2;4;", "3;6;"), group(0, "0;0;")]
-    composition = Composition({"outcome": 1.0, "nan": 0.0}, on_failure={"nan": "drop_group"})
-    scored = compose_groups(
-        groups, [score(g, Outcome(), Misbehaves("nan")) for g in groups], composition
-    )
-    passes: dict[EvalPass, list[Group]] = {
-        "greedy": [group(1, "1;2;x")],
-        "sampled": [group(1, "1;2;", "1;3;")],
-        "oracle": [group(1, "1;2;")],
-        "oracle_blank": [group(1, "1;2;")],
-        "blind": [group(1, ";3;")],
-    }
-    rows = eval_table(TASK, passes).rows
-    return set(step_metrics(scored, 7)) | {f"eval/{TASK.name}/{row.metric}" for row in rows}
-
-
-def made_by_the_learner() -> set[str]:
-    """Names of an update's metrics under every loss, on one hand-made micro-batch."""
-    import torch
-
-    from learner.batch import Tokens, TrainBatch
-    from learner.correction import Correction
-    from learner.engine import DeepSpeedLearner, _summary
-    from learner.losses import BalancedLoss, TokenMeanLoss, token_statistics
-    from learner.policy_loss import Papo, PolicyLoss
-
-    values = torch.linspace(-2, -1, 4)
-    one = torch.zeros(4, dtype=torch.long)
-    tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4), one)
-    every_term = PolicyLoss(
-        entropy_weight=1, kl_weight=1, entropy_weights=dict.fromkeys(SEGMENTS, 1.0),
-        papo=Papo(1, 1), correction=Correction("icepop", 5.0, 0.5),
-    )  # fmt: skip
-    names = set()
-    by_update = set(
-        re.findall(r'metrics\["(\w+)"\] = ', inspect.getsource(DeepSpeedLearner.update))
-    )
-    for loss, prefix in (
-        (every_term, "learner"),
-        (BalancedLoss(), "sft"),
-        (TokenMeanLoss(), "sft"),
-    ):
-        found = {f"sum/loss/{name}": 0.0 for name in loss.denominators(TrainBatch(()))}
-        found |= token_statistics(values, -values, tokens, loss)
-        found |= {"sum/padded": 8.0, "sum/kept": 4.0, "sum/shared": 2.0}
-        names |= {f"{prefix}/{name}" for name in {*_summary(found), *by_update}}
-    return names
-
-
-def made_by_the_drivers() -> set[str]:
-    """Names of clock and transfer, and those that the drivers write out as text."""
-    from cluster.recipe.recipe import Recipe
-    from cluster.run.budget import Spent
-    from cluster.run.refill import Refilled
-    from cluster.run.sft import balance_metrics
-    from cluster.run.stream import GroupStream
-    from cluster.run.train import StepClock, sampler_metrics, transfer_metrics
-    from learner.balance import SegmentGradients
-    from rollout.transfer import TransferReport
-    from tests.support.simulated_pool import SimulatedPool
-
-    clock = StepClock({})
-    for phase in re.findall(r'clock\.lap\("(\w+)"\)', (ROOT / "cluster/run/train.py").read_text()):
-        clock.lap(phase)
-    names = set(clock.metrics([], [], [], {})) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
-    names |= {"curriculum/sudoku/share", "curriculum/sudoku/success"}
-    narrow: Any = SimpleNamespace(label="sudoku", left_out={"train": 1})
-    names |= set(left_out([narrow]))
-    names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
-    pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
-    pool.add([Job(request("g"), submitted=True)], 0.0)
-    pool.started("sampler-0", 0, 50, 0.0)
-    pool.lost("sampler-0", 0, "actor", "gone", 1.0)
-    counted: Any = SimpleNamespace(counts=lambda: pool.counts(2.0))
-    run: Any = SimpleNamespace(samplers=counted, frozen={"m": counted})
-    names |= set(sampler_metrics(run))
-    plain = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
-    names |= set(GroupStream(Recipe.model_validate(plain), [], SimulatedPool(1, [1.0])).metrics())
-    counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
-    updated = {f"tokens/{name}": n for name, n in counts.items()}
-    names |= set(balance_metrics(updated, 0.5, SegmentGradients(1.0, 1.0, 0.0)))
-    names.add("throughput/learner_tokens_per_second")
-    names |= {"reward/judge/calls/requests", "reward/judge/calls/failures/timeout"}
-    for file in ("cluster/run/train.py", "cluster/run/sft.py", "learner/warmup.py"):
-        for name in re.findall(
-            r'"((?:policy|sft|warmup|learner|reward)/[\w{}/]*\w)"', (ROOT / file).read_text()
-        ):
-            names.add(re.sub(r"{\w+}", "sudoku", name))
-    return names
-
-
-def test_every_metric_is_documented_and_no_other() -> None:
-    made = made_by_scoring() | made_by_the_learner() | made_by_the_drivers()
-    documented = [name for name in first_column(DOCS["metrics.md"]) if "/" in name]
-    patterns = {
-        name: re.compile(re.sub(r"<\w+>", r"[^/]+", re.escape(name).replace(r"\<", "<")))
-        for name in documented
-    }
-    assert len(made) > 80
-    assert {n for n in made if not any(p.fullmatch(n) for p in patterns.values())} == set()
-    assert {d for d, p in patterns.items() if not any(p.fullmatch(n) for n in made)} == set()
 
 
 @pytest.fixture

@@ -322,7 +322,7 @@ def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
 
 def last_step_of(run: Path, command: CellCommand) -> int:
     """The last step that a run which goes on has left something of."""
-    from cluster.record.tracking import last_logged_step
+    from cluster.record.stored import last_logged_step
 
     try:
         if command == "train":

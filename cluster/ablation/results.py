@@ -38,7 +38,7 @@ from cluster.ablation.statistics import (
     reach,
     seed_interval,
 )
-from cluster.record.tracking import read_metrics
+from cluster.record.stored import read_metrics
 from rewards.intervals import by_puzzle
 
 RESULT_SCHEMA = pa.schema(

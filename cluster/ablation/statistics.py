@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from cluster.record.metrics import paired_p
+from cluster.record.evaluation import paired_p
 from rewards.intervals import Z95, by_puzzle, mean_interval, score_interval, wilson
 
 LEVEL = 0.95

@@ -104,7 +104,7 @@ class AlgorithmConfig(Section):
     curriculum: CurriculumConfig = CurriculumConfig()
     on_mismatch: Literal["warn", "stop"] = "warn"
     """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
-    run with an error (the limits: `mismatch` in `cluster/record/metrics.py`)."""
+    run with an error (the limits: `cluster/record/mismatch.py`)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.recipe.recipe import Recipe, resolved_toml
-from cluster.record.metrics import EvalTable
+from cluster.record.evaluation import EvalTable
 
 
 def model_card(recipe: Recipe, summary: Mapping[str, Any], tables: Mapping[str, EvalTable]) -> str:

@@ -1,6 +1,6 @@
-"""A run's rollouts read back: the scores alone, or whole groups that can be scored again.
+"""The reading end of a run folder: metrics, scores alone, or groups that can be scored again.
 
-Shapes: G rollouts in a group. `Tracker.log_rollouts` wrote what is read here.
+Shapes: G rollouts in a group. `tracker.py` wrote what is read here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.record.tracking import ROLLOUT_SCHEMA, TOKEN_ARRAYS, by_name, read_metrics
+from cluster.record.folder import (
+    METRIC_SCHEMA,
+    ROLLOUT_COLUMNS,
+    ROLLOUT_SCHEMA,
+    TOKEN_ARRAYS,
+    TRUTH_COLUMNS,
+    by_name,
+    metric_parts,
+    step_file,
+)
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure
 from rollout.record import Group, Rollout
@@ -28,23 +37,14 @@ from tasks.load import load_task
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
-TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
 SCORE_COLUMNS = (
     *("group_id", "step", "task", "symmetry_key", "defects", "terms", "total", "zero_variance"),
     *("dropped", "failures", *TRUTH_COLUMNS),
 )
 GROUP_COLUMNS = (
-    *("rollout_id", "problem_id", "kind", "view", "prompt", "true_perception", "truth", "knobs"),
-    *("image_sha256", "prompt_ids", "response_ids", "logprobs", "versions"),
-    *("segments", "prefix", "text", "finish_reason", "seconds", "sampler"),
+    *("problem_id", "prompt", "true_perception", "truth", "knobs", "image_sha256"),
+    *ROLLOUT_COLUMNS,
 )
-TOKEN_COLUMNS = {
-    "prompt_ids": np.int32,
-    "response_ids": np.int32,
-    "logprobs": np.float32,
-    "versions": np.int32,
-    "segments": np.int8,
-}
 _STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 _FAILURE = re.compile(rf"(.*?): ({'|'.join(get_args(FailureKind))}): (.*)", re.DOTALL)
 
@@ -89,6 +89,43 @@ class StoredGroup:
 
     group: Group
     scores: StoredScores
+
+
+def read_metrics(run_dir: Path | str) -> pa.Table:
+    """All metrics of a run (`METRIC_SCHEMA`), running, ended or crashed.
+
+    Where a step was logged twice (a resumed run repeats the step it crashed in), the later
+    value stands. Raises FileNotFoundError for a folder that holds no metrics.
+    """
+    whole = Path(run_dir) / "metrics.parquet"
+    files = [*([whole] if whole.exists() else []), *metric_parts(Path(run_dir))]
+    if not files:
+        raise FileNotFoundError(f"{run_dir}: no metrics.parquet and no metrics/part-*.parquet")
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for file in files:
+        for row in pq.read_table(file, schema=METRIC_SCHEMA).to_pylist():
+            rows[row["step"], row["name"]] = row
+    return pa.Table.from_pylist(list(rows.values()), schema=METRIC_SCHEMA)
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """The step that a run which goes on logged last; 0 where it logged none yet.
+
+    Raises OSError where a part of the metrics cannot be read, as when it was just joined.
+    """
+    parts = metric_parts(run_dir)
+    return max(pq.read_table(parts[-1], columns=["step"])["step"].to_pylist()) if parts else 0
+
+
+def read_rollouts(run_dir: Path | str, step: int) -> pa.Table:
+    """The rollouts of a step (`ROLLOUT_SCHEMA`), in scoring order.
+
+    Raises FileNotFoundError for a step without rollouts.
+    """
+    file = _file(run_dir, step)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: this run holds no rollouts of step {step}")
+    return pq.read_table(file, schema=ROLLOUT_SCHEMA)
 
 
 def stored_steps(run_dir: Path | str) -> list[int]:
@@ -195,7 +232,7 @@ def _groups(
     """Each group of a step with its rows, which have the columns `more` as well."""
     file = _file(run_dir, step)
     tasks: dict[str, Task] = {}
-    for rows in _rows_by_group(file, (*SCORE_COLUMNS, *GROUP_COLUMNS, *more)):
+    for rows in _rows_by_group(file, tuple({*SCORE_COLUMNS, *GROUP_COLUMNS, *more})):
         name = rows[0]["task"]
         if name not in tasks:
             tasks[name] = _column(file, "task", load_task, name)
@@ -206,7 +243,7 @@ def _groups(
 
 
 def _file(run_dir: Path | str, step: int) -> Path:
-    return Path(run_dir) / "rollouts" / f"step-{step:06d}.parquet"
+    return step_file(Path(run_dir), "rollouts", step)
 
 
 def _rows_by_group(file: Path, columns: Sequence[str]) -> Iterator[list[Row]]:
@@ -274,14 +311,8 @@ def _failure(file: Path, text: str) -> TermFailure:
 def _diagnosis(rows: Sequence[Row]) -> Diagnosis | None:
     if any(row[name] is None for row in rows for name in TRUTH_COLUMNS):
         return None
-    return Diagnosis(
-        a=np.array([row["a"] for row in rows], bool),
-        a_p=np.array([row["a_p"] for row in rows], bool),
-        a_p_graded=np.array([row["a_p_graded"] for row in rows], np.float64),
-        self_consistency=np.array([row["self_consistency"] for row in rows], bool),
-        leak=np.array([row["leak"] for row in rows], bool),
-        defects=tuple(tuple(row["defects"]) for row in rows),
-    )
+    truth = {name: np.array([row[name] for row in rows]) for name in TRUTH_COLUMNS}
+    return Diagnosis(**truth, defects=tuple(tuple(row["defects"]) for row in rows))
 
 
 def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
@@ -298,9 +329,10 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
 
 
 def _rollout(task: Task, row: Row) -> Rollout:
-    names = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason")
-    fields: dict[str, Any] = {name: row[name] for name in (*names, "seconds", "sampler")}
-    fields |= {name: np.array(row[name], dtype) for name, dtype in TOKEN_COLUMNS.items()}
+    fields: dict[str, Any] = {name: row[name] for name in ROLLOUT_COLUMNS}
+    for name in TOKEN_ARRAYS:
+        dtype = ROLLOUT_SCHEMA.field(name).type.value_type.to_pandas_dtype()
+        fields[name] = np.array(row[name], dtype)
     return Rollout(**fields, parsed=task.parse(row["prefix"] + row["text"]))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.record.tracking import ROLLOUT_SCHEMA, by_name
+from cluster.record.folder import ROLLOUT_SCHEMA, by_name
 from cluster.report.charts import CELLS
 from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
 from tasks.figures import compared_words

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from cluster.recipe.machine import require_free
 from cluster.recipe.recipe import UserError
-from cluster.record.stored import not_kept
-from cluster.record.tracking import read_metrics
+from cluster.record.stored import not_kept, read_metrics
 from cluster.report.ablation_report import (
     ablation_to_parquet,
     build_ablation,

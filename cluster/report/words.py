@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from cluster.ablation.statistics import Estimate, asymmetry, crossed_interval
-from cluster.record.metrics import MISMATCH_LIMIT, counted
+from cluster.record.evaluation import counted
+from cluster.record.mismatch import MISMATCH_LIMIT
 from cluster.report.charts import Metrics, Series
 from rewards.advantages import is_constant
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
-from cluster.record.metrics import EvalTable
+from cluster.record.evaluation import EvalTable
 from cluster.run.budget import Spent, is_over
 from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 from rollout.buffer import BufferState

@@ -16,7 +16,7 @@ from rich.console import Console
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sections import EvalConfig
-from cluster.record.metrics import EvalPass, EvalTable, eval_table
+from cluster.record.evaluation import EvalPass, EvalTable, eval_table
 from cluster.run.standstill import unread_tables
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling

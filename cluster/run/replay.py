@@ -21,9 +21,9 @@ from cluster.recipe.placement import require_cluster
 from cluster.recipe.preflight import preflight
 from cluster.recipe.problems import step_problems
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
-from cluster.record.metrics import step_metrics
-from cluster.record.stored import not_kept, read_scored, stored_steps
-from cluster.record.tracking import Progress, Tracker, read_metrics
+from cluster.record.stored import not_kept, read_metrics, read_scored, stored_steps
+from cluster.record.terminal import Progress
+from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import changed_fields
 from cluster.run.keeping import Keeper
 from cluster.run.runtime import (
@@ -36,6 +36,7 @@ from cluster.run.runtime import (
     sampling_from,
 )
 from cluster.run.standstill import Standstill, unread_step
+from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import free_requests
 from cluster.run.train import (
     anchored,

@@ -21,7 +21,7 @@ from cluster.recipe.placement import frozen_models, require_cluster
 from cluster.recipe.preflight import preflight
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
-from cluster.record.tracking import Progress
+from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Position, Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.supervision import Delivery

@@ -14,7 +14,7 @@ import ray
 
 from cluster.recipe.placement import require_cluster
 from cluster.recipe.recipe import UserError
-from cluster.record.tracking import Progress
+from cluster.record.terminal import Progress
 from cluster.run.runtime import LivePolicy
 from tasks.files import put_text
 

@@ -26,8 +26,10 @@ from cluster.recipe.preflight import preflight
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe, resolved_toml
 from cluster.record.card import model_card
-from cluster.record.metrics import EvalTable
-from cluster.record.tracking import Progress, Tracker, read_metrics
+from cluster.record.evaluation import EvalTable
+from cluster.record.stored import read_metrics
+from cluster.record.terminal import Progress
+from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import Position, Resumed, stop_signal
 from cluster.run.evaluate import PASSES, evaluate_all
 from cluster.run.keeping import Keeper

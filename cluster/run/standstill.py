@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from cluster.record.metrics import TRUNCATED, EvalTable
+from cluster.record.evaluation import TRUNCATED, EvalTable
 
 LEAST_SHARE = 0.9
 """Of responses with one defect: from there on it is the form that is measured, and no skill."""

@@ -9,14 +9,17 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from cluster.recipe.machine import claimed, new_run_folder
 from cluster.recipe.problems import left_out
 from cluster.recipe.recipe import Recipe, RunFailed, resolved_toml
-from cluster.record.metrics import EvalTable, before_after, mismatch, pooled, step_metrics
-from cluster.record.tracking import Progress, Tracker, put_evaluation
+from cluster.record.evaluation import EvalTable, before_after, change_table, pooled
+from cluster.record.mismatch import mismatch
+from cluster.record.terminal import Progress
+from cluster.record.tracker import Tracker, put_evaluation
 from cluster.run.budget import Spent, is_over, run_share
 from cluster.run.checkpoints import Position, Resumed, stop_signal
 from cluster.run.curriculum import Curriculum
@@ -26,6 +29,7 @@ from cluster.run.refill import refill_step
 from cluster.run.runtime import LivePolicy, Run, running
 from cluster.run.scaling import scale_as_asked
 from cluster.run.standstill import Standstill
+from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
@@ -256,7 +260,7 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
 
 
 def tell_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
-    """Say it when sampler and learner disagree (`cluster.record.metrics.mismatch`), or end the run.
+    """Say it when sampler and learner disagree (`cluster.record.mismatch`), or end the run.
 
     Raises RunFailed under `algorithm.on_mismatch = "stop"`.
     """
@@ -344,13 +348,13 @@ def report_change(
         task: {
             "before": before[task].to_dict(),
             "after": after[task].to_dict(),
-            "change": change.to_dict(),
+            "change": {"rows": [asdict(row) for row in change]},
         }
         for task, change in changes.items()
     }
     put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
     for task, change in changes.items():
-        progress.console.print(change.to_rich(f"{task}: before and after"))
+        progress.console.print(change_table(change, f"{task}: before and after"))
 
 
 class StepClock:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from cluster.ablation.launch import LocalRunner
 from cluster.ablation.plan import Cell
-from cluster.record.tracking import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
+from cluster.record.folder import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
 
 TOY_BASE = """
 name = "base"

@@ -26,7 +26,8 @@ from cluster.ablation.results import SHARES
 from cluster.ablation.statistics import seed_interval
 from cluster.recipe.placement import Machine, plan
 from cluster.recipe.recipe import RecipeError
-from cluster.record.tracking import DEMONSTRATION_SCHEMA, Tracker
+from cluster.record.folder import DEMONSTRATION_SCHEMA
+from cluster.record.tracker import Tracker
 from cluster.report.ablation_report import build_ablation, read_ablation
 from cluster.report.run_report import run_report
 from learner.batch import TrainBatch, TrainSequence

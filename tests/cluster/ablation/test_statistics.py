@@ -29,7 +29,7 @@ from cluster.ablation.statistics import (
     seed_interval,
     smoothed,
 )
-from cluster.record.metrics import mcnemar
+from cluster.record.evaluation import mcnemar
 from rewards.intervals import wilson
 
 PROBLEMS = 512

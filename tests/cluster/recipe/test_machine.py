@@ -25,7 +25,7 @@ from cluster.names import other_than_ours
 from cluster.recipe import machine
 from cluster.recipe.machine import claimed, require_room
 from cluster.recipe.recipe import RunFailed, UserError, load_recipe
-from cluster.record.metrics import EvalTable
+from cluster.record.evaluation import EvalTable
 from cluster.run.keeping import Keeper
 from cluster.run.runtime import connected
 from cluster.run.train import save_and_measure
@@ -264,7 +264,7 @@ def test_policy_and_evaluation_outlive_a_full_disk(
     spare = tmp_path / "spare"
     spare.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spare))
-    table = EvalTable((), {"a": {"p1": 1.0}})
+    table = EvalTable({"a": {"p1": 1.0}})
     learner, run_folder = Learner(), small_disk / "run"
     run_folder.mkdir()
     with pytest.raises(RunFailed) as failed:

@@ -12,16 +12,15 @@ import pytest
 
 from cluster.ablation.results import RESULT_SCHEMA
 from cluster.recipe.sections import OutputConfig
-from cluster.record.stored import not_kept, read_groups, read_scores, stored_steps
-from cluster.record.tracking import (
+from cluster.record.folder import (
     DEMONSTRATION_SCHEMA,
     METRIC_SCHEMA,
     NAMED_VALUES,
     ROLLOUT_SCHEMA,
-    Tracker,
     by_name,
-    read_rollouts,
 )
+from cluster.record.stored import not_kept, read_groups, read_rollouts, read_scores, stored_steps
+from cluster.record.tracker import Tracker
 from cluster.report.diagnose import run_diagnose
 from cluster.report.rollouts import read_shown
 from cluster.report.run_report import FLAT_SCHEMA, read_run

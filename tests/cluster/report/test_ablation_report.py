@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from cluster.ablation.plan import Ablation, Cell, alpha_of, load_ablation, stored_ablation
 from cluster.cli import app
 from cluster.recipe.recipe import UserError
-from cluster.record.tracking import METRIC_SCHEMA, Tracker
+from cluster.record.folder import METRIC_SCHEMA
+from cluster.record.tracker import Tracker
 from cluster.report.ablation_report import (
     build_ablation,
     is_ablation,

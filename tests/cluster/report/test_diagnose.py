@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.cli import main
 from cluster.recipe.recipe import UserError
-from cluster.record.tracking import Tracker
+from cluster.record.tracker import Tracker
 from cluster.report.diagnose import load_scores, rescored_term, run_diagnose, sheets, task_reports
 from rewards.compose import Composition, compose_groups
 from rewards.coupling import coupling

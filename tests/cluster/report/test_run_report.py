@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,8 +23,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.record.metrics import EvalRow, EvalTable, before_after
-from cluster.record.tracking import Tracker
+from cluster.record.evaluation import EvalTable, before_after
+from cluster.record.tracker import Tracker
 from cluster.report.charts import CELLS, Series, evaluation_curves, plane, smoothed
 from cluster.report.page import to_html
 from cluster.report.plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_svg_file
@@ -103,13 +104,16 @@ def log_steps(tracker: Tracker, steps: int = 3) -> None:
 
 def table_of(**values: Sequence[float]) -> EvalTable:
     per = {m: {f"p{i}": float(v) for i, v in enumerate(vs)} for m, vs in values.items()}
-    rows = tuple(EvalRow(m, float(np.mean(vs)), len(vs), 0.0, 1.0) for m, vs in values.items())
-    return EvalTable(rows, per)
+    return EvalTable(per)
 
 
 def evaluation(before: EvalTable, after: EvalTable) -> dict[str, Any]:
     change = before_after(before, after)
-    return {"before": before.to_dict(), "after": after.to_dict(), "change": change.to_dict()}
+    return {
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "change": {"rows": [asdict(row) for row in change]},
+    }
 
 
 def coins(share: float, n: int = 200) -> list[float]:
@@ -151,7 +155,7 @@ def test_hostile_names_and_errors_are_inert(tmp_path: Path) -> None:
     bad = '"><script>alert(1)</script>\u202e$\\frac{'
     recipe = RECIPE.replace('"trial"', json.dumps(bad)).replace("Is it seeing?", "<b>&amp;\\u202e")
     with Tracker(tmp_path, recipe) as tracker:
-        tracker.log(1, {f"reward/{bad}/mean": 1.0, f"defects/{bad}": 2.0, f"time/{bad}": 1.0})
+        tracker.log(1, {f"reward/{bad}/mean": 1.0, f"defects/{bad}": 2.0, f"reward/{bad}/std": 1.0})
         tracker.log(2, {f"reward/{bad}/failures": 1.0, f"defects/{bad}": float("nan")})
     (tmp_path / "error.txt").write_text(f"Boom {bad}\nmore")
     (tmp_path / "evaluation.json").write_text(json.dumps({bad: SEEING, f"{bad}2": SEEING}))
@@ -343,7 +347,7 @@ def test_a_cold_start_has_one_column_and_no_verdict(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(tables))
     text = Page(write_report(tmp_path).read_text("utf-8")).text
     assert "Cold start of tiny-vlm on demonstrations of sudoku" in text
-    assert "0.250 [0.000, 1.000]" in text
+    assert "0.250 [0.195, 0.314]" in text
     assert "learnt" not in text.split("Learning curves")[0]
     assert "Before and after" not in text
     rows = pq.read_table(run_report(tmp_path, "parquet")).to_pylist()

@@ -15,7 +15,8 @@ import pytest
 
 from cluster.recipe.problems import step_problems
 from cluster.recipe.recipe import Recipe, load_recipe
-from cluster.record.tracking import Progress, read_metrics, read_rollouts
+from cluster.record.stored import read_metrics, read_rollouts
+from cluster.record.terminal import Progress
 from cluster.run.runtime import Run, running
 from cluster.run.stream import GroupStream
 from cluster.run.train import anchored, learning_rate, policy_loss, train_batches

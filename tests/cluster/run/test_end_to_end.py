@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from cluster.record.tracking import read_metrics, read_rollouts
+from cluster.record.stored import read_metrics, read_rollouts
 from tests.support.ray_heads import RAY, environment, ray_head
 from tests.support.real_runs import ROOT, TINY_SUDOKU
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.record.metrics import MISMATCH_LIMIT
-from cluster.record.tracking import read_metrics, read_rollouts
+from cluster.record.mismatch import MISMATCH_LIMIT
+from cluster.record.stored import read_metrics, read_rollouts
 from tests.support.live_driver import Driver
 
 GROUPS, SIZE = 4, 4

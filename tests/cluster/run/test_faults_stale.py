@@ -19,8 +19,7 @@ import torch
 
 from cluster.recipe.problems import open_sources, step_problems
 from cluster.recipe.recipe import Recipe, load_recipe
-from cluster.record.stored import read_scored, stored_steps
-from cluster.record.tracking import read_metrics, read_rollouts
+from cluster.record.stored import read_metrics, read_rollouts, read_scored, stored_steps
 from cluster.run.checkpoints import Position, newest
 from cluster.run.refill import extra_requests
 from cluster.run.scaling import ask

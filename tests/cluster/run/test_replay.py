@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
-from cluster.record.metrics import step_metrics
 from cluster.record.stored import read_scored
-from cluster.record.tracking import Tracker
+from cluster.record.tracker import Tracker
 from cluster.run.replay import recipe_to_sample, recorded
+from cluster.run.step_metrics import step_metrics
 from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup

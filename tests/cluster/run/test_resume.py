@@ -17,8 +17,8 @@ import pytest
 from cluster.cli import main
 from cluster.recipe.machine import claimed
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
-from cluster.record.metrics import EvalRow, EvalTable
-from cluster.record.tracking import read_metrics, read_rollouts
+from cluster.record.evaluation import EvalTable
+from cluster.record.stored import read_metrics, read_rollouts
 from cluster.run.budget import Spent
 from cluster.run.checkpoints import MAY_CHANGE, Position, newest, resume, stop_signal
 from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
@@ -56,7 +56,7 @@ every = 3
 """
 )
 
-TABLE = EvalTable((EvalRow("a", 0.5, 2, 0.1, 0.9),), {"a": {"p1": 1.0, "p2": 0.0}})
+TABLE = EvalTable({"a": {"p1": 1.0, "p2": 0.0}})
 
 
 def make_run(folder: Path, *steps: int) -> Path:

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
-from cluster.record.tracking import Tracker, read_metrics
+from cluster.record.stored import read_metrics
+from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import Position, newest, resume
 from cluster.run.sft import past_shares
 from learner.balance import Balance, SegmentGradients

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.record.metrics import eval_table, step_metrics
+from cluster.record.evaluation import eval_table
 from cluster.run.standstill import Standstill, unread, unread_step, unread_tables, why_no_update
+from cluster.run.step_metrics import step_metrics
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup
 from rewards.terms import Outcome

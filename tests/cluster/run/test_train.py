@@ -16,8 +16,8 @@ from rich.console import Console
 
 from cluster.recipe.problems import held_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, RunFailed, load_recipe
-from cluster.record.metrics import EvalTable
-from cluster.record.tracking import Progress
+from cluster.record.evaluation import EvalTable
+from cluster.record.terminal import Progress
 from cluster.run.budget import Spent, is_over, run_share
 from cluster.run.keeping import Keeper
 from cluster.run.stream import free_requests
@@ -262,9 +262,9 @@ def test_a_budget_ends_the_run_with_the_step_that_spends_it_and_times_its_schedu
 def test_what_was_measured_is_kept_before_it_is_pooled_printed_or_drawn(tmp_path: Path) -> None:
     # Two [[tasks]] entries of one task with other knobs may hold the same problem.
     before = {
-        label: EvalTable((), {"a": {"p": 0.0, "q": 0.0}}) for label in ("dots:Dots", "dots:Dots-2")
+        label: EvalTable({"a": {"p": 0.0, "q": 0.0}}) for label in ("dots:Dots", "dots:Dots-2")
     }
-    after = before | {"dots:Dots-2": EvalTable((), {"a": {"p": 1.0, "q": 1.0}})}
+    after = before | {"dots:Dots-2": EvalTable({"a": {"p": 1.0, "q": 1.0}})}
 
     class Closed(io.StringIO):
         def write(self, text: str) -> int:

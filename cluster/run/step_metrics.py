@@ -1,0 +1,139 @@
+"""What the scored groups of one step tell, as metrics. Pure.
+
+Shapes: G rollouts in a group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rewards.advantages import is_constant
+from rewards.coupling import Correlations, coupling, outcome_couplings
+from rewards.reliability import roc_auc
+from rewards.scored import ScoredGroup
+from tasks.core import NO_SEGMENT, SEGMENTS
+
+
+def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
+    """Every always-logged number that the scored groups of one step can tell, by name.
+
+    A number that is undefined in this step (a correlation with a constant side, rewards when
+    every group was dropped) is left out. `policy_version` is the learner's now, for the lag.
+    """
+    metrics: dict[str, float] = {}
+    metrics |= _reward_metrics(groups)
+    metrics |= _truth_metrics(groups)
+    metrics |= _reliability_metrics(groups)
+    metrics |= _response_metrics(groups, policy_version)
+    return metrics
+
+
+def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    kept = [g for g in groups if not g.dropped]
+    failures = Counter(f.term for g in groups for f in g.failures)
+    kinds = Counter((f.term, f.kind) for g in groups for f in g.failures)
+    for term in sorted({name for g in groups for name in g.terms} | set(failures)):
+        values = [g.terms[term] for g in kept if term in g.terms]
+        if values:
+            everything = np.concatenate(values)
+            metrics[f"reward/{term}/mean"] = float(everything.mean())
+            metrics[f"reward/{term}/std"] = float(everything.std())
+            constant = sum(is_constant(v) for v in values)
+            metrics[f"reward/{term}/zero_variance"] = constant / len(values)
+        seconds = [g.seconds[term] for g in groups if term in g.seconds]
+        if seconds:
+            metrics[f"reward/{term}/seconds_mean"] = float(np.mean(seconds))
+            metrics[f"reward/{term}/seconds_max"] = max(seconds)
+        metrics[f"reward/{term}/failures"] = float(failures[term])
+    for (term, kind), count in sorted(kinds.items()):
+        metrics[f"reward/{term}/failures/{kind}"] = float(count)
+    if kept:
+        totals = np.concatenate([g.totals for g in kept])
+        metrics["reward/total/mean"] = float(totals.mean())
+        metrics["reward/total/std"] = float(totals.std())
+        metrics["group/zero_variance"] = sum(g.zero_variance for g in kept) / len(kept)
+        for column, segment in enumerate(SEGMENTS):
+            silent = sum(not g.advantages[:, column].any() for g in kept)
+            metrics[f"group/zero_variance/{segment}"] = silent / len(kept)
+    metrics["group/count"] = float(len(groups))
+    metrics["group/dropped"] = float(len(groups) - len(kept))
+    return metrics
+
+
+def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    diagnoses = [g.diagnosis for g in groups if g.diagnosis is not None]
+    if not diagnoses:
+        return {}
+    metrics = {
+        "acc/a": float(np.concatenate([d.a for d in diagnoses]).mean()),
+        "acc/a_p": float(np.concatenate([d.a_p for d in diagnoses]).mean()),
+        "acc/a_p_graded": float(np.concatenate([d.a_p_graded for d in diagnoses]).mean()),
+        "acc/self_consistency": float(
+            np.concatenate([d.self_consistency for d in diagnoses]).mean()
+        ),
+        "acc/leak": float(np.concatenate([d.leak for d in diagnoses]).mean()),
+    }
+    perception, reasoning = outcome_couplings(diagnoses)
+    metrics |= _coupling_metrics("outcome_perception", perception)
+    metrics |= _coupling_metrics("outcome_reasoning", reasoning)
+    for defect, count in sorted(
+        Counter(n for d in diagnoses for r in d.defects for n in r).items()
+    ):
+        metrics[f"defects/{defect}"] = float(count)
+    return metrics
+
+
+def _coupling_metrics(name: str, found: Correlations) -> dict[str, float]:
+    values = {"pooled": found.pooled.value, "within": found.within.value, "n": found.n}
+    values |= {"n_within": found.n_within, "zero_variance": found.zero_variance}
+    return {f"coupling/{name}/{k}": float(v) for k, v in values.items() if v is not None}
+
+
+def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Every term against true `a_p`; zeros that stand for a failed term are left out."""
+    metrics: dict[str, float] = {}
+    for term in sorted({name for g in groups for name in g.terms}):
+        judged = [
+            (g.terms[term], g.diagnosis.a_p)
+            for g in groups
+            if g.diagnosis is not None
+            and term in g.terms
+            and all(f.term != term for f in g.failures)
+        ]
+        if not judged:
+            continue
+        values, truth = [v for v, _ in judged], [t for _, t in judged]
+        found = coupling(values, truth)
+        auc = roc_auc(np.concatenate(values), np.concatenate(truth))
+        pairs = (("pooled", found.pooled.value), ("within", found.within.value), ("auc", auc))
+        for name, value in pairs:
+            if value is not None:
+                metrics[f"reliability/{term}/{name}"] = value
+    return metrics
+
+
+def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
+    rollouts = [rollout for g in groups for rollout in g.group.rollouts]
+    if not rollouts:
+        return {}
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    segments = np.concatenate([r.segments for r in rollouts])
+    versions = np.concatenate([r.versions for r in rollouts])
+    metrics = {
+        "response/tokens_mean": float(lengths.mean()),
+        "response/tokens_max": float(lengths.max()),
+        "response/tokens": float(lengths.sum()),
+        "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+    if len(segments):
+        for i, name in [*enumerate(SEGMENTS), (NO_SEGMENT, "none")]:
+            metrics[f"response/share/{name}"] = float((segments == i).mean())
+        metrics["policy/lag_mean"] = float(policy_version - versions.mean())
+        metrics["policy/lag_max"] = float(policy_version - versions.min())
+        mixed = [len(r.versions) > 0 and r.versions.min() < r.versions.max() for r in rollouts]
+        metrics["policy/mixed"] = sum(mixed) / len(mixed)
+    return metrics
