@@ -103,10 +103,9 @@ def ablate_to_the_end(
         return INTERRUPTED
     # Seconds of imports (SciPy, PyArrow) that launching does not need.
     from cluster.report.ablation_report import write_results
-    from cluster.report.page import to_text
 
     record, report = write_results(folder)
-    console.print(to_text(report, "outcome"), markup=False, highlight=False)
+    console.print(report.to_text("outcome"), markup=False, highlight=False)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
     console.print(f"ablation folder: {folder}", markup=False, highlight=False)
     return 1 if failed or record.faults else 0

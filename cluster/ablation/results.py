@@ -185,6 +185,24 @@ class Summary:
         found: dict[str, Any] = _without_nan(asdict(self))
         return found
 
+    def headlines(self) -> list[tuple[str, str]]:
+        """(difficulty, task) of the verdict: of each difficulty all tasks, or its only one."""
+        found: dict[str, str] = {}
+        for level in self.levels:
+            if level.task == ALL_TASKS or level.difficulty not in found:
+                found[level.difficulty] = level.task
+        return list(found.items())
+
+    def of(self, difficulty: str, task: str, arm: str) -> dict[str, Level]:
+        """An arm's accuracies on a task, by metric."""
+        place = (difficulty, task, arm)
+        return {v.metric: v for v in self.levels if (v.difficulty, v.task, v.arm) == place}
+
+
+def at(difficulty: str, what: str) -> str:
+    """Such as `sudoku` or `sudoku (hard)`."""
+    return f"{what} ({difficulty})" if difficulty else what
+
 
 def collect(cells: Iterable[CellName], folder: Path) -> pa.Table:
     """The results (`RESULT_SCHEMA`) of every finished one of `cells`, in their order."""

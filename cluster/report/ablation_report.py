@@ -34,15 +34,15 @@ from cluster.ablation.plan import (
     other_settings,
     stored_ablation,
 )
-from cluster.ablation.results import RESULT_SCHEMA, Results, Summary, collect, summarise
+from cluster.ablation.results import RESULT_SCHEMA, Results, Summary, at, collect, summarise
 from cluster.ablation.statistics import Estimate
 from cluster.recipe.recipe import UserError
 from cluster.report import ablation_charts as charts
 from cluster.report import ablation_tables as tables
 from cluster.report import ablation_words as words
-from cluster.report.page import Report, Section, to_html
+from cluster.report.document import Document, Part
 from cluster.report.rollouts import Shown, read_arms
-from cluster.report.words import Words, settings_table
+from cluster.report.words import settings_table
 from tasks.files import put, put_text
 
 ABLATION_SCHEMA = pa.schema(
@@ -96,15 +96,14 @@ def is_ablation(folder: Path) -> bool:
     return (folder / "ablation.json").is_file()
 
 
-def write_results(folder: Path) -> tuple[AblationRecord, Report]:
+def write_results(folder: Path) -> tuple[AblationRecord, Document]:
     """Write `results.parquet`, `summary.json` and `report.html` of an ablation; what they say."""
     record = read_ablation(folder)
     numbers = json.dumps(record.summary.to_dict() | {"pairing_faults": record.faults}, indent=1)
     put(folder / "results.parquet", lambda beside: pq.write_table(record.table, beside))
     put_text(folder / "summary.json", numbers)
     report = build_ablation(record)
-    page = to_html(report)
-    put_text(folder / "report.html", page)
+    put_text(folder / "report.html", report.to_html())
     return record, report
 
 
@@ -163,8 +162,8 @@ def read_ablation(folder: Path) -> AblationRecord:
     )
 
 
-def build_ablation(record: AblationRecord) -> Report:
-    """The view model of an ablation."""
+def build_ablation(record: AblationRecord) -> Document:
+    """The document of an ablation."""
     summary, config, base = record.summary, record.config, record.base
     arms = [arm.name for arm in config.arms]
     results = Results(record.table)
@@ -178,94 +177,96 @@ def build_ablation(record: AblationRecord) -> Report:
             f"The cells' folders are not here, only their numbers: {rollouts}no times, and no "
             "hashes to show that arms were paired."
         )
-    metrics = list(dict.fromkeys(record.table.column("metric").to_pylist()))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for cell in record.cells:
         if (took := record.finished.get(cell.id, {}).get("seconds")) is not None:
             seconds[cell.difficulty, cell.arm].append(float(took))
-
-    def present(*things: Any) -> tuple[Any, ...]:
-        return tuple(thing for thing in things if thing is not None)
-
     if config.command == "sft":
-        frontiers = charts.frontiers(summary, fixed_weights(config, base), charts.LAMBDA)
-        about_the_loss = (
-            Section(
-                "frontier", "The λ frontier", tuple(frontiers), (),
-                "No two finished arms differ in a fixed λ, the weight of perception in the loss.",
-            ),
-            Section(
-                "shares", "What the updates were made of", (),
-                present(tables.share_table(summary)),
-                "No shares were logged.",
-            ),
-        )  # fmt: skip
+        frontier = Part.of(
+            "frontier",
+            "The λ frontier",
+            *charts.frontiers(summary, fixed_weights(config, base), charts.LAMBDA),
+            missing="No two finished arms differ in a fixed λ, the weight of perception in the "
+            "loss.",
+        )
+        learnt_from = Part.of(
+            "shares",
+            "What the updates were made of",
+            tables.share_table(summary),
+            missing="No shares were logged.",
+        )
     else:
+        metrics = list(dict.fromkeys(record.table.column("metric").to_pylist()))
         alphas = {
             arm.name: alpha
             for arm in config.arms
             if (alpha := alpha_of(arm_reward(arm, base))) is not None
             and other_settings(arm) == other_settings(config.arms[0])
         }
-        about_the_loss = (
-            Section(
-                "frontier", "The α frontier", tuple(charts.frontiers(summary, alphas)), (),
-                "No two finished arms differ in α, the share of the reward that perception gets.",
-            ),
-            Section(
-                "reward", "Coupling and reliability",
-                tuple(charts.coupling_charts(summary, arms)),
-                present(
-                    tables.coupling_table(summary), tables.reliability_table(results, metrics, arms)
-                ),
-                "No coupling and no reliability was logged.",
-            ),
-        )  # fmt: skip
-    frontier, about = about_the_loss
-    sections = (
-        Section("arms", "Arms", (), (tables.arms_table(config, base, record.cells, ended),)),
-        Section(
-            "outcome", "Which arm ended best", tuple(charts.forests(summary)),
-            (*tables.comparison_tables(summary), *tables.level_tables(summary)),
-            "No cell has finished, so nothing is compared.",
+        frontier = Part.of(
+            "frontier",
+            "The α frontier",
+            *charts.frontiers(summary, alphas),
+            missing="No two finished arms differ in α, the share of the reward that perception "
+            "gets.",
+        )
+        learnt_from = Part.of(
+            "reward",
+            "Coupling and reliability",
+            *charts.coupling_charts(summary, arms),
+            tables.coupling_table(summary),
+            tables.reliability_table(results, metrics, arms),
+            missing="No coupling and no reliability was logged.",
+        )
+    parts = (
+        Part.of("arms", "Arms", tables.arms_table(config, base, record.cells, ended)),
+        Part.of(
+            "outcome",
+            "Which arm ended best",
+            *charts.forests(summary),
+            *tables.comparison_tables(summary),
+            *tables.level_tables(summary),
+            missing="No cell has finished, so nothing is compared.",
         ),
-        Section(
-            "seeing", "To see or to think", tuple(charts.planes(summary, arms)),
-            present(tables.asymmetry_table(summary)),
-            "a_p and a_r were not measured before and after.",
+        Part.of(
+            "seeing",
+            "To see or to think",
+            *charts.planes(summary, arms),
+            tables.asymmetry_table(summary),
+            missing="a_p and a_r were not measured before and after.",
         ),
         frontier,
-        Section(
-            "learning", "Learning curves", tuple(charts.curves(summary, arms)), (),
-            "No cell has finished, so there are no curves.",
+        Part.of(
+            "learning",
+            "Learning curves",
+            *charts.curves(summary, arms),
+            missing="No cell has finished, so there are no curves.",
         ),
-        about,
-        Section(
-            "cost", "Cost", (),
-            present(tables.cost_table(summary), tables.speed_table(results, arms, seconds)),
-            "No cost was logged.",
+        learnt_from,
+        Part.of(
+            "cost",
+            "Cost",
+            tables.cost_table(summary),
+            tables.speed_table(results, arms, seconds),
+            missing="No cost was logged.",
         ),
-        Section(
-            "pairing", "Pairing and cells", (),
-            present(
-                tables.pairing_table(record.cells, record.finished, config.command),
-                tables.cells_table(record.cells, ended, record.finished, record.failed),
-            ),
+        Part.of(
+            "pairing",
+            "Pairing and cells",
+            tables.pairing_table(record.cells, record.finished, config.command),
+            tables.cells_table(record.cells, ended, record.finished, record.failed),
         ),
-    )  # fmt: skip
-    return Report(
+    )
+    return Document(
+        kicker="Equipoise ablation report",
         title=record.name,
         question=config.question,
-        words=Words(
-            words.lead(config, base, len(ended), len(record.cells), summary.reference),
-            words.findings(summary, arms),
-            (*wary, *record.problems),
-        ),
-        sections=sections,
+        lead=words.lead(config, base, len(ended), len(record.cells), summary.reference),
+        findings=words.findings(summary, arms),
+        warnings=(*wary, *record.problems),
+        parts=parts,
         shown=record.shown,
-        error="",
         settings=settings_table(base, {}),
-        kicker="Equipoise ablation report",
     )
 
 
@@ -322,7 +323,7 @@ def _runs_to_show(
     ended = set(finished)
     for cell in cells:
         if cell.id in ended:
-            name = charts.at(cell.difficulty, cell.arm)
+            name = at(cell.difficulty, cell.arm)
             by_seed[cell.seed][name] = cell_folder(folder, cell) / "run"
     best = max(by_seed, key=lambda seed: len(by_seed[seed]))
     return by_seed[best], best

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.ablation.plan import AblationConfig, CellName
-from cluster.ablation.results import (
-    Asymmetry,
-    Comparison,
-    Cost,
-    Level,
-    Summary,
+from cluster.ablation.results import Asymmetry, Comparison, Cost, Level, Summary, at
+from cluster.report.document import Finding
+from cluster.report.words import (
+    LEAST_P,
+    count,
+    duration,
+    learnt,
+    overlaps,
+    short_path,
+    show,
+    show_p,
+    side,
 )
-from cluster.ablation.statistics import Estimate
-from cluster.report.ablation_charts import at, headlines, levels
-from cluster.report.words import Finding, duration, short_path
 
-LEAST_P = 0.05
-"""A difference is called shown below this, after Holm's adjustment."""
 FEWEST_SEEDS = 3
 """With fewer the report warns: intervals over seeds are very wide or absent."""
 
@@ -36,7 +37,7 @@ def lead(
     if config.command == "sft":
         trained, see = "fine-tuned on demonstrations of", "demonstrations"
     return (
-        f"{_count(len(config.arms), 'arm')}{harder} × {_count(len(config.seeds), 'seed')} of "
+        f"{count(len(config.arms), 'arm')}{harder} × {count(len(config.seeds), 'seed')} of "
         f"{model} {trained} {tasks}, {config.budget.in_words()} each; "
         f"{finished} of {cells} cells finished.{against} Arms of one seed are to start from "
         f"the same weights and see the same {see} (hashes under Pairing). Intervals are 95 %, "
@@ -48,18 +49,28 @@ def lead(
 def findings(summary: Summary, arms: Sequence[str]) -> tuple[Finding, ...]:
     """For each difficulty: which arm ended best and how sure, and what each learnt."""
     found = []
-    for difficulty, task in headlines(summary):
-        where = f"{at(difficulty, task)}: " if len(headlines(summary)) > 1 else f"On {task}, "
-        ranked = sorted(
-            (levels(summary, difficulty, task, arm)["a"] for arm in arms
-             if "a" in levels(summary, difficulty, task, arm)),
-            key=lambda v: -v.after.value,
-        )  # fmt: skip
+    for difficulty, task in summary.headlines():
+        where = f"{at(difficulty, task)}: " if len(summary.headlines()) > 1 else f"On {task}, "
+        of_arms = {arm: summary.of(difficulty, task, arm) for arm in arms}
+        ranked = sorted((of["a"] for of in of_arms.values() if "a" in of), key=_last_first)
         if ranked:
             found += _winner(summary, where, ranked)
-        found += _learnt(summary, where, difficulty, task, arms, ranked)
-    found += _cheapest(summary)
-    return tuple(found)
+        last = {
+            v.arm: v
+            for v in summary.asymmetries
+            if (v.difficulty, v.task) == (difficulty, task)
+            and v.step == max(w.step for w in summary.asymmetries if w.arm == v.arm)
+        }
+        # The best arm first.
+        order = dict.fromkeys([*(level.arm for level in ranked[:1]), *arms])
+        said = [text for arm in order if (text := learnt_words(arm, of_arms[arm], last.get(arm)))]
+        if said:
+            found.append(Finding(where + said[0], tuple(said[1:])))
+    return (*found, *_cheapest(summary))
+
+
+def _last_first(level: Level) -> float:
+    return -level.after.value
 
 
 def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Finding]:
@@ -99,57 +110,20 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
     return [*said, Finding(text.strip())]
 
 
-def _learnt(
-    summary: Summary, where: str, difficulty: str, task: str, arms: Sequence[str],
-    ranked: Sequence[Level],
-) -> list[Finding]:  # fmt: skip
-    """To see or to think, arm by arm, from before to after; the best arm first."""
-    last = {
-        v.arm: v
-        for v in summary.asymmetries
-        if (v.difficulty, v.task) == (difficulty, task)
-        and v.step == max(w.step for w in summary.asymmetries if w.arm == v.arm)
-    }
-    order = list(dict.fromkeys([*(v.arm for v in ranked[:1]), *arms]))
-    said = [
-        text
-        for arm in order
-        if (text := learnt_words(arm, levels(summary, difficulty, task, arm), last.get(arm)))
-    ]
-    return [Finding(where + said[0], tuple(said[1:]))] if said else []
-
-
 def learnt_words(arm: str, of: Mapping[str, Level], index: Asymmetry | None) -> str:
     """Whether an arm learnt to see or to think: changes whose interval leaves 0 out, and which
     gained more by the asymmetry index. "" where neither was measured."""
-    parts, up, down = [], [], []
-    for metric, word in (("a_p", "see"), ("a_r", "think")):
-        if metric not in of:
-            continue
-        change = of[metric].change
-        parts.append(f"Δ{metric} {show(change, '+')}")
-        if change.low is not None and change.low > 0:
-            up.append(word)
-        if change.high is not None and change.high < 0:
-            down.append(word)
-    if not parts:
+    changes = {
+        word: (metric, of[metric].change)
+        for metric, word in (("a_p", "see"), ("a_r", "think"))
+        if metric in of
+    }
+    if not changes:
         return ""
-    worse = f"got worse at {' and at '.join(f'{w}ing' for w in down)}"
-    if up:
-        text = f"{arm} learnt to {' and to '.join(up)}" + (f", and {worse}" if down else "")
-    else:
-        text = f"{arm} {worse}" if down else f"{arm} learnt nothing that is beyond chance"
-    text += f" ({', '.join(parts)})"
-    if index is None:
-        return f"{text}."
-    low, high = index.index.low, index.index.high
-    if low is not None and low > 0:
-        more = "thinking gained more"
-    elif high is not None and high < 0:
-        more = "seeing gained more"
-    else:
-        more = "neither clearly gained more than the other"
-    return f"{text}; {more} (Δa_r − Δa_p = {show(index.index, '+')})."
+    parts = [f"Δ{metric} {show(change, '+')}" for metric, change in changes.values()]
+    moves = {word: side(change) for word, (_, change) in changes.items()}
+    found = None if index is None else index.index
+    return learnt(arm, moves, f" ({', '.join(parts)})", found, always=True)
 
 
 def _cheapest(summary: Summary) -> list[Finding]:
@@ -205,15 +179,6 @@ def warnings(
     return found
 
 
-def show(estimate: Estimate, sign: str = "", form: str = ".3f") -> str:
-    """A value with its interval, or with a word on why it has none."""
-    value = f"{estimate.value:{sign}{form}}"
-    if estimate.low is None or estimate.high is None:
-        why = "one seed" if estimate.seeds < 2 else "in every seed"
-        return f"{value} ({why})".replace("-", "−")
-    return f"{value} [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]".replace("-", "−")
-
-
 def _verdict(c: Comparison) -> str:
     """Whether an arm is shown to differ from the reference, as the end of a sentence."""
     if c.p_holm is None:
@@ -240,20 +205,4 @@ def spent(c: Cost) -> str:
 
 
 def _sure(c: Comparison) -> str:
-    return f"Holm-adjusted p {show_p(c.p_holm)}, {_count(c.difference.seeds, 'seed')}"
-
-
-def show_p(value: float | None) -> str:
-    """A p-value, or a dash where there is none."""
-    return "–" if value is None else f"{value:.2g}"
-
-
-def overlaps(one: Estimate, other: Estimate) -> bool:
-    """Whether two intervals overlap; what has none overlaps with all."""
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return True
-    return one.low <= other.high and other.low <= one.high
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    return f"Holm-adjusted p {show_p(c.p_holm)}, {count(c.difference.seeds, 'seed')}"

@@ -23,10 +23,15 @@ Role = Literal["perception", "reasoning", "answer", "ink", "muted", "c1", "c2", 
 """A colour of the page. The segments' own are used for nothing else than their segment."""
 
 OTHER_ROLES: tuple[Role, ...] = ("c1", "c2", "c3", "c4")
+Pair = tuple[float, float]
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
 MOST_POINTS = 400
 """Longer curves are thinned to means of this many stretches before they are drawn."""
+
+
+Value = tuple[float, float, float]
+"""A number and the ends of its interval; all three alike where it has none."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +49,82 @@ class Line:
     role: Role
     dash: Dash = "solid"
     raw: tuple[float, ...] = ()
-    x_range: tuple[tuple[float, float], ...] = ()
-    y_range: tuple[tuple[float, float], ...] = ()
+    x_range: tuple[Pair, ...] = ()
+    y_range: tuple[Pair, ...] = ()
+
+    @classmethod
+    def of(
+        cls, label: str, x: Sequence[float | Value], y: Sequence[float | Value], role: Role,
+        dash: Dash = "solid",
+    ) -> Line:  # fmt: skip
+        """A line of numbers or of values with their intervals, on either axis."""
+        (xs, x_range), (ys, y_range) = _split(x), _split(y)
+        return cls(label, xs, ys, role, dash, x_range=x_range, y_range=y_range)
+
+
+def _split(values: Sequence[float | Value]) -> tuple[tuple[float, ...], tuple[Pair, ...]]:
+    if values and all(isinstance(value, tuple) for value in values):
+        middle, low, high = zip(*values, strict=True)  # type: ignore[arg-type]
+        return middle, tuple(zip(low, high, strict=True))
+    return tuple(float(value) for value in values), ()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of a report.
+    """A figure of a report; one without lines is left out.
 
     Attributes:
         name: unique in a page; an HTML id.
-        alt: what the picture shows, in words, for who cannot see it.
-        kind: `lines`, with `y_range` as a band; `stack`: layers that add up; `path`: lines through
-            a plane from a hollow start to a filled end; `change`: a row a line, x = (before,
-            after); `forest`: a row a line, x = (difference,) with its interval, against 0;
-            `frontier`: a point a line in a plane, joined in their order.
+        kind: `lines`, with `y_range` as a band; `stack`: layers that add up; `rows`: a row a line,
+            x = (value,) or (before, after); `plane`: lines from a hollow start to a filled end.
+        x_limits: of rows; without them 0 is in the middle.
+        whole_x: whether the marks of x are integers.
         close: the lines of a plane lie close together: it is drawn around them, and the page's
             legend has their names.
+        joined: the lines of a plane are points, joined in their order.
+        alt: what the picture shows, in words, for who cannot see it; made of the lines.
     """
 
     name: str
     title: str
     caption: str
-    alt: str
     lines: tuple[Line, ...]
-    kind: Literal["lines", "stack", "path", "change", "forest", "frontier"] = "lines"
+    kind: Literal["lines", "stack", "rows", "plane"] = "lines"
     x_label: str = "step"
     y_label: str = ""
-    y_limits: tuple[float, float] | None = None
+    x_limits: Pair | None = None
+    y_limits: Pair | None = None
     log_y: bool = False
     whole_x: bool = True
-    """Whether the marks of x are integers."""
     close: bool = False
+    joined: bool = False
+    alt: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.alt:
+            object.__setattr__(self, "alt", "; ".join(map(self._told, self.lines)))
+
+    def _told(self, line: Line) -> str:
+        x, y = line.x, line.y
+        if self.kind == "rows":
+            ends = line.x_range or tuple((v, v) for v in x)
+            shown = zip(x, ends, strict=True)
+            said = " to ".join(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in shown)
+            return f"{line.label} {said}"
+        if self.kind == "plane":
+            places = (f"({x[i]:.3f}, {y[i]:.3f})" for i in ((0, -1) if len(x) > 1 else (0,)))
+            return f"{line.label}: {' to '.join(places)}"
+        if len(x) < 8 and not self.whole_x:
+            at = (f"{v:.3f} at {self.x_label} {k:g}" for k, v in zip(x, y, strict=True))
+            return f"{line.label}: {', '.join(at)}"
+        between = f"between {min(y):.3g} and {max(y):.3g}"
+        return f"{line.label} from {y[0]:.3g} to {y[-1]:.3g}, {between}"
+
+    @property
+    def legend(self) -> bool:
+        """Whether the lines' names are not in the drawing itself."""
+        in_plane = self.kind == "plane" and self.close and not self.joined
+        return in_plane or self.kind in ("lines", "stack")
 
 
 # Colours that occur nowhere else in the SVG, each replaced by a variable of the page.
@@ -143,12 +192,11 @@ def _drawn(chart: Chart, legend: bool) -> str:
     from matplotlib.ticker import MaxNLocator
 
     rows = len(chart.lines)
-    by_row, in_plane = chart.kind in ("change", "forest"), chart.kind in ("path", "frontier")
+    by_row, in_plane = chart.kind == "rows", chart.kind == "plane"
     # Inches at 72 points: as wide as a column of the page, about a phone's width.
     width, height = 4.4, 0.55 + 0.4 * rows if by_row else 4.1 if in_plane else 2.2
     labels = max(len(_short(line.label)) for line in chart.lines) if by_row else 0
-    # Charts with labels of their own need no legend.
-    named = () if not legend or by_row or (in_plane and not chart.close) else chart.lines
+    named = chart.lines if legend and chart.legend else ()
     left, bottom = max(0.62, 0.085 * labels), 0.46 + 0.17 * len(named)
     height += 0.17 * len(named)
     right = 0.42 if in_plane else 0.22
@@ -162,8 +210,7 @@ def _drawn(chart: Chart, legend: bool) -> str:
             (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + 0.1) / height)
         )
         axes.patch.set_visible(False)
-        draw = {"lines": _lines, "stack": _stack, "path": _path, "change": _change,
-                "forest": _forest, "frontier": _frontier}  # fmt: skip
+        draw = {"lines": _lines, "stack": _stack, "rows": _rows, "plane": _plane}
         draw[chart.kind](axes, chart)
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
@@ -224,17 +271,12 @@ def _stack(axes: Any, chart: Chart) -> None:
     axes.set_ylim(0, float(base.max()) if len(base) and base.max() > 0 else 1)
 
 
-def _plane(axes: Any, chart: Chart) -> None:
+def _square(axes: Any, chart: Chart) -> None:
     """The unit square, or the part of it that holds the lines, with equal products dotted."""
     (left, right), (low, high) = (0.0, 1.0), (0.0, 1.0)
     if chart.close:
-        (left, right), (low, high) = (
-            _around([v for line in chart.lines for v in points(line)])
-            for points in (
-                lambda line: [*line.x, *(v for pair in line.x_range for v in pair)],
-                lambda line: [*line.y, *(v for pair in line.y_range for v in pair)],
-            )
-        )
+        left, right = _around([v for one in chart.lines for v in (*one.x, *sum(one.x_range, ()))])
+        low, high = _around([v for one in chart.lines for v in (*one.y, *sum(one.y_range, ()))])
     grid = np.linspace(0.01, 1, 200)
     for product in (0.1, 0.25, 0.5, 0.75):
         on = grid[grid >= product]
@@ -257,84 +299,57 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     return max(-0.02, low - margin), min(1.02, high + margin)
 
 
-def _cross(axes: Any, line: Line, i: int, color: str, face: str) -> None:
-    """A point of a plane with both its intervals."""
-    x, y = line.x[i], line.y[i]
-    if line.x_range and line.y_range:
-        axes.plot(line.x_range[i], (y, y), color=color, linewidth=0.9, alpha=0.7)
-        axes.plot((x, x), line.y_range[i], color=color, linewidth=0.9, alpha=0.7)
-    axes.plot([x], [y], "o", markersize=6, markerfacecolor=face, markeredgecolor=color)
-
-
-def _frontier(axes: Any, chart: Chart) -> None:
-    _plane(axes, chart)
-    x, y = ([getattr(line, name)[0] for line in chart.lines] for name in "xy")
-    axes.plot(x, y, color=_MARKS["muted"], linewidth=1, linestyle="dashed")
+def _plane(axes: Any, chart: Chart) -> None:
+    _square(axes, chart)
+    if chart.joined:
+        places = [(line.x[0], line.y[0]) for line in chart.lines]
+        axes.plot(*zip(*places, strict=True), color=_MARKS["muted"], lw=1, linestyle="dashed")
+    middle = sum(axes.get_xlim()) / 2 if chart.close else 0.6
     for line in chart.lines:
-        color = _MARKS[line.role]
-        _cross(axes, line, 0, color, color)
-        side = -1 if line.x[0] > sum(axes.get_xlim()) / 2 else 1
-        axes.annotate(
-            _short(line.label), (line.x[0], line.y[0]), xytext=(6 * side, 6),
-            textcoords="offset points", fontsize=10, color=_MARKS["ink"],
-            ha="right" if side < 0 else "left",
-        )  # fmt: skip
-
-
-def _path(axes: Any, chart: Chart) -> None:
-    _plane(axes, chart)
-    for line in chart.lines:
-        color = _MARKS[line.role]
+        color, moves = _MARKS[line.role], len(line.x) > 1
         axes.plot(line.x, line.y, color=color, linestyle=line.dash, linewidth=1.4)
-        for i in (0, -1) if len(line.x) > 1 else (0,):
-            _cross(axes, line, i, color, _MARKS["paper"] if i == 0 else color)
-        if len(line.x) > 1 and (line.x[0], line.y[0]) != (line.x[-1], line.y[-1]):
+        for i in (0, -1) if moves else (0,):
+            x, y = line.x[i], line.y[i]
+            if line.x_range and line.y_range:
+                axes.plot(line.x_range[i], (y, y), color=color, linewidth=0.9, alpha=0.7)
+                axes.plot((x, x), line.y_range[i], color=color, linewidth=0.9, alpha=0.7)
+            face = color if i or chart.joined else _MARKS["paper"]
+            axes.plot([x], [y], "o", markersize=6, markerfacecolor=face, markeredgecolor=color)
+        end = (line.x[-1], line.y[-1])
+        if moves and (line.x[0], line.y[0]) != end:
             axes.annotate(
-                "", (line.x[-1], line.y[-1]), xytext=(line.x[-2], line.y[-2]),
+                "", end, xytext=(line.x[-2], line.y[-2]),
                 arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 4, "linewidth": 1.2},
             )  # fmt: skip
-        if chart.close:
-            continue
-        side = -1 if line.x[-1] > 0.6 else 1
-        axes.annotate(
-            _short(line.label), (line.x[-1], line.y[-1]), xytext=(8 * side, 9),
-            textcoords="offset points", fontsize=10.5, color=_MARKS["ink"],
-            ha="right" if side < 0 else "left",
-        )  # fmt: skip
+        if not chart.legend:
+            side = -1 if line.x[-1] > middle else 1
+            axes.annotate(
+                _short(line.label), end, xytext=(7 * side, 8), textcoords="offset points",
+                fontsize=10, color=_MARKS["ink"], ha="right" if side < 0 else "left",
+            )  # fmt: skip
 
 
-def _change(axes: Any, chart: Chart) -> None:
-    rows = range(len(chart.lines))
-    for row, line in zip(rows, chart.lines, strict=True):
-        color = _MARKS[line.role]
-        axes.plot(line.x, (row, row), color=color, linewidth=1, alpha=0.5)
-        for i, (low, high) in enumerate(line.x_range):
-            y = row + (-0.14, 0.14)[i]
-            axes.plot((low, high), (y, y), color=color, linewidth=1.4)
-            face = _MARKS["paper"] if i == 0 else color
-            axes.plot(
-                [line.x[i]], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color
-            )
-    axes.set_yticks(list(rows), [_short(line.label) for line in chart.lines])
-    axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_ylim(len(chart.lines) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-
-
-def _forest(axes: Any, chart: Chart) -> None:
-    axes.axvline(0, color=_MARKS["ink"], linewidth=1)
+def _rows(axes: Any, chart: Chart) -> None:
+    """A row a line: its value, or before (hollow) above after (filled), with intervals."""
     for row, line in enumerate(chart.lines):
-        color = _MARKS[line.role]
-        for low, high in line.x_range:
-            axes.plot((low, high), (row, row), color=color, linewidth=1.6)
-        axes.plot(line.x[:1], [row], "o", markersize=6, color=color)
+        color, both = _MARKS[line.role], len(line.x) > 1
+        if both:
+            axes.plot(line.x, [row] * len(line.x), color=color, linewidth=1, alpha=0.5)
+        for i, (x, ends) in enumerate(zip(line.x, line.x_range, strict=True)):
+            y = row + (0.28 * i - 0.14 if both else 0)
+            axes.plot(ends, (y, y), color=color, linewidth=1.5)
+            face = _MARKS["paper"] if both and i == 0 else color
+            axes.plot([x], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color)
     axes.set_yticks(range(len(chart.lines)), [_short(line.label) for line in chart.lines])
     axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(chart.lines) - 0.5, -0.5)
-    reach = max(abs(v) for line in chart.lines for v in (*line.x, *sum(line.x_range, ())))
-    axes.set_xlim(-1.08 * max(reach, 0.02), 1.08 * max(reach, 0.02))
+    if chart.x_limits:
+        axes.set_xlim(*chart.x_limits)
+    else:
+        axes.axvline(0, color=_MARKS["ink"], linewidth=1)
+        far = max(abs(v) for line in chart.lines for v in (*line.x, *sum(line.x_range, ())))
+        axes.set_xlim(-1.08 * max(far, 0.02), 1.08 * max(far, 0.02))
 
 
 def _short(label: str) -> str:

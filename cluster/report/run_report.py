@@ -1,8 +1,7 @@
 """`equipoise report`: what a run did, as one HTML file that needs nothing else.
 
-`read_run` reads the folder, `build` makes the view model (`Report`), and `to_html`,
-`write_markdown`, `to_json` and `to_parquet` write it down. A report is made of whatever there is:
-of a run that crashed, is still going or left no rollouts, it says so.
+`read_run` reads the folder and `build` makes the document of it. A report is made of whatever
+there is: of a run that crashed, is still going or left no rollouts, it says so.
 """
 
 from __future__ import annotations
@@ -23,35 +22,17 @@ import pyarrow.parquet as pq
 from cluster.recipe.machine import require_free
 from cluster.recipe.recipe import UserError
 from cluster.record.stored import not_kept, read_metrics
+from cluster.report import charts, run_words
 from cluster.report.ablation_report import (
     ablation_to_parquet,
     build_ablation,
     is_ablation,
     read_ablation,
 )
-from cluster.report.charts import (
-    Metrics,
-    Series,
-    change_chart,
-    evaluation_curves,
-    plane,
-    training_charts,
-)
-from cluster.report.page import Format, Report, Section, to_html, to_json, write_markdown
-from cluster.report.plots import Chart
+from cluster.report.charts import Metrics, Series
+from cluster.report.document import Document, Format, Part
 from cluster.report.rollouts import Shown, read_shown
-from cluster.report.words import (
-    Words,
-    evaluation_tables,
-    events_table,
-    findings,
-    lead,
-    reliability_table,
-    settings_table,
-    time_table,
-    training_table,
-    warnings,
-)
+from cluster.report.words import settings_table
 from tasks.files import put, put_text
 
 FLAT_SCHEMA = pa.schema(
@@ -97,7 +78,7 @@ def write_report(run_dir: Path) -> Path:
     warning in the report.
     """
     path = run_dir / "report.html"
-    put_text(path, to_html(build(read_run(run_dir))))
+    put_text(path, build(read_run(run_dir)).to_html())
     return path
 
 
@@ -148,8 +129,8 @@ def _writer(folder: Path, form: Format, name: str) -> Callable[[Path], object]:
             return lambda path: pq.write_table(to_parquet(record), path)
         report = build(record)
     if form == "md":
-        return lambda path: write_markdown(report, path, name)
-    text = to_html(report) if form == "html" else to_json(report, more)
+        return lambda path: report.write_markdown(path, name)
+    text = report.to_html() if form == "html" else report.to_json(more)
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
@@ -176,15 +157,16 @@ def read_run(run_dir: Path) -> RunRecord:
             problems.append(f"{name} cannot be read: {type(error).__name__}: {error}")
             return empty
 
-    recipe = read("recipe.toml", lambda p: tomllib.loads(p.read_text("utf-8")), {})
-    versions = read("versions.json", lambda p: json.loads(p.read_text("utf-8")), {})
-    evaluation = read("evaluation.json", lambda p: json.loads(p.read_text("utf-8")), {})
+    def of_json(path: Path) -> Any:
+        return json.loads(path.read_text("utf-8"))
+
+    recipe = read("recipe.toml", lambda path: tomllib.loads(path.read_text("utf-8")), {})
+    evaluation = read("evaluation.json", of_json, {})
     measured = sorted((run_dir / "evaluations").glob("step-*.json"))
     if not evaluation and measured:
         name = f"evaluations/{measured[-1].name}"
-        evaluation = read(name, lambda p: json.loads(p.read_text("utf-8")), {})
+        evaluation = read(name, of_json, {})
         problems.append(f"There is no evaluation.json: what is shown is {name}, the last measured.")
-    error = read("error.txt", lambda p: p.read_text("utf-8", "replace"), "")
     rows: pa.Table | None = None
     try:
         rows = read_metrics(run_dir)
@@ -198,19 +180,19 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=str(recipe.get("name") or run_dir.resolve().name),
         recipe=recipe,
-        versions=versions,
+        versions=read("versions.json", of_json, {}),
         metrics=_series(rows),
         metric_rows=rows,
         evaluation=evaluation,
-        error=error,
+        error=read("error.txt", lambda path: path.read_text("utf-8", "replace"), ""),
         ended=not any((run_dir / "metrics").glob("part-*.parquet")),
         shown=shown,
         problems=(*problems, *shown.problems),
     )
 
 
-def build(record: RunRecord) -> Report:
-    """The view model of a run."""
+def build(record: RunRecord) -> Document:
+    """The document of a run."""
     metrics, evaluation = record.metrics, record.evaluation
     wary = list(record.problems)
     if record.error:
@@ -220,73 +202,73 @@ def build(record: RunRecord) -> Report:
         wary.insert(0, "The run is still going, or it was killed: its metrics are not yet joined.")
     if not evaluation:
         wary.append("There is no evaluation.json: nothing was measured before and after training.")
-    wary += warnings(record.recipe, metrics)
+    wary += run_words.warnings(record.recipe, metrics)
     compared = any("change" in tables for tables in evaluation.values())
-    curves = training_charts(metrics, record.shown.cells)
-    named = {chart.name: chart for chart in curves}
-
-    def charts(*names: str) -> tuple[Chart, ...]:
-        return tuple(named[n] for n in names if n in named)
-
-    def present(*things: Any) -> tuple[Any, ...]:
-        return tuple(thing for thing in things if thing is not None)
-
-    sections = (
-        Section(
-            "outcome", "Before and after" if compared or not evaluation else "Held-out problems",
-            (*present(change_chart(evaluation), plane(metrics, evaluation)),
-             *evaluation_curves(metrics)),
-            tuple(evaluation_tables(evaluation)),
-            "Nothing was measured before and after, and training logged no accuracies.",
+    parts = (
+        Part.of(
+            "outcome",
+            "Before and after" if compared or not evaluation else "Held-out problems",
+            charts.change_chart(evaluation),
+            charts.plane(metrics, evaluation),
+            *charts.evaluation_curves(metrics),
+            *run_words.evaluation_tables(evaluation),
+            missing="Nothing was measured before and after, and training logged no accuracies.",
         ),
-        Section(
-            "learning", "Learning curves",
-            charts("accuracy", "cells", "rewards", "entropy", "share", "length", "groups", "sft"),
-            present(training_table(metrics)),
-            "The run ended before its first step.",
+        Part.of(
+            "learning",
+            "Learning curves",
+            *charts.learning_charts(metrics, record.shown.cells),
+            run_words.training_table(metrics),
+            missing="The run ended before its first step.",
         ),
-        Section(
-            "reward", "Reward and credit", charts("coupling", "reliability"),
-            present(reliability_table(metrics)),
-            "No coupling was logged.",
+        Part.of(
+            "reward",
+            "Reward and credit",
+            *charts.reward_charts(metrics),
+            run_words.terms_table(metrics),
+            missing="No coupling was logged.",
         ),
-        Section(
-            "machine", "Time and machinery",
-            charts("time", "throughput", "idle", "mismatch", "gradient"),
-            present(time_table(metrics)),
-            "No step was timed.",
+        Part.of(
+            "machine",
+            "Time and machinery",
+            *charts.machine_charts(metrics),
+            run_words.time_table(metrics),
+            missing="No step was timed.",
         ),
-        Section(
-            "events", "Events and failures", (), present(events_table(metrics)),
-            "Nothing failed, nothing was dropped and no response had a defect.",
+        Part.of(
+            "events",
+            "Events and failures",
+            run_words.events_table(metrics),
+            missing="Nothing failed, nothing was dropped and no response had a defect.",
         ),
-    )  # fmt: skip
-    return Report(
+    )
+    return Document(
+        kicker="Equipoise report",
         title=record.name,
         question=str(record.recipe.get("question", "")),
-        words=Words(lead(record.recipe, metrics), findings(evaluation, metrics), tuple(wary)),
-        sections=sections,
+        lead=run_words.lead(record.recipe, metrics),
+        findings=run_words.findings(evaluation, metrics),
+        warnings=tuple(wary),
+        parts=parts,
         shown=record.shown,
-        error=record.error,
         settings=settings_table(record.recipe, record.versions),
+        error=record.error,
     )
 
 
 def to_parquet(record: RunRecord) -> pa.Table:
     """Metrics and evaluation as one flat table (`FLAT_SCHEMA`)."""
-    rows = [
-        {"source": "metric"} | row
-        for row in (record.metric_rows.to_pylist() if record.metric_rows is not None else ())
-    ]
+    logged = record.metric_rows.to_pylist() if record.metric_rows is not None else ()
+    rows = [{"source": "metric"} | row for row in logged]
     for task, tables in record.evaluation.items():
-        for when in ("before", "after"):
-            found = tables.get(when) if when in tables else tables if when == "after" else None
-            for row in (found or {}).get("rows", ()):
-                kept = {name: row[name] for name in ("value", "low", "high", "n")}
-                rows.append(
-                    {"source": "evaluation", "task": task, "when": when, "name": row["metric"]}
-                    | kept
-                )
+        # Without a comparison the one table is of what was measured last.
+        measured = tables if "before" in tables or "after" in tables else {"after": tables}
+        rows += [
+            {"source": "evaluation", "task": task, "when": when, "name": row["metric"]}
+            | {name: row[name] for name in ("value", "low", "high", "n")}
+            for when in ("before", "after")
+            for row in measured.get(when, {}).get("rows", ())
+        ]
     return pa.Table.from_pylist(rows, schema=FLAT_SCHEMA)
 
 

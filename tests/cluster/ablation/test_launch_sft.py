@@ -221,7 +221,7 @@ def test_shares_of_the_updates_and_no_word_of_rewards(ran: tuple[Ablation, Path]
     assert shares["high", "λ"].value == pytest.approx(0.9)
 
     report = build_ablation(record)
-    sections = {section.name: section for section in report.sections}
+    sections = {part.name: part for part in report.parts}
     assert list(sections) == [
         "arms", "outcome", "seeing", "frontier", "learning", "shares", "cost", "pairing",
     ]  # fmt: skip
@@ -235,7 +235,7 @@ def test_shares_of_the_updates_and_no_word_of_rewards(ran: tuple[Ablation, Path]
     assert [row[0] for row in table.rows] == ["token_mean", "low", "high"]
     (cost,) = sections["cost"].tables
     assert cost.columns == ("arm", "seconds an update", "mean time of a cell")
-    assert report.words.warnings == () and "fine-tuned on demonstrations" in report.words.lead
+    assert report.warnings == () and "fine-tuned on demonstrations" in report.lead
     text = run_report(folder, "md", folder / "report.md").read_text("utf-8")
     assert "sft.perception_weight = 0.9" in text and "token ids, segments, images" in text
     for word in ("reward", "rollout", "outcome alone", "α"):

@@ -15,7 +15,6 @@ from cluster.ablation.plan import Ablation, Cell, load_ablation
 from cluster.ablation.results import RESULT_SCHEMA, Results, aligned, collect, summarise
 from cluster.ablation.statistics import crossed_interval, paired_test
 from cluster.report.ablation_report import write_results
-from cluster.report.page import to_text
 from tests.support.recipes import recipe_text
 from tests.support.toy_runs import write_run
 
@@ -58,7 +57,7 @@ def finish(folder: Path, cell: Cell) -> None:
 
 def printed(folder: Path) -> str:
     """What `equipoise ablate` says at its end."""
-    return to_text(write_results(folder)[1], "outcome")
+    return write_results(folder)[1].to_text("outcome")
 
 
 def answers(ablation: Ablation, folder: Path, arm: str, metric: str, when: str) -> np.ndarray:

@@ -24,12 +24,12 @@ from cluster.report.ablation_report import (
     read_ablation,
     write_results,
 )
-from cluster.report.ablation_words import learnt_words, show
+from cluster.report.ablation_words import learnt_words
 from cluster.report.charts import CELLS
-from cluster.report.page import to_html
 from cluster.report.plots import Chart, Line, to_svg
 from cluster.report.rollouts import MOST_OF_AN_ARM
 from cluster.report.run_report import run_report
+from cluster.report.words import show
 from tasks.graph_coloring import GraphColoring
 from tasks.sudoku import Sudoku
 from tests.support.recipes import GRAPH, SUDOKU, recipe_text
@@ -217,7 +217,7 @@ def test_overlap_of_intervals_is_said_as_the_numbers_have_it(
 
 def test_charts_hold_the_summarys_numbers(grid: Path, summary: dict[str, Any]) -> None:
     report = build_ablation(read_ablation(grid))
-    charts = {c.name: c for s in report.sections for c in s.charts}
+    charts = {c.name: c for s in report.parts for c in s.charts}
     forest = {line.label: line for line in charts["difference-0-a"].lines}
     for arm, line in forest.items():
         row = of(summary["comparisons"], arm=arm, metric="a")["difference"]
@@ -247,7 +247,7 @@ def test_charts_hold_the_summarys_numbers(grid: Path, summary: dict[str, Any]) -
 
 def test_tables_of_reliability_cost_and_pairing(html: str, grid: Path) -> None:
     report = build_ablation(read_ablation(grid))
-    tables = {t.title: t for s in report.sections for t in s.tables}
+    tables = {t.title: t for s in report.parts for t in s.tables}
     rows = tables["Reliability of reward terms"].rows
     assert len(rows) == 5 and rows[0][1] == "outcome" and rows[0][3].startswith("0.320 [")
     assert tables["Throughput and wall time"].rows[0][1].startswith("2,000 [")
@@ -326,7 +326,7 @@ def test_a_published_table_without_its_cells_gives_the_same_numbers(
         shutil.copy(grid / name, tmp_path)
     found = read_ablation(tmp_path)
     assert found.summary.to_dict() == {k: v for k, v in summary.items() if k != "pairing_faults"}
-    text = Page(to_html(build_ablation(found))).text
+    text = Page(build_ablation(found).to_html()).text
     assert "15 of 15 cells finished" in text
     assert "no hashes to show that arms were paired" in text
     (tmp_path / "results.parquet").write_bytes(b"PAR1")
@@ -387,7 +387,7 @@ def test_words_follow_the_intervals(grid: Path) -> None:
 
 def test_new_drawings_name_roles_and_no_colours() -> None:
     line = Line("$x <b>", (0.3,), (0.5,), "c1", x_range=((0.2, 0.4),), y_range=((0.4, 0.6),))
-    for kind in ("forest", "frontier", "path", "lines"):
-        svg = to_svg(Chart("c", "t", "", "", (line,), kind, close=True))  # type: ignore[arg-type]
+    for kind, joined in (("rows", False), ("plane", True), ("plane", False), ("lines", False)):
+        svg = to_svg(Chart("c", "t", "", (line,), kind, close=True, joined=joined))  # type: ignore[arg-type]
         assert "var(--c1)" in svg
         assert not re.search(r"#0102|http|<script|<!--|<b>", svg)

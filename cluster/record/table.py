@@ -1,0 +1,72 @@
+"""A table as plain data, and how it is written: terminal, text, Markdown (HTML is the page's)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich import box, table
+from rich.markup import escape
+
+from cluster.record.terminal import printable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text, hostile where a name is a user's or a model's; every writer makes it inert.
+
+    Attributes:
+        align: one of l and r a column; by default the first is left, the others are numbers.
+        note: a sentence below.
+        folded: shown only when asked for.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    align: str = ""
+    folded: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.align:
+            object.__setattr__(self, "align", "l" + "r" * (len(self.columns) - 1))
+
+    def to_rich(self) -> table.Table:
+        """For a terminal, as wide as it is."""
+        made = table.Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=escape(printable(self.title)) or None,
+            caption=escape(printable(self.note)) or None,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for heading, side in zip(self.columns, self.align, strict=True):
+            made.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
+        for row in self.rows:
+            made.add_row(*[escape(printable(cell)) for cell in row])
+        return made
+
+    def to_text(self) -> str:
+        """Lines of columns without rules, each as wide as its widest cell; no note."""
+        rows = [[printable(cell) for cell in row] for row in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [printable(self.title)] if self.title else []
+        for row in rows:
+            cells = zip(row, widths, self.align, strict=True)
+            aligned = (c.rjust(w) if side == "r" else c.ljust(w) for c, w, side in cells)
+            lines.append("  ".join(aligned).rstrip())
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """A heading, the table and its note."""
+        rules = "|".join("---:" if side == "r" else "---" for side in self.align)
+        lines = [f"### {inert(self.title)}", "", f"| {' | '.join(self.columns)} |", f"|{rules}|"]
+        lines += ["| " + " | ".join(map(inert, row)) + " |" for row in self.rows]
+        return "\n".join([*lines, *(["", inert(self.note)] if self.note else [])])
+
+
+def inert(text: str) -> str:
+    """Text that stays text in Markdown and inside a table's cell."""
+    safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "\\`*[]|$~" else c for c in safe)
