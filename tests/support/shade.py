@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core import DataError, Parsed, Problem, Style
-from tasks.responses import compose_response, oracle_prefix, parse_response
+from tasks.responses import Read, compose_response, oracle_prefix, parse_response
 
 
 class ShadeSpec(BaseModel):
@@ -28,10 +28,13 @@ class Shade:
     def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
         assert isinstance(spec, ShadeSpec)
         shade, grain = int(rng.integers(spec.shades)), int(rng.integers(spec.grain))
-        image = Image.new("RGB", (4, 4), (shade, grain % 256, grain // 256))
+        image = self.picture(shade, grain)
+        return self._problem("Which shade?", image, shade, f"shade-{shade}-{grain}")
+
+    def picture(self, shade: int, grain: int = 0) -> bytes:
         out = io.BytesIO()
-        image.save(out, format="PNG")
-        return self._problem("Which shade?", out.getvalue(), shade, f"shade-{shade}-{grain}")
+        Image.new("RGB", (4, 4), (shade, grain % 256, grain // 256)).save(out, format="PNG")
+        return out.getvalue()
 
     def _problem(self, prompt: str, image: bytes, shade: int, name: str) -> Problem:
         return Problem(
@@ -45,12 +48,13 @@ class Shade:
             symmetry_key=f"key-{shade}",
         )
 
-    def parse(self, text: str) -> Parsed:
-        def read(part: str) -> tuple[int | None, tuple[str, ...]]:
-            digits = part.strip()
-            return (int(digits), ()) if digits.isdecimal() else (None, ("bad_number",))
+    def number(self, text: str) -> Read:
+        digits = text.strip()
+        read = digits.isdecimal() and len(digits) < 9
+        return (int(digits), ()) if read else (None, ("bad_number",))
 
-        return parse_response(text, read, read)
+    def parse(self, text: str) -> Parsed:
+        return parse_response(text, self.number, self.number)
 
     def check(self, problem: Problem, answer: Any) -> bool:
         return bool(answer == problem.truth["shade"] + 1)

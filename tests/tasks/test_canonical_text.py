@@ -5,27 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core import Problem, Task
-from tasks.load import load_task
-from tasks.responses import HARMLESS, compose_response
+from tasks.responses import compose_response
+from tests.support.puzzles import GRAPHS, SMALL, SUDOKU, TINY, draw
 
-PICTURE: dict[str, Any] = {"canvas": 64, "label_size": 0}
-PROBLEMS: list[tuple[Task, Problem]] = [
-    (task, task.generate(np.random.default_rng(seed), task.spec(**knobs)))
-    for task, knobs in (
-        (load_task("sudoku"), {"size": 4, "blanks": 9}),
-        (load_task("sudoku"), {"blanks": 30}),
-        (load_task("graph_coloring"), {"vertices": 6} | PICTURE),
-        (load_task("graph_coloring"), {"vertices": 12, "edges": 15, "canvas": 256}),
-    )
-    for seed in range(3)
+KINDS: list[tuple[Task, dict[str, Any]]] = [
+    (SUDOKU, TINY | {"blanks": 9}),
+    (SUDOKU, {"blanks": 30}),
+    (GRAPHS, SMALL | {"vertices": 6, "label_size": 0}),
+    (GRAPHS, {"vertices": 12, "edges": 15, "canvas": 256}),
 ]
+PROBLEMS = [(task, draw(task, seed, **knobs)) for task, knobs in KINDS for seed in range(3)]
 Part = Literal["perception", "answer"]
+PARTS: tuple[Part, ...] = ("perception", "answer")
 GAPS = {
     "sudoku": (" ", "  ", "\t", ",", ", ", " , "),
     "graph_coloring": (" ", "\n", "\r\n", "\n\n", "\t", ",", ", ", " ,\n"),
@@ -36,17 +32,16 @@ ENDS = ("\n", "\r\n", " \n", ",\n", ", \r\n", "\n\n", "\n \t\n")
 def canonical(task: Task, problem: Problem) -> dict[Part, str]:
     """The text of both segments of a demonstration."""
     text = task.demonstrate(problem, "terse")
-    parts: tuple[Part, ...] = ("perception", "answer")
-    return {
-        part: found[1].strip()
-        for part in parts
-        if (found := re.search(f"<{part}>(.*)</{part}>", text, re.DOTALL))
-    }
+    found = {part: re.search(f"<{part}>(.*)</{part}>", text, re.DOTALL) for part in PARTS}
+    return {part: match[1].strip() for part, match in found.items() if match}
+
+
+CANONICAL = {problem.id: canonical(task, problem) for task, problem in PROBLEMS}
 
 
 def read(task: Task, problem: Problem, part: Part, text: str) -> tuple[Any, tuple[str, ...]]:
     """What a task reads in one segment of a demonstration, and the defects."""
-    whole = canonical(task, problem) | {part: text}
+    whole = CANONICAL[problem.id] | {part: text}
     parsed = task.parse(compose_response(whole["perception"], "", whole["answer"]))
     return getattr(parsed, part), parsed.defects
 
@@ -55,8 +50,8 @@ def read(task: Task, problem: Problem, part: Part, text: str) -> tuple[Any, tupl
 @given(data=st.data())
 def test_harmless_white_space_and_commas_read_as_the_same(data: st.DataObject) -> None:
     task, problem = data.draw(st.sampled_from(PROBLEMS))
-    part: Part = data.draw(st.sampled_from(("perception", "answer")))
-    text = canonical(task, problem)[part]
+    part: Part = data.draw(st.sampled_from(PARTS))
+    text = CANONICAL[problem.id][part]
     value, _ = read(task, problem, part, text)
     assert value is not None
     close = task.name == "sudoku" and data.draw(st.booleans())
@@ -90,8 +85,8 @@ def test_boxes_may_stand_apart() -> None:
 def test_any_other_change_is_a_defect_or_another_value(data: st.DataObject) -> None:
     """One character added, left out or put for another never reads as what it was."""
     task, problem = data.draw(st.sampled_from(PROBLEMS))
-    part: Part = data.draw(st.sampled_from(("perception", "answer")))
-    text = canonical(task, problem)[part]
+    part: Part = data.draw(st.sampled_from(PARTS))
+    text = CANONICAL[problem.id][part]
     at = data.draw(st.integers(0, len(text) - 1))
     new = data.draw(st.sampled_from("0123456789abz-:;|.()[]{}\"'_+*x٣１−"))
     how = data.draw(st.sampled_from(("add", "drop", "replace")))
@@ -108,14 +103,5 @@ def test_any_other_change_is_a_defect_or_another_value(data: st.DataObject) -> N
 @pytest.mark.parametrize("at", [0, -1])
 def test_endless_separators_are_a_defect(at: int, text: str) -> None:
     task, problem = PROBLEMS[at]
-    parts: tuple[Part, ...] = ("perception", "answer")
-    for part in parts:
+    for part in PARTS:
         assert read(task, problem, part, f"0{text}1")[0] is None
-
-
-def test_a_prompt_that_explains_the_format_says_what_it_allows() -> None:
-    for name in ("sudoku", "graph_coloring"):
-        task = load_task(name)
-        for prompt in ("full", "brief"):
-            problem = task.generate(np.random.default_rng(0), task.spec(prompt=prompt))
-            assert (HARMLESS in problem.prompt) == (prompt == "full")

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +23,9 @@ from tasks.datasets import SCHEMA, read_dataset, read_examples
 from tasks.load import load_task
 from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
+from tests.support.image_files import png_header
 from tests.support.killed import killed_before
 from tests.support.shade import SHADE, SPEC, Shade, ShadeSpec, png, shades, tree
-
-
-def huge_png() -> bytes:
-    """A header that claims 20,000x20,000 pixels."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -233,7 +226,11 @@ def test_missing_column_is_named_with_those_that_are_there(tmp_path: Path, colum
     ("field", "value", "message"),
     [
         ("image", {"bytes": png()[:-15], "path": None}, "image: the image is damaged or truncated"),
-        ("image", {"bytes": huge_png(), "path": None}, "image: the image is 20000x20000"),
+        (
+            "image",
+            {"bytes": png_header(20_000, 20_000), "path": None},
+            "image: the image is 20000x20000",
+        ),
         ("image", {"bytes": b"text", "path": None}, "image: not an image"),
         ("image", {"bytes": None, "path": "a.png"}, "image: has no bytes"),
         ("image", None, "image: has no bytes"),
@@ -484,7 +481,7 @@ def test_bad_rows_are_listed_and_nothing_is_written(
     source.mkdir()
     (source / "ok.png").write_bytes(png())
     (source / "short.png").write_bytes(png()[:-9])
-    (source / "huge.png").write_bytes(huge_png())
+    (source / "huge.png").write_bytes(png_header(20_000, 20_000))
     good = {"query": "q", "image": "ok.png", "ground_truth": "1"}
     lines = [json.dumps(good), json.dumps(good | change), json.dumps(good), "{"]
     (source / "train.jsonl").write_text("\n".join(lines))

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from tasks.core import Draws
 from tasks.figures import Graph, Grid, compared_words
-from tasks.graph_coloring import GraphColoring
-from tasks.sudoku import Sudoku
-from tests.support.report_pages import graph_problem, grid_problem
+from tests.support.puzzles import GRAPHS, SMALL, SUDOKU, TINY, draw
+
+GRID, GRAPH = draw(SUDOKU, 1, **TINY, blanks=6), draw(GRAPHS, 2, **SMALL)
 
 digits = st.integers(0, 4)
 grids = st.lists(st.lists(digits, min_size=4, max_size=4), min_size=4, max_size=4)
@@ -24,7 +24,7 @@ grids = st.lists(st.lists(digits, min_size=4, max_size=4), min_size=4, max_size=
 def test_marks_of_a_grid_agree_with_the_task(
     seen: list[list[int]], answer: list[list[int]], exact: bool
 ) -> None:
-    problem, task = grid_problem(1), Sudoku()
+    problem, task = GRID, SUDOKU
     truth = problem.truth
     seen = truth["puzzle"] if exact else seen
     figure = task.draw_perception(problem, seen)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ pairs = st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(lambda p: p[0] < 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(seen=st.frozensets(pairs, min_size=1), letters=st.text("abc", min_size=0, max_size=7))
 def test_marks_of_a_graph_agree_with_the_task(seen: frozenset[Any], letters: str) -> None:
-    problem, task = graph_problem(2), GraphColoring()
+    problem, task = GRAPH, GRAPHS
     n, true = problem.truth["v"], {(i, j) for i, j in problem.truth["edges"]}
     figure = task.draw_perception(problem, seen)
     assert isinstance(task, Draws) and isinstance(figure, Graph)

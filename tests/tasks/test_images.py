@@ -12,45 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from tasks.core import DataError
-from tasks.images import (
-    BLANK,
-    MAX_PIXELS,
-    blank_like,
-    check_image,
-    content_hash,
-    mask_patches,
-)
-from tasks.load import load_task
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=kind, **options)
-    return out.getvalue()
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def raw_png(
-    size: tuple[int, int], depth: int, colour: int, rows: bytes, *chunks: bytes, interlaced: int = 0
-) -> bytes:
-    """A PNG of unfiltered rows, each after its filter byte, with chunks before the pixels."""
-    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced)
-    parts = [chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(rows))]
-    return b"".join([b"\x89PNG\r\n\x1a\n", *parts, chunk(b"IEND", b"")])
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IEND", b"")
+from tasks.images import BLANK, MAX_PIXELS, blank_like, check_image, content_hash, mask_patches
+from tests.support.image_files import chunk, encoded, noise, png_header, raw_png
+from tests.support.puzzles import TASKS
 
 
 def exif_block(orientation: int, entries: int = 1) -> bytes:
@@ -310,7 +274,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 )
 def test_blanks_of_different_problems_are_the_same_file(name: str, knobs: dict[str, Any]) -> None:
     """What differs between two blanks could tell a blind policy which problem it has."""
-    task = load_task(name)
+    task = TASKS[name]
     spec, rng = task.spec(**knobs), np.random.default_rng(0)
     images = [task.generate(rng, spec).image for _ in range(12)]
     assert len({blank_like(image) for image in images}) == 1 < len(set(images))

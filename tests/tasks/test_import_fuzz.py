@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import struct
 import warnings
 import zlib
 from collections import Counter
@@ -19,7 +18,8 @@ from tasks.core import DataError
 from tasks.dataset_import import import_rows
 from tasks.datasets import read_examples
 from tasks.images import check_image
-from tasks.load import load_task
+from tests.support.image_files import chunk, encoded, noise
+from tests.support.puzzles import TASKS
 
 GRIDS = ["[[0,2,3,4],[3,4,0,2],[2,1,4,3],[4,3,2,0]]", "[[1,0,3,4],[3,4,1,0],[0,1,4,3],[4,3,0,1]]"]
 GRAPHS = ['{"v":4,"c":3,"edges":[[0,1],[0,2],[1,2],[2,3]]}', '{"v":3,"c":2,"edges":[[0,1],[1,2]]}']
@@ -37,42 +37,32 @@ FORMS = ("struct", "path", "base64", "uri", "list", "bytes")
 
 def pictures() -> list[bytes]:
     """Small files of the kinds that people have."""
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    photo, exif = Image.fromarray(noise), Image.Exif()
+    photo, exif = noise(16, 12), Image.Exif()
     exif[0x0112] = 6
     exif[282] = 72.0  # a rational
-
-    def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-        out = io.BytesIO()
-        image.save(out, kind, **options)
-        return out.getvalue()
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + check
-
-    plain = saved(photo, "PNG")
+    plain, turned = encoded(photo), photo.rotate(180)
     text = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000)))
-    deep = Image.fromarray((noise[..., 0].astype(np.uint16) + 1) * 200)
+    red, green, _ = photo.split()
+    deep = Image.fromarray((np.asarray(red).astype(np.uint16) + 1) * 200)
     faded = photo.convert("RGBA")
-    faded.putalpha(Image.fromarray(noise[..., 1]))
+    faded.putalpha(green)
     return [
         plain,
         plain[:33] + text + plain[33:],
-        saved(photo, "PNG", exif=exif),
-        saved(photo.quantize(9), "PNG", transparency=3),
-        saved(faded, "PNG"),
-        saved(deep, "PNG"),
-        saved(photo.convert("1"), "PNG"),
-        saved(photo, "JPEG", exif=exif),
-        saved(photo, "JPEG", progressive=True, quality=60),
-        saved(photo.convert("CMYK"), "JPEG"),
-        saved(photo.convert("L"), "JPEG"),
-        saved(photo, "MPO", save_all=True, append_images=[photo.rotate(180)]),
-        saved(faded, "WEBP", lossless=True),
-        saved(photo, "WEBP", exif=exif),
-        saved(photo, "WEBP", save_all=True, append_images=[photo.rotate(180)]),
-        saved(photo, "GIF"),
+        encoded(photo, exif=exif),
+        encoded(photo.quantize(9), transparency=3),
+        encoded(faded),
+        encoded(deep),
+        encoded(photo.convert("1")),
+        encoded(photo, "JPEG", exif=exif),
+        encoded(photo, "JPEG", progressive=True, quality=60),
+        encoded(photo.convert("CMYK"), "JPEG"),
+        encoded(photo.convert("L"), "JPEG"),
+        encoded(photo, "MPO", save_all=True, append_images=[turned]),
+        encoded(faded, "WEBP", lossless=True),
+        encoded(photo, "WEBP", exif=exif),
+        encoded(photo, "WEBP", save_all=True, append_images=[turned]),
+        encoded(photo, "GIF"),
     ]
 
 
@@ -182,7 +172,7 @@ def fuzz(
             if rng.random() < 0.1:
                 file.write_bytes(spoilt(file.read_bytes(), rng))
         try:
-            manifest = import_rows(file, load_task(task), home / "out", skip_bad=True)
+            manifest = import_rows(file, TASKS[task], home / "out", skip_bad=True)
         except DataError as error:
             assert all(len(line) < 400 for line in str(error).splitlines()), error
             seen["file refused"] += a_file
@@ -206,7 +196,7 @@ def fuzz(
             assert problem.prompt == row["query"]
             truth = row["ground_truth"]
             truth = json.loads(truth) if isinstance(truth, str) else truth
-            ours = json.loads(load_task(task).to_ground_truth(problem))
+            ours = json.loads(TASKS[task].to_ground_truth(problem))
             if task == "sudoku":
                 assert ours == truth
             else:

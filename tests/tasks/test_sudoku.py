@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from itertools import product
@@ -12,25 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from pydantic import ValidationError
 
-from tasks.core import CanLeak, DataError, HasPerceptionItems, HasVisionLabels, Problem, Task
-from tasks.sudoku import Sudoku, SudokuSpec, grid_text
+from tasks.core import DataError, Problem
+from tasks.sudoku import SudokuSpec, grid_text
 from tasks.sudoku_puzzle import find_solutions, symmetry_key, technique_needed, unique_solution
-
-TASK = Sudoku()
-TINY: dict[str, Any] = {
-    "size": 4, "cell_size": 16, "font_size": 12, "margin": 0, "prompt": "brief",
-}  # fmt: skip
+from tests.support.puzzles import SUDOKU as TASK
+from tests.support.puzzles import TINY, pixels, samples
+from tests.support.puzzles import draw as drawn
 
 
 def draw(seed: int = 0, **knobs: Any) -> Problem:
-    return TASK.generate(np.random.default_rng(seed), SudokuSpec(**knobs))
-
-
-def pixels(problem: Problem) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(problem.image)))
+    return drawn(TASK, seed, **knobs)
 
 
 def naive_count(grid: list[list[int]]) -> int:
@@ -88,10 +79,6 @@ def naive_technique(grid: list[list[int]]) -> str:
         needed = "hidden_singles"
         board[hidden[0][0]] = hidden[0][1]
     return needed
-
-
-def test_it_is_a_task() -> None:
-    assert isinstance(TASK, Task) and isinstance(TASK, HasVisionLabels)
 
 
 @pytest.mark.parametrize("blanks", [1, 6, 8, 10, 12])
@@ -174,57 +161,11 @@ def test_the_technique_knob_is_honoured(technique: str, blanks: int) -> None:
         assert unique_solution(puzzle) == tuple(map(tuple, problem.truth["solution"]))
 
 
-def test_what_cannot_be_drawn_says_what_to_change() -> None:
-    with pytest.raises(ValueError, match=r"blanks=1 and technique='search'.*change blanks"):
-        draw(blanks=1, technique="search")
-
-
-@pytest.mark.parametrize(
-    ("knobs", "said"),
-    [
-        ({"blanks": 65}, "at most 64"),
-        ({"size": 4, "blanks": 13}, "at most 12"),
-        ({"size": 4, "technique": "search"}, "does not occur on 4x4"),
-        ({"font_size": 41}, "lower font_size"),
-        ({"jitter": 21}, "half of cell_size"),
-        ({"cell_size": 200, "margin": 200}, "within 2048"),
-        ({"ink": "#ffffff"}, "same as paper"),
-        ({"ink": "blue"}, "#rrggbb"),
-        ({"ink": [0, 0, 256]}, "three whole numbers"),
-        ({"contrast": 0}, "greater than 0"),
-        ({"nosie": 3}, "Extra inputs"),
-    ],
-)
-def test_impossible_knobs_are_refused(knobs: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        SudokuSpec(**knobs)
-
-
 def test_knobs_have_usable_defaults() -> None:
     assert SudokuSpec().blanks == 16
     assert SudokuSpec(size=4).blanks == 8
     assert SudokuSpec.model_validate({"ink": (255, 0, 16)}).ink == "#ff0010"
     assert SudokuSpec(**json.loads(SudokuSpec().model_dump_json())) == SudokuSpec()
-
-
-PERCEPTION = [
-    {"cell_size": 20, "font_size": 14}, {"font_size": 10}, {"margin": 1}, {"jitter": 3},
-    {"noise": 20.0}, {"contrast": 0.4}, {"rotation": 25.0}, {"ink": "random"},
-    {"paper": "#ffeeaa"}, {"lines": "dashed"}, {"lines": "boxes"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("knobs", PERCEPTION, ids=str)
-def test_perception_knobs_change_the_picture_and_not_the_puzzle(knobs: dict[str, Any]) -> None:
-    plain, other = draw(7, size=4), draw(7, size=4, **knobs)
-    assert other.truth == plain.truth and other.symmetry_key == plain.symmetry_key
-    assert other.image != plain.image and other.id != plain.id
-    assert Image.open(io.BytesIO(other.image)).size == (side(other), side(other))
-
-
-def side(problem: Problem) -> int:
-    knobs = problem.knobs
-    return int(knobs["size"] * knobs["cell_size"] + 2 * knobs["margin"])
 
 
 def test_reasoning_knobs_leave_colours_and_noise_as_they_were() -> None:
@@ -251,41 +192,18 @@ def test_the_tiny_picture_is_64_px_and_shows_each_digit_its_own_way() -> None:
     assert len(set.union(*shapes.values())) == len(shapes)
 
 
-def test_the_same_seed_gives_the_same_problem_and_labels_name_its_cells() -> None:
-    problem = draw(2, noise=9.0, rotation=5.0)
-    assert problem == draw(2, noise=9.0, rotation=5.0) != draw(3, noise=9.0, rotation=5.0)
-    labels = TASK.vision_labels(problem)
+def test_labels_name_the_cells_and_terse_steps_the_blanks() -> None:
+    labels = TASK.vision_labels(draw(2))
     assert labels.dtype == np.int64 and labels.shape == (81,)
-    assert grid_text(labels.reshape(9, 9).tolist()) == problem.perception
-    assert json.loads(json.dumps([problem.truth, problem.knobs])) == [problem.truth, problem.knobs]
-
-
-@pytest.mark.parametrize("style", ["terse", "verbose"])
-@pytest.mark.parametrize(
-    "knobs", [{**TINY, "blanks": 8}, {}, {"blanks": 54, "technique": "search"}], ids=str
-)
-def test_demonstrations_are_read_back_whole_and_right(style: Any, knobs: dict[str, Any]) -> None:
-    for seed in range(4):
-        problem = draw(seed, **knobs)
-        text = TASK.demonstrate(problem, style)
-        assert text.startswith(TASK.oracle_prefix(problem))
-        parsed = TASK.parse(text)
-        assert parsed.defects == ()
-        assert TASK.score_perception(problem, parsed.perception) == (True, 1.0)
-        assert TASK.check(problem, parsed.answer)
-        assert TASK.consistent(problem, parsed.perception, parsed.answer)
-        assert TASK.solve(problem, parsed.perception) == parsed.answer
-        if style == "verbose":
-            start, end = parsed.spans["perception"]
-            assert (end - start) / len(text) < 0.05
-        else:
-            lines = parsed.reasoning.split("\n")
-            blanks = [
-                f"r{r + 1}c{c + 1}={problem.truth['solution'][r][c]}"
-                for r, c in product(range(problem.knobs["size"]), repeat=2)
-                if not problem.truth["puzzle"][r][c]
-            ]
-            assert sorted(lines) == sorted(blanks)
+    assert grid_text(labels.reshape(9, 9).tolist()) == draw(2).perception
+    for problem in samples("sudoku"):
+        lines = TASK.parse(TASK.demonstrate(problem, "terse")).reasoning.split("\n")
+        truth, size = problem.truth, problem.knobs["size"]
+        assert sorted(lines) == sorted(
+            f"r{r + 1}c{c + 1}={truth['solution'][r][c]}"
+            for r, c in product(range(size), repeat=2)
+            if not truth["puzzle"][r][c]
+        )
 
 
 def test_every_form_of_a_grid_reads_as_the_same() -> None:
@@ -438,63 +356,19 @@ def test_a_9x9_puzzle_with_a_clue_less_is_another_puzzle() -> None:
     assert len(keys) == len(places) + 1
 
 
-def test_public_rows_are_taken_and_bad_ones_name_the_field() -> None:
-    made = draw(6)
-    assert json.loads(TASK.to_ground_truth(made)) == made.truth["puzzle"]
-    row = TASK.from_row("Solve it.", made.image, TASK.to_ground_truth(made))
-    assert (row.prompt, row.image, row.task) == ("Solve it.", made.image, "sudoku")
-    assert row.truth == made.truth and row.perception == made.perception
-    assert row.symmetry_key == made.symmetry_key and row.knobs["blanks"] == 16
-    assert TASK.check(row, TASK.parse(TASK.demonstrate(row, "terse")).answer)
-    for bad in (
-        "",
-        "nonsense",
-        "[[1]]",
-        "[" * 9999,
-        json.dumps([[0] * 9] * 9),
-        json.dumps([[1] * 9] * 9),
-    ):
-        with pytest.raises(DataError, match="ground_truth"):
-            TASK.from_row("Solve it.", made.image, bad)
-
-
-DEMONSTRATION = TASK.demonstrate(draw(0, **TINY), "terse")
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(text=st.text(st.characters(codec=None), max_size=60), data=st.data())
-def test_parsing_never_raises(text: str, data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, len(DEMONSTRATION)))
-    end = data.draw(st.integers(start, min(start + 30, len(DEMONSTRATION))))
-    for hostile in (
-        text,
-        f"<perception>{text}</perception><answer>{text}</answer>",
-        DEMONSTRATION[:start] + text + DEMONSTRATION[end:],
-        DEMONSTRATION[:start],
-    ):
-        parsed = TASK.parse(hostile)
-        problem = draw(0, **TINY)
-        TASK.check(problem, parsed.answer)
-        TASK.score_perception(problem, parsed.perception)
-        TASK.consistent(problem, parsed.perception, parsed.answer)
-        if parsed.perception is None:
-            assert parsed.defects
-        if parsed.answer is None:
-            assert parsed.defects
-
-
-def test_long_hostile_text_is_read_in_time() -> None:
-    for unit in ("1\n", "-", "[[1,"):
-        text = unit * (200_000 // len(unit))
-        start = time.process_time()
-        TASK.parse(f"<perception>{text}</perception><answer>{text}</answer>")
-        assert time.process_time() - start < 3, unit
+@pytest.mark.parametrize(
+    "bad",
+    ["", "nonsense", "[[1]]", "[" * 9999, json.dumps([[0] * 9] * 9), json.dumps([[1] * 9] * 9)],
+    ids=range(6),
+)
+def test_bad_rows_name_the_field(bad: str) -> None:
+    with pytest.raises(DataError, match="ground_truth"):
+        TASK.from_row("Solve it.", b"", bad)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 4), min_size=16, max_size=16))
 def test_items_tell_grids_apart_cell_by_cell(seed: int, values: list[int]) -> None:
-    assert isinstance(TASK, HasPerceptionItems)
     one = tuple(tuple(values[4 * r : 4 * r + 4]) for r in range(4))
     two = draw(seed, **TINY).truth["puzzle"]
     assert len(TASK.perception_items(one)) == 16
@@ -503,12 +377,9 @@ def test_items_tell_grids_apart_cell_by_cell(seed: int, values: list[int]) -> No
 
 
 def test_only_a_grid_without_a_blank_states_the_answer() -> None:
-    assert isinstance(TASK, CanLeak)
-    for seed, blanks in product(range(3), (1, 5, 12)):
+    for seed, blanks in enumerate((1, 5, 12)):
         made = draw(seed, **TINY, blanks=blanks)
         truth = made.truth
-        honest = TASK.parse(TASK.oracle_prefix(made)).perception
-        assert not TASK.states_answer(made, honest)
         assert TASK.states_answer(made, truth["solution"])
         wrong = [[5 - digit for digit in row] for row in truth["solution"]]
         assert TASK.states_answer(made, wrong)
