@@ -20,8 +20,9 @@ from tasks.puzzle_task import PuzzleTask
 from tasks.responses import HARMLESS, Read, compose_response, items, read_json
 from tasks.sudoku_figure import answered_grid, seen_grid
 from tasks.sudoku_knobs import SudokuSpec
-from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, symmetry_key, unique_solution
+from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, unique_solution
 from tasks.sudoku_render import render
+from tasks.sudoku_symmetry import symmetry_key
 from tasks.sudoku_teacher import terse_steps, verbose_steps
 
 SIZES = (4, 9)

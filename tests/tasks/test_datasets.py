@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from pydantic import BaseModel
 
 from tasks import dataset_write
 from tasks.core import DataError, Problem, Style
-from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset
 from tasks.datasets import SCHEMA, read_dataset, read_examples
 from tasks.load import load_task
@@ -34,14 +31,6 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     )
     write_dataset(tmp_path / "data", **(arguments | changes))
     return tmp_path / "data"
-
-
-def rewrite(file: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Change rows of a split behind the manifest's back, and drop the manifest."""
-    rows = pq.read_table(file).to_pylist()
-    change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    (file.parent / "manifest.json").unlink()
 
 
 # Drawing
@@ -192,78 +181,64 @@ def test_manifest_holds_the_hashes_and_no_path(tmp_path: Path) -> None:
     assert manifest["command"].startswith("equipoise tasks generate shade --train 40 --test 10")
 
 
-def test_a_file_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path)
-    (folder / "train.parquet").write_bytes((folder / "test.parquet").read_bytes())
-    with pytest.raises(DataError, match=r"train\.parquet: its hash is not the one"):
-        read_dataset(folder)
-
-
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_dataset(tmp_path / "nowhere")
     folder = written(tmp_path)
     with pytest.raises(DataError, match=r"no split 'valid'.*test, train"):
         read_dataset(folder, "valid")
-    (folder / "manifest.json").unlink()
     file = folder / "train.parquet"
-    file.write_bytes(file.read_bytes()[:-100])
+    whole = file.read_bytes()
+    file.write_bytes((folder / "test.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"train\.parquet: its hash is not the one"):
+        read_dataset(folder)
+    (folder / "manifest.json").unlink()
+    file.write_bytes(whole[:-100])
     with pytest.raises(DataError, match=r"train\.parquet: not a whole Parquet file"):
         read_dataset(folder)
 
 
-@pytest.mark.parametrize("column", SCHEMA.names)
-def test_missing_column_is_named_with_those_that_are_there(tmp_path: Path, column: str) -> None:
-    file = tmp_path / "train.parquet"
-    table = pq.read_table(written(tmp_path) / "train.parquet").drop_columns([column])
-    pq.write_table(table, file)
-    others = ", ".join(table.column_names)
-    with pytest.raises(DataError, match=rf"train\.parquet: no column {column}; it has {others}"):
+def test_missing_and_wrong_columns_are_named_with_those_that_are_there(tmp_path: Path) -> None:
+    table, file = pq.read_table(written(tmp_path) / "train.parquet"), tmp_path / "train.parquet"
+    for column in SCHEMA.names:
+        fewer = table.drop_columns([column])
+        pq.write_table(fewer, file)
+        said = rf"train\.parquet: no column {column}; it has {', '.join(fewer.column_names)}"
+        with pytest.raises(DataError, match=said):
+            read_examples(file)
+    raw = pa.array([row["bytes"] for row in table["image"].to_pylist()])
+    pq.write_table(table.set_column(0, "image", raw), file)
+    with pytest.raises(DataError, match="column image: is binary, not struct"):
         read_examples(file)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("image", {"bytes": png()[:-15], "path": None}, "image: the image is damaged or truncated"),
-        (
-            "image",
-            {"bytes": png_header(20_000, 20_000), "path": None},
-            "image: the image is 20000x20000",
-        ),
-        ("image", {"bytes": b"text", "path": None}, "image: not an image"),
-        ("image", {"bytes": None, "path": "a.png"}, "image: has no bytes"),
-        ("image", None, "image: has no bytes"),
-        ("query", None, "query: is empty"),
-        ("truth", "{", "truth: not JSON"),
-        ("truth", "[" * 100_000, "truth: not JSON"),
-        ("knobs", "[1]", "knobs: not a JSON object"),
-        ("id", "shade-dup", "id: 'shade-dup' occurs twice"),
-    ],
-)
-def test_bad_row_is_named_with_its_field(
-    tmp_path: Path, field: str, value: Any, message: str
-) -> None:
-    file = written(tmp_path) / "train.parquet"
+HUGE = png_header(20_000, 20_000)
+BAD_VALUES: list[tuple[str, Any, str]] = [
+    ("image", {"bytes": png()[:-15], "path": None}, "image: the image is damaged or truncated"),
+    ("image", {"bytes": HUGE, "path": None}, "image: the image is 20000x20000"),
+    ("image", {"bytes": b"text", "path": None}, "image: not an image"),
+    ("image", {"bytes": None, "path": "a.png"}, "image: has no bytes"),
+    ("image", None, "image: has no bytes"),
+    ("query", None, "query: is empty"),
+    ("truth", "{", "truth: not JSON"),
+    ("truth", "[" * 100_000, "truth: not JSON"),
+    ("knobs", "[1]", "knobs: not a JSON object"),
+    ("id", "shade-dup", "id: 'shade-dup' occurs twice"),
+]
 
-    def spoil(rows: list[dict[str, Any]]) -> None:
-        rows[6][field] = value
+
+def test_bad_row_is_named_with_its_field(tmp_path: Path) -> None:
+    rows = pq.read_table(written(tmp_path) / "train.parquet").to_pylist()
+    file = tmp_path / "train.parquet"
+    for field, value, message in BAD_VALUES:
+        spoilt = [dict(row) for row in rows]
+        spoilt[6][field] = value
         if field == "id":
-            rows[2][field] = value
-
-    rewrite(file, spoil)
-    with pytest.raises(DataError) as caught:
-        read_dataset(file)
-    assert str(caught.value).startswith(f"{file}: row 6: {message}")
-
-
-def test_image_of_a_column_of_the_wrong_type(tmp_path: Path) -> None:
-    file = written(tmp_path) / "train.parquet"
-    table = pq.read_table(file)
-    raw = pa.array([row["bytes"] for row in table["image"].to_pylist()])
-    pq.write_table(table.set_column(0, "image", raw), tmp_path / "raw.parquet")
-    with pytest.raises(DataError, match="column image: is binary, not struct"):
-        read_examples(tmp_path / "raw.parquet")
+            spoilt[2][field] = value
+        pq.write_table(pa.Table.from_pylist(spoilt, schema=SCHEMA), file)
+        with pytest.raises(DataError) as caught:
+            read_dataset(file)
+        assert str(caught.value).startswith(f"{file}: row 6: {message}")
 
 
 # Writing whole or not at all
@@ -350,199 +325,6 @@ def test_a_task_that_contradicts_itself_writes_nothing(
     with pytest.raises(DataError, match=message):
         written(tmp_path, task=task)
     assert tree(tmp_path) == {}
-
-
-# Import
-
-SOLVED = [[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]]
-PUZZLE = [[0, 2, 3, 4], [3, 4, 0, 2], [2, 1, 4, 3], [4, 3, 2, 0]]
-DASHED = json.dumps([[cell or "-" for cell in row] for row in PUZZLE])
-SUDOKU_ROW = {
-    "query": "Complete the Sudoku in the image.",
-    "ground_truth": json.dumps(PUZZLE),
-    "response": f"The grid is {DASHED}. Each blank has one digit left. {json.dumps(SOLVED)}",
-}
-GRAPH = {"v": 4, "c": 3, "edges": [[0, 1], [0, 2], [1, 2], [2, 3]]}
-GRAPH_ROW = {
-    "query": "There are 4 vertices, labeled 0 through 3. Solve the graph coloring problem.",
-    "ground_truth": json.dumps(GRAPH),
-    "response": "",
-}
-
-
-def source_file(folder: Path, form: str, row: dict[str, Any], name: str = "train_sft") -> Path:
-    """A public-style file of three rows in one of the forms an image comes in."""
-    folder.mkdir(exist_ok=True)
-    rows: list[dict[str, Any]] = [dict(row) for _ in range(3)]
-    for shade, each in enumerate(rows):
-        path = f"pictures/{shade}.png"
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_bytes(png(shade))
-        held = png(shade)
-        each["image"] = {
-            "struct": {"bytes": held, "path": "no-such.png"},
-            "struct_path": {"bytes": None, "path": path},
-            "bytes": held,
-            "path": path,
-            "jsonl": path,
-        }[form]
-    if form == "jsonl":
-        file = folder / f"{name}.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    else:
-        file = folder / f"{name}-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    return file
-
-
-@pytest.mark.parametrize("form", ["struct", "struct_path", "bytes", "path", "jsonl"])
-@pytest.mark.parametrize(("name", "row"), [("sudoku", SUDOKU_ROW), ("graph_coloring", GRAPH_ROW)])
-def test_import_of_public_columns(
-    tmp_path: Path, form: str, name: str, row: dict[str, str]
-) -> None:
-    task = load_task(name)
-    source = source_file(tmp_path / "in", form, row)
-    manifest = import_rows(source, task, tmp_path / "out")
-    assert manifest["splits"]["train_sft"]["rows"] == 3
-    assert manifest["imported_from"].keys() == {source.name}
-    examples = list(read_examples(tmp_path / "out", "train_sft"))
-    assert [e.problem.image for e in examples] == [png(shade) for shade in range(3)]
-    for example in examples:
-        problem = example.problem
-        assert (problem.prompt, example.response) == (row["query"], row["response"])
-        perceived = task.parse(task.oracle_prefix(problem)).perception
-        assert task.score_perception(problem, perceived) == (True, 1.0)
-        assert task.check(problem, task.solve(problem, perceived))
-    stored = pq.read_table(tmp_path / "out" / "train_sft.parquet")["ground_truth"].to_pylist()
-    assert stored == [row["ground_truth"]] * 3
-
-
-def test_imported_responses_are_counted_when_right(tmp_path: Path) -> None:
-    # The response writes "-" where the truth has 0: the task reads both as a blank.
-    source = source_file(tmp_path / "in", "struct", SUDOKU_ROW)
-    entry = import_rows(source, load_task("sudoku"), tmp_path / "out")["splits"]["train_sft"]
-    assert (entry["responses"], entry["responses_right"]) == (3, 3)
-
-
-@pytest.mark.parametrize(
-    ("name", "knobs"),
-    [
-        ("sudoku", {"size": 4, "blanks": 2, "cell_size": 16, "font_size": 12}),
-        ("sudoku", {"blanks": 12, "cell_size": 12, "font_size": 10, "noise": 5}),
-        ("graph_coloring", {"vertices": 5, "canvas": 64, "noise": 5}),
-        (
-            "graph_coloring",
-            {"vertices": 7, "chromatic": 4, "layout": "spring", "split_by": "labelled"},
-        ),
-    ],
-)
-def test_what_was_generated_imports_again(tmp_path: Path, name: str, knobs: dict[str, Any]) -> None:
-    task = load_task(name)
-    splits = {"train": 12, "test": 6, "valid": 6}  # small enough that held-out twins occur
-    written(tmp_path, task=task, spec=task.spec(**knobs), splits=splits)
-    manifest = import_rows(tmp_path / "data", task, tmp_path / "again")
-    for split in splits:
-        first, again = (
-            [replace(e, problem=replace(e.problem, knobs={})) for e in read_examples(f, split)]
-            for f in (tmp_path / "data", tmp_path / "again")
-        )
-        assert first == again  # but for the knobs, which a public row does not tell
-        assert manifest["splits"][split]["responses_right"] == splits[split]
-
-
-def test_equal_rows_keep_their_place_under_new_ids(tmp_path: Path) -> None:
-    rows = [{"query": "q", "image": png(), "ground_truth": "7", "response": t} for t in "abc"]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    import_rows(tmp_path / "train.parquet", SHADE, tmp_path / "out")
-    examples = list(read_examples(tmp_path / "out"))
-    assert [e.problem.id for e in examples] == ["shade-7", "shade-7-2", "shade-7-3"]
-    assert [e.response for e in examples] == ["a", "b", "c"]
-
-
-BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"image": "gone.png"}, "line 2: image: no file 'gone.png'"),
-    ({"image": "short.png"}, "line 2: image: the image is damaged or truncated"),
-    ({"image": "huge.png"}, "line 2: image: the image is 20000x20000"),
-    ({"image": "/dev/zero"}, "line 2: image: no file '/dev/zero'"),
-    ({"image": "a\0b"}, "line 2: image: "),
-    ({"image": 5}, "line 2: image: int 5; wanted bytes, a struct of bytes and path, a path"),
-    ({"image": None}, "line 2: image: is missing"),
-    ({"ground_truth": "red"}, "line 2: ground_truth: 'red' is not a shade"),
-    ({"query": 3}, "line 2: query: is a int, not text"),
-    ({"response": "\ud800"}, "line 2: response: is not Unicode text"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_ROWS)
-def test_bad_rows_are_listed_and_nothing_is_written(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    (source / "ok.png").write_bytes(png())
-    (source / "short.png").write_bytes(png()[:-9])
-    (source / "huge.png").write_bytes(png_header(20_000, 20_000))
-    good = {"query": "q", "image": "ok.png", "ground_truth": "1"}
-    lines = [json.dumps(good), json.dumps(good | change), json.dumps(good), "{"]
-    (source / "train.jsonl").write_text("\n".join(lines))
-    before = tree(tmp_path)
-
-    with pytest.raises(DataError) as caught:
-        import_rows(source, SHADE, tmp_path / "out" / "deep")
-    text = str(caught.value)
-    assert f"train.jsonl: {message}" in text
-    assert "train.jsonl: line 4: not JSON" in text
-    assert "2 bad rows, nothing written" in text and "--skip-bad" in text
-    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
-
-    manifest = import_rows(source, SHADE, tmp_path / "out", skip_bad=True)
-    assert manifest["splits"]["train"]["rows"] == 2
-    assert [bad["row"] for bad in manifest["skipped"]] == ["line 2", "line 4"]
-    assert len(read_dataset(tmp_path / "out")) == 2
-
-
-def test_import_names_missing_columns(tmp_path: Path) -> None:
-    table = pa.table({"question": ["q"], "image": [png()], "ground_truth": ["1"]})
-    pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"no column query; it has question, image, ground_truth"):
-        import_rows(tmp_path / "train.parquet", SHADE, tmp_path / "out", skip_bad=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_import_keeps_held_out_problems_out_of_train(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    for split, numbers in {"train": "1234", "test": "45"}.items():
-        rows = [{"query": "q", "image": png(), "ground_truth": shade} for shade in numbers]
-        pq.write_table(pa.Table.from_pylist(rows), source / f"{split}.parquet")
-    with pytest.raises(DataError, match=r"train\.parquet: row 3: .* held-out split"):
-        import_rows(source, SHADE, tmp_path / "out")
-    import_rows(source, SHADE, tmp_path / "out", skip_bad=True)
-    train, test = (read_dataset(tmp_path / "out", split) for split in ("train", "test"))
-    assert [p.perception for p in train] == ["1", "2", "3"]
-    assert [p.perception for p in test] == ["4", "5"]
-
-
-def test_import_keeps_a_question_out_of_a_second_held_out_split(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    for split, numbers in {"test": "4", "valid": "34"}.items():
-        rows = [{"query": "q", "image": png(), "ground_truth": number} for number in numbers]
-        pq.write_table(pa.Table.from_pylist(rows), source / f"{split}.parquet")
-    with pytest.raises(DataError, match=r"valid\.parquet: row 1: .* held-out split"):
-        import_rows(source, SHADE, tmp_path / "out")
-
-
-def test_import_with_no_good_row_or_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no \.parquet or \.jsonl file"):
-        import_rows(tmp_path, SHADE, tmp_path / "out")
-    (tmp_path / "train.csv").write_text("query")
-    with pytest.raises(DataError, match=r"not a \.parquet or \.jsonl file"):
-        import_rows(tmp_path / "train.csv", SHADE, tmp_path / "out")
-    (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="no good row is left"):
-        import_rows(tmp_path / "train.jsonl", SHADE, tmp_path / "out", skip_bad=True)
-    assert not (tmp_path / "out").exists()
 
 
 # A task of the user's own

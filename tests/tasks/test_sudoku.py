@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tasks.core import DataError, Problem
 from tasks.sudoku import SudokuSpec, grid_text
-from tasks.sudoku_puzzle import find_solutions, symmetry_key, technique_needed, unique_solution
+from tasks.sudoku_puzzle import find_solutions, technique_needed, unique_solution
+from tasks.sudoku_symmetry import symmetry_key
 from tests.support.puzzles import SUDOKU as TASK
 from tests.support.puzzles import TINY, pixels, samples
 from tests.support.puzzles import draw as drawn

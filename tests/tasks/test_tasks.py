@@ -205,8 +205,16 @@ RECORDED: list[tuple[str, dict[str, Any], str]] = [
     ("sudoku", {"blanks": 53, "technique": "search"}, "a731e56cc1f2"),
     ("graph_coloring", SMALL | {"vertices": 6, "label_size": 0}, "324696d1cc86"),
     ("graph_coloring", SMALL | {"vertices": 6, "split_by": "isomorphism"}, "83aa64efda9a"),
-    ("graph_coloring", {"vertices": 9, "chromatic": 4, "planar": "planar", "density": 0.5}, "365f0c8ba545"),
-    ("graph_coloring", {"vertices": 8, "chromatic": 3, "edges": 9, "layout": "random"}, "1bde836ed439"),
+    (
+        "graph_coloring",
+        {"vertices": 9, "chromatic": 4, "planar": "planar", "density": 0.5},
+        "365f0c8ba545",
+    ),
+    (
+        "graph_coloring",
+        {"vertices": 8, "chromatic": 3, "edges": 9, "layout": "random"},
+        "1bde836ed439",
+    ),
 ]
 
 
