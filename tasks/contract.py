@@ -84,8 +84,14 @@ class _Trial:
             for wrong, where in self.seen.items()
         ]
 
+    def claim(self, holds: Any, otherwise: str, where: str) -> bool:
+        """Whether it holds; what is wrong is noted."""
+        if not holds:
+            self.seen.setdefault(otherwise, []).append(where)
+        return bool(holds)
+
     def wrong(self, what: str, where: str) -> None:
-        self.seen.setdefault(what, []).append(where)
+        self.claim(False, what, where)
 
     def call(self, where: str, function: Callable[..., Any], *given: Any) -> Any | None:
         """What it returns, or None where it raised or returned another type: both wrong."""
@@ -96,20 +102,18 @@ class _Trial:
             self.wrong(f"{name}: raised {type(error).__name__}", f"{where}: {_said(error)[:100]}")
             return None
         wanted = RETURNS.get(name, object)
-        if not isinstance(value, wanted):
-            self.wrong(f"{name}: returned a {type(value).__name__}, not a {wanted.__name__}", where)
-            return None
-        return value
+        said = f"{name}: returned a {type(value).__name__}, not a {wanted.__name__}"
+        return value if self.claim(isinstance(value, wanted), said, where) else None
 
     def ask(self, where: str, member: str, *given: Any) -> Any | None:
         """The same of a member of the task; None too where the task lacks that ability."""
         found = getattr(self.task, member, None)
         return None if found is None else self.call(where, found, *given)
 
-    def refused(self, where: str, member: str, *given: Any) -> bool:
-        """Whether a member says no."""
+    def accepts(self, where: str, otherwise: str, member: str, *given: Any) -> bool:
+        """Whether a member says yes; a no is wrong."""
         found = self.ask(where, member, *given)
-        return found is not None and not found
+        return found is None or self.claim(found, otherwise, where)
 
     def draw(self, spec: BaseModel, count: int, seed: int) -> list[Problem]:
         """Fresh problems, each drawn twice."""
@@ -125,24 +129,21 @@ class _Trial:
                 self.try_begin(spec, (seed, index))
             names = [field.name for field in fields(Problem)]
             differ = [n for n in names if repr(getattr(first, n)) != repr(getattr(again, n))]
-            if differ:
-                self.wrong(
-                    "generate: the same rng gives another problem; take all chance from it",
-                    f"{where}: {', '.join(differ)}",
-                )
-            if first.task != task.name:
-                self.wrong(f"generate: problem.task must be {task.name!r}", repr(first.task)[:60])
+            said = "generate: the same rng gives another problem; take all chance from it"
+            self.claim(not differ, said, f"{where}: {', '.join(differ)}")
+            said = f"generate: problem.task must be {task.name!r}"
+            self.claim(first.task == task.name, said, repr(first.task)[:60])
             found.append(first)
-        different = len({(p.prompt, p.perception, p.image) for p in found})
+        different, ids = (
+            len({(p.prompt, p.perception, p.image) for p in found}),
+            {p.id for p in found},
+        )
         if len(found) < 2:
             return found
-        if different == 1:
-            self.wrong(
-                "generate: all draws are one problem; draw from `rng`, or loosen the knobs",
-                f"{len(found)} draws",
-            )
-        if len({p.id for p in found}) < different:
-            self.wrong("generate: different problems have one id", f"of {len(found)} draws")
+        said = "generate: all draws are one problem; draw from `rng`, or loosen the knobs"
+        self.claim(different > 1, said, f"{len(found)} draws")
+        said = "generate: different problems have one id"
+        self.claim(len(ids) >= different, said, f"of {len(found)} draws")
         try:
             draw_problem(task, spec, "test", seed, count)
         except Exception as error:
@@ -158,10 +159,9 @@ class _Trial:
             whole = task.generate(np.random.default_rng(seed), spec)
         except ValueError:
             return  # an unlucky draw
-        if made.symmetry_key != key:
-            self.wrong("begin: tells another symmetry key than the problem has", f"draw {seed[1]}")
-        if repr(made) != repr(whole):
-            self.wrong("begin: makes another problem than generate", f"draw {seed[1]}")
+        where, said = f"draw {seed[1]}", "begin: tells another symmetry key than the problem has"
+        self.claim(made.symmetry_key == key, said, where)
+        self.claim(repr(made) == repr(whole), "begin: makes another problem than generate", where)
 
     def try_abilities(self, problems: Sequence[Problem]) -> None:
         """All abilities but `generate`."""
@@ -181,8 +181,8 @@ class _Trial:
         """The problem as it comes back from a data set or a run: truth and knobs through JSON."""
         for name in ("id", "prompt", "perception", "symmetry_key"):
             value = getattr(problem, name)
-            if not isinstance(value, str) or (not value and name != "perception"):
-                self.wrong(f"problem.{name}: must be text", repr(value)[:60])
+            is_text = isinstance(value, str) and (value or name == "perception")
+            if not self.claim(is_text, f"problem.{name}: must be text", repr(value)[:60]):
                 return None
         self.call(problem.id, check_image, problem.image, "problem.image")
         kept: dict[str, Any] = {}
@@ -202,19 +202,18 @@ class _Trial:
             parsed = None if text is None else self.ask(where, "parse", text)
             if parsed is None:
                 continue
-            if parsed.defects or parsed.answer is None:
-                named = ", ".join(parsed.defects) or "no answer"
-                self.wrong(f"demonstrate: parse finds a defect in it: {named}", where)
-                continue
-            if self.refused(where, "check", problem, parsed.answer):
-                self.wrong("check: refuses the demonstrated answer", where)
+            named = ", ".join(parsed.defects) or ("no answer" if parsed.answer is None else "")
+            said = f"demonstrate: parse finds a defect in it: {named}"
+            refused = "check: refuses the demonstrated answer"
+            if not self.claim(not named, said, where) or not self.accepts(
+                where, refused, "check", problem, parsed.answer
+            ):
                 continue
             self.read.setdefault(problem.id, parsed)
-            if parsed.perception is None:
-                continue
-            score = self.ask(where, "score_perception", problem, parsed.perception)
-            if score is not None and not score[0]:
-                self.wrong("demonstrate: its perception is not p* by score_perception", where)
+            if parsed.perception is not None:
+                score = self.ask(where, "score_perception", problem, parsed.perception)
+                said = "demonstrate: its perception is not p* by score_perception"
+                self.claim(score is None or score[0], said, where)
 
     def try_perception(self, problem: Problem) -> None:
         """p*: read back from the forced prefix, scored 1, solved, and stating no answer."""
@@ -231,22 +230,20 @@ class _Trial:
             named = ", ".join(d for d in parsed.defects if d not in missing) or "None"
             self.wrong(f"oracle_prefix: parse does not read p* back: {named}", where)
             return
-        if "perception" not in parsed.spans:
-            self.wrong("parse: reads a perception without its span; fill in `spans`", where)
+        said = "parse: reads a perception without its span; fill in `spans`"
+        self.claim("perception" in parsed.spans, said, where)
         score = self.ask(where, "score_perception", problem, truth)
-        if score is not None and not (score[0] and score[1] == 1):
-            said = f"score_perception: of p* it must be (True, 1.0), not {score!r:.40}"
-            self.wrong(said, where)
+        said = f"score_perception: of p* it must be (True, 1.0), not {score!r:.40}"
+        self.claim(score is None or (score[0] and score[1] == 1), said, where)
         solved = self.ask(where, "solve", problem, truth)
         if solved is not None:
-            if self.refused(where, "check", problem, solved):
-                self.wrong("solve: check refuses its answer for p*", where)
-            if self.refused(where, "consistent", problem, truth, solved):
-                self.wrong("solve: consistent refuses its answer for p*", where)
+            for member, given in (("check", ()), ("consistent", (truth,))):
+                said = f"solve: {member} refuses its answer for p*"
+                self.accepts(where, said, member, problem, *given, solved)
             for seen in (truth, None):
                 self.ask(where, "draw_answer", problem, seen, solved)
-        if self.ask(where, "states_answer", problem, truth):
-            self.wrong("states_answer: must be False for p*", where)
+        stated = self.ask(where, "states_answer", problem, truth)
+        self.claim(not stated, "states_answer: must be False for p*", where)
         self.ask(where, "perception_items", truth)
         self.ask(where, "draw_perception", problem, truth)
 
@@ -257,10 +254,10 @@ class _Trial:
             labels = self.ask(f"problem {problem.id}", "vision_labels", problem)
             if labels is not None:
                 shapes.add(labels.shape)
-                if labels.ndim != 1 or labels.dtype != np.int64:
-                    self.wrong("vision_labels: must be int64 [K]", f"problem {problem.id}")
-        if len(shapes) > 1:
-            self.wrong("vision_labels: their number must be the same for all", f"{sorted(shapes)}")
+                sound = labels.ndim == 1 and labels.dtype == np.int64
+                self.claim(sound, "vision_labels: must be int64 [K]", f"problem {problem.id}")
+        said = "vision_labels: their number must be the same for all"
+        self.claim(len(shapes) < 2, said, f"{sorted(shapes)}")
 
     def try_rows(self, problem: Problem) -> None:
         """`from_row` makes the problem again from `to_ground_truth`, and names bad rows."""
@@ -271,21 +268,19 @@ class _Trial:
         again = self.ask(where, "from_row", problem.prompt, problem.image, truth)
         if again is not None:
             for name in ("task", "prompt", "image", "perception"):
-                if getattr(again, name) != getattr(problem, name):
-                    self.wrong(f"from_row: of to_ground_truth it makes another {name}", where)
-            own = self.read.get(problem.id)
-            if own is not None and self.refused(where, "check", again, own.answer):
-                self.wrong("from_row: check refuses the right answer of what it makes", where)
+                said = f"from_row: of to_ground_truth it makes another {name}"
+                self.claim(getattr(again, name) == getattr(problem, name), said, where)
+            if own := self.read.get(problem.id):
+                said = "from_row: check refuses the right answer of what it makes"
+                self.accepts(where, said, "check", again, own.answer)
         for hostile in GROUND_TRUTHS:
             try:
                 self.task.from_row(problem.prompt, problem.image, hostile)
             except DataError:
                 pass
             except Exception as error:
-                self.wrong(
-                    f"from_row: raised {type(error).__name__}; raise DataError naming the field",
-                    f"ground truth {hostile!r:.40}",
-                )
+                said = f"from_row: raised {type(error).__name__}; raise DataError naming the field"
+                self.wrong(said, f"ground truth {hostile!r:.40}")
 
     def compare(self, one: Problem, other: Problem) -> None:
         """Two problems told apart, and what only the prompt may lend lent by it alone."""
@@ -294,32 +289,29 @@ class _Trial:
             return
         own, foreign = self.read[one.id], self.read[other.id]
         if (one.prompt, one.perception) == (other.prompt, other.perception):
-            if one.symmetry_key != other.symmetry_key:
-                self.wrong(
-                    "symmetry_key: differs for one prompt and p*, so a held-out problem may be in "
-                    "training",
-                    where,
-                )
+            said = "symmetry_key: differs for one prompt and p*"
+            said += ", so a held-out problem may be in training"
+            self.claim(one.symmetry_key == other.symmetry_key, said, where)
             return
         if own.perception is None or foreign.perception is None:
             return
         score = self.ask(where, "score_perception", one, foreign.perception)
         if score is not None:
-            if score[0] and one.perception != other.perception:
-                self.wrong("score_perception: calls the p* of another problem exact", where)
-            if not 0 <= float(score[1]) <= 1:
-                self.wrong("score_perception: the graded score must lie in [0, 1]", where)
+            apart = not score[0] or one.perception == other.perception
+            self.claim(apart, "score_perception: calls the p* of another problem exact", where)
+            said = "score_perception: the graded score must lie in [0, 1]"
+            self.claim(0 <= float(score[1]) <= 1, said, where)
         for answer in (own.answer, foreign.answer):
             right = self.ask(where, "check", one, answer)
             valid = self.ask(where, "consistent", one, own.perception, answer)
-            if None not in (right, valid) and bool(right) != bool(valid):
-                self.wrong("consistent: with p* it must say what check says", where)
+            agree = None in (right, valid) or bool(right) == bool(valid)
+            self.claim(agree, "consistent: with p* it must say what check says", where)
         if one.prompt == other.prompt:
+            peeks = "looks at the problem's truth, not at the perception"
             first, second = (self.ask(where, "solve", p, own.perception) for p in (one, other))
-            if first != second:
-                self.wrong("solve: looks at the problem's truth, not at the perception", where)
-            if self.refused(where, "consistent", one, foreign.perception, foreign.answer):
-                self.wrong("consistent: looks at the problem's truth, not at the perception", where)
+            self.claim(first == second, f"solve: {peeks}", where)
+            given = (one, foreign.perception, foreign.answer)
+            self.accepts(where, f"consistent: {peeks}", "consistent", *given)
 
     def try_checker(self, problems: Sequence[Problem]) -> None:
         """A checker that accepts every answer of every other problem looks at none."""
@@ -330,9 +322,8 @@ class _Trial:
             if problem.id in self.read and parsed.answer != self.read[problem.id].answer
         ]
         accepted = [self.ask(other, "check", problem, said) for problem, other, said in foreign]
-        if len(foreign) > 1 and all(accepted):
-            where = f"{len(foreign)} answers"
-            self.wrong("check: accepts the answer of every other problem", where)
+        said = "check: accepts the answer of every other problem"
+        self.claim(len(foreign) < 2 or not all(accepted), said, f"{len(foreign)} answers")
 
     def try_hostile(self, problems: Sequence[Problem]) -> None:
         """No text makes `parse` raise, and no value that it returns makes another member raise."""
@@ -358,18 +349,18 @@ class _Trial:
         where = f"text {text[:40]!r}{'...' if len(text) > 40 else ''}"
         start = time.process_time()
         parsed = self.ask(where, "parse", text)
-        if time.process_time() - start > PATIENT_SECONDS:
-            self.wrong(f"parse: takes over {PATIENT_SECONDS:g} s; it must be linear", where)
+        said = f"parse: takes over {PATIENT_SECONDS:g} s; it must be linear"
+        self.claim(time.process_time() - start <= PATIENT_SECONDS, said, where)
         if parsed is None:
             return
         for segment in SEGMENTS:
             begins, ends = parsed.spans.get(segment, (0, 0))
-            if not 0 <= begins <= ends <= len(text):
-                self.wrong(f"parse: the span of {segment} lies outside the text", where)
+            said = f"parse: the span of {segment} lies outside the text"
+            self.claim(0 <= begins <= ends <= len(text), said, where)
         seen, answer = parsed.perception, parsed.answer
         for name, value in (("perception", seen), ("answer", answer)):
-            if value is None and not parsed.defects:
-                self.wrong(f"parse: no {name} was read and no defect is named", where)
+            said = f"parse: no {name} was read and no defect is named"
+            self.claim(value is not None or parsed.defects, said, where)
         for problem in problems:
             if answer is not None:
                 self.ask(where, "check", problem, answer)
