@@ -1,7 +1,7 @@
 """The command line: `equipoise COMMAND`, the same as `python -m cluster COMMAND`.
 
-Heavy libraries are imported inside the command that needs them, so that `--help` answers at once.
-`--dry-run` needs none of the engines (Ray, vLLM, DeepSpeed).
+What a command needs is imported inside it, so that `--help` answers at once, and after what can be
+refused without it. `--dry-run` needs none of the engines (Ray, vLLM, DeepSpeed).
 """
 
 from __future__ import annotations
@@ -18,23 +18,12 @@ import typer
 
 from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
-from cluster.recipe.machine import told
-from cluster.recipe.placement import Command, Machine, describe, plan
-from cluster.recipe.recipe import (
-    Recipe,
-    RecipeError,
-    RunFailed,
-    UserError,
-    load_recipe,
-    resolved_toml,
-    task_of,
-)
 from cluster.record.terminal import as_written, printable
-from rollout.tokens import ModelError
-from tasks.core import DataError
 from tasks.files import expanded
 
 if TYPE_CHECKING:
+    from cluster.recipe.placement import Command
+    from cluster.recipe.recipe import Recipe
     from cluster.run.checkpoints import Resumable, Resumed
 
 app = typer.Typer(
@@ -103,16 +92,18 @@ def train(
 ) -> None:
     """Train a policy with RL: sample, score, learn, send the weights back."""
     if replay is not None:
-        if recipe is not None or resume is not None:
-            raise UserError("--replay RUN: the run has its recipe; give neither one nor --resume")
+        _refuse(
+            recipe is not None or resume is not None,
+            "--replay RUN: the run has its recipe; give neither one nor --resume",
+        )
         from cluster.run.replay import recorded, run_replay
 
         loaded, source = recorded(replay, set_ or ())
-        if _ready(loaded, "replay", address, dry_run, replay):
+        if _ready(loaded, "replay", address, dry_run, replay, output):
             run_replay(loaded, source, address=address, output=output)
         return
     loaded, resumed = _loaded("train", recipe, set_, output, resume)
-    if not _ready(loaded, "train", address, dry_run, recipe or resume):
+    if not _ready(loaded, "train", address, dry_run, recipe or resume, output):
         return
     from cluster.run.train import run_training
 
@@ -135,7 +126,7 @@ def sample(
     from cluster.run.replay import recipe_to_sample, run_sampling
 
     loaded = recipe_to_sample(where, set_ or ())
-    if _ready(loaded, "sample", address, dry_run, where):
+    if _ready(loaded, "sample", address, dry_run, where, output):
         run_sampling(loaded, steps, address=address, output=output)
 
 
@@ -150,12 +141,12 @@ def sft(
 ) -> None:
     """Fine-tune a policy on generated demonstrations: the cold start."""
     loaded, resumed = _loaded("sft", recipe, set_, output, resume)
-    if loaded.sft is None:
-        raise RecipeError(
-            f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
-            "with steps = 650, or see recipes/tiny/cold_start.toml"
-        )
-    if not _ready(loaded, "sft", address, dry_run, recipe or resume):
+    _refuse(
+        loaded.sft is None,
+        f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
+        "with steps = 650, or see recipes/tiny/cold_start.toml",
+    )
+    if not _ready(loaded, "sft", address, dry_run, recipe or resume, output):
         return
     from cluster.run.sft import run_sft
 
@@ -180,8 +171,12 @@ def evaluate(
     address: Address = None,
 ) -> None:
     """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
+    from cluster.recipe.recipe import load_recipe, task_of
+    from rollout.models import require_model
+
     chosen = task_of(task, set_ or ())
     like = load_recipe(recipe) if recipe else None
+    require_model(checkpoint)
     from cluster.run.evaluate import run_eval
 
     run_eval(
@@ -212,8 +207,7 @@ def diagnose(
     ] = False,
 ) -> None:
     """Say what a stored run's rewards taught, and which reward terms can be trusted."""
-    if as_json and markdown:
-        raise UserError("--json and --markdown: choose one")
+    _refuse(as_json and markdown, "--json and --markdown: choose one")
     from cluster.report.diagnose import run_diagnose
 
     run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
@@ -328,18 +322,38 @@ def main() -> None:
     sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~.*", _at_home, word) for word in sys.argv[1:]]
     try:
         as_written(app)(prog_name="equipoise")
-    except (UserError, DataError, ModelError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
     except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
-    except OSError as error:
-        print(printable(told(error)), file=sys.stderr)
-        raise SystemExit(2) from None
-    except RunFailed as error:
-        print(f"the run failed: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except Exception as error:
+        message, code = _in_words(error)
+        if not code:
+            raise
+        print(message, file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    """The message and exit code of an error that is told without a traceback; code 0: it is not."""
+    from cluster.recipe.machine import told
+    from cluster.recipe.recipe import RunFailed, UserError
+    from rollout.models import ModelError
+    from tasks.core import DataError
+
+    if isinstance(error, UserError | DataError | ModelError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return printable(told(error)), 2
+    if isinstance(error, RunFailed):
+        return f"the run failed: {error}", 1
+    return "", 0
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        from cluster.recipe.recipe import UserError
+
+        raise UserError(message)
 
 
 def _at_home(word: re.Match[str]) -> str:
@@ -356,32 +370,50 @@ def _loaded(
 ) -> tuple[Recipe, Resumed | None]:
     """The recipe of a new run, or that of a run to go on with and where it goes on."""
     if resume is not None:
-        if recipe is not None or output is not None:
-            raise UserError("--resume RUN: the run has its recipe and its folder; give neither")
+        _refuse(
+            recipe is not None or output is not None,
+            "--resume RUN: the run has its recipe and its folder; give neither",
+        )
         from cluster.run.checkpoints import resume as go_on
 
         return go_on(resume, overrides or (), command)
+    from cluster.recipe.recipe import UserError, load_recipe
+
     if recipe is None:
         raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
     return load_recipe(recipe, overrides or ()), None
 
 
 def _ready(
-    recipe: Recipe, command: Command, address: str | None, dry_run: bool, source: Path | None
+    recipe: Recipe,
+    command: Command,
+    address: str | None,
+    dry_run: bool,
+    source: Path | None,
+    output: Path | None,
 ) -> bool:
     """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
 
     The placement comes as comments, so that all that is printed is a recipe again. Raises
-    PlacementError where this machine lacks what the recipe asks for and no cluster is given, and
-    RecipeError, which names `source`, where it names parts that the policy does not have.
+    PlacementError where this machine lacks what the recipe asks for and no cluster is given,
+    RecipeError, which names `source`, where it names parts that the policy does not have, and what
+    `glance` and `require_free` raise.
     """
+    from cluster.recipe.machine import require_free
+    from cluster.recipe.placement import Machine, describe, plan
+    from cluster.recipe.preflight import glance, preflight
+    from cluster.recipe.recipe import RecipeError, resolved_toml
+    from rollout.models import ModelError
+
+    if not dry_run:
+        if output is not None:
+            require_free(output, "--output")
+        glance(recipe, command)
     try:
         placement = plan(recipe, Machine.detect(), command)
     except ModelError as error:
         raise RecipeError(f"{source}: {error}") from error
     if dry_run:
-        from cluster.recipe.preflight import preflight
-
         notes: list[str] = []
         preflight(recipe, command, notes.append, dry_run=True)
         print(resolved_toml(recipe))

@@ -1,13 +1,56 @@
-"""Where a model is: in a folder of this machine, in the hub's cache, or at the hub."""
+"""Where a model is, in a folder of this machine, the hub's cache or at the hub, and what its files
+tell of it in milliseconds, before the seconds that torch and transformers take to come up."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tasks.files import recover
 
 ASK_SECONDS = 10.0
 """The hub's own client asks again and again, for minutes, where there is no network."""
+NO_TEMPLATE = (
+    "has no chat template; take the instruct checkpoint, or put the chat_template.jinja of one "
+    "into the folder"
+)
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used; the message names the folder and the remedy."""
+
+
+def require_model(path: str, field: str = "model.path") -> None:
+    """Raise ModelError, naming `field`, for a model that is nowhere or whose files will not do."""
+    if wrong := why_missing(path) or _why_unusable(Path(path)):
+        raise ModelError(f"{field}: {path}: {wrong}")
+
+
+def _why_unusable(folder: Path) -> str:
+    """What a folder's files lack for a conversation, with images where its config has them."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return ""  # a name of the hub's
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        return f"config.json there cannot be read ({error}); is the checkpoint whole?"
+    if not isinstance(config, dict):
+        return "config.json there holds no JSON object; is the checkpoint whole?"
+    readers = ("preprocessor_config.json", "processor_config.json")
+    if "vision_config" in config and not any((folder / name).is_file() for name in readers):
+        return (
+            f"no processor: neither {readers[0]} nor {readers[1]} is there; a VLM folder holds "
+            "one and its tokenizer beside the weights"
+        )
+    files = [*folder.glob("chat_template*"), *folder.glob("*config.json")]
+    if (folder / "tokenizer_config.json").is_file() and not any(
+        b"chat_template" in file.name.encode() + file.read_bytes()
+        for file in files
+        if file.is_file()
+    ):
+        return NO_TEMPLATE
+    return ""
 
 
 def why_missing(model: str) -> str:

@@ -12,19 +12,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
-from rollout.models import why_missing
+from rollout.models import NO_TEMPLATE, ModelError, require_model
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
-
-
-class ModelError(ValueError):
-    """A checkpoint that cannot be used; the message names the folder and the remedy."""
 
 
 def load_processor(path: str, field: str = "model.path") -> Any:
@@ -33,8 +28,7 @@ def load_processor(path: str, field: str = "model.path") -> Any:
     Raises ModelError naming `field` and the folder when it holds none, none that reads images, or
     one that `Chat` cannot use.
     """
-    _require(path, field)
-    _refuse_base(path, field)
+    require_model(path, field)
     from transformers import AutoProcessor
 
     try:
@@ -52,19 +46,13 @@ def load_processor(path: str, field: str = "model.path") -> Any:
     return _usable(processor, field, path)
 
 
-def _require(path: str, field: str) -> None:
-    if wrong := why_missing(path):
-        raise ModelError(f"{field}: {path}: {wrong}")
-
-
 def load_reader(path: str) -> Any:
     """What reads prompts for a frozen model: a VLM's processor, a text-only model's tokenizer.
 
     Raises ModelError when the checkpoint has no config, not the reader its config asks for, or one
     that `Chat` cannot use.
     """
-    _require(path, "frozen model")
-    _refuse_base(path, "frozen model")
+    require_model(path, "frozen model")
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -80,18 +68,6 @@ def load_reader(path: str) -> Any:
             "folder holds config.json and its tokenizer beside the weights"
         ) from error
     return _usable(tokenizer, "frozen model", path)
-
-
-def _refuse_base(path: str, field: str) -> None:
-    """Refuse a base checkpoint's folder before the seconds that transformers takes to come up."""
-    folder = Path(path)
-    files = [*folder.glob("chat_template*"), *folder.glob("*config.json")]
-    if (folder / "tokenizer_config.json").is_file() and not any(
-        b"chat_template" in file.name.encode() + file.read_bytes()
-        for file in files
-        if file.is_file()
-    ):
-        raise ModelError(f"{field}: {path}: {_NO_TEMPLATE}")
 
 
 def _usable(reader: Any, field: str, path: str) -> Any:
@@ -144,7 +120,7 @@ class Chat:
         """Of a processor or a text-only model's tokenizer; raises ModelError naming no folder."""
         self._reader, self.tokenizer = reader, tokenizer_of(reader)
         if not reader.chat_template:
-            raise ModelError(_NO_TEMPLATE)
+            raise ModelError(NO_TEMPLATE)
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
         config = _json_of(self.tokenizer, "config.json")
@@ -291,11 +267,6 @@ class Chat:
 
 _Frame = tuple[list[int], str, str, Callable[[str], str]]
 """Ids that begin a prompt, text before and after a user's text, how white space around it is cut"""
-
-_NO_TEMPLATE = (
-    "has no chat template; take the instruct checkpoint, or put the chat_template.jinja of one "
-    "into the folder"
-)
 
 _MARK = "sphinxofblackquartz"
 """Text that occurs in no chat template."""

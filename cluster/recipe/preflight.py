@@ -16,13 +16,14 @@ from typing import Any
 
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models
-from cluster.recipe.problems import ProblemSource, held_out, open_sources
+from cluster.recipe.problems import ProblemSource, held_out, open_sources, require_folder
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.room import Fault, Room, Taken
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
 from rewards.scored import TermError
 from rewards.terms import facts_of
+from rollout.models import require_model
 from rollout.tokens import load_processor, load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, HasVisionLabels, Task, TellsHeldOut
@@ -63,6 +64,7 @@ def preflight(
     ModelError or UserError, a line a fault.
     """
     measured = not dry_run or _is_here(recipe.model.path)
+    glance(recipe, command, measured)
     for line in settle_environment(os.environ):
         say(line)
     try:
@@ -81,13 +83,10 @@ def preflight(
     for source in sources if command != "sample" else ():
         if source.spec is not None and isinstance(source.task, TellsHeldOut):
             say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
-    if trains:
-        _ask_terms(recipe)
     if not measured:
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None)
     processor = load_processor(recipe.model.path)
-    _ask_context(recipe)
     for model in frozen_models(recipe) if trains else ():
         if _is_here(model) or not dry_run:
             load_reader(model)
@@ -112,6 +111,21 @@ def preflight(
                 "so far, and others were drawn"
             )
     return Ready(fitting, processor)
+
+
+def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
+    """Ask what files tell in milliseconds: before the imports of a run, which take seconds.
+
+    The model's own files (unless it is not `model_here`) and its positions, the folders of data,
+    the classes of reward terms. Raises DataError, ModelError or UserError.
+    """
+    if model_here:
+        require_model(recipe.model.path)
+    _ask_context(recipe)
+    for index, config in enumerate(recipe.tasks if command != "replay" else ()):
+        require_folder(config, index)
+    if command in ("train", "sample"):
+        _ask_terms(recipe)
 
 
 def _fitting_draws(

@@ -60,13 +60,7 @@ class ProblemSource:
         if config.data is None:
             spec = task.spec.model_validate(config.knobs)
             return cls(label, task, config.weight, spec, (), ())
-        folder = Path(config.data)
-        if not folder.is_dir():
-            found = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
-            raise DataError(
-                f"tasks[{index}].data: {config.data}: {found}; give the folder of a data set, with "
-                "train.parquet and test.parquet, as `equipoise tasks generate` and `import` make it"
-            )
+        require_folder(config, index)
         train = tuple(read_examples(config.data, "train", check_images=check_images))
         test = tuple(read_examples(config.data, "test", check_images=check_images))
         for split, rows in (("train", train), ("test", test)):
@@ -115,6 +109,17 @@ class ProblemSource:
             self.left_out[split] += 1
             stream = (seed, again)
         return problem
+
+
+def require_folder(config: TaskConfig, index: int) -> None:
+    """Raise DataError where what an entry names as stored problems is no folder."""
+    folder = Path(config.data or ".")
+    if not folder.is_dir():
+        found = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
+        raise DataError(
+            f"tasks[{index}].data: {config.data}: {found}; give the folder of a data set, with "
+            "train.parquet and test.parquet, as `equipoise tasks generate` and `import` make it"
+        )
 
 
 def left_out(sources: Sequence[ProblemSource]) -> dict[str, float]:

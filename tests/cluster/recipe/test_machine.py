@@ -20,7 +20,6 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.cli import main
 from cluster.names import other_than_ours
 from cluster.recipe import machine
 from cluster.recipe.machine import claimed, require_room
@@ -35,15 +34,7 @@ from tasks.files import put, replacing
 from tasks.settings import TaskConfig
 from tests.support.killed import contents
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit code of an `equipoise` command."""
-    monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
+from tests.support.terminal import run
 
 # Paths
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import ray
 from PIL import Image
 from pydantic import BaseModel
 
-from cluster.cli import main
 from cluster.recipe.preflight import preflight
 from cluster.recipe.problems import held_out, left_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
@@ -32,6 +30,7 @@ from tasks.core import DataError, Problem
 from tasks.datasets import read_examples
 from tasks.sudoku import Sudoku
 from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file, stored, write_problems
+from tests.support.terminal import run
 
 NARROW = "model.max_model_len = 256\nsampler.max_tokens = 128\n"
 LONG, THIN, FITTING = (640, 480), (10, 2500), (64, 64)
@@ -82,12 +81,8 @@ def dry_run(
     """(exit code, stdout, stderr) of `equipoise COMMAND x.toml --dry-run`."""
     words = [word for setting in settings for word in ("--set", setting)]
     path = str(tmp_path / "x.toml")
-    monkeypatch.setattr(sys, "argv", ["equipoise", command, path, "--dry-run", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    code = run(monkeypatch, command, path, "--dry-run", *words)
     printed = capsys.readouterr()
-    code = ended.value.code
-    assert isinstance(code, int)
     return code, printed.out, printed.err
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cli import main
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.recipe import (
     Recipe,
@@ -29,7 +28,8 @@ from cluster.run.runtime import learner_settings
 from learner.correction import Correction
 from learner.lora import LoraSettings
 from learner.loss_settings import CORRECTION_BOUNDS
-from tests.support.recipes import recipe_file
+from tests.support.recipes import TINY_POLICY, recipe_file
+from tests.support.terminal import run
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
@@ -37,7 +37,7 @@ RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return recipe_file(tmp_path)
+    return recipe_file(tmp_path, model=TINY_POLICY)
 
 
 def errors(path: Path, *overrides: str) -> list[str]:
@@ -376,14 +376,6 @@ def test_the_writer_writes_what_tomllib_reads(table: dict[str, Any]) -> None:
     assert tomllib.loads("\n".join(table_lines(table, ()))) == table
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_dry_runs_without_an_accelerator(
     path: Path,
@@ -397,11 +389,11 @@ def test_every_recipe_dry_runs_without_an_accelerator(
     settings = [word for setting in shipped for word in ("--set", setting)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(sys, "argv", ["equipoise", command, str(path), "--dry-run", *settings])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    for engine in ("ray", "vllm", "deepspeed"):
+        monkeypatch.setitem(sys.modules, engine, None)  # cannot be imported
+    code = run(monkeypatch, command, path, "--dry-run", *settings)
     printed = capsys.readouterr()
-    assert (ended.value.code, printed.err) == (0, "")
+    assert (code, printed.err) == (0, "")
     assert "# learner 0" in printed.out
     generated = [task.knobs for task in load_recipe(path).tasks if task.data is None]
     assert printed.out.count(": held out: ") == len(generated)
@@ -415,24 +407,30 @@ def test_every_recipe_dry_runs_without_an_accelerator(
         assert "is not on this machine, so no row was measured" in printed.out
 
 
-def test_help_imports_no_heavy_library_and_a_dry_run_no_engine() -> None:
+def test_help_and_what_files_tell_come_before_the_heavy_imports(tmp_path: Path) -> None:
+    """In a process of its own; a base checkpoint stands for all that `glance` refuses."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_POLICY, base, ignore=shutil.ignore_patterns("chat_template*"))
     code = """
 import sys
 from cluster.cli import main
-engines = {"vllm", "ray", "deepspeed"}
-for arguments, heavy in (
-    (["--help"], engines | {"torch", "transformers"}),
-    (["train", "recipes/tiny/sudoku.toml", "--dry-run"], engines),
+for words, heavy in (
+    (["--help"], {"numpy", "pydantic", "torch", "transformers", "ray"}),
+    (["train", sys.argv[1]], {"torch", "transformers", "ray", "scipy", "vllm", "deepspeed"}),
 ):
-    sys.argv = ["equipoise", *arguments]
+    sys.argv = ["equipoise", *words]
     try:
         main()
     except SystemExit as end:
-        assert not end.code, end.code
+        print("CODE", end.code)
     print("HEAVY", sorted(heavy & set(sys.modules)))
 """
-    done = run("-c", code)
-    assert done.stdout.count("HEAVY []") == 2, done.stderr + done.stdout[-1000:]
+    words = [sys.executable, "-c", code, str(recipe_file(tmp_path, model=base))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("CODE", "HEAVY"))]
+    assert said == ["CODE 0", "HEAVY []", "CODE 2", "HEAVY []"], done.stderr
+    assert done.stderr.startswith(f"model.path: {base}: has no chat template; take the instruct")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -448,11 +446,17 @@ for arguments, heavy in (
     ],
 )
 def test_bad_input_is_one_message_exit_2_and_nothing_written(
-    recipe: Path, tmp_path: Path, arguments: list[str], said: str
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
     filled = [argument.format(recipe=recipe) for argument in arguments]
-    done = run("-m", "cluster", *filled, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert run(monkeypatch, *filled) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and said in printed.err and "Traceback" not in printed.err
     assert sorted(tmp_path.rglob("*")) == before
