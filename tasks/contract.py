@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from tasks.core import SEGMENTS, DataError, DrawsLate, Parsed, Problem, Style, Task
+from tasks.core import SEGMENTS, DataError, Parsed, Problem, Style, Task
 from tasks.figures import Figure
 from tasks.images import check_image
 from tasks.splits import draw_problem, draws_late
@@ -125,7 +125,7 @@ class _Trial:
             except Exception as error:
                 self.wrong(f"generate: {_said(error)}", where)
                 break
-            if isinstance(task, DrawsLate) and draws_late(task):
+            if draws_late(task):
                 self.try_begin(spec, (seed, index))
             names = [field.name for field in fields(Problem)]
             differ = [n for n in names if repr(getattr(first, n)) != repr(getattr(again, n))]

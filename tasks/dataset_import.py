@@ -57,7 +57,11 @@ def import_rows(
     """
     source = Path(os.path.abspath(source))  # links stay: what they point to may have no name
     files = _source_files(source)
-    _check_apart(source.resolve(), Path(out).resolve())
+    real, target = source.resolve(), Path(out).resolve()
+    if real == target or real in target.parents or target in real.parents:
+        raise DataError(
+            f"{target}: is, holds or lies in the source {real}; write the data set somewhere else"
+        )
     keys: dict[str, str] = {}  # of the held-out splits read so far, and their names
     questions: dict[tuple[str, str], str] = {}
     entries: dict[str, Any] = {}
@@ -124,13 +128,6 @@ def _not_read(source: Path) -> list[str]:
     files = source.rglob("*") if source.is_dir() else ()
     named = (p.relative_to(source) for p in files if p.suffix.lower() in kinds)
     return sorted(str(p) for p in named if any(map(tells_side, (p.stem, *p.parts[:-1]))))
-
-
-def _check_apart(source: Path, out: Path) -> None:
-    if source == out or source in out.parents or out in source.parents:
-        raise DataError(
-            f"{out}: is, holds or lies in the source {source}; write the data set somewhere else"
-        )
 
 
 def _source_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

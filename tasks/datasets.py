@@ -32,18 +32,14 @@ SOURCE_COLUMNS = ("query", "image", "ground_truth")
 BATCH_ROWS = 256
 
 
-def _schema() -> pa.Schema:
-    texts = ("query", "ground_truth", "response", *OUR_COLUMNS)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    features: dict[str, Any] = {"image": {"_type": "Image"}}
-    features |= {name: {"dtype": "string", "_type": "Value"} for name in texts}
-    return pa.schema(
-        [("image", image), *((name, pa.string()) for name in texts)],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
-
-
-SCHEMA = _schema()
+_TEXTS = ("query", "ground_truth", "response", *OUR_COLUMNS)
+_FEATURES: dict[str, Any] = {"image": {"_type": "Image"}}
+_FEATURES |= {name: {"dtype": "string", "_type": "Value"} for name in _TEXTS}
+SCHEMA = pa.schema(
+    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
+    | dict.fromkeys(_TEXTS, pa.string()),
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,6 @@ class Example:
 
     problem: Problem
     response: str
-
-
-def read_dataset(
-    path: str | Path, split: str = "train", *, check_images: bool = True
-) -> list[Problem]:
-    """All problems of a split; see `read_examples`."""
-    return [example.problem for example in read_examples(path, split, check_images=check_images)]
 
 
 def read_examples(

@@ -43,7 +43,6 @@ Coloring = tuple[tuple[int, str], ...]
 _NUMBER = "0|[1-9][0-9]{0,2}"
 _EDGE = re.compile(f"({_NUMBER})-({_NUMBER})")
 _ASSIGNMENT = re.compile(f"({_NUMBER}):([a-z])")
-_VERTEX = re.compile(_NUMBER)
 
 
 class GraphColoring(PuzzleTask):
@@ -82,14 +81,70 @@ class GraphColoring(PuzzleTask):
         edge set would hide a repeat, which is misreading all the same. `responses.items` says how
         items may be parted; spaces may stand around `-` and `:`.
         """
-        return _read_edges(text)
+        text = text.strip()
+        if not text:
+            return None, ("empty_perception",)
+        pairs: list[tuple[int, int]] = []
+        if text[0] in "[{":
+            value, defects = read_json(text)
+            if defects:
+                return None, defects
+            if isinstance(value, dict):
+                sizes = [value.pop(name) for name in ("v", "c") if name in value]
+                if set(value) != {"edges"} or any(type(size) is not int for size in sizes):
+                    return None, ("bad_edge",)
+                value = value["edges"]
+            if not isinstance(value, list):
+                return None, ("bad_edge",)
+            for pair in value:
+                two = isinstance(pair, list) and len(pair) == 2
+                if not two or not all(type(v) is int and 0 <= v < 1000 for v in pair):
+                    return None, ("bad_edge",)
+                pairs.append((pair[0], pair[1]))
+        else:
+            for token in items(_closed_up(text, "-")):
+                found = _EDGE.fullmatch(token)
+                if found is None:
+                    return None, ("bad_edge",)
+                pairs.append((int(found[1]), int(found[2])))
+        if not pairs:
+            return None, ("empty_perception",)
+        edges = frozenset((min(pair), max(pair)) for pair in pairs)
+        found_defects = []
+        if any(i == j for i, j in pairs):
+            found_defects.append("self_loop")
+        if len(edges) < len(pairs):
+            found_defects.append("duplicate_edge")
+        return (None if found_defects else edges), tuple(found_defects)
 
     def read_answer(self, text: str) -> Read:
         """A `Coloring` of `vertex:letter` items or a JSON object of letters by vertex.
 
         Defects: `bad_assignment`, `duplicate_vertex`, those of `responses.read_json`.
         """
-        return _read_coloring(text)
+        text = text.strip()
+        colors: list[tuple[int, str]] = []
+        if text.startswith(("[", "{")):
+            value, defects = read_json(text)
+            if defects:
+                return None, defects
+            if not isinstance(value, dict):
+                return None, ("bad_assignment",)
+            for vertex, letter in value.items():
+                if not isinstance(letter, str) or not _ASSIGNMENT.fullmatch(f"{vertex}:{letter}"):
+                    return None, ("bad_assignment",)
+                colors.append((int(vertex), letter))
+        else:
+            for token in items(_closed_up(text, ":")):
+                found = _ASSIGNMENT.fullmatch(token)
+                if found is None:
+                    return None, ("bad_assignment",)
+                colors.append((int(found[1]), found[2]))
+        if not colors:
+            return None, ("bad_assignment",)
+        if len({v for v, _ in colors}) < len(colors):
+            return None, ("duplicate_vertex",)
+        return tuple(sorted(colors)), ()
 
     def check(self, problem: Problem, answer: Any) -> bool:
         """Whether the answer colours every vertex, properly, with the fewest colours."""
@@ -224,82 +279,9 @@ def _letters(colors: Sequence[int]) -> Coloring:
     return tuple((v, ascii_lowercase[c]) for v, c in enumerate(colors))
 
 
-def _read_edges(text: str) -> Read:
-    """See `GraphColoring.read_perception`."""
-    text = text.strip()
-    if not text:
-        return None, ("empty_perception",)
-    pairs: list[tuple[int, int]] = []
-    if text[0] in "[{":
-        value, defects = read_json(text)
-        if defects:
-            return None, defects
-        if isinstance(value, dict):
-            sizes = [value.pop(name) for name in ("v", "c") if name in value]
-            if set(value) != {"edges"} or any(type(size) is not int for size in sizes):
-                return None, ("bad_edge",)
-            value = value["edges"]
-        if not isinstance(value, list):
-            return None, ("bad_edge",)
-        for pair in value:
-            if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_vertex, pair))):
-                return None, ("bad_edge",)
-            pairs.append((pair[0], pair[1]))
-    else:
-        for token in items(_closed_up(text, "-")):
-            found = _EDGE.fullmatch(token)
-            if found is None:
-                return None, ("bad_edge",)
-            pairs.append((int(found[1]), int(found[2])))
-    if not pairs:
-        return None, ("empty_perception",)
-    edges = frozenset((min(pair), max(pair)) for pair in pairs)
-    found_defects = []
-    if any(i == j for i, j in pairs):
-        found_defects.append("self_loop")
-    if len(edges) < len(pairs):
-        found_defects.append("duplicate_edge")
-    return (None if found_defects else edges), tuple(found_defects)
-
-
-def _read_coloring(text: str) -> Read:
-    """See `GraphColoring.read_answer`."""
-    text = text.strip()
-    colors: list[tuple[int, str]] = []
-    if text.startswith(("[", "{")):
-        value, defects = read_json(text)
-        if defects:
-            return None, defects
-        if not isinstance(value, dict):
-            return None, ("bad_assignment",)
-        for vertex, letter in value.items():
-            if _VERTEX.fullmatch(vertex) is None or not _is_letter(letter):
-                return None, ("bad_assignment",)
-            colors.append((int(vertex), letter))
-    else:
-        for token in items(_closed_up(text, ":")):
-            found = _ASSIGNMENT.fullmatch(token)
-            if found is None:
-                return None, ("bad_assignment",)
-            colors.append((int(found[1]), found[2]))
-    if not colors:
-        return None, ("bad_assignment",)
-    if len({v for v, _ in colors}) < len(colors):
-        return None, ("duplicate_vertex",)
-    return tuple(sorted(colors)), ()
-
-
 def _closed_up(text: str, mark: str) -> str:
     """`0 - 1` as `0-1`: without the spaces and tabs beside a mark, in linear time."""
     return mark.join(part.strip(" \t") for part in text.split(mark))
-
-
-def _is_vertex(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1000
-
-
-def _is_letter(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 1 and value in ascii_lowercase
 
 
 def _read_truth(ground_truth: str) -> tuple[int, int, tuple[Edge, ...]]:

@@ -10,9 +10,10 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tasks.core import DataError
+from tasks.drawing import to_png
 
 MAX_PIXELS = 16_000_000
 """Default limit of `check_image`, width times height: 48 MB decoded. The image processors of
@@ -115,9 +116,7 @@ def blank_like(data: bytes) -> bytes:
         DataError: as `check_image`.
     """
     image = check_image(data, "image to blank")
-    out = io.BytesIO()
-    Image.new("RGB", image.size, BLANK).save(out, format="PNG")
-    return out.getvalue()
+    return to_png(Image.new("RGB", image.size, BLANK))
 
 
 def mask_patches(data: bytes, patch_size: int, share: float) -> bytes:
@@ -142,9 +141,7 @@ def mask_patches(data: bytes, patch_size: int, share: float) -> bytes:
     for patch in rng.permutation(rows * columns)[:count].tolist():
         y, x = (patch_size * at for at in divmod(patch, columns))
         pixels[y : y + patch_size, x : x + patch_size] = 0
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="PNG")
-    return out.getvalue()
+    return to_png(Image.fromarray(pixels))
 
 
 def _check_size(width: int, height: int, source: str, max_pixels: int) -> None:
@@ -243,21 +240,16 @@ def _scans_are_whole(data: bytes, image: Image.Image) -> bool:
     return longer.tobytes() == image.tobytes()
 
 
-def _orientation(exif: bytes) -> int:
+def _orientation(block: bytes) -> int:
     """The orientation that an EXIF block tells; 1, as stored, where it tells none."""
-    tiff = exif.removeprefix(b"Exif\0\0")
+    exif = Image.Exif()
     try:
-        order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, start)
-        for at in range(start + 2, start + 2 + 12 * entries, 12):
-            tag, form, values = struct.unpack_from(f"{order}HHI", tiff, at)
-            if tag == 0x0112 and values == 1:
-                kind = {3: "H", 4: "I"}[form]
-                return int(struct.unpack_from(f"{order}{kind}", tiff, at + 8)[0])
-    except (KeyError, struct.error):  # damaged or cut short
-        pass
-    return 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of entries that are cut short
+            exif.load(block)
+            return int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged in any way
+        return 1
 
 
 def _flat_rgb(image: Image.Image) -> Image.Image:

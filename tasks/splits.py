@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 from pydantic import BaseModel
@@ -45,13 +45,13 @@ def _begin(
     task: Task, rng: np.random.Generator, spec: BaseModel
 ) -> tuple[str, Callable[[], Problem]]:
     """As `DrawsLate.begin`, of any task."""
-    if isinstance(task, DrawsLate) and draws_late(task):
+    if draws_late(task):
         return task.begin(rng, spec)
     problem = task.generate(rng, spec)
     return problem.symmetry_key, lambda: problem
 
 
-def draws_late(task: Task) -> bool:
+def draws_late(task: object) -> TypeGuard[DrawsLate]:
     """Whether a task is `DrawsLate`, and no subclass's own `generate` overrules that."""
     owners = (c for c in type(task).__mro__ if {"begin", "generate"} & vars(c).keys())
     return isinstance(task, DrawsLate) and "begin" in vars(next(owners))

@@ -84,7 +84,8 @@ def _why(cells: list[int], step: Step, layout: Layout) -> str:
             f"where can it go? {'; '.join(excluded)}. Only {name} is left for it."
         )
     have = [
-        f"{_unit_name(unit, size)} has {_listed(_placed(cells, layout.units[unit]))}"
+        f"{_unit_name(unit, size)} has "
+        + _listed(sorted(cells[cell] for cell in layout.units[unit] if cells[cell]))
         for unit in layout.of[step.cell]
     ]
     text = f"{name}. {'; '.join(have).capitalize()}. "
@@ -139,10 +140,6 @@ def _cell_name(cell: int, size: int) -> str:
 
 def _unit_name(unit: int, size: int) -> str:
     return f"{('row', 'column', 'box')[unit // size]} {unit % size + 1}"
-
-
-def _placed(cells: Sequence[int], unit: Sequence[int]) -> list[int]:
-    return sorted(cells[cell] for cell in unit if cells[cell])
 
 
 def _listed(digits: Sequence[int]) -> str:

@@ -13,10 +13,11 @@ from typer.testing import CliRunner, Result
 from cluster.cli import main
 from cluster.recipe.recipe import UserError
 from cluster.tasks_cli import app
-from tasks.datasets import read_dataset, read_manifest
+from tasks.datasets import read_manifest
 from tasks.images import check_image
 from tasks.load import load_task
 from tasks.splits import split_of
+from tests.support.shade import read_dataset
 
 TEST = ["--split", "test"]
 SMALL = ["--train", "8", "--test", "3", "--set", "size=4", "--set", "blanks=6"]

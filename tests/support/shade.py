@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core import DataError, Parsed, Problem, Style
+from tasks.datasets import read_examples
 from tasks.responses import Read, compose_response, oracle_prefix, parse_response
 
 
@@ -104,3 +105,8 @@ def png(shade: int = 0, side: int = 4) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (side, side), (shade, 0, 0)).save(out, format="PNG")
     return out.getvalue()
+
+
+def read_dataset(path: str | Path, split: str = "train", **options: Any) -> list[Problem]:
+    """All problems of a split."""
+    return [example.problem for example in read_examples(path, split, **options)]

@@ -16,13 +16,13 @@ from pydantic import BaseModel
 from tasks import dataset_write
 from tasks.core import DataError, Problem, Style
 from tasks.dataset_write import write_dataset
-from tasks.datasets import SCHEMA, read_dataset, read_examples
+from tasks.datasets import SCHEMA, read_examples
 from tasks.load import load_task
 from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
 from tests.support.image_files import png_header
 from tests.support.killed import killed_before
-from tests.support.shade import SHADE, SPEC, Shade, ShadeSpec, png, shades, tree
+from tests.support.shade import SHADE, SPEC, Shade, ShadeSpec, png, read_dataset, shades, tree
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -336,11 +336,8 @@ def own_module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_users_own_task_from_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, _, _ = (
-        (Path(__file__).parents[1] / "support" / "shade.py")
-        .read_text()
-        .partition("SHADE = Shade()")
-    )
+    text = (Path(__file__).parents[1] / "support" / "shade.py").read_text()
+    head, _, _ = text.partition("SHADE = Shade()")
     head = head.replace('name = "shade"', 'name = "own_shade:Shade"')
     own_module(tmp_path, "own_shade", head, monkeypatch)
     task = load_task("own_shade:Shade")

@@ -16,11 +16,11 @@ import pytest
 from tasks.core import DataError
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset
-from tasks.datasets import read_dataset, read_examples
+from tasks.datasets import read_examples
 from tasks.split_names import side_of, split_of_file, tells_side
 from tests.support.image_files import png_header
 from tests.support.puzzles import TASKS
-from tests.support.shade import SHADE, png, tree
+from tests.support.shade import SHADE, png, read_dataset, tree
 
 LETTERS = base64.b64encode(png(7)).decode()
 

@@ -230,39 +230,29 @@ def test_every_form_of_a_grid_reads_as_the_same() -> None:
     assert TASK.check(problem, public.answer)
 
 
-@pytest.mark.parametrize(
-    ("text", "defect"),
-    [
-        ("", "empty_{}"),
-        (" \n", "empty_{}"),
-        ("1 2 3 4", "bad_shape"),
-        ("1 2 3\n1 2 3\n1 2 3", "bad_shape"),
-        ("1234\n1234\n1234\n123", "bad_shape"),
-        ("1,,3,4\n1234\n1234\n1234", "bad_cell"),
-        ("12,34\n1234\n1234\n1234", "bad_shape"),
-        ("1 23 4\n1234\n1234\n1234", "bad_shape"),
-        ("1 2 3 10\n1234\n1234\n1234", "bad_cell"),
-        ("1234\n,\n1234\n1234\n1234", "bad_shape"),
-        ("1235\n1234\n1234\n1234", "bad_cell"),
-        ("12x4\n1234\n1234\n1234", "bad_cell"),
-        ("1 2 34 4\n1234\n1234\n1234", "bad_cell"),
-        ("12\u06634\n1234\n1234\n1234", "bad_cell"),
-        ("[[true,2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]", "bad_cell"),
-        ("[[1.0,2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]", "bad_cell"),
-        ("[[null,2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]", "bad_cell"),
-        ("[[[],2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]", "bad_cell"),
-        ("[[-1,2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]", "bad_cell"),
-        ("[1,2,3,4]", "bad_shape"),
-        ('{"grid": 1}', "bad_shape"),
-        ("[[1,2,3,4],[1,2,3,4]", "bad_json"),
-        ("[[" + "9" * 50 + "]]", "bad_number"),
-    ],
-)
-def test_unreadable_grids_are_none_with_a_named_defect(text: str, defect: str) -> None:
-    for segment in ("perception", "answer"):
+UNREADABLE: dict[str, tuple[str, ...]] = {
+    "empty_{}": ("", " \n"),
+    "bad_shape": (
+        "1 2 3 4", "1 2 3\n1 2 3\n1 2 3", "1234\n1234\n1234\n123", "12,34\n1234\n1234\n1234",
+        "1 23 4\n1234\n1234\n1234", "1234\n,\n1234\n1234\n1234", "[1,2,3,4]", '{"grid": 1}',
+    ),
+    "bad_cell": (
+        *(f"{row}\n1234\n1234\n1234" for row in ("1,,3,4", "1 2 3 10", "1235", "12x4", "1 2 34 4")),
+        "12\u06634\n1234\n1234\n1234",
+        *(f"[[{v},2,3,4],{'[1,2,3,4],' * 2}[1,2,3,4]]" for v in ("true", "1.0", "null", "[]", -1)),
+    ),
+    "bad_json": ("[[1,2,3,4],[1,2,3,4]",),
+    "bad_number": ("[[" + "9" * 50 + "]]",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("segment", ["perception", "answer"])
+@pytest.mark.parametrize("defect", UNREADABLE)
+def test_unreadable_grids_are_none_with_a_named_defect(defect: str, segment: str) -> None:
+    for text in UNREADABLE[defect]:
         parsed = TASK.parse(f"<{segment}>{text}</{segment}>")
-        assert getattr(parsed, segment) is None
-        assert defect.format(segment) in parsed.defects
+        assert getattr(parsed, segment) is None, text
+        assert defect.format(segment) in parsed.defects, text
 
 
 def test_a_blank_in_the_answer_is_a_defect() -> None:
