@@ -2,6 +2,7 @@
 #   make demo    RL from the shipped tiny policy, then the table before and after
 #   make test    all tests          make check   linters, formatter, types
 #   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
+#   make reference  docs/recipe.md and the JSON schema of recipes, from the sections
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test check models lock clean
+.PHONY: setup demo test check models reference lock clean
 
 setup: $(STAMP)
 
@@ -67,6 +68,10 @@ models: $(STAMP)
 	rm -rf models/tiny-qwen3-vl
 	cp -r build/cold-start-think/checkpoint models/tiny-qwen3-vl
 	cp build/cold-start/checkpoint/README.md models/tiny-qwen3-vl/cold_start.md
+
+reference: $(STAMP)
+	$(RUN)/equipoise recipe reference > docs/recipe.md
+	$(RUN)/equipoise recipe schema > recipes/recipe.schema.json
 
 lock: $(STAMP)
 	@lock() {

@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_app, name="models")
+recipes = typer.Typer(help="What a recipe may hold.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
 
 OptionalRecipe = Annotated[
     Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
@@ -273,6 +275,22 @@ def ablate(
         load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference
     )
     raise typer.Exit(code)
+
+
+@recipes.command()
+def reference() -> None:
+    """Print docs/recipe.md: every field with its type, default and meaning."""
+    from cluster.recipe.reference import page
+
+    print(page(), end="")
+
+
+@recipes.command()
+def schema() -> None:
+    """Print recipes/recipe.schema.json, by which an editor completes a recipe."""
+    from cluster.recipe.reference import schema_text
+
+    print(schema_text(), end="")
 
 
 @app.command(

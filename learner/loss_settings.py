@@ -13,16 +13,22 @@ class SegmentWeights(Section):
     """[algorithm.segment_weights] What a token's loss is multiplied by, by its segment."""
 
     perception: Amount = 1.0
+    """Of tokens of the perception."""
     reasoning: Amount = 1.0
+    """Of tokens of the reasoning."""
     answer: Amount = 1.0
+    """Of tokens of the answer."""
 
 
 class EntropyWeights(Section):
     """[algorithm.entropy_weights] A bonus on a segment's entropy, a mean over its own tokens."""
 
     perception: Weight = 0.0
+    """Of the perception."""
     reasoning: Weight = 0.0
+    """Of the reasoning."""
     answer: Weight = 0.0
+    """Of the answer."""
 
 
 class PapoConfig(Section):
@@ -33,6 +39,7 @@ class PapoConfig(Section):
     entropy_weight: Amount = 0.0
     """Of the entropies of both views, which are minimised ("double entropy")."""
     patch_size: Positive = 14
+    """Side of a masked patch, in pixels."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Of an image's patches, those painted black."""
 

@@ -13,6 +13,7 @@ class LoraConfig(Section):
     """[learner.lora] Train low-rank adapters beside a frozen policy, and send only them."""
 
     rank: Positive = 16
+    """Of both matrices of an adapter."""
     alpha: Rate = 32.0
     """An adapter's part of the output is scaled by alpha/rank."""
     targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = ("language",)
@@ -27,19 +28,28 @@ class LearnerConfig(Section):
     """[learner] The DeepSpeed ranks. `cpus` and `gpus` are for each of `ranks`."""
 
     ranks: Positive = 1
+    """Processes that the learner is divided over, each an actor of its own."""
     cpus: Amount = 1.0
+    """Cores of one rank."""
     gpus: Share = 0.0
+    """GPUs of one rank."""
     threads: Count = 0
     """Intra-op threads of a rank; 0: as many as `cpus`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO divides over the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
     learning_rate: Rate = 2e-5
+    """AdamW's, after the warm-up."""
     weight_decay: Amount = 0.0
+    """AdamW's."""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Field(strict=False),
     ] = (0.9, 0.999)
+    """AdamW's."""
     warmup_steps: Count = 0
+    """Steps in which the learning rate rises to its full height."""
     max_grad_norm: Rate = 1.0
+    """Gradients with a greater norm are scaled down to it."""
     micro_batch_tokens: Positive = 8192
     """Of one forward pass, padding included."""
     layout: Literal["padded", "packed", "shared_prefix"] = "padded"
@@ -62,6 +72,7 @@ class LearnerConfig(Section):
     """What is held in host memory instead of the GPU's: the optimizer's state (from ZeRO 1), or
     the weights as well (ZeRO 3)."""
     lora: LoraConfig | None = None
+    """Train adapters beside a frozen policy."""
 
     @model_validator(mode="after")
     def _adapters_or_weights(self) -> LearnerConfig:
@@ -89,10 +100,15 @@ class SftConfig(Section):
     """[sft] The cold start: supervised fine-tuning on demonstrations."""
 
     steps: Positive
+    """Updates."""
     batch_size: Positive = 64
+    """Demonstrations an update."""
     learning_rate: Rate = 2e-3
+    """In place of `learner.learning_rate`."""
     warmup_steps: Count = 20
+    """In place of `learner.warmup_steps`."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up."""
     balance: Literal["token_mean", "fixed", "ngdiff", "ngdiff_sum"] = "fixed"
     """`fixed`: L = w * L_perception + (1 - w) * L_rest, each a mean over its own tokens.
     `ngdiff`: the same with w set by gradient norms, so that both parts pull alike; the step
@@ -115,9 +131,13 @@ class SftConfig(Section):
     """`perception_first`: the weight is `curriculum_weight` in the first `curriculum_share` of
     the updates, then as `balance` says."""
     curriculum_share: Share = 0.2
+    """Of the updates, see `curriculum`."""
     curriculum_weight: Share = 1.0
+    """The weight of perception then, see `curriculum`."""
     vision_warmup_steps: Count = 0
+    """Updates of the vision tower on the task's vision labels, before SFT; 0: none."""
     vision_warmup_lr: Rate = 2e-3
+    """Learning rate of these."""
     save_every: Count = 0
     """Updates between snapshots of the checkpoint; 0: only at the end."""
 
@@ -140,7 +160,9 @@ class CheckpointConfig(Section):
     """
 
     every: Count = 0
+    """Steps between training checkpoints; 0: only when the run is told to stop."""
     keep: Positive = 2
+    """How many of them stay."""
     background: bool = False
     """Go on with the next step while a checkpoint is written. Rank 0 then holds weights and
     optimizer state once more in host memory."""

@@ -22,6 +22,7 @@ class RewardTermConfig(Section):
     """[[reward.terms]] One named component of the reward."""
 
     name: Text
+    """A built-in term, or `"module:Class"` on the Python path."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)] | None = (
         None
     )
@@ -31,6 +32,7 @@ class RewardTermConfig(Section):
     final_weight: Weight | None = None
     """The weight at the end of the schedule, where it has one."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight goes to `final_weight`; `constant` has none."""
     schedule_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the run's steps after which `final_weight` is reached and kept."""
     segments: Annotated[tuple[Segment, ...], Field(strict=False, min_length=1)] = SEGMENTS
@@ -38,9 +40,11 @@ class RewardTermConfig(Section):
     gate: Text | None = None
     """Another entry (its label, or its name): below `gate_threshold` this one counts as 0."""
     gate_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
+    """What the value of `gate` must reach."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the term's class."""
     on_failure: Literal["abort", "drop_group", "zero"] = "abort"
+    """Where the term fails on a group: end the run, leave the group out, or count 0."""
 
     @model_validator(mode="after")
     def _schedule_goes_somewhere(self) -> RewardTermConfig:
@@ -87,8 +91,11 @@ class RewardConfig(Section):
     """[reward] What is rewarded. `alpha` is short for `R = alpha * a_p + (1 - alpha) * a`."""
 
     alpha: Share | None = None
+    """Short for the terms `perception`, weighed so, and `outcome`, with the rest of 1."""
     terms: Annotated[tuple[RewardTermConfig, ...], Field(strict=False)] = ()
+    """The named components; without them and `alpha` it is `outcome` alone."""
     compose: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """`normalize_then_sum` (GDPO) normalises each term in its group before they are added."""
     workers: Positive = 1
     """Processes that run the terms that compute; each reserves no core of its own."""
     deadline_seconds: Rate = 60.0

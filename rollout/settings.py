@@ -15,19 +15,26 @@ class ModelConfig(Section):
     path: PathText
     """A folder with config, weights, tokenizer and processor, or a hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, in the samplers and in the learner."""
     max_model_len: Positive = 1024
     """Prompt and response together, in tokens, image placeholders included."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How the learner computes attention; `flash_attention_2` needs GPUs."""
     lm_head_float32: bool = True
+    """Compute logits in float32 whatever `dtype` is: then sampler and learner agree."""
 
 
 class SamplerConfig(Section):
     """[sampler] The vLLM engines. `cpus` and `gpus` are for each of `count` engines."""
 
     count: Positive = 1
+    """Engines, each an actor of its own."""
     tensor_parallel: Positive = 1
+    """GPUs, or processes, that one engine is divided over."""
     cpus: Amount = 1.0
+    """Cores of one engine."""
     gpus: Amount = 0.0
+    """GPUs of one engine: as many as `tensor_parallel`, or a part of one."""
     threads: Count = 0
     """Intra-op threads of an engine; 0: as many as `cpus`. With
     `algorithm.max_staleness` = 0 samplers and learner take turns, so on a small machine each may
@@ -35,13 +42,18 @@ class SamplerConfig(Section):
     kv_cache_gib: Positive = 1
     """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
     max_num_seqs: Positive = 256
+    """Responses that one engine samples at a time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Of a GPU's memory, the share that an engine fills."""
     enforce_eager: bool = True
+    """Run the model without CUDA graphs and compilation: starts sooner, samples slower."""
     temperature: Rate = 1.0
     """Training samples from the whole distribution at this temperature: a cut-off (top-p, top-k)
     would give the sampler log-probs that the learner cannot have. Evaluation is greedy."""
     max_tokens: Positive = 256
+    """Of one response."""
     start_timeout_seconds: Rate = 300.0
+    """How long an engine may take to come up."""
     request_timeout_seconds: Rate = 600.0
     """A sampler whose oldest request is older hangs, and is started again."""
     heartbeat_seconds: Rate = 120.0
@@ -51,6 +63,7 @@ class SamplerConfig(Section):
     """How often one sampler may be started again within `restart_window_seconds`; 0: a sampler
     that is lost ends the run."""
     restart_window_seconds: Rate = 3600.0
+    """The time that `max_restarts` are counted in."""
 
     @model_validator(mode="after")
     def _gpus_fit_tensor_parallel(self) -> SamplerConfig:
@@ -70,7 +83,9 @@ class TransferConfig(Section):
     """[transfer] How new weights reach the samplers."""
 
     transport: Literal["host", "nccl", "ipc"] = "host"
+    """`host`: through Ray's object store. `nccl` and `ipc`: between GPUs."""
     deadline_seconds: Rate = 120.0
+    """How long one transfer may take before the run ends with an error."""
     bucket_mib: Amount = 64.0
     """Layer groups that are smaller are sent together up to this size; 0: each by itself, as
     those of [learner.lora] always are: the engine merges one at a time."""

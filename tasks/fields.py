@@ -31,6 +31,15 @@ def refusal(message: str, *at: str | int) -> PydanticCustomError:
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys and wrong types are errors, nothing changes later."""
+    """What all sections share: unknown keys and wrong types are errors, nothing changes later.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    The docstring below a field is its meaning in docs/recipe.md and in the recipe's JSON schema.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )

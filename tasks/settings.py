@@ -16,6 +16,7 @@ class TaskConfig(Section):
     name: Text
     """`"sudoku"`, `"graph_coloring"`, or `"module:Class"` on the Python path."""
     weight: Rate = 1.0
+    """Its share of the problems in a step, beside those of the other entries."""
     data: PathText | None = None
     """A Parquet data set to draw problems from instead of generating them."""
     too_long: Literal["error", "drop"] = "error"

@@ -60,16 +60,22 @@ class SpendConfig(Section):
     """[algorithm.budget] What a run may spend: sampled tokens, or seconds of its steps."""
 
     kind: Literal["tokens", "seconds"]
+    """What is counted."""
     amount: Positive
+    """How much of it."""
 
 
 class AlgorithmConfig(Section):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
+    """How rewards become advantages; the formulas are in docs/learning.md."""
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses to one problem."""
     problems_per_step: Positive = 16
+    """Groups that a step learns from."""
     steps: Positive = 40
+    """Of the run."""
     budget: SpendConfig | None = None
     """Ends the run before `steps` when it is spent, and is what schedules go by."""
     loss: Literal["clip", "gspo", "cispo"] = "clip"
@@ -77,13 +83,17 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
     clip_low: Share = 0.2
+    """The ratio's lower bound is 1 minus this."""
     clip_high: Amount = 0.28
+    """Its upper bound is 1 plus this."""
     kl_weight: Amount = 0.0
     """Of the KL to the policy that sampled."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL term."""
     entropy_weight: Weight = 0.0
     """Of a bonus on the mean entropy of all response tokens."""
     drop_zero_variance: bool = True
+    """Leave out groups whose rewards are all equal; they have no gradient."""
     max_staleness: Count = 0
     """Policy versions that the oldest token of a group may lag behind the learner when a step
     begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
@@ -97,11 +107,17 @@ class AlgorithmConfig(Section):
     updates_per_step: Positive = 1
     """Minibatches a step's rollouts are split into, one optimizer step each."""
     segment_weights: SegmentWeights = SegmentWeights()
+    """What a token's loss is multiplied by, by its segment."""
     entropy_weights: EntropyWeights = EntropyWeights()
+    """Bonuses on the entropy of single segments."""
     papo: PapoConfig | None = None
+    """A second view of each sequence, under a masked image."""
     correction: CorrectionConfig = CorrectionConfig()
+    """Importance-sampling correction of tokens that the learner would draw otherwise."""
     dynamic_sampling: DynamicSamplingConfig | None = None
+    """Extra groups in place of those without variance."""
     curriculum: CurriculumConfig = CurriculumConfig()
+    """How often each `[[tasks]]` entry comes."""
     on_mismatch: Literal["warn", "stop"] = "warn"
     """Where sampler and learner disagree by more than arithmetic explains: say so, or end the
     run with an error (the limits: `cluster/record/mismatch.py`)."""

@@ -49,20 +49,33 @@ class Recipe(Section):
     """Everything a run is made from; the sections are documented one by one."""
 
     name: Name
+    """Of the run, and of its folder."""
     question: str | None = None
     """What the run should answer, in the user's words."""
     seed: Count = 0
+    """Decides problems, their order and what is sampled."""
     model: ModelConfig
+    """The policy."""
     tasks: Annotated[tuple[TaskConfig, ...], Field(strict=False)]
+    """Where problems come from; at least one entry."""
     sampler: SamplerConfig = SamplerConfig()
+    """The engines."""
     reward: RewardConfig = RewardConfig()
+    """What is rewarded."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    """A step."""
     learner: LearnerConfig = LearnerConfig()
+    """The ranks that learn."""
     transfer: TransferConfig = TransferConfig()
+    """How weights reach the samplers."""
     eval: EvalConfig = EvalConfig()
+    """What is measured, and when."""
     sft: SftConfig | None = None
+    """Needed by `equipoise sft`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When a run is saved."""
     output: OutputConfig = OutputConfig()
+    """Where it is written."""
 
     @field_validator("tasks")
     @classmethod

@@ -13,7 +13,9 @@ class EvalConfig(Section):
     """[eval] The held-out measurement before, after and, if `every` > 0, between steps."""
 
     problems: Positive = 512
+    """Held-out problems of each `[[tasks]]` entry."""
     seed: Count = 1234567
+    """Of these problems."""
     samples: Positive = 1
     """Sampled responses a problem, for avg@k and pass@k."""
     every: Count = 0
@@ -29,6 +31,7 @@ class OutputConfig(Section):
     """[output] Where runs are written, `folder/<name>-...`, and which rollouts stay there."""
 
     folder: PathText = "runs"
+    """Where the folder of a new run is made."""
     rollouts_every: Count = 1
     """Steps between those whose rollouts are stored; 0: none. Step 1's always are."""
     rollouts_keep: Count = 0
