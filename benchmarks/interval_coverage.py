@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from scipy import optimize, special
@@ -55,20 +55,22 @@ def collapsing(rng: np.random.Generator, chances: np.ndarray) -> np.ndarray:
     return right(rng, chances) * (rng.random((len(chances), 1)) >= COLLAPSE)
 
 
-def coverage(
+def simulated(
     draw: Draw, accuracy: float, shape: tuple[int, int], spread: float, runs: int, seed: int
-) -> float:
-    """The share of `runs` intervals over [S, P] = `shape` that hold the truth."""
+) -> Iterator[np.ndarray]:
+    """`runs` data sets [S, P] = `shape` of seeds that differ by `spread` logits."""
     rng = np.random.default_rng(seed)
     logit = center(accuracy, HARDNESS**2 + spread**2)
-    true = {difference: 0.0, collapsing: accuracy * (1 - COLLAPSE)}.get(draw, accuracy)
-    held = 0
     for _ in range(runs):
         hard = rng.normal(0, HARDNESS, (1, shape[1])) + rng.normal(0, spread, (shape[0], 1))
-        values = draw(rng, special.expit(logit + hard))
-        found = crossed_interval(values) if draw is difference else accuracy_interval(values)
-        held += found.low is not None and found.high is not None and found.low <= true <= found.high
-    return held / runs
+        yield draw(rng, special.expit(logit + hard))
+
+
+def coverage(data: Iterable[np.ndarray], true: float, signed: bool = False) -> float:
+    """The share of data sets whose interval holds the truth; `signed`: they are differences."""
+    interval = crossed_interval if signed else accuracy_interval
+    found = [interval(values) for values in data]
+    return float(np.mean([e.low <= true <= e.high for e in found]))  # type: ignore[operator]
 
 
 def main() -> None:
@@ -82,8 +84,11 @@ def main() -> None:
         print("problems  spread  accuracy  " + "".join(f"{s:>3} seeds" for s in seeds))
         for problems, spread in ((64, 0.0), (64, 0.5), (512, 0.5)):
             for accuracy in (0.01, 0.02, 0.1, 0.5, 0.9, 0.98, 0.99):
-                found = [coverage(draw, accuracy, (s, problems), spread, runs, s) for s in seeds]
-                shares = "".join(f"{x:>9.3f}" for x in found)
+                true = {difference: 0.0, collapsing: accuracy * (1 - COLLAPSE)}.get(draw, accuracy)
+                shares = ""
+                for s in seeds:
+                    data = simulated(draw, accuracy, (s, problems), spread, runs, s)
+                    shares += f"{coverage(data, true, draw is difference):>9.3f}"
                 print(f"{problems:>8}  {spread:>6}  {accuracy:>8}  {shares}", flush=True)
 
 

@@ -7,17 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.ablation.cells import is_finished, read_result
+from cluster.ablation.grid import Ablation, Cell
 from cluster.ablation.launch import (
-    LocalRunner,
-    RayJobRunner,
     Runner,
-    is_finished,
     program,
-    read_result,
     run_ablation,
     slots_for,
 )
-from cluster.ablation.plan import Ablation, Cell
 from cluster.ablation.progress import GridProgress, cost_table
 from cluster.recipe.placement import Machine, plan, trained_of
 from cluster.recipe.preflight import preflight
@@ -94,7 +91,7 @@ def ablate_to_the_end(
         for cell in ablation.cells:
             plan(cell.recipe, machine, cell.command).require()
     words = program(ablation.config.command)
-    chosen = runner or (RayJobRunner(address, words) if address else LocalRunner(words))
+    chosen = runner or Runner(words, address)
     try:
         with GridProgress(ablation.cells, console) as progress:
             failed = run_ablation(ablation, folder, chosen, slots, progress)

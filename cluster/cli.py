@@ -269,7 +269,7 @@ def ablate(
     Exit code 1 when a cell failed or arms turned out not to be paired.
     """
     from cluster.ablate_cli import ablate_to_the_end
-    from cluster.ablation.plan import load_ablation
+    from cluster.ablation.grid import load_ablation
 
     code = ablate_to_the_end(
         load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,15 +23,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 from uuid import uuid4
 
-from cluster.ablation.plan import Ablation, Cell, CellCommand, CellName, changes
+from cluster.ablation.cells import (
+    cell_folder,
+    hash_first_batch,
+    hash_weights,
+    is_finished,
+    last_step_of,
+    read_result,
+    write_json,
+)
+from cluster.ablation.grid import Ablation, Cell, changes
 from cluster.ablation.progress import GridProgress
+from cluster.ablation.settings import CellCommand
 from cluster.recipe.placement import Machine, plan
 from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
 from tasks.files import put_text
@@ -50,55 +58,41 @@ def program(command: CellCommand) -> tuple[str, ...]:
     return (sys.executable, "-m", "cluster", command)
 
 
-class Runner(Protocol):
-    """How a cell becomes a process, and how one that a dead launcher left behind is ended."""
-
-    def command(self, recipe: Path, run: Path, job: str) -> list[str]:
-        """The command that trains by `recipe` into the new folder `run`, as job `job`."""
-        ...
-
-    def end(self, job: str) -> None:
-        """End a job that may still be running where its process marks cannot be seen."""
-        ...
-
-
 @dataclass(frozen=True)
-class LocalRunner:
-    """Cells as subprocesses on this machine; arguments are put after the words of `program`."""
+class Runner:
+    """How a cell becomes a process, and how one that a dead launcher left behind is ended.
 
-    program: tuple[str, ...]
-
-    def command(self, recipe: Path, run: Path, job: str) -> list[str]:
-        """`equipoise train RECIPE --output RUN`, or `sft`."""
-        return [*self.program, str(recipe), "--output", str(run)]
-
-    def end(self, job: str) -> None:
-        """Nothing beyond the marked processes."""
-
-
-@dataclass(frozen=True)
-class RayJobRunner:
-    """Each cell as a Ray job on the cluster whose dashboard is at `address`.
-
-    The working directory travels with the job. The ablation's folder and this Python must be at
-    the same place on the cluster's head node: shared storage, one image.
+    Attributes:
+        program: the words that arguments are put after.
+        address: of a Ray cluster's dashboard: each cell is a job there, else a process here. The
+            working directory travels with the job. The ablation's folder and this Python must be
+            at the same place on the cluster's head node: shared storage, one image.
     """
 
-    address: str
     program: tuple[str, ...]
+    address: str | None = None
 
     def command(self, recipe: Path, run: Path, job: str) -> list[str]:
-        """`ray job submit`, which waits for the job and has its exit code."""
-        return [
-            *(_ray(), "job", "submit", "--address", self.address, "--submission-id", job),
-            *("--working-dir", os.getcwd(), "--"),
-            *(*self.program, str(recipe), "--output", str(run)),
-        ]
+        """The command that trains by `recipe` into the new folder `run`, as job `job`.
+
+        `ray job submit` waits for the job and has its exit code.
+        """
+        words = [*self.program, str(recipe), "--output", str(run)]
+        if self.address is None:
+            return words
+        submit = [*_ray_job("submit", self.address), "--submission-id", job]
+        return [*submit, "--working-dir", os.getcwd(), "--", *words]
 
     def end(self, job: str) -> None:
-        """`ray job stop`; a job that is over or was never submitted is left as it is."""
-        command = [_ray(), "job", "stop", "--address", self.address, job]
-        subprocess.run(command, capture_output=True, timeout=120, check=False)
+        """End a job whose process marks cannot be seen here; one that is over stays as it is."""
+        if self.address is not None:
+            command = [*_ray_job("stop", self.address), job]
+            subprocess.run(command, capture_output=True, timeout=120, check=False)
+
+
+def _ray_job(what: str, address: str) -> list[str]:
+    beside = Path(sys.executable).parent / "ray"
+    return [str(beside) if beside.is_file() else "ray", "job", what, "--address", address]
 
 
 @dataclass
@@ -158,86 +152,6 @@ def run_ablation(
     return failed
 
 
-def is_finished(folder: Path, cell: CellName) -> bool:
-    """Whether the cell has a result."""
-    return (cell_folder(folder, cell) / "result.json").is_file()
-
-
-def read_result(folder: Path, cell: CellName) -> dict[str, Any]:
-    """A finished cell's result: `seconds`, `weights` and `first_batch` hashes, who it is."""
-    text = (cell_folder(folder, cell) / "result.json").read_text(encoding="utf-8")
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
-def read_failure(folder: Path, cell: CellName) -> str | None:
-    """Why a cell failed; None where it did not."""
-    file = cell_folder(folder, cell) / "failure.json"
-    return json.loads(file.read_text(encoding="utf-8"))["error"] if file.is_file() else None
-
-
-def cell_folder(folder: Path, cell: CellName) -> Path:
-    """Where a cell keeps its files; the run itself is in `run` below it."""
-    return folder / "cells" / cell.id
-
-
-def pairing_faults(folder: Path, cells: Sequence[CellName]) -> list[str]:
-    """Finished cells whose initial weights or first batch differ from those of their pairs.
-
-    Pairs have one difficulty and seed. The hashes are of the files read and of the problems that
-    the runs really saw.
-    """
-    faults = []
-    first: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
-    for cell in cells:
-        if not is_finished(folder, cell):
-            continue
-        result = read_result(folder, cell)
-        other, reference = first.setdefault((cell.difficulty, cell.seed), (cell.id, result))
-        for what, words in (("weights", "initial weights"), ("first_batch", "first batch")):
-            if result[what] != reference[what]:
-                faults.append(f"{cell.id} and {other}: {words} differ, so they are not paired")
-    return faults
-
-
-def hash_weights(model: str) -> str:
-    """SHA-256 over the files of a checkpoint folder, names included; of the name of a hub model."""
-    digest = hashlib.sha256()
-    path = Path(model)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    for file in files:
-        digest.update(f"{file.relative_to(path)}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    if not files:
-        digest.update(f"hub:{model}".encode())
-    return digest.hexdigest()
-
-
-def hash_first_batch(run: Path, command: CellCommand = "train") -> str:
-    """SHA-256 over what a run learnt from first, in order.
-
-    Of RL the problems of step 1: ids, prompts, images. Of SFT the demonstrations of update 1: token
-    ids, segments, images. Raises OSError where the run left no record of them.
-    """
-    import pyarrow.parquet as pq
-
-    if command == "sft":
-        rows = pq.read_table(run / "demonstrations" / "step-000001.parquet").to_pylist()
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-    columns = ["group_id", "problem_id", "prompt", "image_sha256"]
-    table = pq.read_table(run / "rollouts" / "step-000001.parquet", columns=columns)
-    problems = {row["group_id"]: row for row in table.to_pylist()}
-    # A group's id starts with its place in the step; scoring may return groups in another order.
-    ordered = sorted(problems.values(), key=lambda row: int(row["group_id"].split("/")[1]))
-    text = json.dumps([[row[name] for name in columns[1:]] for row in ordered])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- one cell ----------------------------------------------------------------------------------
-
-
 def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
     here = cell_folder(folder, cell)
     here.mkdir(parents=True)
@@ -245,7 +159,7 @@ def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
     recipe = here / "recipe.toml"
     put_text(recipe, resolved_toml(cell.recipe))
     started = {"job": job, "weights": hash_weights(cell.recipe.model.path), "time": time.time()}
-    _write_json(here / "started.json", started)
+    write_json(here / "started.json", started)
     with (here / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             runner.command(recipe, here / "run", job),
@@ -275,7 +189,7 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         except (OSError, ValueError, RecipeError) as problem:
             error = f"it ended without an error but its run folder is not whole: {problem}"
     if error is not None:
-        _write_json(here / "failure.json", {"exit_code": code, "seconds": seconds, "error": error})
+        write_json(here / "failure.json", {"exit_code": code, "seconds": seconds, "error": error})
         return error
     started = json.loads((here / "started.json").read_text(encoding="utf-8"))
     result = {
@@ -287,7 +201,7 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         "weights": started["weights"],
         "first_batch": batch,
     }
-    _write_json(here / "result.json", result)
+    write_json(here / "result.json", result)
     return None
 
 
@@ -318,21 +232,6 @@ def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
     aside.mkdir(exist_ok=True)
     tries = len(list(aside.glob(f"{cell.id}-try-*")))
     here.rename(aside / f"{cell.id}-try-{tries + 1}")
-
-
-def last_step_of(run: Path, command: CellCommand) -> int:
-    """The last step that a run which goes on has left something of."""
-    from cluster.record.stored import last_logged_step
-
-    try:
-        if command == "train":
-            return len([n for n in os.listdir(run / "rollouts") if n.startswith("step-")])
-        return last_logged_step(run)
-    except OSError:
-        return 0
-
-
-# --- processes ---------------------------------------------------------------------------------
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
@@ -406,9 +305,6 @@ def _signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- the folder --------------------------------------------------------------------------------
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. The kernel drops an flock when its holder dies."""
@@ -444,27 +340,17 @@ def _adopt(ablation: Ablation, folder: Path) -> None:
                 + "\nchange it back, or give --output a new folder"
             )
         if now != before:
-            _write_json(kept, now)
+            write_json(kept, now)
         return
     others = [p.name for p in folder.iterdir() if p.name != "lock" and p.name[0] != "."]
     if others:
         raise UserError(
             f"{folder}: holds {others[0]!r} and no ablation; give --output a new folder"
         )
-    _write_json(kept, now)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all, also when the machine stops."""
-    put_text(path, json.dumps(value, indent=1))
+    write_json(kept, now)
 
 
 def slots_for(ablation: Ablation, machine: Machine) -> int:
     """Cells at a time on one machine: as many as asked for and as its cores hold, at least one."""
     most = max(plan(cell.recipe, machine, cell.command).cpus for cell in ablation.cells)
     return max(1, min(ablation.config.parallel, int(machine.cores // max(most, 1e-9))))
-
-
-def _ray() -> str:
-    beside = Path(sys.executable).parent / "ray"
-    return str(beside) if beside.is_file() else "ray"

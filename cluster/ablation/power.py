@@ -9,6 +9,7 @@ is counted here: no arm needs more.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,16 +102,11 @@ def seeds_needed(spread: Spread, problems: int, difference: float, arms: int = 1
 
     None where `MOST_SEEDS` do not do it: problems are then what is missing.
     """
-    few, many = 2, MOST_SEEDS
-    if power(spread, many, problems, difference, arms) < POWER:
-        return None
-    while few < many:
-        middle = (few + many) // 2
-        if power(spread, middle, problems, difference, arms) >= POWER:
-            many = middle
-        else:
-            few = middle + 1
-    return few
+    counts = range(2, MOST_SEEDS + 1)
+    place = bisect_left(
+        counts, POWER, key=lambda seeds: power(spread, seeds, problems, difference, arms)
+    )
+    return counts[place] if place < len(counts) else None
 
 
 def power_words(

@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.ablation.plan import Ablation, Cell
+from cluster.ablation.grid import Ablation, Cell
 from cluster.recipe.placement import Machine, plan
+from cluster.record import table as tables
 from cluster.record.terminal import printable
 
 
@@ -29,21 +30,18 @@ def cost_table(
     budget = ablation.config.budget
     counted = budget.kind == "updates"
     learnt_from = "rollouts" if ablation.config.command == "train" else "demonstrations"
-    rows = [("cell", str(budget.kind), learnt_from, "eval responses", "cores", "minutes")]
-    left = 0.0
-    known = True
+    rows = []
+    left: float | None = 0.0
     for cell in ablation.cells:
-        seconds = finished.get(cell.id)
-        guess = _expected(ablation, cell, finished, arms)
-        if seconds is None:
-            known, left = known and guess is not None, left + (guess or 0.0)
-        if seconds is not None:
-            minutes = f"{seconds / 60:.1f} (done)"
+        recipe, sft = cell.recipe, cell.recipe.sft
+        if cell.id in finished:
+            minutes = f"{finished[cell.id] / 60:.1f} (done)"
         else:
+            guess = _expected(ablation, cell, finished, arms)
             minutes = "unknown" if guess is None else f"about {guess / 60:.1f}"
-        algorithm, sft = cell.recipe.algorithm, cell.recipe.sft
+            left = None if left is None or guess is None else left + guess
         # Under a budget of tokens or seconds a run finds out how many steps it makes.
-        each = algorithm.problems_per_step * algorithm.group_size
+        each = recipe.algorithm.problems_per_step * recipe.algorithm.group_size
         if cell.command == "sft" and sft is not None:
             each = sft.batch_size
         rows.append(
@@ -51,21 +49,21 @@ def cost_table(
                 cell.id,
                 str(budget.amount),
                 str(cell.steps * each) if counted else "?",
-                str(_eval_responses(cell)) if counted or not cell.recipe.eval.every else "?",
-                f"{plan(cell.recipe, machine, cell.command).cpus:g}",
+                str(_eval_responses(cell)) if counted or not recipe.eval.every else "?",
+                f"{plan(recipe, machine, cell.command).cpus:g}",
                 minutes,
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)) for row in rows]
+    columns = ("cell", str(budget.kind), learnt_from, "eval responses", "cores", "minutes")
+    table = tables.Table("", columns, tuple(rows), align="l" * len(columns))
     waiting = len(ablation.cells) - len(finished)
-    total = f"about {left / slots / 60:.0f} minutes" if known else "time unknown until a cell ran"
-    lines += [
-        "",
-        f"{len(ablation.cells)} cells, {len(finished)} finished, {waiting} to run, {slots} at a "
-        f"time on {machine.cores} cores: {total if waiting else 'nothing to do'}",
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    total = "time unknown until a cell ran"
+    if left is not None:
+        total = f"about {left / slots / 60:.0f} minutes"
+    return (
+        f"{table.to_text()}\n\n{len(ablation.cells)} cells, {len(finished)} finished, {waiting} to "
+        f"run, {slots} at a time on {machine.cores} cores: {total if waiting else 'nothing to do'}"
+    )
 
 
 def _expected(

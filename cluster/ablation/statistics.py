@@ -30,10 +30,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from cluster.record.evaluation import paired_p
 from rewards.intervals import Z95, by_puzzle, mean_interval, score_interval, wilson
@@ -167,37 +167,32 @@ def seed_interval(
 
 def _half_width(alpha: float, parts: Parts) -> float:
     """√Σ t²·v at the two-sided level `alpha`; t at infinite degrees of freedom is the normal."""
-    quantiles = [
-        special.ndtri(alpha / 2) if math.isinf(df) else special.stdtrit(df, alpha / 2)
-        for _, df in parts
-    ]
-    return math.sqrt(sum(v * float(q) ** 2 for (v, _), q in zip(parts, quantiles, strict=True)))
+    variances, df = np.array(parts).T
+    return math.sqrt(float(variances @ special.stdtrit(df, alpha / 2) ** 2))
 
 
 def _p_value(mean: float, parts: Parts) -> float:
     """The level at which the interval just touches 0."""
     if mean == 0:
         return 1.0
-    # Bisection on log p: the half width falls as the level rises.
-    low, high = math.log(SMALLEST_P), 0.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        if _half_width(math.exp(middle), parts) > abs(mean):
-            low = middle
-        else:
-            high = middle
-    return math.exp(high)
+
+    def excess(log_p: float) -> float:
+        return _half_width(math.exp(log_p), parts) - abs(mean)
+
+    least = math.log(SMALLEST_P)
+    if excess(least) <= 0:
+        return SMALLEST_P
+    return math.exp(optimize.brentq(excess, least, 0.0, xtol=1e-9))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values (1979), in the order given; never below the raw ones."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.minimum(1.0, p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(stepped)
+    return [float(value) for value in adjusted]
 
 
 @dataclass(frozen=True)
@@ -347,6 +342,5 @@ def correlation_interval(by_seed: Sequence[float]) -> Estimate:
     """Mean over seeds of a correlation, its t-interval made on Fisher's z and taken back."""
     z = np.arctanh(np.clip(np.asarray(by_seed, np.float64), -0.999999, 0.999999))
     found = seed_interval(z)
-    low = None if found.low is None else math.tanh(found.low)
-    high = None if found.high is None else math.tanh(found.high)
-    return Estimate(math.tanh(found.value), low, high, found.p, found.seeds, found.problems)
+    low, high = (None if end is None else math.tanh(end) for end in (found.low, found.high))
+    return replace(found, value=math.tanh(found.value), low=low, high=high)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich import box, table
 from rich.markup import escape
@@ -70,3 +73,12 @@ def inert(text: str) -> str:
     """Text that stays text in Markdown and inside a table's cell."""
     safe = printable(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\`*[]|$~" else c for c in safe)
+
+
+def finite(value: Any) -> Any:
+    """JSON-able: NaN and infinities as null, tuples as lists, keys as text."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from cluster.ablation.results import ALL_TASKS, COMPARED, COUPLINGS, Summary, at
 from cluster.ablation.statistics import PHASES, Estimate
+from cluster.ablation.summary import ALL_TASKS, COMPARED, COUPLINGS, Summary, at
 from cluster.report.charts import ACCURACIES, PLANE, around, other_looks, smoothed
 from cluster.report.plots import Chart, Dash, Line, Role, Value
 

@@ -18,24 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from cluster.ablation.launch import (
+from cluster.ablation.cells import (
     cell_folder,
     is_finished,
     pairing_faults,
     read_failure,
     read_result,
 )
-from cluster.ablation.plan import (
+from cluster.ablation.grid import CellName, stored_ablation
+from cluster.ablation.results import RESULT_SCHEMA, Results, collect, summarise
+from cluster.ablation.settings import (
     AblationConfig,
-    CellName,
     alpha_of,
     arm_reward,
     fixed_weights,
     other_settings,
-    stored_ablation,
 )
-from cluster.ablation.results import RESULT_SCHEMA, Results, Summary, at, collect, summarise
 from cluster.ablation.statistics import Estimate
+from cluster.ablation.summary import Summary, at
 from cluster.recipe.recipe import UserError
 from cluster.report import ablation_charts as charts
 from cluster.report import ablation_tables as tables

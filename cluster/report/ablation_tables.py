@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.ablation.plan import (
+from cluster.ablation.grid import CellName
+from cluster.ablation.results import Results
+from cluster.ablation.settings import (
     AblationConfig,
     CellCommand,
-    CellName,
     arm_reward,
     other_settings,
 )
-from cluster.ablation.results import SHARES, Results, Summary, at
-from cluster.ablation.statistics import PHASES, Estimate, seed_interval
+from cluster.ablation.statistics import PHASES
+from cluster.ablation.summary import SHARES, Summary, at
 from cluster.record.table import Table
 from cluster.report.ablation_words import spent
 from cluster.report.words import (
@@ -171,7 +172,7 @@ def reliability_table(results: Results, metrics: Sequence[str], arms: Sequence[s
         for term in reliability_terms(metrics):
             for arm in arms:
                 found = [
-                    _mean_over_steps(results, difficulty, arm, f"reliability/{term}/{stat}", -1, 1)
+                    results.mean(difficulty, arm, f"reliability/{term}/{stat}", (-1, 1))
                     for stat in RELIABILITY
                 ]
                 if any(found):
@@ -201,7 +202,7 @@ def speed_table(
     """Throughput and wall time; `seconds`: (difficulty, arm) -> of each finished cell."""
     found = {
         (difficulty, arm): {
-            name: _mean_over_steps(results, difficulty, arm, name, 0, math.inf) for name in SPEEDS
+            name: results.mean(difficulty, arm, name, (0, math.inf)) for name in SPEEDS
         }
         for difficulty in results.difficulties
         for arm in arms
@@ -274,15 +275,3 @@ def cells_table(
     title = "Every cell and what became of it"
     columns = ("cell", "state", "time or error")
     return Table(title, columns, tuple(rows), align="lll", folded=not failed)
-
-
-def _mean_over_steps(
-    results: Results, difficulty: str, arm: str, metric: str, low: float, high: float
-) -> Estimate | None:
-    by_seed = results.numbers(difficulty, arm, "", metric)
-    means = []
-    for _, values in sorted(by_seed.items()):
-        good = [v for step, v in values.items() if step > 0 and v is not None and v == v]
-        if good:
-            means.append(sum(good) / len(good))
-    return seed_interval(means, (low, high)) if means else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.ablation.plan import AblationConfig, CellName
-from cluster.ablation.results import Asymmetry, Comparison, Cost, Level, Summary, at
+from cluster.ablation.grid import CellName
+from cluster.ablation.settings import AblationConfig
+from cluster.ablation.summary import Asymmetry, Comparison, Cost, Level, Summary, at
 from cluster.report.document import Finding
 from cluster.report.words import (
     LEAST_P,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.record.table import Table, inert
+from cluster.record.table import Table, finite, inert
 from cluster.record.terminal import printable
 from cluster.report.charts import CELLS
 from cluster.report.plots import Chart, to_svg, to_svg_file
@@ -164,12 +163,3 @@ class Document:
 
 def _template(name: str) -> str:
     return resources.files("cluster.report").joinpath("templates", name).read_text("utf-8")
-
-
-def finite(value: Any) -> Any:
-    """JSON-able: NaN and infinities as null, tuples as lists, keys as text."""
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,7 +64,7 @@ class Line:
 
 def _split(values: Sequence[float | Value]) -> tuple[tuple[float, ...], tuple[Pair, ...]]:
     if values and all(isinstance(value, tuple) for value in values):
-        middle, low, high = zip(*values, strict=True)  # type: ignore[arg-type]
+        middle, low, high = zip(*values, strict=True)
         return middle, tuple(zip(low, high, strict=True))
     return tuple(float(value) for value in values), ()  # type: ignore[arg-type]
 

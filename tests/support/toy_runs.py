@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.ablation.launch import LocalRunner
-from cluster.ablation.plan import Cell
+from cluster.ablation.grid import Cell, load_ablation
+from cluster.ablation.launch import Runner, run_ablation
+from cluster.ablation.progress import GridProgress
 from cluster.record.folder import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
 
 TOY_BASE = """
@@ -28,8 +29,15 @@ cpus = 0
 cpus = 0
 """
 """A base recipe of cells that take no core."""
-TOY_CELLS = LocalRunner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
+TOY_CELLS = Runner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
 """Runs `toy_cell.py` in place of each cell's training."""
+
+
+def run_cells(path: Path, folder: Path, runner: Runner = TOY_CELLS, slots: int = 1) -> list[str]:
+    """Run the cells of an ablation file, without its report; the ids of those that failed."""
+    ablation = load_ablation(path)
+    with GridProgress(ablation.cells) as progress:
+        return run_ablation(ablation, folder, runner, slots, progress)
 
 
 def make_runs(folder: Path, cells: Iterable[Cell]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.ablate_cli import ablate_to_the_end
-from cluster.ablation.launch import (
+from cluster.ablation.cells import (
     hash_first_batch,
     last_step_of,
     pairing_faults,
-    program,
     read_result,
-    run_ablation,
 )
-from cluster.ablation.plan import Ablation, load_ablation, stored_ablation
-from cluster.ablation.progress import GridProgress, cost_table
-from cluster.ablation.results import SHARES
+from cluster.ablation.grid import Ablation, load_ablation, stored_ablation
+from cluster.ablation.launch import program
+from cluster.ablation.progress import cost_table
 from cluster.ablation.statistics import seed_interval
+from cluster.ablation.summary import SHARES
 from cluster.recipe.placement import Machine, plan
 from cluster.recipe.recipe import RecipeError
 from cluster.record.folder import DEMONSTRATION_SCHEMA
@@ -31,7 +31,7 @@ from cluster.record.tracker import Tracker
 from cluster.report.ablation_report import build_ablation, read_ablation
 from cluster.report.run_report import run_report
 from learner.batch import TrainBatch, TrainSequence
-from tests.support.toy_runs import TOY_BASE, TOY_CELLS, make_runs
+from tests.support.toy_runs import TOY_BASE, make_runs, run_cells
 
 BASE = (
     TOY_BASE
@@ -67,20 +67,19 @@ set.sft = { balance = "fixed", perception_weight = 0.9 }
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+def written(folder: Path, *replaced: str, base: tuple[str, str] = ("", ""), more: str = "") -> Path:
     """Writes an ablation of SFT; returns its file."""
-    monkeypatch.setenv("TOY_RUNS", str(tmp_path / "runs"))
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "weights").write_bytes(b"123")
+    (folder / "base.toml").write_text(BASE.format(model=folder / "model").replace(*base))
+    path = folder / "grid.toml"
+    path.write_text((FILE.replace(*replaced) if replaced else FILE) + more)  # type: ignore[call-arg]
+    return path
 
-    def made(*replaced: str, base: tuple[str, str] = ("", ""), more: str = "") -> Path:
-        (tmp_path / "model").mkdir(exist_ok=True)
-        (tmp_path / "model" / "weights").write_bytes(b"123")
-        (tmp_path / "base.toml").write_text(BASE.format(model=tmp_path / "model").replace(*base))
-        path = tmp_path / "grid.toml"
-        path.write_text((FILE.replace(*replaced) if replaced else FILE) + more)  # type: ignore[call-arg]
-        return path
 
-    return made
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    return partial(written, tmp_path)
 
 
 def test_cells_are_runs_of_sft_as_long_as_the_budget(write: Write) -> None:
@@ -179,32 +178,41 @@ def test_a_running_cell_tells_how_far_it_is(tmp_path: Path) -> None:
             assert last_step_of(tmp_path, "sft") == step
 
 
-@pytest.fixture
-def ran(write: Write, tmp_path: Path) -> tuple[Ablation, Path]:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ablation, Path]:
     """A finished ablation, its cells toys."""
-    ablation, folder = load_ablation(write()), tmp_path / "out"
-    make_runs(tmp_path / "runs", ablation.cells)
-    assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 0
-    return ablation, folder
+    folder = tmp_path_factory.mktemp("sft")
+    path = written(folder)
+    make_runs(folder / "runs", load_ablation(path).cells)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOY_RUNS", str(folder / "runs"))
+        assert run_cells(path, folder / "out") == []
+    return load_ablation(path), folder / "out"
 
 
-def test_cells_are_paired_by_their_demonstrations(ran: tuple[Ablation, Path]) -> None:
-    ablation, folder = ran
-    hashes = {c.id: read_result(folder, c)["first_batch"] for c in ablation.cells}
+def test_cells_are_paired_by_their_demonstrations(
+    ran: tuple[Ablation, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation, finished = ran
+    hashes = {c.id: read_result(finished, c)["first_batch"] for c in ablation.cells}
     assert len(set(hashes.values())) == 3
     assert hashes["low--seed-1"] == hashes["token_mean--seed-1"] != hashes["token_mean--seed-2"]
-    cell = next(c for c in ablation.cells if c.id == "high--seed-3")
-    made = Path(folder.parent) / "runs" / cell.id / "demonstrations" / "step-000001.parquet"
+    shutil.copytree(finished.parent, tmp_path / "again")
+    folder, cell = tmp_path / "again" / "out", "high--seed-3"
+    made = tmp_path / "again" / "runs" / cell / "demonstrations" / "step-000001.parquet"
     rows = pq.read_table(made).to_pylist()
     rows[1]["response_ids"][0] += 1
     pq.write_table(pa.Table.from_pylist(rows, schema=DEMONSTRATION_SCHEMA), made)
-    (folder / "cells" / cell.id / "result.json").unlink()
-    run_ablation(ablation, folder, TOY_CELLS, 1, GridProgress(ablation.cells))
+    (folder / "cells" / cell / "result.json").unlink()
+    monkeypatch.setenv("TOY_RUNS", str(made.parents[2]))
+    assert run_cells(finished.parent / "grid.toml", folder) == []
     (fault,) = pairing_faults(folder, ablation.cells)
     assert "high--seed-3 and token_mean--seed-3: first batch differ" in fault
 
 
-def test_shares_of_the_updates_and_no_word_of_rewards(ran: tuple[Ablation, Path]) -> None:
+def test_shares_of_the_updates_and_no_word_of_rewards(
+    ran: tuple[Ablation, Path], tmp_path: Path
+) -> None:
     ablation, folder = ran
     record = read_ablation(folder)
     shares = {(s.arm, s.of): s.share for s in record.summary.shares}
@@ -236,9 +244,9 @@ def test_shares_of_the_updates_and_no_word_of_rewards(ran: tuple[Ablation, Path]
     (cost,) = sections["cost"].tables
     assert cost.columns == ("arm", "seconds an update", "mean time of a cell")
     assert report.warnings == () and "fine-tuned on demonstrations" in report.lead
-    text = run_report(folder, "md", folder / "report.md").read_text("utf-8")
+    text = run_report(folder, "md", tmp_path / "report.md").read_text("utf-8")
     assert "sft.perception_weight = 0.9" in text and "token ids, segments, images" in text
     for word in ("reward", "rollout", "outcome alone", "α"):
         assert word not in text.lower(), word
-    flat = pq.read_table(run_report(folder, "parquet", folder / "flat.parquet")).to_pylist()
+    flat = pq.read_table(run_report(folder, "parquet", tmp_path / "flat.parquet")).to_pylist()
     assert sum(row["kind"] == "share" for row in flat) == 12

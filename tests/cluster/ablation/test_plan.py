@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ablation.plan import Ablation, changes, load_ablation
+from cluster.ablation.grid import Ablation, changes, load_ablation
 from cluster.recipe.recipe import RecipeError, load_recipe, resolved_toml
 from tests.support.recipes import recipe_text
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cluster.ablate_cli import ablate_to_the_end
-from cluster.ablation.plan import load_ablation
+from cluster.ablation.grid import load_ablation
 from cluster.ablation.power import (
     POWER,
     Spread,

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import special, stats
 
+from benchmarks.interval_coverage import (
+    HARDNESS,
+    NODES,
+    WEIGHTS,
+    Draw,
+    center,
+    coverage,
+    difference,
+    graded,
+    right,
+    simulated,
+)
 from cluster.ablation.statistics import (
     PHASES,
     accuracy_interval,
@@ -35,89 +47,87 @@ from rewards.intervals import wilson
 PROBLEMS = 512
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+def apart(rng: np.random.Generator, chances: np.ndarray) -> np.ndarray:
+    """Differences of two arms that share seeds and problems, and differ in both: see `GAP`."""
+    seeds, problems = chances.shape
+    shifts = 0.3 + rng.normal(0, 0.5, (1, problems)) + rng.normal(0, 0.25, (seeds, 1))
+    return right(rng, special.expit(special.logit(chances) + shifts)) - right(rng, chances)
 
 
-def one_arm(rng: np.random.Generator, runs: int, seeds: int, spread: float) -> np.ndarray:
-    """Right or wrong [runs, S, P] of an arm whose seeds differ by `spread` logits."""
-    hard = rng.normal(0, 1.5, (runs, 1, PROBLEMS))
-    luck = rng.normal(0, spread, (runs, seeds, 1))
-    drawn = rng.random((runs, seeds, PROBLEMS), np.float32)
-    return (drawn < sigmoid((0.3 + hard + luck).astype(np.float32))).astype(float)
+def mean_chance(logit: float, variance: float) -> float:
+    """Over normal logits of that variance."""
+    chances = special.expit(logit + math.sqrt(variance) * NODES)
+    return float((WEIGHTS * chances).sum() / math.sqrt(2 * math.pi))
 
 
-def two_arms(rng: np.random.Generator, runs: int, seeds: int, spread: float) -> np.ndarray:
-    """Differences [runs, S, P] of two arms that share seeds and problems, and differ in both."""
-    hard = rng.normal(0, 1.5, (runs, 1, PROBLEMS))
-    luck = rng.normal(0, spread, (3, runs, seeds, 1))
-    suits = rng.normal(0, 0.5, (runs, 1, PROBLEMS))
-    first = sigmoid((0.3 + hard + luck[0] + luck[1]).astype(np.float32))
-    second = sigmoid((0.6 + hard + suits + luck[0] + luck[2]).astype(np.float32))
-    drawn = rng.random((2, runs, seeds, PROBLEMS), np.float32)
-    return (drawn[1] < second).astype(float) - (drawn[0] < first)
+def gap(spread: float) -> float:
+    """The true difference of `apart` at an accuracy of .57."""
+    variance = HARDNESS**2 + spread**2
+    logit = center(0.57, variance)
+    return mean_chance(logit + 0.3, variance + 0.5**2 + 0.25**2) - 0.57
 
 
-def truth(kind: Callable[..., np.ndarray], spread: float) -> float:
-    """The mean over all seeds and problems, by Gauss-Hermite: sums of normals are normal."""
-
-    def mean(center: float, variance: float) -> float:
-        nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-        return float((weights * sigmoid(center + math.sqrt(variance) * nodes)).sum()) / math.sqrt(
-            2 * math.pi
-        )
-
-    if kind is one_arm:
-        return mean(0.3, 1.5**2 + spread**2)
-    return mean(0.6, 1.5**2 + 0.5**2 + 2 * spread**2) - mean(0.3, 1.5**2 + 2 * spread**2)
-
-
-def covered(values: np.ndarray, true: float) -> float:
-    """The share of data sets [runs, S, P] whose interval holds the truth."""
-    interval = accuracy_interval if values.min() >= 0 else crossed_interval
-    found = [interval(v) for v in values]
-    return float(np.mean([e.low <= true <= e.high for e in found]))  # type: ignore[operator]
-
-
-def bootstrap_covered(values: np.ndarray, true: float, rng: np.random.Generator) -> float:
-    """The same of a percentile bootstrap that draws seeds, then problems (one draw for all)."""
-    draws, (_, seeds, problems) = 400, values.shape
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
-    of_problems = rng.multinomial(problems, np.full(problems, 1 / problems), draws) / problems
-    hits = 0
-    for v in values:
-        means = ((of_problems @ v.T) * of_seeds).sum(axis=1)
-        low, high = np.quantile(means, (0.025, 0.975))
-        hits += bool(low <= true <= high)
-    return hits / len(values)
+def bootstrap_covered(data: Iterable[np.ndarray], true: float, rng: np.random.Generator) -> float:
+    """Coverage of a percentile bootstrap that draws seeds, then problems (one draw for all)."""
+    draws, hits = 200, []
+    for v in data:
+        seeds, problems = v.shape
+        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+        of_problems = rng.multinomial(problems, np.full(problems, 1 / problems), draws) / problems
+        low, high = np.quantile(((of_problems @ v.T) * of_seeds).sum(axis=1), (0.025, 0.975))
+        hits.append(low <= true <= high)
+    return float(np.mean(hits))
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-@pytest.mark.parametrize("kind", [one_arm, two_arms])
 @pytest.mark.parametrize("spread", [0.25, 0.5])
-def test_intervals_hold_the_truth_95_times_in_100(
-    kind: Callable[..., np.ndarray], seeds: int, spread: float
-) -> None:
-    rng = np.random.default_rng([7, seeds])
-    values = kind(rng, 600, seeds, spread)
-    # 600 intervals: the share itself has a standard error of 0.9 points.
-    assert 0.93 <= covered(values, truth(kind, spread)) <= 0.97
+@pytest.mark.parametrize("draw", [right, apart])
+def test_intervals_hold_the_truth_95_times_in_100(draw: Draw, spread: float, seeds: int) -> None:
+    data = simulated(draw, 0.57, (seeds, PROBLEMS), spread, 250, 7)
+    true = gap(spread) if draw is apart else 0.57
+    # 250 intervals: the share itself has a standard error of 1.4 points.
+    assert 0.92 <= coverage(data, true, draw is apart) <= 0.98
 
 
 @pytest.mark.parametrize("seeds", [3, 10])
-def test_without_differences_between_seeds_intervals_are_at_most_a_little_wide(seeds: int) -> None:
-    for kind in (one_arm, two_arms):
-        rng = np.random.default_rng([11, seeds])
-        assert 0.93 <= covered(kind(rng, 500, seeds, 0.0), truth(kind, 0.0)) <= 0.985
+@pytest.mark.parametrize("draw", [right, difference])
+def test_without_differences_between_seeds_intervals_are_at_most_a_little_wide(
+    draw: Draw, seeds: int
+) -> None:
+    data = simulated(draw, 0.57, (seeds, PROBLEMS), 0.0, 250, 11)
+    true = 0.0 if draw is difference else 0.57
+    assert 0.93 <= coverage(data, true, draw is difference) <= 0.99
 
 
 def test_few_seeds_are_why_intervals_are_no_bootstrap_and_no_t_over_seeds() -> None:
     rng = np.random.default_rng(3)
-    values = two_arms(rng, 300, 3, 0.5)
-    assert bootstrap_covered(values, truth(two_arms, 0.5), rng) < 0.88
-    true = truth(one_arm, 0.0)
-    alone = [seed_interval(v.mean(axis=1)) for v in one_arm(rng, 300, 10, 0.0)]
-    assert np.mean([e.low <= true <= e.high for e in alone]) < 0.75  # type: ignore[operator]
+    few = simulated(right, 0.57, (3, PROBLEMS), 0.5, 100, 3)
+    assert bootstrap_covered(few, 0.57, rng) < 0.88
+    many = simulated(right, 0.57, (10, PROBLEMS), 0.0, 100, 3)
+    alone = [seed_interval(v.mean(axis=1)) for v in many]
+    assert np.mean([e.low <= 0.57 <= e.high for e in alone]) < 0.75  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.98])
+@pytest.mark.parametrize("seeds", [1, 2, 8])
+def test_near_the_ends_intervals_hold_the_truth_too(seeds: int, share: float) -> None:
+    """A symmetric interval held it .83 to .93 of the time here."""
+    data = simulated(right, share, (seeds, 64), 0.0, 300, 13)
+    # Two seeds of a handful of right answers: rounding widens what cannot be known.
+    assert 0.93 <= coverage(data, share) <= (1.0 if seeds == 2 else 0.99)
+
+
+def test_graded_means_near_one_hold_the_truth() -> None:
+    assert 0.92 <= coverage(simulated(graded, 0.98, (1, 64), 0.0, 1000, 17), 0.98) <= 0.97
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_that_tie_do_not_make_a_difference_certain(seeds: int) -> None:
+    """Two arms without a difference: the seeds' means often tie at such accuracies."""
+    data = simulated(difference, 0.02, (seeds, 64), 0.0, 800, 19)
+    p = np.array([crossed_interval(v, (-1, 1)).p for v in data], float)
+    assert (p <= 0.05).mean() <= 0.05 and (p <= 0.001).mean() <= 0.002
+    assert p.min() > 1e-6
 
 
 def test_one_problem_is_scipys_t_interval_and_one_seed_is_the_same_over_problems() -> None:
@@ -178,47 +188,6 @@ def test_values_that_never_vary_do_not_claim_certainty() -> None:
         for interval in (crossed_interval, accuracy_interval):
             with pytest.raises(ValueError, match="seeds, problems"):
                 interval(bad)
-
-
-def rare(
-    rng: np.random.Generator, runs: int, seeds: int, share: float, problems: int = 64
-) -> np.ndarray:
-    """Right or wrong [runs, S, P] at an accuracy near an end; problems differ, seeds do not."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-
-    def excess(center: float) -> float:
-        mean = (weights * sigmoid(center + 1.5 * nodes)).sum() / math.sqrt(2 * math.pi)
-        return float(mean) - share
-
-    center = optimize.brentq(excess, -20, 20)
-    hard = rng.normal(0, 1.5, (runs, 1, problems))
-    return (rng.random((runs, seeds, problems)) < sigmoid(center + hard)).astype(float)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.02, 0.98])
-@pytest.mark.parametrize("seeds", [1, 2, 8])
-def test_near_the_ends_intervals_hold_the_truth_too(seeds: int, share: float) -> None:
-    """A symmetric interval held it .83 to .93 of the time here."""
-    values = rare(np.random.default_rng([13, seeds]), 600, seeds, share)
-    # Two seeds of a handful of right answers: rounding widens what cannot be known.
-    assert 0.93 <= covered(values, share) <= (1.0 if seeds == 2 else 0.99)
-
-
-def test_graded_means_near_one_hold_the_truth() -> None:
-    rng = np.random.default_rng(17)
-    shares = sigmoid(rng.normal(4.9, 1.0, (2000, 1, 64)))
-    true = float(sigmoid(np.random.default_rng(1).normal(4.9, 1.0, 10**6)).mean())
-    assert 0.92 <= covered(rng.binomial(16, shares) / 16, true) <= 0.97
-
-
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_seeds_that_tie_do_not_make_a_difference_certain(seeds: int) -> None:
-    """Two arms without a difference: the seeds' means often tie at such accuracies."""
-    rng = np.random.default_rng([19, seeds])
-    values = rare(rng, 3000, seeds, 0.02) - rare(rng, 3000, seeds, 0.02)
-    p = np.array([crossed_interval(v, (-1, 1)).p for v in values], float)
-    assert (p <= 0.05).mean() <= 0.05 and (p <= 0.001).mean() <= 0.002
-    assert p.min() > 1e-6
 
 
 def test_one_seeds_answers_have_wilsons_own_interval() -> None:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster.ablation.plan import Ablation, Cell, alpha_of, load_ablation, stored_ablation
+from cluster.ablation.grid import Ablation, Cell, load_ablation, stored_ablation
+from cluster.ablation.settings import alpha_of
 from cluster.cli import app
 from cluster.recipe.recipe import UserError
 from cluster.record.folder import METRIC_SCHEMA
@@ -275,6 +276,7 @@ def test_every_arm_shows_every_cell_and_the_same_problems(html: str) -> None:
     assert found["cells"] == list(CELLS)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_failed_cells_and_broken_pairs_are_said(tmp_path: Path, last_step: Path) -> None:
     ablation, out = made(tmp_path)
     first, second, third, fourth, fifth = ablation.cells[:5]
@@ -306,6 +308,7 @@ def test_one_seed_failed_cells_and_broken_pairs_are_said(tmp_path: Path, last_st
     assert {r["arm"] for r in data(found)["rollouts"]} == {"outcome", "quarter"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_finished_is_no_error(tmp_path: Path) -> None:
     _, out = made(tmp_path)
     write_results(out)
@@ -319,6 +322,7 @@ def test_nothing_finished_is_no_error(tmp_path: Path) -> None:
         assert words in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_published_table_without_its_cells_gives_the_same_numbers(
     grid: Path, tmp_path: Path, summary: dict[str, Any]
 ) -> None:

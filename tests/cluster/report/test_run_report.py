@@ -26,8 +26,9 @@ from cluster.cli import app
 from cluster.record.evaluation import EvalTable, before_after
 from cluster.record.tracker import Tracker
 from cluster.report.charts import CELLS, Series, evaluation_curves, plane, smoothed
+from cluster.report.choice import Entry, choose
 from cluster.report.plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_svg_file
-from cluster.report.rollouts import Entry, choose, embedded, read_shown
+from cluster.report.rollouts import embedded, read_shown
 from cluster.report.run_report import NoRun, build, draw_report, read_run, run_report, write_report
 from cluster.report.run_words import asymmetry_of, events_table, verdict, warnings
 from rewards.advantages import CREDIT_COLUMNS
@@ -207,6 +208,7 @@ def test_the_browser_has_all_four_cells_and_their_figures(html: str) -> None:
     assert steps == {1, 3}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_five_hundred_rollouts_with_large_noisy_images_fit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     text = "\u202e<\x00" * 4000  # six characters each as JSON
@@ -314,6 +316,7 @@ def missing(folder: Path, what: str) -> Iterator[str]:
         yield "no readable recipe"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "what", ["evaluation", "after", "end", "close", "rollouts", "everything", "sense"]
 )
@@ -337,6 +340,7 @@ def test_evaluations_along_the_way_are_on_the_path(tmp_path: Path) -> None:
     assert [(line.x, line.y) for line in path.lines] == [((0.3, 0.9, 0.8), (0.5, 0.7, 0.5))]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_cold_start_has_one_column_and_no_verdict(tmp_path: Path) -> None:
     with Tracker(tmp_path, RECIPE + "[sft]\nsteps = 2\n") as tracker:
         for step in (1, 2):

@@ -1,0 +1,108 @@
+"""What a cell of an ablation leaves: its folder, its result or failure, what proves its pairing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.ablation.grid import CellName
+from cluster.ablation.settings import CellCommand
+from tasks.files import put_text
+
+
+def is_finished(folder: Path, cell: CellName) -> bool:
+    """Whether the cell has a result."""
+    return (cell_folder(folder, cell) / "result.json").is_file()
+
+
+def read_result(folder: Path, cell: CellName) -> dict[str, Any]:
+    """A finished cell's result: `seconds`, `weights` and `first_batch` hashes, who it is."""
+    text = (cell_folder(folder, cell) / "result.json").read_text(encoding="utf-8")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def read_failure(folder: Path, cell: CellName) -> str | None:
+    """Why a cell failed; None where it did not."""
+    file = cell_folder(folder, cell) / "failure.json"
+    return json.loads(file.read_text(encoding="utf-8"))["error"] if file.is_file() else None
+
+
+def cell_folder(folder: Path, cell: CellName) -> Path:
+    """Where a cell keeps its files; the run itself is in `run` below it."""
+    return folder / "cells" / cell.id
+
+
+def pairing_faults(folder: Path, cells: Sequence[CellName]) -> list[str]:
+    """Finished cells whose initial weights or first batch differ from those of their pairs.
+
+    Pairs have one difficulty and seed. The hashes are of the files read and of the problems that
+    the runs really saw.
+    """
+    faults = []
+    first: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    for cell in cells:
+        if not is_finished(folder, cell):
+            continue
+        result = read_result(folder, cell)
+        other, reference = first.setdefault((cell.difficulty, cell.seed), (cell.id, result))
+        for what, words in (("weights", "initial weights"), ("first_batch", "first batch")):
+            if result[what] != reference[what]:
+                faults.append(f"{cell.id} and {other}: {words} differ, so they are not paired")
+    return faults
+
+
+def hash_weights(model: str) -> str:
+    """SHA-256 over the files of a checkpoint folder, names included; of the name of a hub model."""
+    digest = hashlib.sha256()
+    path = Path(model)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if not files:
+        digest.update(f"hub:{model}".encode())
+    return digest.hexdigest()
+
+
+def hash_first_batch(run: Path, command: CellCommand = "train") -> str:
+    """SHA-256 over what a run learnt from first, in order.
+
+    Of RL the problems of step 1: ids, prompts, images. Of SFT the demonstrations of update 1: token
+    ids, segments, images. Raises OSError where the run left no record of them.
+    """
+    import pyarrow.parquet as pq
+
+    if command == "sft":
+        rows = pq.read_table(run / "demonstrations" / "step-000001.parquet").to_pylist()
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+    columns = ["group_id", "problem_id", "prompt", "image_sha256"]
+    table = pq.read_table(run / "rollouts" / "step-000001.parquet", columns=columns)
+    problems = {row["group_id"]: row for row in table.to_pylist()}
+    # A group's id starts with its place in the step; scoring may return groups in another order.
+    ordered = sorted(problems.values(), key=lambda row: int(row["group_id"].split("/")[1]))
+    text = json.dumps([[row[name] for name in columns[1:]] for row in ordered])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def last_step_of(run: Path, command: CellCommand) -> int:
+    """The last step that a run which goes on has left something of."""
+    from cluster.record.stored import last_logged_step
+
+    try:
+        if command == "train":
+            return len([n for n in os.listdir(run / "rollouts") if n.startswith("step-")])
+        return last_logged_step(run)
+    except OSError:
+        return 0
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all, also when the machine stops."""
+    put_text(path, json.dumps(value, indent=1))

@@ -1,0 +1,11 @@
+"""What tests of the commands and their rooms share."""
+
+import pytest
+
+from cluster.report import document
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are empty drawings, for tests of the rest of a page: drawing takes the longest."""
+    monkeypatch.setattr(document, "to_svg", lambda chart: '<svg aria-hidden="true"></svg>')
