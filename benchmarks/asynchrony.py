@@ -18,10 +18,11 @@ from pathlib import Path
 
 from cluster.recipe.recipe import Recipe, load_recipe
 from cluster.record.terminal import Progress
+from cluster.run.run_log import StepLog
 from cluster.run.runtime import Run, running
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
-from cluster.run.train import StepClock, anchored, policy_loss, train_batches
+from cluster.run.train import learn, renew
 
 DEFAULT = Path(__file__).parents[1] / "recipes" / "tiny" / "sudoku.toml"
 SETTINGS = (
@@ -75,26 +76,18 @@ def block(
     run: Run, recipe: Recipe, done: int, version: int, steps: int
 ) -> tuple[list[dict[str, float]], int]:
     """Some steps of the driver's loop; their metrics, and the policy version after them."""
-    stream = GroupStream(recipe, run.sources, run.samplers, done)
+    stream = GroupStream(recipe, lambda: run.sources, run.samplers, done)
     found = []
-    for _ in range(steps):
-        clock = StepClock(run.samplers.counts())
-        groups = stream.take(version)
-        clock.lap("sample")
-        scored = run.rewards.score(groups, 0.0)
-        clock.lap("score")
-        metrics = step_metrics(scored, version)
-        batches = anchored(recipe, train_batches(recipe, scored), run.learner)
-        updates = [run.learner.update(b, policy_loss(recipe), None) for b in batches]
-        version += len(updates)
-        clock.lap("learn")
-        stream.renew(run.send_weights, version)
-        clock.lap("transfer")
-        metrics |= stream.metrics()
-        metrics |= clock.metrics(groups, batches, updates, run.samplers.counts())
-        if updates:
-            metrics["learner/logprob_gap"] = updates[0]["logprob_gap"]
-        found.append(metrics)
+    for number in range(1, steps + 1):
+        step = StepLog(number, counts=run.counts)
+        groups = step.part("sample", stream.take(version))
+        scored = step.part("score", *run.scoring.score(groups, 0.0))
+        step.metrics |= step_metrics(scored, version)
+        updates = step.part("learn", *learn(recipe, number, scored, run.learner))
+        version += updates
+        step.part("transfer", *renew(stream, run, version))
+        step.close()
+        found.append(step.metrics)
     stream.end()
     return found, version
 

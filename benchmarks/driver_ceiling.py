@@ -173,7 +173,7 @@ class Driver:
         )
         self._pool.wait_ready(60)
         source: Any = Drawn([t.problem for t in templates])
-        self.stream = GroupStream(self.recipe, [source], self._pool)
+        self.stream = GroupStream(self.recipe, lambda: [source], self._pool)
         self._scores = scored(templates)
         self.version = 0
         self.groups: list[Group] = []

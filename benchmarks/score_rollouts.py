@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.record.stored import read_groups, read_metrics, stored_steps
-from cluster.run.runtime import connected
+from cluster.run.session import connected
 from rewards.pool import RewardPool
 from rewards.settings import RewardTermConfig
 from rollout.record import Group, Rollout

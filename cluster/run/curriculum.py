@@ -8,9 +8,8 @@ resumed run draws the same problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import overload
 
 import numpy as np
 
@@ -20,8 +19,8 @@ from cluster.recipe.strategies import Entry, make_strategy
 from rewards.scored import ScoredGroup
 
 
-class Curriculum(Sequence[ProblemSource]):
-    """A run's problem sources, weighed anew after every step; stands where the plain ones would."""
+class Curriculum:
+    """Weighs a run's problem sources anew after every step."""
 
     def __init__(
         self,
@@ -38,13 +37,19 @@ class Curriculum(Sequence[ProblemSource]):
         self._entries = [Entry(s.label, s.weight, *_known(done.get(s.label))) for s in self._plain]
         self._weigh()
 
-    def observe(self, step: int, scored: Sequence[ScoredGroup]) -> None:
+    def sources(self) -> Sequence[ProblemSource]:
+        """The sources as the next step draws from them."""
+        return self._sources
+
+    def observe(self, step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Learn from the own groups of step `step` (from 1), the first of `scored`, in order.
 
-        Groups on which the task's own code failed are passed over.
+        Groups on which the task's own code failed are passed over. Returns `metrics` as the step
+        was drawn.
         """
+        metrics = self.metrics()
         count = self._recipe.algorithm.problems_per_step
-        places = step_sources(self, self._recipe.seed, step - 1, count)
+        places = step_sources(self._sources, self._recipe.seed, step - 1, count)
         for place, group in zip(places, scored, strict=False):
             if group.diagnosis is None:
                 continue
@@ -53,6 +58,7 @@ class Curriculum(Sequence[ProblemSource]):
             mean = self._memory * old + (1 - self._memory) * now
             self._entries[place] = replace(entry, success=mean, groups=entry.groups + 1)
         self._weigh()
+        return metrics
 
     def state(self) -> dict[str, list[float]]:
         """For the checkpoint: entry -> success and number of groups; JSON-able."""
@@ -64,10 +70,10 @@ class Curriculum(Sequence[ProblemSource]):
 
     def metrics(self) -> dict[str, float]:
         """Under `curriculum/`, an entry each; empty where there is only one."""
-        if len(self) < 2:
+        if len(self._sources) < 2:
             return {}
-        total = sum(source.weight for source in self)
-        found = {f"curriculum/{s.label}/share": s.weight / total for s in self}
+        total = sum(source.weight for source in self._sources)
+        found = {f"curriculum/{s.label}/share": s.weight / total for s in self._sources}
         success = {c.label: c.success for c in self._entries if c.success is not None}
         return found | {f"curriculum/{label}/success": value for label, value in success.items()}
 
@@ -84,21 +90,6 @@ class Curriculum(Sequence[ProblemSource]):
             replace(source, weight=weight)
             for source, weight in zip(self._plain, weights.tolist(), strict=True)
         ]
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __iter__(self) -> Iterator[ProblemSource]:
-        return iter(self._sources)
-
-    @overload
-    def __getitem__(self, index: int) -> ProblemSource: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[ProblemSource]: ...
-
-    def __getitem__(self, index: int | slice) -> ProblemSource | Sequence[ProblemSource]:
-        return self._sources[index]
 
 
 def _known(stored: Sequence[float] | None) -> tuple[float | None, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from tasks.core import Problem
 from tasks.response_form import form_of, oracle_prefix_in
 from tasks.settings import TaskConfig
 
-PASSES: tuple[EvalPass, ...] = ("greedy", "sampled", "oracle", "oracle_blank", "blind")
+PASSES: tuple[EvalPass, ...] = get_args(EvalPass)
 
 _REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
     "greedy": ("free", "shown"),
@@ -128,11 +129,8 @@ def run_eval(
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.
     """
-    import ray
-
-    from cluster.recipe.placement import require_cluster
-    from cluster.recipe.preflight import preflight
-    from cluster.run.runtime import actor_errors, connected, sampling_from
+    from cluster.run.runtime import sampling_from
+    from cluster.run.session import session
 
     recipe = Recipe(
         name="eval",
@@ -144,13 +142,11 @@ def run_eval(
         eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
     )
     console = Console(stderr=as_json)
-    sources = preflight(recipe, "eval", console.print).sources
-    chosen = held_out(sources[0], seed, problems)
-    console.print(f"{len(chosen)} held-out problems; starting the sampler (vLLM) ...")
-    with actor_errors(None), connected(address):
-        require_cluster(recipe, ray.cluster_resources(), "eval")
+    with session(recipe, "eval", address, None, console.print) as ready:
+        count = len(held_out(ready.sources[0], seed, problems))
+        console.print(f"{count} held-out problems; starting the sampler (vLLM) ...")
         with sampling_from(recipe, checkpoint) as pool:
-            (table,) = evaluate_all(pool, sources, recipe).values()
+            (table,) = evaluate_all(pool, ready.sources, recipe).values()
     if as_json:
         print(
             json.dumps(

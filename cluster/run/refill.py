@@ -17,7 +17,7 @@ from cluster.recipe.problems import ProblemSource, step_problems
 from cluster.recipe.recipe import Recipe
 from cluster.run.evaluate import training_sampling
 from rewards.scored import ScoredGroup
-from rollout.record import Group, SampleRequest
+from rollout.record import SampleRequest
 
 if TYPE_CHECKING:  # it starts Ray and all engines, which a test of this file does not need
     from cluster.run.runtime import Run
@@ -41,11 +41,6 @@ class Refilled:
     rounds: int = 0
     extra: int = 0
     missing: int | None = None
-
-    @property
-    def groups(self) -> list[Group]:
-        """What was sampled, in the order of `scored`."""
-        return [scored.group for scored in self.scored]
 
     def metrics(self) -> dict[str, float]:
         """Under `refill/`."""
@@ -78,21 +73,27 @@ def refill(
         rounds, extra = rounds + 1, extra + count
 
 
-def refill_step(run: Run, step: int, scored: Sequence[ScoredGroup], share: float) -> Refilled:
-    """The groups of step `step` (from 1) with extra ones, as the recipe says.
+def refill_step(
+    run: Run, step: int, scored: Sequence[ScoredGroup], share: float
+) -> tuple[list[ScoredGroup], dict[str, float]]:
+    """The groups of step `step` (from 1) with extra ones, as the recipe says, and its metrics.
 
     `share` of the run is over: schedules of reward weights go by it. Without
     `[algorithm.dynamic_sampling]` nothing is asked.
     """
     rule = run.recipe.algorithm.dynamic_sampling
     if rule is None:
-        return Refilled(list(scored))
+        return list(scored), {}
+    counts: dict[str, float] = {}
 
     def more(numbers: range) -> Sequence[ScoredGroup]:
         requests = extra_requests(run.recipe, run.sources, step, numbers)
-        return run.rewards.score(run.samplers.sample(requests), share)
+        found, counted = run.scoring.score(run.samplers.sample(requests), share)
+        counts.update(counted)
+        return found
 
-    return refill(scored, rule, more)
+    refilled = refill(scored, rule, more)
+    return refilled.scored, counts | refilled.metrics()
 
 
 def extra_requests(

@@ -14,38 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
-from cluster.recipe.machine import claimed, new_run_folder
-from cluster.recipe.placement import require_cluster
-from cluster.recipe.preflight import preflight
+from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import step_problems
-from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
+from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
 from cluster.record.stored import not_kept, read_metrics, read_scored, stored_steps
 from cluster.record.terminal import Progress
-from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import changed_fields
-from cluster.run.keeping import Keeper
-from cluster.run.runtime import (
-    actor_errors,
-    connected,
-    frozen_pools,
-    learner_group,
-    learner_settings,
-    reward_pool,
-    sampling_from,
-)
-from cluster.run.standstill import Standstill, unread_step
+from cluster.run.run_log import run_log
+from cluster.run.runtime import learner_group, learner_settings, sampling_and_scoring
+from cluster.run.session import session
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import free_requests
-from cluster.run.train import (
-    anchored,
-    learner_metrics,
-    learning_rate,
-    policy_loss,
-    tell_mismatch,
-    train_batches,
-)
+from cluster.run.train import learn
 
 LEARNT = ("algorithm.", "learner.", "model.dtype", "model.attention", "model.lm_head_float32")
 SAMPLED = (
@@ -98,46 +78,32 @@ def run_replay(
     It holds the learner's metrics and the last policy in `checkpoint`; rollouts stay where they
     are. The largest difference to the losses of the run is printed. Raises as `run_training`.
     """
-    folder = new_run_folder(recipe, output)
-    progress, keeper = Progress(len(source.steps)), Keeper(folder)
-    preflight(recipe, "replay", progress.say, folder=folder)
-    with claimed(folder, new=True), actor_errors(folder), connected(address):
-        require_cluster(recipe, ray.cluster_resources(), "replay")
+    folder, progress = new_run_folder(recipe, output), Progress(len(source.steps))
+    with session(recipe, "replay", address, folder, progress.say):
         settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
         learner = learner_group(recipe, settings)
         try:
             progress.say("starting learner (DeepSpeed) ...")
             learner.start()
-            with Tracker(folder, resolved_toml(recipe)) as tracker:
-                progress.say(f"run folder: {folder}")
-                version, gaps = 0, {}
-                standstill = Standstill(progress.say)
-                for step in source.steps:
-                    scored = read_scored(source.run, step)
-                    metrics = step_metrics(scored, version)
-                    rate = learning_rate(recipe, step)
-                    batches = anchored(recipe, train_batches(recipe, scored), learner)
-                    updates = [learner.update(b, policy_loss(recipe), rate) for b in batches]
-                    version += len(updates)
-                    metrics |= learner_metrics(updates) | {"learner/lr": rate}
-                    metrics |= {"policy/version": float(version)}
-                    tracker.log(step, metrics)
-                    tell_mismatch(recipe, metrics, progress)
-                    progress.step(step, metrics, metrics.get("learner/seconds", 0.0))
-                    standstill.step(metrics, len(updates))
-                    if updates and step in source.losses:
-                        gaps[step] = abs(metrics["learner/loss"] - source.losses[step])
-                keeper.keep(lambda place: learner.save(place / "checkpoint"))
-                keeper.end()
+            with run_log(recipe, folder, progress, source.steps[-1]) as log:
+                gaps = {}
+                for step in log.steps():
+                    scored = read_scored(source.run, step.number)
+                    step.metrics |= step_metrics(scored, log.at.version)
+                    updates = step.part("learn", *learn(recipe, step.number, scored, learner))
+                    log.end(step, updates=updates)
+                    if updates and step.number in source.losses:
+                        loss = step.metrics["learner/loss"]
+                        gaps[step.number] = abs(loss - source.losses[step.number])
+                log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
+                if gaps:
+                    worst = max(gaps, key=lambda number: gaps[number])
+                    told = f"{gaps[worst]:.2g} in step {worst}"
+                    log.say(f"largest difference to the loss of the run: {told}")
+                log.say(f"checkpoint: {log.keeper.folder / 'checkpoint'}")
+                log.end_run()
         finally:
             learner.stop()
-    if gaps:
-        worst = max(gaps, key=lambda step: gaps[step])
-        progress.say(
-            f"largest difference to the loss of the run: {gaps[worst]:.2g} in step {worst}"
-        )
-    progress.say(f"checkpoint: {folder / 'checkpoint'}")
-    standstill.end()
     return folder
 
 
@@ -169,40 +135,20 @@ def run_sampling(
     The same requests as a training run makes, all at version 0; the run folder has rollouts,
     images and the metrics of scoring. Raises as `run_training`.
     """
-    folder = new_run_folder(recipe, output)
-    progress = Progress(steps)
-    sources = preflight(recipe, "sample", progress.say, folder=folder).sources
-    with claimed(folder, new=True), actor_errors(folder), connected(address):
-        require_cluster(recipe, ray.cluster_resources(), "sample")
+    folder, progress = new_run_folder(recipe, output), Progress(steps)
+    count = recipe.algorithm.problems_per_step
+    with session(recipe, "sample", address, folder, progress.say) as ready:
         progress.say("starting samplers (vLLM) and reward workers ...")
-        frozen = frozen_pools(recipe)
-        try:
-            with (
-                sampling_from(recipe, recipe.model.path) as samplers,
-                Tracker(folder, resolved_toml(recipe), output=recipe.output) as tracker,
-            ):
-                for pool in frozen.values():
-                    pool.wait_ready(recipe.sampler.start_timeout_seconds)
-                rewards = reward_pool(recipe, {"": samplers, **frozen})
-                progress.say(f"run folder: {folder}")
-                try:
-                    for step in range(1, steps + 1):
-                        problems = step_problems(
-                            sources, recipe.seed, step - 1, recipe.algorithm.problems_per_step
-                        )
-                        groups = samplers.sample(free_requests(recipe, step, problems))
-                        scored = rewards.score(groups, 0.0)
-                        metrics = step_metrics(scored, 0)
-                        tracker.log_rollouts(step, scored)
-                        tracker.log(step, metrics)
-                        seconds = max(r.seconds for g in groups for r in g.rollouts)
-                        progress.step(step, metrics, seconds)
-                        if step == 1 and (line := unread_step(metrics)):
-                            progress.say(f"warning: {line}")
-                finally:
-                    rewards.close()
-        finally:
-            for pool in frozen.values():
-                pool.stop()
+        with (
+            sampling_and_scoring(recipe) as (samplers, scoring),
+            run_log(recipe, folder, progress, steps) as log,
+        ):
+            for step in log.steps():
+                problems = step_problems(ready.sources, recipe.seed, step.number - 1, count)
+                requests = free_requests(recipe, step.number, problems)
+                groups = step.part("sample", samplers.sample(requests))
+                scored = step.part("score", *scoring.score(groups, 0.0))
+                step.metrics |= step_metrics(scored, 0)
+                log.end(step, scored)
     progress.say(f"what the rollouts tell: equipoise diagnose {folder}")
     return folder

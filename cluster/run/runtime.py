@@ -1,117 +1,36 @@
-"""Everything a run stands on: Ray, its actors, the run folder; started together, ended together.
+"""The live parts of a run: samplers, learner, reward workers; started together, ended together.
 
-`Run` is what the driver talks to. A failure of any actor becomes a `RunFailed` with that
-actor's own error on top, is written to the run folder, and ends the run; nothing waits for ever.
+`Run` is what the driver talks to. A part that fails ends the run; nothing waits for ever.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-
-from cluster.recipe.machine import require_answer, told
-from cluster.recipe.placement import frozen_models, require_cluster
-from cluster.recipe.preflight import preflight
+from cluster.recipe.placement import frozen_models
 from cluster.recipe.problems import ProblemSource
-from cluster.recipe.recipe import Recipe, RunFailed, UserError
+from cluster.recipe.recipe import Recipe
+from cluster.record.evaluation import EvalTable
 from cluster.record.terminal import Progress
-from cluster.run.checkpoints import Position, Resumed
-from cluster.run.keeping import disk_error
+from cluster.run.checkpoints import Resumed
+from cluster.run.evaluate import evaluate_all
+from cluster.run.session import session
 from cluster.run.supervision import Delivery
 from learner.actor import LearnerGroup
-from learner.checkpoint import checkpoint_folder
 from learner.lora import LoraSettings
 from learner.trainer import LearnerSettings
 from rewards.pool import Limits, RewardPool
-from rewards.scored import RewardError
-from rollout.dispatch import PoolLimits, SamplerLost
+from rewards.scored import ScoredGroup
+from rollout.dispatch import PoolLimits
 from rollout.engine import EngineSettings
 from rollout.pool import PoolClient, SamplerPool
+from rollout.record import Group
 from rollout.sampler import ray_samplers
-from rollout.transfer import HostSender, TransferReport, WeightSender, WeightTransferError
-from tasks.files import put_text
-
-LOCAL_RAY_TRIES = 3
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is not None:
-        print(f"connecting to {address} ...", file=sys.stderr, flush=True)
-        require_answer(address)
-    _attach(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _attach(address: str | None) -> None:
-    """`ray.init`, tried again where a local node was slow to come up.
-
-    Ray gives a new node 30 seconds, which a busy machine can take; it raises a bare Exception.
-    Without an address it would join whatever cluster was last started on this machine: a run
-    joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
-    RAY_ADDRESS.
-    """
-    own = address is None and not os.environ.get("RAY_ADDRESS")
-    job = address is None and not own
-    for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
-        try:
-            # A node of our own hands its environment on, so that the workers that it starts at
-            # once are those that the actors get; asked for by each job, they would not fit.
-            with _environment(_worker_environment() if own else {}):
-                ray.init(
-                    address="local" if own else address,
-                    include_dashboard=None if address else False,
-                    log_to_driver=False,
-                    logging_level="error",
-                    ignore_reinit_error=True,
-                    runtime_env={"env_vars": _worker_environment()} if job else None,
-                )
-            return
-        except Exception as error:
-            ray.shutdown()
-            if address is not None:
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise UserError(f"--address {address}: Ray cannot join it: {why}") from error
-            if not tries_left or "timed out" not in str(error):
-                raise
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """What is started within has these variables too."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _worker_environment() -> dict[str, str]:
-    """What local workers need to find the same code as the driver, and to keep quiet."""
-    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+from rollout.transfer import HostSender, TransferReport, WeightSender
 
 
 def threads_for(cpus: float) -> int:
@@ -205,6 +124,20 @@ def learner_group(recipe: Recipe, settings: LearnerSettings) -> LearnerGroup:
 
 
 @contextmanager
+def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]]:
+    """The recipe's samplers and reward workers, without a learner; Ray must be connected."""
+    pool = sampler_pool(recipe)
+    scoring = Scoring(recipe, pool)
+    try:
+        pool.wait_ready(recipe.sampler.start_timeout_seconds)
+        scoring.wait_ready()
+        yield pool, scoring
+    finally:
+        pool.stop()
+        scoring.stop()
+
+
+@contextmanager
 def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
     """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
     pool = sampler_pool(recipe, model)
@@ -242,6 +175,50 @@ def reward_pool(recipe: Recipe, models: dict[str, SamplerPool]) -> RewardPool:
     )
 
 
+class Scoring:
+    """The reward workers, and an engine for each frozen model that their terms ask."""
+
+    def __init__(self, recipe: Recipe, policy: SamplerPool) -> None:
+        """`policy`: the samplers, whom terms may ask too. Nothing is waited for."""
+        self.frozen = frozen_pools(recipe)
+        self._rewards = reward_pool(recipe, {"": policy, **self.frozen})
+        self._start_seconds = recipe.sampler.start_timeout_seconds
+
+    def wait_ready(self) -> None:
+        """Return once the engines are up."""
+        for pool in self.frozen.values():
+            pool.wait_ready(self._start_seconds)
+
+    def score(
+        self, groups: Sequence[Group], share: float
+    ) -> tuple[list[ScoredGroup], dict[str, float]]:
+        """Groups with their rewards at a share of the run, and what the workers have counted.
+
+        Counted since the run began: restarts, and what remote terms count of themselves.
+        """
+        scored = self._rewards.score(groups, share)
+        counts = {f"reward/{name}": value for name, value in self._rewards.counts().items()}
+        return scored, counts | {"reward/worker_restarts": float(self._rewards.restarts)}
+
+    def stop(self) -> None:
+        """End every actor."""
+        for pool in self.frozen.values():
+            pool.stop()
+        self._rewards.close()
+
+
+def sampler_metrics(samplers: SamplerPool, frozen: Mapping[str, SamplerPool]) -> dict[str, float]:
+    """What befell the samplers since the run began, under `sampler/`.
+
+    Under `frozen/` the same of the engines of frozen models, all together.
+    """
+    together: Counter[str] = Counter()
+    for pool in frozen.values():
+        together.update(pool.counts())
+    found = {f"frozen/{name}": value for name, value in together.items()}
+    return {f"sampler/{name}": value for name, value in samplers.counts().items()} | found
+
+
 class LivePolicy:
     """A learner and the samplers that get its weights by transfer; all that SFT measures with.
 
@@ -267,6 +244,10 @@ class LivePolicy:
         """Return once all are up."""
         self.learner.wait(self._starting)
         self.samplers.wait_ready(self.recipe.sampler.start_timeout_seconds)
+
+    def evaluate(self) -> dict[str, EvalTable]:
+        """The recipe's evaluation of the policy that the samplers have, a table a task."""
+        return evaluate_all(self.samplers, self.sources, self.recipe)
 
     def send_weights(self, version: int) -> TransferReport:
         """Send the learner's weights to the samplers as a policy version (see `Delivery`)."""
@@ -318,32 +299,28 @@ class Run(LivePolicy):
             recipe, model, recipe.sampler.temperature, resume=checkpoint is not None
         )
         super().__init__(recipe, sources, settings)
-        self.frozen = frozen_pools(recipe)
-        self.rewards = reward_pool(recipe, {"": self.samplers, **self.frozen})
+        self.scoring = Scoring(recipe, self.samplers)
         self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 
     def wait_ready(self) -> None:
         """As for any live policy, the frozen models included."""
         super().wait_ready()
-        for pool in self.frozen.values():
-            pool.wait_ready(self.recipe.sampler.start_timeout_seconds)
+        self.scoring.wait_ready()
+
+    def counts(self) -> dict[str, float]:
+        """See `sampler_metrics`."""
+        return sampler_metrics(self.samplers, self.scoring.frozen)
 
     def news(self) -> list[str]:
         """Which samplers, and engines of frozen models, were lost since the last call, and why."""
-        return [loss for pool in (self.samplers, *self.frozen.values()) for loss in pool.news()]
-
-    def save(self, folder: Path, position: Position) -> None:
-        """Write a training checkpoint of a run folder, keeping the last `checkpoint.keep`."""
-        target = checkpoint_folder(folder, position.step)
-        self.learner.save_training(target, position.to_dict(), self.recipe.checkpoint.keep)
+        pools = (self.samplers, *self.scoring.frozen.values())
+        return [loss for pool in pools for loss in pool.news()]
 
     def stop(self) -> None:
         """End every actor."""
         super().stop()
-        for pool in self.frozen.values():
-            pool.stop()
-        self.rewards.close()
+        self.scoring.stop()
 
 
 @contextmanager
@@ -354,57 +331,10 @@ def running(
     say: Progress,
     resumed: Resumed | None = None,
 ) -> Iterator[Run]:
-    """Start a run's actors, or those of a run that goes on; end them whatever happens.
-
-    Input that cannot be used is refused before anything is started or written. Raises RunFailed
-    with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
-    """
-    ready = preflight(recipe, "train", say.say, folder=folder)
-    with actor_errors(folder), connected(address):
-        require_cluster(recipe, ray.cluster_resources(), "train")
-        for reason in resumed.refused if resumed else ():
-            say.say(f"warning: checkpoint refused: {reason}")
-        if resumed:
-            say.say(f"going on after step {resumed.position.step}, from {resumed.checkpoint}")
+    """A run's actors, or those of a run that goes on; ended whatever happens (see `session`)."""
+    with session(recipe, "train", address, folder, say.say, resumed) as ready:
         run = Run(recipe, ready.sources, say, resumed.checkpoint if resumed else None)
         try:
             yield run
         finally:
             run.stop()
-
-
-@contextmanager
-def actor_errors(folder: Path | None) -> Iterator[None]:
-    """Turn an actor's error into RunFailed with that error on top; kept in `folder`, if any."""
-    try:
-        yield
-    except (
-        RunFailed,
-        RayError,
-        RewardError,
-        SamplerLost,
-        WeightTransferError,
-        TimeoutError,
-    ) as error:
-        message = explain(error)
-        if folder is not None:
-            with suppress(OSError):  # a full disk may be what ended the run
-                folder.mkdir(parents=True, exist_ok=True)
-                put_text(folder / "error.txt", message + "\n")
-        if isinstance(error, RunFailed):
-            raise
-        raise RunFailed(message) from error
-
-
-def explain(error: BaseException) -> str:
-    """The actor's own error first, then where it happened."""
-    if isinstance(error, RunFailed):
-        return str(error)
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if (full := disk_error(error)) is not None:
-            return told(full)
-        return f"{type(cause).__name__}: {cause}\n\n{error}"
-    if isinstance(error, RayActorError):
-        return f"an actor's process died: {error}"
-    return f"{type(error).__name__}: {error}"

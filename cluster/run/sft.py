@@ -17,42 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from torch.utils.data import DataLoader
 
-from cluster.recipe.machine import claimed, new_run_folder
-from cluster.recipe.placement import require_cluster
-from cluster.recipe.preflight import preflight
+from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import ProblemSource
-from cluster.recipe.recipe import Recipe, resolved_toml
+from cluster.recipe.recipe import Recipe
 from cluster.record.card import model_card
 from cluster.record.evaluation import EvalTable
 from cluster.record.stored import read_metrics
 from cluster.record.terminal import Progress
-from cluster.record.tracker import Tracker
-from cluster.run.checkpoints import Position, Resumed, stop_signal
+from cluster.run.checkpoints import Resumed
 from cluster.run.evaluate import PASSES, evaluate_all
-from cluster.run.keeping import Keeper
-from cluster.run.runtime import (
-    LivePolicy,
-    actor_errors,
-    connected,
-    learner_group,
-    learner_settings,
-    sampling_from,
-)
-from cluster.run.train import (
-    checkpoint_due,
-    measure,
-    report_change,
-    save_and_measure,
-    transfer_metrics,
-    verify_transfer,
-)
+from cluster.run.run_log import Metrics, RunLog, run_log
+from cluster.run.runtime import LivePolicy, learner_group, learner_settings, sampling_from
+from cluster.run.session import session
+from cluster.run.train import conclude, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
-from learner.checkpoint import checkpoint_folder
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.settings import SftConfig
@@ -92,134 +74,102 @@ def run_sft(
     if sft is None:
         raise DataError(f"recipe {recipe.name}: sft: this section is needed and missing")
     folder = resumed.run if resumed else new_run_folder(recipe, output)
-    at = resumed.position if resumed else Position(command="sft")
-    progress = Progress(sft.steps)
-    ready = preflight(recipe, "sft", progress.say, folder=folder)
-    opened, processor = ready.sources, ready.processor
-    sources = demonstration_sources(recipe, opened)
-    started = time.perf_counter()
+    progress, started = Progress(sft.steps), time.perf_counter()
     with (
         tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
-        claimed(folder, new=resumed is None),
-        actor_errors(folder),
-        connected(address),
+        session(recipe, "sft", address, folder, progress.say, resumed) as ready,
     ):
-        require_cluster(recipe, ray.cluster_resources(), "sft")
-        step = at.step if resumed else None
-        with Tracker(folder, resolved_toml(recipe), step) as tracker:
-            progress.say(f"run folder: {folder}")
+        sources = demonstration_sources(recipe, ready.sources)
+        with run_log(recipe, folder, progress, sft.steps, resumed, "sft") as log:
             model = recipe.model.path
             if resumed:
                 model = str(resumed.checkpoint)
-                for reason in resumed.refused:
-                    progress.say(f"warning: checkpoint refused: {reason}")
-                progress.say(f"going on after update {at.step}, from {resumed.checkpoint}")
             elif sft.vision_warmup_steps:
                 model = scratch
-                warm_up(recipe, sft, sources, Path(scratch), tracker, progress)
+                warm_up(recipe, sft, sources, Path(scratch), log)
             settings = learner_settings(recipe, model, resume=resumed is not None)
-            batches = demonstrations(sources, processor, sft, recipe.seed, at.step)
-            tables = fine_tune(
-                recipe, sft, settings, opened, batches, folder, at, tracker, progress
-            )
+            batches = demonstrations(sources, ready.processor, sft, recipe.seed, log.at.step)
+            with tuning(recipe, ready.sources, settings, progress) as (learner, live):
+                tables = fine_tune(sft, learner, live, batches, log)
         if tables is None:
             return folder
         seconds = time.perf_counter() - started
         if not tables:
-            tables = measure_checkpoint(recipe, opened, folder, progress)
+            tables = measure_checkpoint(recipe, ready.sources, folder, progress)
     summary = summarise(past_shares(folder), sft, seconds)
     put_text(folder / "sft.json", json.dumps(summary, indent=1))
-    card = model_card(recipe, summary, tables)
-    put_text(folder / "checkpoint" / "README.md", card)
+    put_text(folder / "checkpoint" / "README.md", model_card(recipe, summary, tables))
     progress.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
 
 
 def fine_tune(
-    recipe: Recipe,
     sft: SftConfig,
-    settings: LearnerSettings,
-    opened: Sequence[ProblemSource],
+    learner: LearnerGroup,
+    live: LivePolicy | None,
     batches: Iterator[list[TrainSequence]],
-    folder: Path,
-    at: Position,
-    tracker: Tracker,
-    progress: Progress,
+    log: RunLog,
 ) -> dict[str, EvalTable] | None:
-    """All updates from `at` on; leaves `<folder>/checkpoint`.
+    """All updates from where the log stands; leaves `<folder>/checkpoint`.
 
-    Where the recipe measures on the way, `evaluation.json` is left too, and the last evaluation
-    returned, a table a task; else there is none in it. None: it was told to stop before the end.
+    Where the recipe measures on the way (`live`), `evaluation.json` is left too, and the last
+    evaluation returned, a table a task; else there is none in it. None: it was told to stop.
     """
     balance = sft_balance(sft)
-    balance.restore(at.balance)
-    keeper = Keeper(folder)
-    with (
-        tuning(recipe, opened, settings, progress) as (learner, live),
-        stop_signal() as stop,
-        keeper.keeping(learner),
-    ):
-        before = at.before
+    balance.restore(log.at.balance)
+    with log.keeping(learner):
         if live:
-            verify_transfer(live, at.step)
-            before = before or measured(live, tracker, 0, progress)
-        started = time.perf_counter()
-        for step in range(at.step + 1, sft.steps + 1):
-            rate = learning_rate_at(
-                step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule
-            )
+            verify_transfer(live, log.at.step)
+            log.begin(live.evaluate)
+            if not log.at.step:
+                log.say(in_short(0, log.at.before))
+        started, done = time.perf_counter(), log.at.step
+        for step in log.steps():
             batch = TrainBatch(tuple(next(batches)))
-            if step == 1:
-                tracker.log_demonstrations(step, batch)
-            gradients = None
-            if balance.measures(step):
-                gradients = learner.segment_gradients(batch, sft.norm_of)
-                balance.observe(step, gradients)
-            metrics = learner.update(batch, balance.loss(step, batch), rate)
-            told = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
-            told |= {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
-            tracker.log(step, told)
-            if step % 10 == 0 or step == sft.steps:
-                seconds = (time.perf_counter() - started) / (step - at.step)
-                progress.say(describe(step, sft.steps, metrics, seconds))
-            if live and step % recipe.eval.every == 0 and step < sft.steps:
-                tracker.log(step, transfer_metrics(live.send_weights(step)))
-                measured(live, tracker, step, progress)
-            if sft.save_every and step % sft.save_every == 0:
-                learner.save(folder / "checkpoint")
-            if stop.asked or checkpoint_due(recipe, step, step == sft.steps):
-                here = Position(step, step, before=before, command="sft", balance=balance.state())
-                target = checkpoint_folder(folder, step)
-                learner.save_training(target, here.to_dict(), recipe.checkpoint.keep)
-            if stop.asked:
-                progress.say(f"stopped after update {step}; equipoise sft --resume {folder}")
-                return None
+            if step.number == 1:
+                log.tracker.log_demonstrations(step.number, batch)
+            step.metrics |= update(sft, learner, balance, step.number, batch)
+            log.write(step, step.number)
+            if step.number % 10 == 0 or log.over:
+                seconds = (time.perf_counter() - started) / (step.number - done)
+                log.say(describe(step.number, sft.steps, step.metrics, seconds))
+            if live and log.is_due(log.recipe.eval.every):
+                log.tracker.log(step.number, transfer_metrics(live.send_weights(step.number)))
+                log.say(in_short(step.number, log.measured(live.evaluate())))
+            if sft.save_every and step.number % sft.save_every == 0:
+                learner.save(log.folder / "checkpoint")
+            log.save_if_due(learner, lambda: {"balance": balance.state()})
+        if log.stopped:
+            log.say(f"stopped after update {log.at.step}; equipoise sft --resume {log.folder}")
+            return None
         if not live:
-            keeper.keep(lambda place: learner.save(place / "checkpoint"))
-            keeper.end()
+            log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            log.keeper.end()
             return {}
         costs: list[TransferReport] = []
 
         def measured_last() -> dict[str, EvalTable]:
             costs.append(live.send_weights(sft.steps))
-            return evaluate_all(live.samplers, opened, recipe)
+            return live.evaluate()
 
-        after = save_and_measure(learner, keeper, sft.steps, measured_last)
-        keeper.keep(lambda place: report_change(place, before, after, progress))
-        tracker.log(sft.steps, transfer_metrics(costs[0]))
-        tracker.log_evaluation(sft.steps, after)
-        progress.say(in_short(sft.steps, after))
-        keeper.end()
+        after = conclude(log, learner, measured_last)
+        log.tracker.log(sft.steps, transfer_metrics(costs[0]))
+        log.say(in_short(sft.steps, after))
     return after
 
 
-def measured(
-    live: LivePolicy, tracker: Tracker, step: int, progress: Progress
-) -> dict[str, EvalTable]:
-    """Evaluate after `step` updates; logged, told in a line, and returned as a table a task."""
-    tables = measure(live, tracker, step)
-    progress.say(in_short(step, tables))
-    return tables
+def update(
+    sft: SftConfig, learner: LearnerGroup, balance: Balance, step: int, batch: TrainBatch
+) -> Metrics:
+    """One update, and what it measured."""
+    rate = learning_rate_at(step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule)
+    gradients = None
+    if balance.measures(step):
+        gradients = learner.segment_gradients(batch, sft.norm_of)
+        balance.observe(step, gradients)
+    metrics = learner.update(batch, balance.loss(step, batch), rate)
+    found = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
+    return found | {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
 
 
 def past_shares(folder: Path) -> list[Shares]:
@@ -335,8 +285,7 @@ def warm_up(
     sft: SftConfig,
     sources: Sequence[Source],
     out: Path,
-    tracker: Tracker,
-    progress: Progress,
+    log: RunLog,
 ) -> None:
     """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
     policy, processor = load_policy(recipe.model.path, "float32", recipe.model.attention)
@@ -352,10 +301,10 @@ def warm_up(
             yield batch
 
     def report(step: int, metrics: dict[str, float]) -> None:
-        tracker.log(step + 1, metrics)
+        log.tracker.log(step + 1, metrics)
         if (step + 1) % 10 == 0:
             shown = "  ".join(f"{k.removeprefix('warmup/')} {v:.3f}" for k, v in metrics.items())
-            progress.say(f"vision warm-up {step + 1}/{sft.vision_warmup_steps}  {shown}")
+            log.say(f"vision warm-up {step + 1}/{sft.vision_warmup_steps}  {shown}")
 
     warm_up_vision(
         policy, processor, batches(), sft.vision_warmup_steps, sft.vision_warmup_lr, report
@@ -378,10 +327,14 @@ def perception_shares(metrics: dict[str, float]) -> Shares:
 def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -> str:
     """One progress line: the loss of each segment, in nats a token; `seconds` are of an update."""
     parts = "  ".join(
-        f"{name} {metrics[f'nll/{name}']:.3f}" for name in SEGMENTS if f"nll/{name}" in metrics
+        f"{name} {metrics[f'sft/nll/{name}']:.3f}"
+        for name in SEGMENTS
+        if f"sft/nll/{name}" in metrics
     )
     left = seconds * (steps - step)
-    return f"sft {step}/{steps}  nll: {parts}  {metrics['seconds']:.1f} s/step  ETA {left:.0f} s"
+    return (
+        f"sft {step}/{steps}  nll: {parts}  {metrics['sft/seconds']:.1f} s/step  ETA {left:.0f} s"
+    )
 
 
 def in_short(step: int, tables: Mapping[str, EvalTable]) -> str:

@@ -99,11 +99,13 @@ class Standstill:
         for line in unread_tables(tables):
             self._say(f"warning: {line}")
 
-    def step(self, metrics: Mapping[str, float], updates: int) -> None:
-        """A step is over."""
+    def step(self, metrics: Mapping[str, float], updates: int | None) -> None:
+        """A step is over; `updates`: None where there is no learner."""
         if not self._form_is_known and (line := unread_step(metrics)):
             self._say(f"warning: {line}")
         self._form_is_known = True
+        if updates is None:
+            return
         self._steps += 1
         self._in_a_row = 0 if updates else self._in_a_row + 1
         if updates:

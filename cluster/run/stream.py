@@ -45,12 +45,15 @@ class GroupStream:
     def __init__(
         self,
         recipe: Recipe,
-        sources: Sequence[ProblemSource],
+        sources: Callable[[], Sequence[ProblemSource]],
         samplers: Samplers,
         steps_done: int = 0,
         state: BufferState | None = None,
     ) -> None:
-        """`steps_done` and `state`: of the checkpoint of a run that goes on."""
+        """`sources`: those that the next step draws from (`Curriculum.sources`).
+
+        `steps_done` and `state`: of the checkpoint of a run that goes on.
+        """
         self._recipe, self._sources, self._samplers = recipe, sources, samplers
         self._buffer = GroupBuffer(buffer_rule(recipe), recipe.algorithm.steps, steps_done, state)
         self._drawer = ThreadPoolExecutor(1, "problems")
@@ -146,7 +149,7 @@ class GroupStream:
         recipe = self._recipe
         count = recipe.algorithm.problems_per_step
         return free_requests(
-            recipe, step + 1, step_problems(self._sources, recipe.seed, step, count)
+            recipe, step + 1, step_problems(self._sources(), recipe.seed, step, count)
         )
 
 

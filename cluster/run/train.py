@@ -1,5 +1,6 @@
 """The algorithm, top to bottom: sample, score, learn, send the weights back.
 
+A part of a step returns what it made and what it measured; `step.part` keeps the measurements.
 Shapes: P problems a step, G rollouts a group, T response tokens.
 """
 
@@ -7,28 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
-from cluster.recipe.machine import claimed, new_run_folder
+from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import left_out
-from cluster.recipe.recipe import Recipe, RunFailed, resolved_toml
+from cluster.recipe.recipe import Recipe
 from cluster.record.evaluation import EvalTable, before_after, change_table, pooled
-from cluster.record.mismatch import mismatch
 from cluster.record.terminal import Progress
-from cluster.record.tracker import Tracker, put_evaluation
-from cluster.run.budget import Spent, is_over, run_share
-from cluster.run.checkpoints import Position, Resumed, stop_signal
+from cluster.record.tracker import put_evaluation
+from cluster.run.checkpoints import Resumed
 from cluster.run.curriculum import Curriculum
-from cluster.run.evaluate import evaluate_all
 from cluster.run.keeping import Keeper
 from cluster.run.refill import refill_step
-from cluster.run.runtime import LivePolicy, Run, running
+from cluster.run.run_log import Metrics, RunLog, run_log
+from cluster.run.runtime import LivePolicy, running
 from cluster.run.scaling import scale_as_asked
-from cluster.run.standstill import Standstill
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from learner.actor import LearnerGroup
@@ -38,12 +34,9 @@ from learner.policy_loss import Papo, PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.scored import ScoredGroup
-from rollout.record import Group
 from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment
 from tasks.files import put_text
-
-T = TypeVar("T")
 
 
 def run_training(
@@ -59,97 +52,64 @@ def run_training(
     RunFailed when an actor ends the run.
     """
     folder = resumed.run if resumed else new_run_folder(recipe, output)
-    at = resumed.position if resumed else Position()
     progress = Progress(recipe.algorithm.steps)
-    keeper = Keeper(folder)
     with (
-        claimed(folder, new=resumed is None),
         running(recipe, address, folder, progress, resumed) as run,
-        Tracker(
-            folder, resolved_toml(recipe), at.step if resumed else None, recipe.output
-        ) as tracker,
-        stop_signal() as stop,
-        keeper.keeping(run.learner),
+        run_log(recipe, folder, progress, resumed=resumed) as log,
+        log.keeping(run.learner),
     ):
-        progress.say(f"run folder: {folder}")
-        verify_transfer(run, at.version)
-        before = at.before or measure(run, tracker, step=0)
-        standstill = Standstill(progress.say)
-        standstill.measured(before if not at.step else {})
-        step, version, spent = at.step, at.version, at.spent
-        curriculum = Curriculum(recipe, run.sources, at.curriculum)
-        stream = GroupStream(recipe, curriculum, run.samplers, step, at.buffer)
-        while not is_over(recipe.algorithm, step, spent):
+        verify_transfer(run, log.at.version)
+        log.begin(run.evaluate)
+        curriculum = Curriculum(recipe, run.sources, log.at.curriculum)
+        stream = GroupStream(recipe, curriculum.sources, run.samplers, log.at.step, log.at.buffer)
+        for step in log.steps(run.counts):
             scale_as_asked(run, folder, progress)
-            share = run_share(recipe.algorithm, step, spent)
-            step += 1
-            clock = StepClock(run.samplers.counts())
-            groups = stream.take(version)
-            clock.lap("sample")
-            scored = run.rewards.score(groups, share)
-            clock.lap("score")
-            refilled = refill_step(run, step, scored, share)
-            scored, groups = refilled.scored, refilled.groups
-            clock.lap("refill")
-            metrics = step_metrics(scored, version) | reward_metrics(run) | refilled.metrics()
-            metrics |= curriculum.metrics() | left_out(run.sources)
-            curriculum.observe(step, scored)
-            rate = learning_rate(recipe, step)
-            batches = anchored(recipe, train_batches(recipe, scored), run.learner)
-            updates = [run.learner.update(b, policy_loss(recipe), rate) for b in batches]
-            version += len(updates)
-            metrics |= learner_metrics(updates) | {"learner/lr": rate}
-            clock.lap("learn")
-            metrics |= transfer_metrics(stream.renew(run.renew_weights, version))
-            clock.lap("transfer")
-            metrics |= {"policy/version": float(version)} | stream.metrics() | sampler_metrics(run)
-            metrics |= clock.metrics(groups, batches, updates, run.samplers.counts())
-            spent = spent.plus(sampled_tokens(groups), clock.total())
-            metrics |= spent.metrics()
-            over = is_over(recipe.algorithm, step, spent)
-            tracker.log_rollouts(step, scored)
-            tracker.log(step, metrics)
-            tell_mismatch(recipe, metrics, progress)
-            for loss in run.news():
-                progress.say(f"warning: {loss}")
-            progress.step(step, metrics, clock.total(), budget_share(recipe, step, spent))
-            standstill.step(metrics, len(updates))
-            if recipe.eval.every and step % recipe.eval.every == 0 and not over:
-                measure(run, tracker, step)
-            if stop.asked or checkpoint_due(recipe, step, over):
-                state = (stream.state(), curriculum.state())
-                run.save(folder, Position(step, version, spent, before, *state))
-            if stop.asked:
-                run.settle_weights()
-                run.learner.finish_saving()
-                progress.say(f"stopped after step {step}; equipoise train --resume {folder}")
-                return folder
+            groups = step.part("sample", stream.take(log.at.version))
+            scored = step.part("score", *run.scoring.score(groups, step.share))
+            scored = step.part("refill", *refill_step(run, step.number, scored, step.share))
+            step.metrics |= step_metrics(scored, log.at.version) | left_out(run.sources)
+            step.metrics |= curriculum.observe(step.number, scored)
+            updates = step.part("learn", *learn(recipe, step.number, scored, run.learner))
+            step.part("transfer", *renew(stream, run, log.at.version + updates))
+            log.end(step, scored, updates)
+            log.warn(run.news())
+            if log.is_due(recipe.eval.every):
+                log.measured(run.evaluate())
+            log.save_if_due(
+                run.learner, lambda: {"buffer": stream.state(), "curriculum": curriculum.state()}
+            )
+        if log.stopped:
+            run.settle_weights()
+            run.learner.finish_saving()
+            log.say(f"stopped after step {log.at.step}; equipoise train --resume {folder}")
+            return folder
         stream.end()
-        after = save_and_measure(
-            run.learner, keeper, step, lambda: evaluate_all(run.samplers, run.sources, recipe)
-        )
-        keeper.keep(lambda place: report_change(place, before, after, progress))
-        progress.say(f"checkpoint: {keeper.folder / 'checkpoint'}")
-        tracker.log_evaluation(step, after)
-        keeper.end()
-    standstill.end()
+        conclude(log, run.learner, run.evaluate)
+        log.say(f"checkpoint: {folder / 'checkpoint'}")
     return folder
 
 
-def checkpoint_due(recipe: Recipe, step: int, last: bool) -> bool:
-    """Whether a step ends with a training checkpoint; with `checkpoint.every` the last one does."""
-    every = recipe.checkpoint.every
-    return bool(every) and (step % every == 0 or last)
+def learn(
+    recipe: Recipe, step: int, scored: Sequence[ScoredGroup], learner: LearnerGroup
+) -> tuple[int, Metrics]:
+    """Update the policy with a step's groups; the number of updates, 0 where none has a gradient.
+
+    Measured: `learner/`, and the learner's tokens/s over batching and updates.
+    """
+    began, rate, loss = time.perf_counter(), learning_rate(recipe, step), policy_loss(recipe)
+    batches = anchored(recipe, train_batches(recipe, scored), learner)
+    updates = [learner.update(batch, loss, rate) for batch in batches]
+    metrics = learner_metrics(updates) | {"learner/lr": rate}
+    if tokens := sum(batch.response_tokens() for batch in batches):
+        seconds = time.perf_counter() - began
+        metrics["throughput/learner_tokens_per_second"] = tokens / seconds
+    return len(updates), metrics
 
 
-def budget_share(recipe: Recipe, step: int, spent: Spent) -> float | None:
-    """The share of its budget that a run has spent; None where only its steps end it."""
-    return run_share(recipe.algorithm, step, spent) if recipe.algorithm.budget else None
-
-
-def sampled_tokens(groups: Sequence[Group]) -> int:
-    """Response tokens of all rollouts."""
-    return sum(len(r.response_ids) for g in groups for r in g.rollouts)
+def renew(stream: GroupStream, run: LivePolicy, version: int) -> tuple[None, Metrics]:
+    """Send the samplers new weights; measured: `transfer/` and `buffer/`."""
+    report = stream.renew(run.renew_weights, version)
+    return None, transfer_metrics(report) | stream.metrics()
 
 
 def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBatch]:
@@ -259,23 +219,15 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
             )
 
 
-def tell_mismatch(recipe: Recipe, metrics: dict[str, float], progress: Progress) -> None:
-    """Say it when sampler and learner disagree (`cluster.record.mismatch`), or end the run.
-
-    Raises RunFailed under `algorithm.on_mismatch = "stop"`.
-    """
-    wrong = mismatch(metrics, recipe.model.dtype)
-    if wrong and recipe.algorithm.on_mismatch == "stop":
-        raise RunFailed(f'{wrong}; algorithm.on_mismatch = "stop" ends the run')
-    if wrong:
-        progress.say(f"warning: {wrong}")
-
-
-def measure(run: LivePolicy, tracker: Tracker, step: int) -> dict[str, EvalTable]:
-    """Evaluate, keep what was measured, and return a table a task."""
-    tables = evaluate_all(run.samplers, run.sources, run.recipe)
-    tracker.log_evaluation(step, tables)
-    return tables
+def conclude(
+    log: RunLog, learner: LearnerGroup, evaluate: Callable[[], dict[str, EvalTable]]
+) -> dict[str, EvalTable]:
+    """Keep the last policy, measure it, and tell what changed; a table a task."""
+    after = save_and_measure(learner, log.keeper, log.at.step, evaluate)
+    log.keeper.keep(lambda place: report_change(place, log.at.before, after, log.progress))
+    log.measured(after)
+    log.end_run()
+    return after
 
 
 def save_and_measure(
@@ -292,24 +244,6 @@ def save_and_measure(
     if failed is not None:
         raise failed
     return found
-
-
-def reward_metrics(run: Run) -> dict[str, float]:
-    """What the reward workers count since the run began: restarts, and remote terms' own counts."""
-    counts = {f"reward/{name}": value for name, value in run.rewards.counts().items()}
-    return counts | {"reward/worker_restarts": float(run.rewards.restarts)}
-
-
-def sampler_metrics(run: Run) -> dict[str, float]:
-    """What befell the samplers since the run began, under `sampler/`.
-
-    Under `frozen/` the same of the engines of frozen models, all together.
-    """
-    frozen: Counter[str] = Counter()
-    for pool in run.frozen.values():
-        frozen.update(pool.counts())
-    found = {f"frozen/{name}": value for name, value in frozen.items()}
-    return {f"sampler/{name}": value for name, value in run.samplers.counts().items()} | found
 
 
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -355,51 +289,3 @@ def report_change(
     put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
     for task, change in changes.items():
         progress.console.print(change_table(change, f"{task}: before and after"))
-
-
-class StepClock:
-    """Where a step's wall time goes. Samplers may work in all of it."""
-
-    def __init__(self, samplers: Mapping[str, float]) -> None:
-        """`samplers`: what the sampler pool counted until now."""
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-        self._samplers = samplers
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def total(self) -> float:
-        """Seconds since the step began."""
-        return self._last - self._start
-
-    def metrics(
-        self,
-        groups: Sequence[Group],
-        batches: Sequence[TrainBatch],
-        updates: Sequence[Mapping[str, float]],
-        samplers: Mapping[str, float],
-    ) -> dict[str, float]:
-        """`time/<phase>` in seconds; idle shares and response tokens/s of both sides.
-
-        Idle is what the sides measured themselves: of `updates` their own seconds, of the pool
-        (`samplers`, its counts by now) the seconds in which a sampler had no request.
-        """
-        total = max(self.total(), 1e-9)
-        found = {f"time/{name}": seconds for name, seconds in self._laps.items()}
-        found["time/step"] = total
-        found["idle/learner"] = max(0.0, 1 - sum(u["seconds"] for u in updates) / total)
-        idle = [
-            seconds - self._samplers.get(name, 0.0)
-            for name, seconds in samplers.items()
-            if name.startswith("idle_seconds/")
-        ]
-        found["idle/sampler"] = min(1.0, sum(idle) / max(1, len(idle)) / total)
-        busy = max((1 - found["idle/sampler"]) * total, 1e-9)
-        found["throughput/sampler_tokens_per_second"] = sampled_tokens(groups) / busy
-        if learnt := sum(batch.response_tokens() for batch in batches):
-            found["throughput/learner_tokens_per_second"] = learnt / self._laps["learn"]
-        return found

@@ -26,7 +26,7 @@ from cluster.recipe.machine import claimed, require_room
 from cluster.recipe.recipe import RunFailed, UserError, load_recipe
 from cluster.record.evaluation import EvalTable
 from cluster.run.keeping import Keeper
-from cluster.run.runtime import connected
+from cluster.run.session import connected
 from cluster.run.train import save_and_measure
 from rollout.models import why_missing
 from rollout.starting import EngineNotStarted, own_errors, own_words, plain_path

@@ -20,10 +20,12 @@ from cluster.run.budget import Spent
 from cluster.run.curriculum import Curriculum
 from cluster.run.evaluate import PASSES
 from cluster.run.refill import Refilled
+from cluster.run.run_log import StepLog
+from cluster.run.runtime import sampler_metrics
 from cluster.run.sft import balance_metrics
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
-from cluster.run.train import StepClock, learner_metrics, sampler_metrics, transfer_metrics
+from cluster.run.train import learner_metrics, transfer_metrics
 from learner.balance import SegmentGradients
 from learner.batch import Tokens, TrainBatch
 from learner.correction import Correction
@@ -109,10 +111,11 @@ def made_by_the_learner() -> set[str]:
 
 def made_by_the_driver() -> set[str]:
     """Names that the parts of a step give, each asked alone."""
-    clock = StepClock({})
+    step = StepLog(1, counts=dict)
     for phase in ("sample", "score", "refill", "learn", "transfer"):
-        clock.lap(phase)
-    names = set(clock.metrics([], [], [], {})) | set(transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+        step.part(phase, None, transfer_metrics(TransferReport(1.0, 1, 1, 1)))
+    step.close()
+    names = set(step.metrics)
     narrow: Any = SimpleNamespace(label="sudoku", left_out={"train": 1})
     names |= set(left_out([narrow])) | {"policy/version"}
     names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
@@ -121,12 +124,11 @@ def made_by_the_driver() -> set[str]:
     pool.started("sampler-0", 0, 50, 0.0)
     pool.lost("sampler-0", 0, "actor", "gone", 1.0)
     counted: Any = SimpleNamespace(counts=lambda: pool.counts(2.0))
-    run: Any = SimpleNamespace(samplers=counted, frozen={"m": counted})
-    names |= set(sampler_metrics(run))
+    names |= set(sampler_metrics(counted, {"m": counted}))
     plain = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}] * 2}
     recipe = Recipe.model_validate(plain)
     sources = open_sources(recipe.tasks)
-    names |= set(GroupStream(recipe, [], SimulatedPool(1, [1.0])).metrics())
+    names |= set(GroupStream(recipe, list, SimulatedPool(1, [1.0])).metrics())
     names |= set(Curriculum(recipe, sources, {s.label: [1.0, 1.0] for s in sources}).metrics())
     counts = dict.fromkeys(("perception", "reasoning", "answer", "other"), 4.0)
     updated = {f"tokens/{name}": n for name, n in counts.items()}

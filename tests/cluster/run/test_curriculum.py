@@ -69,18 +69,20 @@ def practise(
     """Draw steps and observe groups of two whose rollouts are right at each entry's rate."""
     drawn = []
     for step in steps:
-        places = step_sources(curriculum, recipe.seed, step - 1, 6)
+        places = step_sources(curriculum.sources(), recipe.seed, step - 1, 6)
         rng = np.random.default_rng([9, step])
         answers = [(rng.random(2) < rates[place]).tolist() for place in places]
         drawn.append(places)
-        curriculum.observe(step, [scored(a, f"{step}-{i}") for i, a in enumerate(answers)])
+        told = curriculum.metrics()
+        found = [scored(a, f"{step}-{i}") for i, a in enumerate(answers)]
+        assert curriculum.observe(step, found) == told
     return drawn
 
 
 def test_it_turns_to_what_is_neither_mastered_nor_hopeless(recipe: Recipe) -> None:
     sources = open_sources(recipe.tasks)
     curriculum = Curriculum(recipe, sources)
-    assert [s.weight for s in curriculum] == [3.0, 1.0]  # unseen: as the recipe has it
+    assert [s.weight for s in curriculum.sources()] == [3.0, 1.0]  # unseen: as the recipe has it
     drawn = practise(curriculum, recipe, range(1, 41), [1.0, 0.5])
     late = sum(place == 1 for places in drawn[-10:] for place in places)
     assert late > 2 * 60 * 0.25  # of 60 problems; the recipe's weights give a quarter
@@ -109,7 +111,7 @@ def test_without_a_strategy_the_problems_are_the_recipes() -> None:
     curriculum = Curriculum(recipe, sources)
     for step in (1, 2, 3):
         plain = step_problems(sources, recipe.seed, step - 1, 5)
-        assert step_problems(curriculum, recipe.seed, step - 1, 5) == plain
+        assert step_problems(curriculum.sources(), recipe.seed, step - 1, 5) == plain
         curriculum.observe(step, [scored([True, False], str(i)) for i in range(5)])
 
 
@@ -122,7 +124,7 @@ def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe) -> No
         return recipe.model_copy(update={"algorithm": algorithm})
 
     own = f"{__name__}:Last"
-    assert set(step_sources(Curriculum(using(own), sources), 1, 0, 50)) == {1}
+    assert set(step_sources(Curriculum(using(own), sources).sources(), 1, 0, 50)) == {1}
     with pytest.raises(UserError, match="gave the weights"):
         Curriculum(using(own, spoilt=True), sources)
     with pytest.raises(UserError, match="cannot be loaded"):

@@ -66,7 +66,7 @@ def until(what: Callable[[], object], seconds: float = 120) -> None:
 
 def test_a_local_run_stays_out_of_a_cluster_that_runs_on_its_machine(cluster: Cluster) -> None:
     code = (
-        "import ray; from cluster.run.runtime import connected\n"
+        "import ray; from cluster.run.session import connected\n"
         "with connected(None): print('at', ray.get_runtime_context().gcs_address)"
     )
     variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

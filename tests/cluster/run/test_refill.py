@@ -18,7 +18,7 @@ from cluster.recipe.problems import open_sources, step_problems
 from cluster.recipe.recipe import Recipe, RecipeError
 from cluster.run.refill import extra_requests, refill, refill_step
 from cluster.run.stream import free_requests
-from cluster.run.train import sampled_tokens, train_batches
+from cluster.run.train import train_batches
 from rewards.scored import ScoredGroup
 from rollout.record import Group, SampleRequest
 from tests.cluster.run.test_train import scored, two_tasks
@@ -98,27 +98,28 @@ def test_a_step_learns_from_its_extra_groups_and_counts_them(recipe: Recipe) -> 
         asked.extend(requests)
         return [group(3, "3;6;", "3;5;", name=r.group_id) for r in requests]
 
-    def score(groups: Sequence[Group], share: float) -> list[ScoredGroup]:
+    def score(groups: Sequence[Group], share: float) -> tuple[list[ScoredGroup], dict[str, float]]:
         assert share == 0.25
-        return [scored([True, len(asked) > 2], g.group_id) for g in groups]
+        counts = {"reward/worker_restarts": float(len(asked))}
+        return [scored([True, len(asked) > 2], g.group_id) for g in groups], counts
 
     run: Any = SimpleNamespace(
         recipe=wanted,
         sources=open_sources(wanted.tasks),
         samplers=SimpleNamespace(sample=sample),
-        rewards=SimpleNamespace(score=score),
+        scoring=SimpleNamespace(score=score),
     )
     start = [USEFUL, USELESS, USELESS]
-    found = refill_step(run, 4, start, 0.25)
+    found, metrics = refill_step(run, 4, start, 0.25)
     assert [r.group_id.split("/")[:2] for r in asked] == [["step-4", "3"], ["step-4", "4"]]
-    assert found.metrics() == {
+    assert metrics == {
+        "reward/worker_restarts": 2.0,
         "refill/rounds": 1.0,
         "refill/extra_groups": 2.0,
         "refill/missing": 0.0,
     }
-    assert len(found.groups) == 5
-    assert sampled_tokens(found.groups) > sampled_tokens([s.group for s in start])
-    (batch,) = train_batches(wanted, found.scored)
+    assert found[:3] == start and len(found) == 5
+    (batch,) = train_batches(wanted, found)
     assert len(batch.sequences) == 6
     assert all(np.abs(s.advantages).sum() > 0 for s in batch.sequences)
     plain = wanted.model_copy(
@@ -126,8 +127,7 @@ def test_a_step_learns_from_its_extra_groups_and_counts_them(recipe: Recipe) -> 
     )
     run.recipe = plain
     asked.clear()
-    assert refill_step(run, 4, start, 0.25).scored == start and not asked
-    assert refill_step(run, 4, start, 0.25).metrics() == {}
+    assert refill_step(run, 4, start, 0.25) == (start, {}) and not asked
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def run(
     """The driver's loop with a learner that only takes time: (version, groups, ...) a step."""
     version, steps = at.version, at.step
     held = version
-    stream = GroupStream(chosen, open_sources(chosen.tasks), pool, steps, at.buffer)
+    sources = open_sources(chosen.tasks)
+    stream = GroupStream(chosen, lambda: sources, pool, steps, at.buffer)
     # Once it has learnt, the learner does not have the weights any more that samplers hold.
     pool.catch_up = lambda: pool.send(version) if version == held else None
     pool.send(version)
@@ -145,7 +146,7 @@ def test_a_curriculum_draws_a_step_by_what_is_known_when_it_begins() -> None:
     chosen = recipe("algorithm.curriculum.strategy=success_band", tasks=f"{TOY}, {TOY}")
     sources: list[Any] = []
     pool = SimulatedPool(2, [1.0])
-    stream = GroupStream(chosen, sources, pool)
+    stream = GroupStream(chosen, lambda: sources, pool)
     for step in range(20):
         # As a curriculum does after every step: the same sources, weighed anew.
         sources[:] = [Named("a", 0.1 + 0.8 * (step % 2)), Named("b", 0.9 - 0.8 * (step % 2))]

@@ -20,6 +20,7 @@ from cluster.record.evaluation import EvalTable
 from cluster.record.terminal import Progress
 from cluster.run.budget import Spent, is_over, run_share
 from cluster.run.keeping import Keeper
+from cluster.run.run_log import tell_mismatch
 from cluster.run.stream import free_requests
 from cluster.run.train import (
     anchored,
@@ -28,7 +29,6 @@ from cluster.run.train import (
     policy_loss,
     report_change,
     save_and_measure,
-    tell_mismatch,
     train_batches,
 )
 from learner.batch import TrainBatch

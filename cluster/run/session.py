@@ -1,0 +1,165 @@
+"""What every command begins and ends with: Ray, its folder, its input, an error that says why.
+
+A failure of any actor becomes a `RunFailed` with that actor's own error on top, is written to the
+run folder, and ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cluster.recipe.machine import claimed, require_answer, told
+from cluster.recipe.placement import Command, require_cluster
+from cluster.recipe.preflight import Ready, Say, preflight
+from cluster.recipe.recipe import Recipe, RunFailed, UserError
+from cluster.run.checkpoints import Resumed
+from cluster.run.keeping import disk_error
+from rewards.scored import RewardError
+from rollout.dispatch import SamplerLost
+from rollout.transfer import WeightTransferError
+from tasks.files import put_text
+
+LOCAL_RAY_TRIES = 3
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None:
+        print(f"connecting to {address} ...", file=sys.stderr, flush=True)
+        require_answer(address)
+    _attach(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _attach(address: str | None) -> None:
+    """`ray.init`, tried again where a local node was slow to come up.
+
+    Ray gives a new node 30 seconds, which a busy machine can take; it raises a bare Exception.
+    Without an address it would join whatever cluster was last started on this machine: a run
+    joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
+    RAY_ADDRESS.
+    """
+    own = address is None and not os.environ.get("RAY_ADDRESS")
+    job = address is None and not own
+    for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
+        try:
+            # A node of our own hands its environment on, so that the workers that it starts at
+            # once are those that the actors get; asked for by each job, they would not fit.
+            with _environment(_worker_environment() if own else {}):
+                ray.init(
+                    address="local" if own else address,
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="error",
+                    ignore_reinit_error=True,
+                    runtime_env={"env_vars": _worker_environment()} if job else None,
+                )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if address is not None:
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise UserError(f"--address {address}: Ray cannot join it: {why}") from error
+            if not tries_left or "timed out" not in str(error):
+                raise
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """What is started within has these variables too."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _worker_environment() -> dict[str, str]:
+    """What local workers need to find the same code as the driver, and to keep quiet."""
+    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@contextmanager
+def session(
+    recipe: Recipe,
+    command: Command,
+    address: str | None,
+    folder: Path | None,
+    say: Say,
+    resumed: Resumed | None = None,
+) -> Iterator[Ready]:
+    """A command's folder, if it writes one, its input, and a Ray that has room for it.
+
+    Input that cannot be used is refused before anything is started or written. Raises RunFailed
+    with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
+    """
+    with claimed(folder, new=resumed is None) if folder else nullcontext():
+        ready = preflight(recipe, command, say, folder=folder)
+        with actor_errors(folder), connected(address):
+            require_cluster(recipe, ray.cluster_resources(), command)
+            for reason in resumed.refused if resumed else ():
+                say(f"warning: checkpoint refused: {reason}")
+            if resumed:
+                unit = "update" if command == "sft" else "step"
+                say(f"going on after {unit} {resumed.position.step}, from {resumed.checkpoint}")
+            yield ready
+
+
+@contextmanager
+def actor_errors(folder: Path | None) -> Iterator[None]:
+    """Turn an actor's error into RunFailed with that error on top; kept in `folder`, if any."""
+    try:
+        yield
+    except (
+        RunFailed,
+        RayError,
+        RewardError,
+        SamplerLost,
+        WeightTransferError,
+        TimeoutError,
+    ) as error:
+        message = explain(error)
+        if folder is not None:
+            with suppress(OSError):  # a full disk may be what ended the run
+                folder.mkdir(parents=True, exist_ok=True)
+                put_text(folder / "error.txt", message + "\n")
+        if isinstance(error, RunFailed):
+            raise
+        raise RunFailed(message) from error
+
+
+def explain(error: BaseException) -> str:
+    """The actor's own error first, then where it happened."""
+    if isinstance(error, RunFailed):
+        return str(error)
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if (full := disk_error(error)) is not None:
+            return told(full)
+        return f"{type(cause).__name__}: {cause}\n\n{error}"
+    if isinstance(error, RayActorError):
+        return f"an actor's process died: {error}"
+    return f"{type(error).__name__}: {error}"
