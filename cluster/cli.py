@@ -169,13 +169,17 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe whose [model] and [sampler] sections to run with")
     ] = None,
+    output: Annotated[Path | None, typer.Option(help="A file to write the JSON to")] = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
     """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
+    from cluster.recipe.machine import require_free
     from cluster.recipe.recipe import load_recipe, task_of
     from rollout.models import require_model
 
+    if output:
+        require_free(output, "--output")
     chosen = task_of(task, set_ or ())
     like = load_recipe(recipe) if recipe else None
     require_model(checkpoint)
@@ -188,6 +192,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         as_json=as_json,
+        output=output,
         address=address,
         like=like,
     )

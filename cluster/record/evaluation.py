@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 from scipy.stats import binomtest
 
+from cluster.record.table import Table
 from rewards.intervals import mean_interval
 from rewards.terms import diagnose
 from rollout.record import Group
@@ -105,13 +104,13 @@ class EvalTable:
         """A row a metric."""
         return tuple(self[metric] for metric in self.per_problem)
 
-    def to_rich(self, title: str = "") -> Table:
-        """A table for the terminal."""
-        table = _table(title, "value", "95% interval", "n")
-        for row in self.rows:
-            interval, count = f"{row.low:.3f} – {row.high:.3f}", counted(row.n, row.puzzles)
-            table.add_row(escape(row.metric), f"{row.value:.3f}", interval, count)
-        return table
+    def table(self, title: str = "") -> Table:
+        """To be read."""
+        rows = [
+            (r.metric, f"{r.value:.3f}", f"{r.low:.3f} – {r.high:.3f}", counted(r.n, r.puzzles))
+            for r in self.rows
+        ]
+        return Table(title, ("metric", "value", "95% interval", "n"), tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
@@ -154,14 +153,6 @@ def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
     return EvalTable(
         values, {f"{n}/{i}": puzzle for n, t in tables.items() for i, puzzle in t.puzzles.items()}
     )
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=escape(title) or None)
-    table.add_column("metric", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _pass_values(
@@ -240,21 +231,21 @@ class Change:
 
 
 def change_table(changes: Sequence[Change], title: str = "") -> Table:
-    """A table for the terminal: the accuracies, without the defects by name."""
-    table = _table(title, "before", "after", "change", "intervals", "p (paired)", "n")
-    for row in changes:
-        if row.metric.startswith("defect/"):
-            continue
-        table.add_row(
-            escape(row.metric),
-            f"{row.before.value:.3f} [{row.before.low:.3f}, {row.before.high:.3f}]",
-            f"{row.after.value:.3f} [{row.after.low:.3f}, {row.after.high:.3f}]",
+    """To be read: the accuracies, without the defects by name."""
+    columns = ("metric", "before", "after", "change", "intervals", "p (paired)", "n")
+    rows = [
+        (
+            row.metric,
+            *(f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in (row.before, row.after)),
             f"{row.difference:+.3f}",
             "overlap" if row.overlap else "apart",
             "" if row.p is None else f"{row.p:.2g}",
             counted(row.after.n, row.after.puzzles),
         )
-    return table
+        for row in changes
+        if not row.metric.startswith("defect/")
+    ]
+    return Table(title, columns, tuple(rows))
 
 
 def before_after(before: EvalTable, after: EvalTable) -> list[Change]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from rollout.settings import ModelConfig, SamplerConfig
 from tasks.core import Problem
+from tasks.files import put_text
 from tasks.response_form import form_of, oracle_prefix_in
 from tasks.settings import TaskConfig
 
@@ -119,10 +121,13 @@ def run_eval(
     samples: int,
     seed: int,
     as_json: bool,
+    output: Path | None,
     address: str | None,
     like: Recipe | None = None,
 ) -> EvalTable:
     """`equipoise eval`: all passes of one task on one checkpoint, printed as a table or JSON.
+
+    `output`: a file for the JSON.
 
     `like`: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
 
@@ -147,15 +152,13 @@ def run_eval(
         console.print(f"{count} held-out problems; starting the sampler (vLLM) ...")
         with sampling_from(recipe, checkpoint) as pool:
             (table,) = evaluate_all(pool, ready.sources, recipe).values()
+    told = {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict()
+    if output:
+        put_text(output, json.dumps(told, indent=2))
     if as_json:
-        print(
-            json.dumps(
-                {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict(),
-                indent=2,
-            )
-        )
+        print(json.dumps(told, indent=2))
     else:
-        console.print(table.to_rich(f"{checkpoint} on {task.name}"))
+        console.print(table.table(f"{checkpoint} on {task.name}").to_rich())
     for line in unread_tables({task.name: table}):
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     return table

@@ -7,7 +7,6 @@ until the batch is full of groups that have one; here up to a budget of rounds a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import ProblemSource, step_problems
 from cluster.recipe.recipe import Recipe
-from cluster.run.evaluate import training_sampling
+from cluster.run.stream import free_requests
 from rewards.scored import ScoredGroup
 from rollout.record import SampleRequest
 
@@ -26,49 +25,24 @@ STREAM = 0x5EF1
 """Tells the stream of extra problems from that of the steps' own."""
 
 
-@dataclass(frozen=True)
-class Refilled:
-    """A step's groups, its own first, then the extra ones; none is thrown away or counted twice.
-
-    Attributes:
-        rounds: how often samplers were asked for more.
-        extra: groups they brought.
-        missing: places of the step that are still without a gradient; None where the recipe does
-            not ask for more.
-    """
-
-    scored: list[ScoredGroup]
-    rounds: int = 0
-    extra: int = 0
-    missing: int | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Under `refill/`."""
-        if self.missing is None:
-            return {}
-        return {
-            "refill/rounds": float(self.rounds),
-            "refill/extra_groups": float(self.extra),
-            "refill/missing": float(self.missing),
-        }
-
-
 def refill(
     scored: Sequence[ScoredGroup],
     rule: DynamicSamplingConfig,
     more: Callable[[range], Sequence[ScoredGroup]],
-) -> Refilled:
+) -> tuple[list[ScoredGroup], dict[str, float]]:
     """Ask for as many groups as lack a gradient, until none does or the budget is spent.
 
     `more` samples and scores the extra groups of the given numbers; each number, from 0, is
-    asked for once.
+    asked for once. Returns a step's groups, its own first, none thrown away, and metrics: rounds in
+    which more was asked for, the groups that came, and places still without a gradient.
     """
     found, rounds, extra = list(scored), 0, 0
     while True:
         missing = len(scored) - sum(group.has_gradient for group in found)
         count = min(missing, rule.max_groups - extra)
         if count <= 0 or rounds == rule.max_rounds:
-            return Refilled(found, rounds, extra, max(0, missing))
+            counted = {"rounds": rounds, "extra_groups": extra, "missing": max(0, missing)}
+            return found, {f"refill/{name}": float(number) for name, number in counted.items()}
         found += more(range(extra, extra + count))
         rounds, extra = rounds + 1, extra + count
 
@@ -92,8 +66,8 @@ def refill_step(
         counts.update(counted)
         return found
 
-    refilled = refill(scored, rule, more)
-    return refilled.scored, counts | refilled.metrics()
+    refilled, metrics = refill(scored, rule, more)
+    return refilled, counts | metrics
 
 
 def extra_requests(
@@ -109,13 +83,4 @@ def extra_requests(
     most = algorithm.dynamic_sampling.max_groups if algorithm.dynamic_sampling else 0
     seed = int(np.random.SeedSequence([recipe.seed, STREAM]).generate_state(1)[0])
     problems = step_problems(sources, seed, step - 1, most, numbers)
-    sampling = training_sampling(recipe)
-    return [
-        SampleRequest(
-            f"step-{step}/{algorithm.problems_per_step + number}/{problem.id}",
-            problem,
-            algorithm.group_size,
-            sampling,
-        )
-        for number, problem in zip(numbers, problems, strict=True)
-    ]
+    return free_requests(recipe, step, problems, algorithm.problems_per_step + numbers.start)

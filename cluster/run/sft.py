@@ -214,7 +214,7 @@ def measure_checkpoint(
     kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
     put_text(folder / "evaluation.json", kept)
     for task, table in tables.items():
-        progress.console.print(table.to_rich(f"{recipe.name} on {task}"))
+        progress.console.print(table.table(f"{recipe.name} on {task}").to_rich())
     return tables
 
 

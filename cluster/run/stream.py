@@ -165,10 +165,15 @@ def buffer_rule(recipe: Recipe) -> BufferRule:
     )
 
 
-def free_requests(recipe: Recipe, step: int, problems: Sequence[Problem]) -> list[SampleRequest]:
-    """One group request a problem, ids unique within the run; `step` (from 1) drew them."""
+def free_requests(
+    recipe: Recipe, step: int, problems: Sequence[Problem], first: int = 0
+) -> list[SampleRequest]:
+    """One group request a problem, ids unique within the run; `step` (from 1) drew them.
+
+    `first`: the place of the first of them in the step.
+    """
     size, sampling = recipe.algorithm.group_size, training_sampling(recipe)
     return [
         SampleRequest(f"step-{step}/{place}/{problem.id}", problem, size, sampling)
-        for place, problem in enumerate(problems)
+        for place, problem in enumerate(problems, first)
     ]

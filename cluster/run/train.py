@@ -288,4 +288,4 @@ def report_change(
     }
     put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
     for task, change in changes.items():
-        progress.console.print(change_table(change, f"{task}: before and after"))
+        progress.console.print(change_table(change, f"{task}: before and after").to_rich())

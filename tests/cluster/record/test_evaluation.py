@@ -136,7 +136,9 @@ def test_intervals_of_several_pictures_of_a_puzzle_count_puzzles() -> None:
     assert pooled({"x": many, "y": many})["a"].puzzles == 12
     assert EvalTable.from_dict(json.loads(json.dumps(many.to_dict()))) == many
     out = io.StringIO()
-    Console(file=out, width=120).print(many.to_rich(), change_table(before_after(many, other)))
+    Console(file=out, width=120).print(
+        many.table().to_rich(), change_table(before_after(many, other)).to_rich()
+    )
     assert out.getvalue().count("480 (12 puzzles)") > 8
 
 
@@ -210,12 +212,12 @@ def test_tables_show_hostile_names_as_they_are() -> None:
     table = eval_table(TASK, {"greedy": [group(1, "1;2;[red]x[/red]")]})
     out = io.StringIO()
     console = Console(file=out, width=120)
-    console.print(table.to_rich("a [bold]title"))
+    console.print(table.table("a [bold]title").to_rich())
     assert out.getvalue().count("[red]x[/red]") == 1
     assert "a [bold]title" in out.getvalue()
     # The table of changes shows accuracies; the defects by name are in its record.
     change = before_after(table, table)
-    console.print(change_table(change, "a [bold]change"))
+    console.print(change_table(change, "a [bold]change").to_rich())
     assert out.getvalue().count("[red]x[/red]") == 1
     assert "a [bold]change" in out.getvalue()
     assert "defect/[red]x[/red]" in {row.metric for row in change}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import left_out, open_sources
 from cluster.recipe.recipe import Recipe
 from cluster.record.evaluation import eval_table
@@ -19,7 +20,7 @@ from cluster.record.tracker import Tracker, UnlistedMetric
 from cluster.run.budget import Spent
 from cluster.run.curriculum import Curriculum
 from cluster.run.evaluate import PASSES
-from cluster.run.refill import Refilled
+from cluster.run.refill import refill
 from cluster.run.run_log import StepLog
 from cluster.run.runtime import sampler_metrics
 from cluster.run.sft import balance_metrics
@@ -118,7 +119,7 @@ def made_by_the_driver() -> set[str]:
     names = set(step.metrics)
     narrow: Any = SimpleNamespace(label="sudoku", left_out={"train": 1})
     names |= set(left_out([narrow])) | {"policy/version"}
-    names |= set(Spent().metrics()) | set(Refilled([], missing=0).metrics())
+    names |= set(Spent().metrics()) | set(refill([], DynamicSamplingConfig(max_groups=1), list)[1])
     pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
     pool.add([Job(request("g"), submitted=True)], 0.0)
     pool.started("sampler-0", 0, 50, 0.0)

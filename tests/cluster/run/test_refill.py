@@ -53,16 +53,17 @@ def test_it_asks_for_what_is_missing_until_the_budget_is_spent(
 
     start = [USEFUL if good else USELESS for good in own]
     rule = DynamicSamplingConfig(max_rounds=max_rounds, max_groups=max_groups)
-    found = refill(start, rule, more)
+    found, told = refill(start, rule, more)
+    rounds, extra, missing = told.values()
     numbers = [n for part in asked for n in part]
-    assert numbers == list(range(found.extra)) and found.extra <= max_groups
-    assert found.rounds == len(asked) <= max_rounds and all(asked)
-    assert found.scored == start + [USEFUL if luck[n] else USELESS for n in numbers]
+    assert numbers == list(range(int(extra))) and extra <= max_groups
+    assert rounds == len(asked) <= max_rounds and all(asked)
+    assert found == start + [USEFUL if luck[n] else USELESS for n in numbers]
     useful = sum(own) + sum(luck[n] for n in numbers)
     assert useful <= len(own)  # no step learns from more than it was to
-    assert found.missing == len(own) - useful
-    if found.missing:
-        assert found.rounds == max_rounds or found.extra == max_groups
+    assert missing == len(own) - useful
+    if missing:
+        assert rounds == max_rounds or extra == max_groups
     elif not asked:
         assert all(own)
 
