@@ -21,7 +21,7 @@ from cluster.record.stored import not_kept, read_metrics, read_scored, stored_st
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import changed_fields
 from cluster.run.run_log import run_log
-from cluster.run.runtime import learner_group, learner_settings, sampling_and_scoring
+from cluster.run.runtime import learner_settings, learning, sampling_and_scoring
 from cluster.run.session import session
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import free_requests
@@ -80,30 +80,28 @@ def run_replay(
     """
     folder, progress = new_run_folder(recipe, output), Progress(len(source.steps))
     with session(recipe, "replay", address, folder, progress.say):
+        progress.say("starting learner (DeepSpeed) ...")
         settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
-        learner = learner_group(recipe, settings)
-        try:
-            progress.say("starting learner (DeepSpeed) ...")
-            learner.start()
-            with run_log(recipe, folder, progress, source.steps[-1]) as log:
-                gaps = {}
-                for step in log.steps():
-                    scored = read_scored(source.run, step.number)
-                    step.metrics |= step_metrics(scored, log.at.version)
-                    updates = step.part("learn", *learn(recipe, step.number, scored, learner))
-                    log.end(step, updates=updates)
-                    if updates and step.number in source.losses:
-                        loss = step.metrics["learner/loss"]
-                        gaps[step.number] = abs(loss - source.losses[step.number])
-                log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
-                if gaps:
-                    worst = max(gaps, key=lambda number: gaps[number])
-                    told = f"{gaps[worst]:.2g} in step {worst}"
-                    log.say(f"largest difference to the loss of the run: {told}")
-                log.say(f"checkpoint: {log.keeper.folder / 'checkpoint'}")
-                log.end_run()
-        finally:
-            learner.stop()
+        with (
+            learning(recipe, settings) as learner,
+            run_log(recipe, folder, progress, source.steps[-1]) as log,
+        ):
+            gaps = {}
+            for step in log.steps():
+                scored = read_scored(source.run, step.number)
+                step.metrics |= step_metrics(scored, log.at.version)
+                updates = step.part("learn", *learn(recipe, step.number, scored, learner))
+                log.end(step, updates=updates)
+                if updates and step.number in source.losses:
+                    loss = step.metrics["learner/loss"]
+                    gaps[step.number] = abs(loss - source.losses[step.number])
+            log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            if gaps:
+                worst = max(gaps, key=lambda number: gaps[number])
+                told = f"{gaps[worst]:.2g} in step {worst}"
+                log.say(f"largest difference to the loss of the run: {told}")
+            log.say(f"checkpoint: {log.keeper.folder / 'checkpoint'}")
+            log.end_run()
     return folder
 
 

@@ -124,6 +124,17 @@ def learner_group(recipe: Recipe, settings: LearnerSettings) -> LearnerGroup:
 
 
 @contextmanager
+def learning(recipe: Recipe, settings: LearnerSettings) -> Iterator[LearnerGroup]:
+    """The recipe's learner, without samplers; Ray must be connected."""
+    learner = learner_group(recipe, settings)
+    try:
+        learner.start()
+        yield learner
+    finally:
+        learner.stop()
+
+
+@contextmanager
 def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]]:
     """The recipe's samplers and reward workers, without a learner; Ray must be connected."""
     pool = sampler_pool(recipe)

@@ -29,7 +29,7 @@ from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.evaluate import PASSES, evaluate_all
 from cluster.run.run_log import Metrics, RunLog, run_log
-from cluster.run.runtime import LivePolicy, learner_group, learner_settings, sampling_from
+from cluster.run.runtime import LivePolicy, learner_settings, learning, sampling_from
 from cluster.run.session import session
 from cluster.run.train import conclude, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
@@ -195,12 +195,8 @@ def tuning(
         finally:
             live.stop()
         return
-    learner = learner_group(recipe, settings)
-    try:
-        learner.start()
+    with learning(recipe, settings) as learner:
         yield learner, None
-    finally:
-        learner.stop()
 
 
 def measure_checkpoint(
