@@ -30,6 +30,12 @@ def refusal(message: str, *at: str | int) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message, "at": at})
 
 
+def refuse(wrong: object, at: str, message: str) -> None:
+    """Raise the `refusal` at a field below the model (`learner.layout`) where `wrong` is true."""
+    if wrong:
+        raise refusal(message, *at.split("."))
+
+
 class Section(BaseModel):
     """What all sections share: unknown keys and wrong types are errors, nothing changes later.
 

@@ -23,6 +23,7 @@ from tasks.fields import (
     Text,
     Weight,
     refusal,
+    refuse,
 )
 
 
@@ -132,63 +133,48 @@ class AlgorithmConfig(Section):
         return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | corrected | data
 
     @model_validator(mode="after")
-    def _kl_has_a_gradient(self) -> AlgorithmConfig:
-        if self.kl_weight and self.updates_per_step == 1 and self.max_staleness == 0:
-            raise refusal(
-                f"got {self.kl_weight:g}, but with one update a step the learner still is the "
-                "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
-                "or leave kl_weight out",
-                "kl_weight",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _curriculum_knows_the_past(self) -> AlgorithmConfig:
-        if self.curriculum.strategy != "uniform" and self.max_staleness:
-            raise refusal(
-                f'got "{self.curriculum.strategy}" with max_staleness = {self.max_staleness}; '
-                "problems are drawn ahead then, before the success on earlier ones is known; use "
-                '"uniform" or max_staleness = 0',
-                "curriculum",
-                "strategy",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _refilling_makes_sense(self) -> AlgorithmConfig:
-        if self.dynamic_sampling is None:
-            return self
-        if self.advantage not in ("grpo", "dr_grpo", "rloo"):
-            raise refusal(
-                f'extra groups are scored after the others, and "{self.advantage}" compares all '
-                'groups of a batch; use "grpo", "dr_grpo" or "rloo"',
-                "advantage",
-            )
-        if not self.drop_zero_variance:
-            raise refusal(
-                "got false, and dynamic_sampling puts new groups in the place of those that are "
-                "dropped; leave one of them out",
-                "drop_zero_variance",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _staleness_reaches_a_step(self) -> AlgorithmConfig:
-        if 0 < self.max_staleness < self.updates_per_step:
-            raise refusal(
-                f"got {self.max_staleness}, but a step makes {self.updates_per_step} policy "
-                "versions (updates_per_step), so nothing could be sampled ahead; write 0, or "
-                f"{self.updates_per_step} or more",
-                "max_staleness",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _enough_to_split(self) -> AlgorithmConfig:
-        if self.updates_per_step > self.problems_per_step:
-            raise refusal(
-                f"got {self.updates_per_step}, more than problems_per_step = "
-                f"{self.problems_per_step}; a minibatch needs at least one group",
-                "updates_per_step",
-            )
+    def _fields_fit_each_other(self) -> AlgorithmConfig:
+        """Of what does not go together the first is told, at the field that is to be changed."""
+        updates, stale, strategy = (
+            self.updates_per_step,
+            self.max_staleness,
+            self.curriculum.strategy,
+        )
+        refuse(
+            self.kl_weight and updates == 1 and stale == 0,
+            "kl_weight",
+            f"got {self.kl_weight:g}, but with one update a step the learner still is the "
+            "policy that sampled, and the KL to it has no gradient; raise updates_per_step, "
+            "or leave kl_weight out",
+        )
+        refuse(
+            strategy != "uniform" and stale,
+            "curriculum.strategy",
+            f'got "{strategy}" with max_staleness = {stale}; problems are drawn ahead then, before '
+            'the success on earlier ones is known; use "uniform" or max_staleness = 0',
+        )
+        refuse(
+            self.dynamic_sampling and self.advantage not in ("grpo", "dr_grpo", "rloo"),
+            "advantage",
+            f'extra groups are scored after the others, and "{self.advantage}" compares all '
+            'groups of a batch; use "grpo", "dr_grpo" or "rloo"',
+        )
+        refuse(
+            self.dynamic_sampling and not self.drop_zero_variance,
+            "drop_zero_variance",
+            "got false, and dynamic_sampling puts new groups in the place of those that are "
+            "dropped; leave one of them out",
+        )
+        refuse(
+            0 < stale < updates,
+            "max_staleness",
+            f"got {stale}, but a step makes {updates} policy versions (updates_per_step), so "
+            f"nothing could be sampled ahead; write 0, or {updates} or more",
+        )
+        refuse(
+            updates > self.problems_per_step,
+            "updates_per_step",
+            f"got {updates}, more than problems_per_step = {self.problems_per_step}; a minibatch "
+            "needs at least one group",
+        )
         return self

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.recipe.context import Context, Fault, Taken
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models
 from cluster.recipe.problems import ProblemSource, held_out, open_sources, require_folder
 from cluster.recipe.recipe import Recipe, UserError
-from cluster.recipe.room import Fault, Room, Taken
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
+from learner.settings import SftConfig
 from rewards.scored import TermError
 from rewards.terms import facts_of
 from rollout.models import require_model
@@ -92,11 +93,11 @@ def preflight(
             load_reader(model)
     if command == "sft":
         _ask_labels(recipe, sources)
-    room = Room(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
+    context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
     fitting = [
-        _fitting_rows(recipe, command, index, source, room, say)
+        _fitting_rows(recipe, command, index, source, context, say)
         if source.spec is None
-        else _fitting_draws(recipe, command, index, source, room)
+        else _fitting_draws(recipe, command, index, source, context)
         for index, source in enumerate(sources)
     ]
     for index, source in enumerate(fitting):
@@ -129,28 +130,30 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
 
 
 def _fitting_draws(
-    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, context: Context
 ) -> ProblemSource:
     """A source of generated problems that will fit; a few are drawn and measured here."""
     config = recipe.tasks[index]
-    source = replace(source, room=room, redraws=config.too_long == "drop")
+    source = replace(source, context=context, redraws=config.too_long == "drop")
     for place in range(FRESH):
         if command != "sample":
             source.problem("test", recipe.eval.seed, place)
-        if command != "eval":
-            problem = source.problem("train", recipe.seed, place)
-            if command == "sft":
-                response = source.task.demonstrate(problem, config.style)
-                fault = _response_fault(recipe, source.task, response, room, room.taken_by(problem))
-                if fault is not None:
-                    raise DataError(
-                        f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
-                    )
+        if command == "eval":
+            continue
+        problem = source.problem("train", recipe.seed, place)
+        if command == "sft":
+            response = source.task.demonstrate(problem, config.style)
+            taken = context.taken_by(problem)
+            fault = _response_fault(recipe.sft, source.task, response, context, taken)
+            if fault is not None:
+                raise DataError(
+                    f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
+                )
     return source
 
 
 def _fitting_rows(
-    recipe: Recipe, command: Command, index: int, source: ProblemSource, room: Room, say: Say
+    recipe: Recipe, command: Command, index: int, source: ProblemSource, context: Context, say: Say
 ) -> ProblemSource:
     """The source with the stored rows that fit; raises DataError where some must not be left out.
 
@@ -158,71 +161,78 @@ def _fitting_rows(
     """
     config = recipe.tasks[index]
     kept: dict[Split, list[Example]] = {"train": [], "test": []}
-    bad: Counter[Split] = Counter()
-    lines: list[str] = []
-    damaged, query, image = False, 0, 0
+    taking: list[Taken] = []
+    bad: list[tuple[Split, str, bool]] = []
     for split in SPLITS:
-        examples = source.train if split == "train" else source.test
+        examples = source.rows(split)
         file = Path(str(config.data)) / f"{split}.parquet"
         learns = command == "sft" and split == "train"
-        for row, (example, taken) in enumerate(
-            zip(examples, row_takes(file, examples, room), strict=True)
-        ):
-            if not learns:
-                prefix = source.task.oracle_prefix(example.problem) if split == "test" else ""
-                fault = room.lack(taken, prefix)
-            elif example.response:
-                fault = _response_fault(recipe, source.task, example.response, room, taken)
-            else:
-                continue
-            if fault is None:
-                kept[split].append(example)
-                if split == "train":
-                    query = max(query, taken.prompt - taken.image)
-                    image = max(image, taken.image)
-            else:
-                bad[split] += 1
-                damaged |= fault.damaged
-                lines.append(f"{file}: row {row}: {fault.field}: {fault.reason}")
         if learns and not any(example.response for example in examples):
             raise DataError(
                 f"tasks[{index}].data: {config.data}: no row of split train has a response to "
                 "learn from; SFT needs demonstrations (column `response`)"
             )
-    swaps = any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms())
-    if swaps and command in ("train", "sample") and query + image + room.answer > room.context:
-        raise DataError(
-            f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
-            f"{image:,} and {query:,} tokens and sampler.max_tokens = {room.answer:,} do not fit "
-            f"in model.max_model_len = {room.context:,}; raise it, or choose another view"
-        )
-    if not lines:
+        takes = row_takes(file, examples, context)
+        for row, (example, taken) in enumerate(zip(examples, takes, strict=True)):
+            if not learns:
+                prefix = source.task.oracle_prefix(example.problem) if split == "test" else ""
+                fault = context.lack(taken, prefix)
+            elif example.response:
+                fault = _response_fault(recipe.sft, source.task, example.response, context, taken)
+            else:
+                continue
+            if fault is not None:
+                line = f"{file}: row {row}: {fault.field}: {fault.reason}"
+                bad.append((split, line, fault.damaged))
+                continue
+            kept[split].append(example)
+            if split == "train":
+                taking.append(taken)
+    if command in ("train", "sample"):
+        _ask_swapped(recipe, taking, context)
+    if not bad:
         return source
+    lines = [line for _, line, _ in bad]
     shown = lines[:SHOWN]
     if len(lines) > SHOWN:
         shown.append(f"... and {len(lines) - SHOWN:,} more")
     rows = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
     where = f"tasks[{index}].data: {rows} {config.data}"
     empty = next((split for split, examples in kept.items() if not examples), None)
-    if damaged:
-        raise DataError("\n".join([*shown, f"{where} cannot be used; mend or remove them"]))
-    if config.too_long == "error":
-        remedy = f'raise model.max_model_len, or leave them out by tasks[{index}].too_long = "drop"'
-        raise DataError("\n".join([*shown, f"{where} do not fit the policy; {remedy}"]))
-    if empty:
-        raise DataError("\n".join([*shown, f"{where} do not fit, and none of {empty} is left"]))
+    wrong = ""
+    if any(damaged for _, _, damaged in bad):
+        wrong = "cannot be used; mend or remove them"
+    elif config.too_long == "error":
+        wrong = (
+            "do not fit the policy; raise model.max_model_len, or leave them out by "
+            f'tasks[{index}].too_long = "drop"'
+        )
+    elif empty:
+        wrong = f"do not fit, and none of {empty} is left"
+    if wrong:
+        raise DataError("\n".join([*shown, f"{where} {wrong}"]))
     for line in (*shown, f"{where} do not fit the policy and are left out"):
         say(line)
-    return replace(
-        source,
-        train=tuple(kept["train"]),
-        test=tuple(kept["test"]),
-        left_out=bad,
-    )
+    left_out = Counter(split for split, _, _ in bad)
+    return replace(source, train=tuple(kept["train"]), test=tuple(kept["test"]), left_out=left_out)
+
+
+def _ask_swapped(recipe: Recipe, taking: Sequence[Taken], context: Context) -> None:
+    """Raise DataError where one row's image behind another's query would not fit."""
+    if not any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms()):
+        return
+    query = max((taken.prompt - taken.image for taken in taking), default=0)
+    image = max((taken.image for taken in taking), default=0)
+    if query + image + context.answer > context.length:
+        raise DataError(
+            f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
+            f"{image:,} and {query:,} tokens and sampler.max_tokens = {context.answer:,} do not "
+            f"fit in model.max_model_len = {context.length:,}; raise it, or choose another view"
+        )
 
 
 def _response_fault(
-    recipe: Recipe, task: Task, response: str, room: Room, taken: Taken
+    sft: SftConfig | None, task: Task, response: str, context: Context, taken: Taken
 ) -> Fault | None:
     """Why a response cannot be learnt from behind its prompt, where it cannot."""
     if taken.fault:
@@ -232,10 +242,10 @@ def _response_fault(
         defect = parsed.defects[0]
         reason = f"has defect {defect!r}; demonstrations must parse without defects"
         return Fault("response", reason, damaged=True)
-    if recipe.sft and recipe.sft.blind_share and "perception" not in parsed.spans:
+    if sft and sft.blind_share and "perception" not in parsed.spans:
         reason = "has no perception to be given (sft.blind_share)"
         return Fault("response", reason, damaged=True)
-    return room.response_lack(taken, response)
+    return context.response_lack(taken, response)
 
 
 def _ask_contract(index: int, source: ProblemSource) -> None:

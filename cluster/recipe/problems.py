@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from cluster.recipe.room import Room
+from cluster.recipe.context import Context
 from tasks.core import DataError, Problem, Task
 from tasks.datasets import Example, read_examples
 from tasks.load import load_task
@@ -30,7 +30,7 @@ class ProblemSource:
 
     `label` names the entry in tables and metrics: the task's name, with a number from the
     second entry of one task on. Stored rows fit the policy; of a task with knobs each problem is
-    held against `room` when it is drawn, and with `redraws` another takes its place. `left_out`
+    held against `context` when it is drawn, and with `redraws` another takes its place. `left_out`
     counts those that did not fit.
     """
 
@@ -40,7 +40,7 @@ class ProblemSource:
     spec: BaseModel | None
     train: tuple[Example, ...]
     test: tuple[Example, ...]
-    room: Room | None = None
+    context: Context | None = None
     redraws: bool = False
     left_out: Counter[Split] = field(default_factory=Counter)
     drawn: dict[tuple[int, int], list[Problem]] = field(
@@ -82,11 +82,15 @@ class ProblemSource:
                 )
         return cls(label, task, config.weight, None, train, test)
 
+    def rows(self, split: Split) -> tuple[Example, ...]:
+        """The stored examples of a split."""
+        return self.train if split == "train" else self.test
+
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem `index` of a split; stored rows come in an order shuffled anew each epoch."""
         if self.spec is not None:
             return self._drawn(self.spec, split, seed, index)
-        rows = self.train if split == "train" else self.test
+        rows = self.rows(split)
         epoch, place = divmod(index, len(rows))
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         return rows[int(order[place])].problem
@@ -96,7 +100,7 @@ class ProblemSource:
         stream: int | tuple[int, int] = seed
         for again in itertools.count(1):
             problem = draw_problem(self.task, spec, split, stream, index)
-            fault = self.room.lack(self.room.taken_by(problem)) if self.room else None
+            fault = self.context.lack(self.context.taken_by(problem)) if self.context else None
             if fault is None:
                 break
             if not self.redraws or again == REDRAWS:

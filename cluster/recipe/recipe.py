@@ -15,12 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
@@ -29,7 +24,7 @@ from cluster.recipe.toml_writer import table_lines
 from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
 from rewards.settings import RewardConfig
 from rollout.settings import ModelConfig, SamplerConfig, TransferConfig
-from tasks.fields import Count, Name, Section, refusal
+from tasks.fields import Count, Name, Section, refusal, refuse
 from tasks.settings import TaskConfig
 
 
@@ -85,115 +80,82 @@ class Recipe(Section):
         return tasks
 
     @model_validator(mode="after")
-    def _rewards_fit_the_advantage(self) -> Recipe:
-        if self.reward.compose == "normalize_then_sum" and self.algorithm.advantage != "grpo":
-            raise refusal(
-                f'"normalize_then_sum" normalises as GRPO does, and algorithm.advantage is '
-                f'"{self.algorithm.advantage}"; use "grpo" or "sum_then_normalize"',
-                "reward",
-                "compose",
-            )
-        if self.reward.compose == "normalize_then_sum" and self.algorithm.dynamic_sampling:
-            raise refusal(
-                '"normalize_then_sum" compares all groups of a step, and extra groups of '
-                'algorithm.dynamic_sampling are scored after the others; use "sum_then_normalize"',
-                "reward",
-                "compose",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _curriculum_has_a_choice(self) -> Recipe:
-        strategy = self.algorithm.curriculum.strategy
-        if strategy != "uniform" and len(self.tasks) < 2:
-            raise refusal(
-                f'got "{strategy}", and there is one [[tasks]] entry, so nothing to choose from; '
-                "give an entry for each difficulty",
-                "algorithm",
-                "curriculum",
-                "strategy",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _responses_fit_the_context(self) -> Recipe:
-        if self.sampler.max_tokens >= self.model.max_model_len:
-            raise refusal(
-                f"got {self.sampler.max_tokens}, which leaves no room for the prompt in "
-                f"model.max_model_len = {self.model.max_model_len}; lower it or raise that",
-                "sampler",
-                "max_tokens",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_are_trained_and_sent(self) -> Recipe:
-        if self.learner.lora and self.transfer.transport != "host":
-            raise refusal(
-                f'"{self.transfer.transport}" loads weights as they come, and with [learner.lora] '
-                'only adapters are sent; use "host", which works on GPUs of one machine too',
-                "transfer",
-                "transport",
-            )
-        if self.learner.lora and self.sft and self.sft.norm_every and self.sft.norm_of == "head":
-            raise refusal(
-                'got "head", and [learner.lora] freezes the LM head; "all" measures the adapters',
-                "sft",
-                "norm_of",
-            )
-        if self.learner.lora and self.sft and self.sft.vision_warmup_steps:
-            raise refusal(
-                f"got {self.sft.vision_warmup_steps}, and warming up changes the weights that "
-                "the adapters of [learner.lora] are of; warm up in a recipe without it first",
-                "sft",
-                "vision_warmup_steps",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _transport_has_its_gpus(self) -> Recipe:
-        if self.transfer.transport != "host" and not (self.sampler.gpus and self.learner.gpus):
-            raise refusal(
-                f'"{self.transfer.transport}" moves weights between GPUs, and sampler.gpus or '
-                'learner.gpus is 0; use "host"',
-                "transfer",
-                "transport",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _overlap_has_something_beside_it(self) -> Recipe:
-        if self.transfer.overlap and not self.algorithm.max_staleness:
-            raise refusal(
-                "got true with algorithm.max_staleness = 0, where the learner waits for samples of "
-                "the new weights and has nothing to do meanwhile; use false, or raise that",
-                "transfer",
-                "overlap",
-            )
-        if self.transfer.overlap and self.transfer.transport != "host":
-            raise refusal(
-                f'got true with transport "{self.transfer.transport}", which sends from the '
-                'learner\'s own memory while it stands still; use false, or transport "host"',
-                "transfer",
-                "overlap",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _attention_can_be_computed(self) -> Recipe:
-        if self.model.attention == "flash_attention_2" and not self.learner.gpus:
-            raise refusal(
-                '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
-                "model",
-                "attention",
-            )
-        if self.model.attention == "eager" and self.learner.layout != "padded":
-            raise refusal(
-                f'got "{self.learner.layout}", which "eager" attention cannot take; use "padded", '
-                'or model.attention = "sdpa"',
-                "learner",
-                "layout",
-            )
+    def _sections_fit_each_other(self) -> Recipe:
+        """Of what does not go together the first is told, at the field that is to be changed."""
+        model, sampler, learner, sft = self.model, self.sampler, self.learner, self.sft
+        algorithm, transfer = self.algorithm, self.transfer
+        composed = self.reward.compose == "normalize_then_sum"
+        refuse(
+            composed and algorithm.advantage != "grpo",
+            "reward.compose",
+            '"normalize_then_sum" normalises as GRPO does, and algorithm.advantage is '
+            f'"{algorithm.advantage}"; use "grpo" or "sum_then_normalize"',
+        )
+        refuse(
+            composed and algorithm.dynamic_sampling,
+            "reward.compose",
+            '"normalize_then_sum" compares all groups of a step, and extra groups of '
+            'algorithm.dynamic_sampling are scored after the others; use "sum_then_normalize"',
+        )
+        strategy = algorithm.curriculum.strategy
+        refuse(
+            strategy != "uniform" and len(self.tasks) < 2,
+            "algorithm.curriculum.strategy",
+            f'got "{strategy}", and there is one [[tasks]] entry, so nothing to choose from; '
+            "give an entry for each difficulty",
+        )
+        refuse(
+            sampler.max_tokens >= model.max_model_len,
+            "sampler.max_tokens",
+            f"got {sampler.max_tokens}, which leaves no room for the prompt in "
+            f"model.max_model_len = {model.max_model_len}; lower it or raise that",
+        )
+        refuse(
+            learner.lora and transfer.transport != "host",
+            "transfer.transport",
+            f'"{transfer.transport}" loads weights as they come, and with [learner.lora] '
+            'only adapters are sent; use "host", which works on GPUs of one machine too',
+        )
+        refuse(
+            learner.lora and sft and sft.norm_every and sft.norm_of == "head",
+            "sft.norm_of",
+            'got "head", and [learner.lora] freezes the LM head; "all" measures the adapters',
+        )
+        refuse(
+            learner.lora and sft and sft.vision_warmup_steps,
+            "sft.vision_warmup_steps",
+            f"got {sft.vision_warmup_steps if sft else 0}, and warming up changes the weights that "
+            "the adapters of [learner.lora] are of; warm up in a recipe without it first",
+        )
+        refuse(
+            transfer.transport != "host" and not (sampler.gpus and learner.gpus),
+            "transfer.transport",
+            f'"{transfer.transport}" moves weights between GPUs, and sampler.gpus or '
+            'learner.gpus is 0; use "host"',
+        )
+        refuse(
+            transfer.overlap and not algorithm.max_staleness,
+            "transfer.overlap",
+            "got true with algorithm.max_staleness = 0, where the learner waits for samples of "
+            "the new weights and has nothing to do meanwhile; use false, or raise that",
+        )
+        refuse(
+            transfer.overlap and transfer.transport != "host",
+            "transfer.overlap",
+            f'got true with transport "{transfer.transport}", which sends from the '
+            'learner\'s own memory while it stands still; use false, or transport "host"',
+        )
+        refuse(
+            model.attention == "flash_attention_2" and not learner.gpus,
+            "model.attention",
+            '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
+        )
+        refuse(
+            model.attention == "eager" and learner.layout != "padded",
+            "learner.layout",
+            f'got "{learner.layout}", which "eager" attention cannot take; use "padded", '
+            'or model.attention = "sdpa"',
+        )
         return self
 
 

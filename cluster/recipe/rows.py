@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from cluster.recipe.room import Fault, Room, Size, Taken
+from cluster.recipe.context import Context, Fault, Size, Taken
 from tasks.core import DataError
 from tasks.datasets import Example, file_hash
 from tasks.images import check_image
@@ -23,20 +23,20 @@ MANY = 2000
 """Rows from which on measuring them shows its progress."""
 
 
-def row_takes(file: Path, examples: Sequence[Example], room: Room) -> list[Taken]:
+def row_takes(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
     """What the prompt and image of each row of a split take; its file tells what was kept of it."""
-    whole = f"{MEASURING} {file_hash(file)} {room.fingerprint}"
+    whole = f"{MEASURING} {file_hash(file)} {context.fingerprint}"
     folder = _cache_folder()
     kept = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
     found = _read(kept, len(examples)) if kept else None
     if found is None:
-        found = _measured(file, examples, room)
+        found = _measured(file, examples, context)
         if kept:
             _write(kept, found)
     return found
 
 
-def _measured(file: Path, examples: Sequence[Example], room: Room) -> list[Taken]:
+def _measured(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
     sizes: list[Size | Fault] = []
     with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
         sizes.extend(
@@ -54,7 +54,7 @@ def _measured(file: Path, examples: Sequence[Example], room: Room) -> list[Taken
         for example, size in zip(examples, sizes, strict=True)
         if not isinstance(size, Fault)
     ]
-    takes = iter(room.taken(asked))
+    takes = iter(context.taken(asked))
     return [Taken(fault=size) if isinstance(size, Fault) else next(takes) for size in sizes]
 
 

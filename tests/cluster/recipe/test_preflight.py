@@ -16,10 +16,10 @@ import ray
 from PIL import Image
 from pydantic import BaseModel
 
+from cluster.recipe.context import Context, Size
 from cluster.recipe.preflight import preflight
 from cluster.recipe.problems import held_out, left_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
-from cluster.recipe.room import Room, Size
 from cluster.recipe.rows import row_takes
 from cluster.run.checkpoints import MAY_CHANGE, changed_fields
 from cluster.run.replay import run_sampling
@@ -266,7 +266,7 @@ def test_a_prompt_takes_what_the_processor_makes_of_it(
 ) -> None:
     processor = load_processor(str(tiny_models[family]))
     asked = [(f"What is here? {n}", size) for n, size in enumerate(SIZES)]
-    for (prompt, size), taken in zip(asked, Room(processor, 256, 128).taken(asked), strict=True):
+    for (prompt, size), taken in zip(asked, Context(processor, 256, 128).taken(asked), strict=True):
         said = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True
@@ -283,25 +283,25 @@ def test_rows_are_measured_once_and_again_when_data_or_processor_change(
     processor = load_processor(str(TINY_POLICY))
     file = data / "train.parquet"
     examples = list(read_examples(data, "train", check_images=False))
-    found = row_takes(file, examples, Room(processor, 256, 128))
+    found = row_takes(file, examples, Context(processor, 256, 128))
     (kept,) = cache.rglob("*.json")
     # What is kept is believed, so a mark in it shows who reads it.
     rows = json.loads(kept.read_text())
     rows[0][0] += 1000
     kept.write_text(json.dumps(rows))
-    assert row_takes(file, examples, Room(processor, 999, 9))[0].prompt == found[0].prompt + 1000
+    assert row_takes(file, examples, Context(processor, 999, 9))[0].prompt == found[0].prompt + 1000
     kept.write_text("[[")
-    assert row_takes(file, examples, Room(processor, 256, 128)) == found
+    assert row_takes(file, examples, Context(processor, 256, 128)) == found
     rows[0][0] += 1000
     kept.write_text(json.dumps(rows))
     other = load_processor(str(TINY_POLICY))
     other.chat_template += "{# another #}"
-    assert row_takes(file, examples, Room(other, 256, 128))[0].prompt < 1000
+    assert row_takes(file, examples, Context(other, 256, 128))[0].prompt < 1000
     change(data, "train", 1, image=LONG)
     changed = list(read_examples(data, "train", check_images=False))
-    assert row_takes(file, changed, Room(processor, 256, 128))[1].image > 900
+    assert row_takes(file, changed, Context(processor, 256, 128))[1].image > 900
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert len(row_takes(file, changed, Room(processor, 256, 128))) == 8
+    assert len(row_takes(file, changed, Context(processor, 256, 128))) == 8
 
 
 class WordySudoku(Sudoku):

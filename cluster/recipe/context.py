@@ -46,11 +46,11 @@ class Taken:
 
 
 @dataclass
-class Room:
-    """The context of a policy, of `context` tokens, `answer` of them left for a response."""
+class Context:
+    """The context of a policy, of `length` tokens, `answer` of them left for a response."""
 
     processor: Any
-    context: int
+    length: int
     answer: int
     _texts: dict[str, int | Fault] = field(default_factory=dict, repr=False)
     _blocks: dict[Size, int | Fault] = field(default_factory=dict, repr=False)
@@ -68,24 +68,24 @@ class Room:
         return found
 
     def lack(self, taken: Taken, prefix: str = "") -> Fault | None:
-        """Why there is no room for a response, where there is none; nor behind a forced prefix."""
+        """Why a response does not fit, where it does not; nor behind a forced prefix."""
         if taken.fault:
             return taken.fault
-        if taken.prompt + self.answer > self.context:
+        if taken.prompt + self.answer > self.length:
             return Fault(
                 "image" if 2 * taken.image > taken.prompt else "query",
                 f"{taken.prompt:,} tokens, {taken.image:,} of them of the image, and "
                 f"sampler.max_tokens = {self.answer:,} do not fit in model.max_model_len = "
-                f"{self.context:,}",
+                f"{self.length:,}",
             )
         forced = self._length("perception", prefix) if prefix else 0
         if isinstance(forced, Fault):
             return forced
-        if taken.prompt + forced >= self.context:
+        if taken.prompt + forced >= self.length:
             return Fault(
                 "perception",
                 f"{forced:,} tokens behind {taken.prompt:,} of query and image leave no room for "
-                f"an answer in model.max_model_len = {self.context:,}",
+                f"an answer in model.max_model_len = {self.length:,}",
             )
         return None
 
@@ -100,12 +100,12 @@ class Room:
         if isinstance(length, Fault):
             return length
         length += 1  # the end of turn
-        if taken.prompt + length <= self.context:
+        if taken.prompt + length <= self.length:
             return None
         return Fault(
             "response",
             f"{length:,} tokens behind {taken.prompt:,} of query and image do not fit in "
-            f"model.max_model_len = {self.context:,}",
+            f"model.max_model_len = {self.length:,}",
         )
 
     @cached_property
