@@ -100,6 +100,8 @@ class DeepSpeedLearner:
         import deepspeed
 
         if not torch.distributed.is_initialized():
+            # Of inference alone, and compiled for minutes at the first start on a machine.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=0)
         policy.train()
         self._settings, self._place, self._writer = settings, place, Writer()
