@@ -52,7 +52,7 @@ class GraphColoring(PuzzleTask):
     spec = GraphColoringSpec
     kind = "graph_coloring"
     id_separator = "\0"
-    streams = 3
+    stream_count = 3
 
     def draw(
         self, rngs: list[np.random.Generator], spec: GraphColoringSpec

@@ -23,7 +23,7 @@ class PuzzleTask(ABC):
     kind: ClassVar[str]
     """Head of the problems' ids, also of a subclass's."""
     id_separator: ClassVar[str]
-    streams: ClassVar[int]
+    stream_count: ClassVar[int]
     """Random streams a problem takes: the puzzle's, then those of its picture."""
 
     def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
@@ -39,7 +39,7 @@ class PuzzleTask(ABC):
         """The symmetry key of the puzzle, and what draws its picture (`tasks.core.DrawsLate`)."""
         if not isinstance(spec, self.spec):
             raise TypeError(f"{self.name} needs a {self.spec.__name__}, not {type(spec).__name__}")
-        return self.draw(streams(rng, self.streams), spec)
+        return self.draw(streams(rng, self.stream_count), spec)
 
     @abstractmethod
     def draw(self, rngs: list[np.random.Generator], spec: Any) -> tuple[str, Callable[[], Problem]]:

@@ -35,7 +35,7 @@ class Sudoku(PuzzleTask):
     spec: type[BaseModel] = SudokuSpec
     kind = "sudoku"
     id_separator = "\n"
-    streams = 2
+    stream_count = 2
 
     def draw(
         self, rngs: list[np.random.Generator], spec: SudokuSpec

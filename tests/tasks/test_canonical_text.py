@@ -46,7 +46,7 @@ def read(task: Task, problem: Problem, part: Part, text: str) -> tuple[Any, tupl
     return getattr(parsed, part), parsed.defects
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_harmless_white_space_and_commas_read_as_the_same(data: st.DataObject) -> None:
     task, problem = data.draw(st.sampled_from(PROBLEMS))
@@ -80,10 +80,13 @@ def test_boxes_may_stand_apart() -> None:
     assert one == two and one[0] is not None
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_other_change_is_a_defect_or_another_value(data: st.DataObject) -> None:
-    """One character added, left out or put for another never reads as what it was."""
+    """One character added, left out or put for another never reads as what it was.
+
+    If two changes in a hundred did, all of these would miss it with a chance of 0.2 %.
+    """
     task, problem = data.draw(st.sampled_from(PROBLEMS))
     part: Part = data.draw(st.sampled_from(PARTS))
     text = CANONICAL[problem.id][part]

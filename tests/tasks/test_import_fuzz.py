@@ -32,6 +32,7 @@ VALUES = [
     "x" * 5000, "data:", "data:image/png;base64,", "https://a.b/c.png", "/dev/zero", "..", "a\nb",
     [], [None], {}, {"bytes": 3}, {"path": "a.png"}, {"bytes": "", "path": None}, DEEP, [[1, 2]],
 ]  # fmt: skip
+ROWS, A_FILE = 2000, 50
 FORMS = ("struct", "path", "base64", "uri", "list", "bytes")
 
 
@@ -147,18 +148,15 @@ def shown(data: bytes) -> np.ndarray | None:
         return None
 
 
-def fuzz(
-    folder: Path, seed: int, count: int, images: list[bytes], a_file: int = 50
-) -> Counter[str]:
-    """Import `count` spoilt rows, `a_file` at a time; returns what became of them."""
-    rng, seen = np.random.default_rng(seed), Counter[str]()
-    for number in range(count // a_file):
-        home = folder / str(number)
+def test_a_spoilt_row_is_refused_or_taken_for_what_it_says(tmp_path: Path) -> None:
+    rng, seen, images = np.random.default_rng(12), Counter[str](), pictures()
+    for number in range(ROWS // A_FILE):
+        home = tmp_path / str(number)
         home.mkdir(parents=True)
         task, form = str(rng.choice(list(TRUTHS))), str(rng.choice(FORMS))
         lines = form not in ("struct", "bytes") and rng.random() < 0.8
         rows = []
-        for _ in range(a_file):
+        for _ in range(A_FILE):
             data = spoilt(images[int(rng.integers(len(images)))], rng)
             row = spoilt_row(task, data, form, rng)
             path, held = row.pop("_file")
@@ -175,7 +173,7 @@ def fuzz(
             manifest = import_rows(file, TASKS[task], home / "out", skip_bad=True)
         except DataError as error:
             assert all(len(line) < 400 for line in str(error).splitlines()), error
-            seen["file refused"] += a_file
+            seen["file refused"] += A_FILE
             continue
         reasons = [bad["reason"] for bad in manifest["skipped"]]
         assert all("\n" not in reason and 0 < len(reason) <= 300 for reason in reasons)
@@ -206,10 +204,5 @@ def fuzz(
             expected, found = shown(problem.image), np.asarray(check_image(problem.image, "x"))
             seen["taken" if expected is not None else "taken, Pillow alone fails"] += 1
             assert expected is None or np.array_equal(found, expected)
-    return seen
-
-
-def test_a_spoilt_row_is_refused_or_taken_for_what_it_says(tmp_path: Path) -> None:
-    seen = fuzz(tmp_path, seed=12, count=2000, images=pictures())
     assert seen["taken"] > 300 and seen["row refused"] > 300, seen
-    assert seen.total() >= 2000 - 50
+    assert seen.total() >= ROWS - A_FILE

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from tasks import graph_coloring, sudoku
+from tasks import graph_coloring, splits, sudoku
 from tasks.core import DataError, Problem
 from tasks.load import load_task
 from tasks.splits import SPLITS, TEST_SHARE, draw_problem, split_of
@@ -206,7 +206,8 @@ def test_a_graph_without_a_legible_layout_at_once_is_drawn_all_the_same(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_too_narrow_knobs_say_what_to_change() -> None:
+def test_too_narrow_knobs_say_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "PATIENCE", 50)
     task = load_task("graph_coloring")
     only_one = {"vertices": 2, "canvas": 64}
     with pytest.raises(DataError, match=r"no problem of the (train|test) split.*loosen them"):
