@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 STANDS_FOR = {
     "segment": "(perception|reasoning|answer|other|none)",
     "pair": "(outcome_perception|outcome_reasoning)",
+    "learner": "(learner|sft)",
     "kind": "[^/]+",
     "k": r"\d+",
 }
@@ -37,9 +38,9 @@ def _read() -> dict[str, Any]:
 
 
 def _rows(section: dict[str, Any]) -> Iterator[Metric]:
-    for part in section["parts"]:
-        for name, unit, meaning in part["metrics"]:
-            yield Metric(name, unit, meaning, part["writer"])
+    for writer, rows in section["made_by"].items():
+        for name, unit, meaning in rows:
+            yield Metric(name, unit, meaning, writer)
 
 
 def all_metrics() -> list[Metric]:

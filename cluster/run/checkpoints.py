@@ -130,27 +130,20 @@ def resume(
             f"equipoise {at.command} --resume {run}"
         )
     counted, steps = "algorithm.steps", recipe.algorithm.steps
+    over, budget = is_over(recipe.algorithm, at.step, at.spent), recipe.algorithm.budget
     if command == "sft" and recipe.sft is not None:
-        counted, steps = "sft.steps", recipe.sft.steps
+        counted, steps, budget = "sft.steps", recipe.sft.steps, None
+        over = at.step == steps
     if at.step > steps:
         raise RecipeError(
             f"--resume {run}: {counted} is {steps}, but {at.step} steps are done; set it higher"
         )
-    if command == "sft":
-        if at.step == steps and (run / "evaluation.json").exists():
-            raise UserError(
-                f"--resume {run}: all {steps} steps are done; to go on beyond, add "
-                f"--set {counted}=N"
-            )
-        return recipe, resumed
-    if is_over(recipe.algorithm, at.step, at.spent) and (run / "evaluation.json").exists():
-        budget = recipe.algorithm.budget
-        if at.step == recipe.algorithm.steps or budget is None:
-            done, more = f"all {recipe.algorithm.steps} steps are done", "algorithm.steps=N"
-        else:
+    if over and (run / "evaluation.json").exists():
+        done = f"all {steps} steps are done"
+        if at.step < steps and budget is not None:
             done = f"its budget of {budget.amount:,} {budget.kind} is spent"
-            more = "algorithm.budget.amount=N"
-        raise UserError(f"--resume {run}: {done}; to go on beyond, add --set {more}")
+            counted = "algorithm.budget.amount"
+        raise UserError(f"--resume {run}: {done}; to go on beyond, add --set {counted}=N")
     return recipe, resumed
 
 

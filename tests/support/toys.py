@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from rewards.scored import Reply, ScoredTerms
-from rewards.terms import score_group
+from rewards.compose import Composition, compose_groups
+from rewards.scored import Reply, ScoredGroup, ScoredTerms
+from rewards.terms import Outcome, Perception, score_group
 from rollout.record import Group, Rollout, SampleRequest, Sampling
 from tasks.core import Parsed, Problem, Style, Task
 
@@ -123,6 +124,21 @@ def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **field
 def score(one: Group, *terms: Any) -> ScoredTerms:
     """Score a group in this process."""
     return score_group(TASK, one, {term.name: term for term in terms})
+
+
+def scored(
+    *groups: Group, terms: Sequence[Any] = (), composition: Composition | None = None
+) -> list[ScoredGroup]:
+    """Groups scored in this process, by outcome and perception and further `terms`."""
+    found = [score(g, Outcome(), Perception(), *terms) for g in groups]
+    weights = composition or Composition({"outcome": 0.7, "perception": 0.3})
+    return compose_groups(groups, found, weights)
+
+
+def graded(answers: Sequence[bool], name: str) -> ScoredGroup:
+    """A scored group whose rollouts are right or wrong as told."""
+    made = group(3, *("3;6;" if right else "3;5;" for right in answers), name=name)
+    return scored(made, composition=Composition({"outcome": 1.0}))[0]
 
 
 class Length:

@@ -24,17 +24,16 @@ from cluster.record.tracker import Tracker
 from cluster.report.diagnose import run_diagnose
 from cluster.report.rollouts import read_shown
 from cluster.report.run_report import FLAT_SCHEMA, read_run
-from rewards.compose import Composition, compose_groups
+from rewards.compose import Composition
 from rewards.scored import ScoredGroup
-from rewards.terms import Outcome, Perception, diagnose, score_group
+from rewards.terms import Outcome, diagnose, score_group
+from rollout.record import Group
 from tasks.core import DataError
-from tests.support.toys import TASK, Length, Misbehaves, group, score
+from tests.support.toys import TASK, Length, Misbehaves, group, scored
 
 
-def scored(*groups: object, composition: Composition | None = None) -> list[ScoredGroup]:
-    weights = composition or Composition({"outcome": 0.7, "perception": 0.3})
-    found = [score(g, Outcome(), Perception(), Misbehaves("nan")) for g in groups]  # type: ignore[arg-type]
-    return compose_groups(groups, found, weights)  # type: ignore[arg-type]
+def failing(*groups: Group, composition: Composition | None = None) -> list[ScoredGroup]:
+    return scored(*groups, terms=[Misbehaves("nan")], composition=composition)
 
 
 LENIENT = Composition({"outcome": 1.0}, on_failure={"nan": "drop_group"})
@@ -46,8 +45,8 @@ def run(tmp_path: Path) -> Path:
     first = group(5, "5;10;", "4;10;bad_cell", ";;x,y", name="a")
     second = group(3, "3;6;", kind="oracle", prefix="", finish_reason="length", name="b")
     with Tracker(tmp_path / "run") as tracker:
-        tracker.log_rollouts(2, scored(first, second, group(0, "0;0;"), composition=LENIENT))
-        tracker.log_rollouts(11, scored(group(0, "0;0;", "1;2;"), composition=ZERO))
+        tracker.log_rollouts(2, failing(first, second, group(0, "0;0;"), composition=LENIENT))
+        tracker.log_rollouts(11, failing(group(0, "0;0;", "1;2;"), composition=ZERO))
     return tmp_path / "run"
 
 
@@ -68,7 +67,7 @@ def rewrite(run: Path, column: str, values: list[object] | None, type_: object =
 
 
 def test_groups_come_back_as_they_were(run: Path) -> None:
-    originals = scored(
+    originals = failing(
         group(5, "5;10;", "4;10;bad_cell", ";;x,y", name="a"),
         group(3, "3;6;", kind="oracle", prefix="", finish_reason="length", name="b"),
         group(0, "0;0;"),
@@ -188,7 +187,7 @@ def test_the_rollouts_that_output_asks_for_stay_with_their_images(
         for step in range(1, 9):
             # The picture of 0 is in every step, each other in one.
             tracker.log_rollouts(
-                step, scored(group(step, *texts), group(0, *texts), composition=ZERO)
+                step, failing(group(step, *texts), group(0, *texts), composition=ZERO)
             )
             tracker.log(step, {"group/count": 2.0})
     assert stored_steps(tmp_path) == [1, 6, 8]
@@ -208,7 +207,7 @@ def test_rollouts_without_token_arrays_are_shown_and_diagnosed_but_not_scored_ag
     tmp_path: Path,
 ) -> None:
     with Tracker(tmp_path, output=OutputConfig(rollout_tokens=False)) as tracker:
-        tracker.log_rollouts(1, scored(group(1, "1;2;", "1;3;"), composition=ZERO))
+        tracker.log_rollouts(1, failing(group(1, "1;2;", "1;3;"), composition=ZERO))
     assert read_rollouts(tmp_path, 1)["logprobs"].null_count == 2
     (found,) = read_scores(tmp_path, 1)
     assert found.totals.tolist() == [1.0, 0.0]

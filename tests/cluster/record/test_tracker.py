@@ -20,15 +20,8 @@ from cluster.record.terminal import Progress, printable
 from cluster.record.tracker import Tracker
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.compose import Composition, compose_groups
-from rewards.scored import ScoredGroup
-from rewards.terms import Outcome, Perception
-from tests.support.toys import group, score
-
-
-def scored(*groups: object) -> list[ScoredGroup]:
-    composition = Composition({"outcome": 0.7, "perception": 0.3})
-    found = [score(g, Outcome(), Perception()) for g in groups]  # type: ignore[arg-type]
-    return compose_groups(groups, found, composition)  # type: ignore[arg-type]
+from rewards.terms import Perception
+from tests.support.toys import group, score, scored
 
 
 def values(run: Path) -> dict[tuple[int, str], float]:

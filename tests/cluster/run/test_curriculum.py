@@ -16,7 +16,8 @@ from cluster.recipe.recipe import Recipe, RecipeError, UserError
 from cluster.recipe.strategies import Entry, SuccessBand, Uniform, make_strategy
 from cluster.run.checkpoints import Position
 from cluster.run.curriculum import Curriculum
-from tests.cluster.run.test_train import scored, two_tasks
+from tests.cluster.run.test_train import two_tasks
+from tests.support.toys import graded
 
 BAND = ("algorithm.problems_per_step=6", "algorithm.curriculum.strategy=success_band")
 
@@ -74,7 +75,7 @@ def practise(
         answers = [(rng.random(2) < rates[place]).tolist() for place in places]
         drawn.append(places)
         told = curriculum.metrics()
-        found = [scored(a, f"{step}-{i}") for i, a in enumerate(answers)]
+        found = [graded(a, f"{step}-{i}") for i, a in enumerate(answers)]
         assert curriculum.observe(step, found) == told
     return drawn
 
@@ -112,7 +113,7 @@ def test_without_a_strategy_the_problems_are_the_recipes() -> None:
     for step in (1, 2, 3):
         plain = step_problems(sources, recipe.seed, step - 1, 5)
         assert step_problems(curriculum.sources(), recipe.seed, step - 1, 5) == plain
-        curriculum.observe(step, [scored([True, False], str(i)) for i in range(5)])
+        curriculum.observe(step, [graded([True, False], str(i)) for i in range(5)])
 
 
 def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe) -> None:

@@ -34,9 +34,8 @@ from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception
 from rollout.record import Group, SampleRequest
 from rollout.transfer import TransferReport
-from tests.cluster.run.test_train import scored
 from tests.support.recipes import TOY, made_recipe
-from tests.support.toys import group, score
+from tests.support.toys import graded, group, score
 
 SEGMENTS = ("perception", "reasoning", "answer", "other")
 
@@ -253,7 +252,7 @@ def test_fine_tuning_that_was_stopped_goes_on(
         'sft={steps = 8, balance = "ngdiff", norm_every = 2}',
         tasks=TOY,
     )
-    (batch,) = train_batches(recipe, [scored([True, False], "a")])
+    (batch,) = train_batches(recipe, [graded([True, False], "a")])
     begun: list[int] = []
 
     def demonstrations(*_: Any) -> Iterator[Any]:

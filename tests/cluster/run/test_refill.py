@@ -21,8 +21,8 @@ from cluster.run.stream import free_requests
 from cluster.run.train import train_batches
 from rewards.scored import ScoredGroup
 from rollout.record import Group, SampleRequest
-from tests.cluster.run.test_train import scored, two_tasks
-from tests.support.toys import group
+from tests.cluster.run.test_train import two_tasks
+from tests.support.toys import graded, group
 
 REFILL = "algorithm.dynamic_sampling={max_rounds=3, max_groups=7}"
 
@@ -32,7 +32,7 @@ def recipe() -> Recipe:
     return two_tasks(REFILL)
 
 
-USEFUL, USELESS = scored([True, False], "useful"), scored([True, True], "useless")
+USEFUL, USELESS = graded([True, False], "useful"), graded([True, True], "useless")
 
 
 @given(
@@ -102,7 +102,7 @@ def test_a_step_learns_from_its_extra_groups_and_counts_them(recipe: Recipe) -> 
     def score(groups: Sequence[Group], share: float) -> tuple[list[ScoredGroup], dict[str, float]]:
         assert share == 0.25
         counts = {"reward/worker_restarts": float(len(asked))}
-        return [scored([True, len(asked) > 2], g.group_id) for g in groups], counts
+        return [graded([True, len(asked) > 2], g.group_id) for g in groups], counts
 
     run: Any = SimpleNamespace(
         recipe=wanted,

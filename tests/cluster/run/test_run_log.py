@@ -17,8 +17,8 @@ from cluster.record.stored import read_metrics, stored_steps
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Position, Resumed
 from cluster.run.run_log import RunLog, StepLog, run_log
-from tests.cluster.run.test_train import scored
 from tests.support.recipes import made_recipe
+from tests.support.toys import graded
 
 
 class Learner:
@@ -63,7 +63,7 @@ def steps_of(log: RunLog, learner: Learner, stop_in: int = 0) -> list[int]:
             step.part("learn", None)
             if step.number == stop_in:
                 os.kill(os.getpid(), signal.SIGTERM)
-            log.end(step, [scored([True, False], "a")], updates=1)
+            log.end(step, [graded([True, False], "a")], updates=1)
             due += [step.number] if log.is_due(2) else []
             log.save_if_due(learner, lambda: {"curriculum": {"x": [0.5, 1.0]}})  # type: ignore[arg-type]
     return due

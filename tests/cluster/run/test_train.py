@@ -35,14 +35,11 @@ from learner.batch import TrainBatch
 from learner.correction import Correction
 from learner.loss_settings import CorrectionConfig
 from learner.policy_loss import Papo, PolicyLoss
-from rewards.compose import Composition, compose_groups
-from rewards.scored import ScoredGroup
 from rewards.settings import RewardTermConfig
-from rewards.terms import load_term
 from tasks.core import DataError
 from tasks.splits import split_of
 from tests.support.recipes import GRAPH, SUDOKU, made_recipe
-from tests.support.toys import group, score
+from tests.support.toys import graded
 
 
 def two_tasks(*overrides: str) -> Recipe:
@@ -54,15 +51,6 @@ def two_tasks(*overrides: str) -> Recipe:
 @pytest.fixture
 def recipe() -> Recipe:
     return two_tasks()
-
-
-def scored(answers: list[bool], name: str) -> ScoredGroup:
-    """A scored group of the toy task whose rollouts are right or wrong as told."""
-    made = group(3, *("3;6;" if right else "3;5;" for right in answers), name=name)
-    (found,) = compose_groups(
-        [made], [score(made, load_term("outcome"))], Composition({"outcome": 1.0})
-    )
-    return found
 
 
 def test_the_loss_is_what_the_recipe_names(recipe: Recipe) -> None:
@@ -92,33 +80,33 @@ def test_the_loss_is_what_the_recipe_names(recipe: Recipe) -> None:
 
 
 def test_groups_without_a_gradient_are_left_out(recipe: Recipe) -> None:
-    groups = [scored([True, False], "a"), scored([True, True], "b"), scored([False, True], "c")]
+    groups = [graded([True, False], "a"), graded([True, True], "b"), graded([False, True], "c")]
     (batch,) = train_batches(recipe, groups)
     assert len(batch.sequences) == 4
     advantages = [float(s.advantages[0]) for s in batch.sequences]
     assert advantages == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert train_batches(recipe, [scored([True, True], "b")]) == []
+    assert train_batches(recipe, [graded([True, True], "b")]) == []
 
 
 def test_zero_variance_groups_count_as_tokens_where_the_recipe_keeps_them(recipe: Recipe) -> None:
     algorithm = recipe.algorithm.model_copy(update={"drop_zero_variance": False})
     kept = recipe.model_copy(update={"algorithm": algorithm})
-    groups = [scored([True, False], "a"), scored([True, True], "b")]
+    groups = [graded([True, False], "a"), graded([True, True], "b")]
     (batch,) = train_batches(kept, groups)
     assert len(batch.sequences) == 4
     assert all((s.advantages == 0).all() for s in batch.sequences[2:])
 
 
 def test_dropped_groups_never_reach_the_learner(recipe: Recipe) -> None:
-    bad = replace(scored([True, False], "a"), dropped=True)
-    (batch,) = train_batches(recipe, [bad, scored([True, False], "b")])
+    bad = replace(graded([True, False], "a"), dropped=True)
+    (batch,) = train_batches(recipe, [bad, graded([True, False], "b")])
     assert len(batch.sequences) == 2
 
 
 def test_minibatches_hold_whole_groups_and_every_group_once(recipe: Recipe) -> None:
     algorithm = recipe.algorithm.model_copy(update={"updates_per_step": 2})
     split = recipe.model_copy(update={"algorithm": algorithm})
-    groups = [scored([True, False, False], name) for name in "abcde"]
+    groups = [graded([True, False, False], name) for name in "abcde"]
     batches = train_batches(split, groups)
     assert [len(b.sequences) for b in batches] == [9, 6]
     for batch in batches:
@@ -157,7 +145,7 @@ def test_later_minibatches_get_the_log_probs_that_the_step_begins_with(recipe: R
     corrected = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update=update)})
     assert policy_loss(corrected).correction == Correction("icepop", 5.0, 0.5)
     assert policy_loss(recipe).correction is None
-    groups = [scored([True, False, False], name) for name in "abcde"]
+    groups = [graded([True, False, False], name) for name in "abcde"]
     batches = train_batches(corrected, groups)
     learner: Any = FixedLearner()
     found = anchored(corrected, batches, learner)
