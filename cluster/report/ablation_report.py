@@ -272,34 +272,31 @@ def build_ablation(record: AblationRecord) -> Document:
 
 def ablation_to_parquet(summary: Summary) -> pa.Table:
     """Every estimate of a summary as one flat table (`ABLATION_SCHEMA`)."""
-    return pa.Table.from_pylist(list(_flat_rows(summary)), schema=ABLATION_SCHEMA)
+    names = ABLATION_SCHEMA.names
+    rows = [{name: row.get(name) for name in names} for row in _flat_rows(summary)]
+    return pa.Table.from_pylist(rows, schema=ABLATION_SCHEMA)
 
 
 def _flat_rows(summary: Summary) -> Iterator[dict[str, Any]]:
     def row(kind: str, of: Any, estimate: Estimate, **more: Any) -> dict[str, Any]:
-        found = {"kind": kind, "difficulty": of.difficulty, "arm": of.arm}
-        found |= {name: getattr(estimate, name) for name in ("value", "low", "high", "p")}
-        return found | {"seeds": estimate.seeds, "problems": estimate.problems} | more
+        return {"kind": kind} | vars(of) | vars(estimate) | more
 
     for v in summary.levels:
         for when in ("before", "after", "change"):
-            yield row("level", v, getattr(v, when), task=v.task, metric=v.metric, when=when)
+            yield row("level", v, getattr(v, when), when=when)
     for c in summary.comparisons:
-        yield row("difference", c, c.difference, task=c.task, metric=c.metric, p_holm=c.p_holm,
-                  when="after")  # fmt: skip
+        yield row("difference", c, c.difference, when="after")
     for a in summary.asymmetries:
-        yield row("asymmetry", a, a.index, task=a.task, step=a.step)
+        yield row("asymmetry", a, a.index)
     for k in summary.couplings:
         yield row("coupling", k, k.correlation, metric=k.of, when=k.phase)
     for curve in summary.curves:
         for step, point in zip(curve.steps, curve.points, strict=True):
-            yield row("curve", curve, point, metric=curve.metric, step=step)
-        yield row("mean level", curve, curve.mean_level, metric=curve.metric)
+            yield row("curve", curve, point, step=step)
+        yield row("mean level", curve, curve.mean_level)
     for cost in summary.costs:
-        yield {
-            "kind": "cost", "difficulty": cost.difficulty, "arm": cost.arm, "metric": cost.unit,
-            "value": cost.reach.median, "seeds": cost.reach.seeds,
-        }  # fmt: skip
+        reached = {"value": cost.reach.median, "seeds": cost.reach.seeds}
+        yield {"kind": "cost"} | vars(cost) | {"metric": cost.unit} | reached
     for share in summary.shares:
         yield row("share", share, share.share, metric=share.of)
 

@@ -7,21 +7,17 @@ perception from a wrong one, and whether a reward rose while perception fell.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from cluster.recipe.recipe import UserError
 from cluster.record.stored import StoredScores, not_kept, read_groups, read_scores, stored_steps
-from cluster.record.terminal import printable
+from cluster.record.table import Table
 from rewards.coupling import Correlations, coupling, independent_reference
 from rewards.hacking import Drift, drift, thirds
 from rewards.intervals import RESAMPLES, Interval
@@ -89,43 +85,6 @@ class TaskReport:
     drifts: Mapping[str, Drift | None]
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table before it is drawn: plain text in every cell."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def to_rich(self) -> Table:
-        """For a terminal; markup and control codes in names are inert."""
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            title=escape(printable(self.title)),
-            caption=escape(self.note) or None,
-            title_justify="left",
-            caption_justify="left",
-        )
-        for index, heading in enumerate(self.columns):
-            table.add_column(heading, justify="right" if index else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*[escape(printable(cell)) for cell in row])
-        return table
-
-    def to_markdown(self) -> str:
-        """For a document; a name cannot end its cell or become markup."""
-        lines = [
-            f"### {_inert(self.title)}",
-            "",
-            "| " + " | ".join(self.columns) + " |",
-            "|---" + "|---:" * (len(self.columns) - 1) + "|",
-            *("| " + " | ".join(_inert(cell) for cell in row) + " |" for row in self.rows),
-        ]
-        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
-
-
 def run_diagnose(
     run: Path, rescore: Sequence[str] = (), as_json: bool = False, as_markdown: bool = False
 ) -> list[TaskReport]:
@@ -142,7 +101,7 @@ def run_diagnose(
         return reports
     found = [sheet for report in reports for sheet in sheets(report)]
     if as_markdown:
-        print("\n".join(sheet.to_markdown() for sheet in found))
+        print("\n\n".join(sheet.to_markdown() for sheet in found))
         return reports
     wide = Console()
     # A log file has no width; its tables should not be squeezed into 80 columns.
@@ -210,7 +169,7 @@ def task_reports(scores: Sequence[StoredScores]) -> list[TaskReport]:
     ]
 
 
-def sheets(report: TaskReport) -> list[Sheet]:
+def sheets(report: TaskReport) -> list[Table]:
     """The tables of one task."""
     return [_coupling_sheet(report), *_term_sheets(report), _drift_sheet(report)]
 
@@ -296,7 +255,7 @@ def _drift(judged: Sequence[Judged]) -> Drift | None:
     )
 
 
-def _coupling_sheet(report: TaskReport) -> Sheet:
+def _coupling_sheet(report: TaskReport) -> Table:
     rows = []
     for phase in report.phases:
         head = (
@@ -319,7 +278,7 @@ def _coupling_sheet(report: TaskReport) -> Sheet:
                 )
             )
     undiagnosed = report.phases[0].undiagnosed
-    return Sheet(
+    return Table(
         f"{report.task}: what the outcome is coupled with",
         (
             *("phase", "steps", "groups", "a", "a_p", "q", "leak", "outcome with", "pooled"),
@@ -335,7 +294,7 @@ def _coupling_sheet(report: TaskReport) -> Sheet:
     )
 
 
-def _term_sheets(report: TaskReport) -> list[Sheet]:
+def _term_sheets(report: TaskReport) -> list[Table]:
     whole = report.phases[0]
     table, phased, bins = [], [], []
     for name, term in whole.terms.items():
@@ -361,7 +320,7 @@ def _term_sheets(report: TaskReport) -> list[Sheet]:
             value = f"{b.low:.3g}" if b.low == b.high else f"{b.low:.3g} to {b.high:.3g}"
             bins.append(("" if place else name, value, str(b.n), _number(b.mean), _interval(b.a_p)))
     result = [
-        Sheet(
+        Table(
             f"{report.task}: can a term tell who saw right? Against true a_p, all steps",
             (
                 *("term", "n", "mean", "pooled", "within group", "AUC", "AUC within", "Brier"),
@@ -375,14 +334,14 @@ def _term_sheets(report: TaskReport) -> list[Sheet]:
     if len(report.phases) > 1:
         headings = ("term", "figure", *(p.phase for p in report.phases[1:]))
         title = f"{report.task}: the same by phase of training"
-        result.append(Sheet(title, headings, tuple(phased)))
+        result.append(Table(title, headings, tuple(phased)))
     headings = ("term", "value", "n", "mean value", "a_p")
     title = f"{report.task}: calibration, all steps"
     note = "Wilson's intervals at the effective sample size that rollouts of one puzzle leave."
-    return [*result, Sheet(title, headings, tuple(bins), note)]
+    return [*result, Table(title, headings, tuple(bins), note)]
 
 
-def _drift_sheet(report: TaskReport) -> Sheet:
+def _drift_sheet(report: TaskReport) -> Table:
     rows = [
         (name, "-", "-", "too few steps")
         if found is None
@@ -394,7 +353,7 @@ def _drift_sheet(report: TaskReport) -> Sheet:
         )
         for name, found in report.drifts.items()
     ]
-    return Sheet(
+    return Table(
         f"{report.task}: from the first to the last third of the steps",
         ("term", "change of its mean", "change of a_p", "reward hacking"),
         tuple(rows),
@@ -413,11 +372,3 @@ def _interval(found: Interval, signed: bool = False) -> str:
     if found.low is None or found.high is None:
         return f"{found.value:{form}} [too few]"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
-
-
-def _inert(text: str) -> str:
-    """Text that Markdown shows as it is; intervals are harmless and stay readable."""
-    if re.fullmatch(r"[-+.,\d\[\] ]+", text):
-        return text
-    line = printable(text).replace("\n", " ")
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&~$" else c for c in line)

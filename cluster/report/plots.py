@@ -107,12 +107,13 @@ class Chart:
     def _told(self, line: Line) -> str:
         x, y = line.x, line.y
         if self.kind == "rows":
-            ends = line.x_range or tuple((v, v) for v in x)
-            shown = zip(x, ends, strict=True)
+            shown = zip(x, line.x_range, strict=True)
             said = " to ".join(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in shown)
             return f"{line.label} {said}"
         if self.kind == "plane":
-            places = (f"({x[i]:.3f}, {y[i]:.3f})" for i in ((0, -1) if len(x) > 1 else (0,)))
+            see, think = (name.partition(",")[0] for name in (self.x_label, self.y_label))
+            ends = (0, -1) if len(x) > 1 else (0,)
+            places = (f"{see} {x[i]:.3f}, {think} {y[i]:.3f}" for i in ends)
             return f"{line.label}: {' to '.join(places)}"
         if len(x) < 8 and not self.whole_x:
             at = (f"{v:.3f} at {self.x_label} {k:g}" for k, v in zip(x, y, strict=True))

@@ -119,6 +119,16 @@ def data(found: Page) -> dict[str, Any]:
     return loaded
 
 
+def assert_described(found: Page, more_than: int) -> None:
+    """Every picture has words, more than so many have, and no two ids are equal."""
+    ids = [a["id"] for _, a in found.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    pictures = [a for _, a in found.tags if a.get("role") == "img"]
+    assert len(pictures) > more_than
+    assert all(a["aria-describedby"] in ids and a["aria-labelledby"] in ids for a in pictures)
+    assert all(a.get("aria-hidden") == "true" for tag, a in found.tags if tag == "svg")
+
+
 def assert_inert(found: Page, html: str) -> None:
     """Two scripts, both ours and the only ones the page's policy allows; no handler, no address."""
     assert [a.get("type") for t, a in found.tags if t == "script"] == ["application/json", None]

@@ -7,12 +7,19 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.ablation.grid import Ablation, Cell, load_ablation
-from cluster.ablation.results import RESULT_SCHEMA, Results, aligned, collect, summarise
+from cluster.ablation.results import (
+    RESULT_SCHEMA,
+    Results,
+    aligned,
+    as_results,
+    collect,
+    pilot_differences,
+    summarise,
+)
 from cluster.ablation.statistics import crossed_interval, paired_test
 from cluster.report.ablation_report import build_ablation, read_ablation, write_results
 from tests.support.recipes import recipe_text
@@ -148,12 +155,7 @@ def test_evaluations_on_the_way_give_the_index_over_training() -> None:
                     rows += [
                         ("c", "x", "", seed, step, "sudoku", metric, p, value, p) for p in "pq"
                     ]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    table = pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)],
-        schema=RESULT_SCHEMA,
-    )
-    found = summarise(table, "?", ["x"], None)
+    found = summarise(as_results(rows), "?", ["x"], None)
     assert [(v.step, round(v.index.value, 6)) for v in found.asymmetries] == [
         (10, 0.16),
         (20, 0.02),
@@ -168,12 +170,7 @@ def test_several_tasks_are_also_taken_together() -> None:
         for task, value in (("sudoku", 1.0), ("graph_coloring", 0.0))
         for p in ("same-id", "other")
     ]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    table = pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)],
-        schema=RESULT_SCHEMA,
-    )
-    levels = {v.task: v.after for v in summarise(table, "?", ["x"], None).levels}
+    levels = {v.task: v.after for v in summarise(as_results(rows), "?", ["x"], None).levels}
     assert (levels["all tasks"].value, levels["all tasks"].problems) == (0.5, 4)
     assert (levels["sudoku"].value, levels["sudoku"].problems) == (1.0, 2)
 
@@ -184,6 +181,27 @@ def test_only_shared_seeds_and_problems_are_compared() -> None:
     arrays, _ = aligned(ours, theirs)
     assert [a.tolist() for a in arrays] == [[[1.0]], [[0.5]]]
     assert all(a.size == 0 for a in aligned(ours, {})[0])
+
+
+def test_a_pilots_differences_are_by_puzzle_and_from_its_first_arm() -> None:
+    values = {"first": (0.0, 0.0, 1.0), "second": (1.0, 0.0, 1.0)}
+    rows = [
+        ("c", arm, "", seed, 5, "sudoku", "a", problem, value, puzzle)
+        for arm, right in values.items()
+        for seed in (1, 2)
+        for problem, puzzle, value in zip("pqr", "kkl", right, strict=True)
+    ]
+    table = as_results(rows)
+    found, share = pilot_differences(table, ["first", "second"])
+    assert set(found) == {"second"} and share == 2 / 3
+    (differences,) = found["second"]
+    assert differences.shape == (2, 2) and differences.mean() == pytest.approx(1 / 3)
+    turned, _ = pilot_differences(table, ["second", "first"])
+    assert turned["first"][0] == pytest.approx(-differences)
+    # Where the reference has not finished, no other arm takes its place.
+    assert pilot_differences(table, ["gone", "first", "second"]) == ({}, 0)
+    alone = [(*row[:-1], row[7]) for row in rows]
+    assert pilot_differences(as_results(alone), ["first", "second"])[1] == 1
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -221,20 +239,3 @@ def _leaves(value: object) -> list[object]:
     if isinstance(value, list):
         return [leaf for below in value for leaf in _leaves(below)]
     return [value]
-
-
-def test_one_seed_says_so_and_nothing_finished_is_no_error(
-    grid: tuple[Ablation, Path], tmp_path: Path
-) -> None:
-    ablation, _ = grid
-    (tmp_path / "ablation.json").write_text(json.dumps(ablation.identity()))
-    nothing = printed(tmp_path)
-    assert "0 of 12 cells finished" in nothing and "so nothing is compared" in nothing
-    for cell in ablation.cells[:3]:
-        finish(tmp_path, cell)
-    failed = tmp_path / "cells" / ablation.cells[3].id
-    failed.mkdir(parents=True)
-    (failed / "failure.json").write_text(json.dumps({"error": "exit code 1: <b>boom | bang</b>"}))
-    one = printed(tmp_path)
-    assert "one seed only, so this says nothing about other seeds" in one
-    assert f"! {ablation.cells[3].id} failed: exit code 1" in one

@@ -27,7 +27,6 @@ from cluster.report.ablation_report import (
 )
 from cluster.report.ablation_words import learnt_words
 from cluster.report.charts import CELLS
-from cluster.report.plots import Chart, Line, to_svg
 from cluster.report.rollouts import MOST_OF_AN_ARM
 from cluster.report.run_report import run_report
 from cluster.report.words import show
@@ -37,6 +36,7 @@ from tests.support.recipes import GRAPH, SUDOKU, recipe_text
 from tests.support.report_pages import (
     HOSTILE,
     Page,
+    assert_described,
     assert_inert,
     data,
     four_cells,
@@ -170,11 +170,7 @@ def test_the_page_is_inert_small_and_whole(html: str) -> None:
     assert "secret" not in found.text
     texts = {"".join(text for _, text in r["pieces"]) for r in data(found)["rollouts"]}
     assert set(HOSTILE[:-1]) <= texts
-    ids = [a["id"] for _, a in found.tags if "id" in a]
-    assert len(ids) == len(set(ids))
-    pictures = [a for _, a in found.tags if a.get("role") == "img"]
-    assert len(pictures) > 10
-    assert all(a["aria-describedby"] in ids and a["aria-labelledby"] in ids for a in pictures)
+    assert_described(found, more_than=10)
 
 
 def test_the_summary_says_who_won_and_how_sure_in_the_summarys_numbers(
@@ -387,11 +383,3 @@ def test_words_follow_the_intervals(grid: Path) -> None:
     said = learnt_words("same", {"a_r": same["a_r"]}, None)
     assert said == f"same learnt nothing that is beyond chance (Δa_r {show(change, '+')})."
     assert learnt_words("same", {}, None) == ""
-
-
-def test_new_drawings_name_roles_and_no_colours() -> None:
-    line = Line("$x <b>", (0.3,), (0.5,), "c1", x_range=((0.2, 0.4),), y_range=((0.4, 0.6),))
-    for kind, joined in (("rows", False), ("plane", True), ("plane", False), ("lines", False)):
-        svg = to_svg(Chart("c", "t", "", (line,), kind, close=True, joined=joined))  # type: ignore[arg-type]
-        assert "var(--c1)" in svg
-        assert not re.search(r"#0102|http|<script|<!--|<b>", svg)
