@@ -16,7 +16,9 @@ from cluster.ablation.launch import (
     slots_for,
 )
 from cluster.ablation.progress import GridProgress, cost_table
-from cluster.recipe.placement import Machine, plan, trained_of
+from cluster.recipe.hardware import Machine
+from cluster.recipe.memory import trained_of
+from cluster.recipe.placement import plan
 from cluster.recipe.preflight import preflight
 from cluster.recipe.recipe import UserError
 from rollout.tokens import ModelError
@@ -71,7 +73,7 @@ def ablate_to_the_end(
     machine = Machine.detect()
     for cell in ablation.cells:
         try:
-            trained_of(cell.recipe)
+            trained_of(cell.recipe.model.path, cell.recipe.learner)
         except ModelError as error:
             raise UserError(f"{ablation.name}: cell {cell.id}: {error}") from error
     slots = ablation.config.parallel if address else slots_for(ablation, machine)

@@ -422,8 +422,9 @@ def _ready(
     RecipeError, which names `source`, where it names parts that the policy does not have, and what
     `glance` and `require_free` raise.
     """
+    from cluster.recipe.hardware import Machine
     from cluster.recipe.machine import require_free
-    from cluster.recipe.placement import Machine, describe, plan
+    from cluster.recipe.placement import describe, plan
     from cluster.recipe.preflight import glance, preflight
     from cluster.recipe.recipe import RecipeError, resolved_toml
     from rollout.models import ModelError

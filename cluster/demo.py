@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.recipe.placement import Machine, plan
+from cluster.recipe.hardware import Machine
+from cluster.recipe.placement import plan
 from cluster.recipe.recipe import UserError, load_recipe
 from cluster.report.run_report import draw_report
 from cluster.run.train import run_training

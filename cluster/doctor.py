@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.names import other_than_ours
+from cluster.recipe.hardware import GIB, Machine
 from cluster.recipe.machine import can_write, settle_environment
-from cluster.recipe.placement import GIB, Machine
 from cluster.recipe.recipe import UserError
 from rollout.starting import last_error
 

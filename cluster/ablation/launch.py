@@ -41,7 +41,8 @@ from cluster.ablation.cells import (
 from cluster.ablation.grid import Ablation, Cell, changes
 from cluster.ablation.progress import GridProgress
 from cluster.ablation.settings import CellCommand
-from cluster.recipe.placement import Machine, plan
+from cluster.recipe.hardware import Machine
+from cluster.recipe.placement import plan
 from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
 from tasks.files import put_text
 

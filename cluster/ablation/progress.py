@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.ablation.grid import Ablation, Cell
-from cluster.recipe.placement import Machine, plan
+from cluster.recipe.hardware import Machine
+from cluster.recipe.placement import plan
 from cluster.record import table as tables
 from cluster.record.terminal import printable
 

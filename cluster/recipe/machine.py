@@ -20,7 +20,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.recipe.placement import GIB, Command, gib, learner_memory, policy_size, trained_of
+from cluster.recipe.hardware import GIB, gib
+from cluster.recipe.memory import learner_memory, policy_size, trained_of, width
+from cluster.recipe.placement import Command
 from cluster.recipe.recipe import Recipe, UserError
 from learner.checkpoint import checkpoint_folders
 
@@ -145,13 +147,13 @@ def disk_needed(recipe: Recipe, command: Command, folder: Path) -> dict[str, int
     if size is None or command not in ("train", "sft", "replay"):
         return {}
     steps = recipe.sft.steps if command == "sft" and recipe.sft else recipe.algorithm.steps
-    weights = size.parameters * (4 if recipe.model.dtype == "float32" else 2)
+    weights = size.parameters * width(recipe.model)
     found = {"the policy": weights}
     every = recipe.checkpoint.every
     if every and command != "replay":
-        learner = recipe.learner.model_copy(update={"ranks": 1})
-        whole = recipe.model_copy(update={"learner": learner})
-        state = learner_memory(whole, size, trained_of(recipe))["optimizer"]
+        whole = recipe.learner.model_copy(update={"ranks": 1})
+        trained = trained_of(recipe.model.path, recipe.learner)
+        state = learner_memory(recipe.model, whole, size, trained)["optimizer"]
         written = min(recipe.checkpoint.keep + 1, -(-steps // every))
         count = max(1, written - len(checkpoint_folders(folder)))
         found[f"{count} training checkpoints"] = count * (weights + state)
@@ -164,10 +166,9 @@ def shared_needed(recipe: Recipe, command: Command) -> int:
     sends = command == "train" or (command == "sft" and recipe.eval.every)
     if size is None or not sends or recipe.transfer.transport != "host" or recipe.learner.lora:
         return 0
-    width = 4 if recipe.model.dtype == "float32" else 2
-    group = width * size.hidden * max(size.vocabulary, 16 * size.hidden)
+    group = width(recipe.model) * size.hidden * max(size.vocabulary, 16 * size.hidden)
     bucket = int(recipe.transfer.bucket_mib * 2**20)
-    return min(2 * max(group, bucket), width * size.parameters)
+    return min(2 * max(group, bucket), width(recipe.model) * size.parameters)
 
 
 # --- home and temporary files ------------------------------------------------------------------

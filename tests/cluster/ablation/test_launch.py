@@ -27,7 +27,7 @@ from cluster.ablation.cells import (
 from cluster.ablation.grid import load_ablation
 from cluster.ablation.launch import MARK, Runner, slots_for
 from cluster.ablation.progress import cost_table
-from cluster.recipe.placement import Machine
+from cluster.recipe.hardware import Machine
 from cluster.recipe.recipe import UserError
 from cluster.report.ablation_report import read_ablation
 from tests.support.ray_heads import RAY, environment, ray_head

@@ -24,7 +24,8 @@ from cluster.ablation.launch import program
 from cluster.ablation.progress import cost_table
 from cluster.ablation.statistics import seed_interval
 from cluster.ablation.summary import SHARES
-from cluster.recipe.placement import Machine, plan
+from cluster.recipe.hardware import Machine
+from cluster.recipe.placement import plan
 from cluster.recipe.recipe import RecipeError
 from cluster.record.folder import DEMONSTRATION_SCHEMA
 from cluster.record.tracker import Tracker

@@ -14,7 +14,8 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.recipe.placement import Machine, PlacementError, plan
+from cluster.recipe.hardware import Machine
+from cluster.recipe.placement import PlacementError, plan
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe
 from cluster.run.sft import run_sft

@@ -15,18 +15,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.recipe.placement import (
-    GIB,
-    Gpu,
-    Machine,
-    PlacementError,
-    PolicySize,
-    describe,
-    learner_memory,
-    plan,
-    policy_size,
-)
-from cluster.recipe.recipe import Recipe, RecipeError, load_recipe
+from cluster.recipe.hardware import GIB, Gpu, Machine
+from cluster.recipe.memory import PolicySize, learner_memory, policy_size
+from cluster.recipe.placement import PlacementError, describe, plan
+from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
 from learner.outline import Trained
 from learner.policy import load_policy
 from tests.learner.test_policy import peak_bytes
@@ -43,6 +35,10 @@ def tiny(*overrides: str) -> Recipe:
 
 def gpu(*overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes/gpu/qwen3_vl_4b_sudoku.toml", overrides)
+
+
+def memory_of(recipe: Recipe, size: PolicySize, trained: Trained | None = None) -> dict[str, int]:
+    return learner_memory(recipe.model, recipe.learner, size, trained)
 
 
 def test_the_tiny_recipe_fills_two_cores_and_no_more() -> None:
@@ -93,15 +89,15 @@ def test_sft_places_the_learner_alone() -> None:
     ],
 )
 def test_each_zero_stage_divides_one_more_part(stage: int, shared: set[str]) -> None:
-    one = learner_memory(tiny(f"learner.zero_stage={stage}"), SIZE)
-    four = learner_memory(tiny(f"learner.zero_stage={stage}", "learner.ranks=4"), SIZE)
+    one = memory_of(tiny(f"learner.zero_stage={stage}"), SIZE)
+    four = memory_of(tiny(f"learner.zero_stage={stage}", "learner.ranks=4"), SIZE)
     for part, total in one.items():
         whole = -(-total // 4) if part in shared else total
         assert four[part] == whole, part
 
 
 def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
-    parts = learner_memory(tiny("model.dtype=bfloat16"), SIZE)
+    parts = memory_of(tiny("model.dtype=bfloat16"), SIZE)
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert states == 16 * SIZE.parameters  # arXiv 1910.02054, section 3.1
 
@@ -119,13 +115,13 @@ def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
     found = peak_bytes(lambda: head(hidden, ids)[0].sum().backward())
     size = PolicySize(0, width, 1, vocabulary)
-    parts = learner_memory(tiny("model.dtype=bfloat16"), size)
+    parts = memory_of(tiny("model.dtype=bfloat16"), size)
     told = parts["head in float32"]
     assert told < found < told + 8 * table + 2 * 2 * hidden.numel()
-    frozen = learner_memory(tiny("model.dtype=bfloat16", 'learner.freeze=["head"]'), size)
+    frozen = memory_of(tiny("model.dtype=bfloat16", 'learner.freeze=["head"]'), size)
     assert frozen["head in float32"] == told // 3
     for exact in ("model.dtype=float32", "model.lm_head_float32=false"):
-        assert "head in float32" not in learner_memory(tiny(exact), size)
+        assert "head in float32" not in memory_of(tiny(exact), size)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -138,7 +134,7 @@ def test_model_states_are_what_was_measured(stage: int, adapters: bool) -> None:
     measured = [float(value) for value in rows[adapters]]
     recipe = tiny(f"learner.zero_stage={stage}", "learner.ranks=2")
     trained = Trained(added, added) if adapters else None
-    parts = learner_memory(recipe, PolicySize(every, 1, 1, 1), trained)
+    parts = memory_of(recipe, PolicySize(every, 1, 1, 1), trained)
     states = [parts[name] / 2**20 for name in ("weights", "gradients", "optimizer")]
     assert states == pytest.approx(measured, abs=0.6)
 
@@ -247,7 +243,7 @@ def test_a_local_policy_is_counted_from_its_own_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
     assert policy_size(str(tmp_path)) == PolicySize(3 * 5 + 7 + 1, 128, 4, 500)
     (tmp_path / "model-2.safetensors").write_bytes(b"\x08")
-    with pytest.raises(PlacementError, match="is the checkpoint whole"):
+    with pytest.raises(UserError, match="is the checkpoint whole"):
         policy_size(str(tmp_path))
 
 

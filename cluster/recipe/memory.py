@@ -1,0 +1,164 @@
+"""A rough account of memory: what a learner rank and an engine hold of a policy.
+
+No weight is read. Estimates from parameter counts (sources at each formula), meant to catch what
+cannot fit, not to plan the last GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.recipe.hardware import GIB, Machine
+from cluster.recipe.recipe import UserError
+from learner.settings import LearnerConfig, LoraConfig
+from rollout.settings import ModelConfig, SamplerConfig
+
+if TYPE_CHECKING:
+    from learner.outline import Trained
+
+
+@dataclass(frozen=True)
+class PolicySize:
+    """What memory depends on: parameters, and the text model's width, depth and vocabulary."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    vocabulary: int
+
+
+KNOWN_POLICIES = {
+    "Qwen/Qwen3-VL-4B-Instruct": PolicySize(4_438_000_000, 2560, 36, 151_936),
+    "OpenGVLab/InternVL3_5-4B-HF": PolicySize(4_700_000_000, 2560, 36, 151_936),
+    "Qwen/Qwen2.5-VL-3B-Instruct": PolicySize(3_755_000_000, 2048, 36, 151_936),
+}
+"""Hub names that recipes here use, so that they can be placed offline. Parameter counts as
+their model cards round them, the last one counted on its config class."""
+
+
+def policy_size(path: str) -> PolicySize | None:
+    """Size of a policy from its folder's files, or of a known hub name; None where unknown.
+
+    Raises UserError for a folder whose files cannot be read.
+    """
+    folder = Path(path)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").is_file():
+        return KNOWN_POLICIES.get(path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        return PolicySize(
+            parameters=sum(map(_count_parameters, weights)),
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            vocabulary=text["vocab_size"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(
+            f"{path}: config.json or a safetensors header there cannot be read "
+            f"({type(error).__name__}: {error}); is the checkpoint whole?"
+        ) from error
+
+
+def _count_parameters(path: Path) -> int:
+    """Parameters in a safetensors file, from its header alone (8 bytes of length, then JSON)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
+    return sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__")
+
+
+def trained_of(policy: str, learner: LearnerConfig) -> Trained | None:
+    """What is trained of a policy whose folder is here; None where all of it is, or unknown.
+
+    Names are looked up in the policy's structure, which takes the seconds of importing torch.
+    Raises ModelError for a part or pattern that matches nothing.
+    """
+    told = learner.freeze or learner.rates or learner.lora
+    if not told or not (Path(policy) / "config.json").is_file():
+        return None
+    return _trained(policy, learner.freeze, tuple(learner.rates.items()), learner.lora)
+
+
+@cache
+def _trained(
+    path: str,
+    frozen: tuple[str, ...],
+    rates: tuple[tuple[str, float], ...],
+    lora: LoraConfig | None,
+) -> Trained:
+    from learner.lora import LoraSettings
+    from learner.outline import what_is_trained
+
+    settings = LoraSettings(**lora.model_dump()) if lora else None
+    return what_is_trained(path, frozen, dict(rates), settings)
+
+
+def width(model: ModelConfig) -> int:
+    """Bytes of a weight."""
+    return 4 if model.dtype == "float32" else 2
+
+
+def learner_memory(
+    model: ModelConfig,
+    learner: LearnerConfig,
+    size: PolicySize | None,
+    trained: Trained | None = None,
+) -> dict[str, int]:
+    """Bytes on one learner rank, by part; `trained` None: all parameters are.
+
+    Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
+    the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
+    the stage that shards them. What is frozen has weights only. At stage 0 float32 weights
+    are stepped on themselves, with no master copy beside them. Activations follow arXiv 2205.05198,
+    equation 1 without its attention term: 34 bytes a token, hidden unit and layer at 2-byte
+    precision. With activation checkpointing one layer has them, and of the others the input is kept
+    (the same paper, section 5). To them comes one table of float32 logits (`learner.logits_mib`)
+    and its gradient. A float32 head of bfloat16 weights is a copy, whole on every rank, with its
+    gradient and that of one turn beside it where it is trained.
+    """
+    if size is None:
+        return {}
+
+    def shard(total: int, from_stage: int) -> int:
+        return math.ceil(total / (learner.ranks if learner.zero_stage >= from_stage else 1))
+
+    held = size.parameters + (trained.added if trained else 0)
+    stepped = trained.trained if trained else size.parameters
+    no_master = learner.zero_stage == 0 and model.dtype == "float32"
+    tokens = learner.micro_batch_tokens
+    per_token = 17 + size.layers if learner.activation_checkpointing else 17 * size.layers
+    copied = model.lm_head_float32 and model.dtype != "float32"
+    copies = 1 if learner.lora or "head" in learner.freeze else 3
+    head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
+    return head | {
+        "weights": shard(width(model) * held, 3),
+        "gradients": shard(width(model) * stepped, 2),
+        "optimizer": shard((8 if no_master else 12) * stepped, 1),
+        "activations": width(model) * tokens * size.hidden * per_token
+        + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
+    }
+
+
+def sampler_memory(
+    model: ModelConfig, sampler: SamplerConfig, size: PolicySize | None, machine: Machine
+) -> dict[str, int]:
+    """Bytes of one engine, on each of its GPUs or in main memory, by part.
+
+    On a GPU the engine fills `gpu_memory_utilization` of it, whatever the policy's size.
+    """
+    weights = math.ceil(width(model) * size.parameters / sampler.tensor_parallel) if size else 0
+    parts = {"weights": weights} if size else {}
+    if not sampler.gpus:
+        return parts | {"KV cache": int(sampler.kv_cache_gib * GIB)}
+    if machine.gpus:
+        share = sampler.gpu_memory_utilization * min(gpu.memory for gpu in machine.gpus)
+        return parts | {"KV cache and buffers": max(0, int(share) - weights)}
+    return parts
