@@ -28,13 +28,14 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError, field_validator
 
 from rewards.judge_client import Endpoint, JudgeClient, Miss, read_key
 from rollout.record import Group, Rollout
 from tasks.core import SEGMENTS, Problem, Task
+from tasks.fields import Amount, Count, Positive, Text
 from tasks.files import expanded
 from tasks.images import content_hash
 from tasks.responses import read_json
@@ -74,15 +75,15 @@ _RESPONSE_FORMAT = {
 class JudgeSettings(Endpoint):
     """What a recipe may set in the `args` of the term `judge`."""
 
-    rubric: Annotated[str, Field(min_length=1)] = RUBRIC
+    rubric: Text = RUBRIC
     """What to score, from 0 to 10; how to reply is added to it."""
     send_image: bool = True
     """False: the judge sees the question and the perception only, and needs its own rubric."""
-    max_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_tokens: Positive = 64
+    temperature: Amount = 0.0
     cache: str = ""
     """Folder of scores on disk, which several runs and workers may share; "" keeps none."""
-    max_perception_tokens: Annotated[int, Field(ge=0)] = 1024
+    max_perception_tokens: Count = 1024
     """A longer perception scores 0 and is not sent; 0: no such guard."""
 
     @field_validator("send_image")
@@ -190,7 +191,7 @@ class Judge:
             self.cache_hits += 1
             return known
         payload = self._payload(problem, text, f"data-{key[:32]}", _data_url(problem.image))
-        score = await self.client.ask(json.dumps(payload).encode(), key)
+        score = await self.client.ask(payload)
         self._write_cache(key, score)
         return score
 
@@ -221,11 +222,11 @@ class Judge:
             payload["response_format"] = _RESPONSE_FORMAT
         return payload
 
-    def _read_score(self, content: Any, finish: str) -> int | Miss:
-        """The score in what the judge wrote."""
+    def _read_score(self, content: Any, finish: str) -> int:
+        """The score in what the judge wrote; raises Miss where it is none."""
         again = self.settings.temperature > 0 or bool(self.settings.structured)
         if not isinstance(content, str) or not content.strip():
-            return Miss("empty_reply", finish, again, 200)
+            raise Miss("empty_reply", finish, again, 200)
         said = f"{finish}, the judge wrote: {content}"
         value, _ = read_json(content)
         if (
@@ -233,9 +234,9 @@ class Judge:
             or set(value) != {"score"}
             or type(value["score"]) is not int
         ):
-            return Miss("malformed", said, again, 200)
+            raise Miss("malformed", said, again, 200)
         if not _is_score(value["score"]):
-            return Miss("out_of_range", said, again, 200)
+            raise Miss("out_of_range", said, again, 200)
         return int(value["score"])
 
     def _read_cache(self, key: str) -> int | None:

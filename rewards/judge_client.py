@@ -1,8 +1,8 @@
 """Asking a judge over any chat-completions API: rate, deadline, tries, and why no score came.
 
-**Which failures are tried again.** HTTP 429 and 5xx, timeouts, broken connections, and bodies
-that are no completion: up to `retries` times, after an exponential pause with jitter, or after
-what `Retry-After` says. Any other status fails at once. A reply that came but is not
+The `openai` client sends, and tries again: `_try` is one try. HTTP 429 and 5xx, timeouts, broken
+connections and bodies that are no completion are tried up to `retries` times more, after what
+`Retry-After` says or a growing pause. Any other status fails at once. A reply that came but is not
 `{"score": 0..10}` is tried again only if `temperature > 0` (another sample may do) or `structured`
 (the server promised the form, so it slipped); a greedy model left to itself says the same again.
 What is left is a `JudgeError`, never a score of 0.
@@ -14,29 +14,33 @@ header and nowhere else: not on any object, in no log, exception or cache entry.
 from __future__ import annotations
 
 import asyncio
-import email.utils
+import contextlib
+import functools
 import json
 import os
-import random
 import re
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import httpx
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import httpx2
+from pydantic import Field, field_validator
 
-FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 30.0
-"""Seconds between tries: FIRST_PAUSE, doubled with each try up to LONGEST_PAUSE, times 0.5 to 1."""
-LONGEST_RETRY_AFTER = 300.0
-"""A server that asks for a longer wait is given up at once, instead of asked too early."""
+from rewards.rate import Clock, TokenBucket
+from tasks.fields import Amount, Count, Positive, Rate, Section, Text
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+LONGEST_RETRY_AFTER = 120.0
+"""Seconds that the client waits at most; a server that asks for more is given up at once."""
 MAX_REPLY_BYTES = 262_144
 _MESSAGE_CHARS = 300
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_TRIES_BEFORE = "x-stainless-retry-count"
+"""The header in which the client counts its tries."""
 
 Kind = Literal[
     "timeout", "connection", "rate_limit", "server_error", "refused", "no_completion",
@@ -73,14 +77,12 @@ class JudgeError(RuntimeError):
         self.tries = tries
 
 
-class Endpoint(BaseModel):
+class Endpoint(Section):
     """Where a judge is asked, and how often."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     base_url: str
     """Where the API is, without `/chat/completions`: `http://localhost:8000/v1`."""
-    model: Annotated[str, Field(min_length=1)]
+    model: Text
     """The judge, as the endpoint calls it."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "judge"
     """What metrics call the term; two judges need two names."""
@@ -90,13 +92,13 @@ class Endpoint(BaseModel):
     weak judge can lose itself in the white space that a schema allows. False: by words alone."""
     api_key_env: str = ""
     """Name of the environment variable that holds the key; "" sends none."""
-    concurrency: Annotated[int, Field(ge=1)] = 8
+    concurrency: Positive = 8
     """Requests in flight at once, over all groups."""
-    requests_per_minute: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    requests_per_minute: Amount = 0.0
     """0: no limit. Tries count, cache hits do not."""
-    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    timeout_seconds: Rate = 60.0
     """For one whole request; the waits for a free place and for the rate are not counted."""
-    retries: Annotated[int, Field(ge=0)] = 4
+    retries: Count = 4
 
     @field_validator("base_url")
     @classmethod
@@ -105,8 +107,8 @@ class Endpoint(BaseModel):
         try:
             parts = urlsplit(url)
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            httpx.URL(url)
-        except (ValueError, httpx.InvalidURL):
+            httpx2.URL(url)
+        except (ValueError, httpx2.InvalidURL):
             usable = False
         if not usable:
             raise ValueError('no http address; write it as "http://localhost:8000/v1"')
@@ -128,62 +130,14 @@ class Endpoint(BaseModel):
         return name
 
 
-class Clock:
-    """Time in seconds as the client sees it; a test puts another in its place."""
+class Miss(httpx2.TransportError):
+    """A try without a score; `again`: the next one may bring it, and the client makes it."""
 
-    def now(self) -> float:
-        """Seconds since some fixed moment."""
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        await asyncio.sleep(seconds)
-
-
-class TokenBucket:
-    """At most `burst + rate * t` requests in any t seconds; a burst is one second's worth.
-
-    Args:
-        per_minute: 60 * rate; 0: no limit.
-    """
-
-    def __init__(self, per_minute: float, clock: Clock) -> None:
-        self.rate = per_minute / 60
-        self.burst = max(1.0, self.rate)
-        self.clock = clock
-        self._tokens = self.burst
-        self._at = clock.now()
-        self._closed_until = self._at
-
-    def close_for(self, seconds: float) -> None:
-        """Let nobody through for a while, as a server asked."""
-        self._closed_until = max(self._closed_until, self.clock.now() + seconds)
-
-    async def take(self) -> None:
-        """Wait until a request may go."""
-        while True:
-            now = self.clock.now()
-            self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
-            self._at = now
-            wait = self._closed_until - now
-            if self.rate and self._tokens < 1 - 1e-9:
-                wait = max(wait, (1 - self._tokens) / self.rate)
-            if wait <= 0:
-                break
-            await self.clock.sleep(wait)
-        if self.rate:
-            self._tokens -= 1
-
-
-@dataclass(frozen=True)
-class Miss:
-    """A request without a score. `wait`: seconds the server asked for."""
-
-    kind: Kind
-    detail: str
-    again: bool
-    status: int | None = None
-    wait: float | None = None
+    def __init__(self, kind: Kind, detail: str, again: bool, status: int | None = None) -> None:
+        super().__init__(detail)
+        self.kind, self.detail, self.again, self.status = kind, detail, again, status
+        self.wait = ""
+        """What the server's `Retry-After` says."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +145,7 @@ class _Session:
     """What belongs to one event loop."""
 
     loop: asyncio.AbstractEventLoop
-    client: httpx.AsyncClient
+    client: AsyncOpenAI
     places: asyncio.Semaphore
 
 
@@ -200,25 +154,17 @@ class JudgeClient:
 
     Args:
         endpoint: where, how many at once, how often.
-        read: from what the judge wrote (any JSON value) and the `finish_reason` to a score, or why
-            it is none.
+        read: from what the judge wrote (any JSON value) and the `finish_reason` to a score; raises
+            Miss where it is none.
     """
 
-    def __init__(self, endpoint: Endpoint, read: Callable[[Any, str], int | Miss]) -> None:
+    def __init__(self, endpoint: Endpoint, read: Callable[[Any, str], int]) -> None:
         self.endpoint = endpoint
         self._read = read
         self.use_clock(Clock())
         self._session: _Session | None = None
-        self.requests = 0
-        """Requests sent, tries included."""
-        self.retries = 0
-        self.given_up = 0
-        """Perceptions for which no score came."""
-        self.failures: Counter[str] = Counter()
-        """Requests without a score, by `Kind`; some were tried again with success."""
-        self.latency_total = 0.0
-        """Seconds, summed over requests."""
-        self.latency_max = 0.0
+        self._tally = Counter({"requests": 0, "retries": 0, "given_up": 0})
+        self._latencies = (0.0, 0.0)  # sum and largest, in seconds
 
     def use_clock(self, clock: Clock) -> None:
         """Take time from `clock`; the rate limit starts anew."""
@@ -226,109 +172,145 @@ class JudgeClient:
         self.bucket = TokenBucket(self.endpoint.requests_per_minute, clock)
 
     def counts(self) -> dict[str, float]:
-        """What happened since the client was made; latencies in seconds, failures by kind."""
-        return {
-            "requests": self.requests,
-            "retries": self.retries,
-            "given_up": self.given_up,
-            "latency_mean": self.latency_total / self.requests if self.requests else 0.0,
-            "latency_max": self.latency_max,
-            **{f"failures/{kind}": float(n) for kind, n in sorted(self.failures.items())},
-        }
+        """What happened since the client was made.
 
-    async def ask(self, body: bytes, key: str) -> int:
-        """Send a request until a score comes.
-
-        Args:
-            body: the request, as JSON.
-            key: what the request is known by; the pauses between tries hang on it.
-
-        Raises:
-            JudgeError: no score came.
+        `requests` (tries included), `retries`, perceptions `given_up`, requests without a score as
+        `failures/<kind>` (some were tried again with success), latencies in seconds.
         """
-        # Jitter from the key alone, so that a run can be repeated.
-        jitter = random.Random(key)
-        pauses = (min(LONGEST_PAUSE, FIRST_PAUSE * 2**n) for n in range(self.endpoint.retries))
-        tries = 1
-        while isinstance(result := await self._request(body), Miss):
-            self.failures[result.kind] += 1
-            pause = next(pauses, None)
-            if pause is None or not result.again:
-                self.given_up += 1
-                raise self._error(result, tries)
-            tries += 1
-            self.retries += 1
-            pause *= jitter.uniform(0.5, 1.0)
-            if result.wait is not None:
-                self.bucket.close_for(result.wait)
-                pause = max(pause, result.wait)
-            await self.clock.sleep(pause)
-        return result
+        total, longest = self._latencies
+        mean = total / self._tally["requests"] if total else 0.0
+        return {**self._tally, "latency_mean": mean, "latency_max": longest}
+
+    async def ask(self, body: Mapping[str, Any]) -> int:
+        """Send a request until a score comes; raises JudgeError where none does."""
+        import openai  # takes a second; only who asks a judge needs it
+
+        client = self._open_session().client
+        try:
+            reply = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
+            return int(reply.extensions["score"])
+        except openai.APIStatusError as error:
+            miss, request = error.response.extensions["miss"], error.request
+        except openai.APIConnectionError as error:
+            miss, request = error.__cause__, error.request
+        # Outside `except`: what the client raised holds the request, and with it the key.
+        raise self._give_up(miss, request)
 
     async def aclose(self) -> None:
         """Close connections; the client can be used again."""
         if self._session is not None:
-            await self._session.client.aclose()
+            await self._session.client.close()
             self._session = None
 
-    async def _request(self, body: bytes) -> int | Miss:
-        """One request: the score, or why there is none."""
-        session = self._open_session()
-        async with session.places:
+    async def try_once(
+        self, request: httpx2.Request, send: Callable[[], Awaitable[httpx2.Response]]
+    ) -> httpx2.Response:
+        """One try, in a free place and at the rate: a reply whose extensions hold the score.
+
+        What the client shall try again is raised as `Miss`, or is a reply of 429 or 5xx, of which
+        it reads how long to wait. Raises JudgeError for what it shall not.
+        """
+        self._sign(request)
+        async with self._open_session().places:
             await self.bucket.take()
-            self.requests += 1
+            self._tally["requests"] += 1
+            self._tally["retries"] += request.headers[_TRIES_BEFORE] != "0"
             start = self.clock.now()
             try:
                 async with asyncio.timeout(self.endpoint.timeout_seconds):
-                    return await self._post(session.client, body)
+                    score = await self._score_in(await send())
+                return httpx2.Response(200, request=request, extensions={"score": score})
             except TimeoutError:
                 waited = f"no whole reply within {self.endpoint.timeout_seconds:g} s"
-                return Miss("timeout", waited, again=True)
-            except httpx.TransportError as error:
-                return Miss("connection", f"{type(error).__name__} {error}".strip(), again=True)
+                miss = Miss("timeout", waited, again=True)
+            except Miss as found:
+                miss = found
+            except httpx2.TransportError as error:
+                miss = Miss("connection", f"{type(error).__name__} {error}".strip(), again=True)
             finally:
                 seconds = self.clock.now() - start
-                self.latency_total += seconds
-                self.latency_max = max(self.latency_max, seconds)
+                total, longest = self._latencies
+                self._latencies = total + seconds, max(longest, seconds)
+        self._tally[f"failures/{miss.kind}"] += 1
+        if not miss.again:
+            raise self._give_up(miss, request)
+        if miss.status in (None, 200):
+            raise miss
+        headers = {"Retry-After": miss.wait} if miss.wait else {}
+        return httpx2.Response(
+            miss.status, headers=headers, request=request, extensions={"miss": miss}
+        )
 
-    async def _post(self, client: httpx.AsyncClient, body: bytes) -> int | Miss:
-        # Nothing is decompressed: a small reply could unpack to any size.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    def _sign(self, request: httpx2.Request) -> None:
+        for name in ("Authorization", "OpenAI-Organization", "OpenAI-Project"):
+            request.headers.pop(name, None)
         if key := read_key(self.endpoint.api_key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        url = f"{self.endpoint.base_url}/chat/completions"
-        found = bytearray()
-        async with client.stream("POST", url, content=body, headers=headers) as response:
+            request.headers["Authorization"] = f"Bearer {key}"
+        # Nothing is decompressed: a small reply could unpack to any size.
+        request.headers["Accept-Encoding"] = "identity"
+
+    async def _score_in(self, response: httpx2.Response) -> int:
+        """Read a reply, no further than just past the limit; raises Miss where it has no score."""
+        body = bytearray()
+        async with contextlib.aclosing(response):
             async for chunk in response.aiter_raw():
-                found += chunk
-                if len(found) > MAX_REPLY_BYTES:
+                body += chunk
+                if len(body) > MAX_REPLY_BYTES:
                     break
-        status = response.status_code
-        if status != 200:
-            return _refusal(status, bytes(found), response.headers.get("Retry-After"))
-        if len(found) > MAX_REPLY_BYTES:
-            return Miss("huge_reply", f"more than {MAX_REPLY_BYTES} bytes", True, status)
-        written = _written(bytes(found))
-        return written if isinstance(written, Miss) else self._read(*written)
+        if response.status_code != 200:
+            raise self._refusal(response, bytes(body))
+        if len(body) > MAX_REPLY_BYTES:
+            raise Miss("huge_reply", f"more than {MAX_REPLY_BYTES} bytes", True, 200)
+        try:
+            choice = _json(body)["choices"][0]
+            written, finish = choice["message"]["content"], choice.get("finish_reason")
+        except (TypeError, KeyError, IndexError):
+            text = body.decode("utf-8", "replace")
+            raise Miss("no_completion", f"the body is {text or 'empty'}", True, 200) from None
+        return self._read(written, f"finish_reason {finish!r}")
+
+    def _refusal(self, response: httpx2.Response, body: bytes) -> Miss:
+        """What a status other than 200 means; the detail is the server's own message."""
+        found, status = _json(body), response.status_code
+        error = found.get("error", found) if isinstance(found, dict) else None
+        message = error.get("message") if isinstance(error, dict) else error
+        text = body[:MAX_REPLY_BYTES].decode("utf-8", "replace")
+        detail = message if isinstance(message, str) and message else text or "no message"
+        if status != 429 and status < 500:
+            return Miss("refused", detail, False, status)
+        wait = response.headers.get("Retry-After", "")
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", wait) and float(wait) <= LONGEST_RETRY_AFTER:
+            self.bucket.close_for(float(wait))  # nobody else is to ask meanwhile
+        if wait:
+            detail = f"asks to wait {wait} s: {detail}"
+        miss = Miss("rate_limit" if status == 429 else "server_error", detail, True, status)
+        miss.wait = wait
+        return miss
 
     def _open_session(self) -> _Session:
         """Client and places of the running loop; connections do not outlive their loop."""
+        from openai import AsyncOpenAI
+
         loop = asyncio.get_running_loop()
         if self._session is None or self._session.loop is not loop:
             endpoint = self.endpoint
-            client = httpx.AsyncClient(
-                timeout=None,  # one deadline for the whole request, in _request
-                # Over plain http there is no certificate to load authorities for.
-                verify=endpoint.base_url.lower().startswith("https:"),
-                limits=httpx.Limits(max_keepalive_connections=endpoint.concurrency),
-                # A proxy set for the world outside cannot reach a server on this machine.
-                trust_env=urlsplit(endpoint.base_url).hostname not in _LOOPBACK,
+            # A proxy set for the world outside cannot reach a server on this machine.
+            outside = urlsplit(endpoint.base_url).hostname not in _LOOPBACK
+            # Over plain http there is no certificate to load authorities for.
+            secure = endpoint.base_url.lower().startswith("https:")
+            client = AsyncOpenAI(
+                api_key="the true one is only in the header",
+                base_url=endpoint.base_url,
+                max_retries=endpoint.retries,
+                timeout=None,  # one deadline for the whole try, in try_once
+                http_client=_Http(self, trust_env=outside, verify=secure),
             )
             self._session = _Session(loop, client, asyncio.Semaphore(endpoint.concurrency))
         return self._session
 
-    def _error(self, miss: Miss, tries: int) -> JudgeError:
-        endpoint = self.endpoint
+    def _give_up(self, miss: Miss, request: httpx2.Request) -> JudgeError:
+        self._tally["given_up"] += 1
+        endpoint, tries = self.endpoint, 1 + int(request.headers[_TRIES_BEFORE])
         status = "no reply" if miss.status is None else f"status {miss.status}"
         remedy = _REMEDY[miss.kind]
         if miss.status in (400, 422) and endpoint.structured:
@@ -342,6 +324,19 @@ class JudgeClient:
             miss.status,
             tries,
         )
+
+
+class _Http(httpx2.AsyncClient):
+    """Sends as `JudgeClient.try_once` says."""
+
+    def __init__(self, judge: JudgeClient, **options: Any) -> None:
+        super().__init__(**options)
+        self._judge = judge
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """One try."""
+        plain = functools.partial(super().send, request, **options | {"stream": True})
+        return await self._judge.try_once(request, plain)
 
 
 def read_key(variable: str) -> str:
@@ -369,47 +364,7 @@ def _without_key(text: str, variable: str) -> str:
     return text.replace(key, "[key]") if key else text
 
 
-def _refusal(status: int, body: bytes, retry_after: str | None) -> Miss:
-    """What a status other than 200 means; the detail is the server's own message."""
-    text = body[:MAX_REPLY_BYTES].decode("utf-8", "replace")
-    found = _json(body)
-    error = found.get("error", found) if isinstance(found, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    detail = message if isinstance(message, str) and message else text or "no message"
-    if status != 429 and status < 500:
-        return Miss("refused", detail, False, status)
-    kind: Kind = "rate_limit" if status == 429 else "server_error"
-    wait = _seconds(retry_after)
-    if wait is not None and wait > LONGEST_RETRY_AFTER:
-        detail = f"asks to wait {wait:.0f} s, longer than {LONGEST_RETRY_AFTER:.0f} s: {detail}"
-        return Miss(kind, detail, False, status)
-    return Miss(kind, detail, True, status, wait)
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` (RFC 9110, 10.2.3) in seconds: a number or a date; None if unreadable."""
-    if retry_after is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", retry_after.strip()):
-        return float(retry_after)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _written(body: bytes) -> tuple[Any, str] | Miss:
-    """What the judge wrote in a completion, and why it stopped."""
-    found = _json(body)
-    try:
-        choice = found["choices"][0]
-        return choice["message"]["content"], f"finish_reason {choice.get('finish_reason')!r}"
-    except (TypeError, KeyError, IndexError):
-        text = body.decode("utf-8", "replace")
-        return Miss("no_completion", f"the body is {text or 'empty'}", True, 200)
-
-
-def _json(body: bytes) -> Any:
+def _json(body: bytes | bytearray) -> Any:
     """A server's JSON, None if it is none."""
     try:
         return json.loads(body)

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rewards.judge import RUBRIC, Judge
-from rewards.judge_client import MAX_REPLY_BYTES, JudgeError, TokenBucket
-from rewards.terms import RemoteTerm, load_term
+from rewards.judge_client import MAX_REPLY_BYTES, JudgeError
+from rewards.rate import TokenBucket
+from rewards.terms import RemoteTerm
 from rollout.record import Group
 from tests.support.judge_server import (
     HOSTILE,
@@ -48,6 +49,12 @@ def server() -> Iterator[Server]:
     one = Server()
     yield one
     one.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's pauses between tries pass on the judge's clock."""
+    monkeypatch.setattr("anyio.sleep", lambda seconds: FakeClock.latest.sleep(seconds))
 
 
 def error_of(judge: Judge, *groups: Group) -> JudgeError:
@@ -107,13 +114,6 @@ def check_sent(body: dict[str, Any], text: str, image: bytes) -> None:
     assert "MY-" not in json.dumps(body)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_stays_inside_its_delimiters(server: Server, text: str) -> None:
-    one = seen(text)
-    assert run(make(server.url), one) == [[0.7]]
-    check_sent(server.bodies[0], text.strip(), one.problem.image)
-
-
 def test_any_text_stays_inside_its_delimiters() -> None:
     server = Server()
     judge = make(server.url)
@@ -128,6 +128,8 @@ def test_any_text_stays_inside_its_delimiters() -> None:
         check_sent(server.bodies[-1], text.strip(), one.problem.image)
         delimiters[text.strip()] = data_message(server.bodies[-1])[0]
 
+    for text in HOSTILE:
+        holds = example(text)(holds)
     try:
         holds()
         loop.run_until_complete(judge.aclose())
@@ -148,7 +150,9 @@ def test_a_delimiter_depends_on_what_is_asked_and_on_nothing_else(server: Server
 
 
 def test_without_the_image_the_judge_sees_question_and_perception(server: Server) -> None:
-    run(make(server.url, send_image=False, rubric="Is it neat?"), seen("a"))
+    server.script(Reply(200, says('\n {"score":\t6}\n')))  # white space is fine
+    assert run(make(server.url, send_image=False, rubric="Is it neat?"), seen("a")) == [[0.6]]
+    assert "Authorization" not in server.headers[0]
     (question,) = server.bodies[0]["messages"][1]["content"]
     assert question["type"] == "text"
     assert "base64" not in json.dumps(server.bodies[0])
@@ -179,19 +183,19 @@ def test_a_server_that_is_down() -> None:
     for part in (f"127.0.0.1:{port}/v1", "'m'", "no reply", "4 tries", "server is up"):
         assert part in str(error)
     assert judge.counts()["failures/connection"] == 4
-    # Doubled with each try, times a jitter in [0.5, 1] that is the same in every run.
+    # Doubled with each try, less a jitter.
     pauses = judge.client.clock.slept
-    assert [0.5 <= p / 2**i <= 1.0 for i, p in enumerate(pauses)] == [True] * 3
-    again = make(f"http://127.0.0.1:{port}/v1", retries=3)
-    error_of(again, seen("a"))
-    assert again.client.clock.slept == pauses
+    assert [0.3 < p / 2**i <= 0.5 for i, p in enumerate(pauses)] == [True] * 3
 
 
-def test_pauses_have_a_ceiling(server: Server) -> None:
+def test_pauses_have_a_ceiling_and_without_trouble_nobody_waits(server: Server) -> None:
     server.script(*[Reply(500)] * 9, gives(4))
     judge = make(server.url, retries=9)
     assert run(judge, seen("a")) == [[0.4]]
-    assert 15 <= max(judge.client.clock.slept) <= 30
+    assert 6 <= max(judge.client.clock.slept) <= 8
+    quiet = make(server.url)
+    run(quiet, seen(*"abcdefgh"))
+    assert quiet.client.clock.slept == []
 
 
 @pytest.mark.parametrize("drip", [False, True])
@@ -233,7 +237,7 @@ def test_trouble_that_passes_is_counted_and_forgotten(
 
 @pytest.mark.parametrize(
     ("header", "least", "most"),
-    [("17", 17, 17), ("2.5", 2.5, 2.5), ("soon", 0.5, 1), ("", 0.5, 1), ("-3", 0.5, 1)],
+    [("17", 17, 17), ("2.5", 2.5, 2.5), ("soon", 0.3, 0.5), ("", 0.3, 0.5), ("-3", 0.3, 0.5)],
 )
 def test_retry_after_is_honoured(server: Server, header: str, least: float, most: float) -> None:
     server.script(Reply(429, headers={"Retry-After": header}), gives(1))
@@ -242,21 +246,27 @@ def test_retry_after_is_honoured(server: Server, header: str, least: float, most
     assert least <= sum(judge.client.clock.slept) <= most + 1e-6
 
 
-def test_retry_after_may_be_a_date_and_holds_all_requests(server: Server) -> None:
-    later = formatdate(time.time() + 200, usegmt=True)
+def test_retry_after_may_be_a_date(server: Server) -> None:
+    later = formatdate(time.time() + 100, usegmt=True)
+    server.script(Reply(503, headers={"Retry-After": later}), gives(1))
+    judge = make(server.url)
+    assert run(judge, seen("a")) == [[0.1]]
+    assert 50 < sum(judge.client.clock.slept) <= 100
+
+
+def test_retry_after_holds_all_requests(server: Server) -> None:
     arrivals: list[float] = []
     judge = make(server.url, concurrency=1)
 
     def reply(n: int, body: dict[str, Any]) -> Reply:
         arrivals.append(judge.client.clock.now())
-        return Reply(503, headers={"Retry-After": later}) if n == 0 else gives(1)
+        return Reply(503, headers={"Retry-After": "100"}) if n == 0 else gives(1)
 
     server.reply = reply
     assert run(judge, seen("a", "b", "c")) == [[0.1] * 3]
-    assert arrivals[0] == 0
-    assert all(100 < arrival <= 201 for arrival in arrivals[1:])
+    assert arrivals[0] == 0 and min(arrivals[1:]) >= 100
     # Not only the one that was refused waits: the next in line does too.
-    assert sum(pause > 100 for pause in judge.client.clock.slept) >= 2
+    assert sum(pause >= 99 for pause in judge.client.clock.slept) >= 2
 
 
 def test_a_wait_beyond_reason_fails_at_once(server: Server) -> None:
@@ -317,11 +327,6 @@ def test_a_reply_that_is_no_score_is_never_a_zero(server: Server, content: Any, 
         error = error_of(make(server.url, retries=2, **args), seen("a"))
         assert (error.kind, error.status, error.tries) == (kind, 200, tries)
         assert "finish_reason 'length'" in str(error) and str(error).isprintable()
-
-
-def test_white_space_around_the_reply_is_fine(server: Server) -> None:
-    server.script(Reply(200, says('\n {"score":\t6}\n')))
-    assert run(make(server.url), seen("a")) == [[0.6]]
 
 
 def test_one_failure_fails_the_group_and_keeps_what_the_others_earned(
@@ -385,25 +390,15 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     assert KEY.encode() not in pickle.dumps(error)
 
 
-def test_without_a_variable_no_key_is_sent(server: Server) -> None:
-    run(make(server.url), seen("a"))
-    assert "Authorization" not in server.headers[0]
-
-
-@pytest.mark.parametrize("value", [f"{KEY}\n", f" {KEY}", f"{KEY}\u2019", "\r\n"])
-def test_a_key_that_no_header_takes_is_refused_unseen(
+@pytest.mark.parametrize("value", ["", f"{KEY}\n", f" {KEY}", f"{KEY}\u2019", "\r\n"])
+def test_a_key_that_is_not_set_or_that_no_header_takes_is_refused_unseen(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", value)
-    with pytest.raises(ValueError, match="JUDGE_KEY") as error:
+    says = "JUDGE_KEY holds white space" if value else "JUDGE_KEY is not set"
+    with pytest.raises(ValueError, match=says) as error:
         make("http://localhost/v1", api_key_env="JUDGE_KEY")
     assert KEY not in "".join(traceback.format_exception(error.value))
-
-
-def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(ValueError, match="JUDGE_KEY is not set"):
-        make("http://localhost/v1", api_key_env="JUDGE_KEY")
 
 
 @pytest.mark.parametrize(
@@ -424,38 +419,6 @@ def test_a_key_in_the_wrong_place_is_refused_unseen(args: dict[str, Any], says: 
     # The call above is quoted in the traceback; the values are not in it.
     assert KEY not in text and "sk-Very" not in text and "abcdef0" not in text
     assert error.value.__cause__ is None and error.value.__context__ is None
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        ({}, "base_url: Field required"),
-        ({"base_url": "localhost:8000"}, "base_url: no http address"),
-        ({"base_url": "http://host:99999/v1"}, "base_url: no http address"),
-        ({"base_url": "http://[::1/v1"}, "base_url: no http address"),
-        ({"base_url": "http://host/v1/chat/completions/"}, "leave out"),
-        ({"model": ""}, "model: "),
-        ({"modle": "m"}, "modle: Extra inputs"),
-        ({"rubric": ""}, "rubric: "),
-        ({"name": "my judge"}, "name: "),
-        ({"send_image": False}, "set `rubric`"),
-        ({"send_image": 1}, "send_image: "),
-        ({"structured": "regex"}, "structured"),
-        ({"concurrency": 0}, "concurrency: "),
-        ({"requests_per_minute": -1.0}, "requests_per_minute: "),
-        ({"timeout_seconds": float("inf")}, "timeout_seconds: "),
-        ({"retries": -1}, "retries: "),
-        ({"max_tokens": 0}, "max_tokens: "),
-        ({"temperature": float("nan")}, "temperature: "),
-        ({"max_perception_tokens": -1}, "max_perception_tokens: "),
-        ({"cache": "/dev/null/x"}, "cache: /dev/null/x: "),
-    ],
-)
-def test_arguments_that_cannot_be_used_are_named(args: dict[str, Any], says: str) -> None:
-    usable = {"base_url": "http://host/v1", "model": "m"} if args else {}
-    with pytest.raises(ValueError, match="reward term 'judge': args: ") as error:
-        load_term("judge", usable | args)
-    assert says in str(error.value)
 
 
 # --- cache, concurrency, rate -----------------------------------------------------------------
@@ -491,30 +454,30 @@ def test_a_score_in_the_cache_is_not_asked_for_again(server: Server, tmp_path: P
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b'{"score": 7', b'{"score": 77}', b"\xff\x00", b"[" * 5000, b'{"score": 7}', b"null"],
+    [
+        b"",
+        b'{"score": 7',
+        b'{"score": 77}',
+        b"\xff\x00",
+        b"[" * 5000,
+        b'{"score": 7}',
+        b"null",
+        None,
+    ],
 )
 def test_a_damaged_entry_is_named_and_asked_again(
-    server: Server, tmp_path: Path, damage: bytes
+    server: Server, tmp_path: Path, damage: bytes | None
 ) -> None:
     run(make(server.url, cache=str(tmp_path)), seen("a"))
     (entry,) = tmp_path.iterdir()
     whole = entry.read_bytes()
-    entry.write_bytes(damage)
+    # None: a whole entry, but that of another request.
+    entry.write_bytes(whole.replace(entry.stem.encode(), b"0" * 64) if damage is None else damage)
     judge = make(server.url, cache=str(tmp_path))
     with pytest.warns(UserWarning, match=re.escape(str(entry))):
         assert run(judge, seen("a")) == [[0.7]]
     assert entry.read_bytes() == whole
     assert (judge.counts()["cache_corrupt"], len(server.bodies)) == (1, 2)
-
-
-def test_an_entry_under_another_name_is_no_answer(server: Server, tmp_path: Path) -> None:
-    run(make(server.url, cache=str(tmp_path)), seen("a"))
-    (first,) = tmp_path.iterdir()
-    run(make(server.url, cache=str(tmp_path)), seen("b"))
-    (second,) = set(tmp_path.iterdir()) - {first}
-    second.write_bytes(first.read_bytes())
-    with pytest.warns(UserWarning, match=second.name):
-        run(make(server.url, cache=str(tmp_path)), seen("b"))
 
 
 def test_writers_at_the_same_time_leave_whole_entries(server: Server, tmp_path: Path) -> None:
@@ -529,7 +492,7 @@ def test_writers_at_the_same_time_leave_whole_entries(server: Server, tmp_path: 
             thread.join()
     entries = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert [entry["score"] for entry in entries] == [7] * 8
-    assert sum(judge.client.given_up for judge in judges) == 0
+    assert sum(judge.counts()["given_up"] for judge in judges) == 0
 
 
 def test_no_more_requests_are_in_flight_than_allowed(server: Server) -> None:
@@ -585,12 +548,6 @@ def test_a_token_bucket_never_exceeds_its_rate(
         for j in range(i, len(gone)):
             assert j - i + 1 <= max(1, rate) + rate * (gone[j] - start) + 1e-6
     assert not [t for t in gone for start, end in closed if start < t < end - 1e-9]
-
-
-def test_without_a_limit_nobody_waits(server: Server) -> None:
-    judge = make(server.url)
-    run(judge, seen(*"abcdefgh"))
-    assert judge.client.clock.slept == []
 
 
 def test_a_call_that_is_cancelled_gives_its_place_back(server: Server) -> None:

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from rewards.judge import Judge
-from rewards.judge_client import Clock
+from rewards.rate import Clock
 from rollout.record import Group
 from tasks.core import Parsed
 from tasks.responses import split_response
@@ -119,9 +119,12 @@ class Server:
 
 
 class FakeClock(Clock):
-    """Time that passes only in sleeps."""
+    """Time that passes only in sleeps; the one made last is that of the client's pauses too."""
+
+    latest: ClassVar[FakeClock]
 
     def __init__(self) -> None:
+        FakeClock.latest = self
         self.time = 0.0
         self.slept: list[float] = []
 
