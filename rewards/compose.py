@@ -10,10 +10,8 @@ Shapes: G rollouts in a group, C credit columns; a batch is the groups of one st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,36 +23,11 @@ from rewards.advantages import (
     whiten,
 )
 from rewards.scored import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
-from rewards.terms import TermSpec
+from rewards.settings import Method, OnFailure, RewardTermConfig
 from rollout.record import Group
 from tasks.core import Segment
 
-Method = Literal["sum_then_normalize", "normalize_then_sum"]
-OnFailure = Literal["abort", "drop_group", "zero"]
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class RewardRule(TermSpec, Protocol):
-    """What a recipe says of one term: how it is loaded, and how it counts."""
-
-    @property
-    def on_failure(self) -> OnFailure:
-        """What happens to a group on which the term fails."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The segments whose tokens get its advantage."""
-
-    @property
-    def gate(self) -> str | None:
-        """The entry (its label, or its name) that must pass for this term to count."""
-
-    @property
-    def gate_threshold(self) -> float:
-        """The value from which on the gate is passed."""
-
-    def weight_at(self, progress: float) -> float:
-        """Its weight at a share of the run in [0, 1]; 0 logs the term without rewarding it."""
+RewardRule = RewardTermConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +82,7 @@ class Composition:
             passed[name] = np.where(values[gate] >= threshold, values[name], 0.0)
         return passed
 
-    def policy(self, failure: TermFailure) -> OnFailure:
+    def consequence(self, failure: TermFailure) -> OnFailure:
         """What this failure does to its group.
 
         A failed diagnosis (the task's own code raised) ends the run where a failing term may;
@@ -117,21 +90,8 @@ class Composition:
         """
         if failure.term != DIAGNOSIS:
             return self.on_failure.get(failure.term, "abort")
-        policies = {self.on_failure.get(name, "abort") for name in self.weights}
-        return "abort" if "abort" in policies else "zero"
-
-
-def weight_at(start: float, end: float, schedule: Schedule, progress: float) -> float:
-    """A weight at a share `progress` of its schedule, clipped to [0, 1].
-
-    `linear`: start + (end − start)·x. `cosine`: start + (end − start)·(1 − cos πx)/2: slow at
-    both ends. `constant`: start, whatever `end` is.
-    """
-    x = min(1.0, max(0.0, progress))
-    if schedule == "constant":
-        return start
-    share = x if schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
-    return start + (end - start) * share
+        all_survive = all(self.on_failure.get(n, "abort") != "abort" for n in self.weights)
+        return "zero" if all_survive else "abort"
 
 
 def weighted_sum(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -165,7 +125,7 @@ def compose_groups(
 ) -> list[ScoredGroup]:
     """Turn scored terms into totals and advantages, one `ScoredGroup` a group, in order.
 
-    Raises `RewardError` for the first failure whose policy is `abort`, and for a weight that
+    Raises `RewardError` for the first failure that ends the run, and for a weight that
     names a term nobody scored.
     """
     values: list[dict[str, np.ndarray]] = []
@@ -173,16 +133,16 @@ def compose_groups(
     for group, terms in zip(groups, scored, strict=True):
         raise_if_fatal(terms.failures, group, composition)
         filled = dict(terms.values)
-        policies = {f.term: composition.policy(f) for f in terms.failures}
-        for name, policy in policies.items():
-            if policy == "zero" and name != DIAGNOSIS:
+        failed = {f.term: composition.consequence(f) for f in terms.failures}
+        for name, consequence in failed.items():
+            if consequence == "zero" and name != DIAGNOSIS:
                 filled[name] = np.zeros(len(group.rollouts))
         needed = set(composition.weights) | {gate for gate, _ in composition.gates.values()}
-        missing = sorted(needed - set(filled) - set(policies))
+        missing = sorted(needed - set(filled) - set(failed))
         if missing:
             raise RewardError(f"weights name {missing}, which no reward term scored")
         values.append(filled)
-        dropped.append("drop_group" in policies.values())
+        dropped.append("drop_group" in failed.values())
 
     kept = [i for i, drop in enumerate(dropped) if not drop]
     gated = {i: composition.gated(values[i]) for i in kept}
@@ -231,12 +191,12 @@ def _column_advantages(
 
 
 def raise_if_fatal(failures: Sequence[TermFailure], group: Group, composition: Composition) -> None:
-    """Raise `RewardError` for the first failure whose policy is `abort`, if there is one.
+    """Raise `RewardError` for the first failure that ends the run, if there is one.
 
     The term's own traceback stands on top of the message.
     """
     for failure in failures:
-        if composition.policy(failure) == "abort":
+        if composition.consequence(failure) == "abort":
             head = f"{failure.traceback.rstrip()}\n\n" if failure.traceback else ""
             what = "the task's own code" if failure.term == DIAGNOSIS else "reward term"
             raise RewardError(

@@ -72,23 +72,32 @@ class Diagnosis:
     defects: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoredTerms:
-    """Every term run once on one group: each is in `values`, `failures` or still in `requests`.
+    """What terms gave for one group: each is in `values`, `failures` or still in `requests`.
 
     Attributes:
         values: term name -> float64 [G].
         failures: what went wrong, one entry a failed term.
         seconds: term name -> wall time, failed terms included where it is known.
         diagnosis: None where the task itself failed (then `failures` says so).
+        requests: asking terms: what a model has to answer before they can score.
     """
 
-    values: Mapping[str, np.ndarray]
-    failures: tuple[TermFailure, ...]
-    seconds: Mapping[str, float]
-    diagnosis: Diagnosis | None
-    requests: Mapping[str, Sequence[ModelRequest]] = field(default_factory=dict)
-    """Asking terms: what a model has to answer before they can score."""
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    failures: tuple[TermFailure, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
+    requests: dict[str, Sequence[ModelRequest]] = field(default_factory=dict)
+
+    def add(self, more: ScoredTerms) -> None:
+        """Take in what other calls gave for the same group."""
+        self.values |= more.values
+        self.failures += more.failures
+        for name, seconds in more.seconds.items():  # an asking term has two halves
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.diagnosis = self.diagnosis or more.diagnosis
+        self.requests |= more.requests
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from tasks.core import SEGMENTS, Segment
 from tasks.fields import CLASS_PATH, Positive, Rate, Section, Share, Text, Weight, refusal
 
-REWARD_TERMS = (
-    "outcome", "perception", "perception_graded", "format", "length", "repetition",
-    "group_agreement", "self_consistency", "blind_solver", "blind_policy", "image_dependence",
-    "judge",
-)  # fmt: skip
+BUILT_IN = {
+    "outcome": "rewards.terms:Outcome",
+    "perception": "rewards.terms:Perception",
+    "perception_graded": "rewards.terms:PerceptionGraded",
+    "format": "rewards.terms:Format",
+    "length": "rewards.verbosity:Length",
+    "repetition": "rewards.verbosity:Repetition",
+    "group_agreement": "rewards.surrogates:GroupAgreement",
+    "self_consistency": "rewards.surrogates:SelfConsistency",
+    "blind_solver": "rewards.surrogates:BlindSolver",
+    "blind_policy": "rewards.surrogates:BlindPolicy",
+    "image_dependence": "rewards.surrogates:ImageDependence",
+    "judge": "rewards.judge:Judge",
+}
 """The reward terms a recipe can name without giving `module:Class`."""
+
+ARGUMENTS = ConfigDict(strict=True, extra="forbid")
+"""How the arguments of a term's class are read, where pydantic reads them."""
+
+Schedule = Literal["constant", "linear", "cosine"]
+OnFailure = Literal["abort", "drop_group", "zero"]
+Method = Literal["sum_then_normalize", "normalize_then_sum"]
+
+
+def unknown_term(name: str) -> str:
+    """Says that no reward term has this name, and which may be meant."""
+    near = get_close_matches(name, BUILT_IN, n=1)
+    known = f'known: {", ".join(BUILT_IN)}, or your own as "module:Class"'
+    return f'no reward term "{name}"; ' + (f'did you mean "{near[0]}"?' if near else known)
 
 
 class RewardTermConfig(Section):
@@ -31,7 +55,7 @@ class RewardTermConfig(Section):
     """0 logs the term without rewarding it."""
     final_weight: Weight | None = None
     """The weight at the end of the schedule, where it has one."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """How the weight goes to `final_weight`; `constant` has none."""
     schedule_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the run's steps after which `final_weight` is reached and kept."""
@@ -43,7 +67,7 @@ class RewardTermConfig(Section):
     """What the value of `gate` must reach."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the term's class."""
-    on_failure: Literal["abort", "drop_group", "zero"] = "abort"
+    on_failure: OnFailure = "abort"
     """Where the term fails on a group: end the run, leave the group out, or count 0."""
 
     @model_validator(mode="after")
@@ -65,26 +89,25 @@ class RewardTermConfig(Section):
         return self.label or self.name
 
     def weight_at(self, progress: float) -> float:
-        """The weight at a share of the run in [0, 1]."""
-        from rewards.compose import weight_at
+        """The weight at a share of the run; 0 logs the term without rewarding it.
 
-        end = self.weight if self.final_weight is None else self.final_weight
-        return weight_at(self.weight, end, self.schedule, progress / self.schedule_share)
+        With x the share of the schedule, clipped to [0, 1]: `linear`: start + (end − start)·x;
+        `cosine`: start + (end − start)·(1 − cos πx)/2, slow at both ends.
+        """
+        if self.final_weight is None:
+            return self.weight
+        x = min(1.0, max(0.0, progress / self.schedule_share))
+        share = x if self.schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
+        return self.weight + (self.final_weight - self.weight) * share
 
     @field_validator("name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
-        if name in REWARD_TERMS or CLASS_PATH.fullmatch(name):
+        if name in BUILT_IN or CLASS_PATH.fullmatch(name):
             return name
-        if ":" in name:
-            raise refusal(f'expected "module:Class", got "{name}"')
-        near = get_close_matches(name, REWARD_TERMS, n=1)
-        hint = (
-            f'did you mean "{near[0]}"?'
-            if near
-            else f'known: {", ".join(REWARD_TERMS)}, or your own as "module:Class"'
+        raise refusal(
+            f'expected "module:Class", got "{name}"' if ":" in name else unknown_term(name)
         )
-        raise refusal(f'no reward term "{name}"; {hint}')
 
 
 class RewardConfig(Section):
@@ -94,7 +117,7 @@ class RewardConfig(Section):
     """Short for the terms `perception`, weighed so, and `outcome`, with the rest of 1."""
     terms: Annotated[tuple[RewardTermConfig, ...], Field(strict=False)] = ()
     """The named components; without them and `alpha` it is `outcome` alone."""
-    compose: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    compose: Method = "sum_then_normalize"
     """`normalize_then_sum` (GDPO) normalises each term in its group before they are added."""
     workers: Positive = 1
     """Processes that run the terms that compute; each reserves no core of its own."""

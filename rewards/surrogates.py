@@ -11,22 +11,25 @@
 None of them looks at `p*`. The blind ones check an answer, as the outcome does; the others need
 no truth at all. An unreadable perception earns 0 everywhere and is never sent to a model.
 
-Guards: every term takes `max_perception_tokens` (tags included; 0: no cap), above which a
-perception earns 0. The blind ones take `leakage_check`: a perception that states the answer
-would earn everything without having been seen (see `tasks.core.CanLeak`).
+Guards: every term takes `max_perception_tokens` (tags included). The blind ones take
+`leakage_check`: a perception that states the answer would earn everything without having been
+seen (see `tasks.core.CanLeak`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
-from rewards.arguments import flag, number, one_of, positive, whole
+from rewards.settings import ARGUMENTS
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
-from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Parsed, Problem, Task
+from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Problem, Task
+from tasks.fields import Amount, Count, Positive, Rate
 from tasks.files import expanded
 from tasks.images import blank_like, mask_patches
 from tasks.responses import line_ends, without_preamble
@@ -34,7 +37,48 @@ from tasks.responses import line_ends, without_preamble
 PERCEPTION = SEGMENTS.index("perception")
 
 
-class GroupAgreement:
+@dataclass(config=ARGUMENTS, kw_only=True)
+class _Capped:
+    """What all surrogates share.
+
+    Args:
+        max_perception_tokens: a longer perception earns 0; 0 is no cap.
+    """
+
+    max_perception_tokens: Count = 0
+
+    def seen(self, rollout: Rollout) -> Any | None:
+        """The own perception, None where it is unreadable or too long."""
+        length = int((rollout.segments == PERCEPTION).sum())
+        too_long = 0 < self.max_perception_tokens < length
+        return None if too_long else rollout.parsed.perception
+
+
+@dataclass(config=ARGUMENTS, kw_only=True)
+class _Blind(_Capped):
+    """What the surrogates share that answer from the perception alone.
+
+    Args:
+        leakage_check: a perception that states the answer earns 0.
+    """
+
+    leakage_check: bool = True
+
+    def usable(self, task: Task, problem: Problem, rollout: Rollout) -> Any | None:
+        """The perception to answer from, None where it would earn nothing."""
+        perception = self.seen(rollout)
+        if perception is None or not self.leakage_check:
+            return perception
+        if isinstance(task, CanLeak):
+            leaks = bool(task.states_answer(problem, perception))
+        else:
+            answer = rollout.parsed.answer
+            leaks = answer is not None and bool(perception == answer)
+        return None if leaks else perception
+
+
+@dataclass(config=ARGUMENTS)
+class GroupAgreement(_Capped):
     """How far the own perception is the group's: self-consistency voting, used as a reward.
 
     Majority voting over samples is arXiv 2203.11171, as a reward TTRL (arXiv 2504.16084); that
@@ -54,10 +98,7 @@ class GroupAgreement:
     """
 
     name = "group_agreement"
-
-    def __init__(self, mode: str = "plurality", max_perception_tokens: int = 0) -> None:
-        self.mode = one_of("mode", mode, ("plurality", "soft"))
-        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+    mode: Literal["plurality", "soft"] = "plurality"
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]; perceptions must compare with `==`."""
@@ -72,12 +113,13 @@ class GroupAgreement:
         else:
             agreement = _plurality(seen)
         return [
-            0.0 if _perception(rollout, self.max_perception_tokens) is None else value
+            0.0 if self.seen(rollout) is None else value
             for rollout, value in zip(group.rollouts, agreement, strict=True)
         ]
 
 
-class SelfConsistency:
+@dataclass(config=ARGUMENTS)
+class SelfConsistency(_Capped):
     """1 where the answer is valid for the own perception, whatever the image shows.
 
     The judge that `acc/self_consistency` uses, as a reward. It never looks at the image: a
@@ -86,47 +128,35 @@ class SelfConsistency:
 
     name = "self_consistency"
 
-    def __init__(self, max_perception_tokens: int = 0) -> None:
-        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
-
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}."""
         return [float(self._holds(task, group.problem, rollout)) for rollout in group.rollouts]
 
     def _holds(self, task: Task, problem: Problem, rollout: Rollout) -> bool:
-        perception, answer = _perception(rollout, self.max_perception_tokens), rollout.parsed.answer
+        perception, answer = self.seen(rollout), rollout.parsed.answer
         if perception is None or answer is None:
             return False
         return bool(task.consistent(problem, perception, answer))
 
 
-class BlindSolver:
+@dataclass(config=ARGUMENTS)
+class BlindSolver(_Blind):
     """1 where the task's exact solver gets a right answer out of the own perception.
 
     R_p = check(solve(p)): a perception is good if it suffices for the answer, as in RACRO
     (arXiv 2506.04559) and MoCA (arXiv 2605.14054), whose solvers are language models. An exact
     solver never errs, so what is left to be wrong is the perception. It pays some wrong ones:
     a clue overlooked that the others imply, an edge that changes no colour.
-
-    Args:
-        leakage_check: a perception that states the answer earns 0.
-        max_perception_tokens: a longer perception earns 0; 0 is no cap.
     """
 
     name = "blind_solver"
-
-    def __init__(self, leakage_check: bool = True, max_perception_tokens: int = 0) -> None:
-        self.leakage_check = flag("leakage_check", leakage_check)
-        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}; equal perceptions are solved once."""
         solved: list[tuple[Any, float]] = []
         values = []
         for rollout in group.rollouts:
-            perception = _usable(
-                task, group.problem, rollout, self.max_perception_tokens, self.leakage_check
-            )
+            perception = self.usable(task, group.problem, rollout)
             if perception is None:
                 values.append(0.0)
                 continue
@@ -139,7 +169,8 @@ class BlindSolver:
         return values
 
 
-class BlindPolicy:
+@dataclass(config=ARGUMENTS)
+class BlindPolicy(_Blind):
     """1 where a model that is shown no image answers right from the own perception.
 
     The perception segment is forced as the start of a response to the prompt alone; the model
@@ -151,29 +182,12 @@ class BlindPolicy:
         model: checkpoint of the frozen model that answers; "" is the current policy.
         max_tokens: of the continuation; one that is cut has no answer and earns 0.
         temperature: 0 is greedy.
-        leakage_check: a perception that states the answer earns 0.
-        max_perception_tokens: a longer perception earns 0; 0 is no cap.
     """
 
     name = "blind_policy"
-
-    def __init__(
-        self,
-        model: str = "",
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        leakage_check: bool = True,
-        max_perception_tokens: int = 0,
-    ) -> None:
-        if not isinstance(model, str):
-            raise ValueError(f"model = {model!r}: a checkpoint's folder or name as text")
-        self.model = expanded(model)
-        self.sampling = Sampling(
-            temperature=number("temperature", temperature),
-            max_tokens=whole("max_tokens", max_tokens, 1),
-        )
-        self.leakage_check = flag("leakage_check", leakage_check)
-        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+    model: Annotated[str, AfterValidator(expanded)] = ""
+    max_tokens: Positive = 256
+    temperature: Amount = 0.0
 
     def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
         """One request for each different perception text that may earn something."""
@@ -182,7 +196,7 @@ class BlindPolicy:
                 group_id=f"{group.group_id}/{self.name}-{i}",
                 problem=group.problem,
                 n=1,
-                sampling=self.sampling,
+                sampling=Sampling(temperature=self.temperature, max_tokens=self.max_tokens),
                 kind="blind",
                 view="none",
                 prefix=prefix,
@@ -205,18 +219,16 @@ class BlindPolicy:
 
     def _prefixes(self, task: Task, group: Group) -> list[str | None]:
         """What is forced for each rollout, None where it earns nothing anyhow."""
-        usable = [
-            _usable(task, group.problem, rollout, self.max_perception_tokens, self.leakage_check)
-            is not None
+        return [
+            None
+            if self.usable(task, group.problem, rollout) is None
+            else blind_prefix(task, rollout)
             for rollout in group.rollouts
         ]
-        return [
-            blind_prefix(task, rollout) if use else None
-            for use, rollout in zip(usable, group.rollouts, strict=True)
-        ]
 
 
-class ImageDependence:
+@dataclass(config=ARGUMENTS)
+class ImageDependence(_Capped):
     """clip(g, 0, cap) / cap, g the mean log-prob gain of the perception tokens by the image.
 
     g = mean_t [log π(t | image) − log π(t | altered image)] over the tokens of the perception
@@ -231,32 +243,21 @@ class ImageDependence:
         cap: gain in nats a token that earns 1.
         patch_size: of `masked`, in pixels; PAPO's 14 is one patch of Qwen2.5-VL.
         share: of `masked`, of the patches.
-        max_perception_tokens: a longer perception earns 0; 0 is no cap.
     """
 
     name = "image_dependence"
     model = ""
-
-    def __init__(
-        self,
-        view: str = "masked",
-        cap: float = 1.0,
-        patch_size: int = 14,
-        share: float = 0.6,
-        max_perception_tokens: int = 0,
-    ) -> None:
-        self.view = one_of("view", view, ("masked", "blank", "swapped"))
-        self.cap = positive("cap", cap)
-        self.patch_size = whole("patch_size", patch_size, 1)
-        self.share = positive("share", share, most=1.0)
-        self.max_perception_tokens = whole("max_perception_tokens", max_perception_tokens, 0)
+    view: Literal["masked", "blank", "swapped"] = "masked"
+    cap: Rate = 1.0
+    patch_size: Positive = 14
+    share: Annotated[Rate, Field(le=1)] = 0.6
 
     def ask(self, task: Task, group: Group, other: Problem | None) -> list[ScoreRequest]:
         """Two requests, image and altered image, for each different run of tokens.
 
         Raises ValueError where the view is `swapped` and there is no other image.
         """
-        runs = _different([_key(ids) for ids in self._runs(group)])
+        runs = _different(self._runs(group))
         if not runs:
             return []
         problem = group.problem
@@ -274,33 +275,32 @@ class ImageDependence:
 
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
         """float [G] in [0, 1]."""
-        ids_of = self._runs(group)
-        runs = _different([_key(ids) for ids in ids_of])
+        run_of = self._runs(group)
+        runs = _different(run_of)
         _expect_replies(self.name, 2 * len(runs), replies)
         gains: dict[bytes, np.ndarray] = {}
         for run, shown, altered in zip(runs, replies[::2], replies[1::2], strict=True):
             gains[run] = self._logprobs(run, shown) - self._logprobs(run, altered)
         values = []
-        for rollout, ids in zip(group.rollouts, ids_of, strict=True):
-            if ids is None:
+        for rollout, own in zip(group.rollouts, run_of, strict=True):
+            if own is None:
                 values.append(0.0)
                 continue
-            seeing = rollout.segments[: len(ids)] == PERCEPTION
-            gain = gains[ids.tobytes()][seeing].mean()
+            gain = gains[own][rollout.segments[: len(gains[own])] == PERCEPTION].mean()
             values.append(float(np.clip(gain, 0.0, self.cap) / self.cap))
         return values
 
-    def _runs(self, group: Group) -> list[np.ndarray | None]:
+    def _runs(self, group: Group) -> list[bytes | None]:
         """int32 response tokens up to the end of the perception, None where nothing is earned."""
-        return [
-            None
-            if _perception(r, self.max_perception_tokens) is None
-            or not (r.segments == PERCEPTION).any()
-            else np.asarray(
-                r.response_ids[: np.flatnonzero(r.segments == PERCEPTION)[-1] + 1], dtype=np.int32
-            )
-            for r in group.rollouts
-        ]
+        runs: list[bytes | None] = []
+        for rollout in group.rollouts:
+            seeing = np.flatnonzero(rollout.segments == PERCEPTION)
+            if self.seen(rollout) is None or not len(seeing):
+                runs.append(None)
+            else:
+                ids = rollout.response_ids[: seeing[-1] + 1]
+                runs.append(np.asarray(ids, dtype=np.int32).tobytes())
+        return runs
 
     def _altered(self, problem: Problem, other: Problem | None) -> bytes:
         if self.view == "masked":
@@ -329,42 +329,16 @@ def blind_prefix(task: Task, rollout: Rollout) -> str:
     Prose in front of a JSON perception is left out where the task reads the rest the same.
     Raises ValueError where the task's parser does not say where the perception lies.
     """
-    start, end = _perception_span(task, rollout.parsed)
-    text = rollout.prefix + rollout.text
-    segment, ending = text[start:end], line_ends(text, end)
-    bare = without_preamble(segment) + ending
-    return bare if task.parse(bare).perception == rollout.parsed.perception else segment + ending
-
-
-def _perception_span(task: Task, parsed: Parsed) -> tuple[int, int]:
-    if "perception" not in parsed.spans:
+    if "perception" not in rollout.parsed.spans:
         raise ValueError(
             f"blind_policy: `parse` of task {task.name!r} read a perception without saying where "
             'it is; put it into `Parsed.spans["perception"]`'
         )
-    return parsed.spans["perception"]
-
-
-def _perception(rollout: Rollout, cap: int) -> Any | None:
-    """The own perception, None where it is unreadable or has more than `cap` tokens."""
-    if cap and int((rollout.segments == PERCEPTION).sum()) > cap:
-        return None
-    return rollout.parsed.perception
-
-
-def _usable(
-    task: Task, problem: Problem, rollout: Rollout, cap: int, leakage_check: bool
-) -> Any | None:
-    """The perception that a blind solver may work on, None where it would earn nothing."""
-    perception = _perception(rollout, cap)
-    if perception is None or not leakage_check:
-        return perception
-    if isinstance(task, CanLeak):
-        leaks = bool(task.states_answer(problem, perception))
-    else:
-        answer = rollout.parsed.answer
-        leaks = answer is not None and bool(perception == answer)
-    return None if leaks else perception
+    start, end = rollout.parsed.spans["perception"]
+    text = rollout.prefix + rollout.text
+    segment, ending = text[start:end], line_ends(text, end)
+    bare = without_preamble(segment) + ending
+    return bare if task.parse(bare).perception == rollout.parsed.perception else segment + ending
 
 
 def _plurality(seen: Sequence[Any | None]) -> list[float]:
@@ -395,10 +369,6 @@ def _soft(claims: Sequence[frozenset[Any] | None]) -> list[float]:
 def _different(keys: Sequence[Any | None]) -> list[Any]:
     """The distinct keys in order of first appearance, without None."""
     return list(dict.fromkeys(key for key in keys if key is not None))
-
-
-def _key(ids: np.ndarray | None) -> bytes | None:
-    return None if ids is None else ids.tobytes()
 
 
 def _expect_replies(name: str, count: int, replies: Sequence[Any]) -> None:

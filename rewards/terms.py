@@ -7,20 +7,21 @@ a typed outcome.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import functools
 import importlib
 import inspect
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
+import pydantic
+from pydantic import ValidationError
 
-from rewards.judge import Judge
 from rewards.scored import (
     DIAGNOSIS,
     Diagnosis,
@@ -31,32 +32,11 @@ from rewards.scored import (
     TermError,
     TermFailure,
 )
-from rewards.surrogates import (
-    BlindPolicy,
-    BlindSolver,
-    GroupAgreement,
-    ImageDependence,
-    SelfConsistency,
-)
-from rewards.verbosity import Length, Repetition
+from rewards.settings import ARGUMENTS, BUILT_IN, RewardTermConfig, unknown_term
+from rewards.surrogates import SelfConsistency
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from tasks.core import Problem, Task
-
-
-class TermSpec(Protocol):
-    """How a recipe names a term; `[[reward.terms]]` fits as it is."""
-
-    @property
-    def name(self) -> str:
-        """`"outcome"` or `"module:Class"`."""
-
-    @property
-    def args(self) -> Mapping[str, Any]:
-        """Keyword arguments of the term's class."""
-
-    @property
-    def label(self) -> str | None:
-        """What metrics and records call it; None: the term's own name."""
+from tasks.fields import Amount
 
 
 @runtime_checkable
@@ -137,6 +117,7 @@ class PerceptionGraded:
         return [float(_seen(task, group, rollout)[1]) for rollout in group.rollouts]
 
 
+@pydantic.dataclasses.dataclass(config=ARGUMENTS)
 class Format:
     """max(0, 1 − Σ penalty(defect)) over the named defects of a response.
 
@@ -146,14 +127,8 @@ class Format:
     """
 
     name = "format"
-
-    def __init__(self, penalties: Mapping[str, float] | None = None, default: float = 1.0) -> None:
-        self.penalties = dict(penalties or {})
-        self.default = default
-        for label, value in [*self.penalties.items(), ("default", default)]:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{label} = {value!r}: a penalty is a finite number >= 0")
+    penalties: dict[str, Amount] = dataclasses.field(default_factory=dict)
+    default: Amount = 1.0
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]."""
@@ -164,21 +139,7 @@ class Format:
 
 
 Term = RewardTerm | AskingTerm | RemoteTerm
-
-BUILT_IN: dict[str, Callable[..., Term]] = {
-    Outcome.name: Outcome,
-    Perception.name: Perception,
-    PerceptionGraded.name: PerceptionGraded,
-    Format.name: Format,
-    Length.name: Length,
-    Repetition.name: Repetition,
-    GroupAgreement.name: GroupAgreement,
-    SelfConsistency.name: SelfConsistency,
-    BlindSolver.name: BlindSolver,
-    BlindPolicy.name: BlindPolicy,
-    ImageDependence.name: ImageDependence,
-    Judge.name: Judge,
-}
+TermSpec = RewardTermConfig
 
 
 def find_term(name: str) -> Callable[..., Any]:
@@ -187,29 +148,22 @@ def find_term(name: str) -> Callable[..., Any]:
     Raises `TermError` for an unknown name (with a near miss if there is one), or a module or
     class that cannot be loaded.
     """
-    if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:
-            raise TermError(
-                f"reward term {name!r}: cannot import {module_name!r} ({error}); "
-                "put its folder on PYTHONPATH or into the job's working directory"
-            ) from error
-        if not hasattr(module, attribute):
-            hint = _did_you_mean(attribute, [n for n in dir(module) if not n.startswith("_")])
-            raise TermError(
-                f"reward term {name!r}: module {module_name!r} has no {attribute!r}{hint}"
-            )
-        found: Callable[..., Any] = getattr(module, attribute)
-        return found
-    if name not in BUILT_IN:
-        hint = _did_you_mean(name, list(BUILT_IN))
+    module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
+    if not colon:
+        raise TermError(unknown_term(name))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
         raise TermError(
-            f"no reward term {name!r}{hint}; there are {', '.join(BUILT_IN)}, "
-            'or a term of your own as "module:Class"'
-        )
-    return BUILT_IN[name]
+            f"reward term {name!r}: cannot import {module_name!r} ({error}); "
+            "put its folder on PYTHONPATH or into the job's working directory"
+        ) from error
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TermError(f"reward term {name!r}: module {module_name!r} has no {attribute!r}{hint}")
+    found: Callable[..., Any] = getattr(module, attribute)
+    return found
 
 
 def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
@@ -220,6 +174,8 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
     factory = find_term(name)
     try:
         term = factory(**(args or {}))
+    except ValidationError as error:
+        raise TermError(f"reward term {name!r}: args: {argument_errors(error)}") from error
     except Exception as error:
         raise TermError(f"reward term {name!r}: args: {error}") from error
     if not isinstance(getattr(term, "name", None), str) or not isinstance(
@@ -233,12 +189,23 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
     return loaded
 
 
-def is_remote(term: Term) -> bool:
+def argument_errors(error: ValidationError) -> str:
+    """What is wrong with which argument, and its value where that is short."""
+    said = []
+    for wrong in error.errors(include_url=False):
+        given = wrong["input"]
+        shown = f" = {given!r}" if isinstance(given, str | int | float | None) else ""
+        at = ".".join(map(str, wrong["loc"]))
+        said.append(f"{at}{shown}: {wrong['msg'].removeprefix('Value error, ')}")
+    return "; ".join(said)
+
+
+def is_remote(term: Term) -> TypeGuard[RemoteTerm]:
     """Whether a term waits for others: its `__call__` is a coroutine."""
     return inspect.iscoroutinefunction(type(term).__call__)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TermFacts:
     """What is to be known of a term where it does not work.
 
@@ -267,32 +234,45 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
     return _KNOWN[key]
 
 
-def load_terms(specs: Sequence[TermSpec]) -> dict[str, Term]:
+def load_terms(entries: Sequence[RewardTermConfig]) -> dict[str, Term]:
     """Load the terms by what metrics call them: an entry's `label`, or the term's own name.
 
     Raises `TermError` where two share a name, or one is no term.
     """
-    return _by_name(specs, load_term)
+    return _by_name(entries, load_term)
 
 
-def facts_of(specs: Sequence[TermSpec]) -> dict[str, TermFacts]:
+def facts_of(entries: Sequence[RewardTermConfig]) -> dict[str, TermFacts]:
     """The facts of the terms that `load_terms` loads (`term_facts`); raises what it raises."""
-    return _by_name(specs, term_facts)
+    return _by_name(entries, term_facts)
 
 
 def _by_name(
-    specs: Sequence[TermSpec], load: Callable[[str, Mapping[str, Any]], Named]
+    entries: Sequence[RewardTermConfig], load: Callable[[str, Mapping[str, Any]], Named]
 ) -> dict[str, Named]:
     terms: dict[str, Named] = {}
-    for spec in specs:
-        term = load(spec.name, spec.args)
-        name = spec.label or term.name
+    for entry in entries:
+        term = load(entry.name, entry.args)
+        name = entry.label or term.name
         if name == DIAGNOSIS:
             raise TermError(f"a reward term cannot be named {DIAGNOSIS!r}; give it another label")
         if name in terms:
             raise TermError(f"two reward terms are named {name!r}; give one a `label` of its own")
         terms[name] = term
     return terms
+
+
+@contextmanager
+def _attempt(name: str, found: ScoredTerms) -> Iterator[None]:
+    """Time what a term does, and record what it raises as its failure."""
+    start = time.perf_counter()
+    try:
+        yield
+    except UnusableValues as error:
+        found.failures += (TermFailure(name, error.kind, str(error)),)
+    except (Exception, SystemExit) as error:
+        found.failures += (_failure_of(name, error),)
+    found.seconds[name] = time.perf_counter() - start
 
 
 def score_group(
@@ -306,103 +286,60 @@ def score_group(
 
     Asking terms only ask here (`requests`), see `read_replies`. `other`: see `AskingTerm.ask`.
     """
-    values: dict[str, np.ndarray] = {}
-    requests: dict[str, Sequence[ModelRequest]] = {}
-    failures: list[TermFailure] = []
-    seconds: dict[str, float] = {}
-    diagnosis = None
+    found = ScoredTerms()
     for name, term in terms.items():
-        if isinstance(term, AskingTerm):
-            asked, seconds[name] = _guarded(name, functools.partial(_ask, term, task, group, other))
-            if isinstance(asked, TermFailure):
-                failures.append(asked)
+        with _attempt(name, found):
+            if isinstance(term, AskingTerm):
+                found.requests[name] = _requests(term.ask(task, group, other))
             else:
-                requests[name] = asked
-            continue
-        outcome, seconds[name] = _scored(name, functools.partial(term, task, group), group)
-        if isinstance(outcome, TermFailure):
-            failures.append(outcome)
-        else:
-            values[name] = outcome
+                found.values[name] = as_values(term(task, group), group)
     if with_diagnosis:
-        found, _ = _guarded(DIAGNOSIS, functools.partial(diagnose, task, group))
-        if isinstance(found, TermFailure):
-            failures.append(found)
-        else:
-            diagnosis = found
-    return ScoredTerms(values, tuple(failures), seconds, diagnosis, requests)
+        with _attempt(DIAGNOSIS, found):
+            found.diagnosis = diagnose(task, group)
+        del found.seconds[DIAGNOSIS]
+    return found
 
 
 def read_replies(
     task: Task, group: Group, terms: Mapping[str, Term], replies: Mapping[str, Sequence[Reply]]
 ) -> ScoredTerms:
     """The second half of every asking term that `replies` has answers for."""
-    values: dict[str, np.ndarray] = {}
-    failures: list[TermFailure] = []
-    seconds: dict[str, float] = {}
+    found = ScoredTerms()
     for name, answers in replies.items():
         term = terms[name]
         assert isinstance(term, AskingTerm)
-        outcome, seconds[name] = _scored(
-            name, functools.partial(term.score, task, group, answers), group
-        )
-        if isinstance(outcome, TermFailure):
-            failures.append(outcome)
-        else:
-            values[name] = outcome
-    return ScoredTerms(values, tuple(failures), seconds, None)
+        with _attempt(name, found):
+            found.values[name] = as_values(term.score(task, group, answers), group)
+    return found
 
 
 async def score_remote(name: str, term: RemoteTerm, task: Task, group: Group) -> ScoredTerms:
     """One remote term on a group: its values or its typed failure."""
-    start = time.perf_counter()
-    try:
-        outcome = as_values(name, await term(task, group), len(group.rollouts))
-    except (Exception, SystemExit) as error:
-        outcome = failure_of(name, error)
-    seconds = {name: time.perf_counter() - start}
-    if isinstance(outcome, TermFailure):
-        return ScoredTerms({}, (outcome,), seconds, None)
-    return ScoredTerms({name: outcome}, (), seconds, None)
+    found = ScoredTerms()
+    with _attempt(name, found):
+        found.values[name] = as_values(await term(task, group), group)
+    return found
 
 
-def _ask(
-    term: AskingTerm, task: Task, group: Group, other: Problem | None
-) -> tuple[ModelRequest, ...]:
-    asked = tuple(term.ask(task, group, other))
-    wrong = next((r for r in asked if not isinstance(r, SampleRequest | ScoreRequest)), None)
-    if wrong is not None:
-        raise TypeError(f"`ask` gave a {type(wrong).__name__}, no SampleRequest or ScoreRequest")
-    return asked
-
-
-def _scored(
-    name: str, call: Callable[[], Any], group: Group
-) -> tuple[np.ndarray | TermFailure, float]:
-    result, seconds = _guarded(name, call)
-    if not isinstance(result, TermFailure):
-        result = as_values(name, result, len(group.rollouts))
-    return result, seconds
+def _requests(asked: Sequence[Any]) -> tuple[ModelRequest, ...]:
+    for request in asked:
+        if not isinstance(request, SampleRequest | ScoreRequest):
+            kind = type(request).__name__
+            raise TypeError(f"`ask` gave a {kind}, no SampleRequest or ScoreRequest")
+    return tuple(asked)
 
 
 def diagnose(task: Task, group: Group) -> Diagnosis:
     """Perception and reasoning truth of a group; needs labels, never used as a reward."""
-    a = [_solved(task, group, rollout) for rollout in group.rollouts]
     seen = [_seen(task, group, rollout) for rollout in group.rollouts]
-    consistent = [
-        rollout.parsed.perception is not None
-        and rollout.parsed.answer is not None
-        and bool(task.consistent(group.problem, rollout.parsed.perception, rollout.parsed.answer))
-        for rollout in group.rollouts
-    ]
-    a_bool = np.array(a, dtype=bool)
+    a = np.array([_solved(task, group, rollout) for rollout in group.rollouts], dtype=bool)
     a_p = np.array([exact for exact, _ in seen], dtype=bool)
     return Diagnosis(
-        a=a_bool,
+        a=a,
         a_p=a_p,
         a_p_graded=np.array([graded for _, graded in seen], dtype=np.float64),
-        self_consistency=np.array(consistent, dtype=bool),
-        leak=a_bool & ~a_p,
+        self_consistency=np.array(SelfConsistency()(task, group), dtype=bool),
+        leak=a & ~a_p,
         defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
     )
 
@@ -420,50 +357,41 @@ def _seen(task: Task, group: Group, rollout: Rollout) -> tuple[bool, float]:
     return bool(exact), float(graded)
 
 
-def _guarded(name: str, call: Callable[[], Any]) -> tuple[Any, float]:
-    """The call's result or its typed failure, and its wall time in seconds."""
-    start = time.perf_counter()
-    try:
-        result = call()
-    except (Exception, SystemExit) as error:
-        result = failure_of(name, error)
-    return result, time.perf_counter() - start
-
-
-def failure_of(name: str, error: BaseException) -> TermFailure:
+def _failure_of(name: str, error: BaseException) -> TermFailure:
     """What a term raised, its own code on top of the traceback."""
-    # The first frame is ours that caught it.
+    # The first two frames are ours: `_attempt`, and whoever called the term under it.
     frames = error.__traceback__
-    own = frames.tb_next if frames is not None and frames.tb_next else frames
-    text = "".join(traceback.format_exception(type(error), error, own))
+    for _ in range(2):
+        frames = frames.tb_next if frames is not None else None
+    text = "".join(traceback.format_exception(type(error), error, frames))
     message = "".join(traceback.format_exception_only(error)).strip()
     return TermFailure(name, "exception", message, text)
 
 
-def as_values(name: str, result: Any, size: int) -> np.ndarray | TermFailure:
-    """float64 [size] from what a term returned, or why it cannot be that."""
+class UnusableValues(ValueError):
+    """What a term returned is not one finite number a rollout."""
 
-    def failure(kind: FailureKind, message: str) -> TermFailure:
-        return TermFailure(name, kind, message)
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
+
+def as_values(result: Any, group: Group) -> np.ndarray:
+    """float64 [G] from what a term returned; raises UnusableValues where it cannot be that."""
+    size = len(group.rollouts)
     try:
         array = np.asarray(result)
     except Exception as error:
-        return failure("not_numbers", f"returned no array of numbers: {error}")
+        raise UnusableValues("not_numbers", f"returned no array of numbers: {error}") from error
     if array.ndim == 1 and len(array) != size:
-        return failure("wrong_length", f"returned {len(array)} values for {size} rollouts")
+        raise UnusableValues("wrong_length", f"returned {len(array)} values for {size} rollouts")
     if array.ndim != 1 and array.dtype.kind in "biuf":
-        return failure("wrong_length", f"returned shape {array.shape}, expected ({size},)")
+        raise UnusableValues("wrong_length", f"returned shape {array.shape}, expected ({size},)")
     # An empty list has a float dtype; strings and None would be turned into numbers by a cast.
     if array.ndim != 1 or array.dtype.kind not in "biuf":
-        return failure("not_numbers", f"returned {type(result).__name__} of {array.dtype}")
+        raise UnusableValues("not_numbers", f"returned {type(result).__name__} of {array.dtype}")
     values = array.astype(np.float64)
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        return failure("nan", f"value {bad} of {size} is {values[bad]}")
+        raise UnusableValues("nan", f"value {bad} of {size} is {values[bad]}")
     return values
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

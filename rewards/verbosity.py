@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from rewards.arguments import number, whole
+import numpy as np
+from pydantic import field_validator
+from pydantic.dataclasses import dataclass
+
+from rewards.settings import ARGUMENTS
 from rollout.record import Group
 from tasks.core import Task
+from tasks.fields import Amount, Positive
 
 
+@dataclass(config=ARGUMENTS)
 class Length:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
@@ -24,12 +30,16 @@ class Length:
     """
 
     name = "length"
+    max_tokens: Positive
+    buffer: Positive
 
-    def __init__(self, max_tokens: int, buffer: int) -> None:
-        self.max_tokens = whole("max_tokens", max_tokens, 1)
-        self.buffer = whole("buffer", buffer, 1)
-        if buffer > max_tokens:
-            raise ValueError(f"buffer = {buffer}: at most max_tokens ({max_tokens})")
+    @field_validator("buffer")
+    @classmethod
+    def _fits(cls, buffer: int, info: Any) -> int:
+        most = info.data.get("max_tokens", buffer)
+        if buffer > most:
+            raise ValueError(f"at most max_tokens ({most})")
+        return buffer
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [−1, 0]."""
@@ -39,6 +49,7 @@ class Length:
         ]
 
 
+@dataclass(config=ARGUMENTS)
 class Repetition:
     """−max_penalty · (1 − different n-grams / n-grams) of the response's tokens.
 
@@ -53,10 +64,8 @@ class Repetition:
     """
 
     name = "repetition"
-
-    def __init__(self, n: int = 20, max_penalty: float = 2.0) -> None:
-        self.n = whole("n", n, 1)
-        self.max_penalty = number("max_penalty", max_penalty)
+    n: Positive = 20
+    max_penalty: Amount = 2.0
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [−max_penalty, 0]."""

@@ -91,7 +91,7 @@ class RemoteWorker:
         """Load the term in this process; the first call after any start."""
         ((self.name, term),) = load_terms([self.spec]).items()
         assert is_remote(term)
-        self.term: RemoteTerm = term  # type: ignore[assignment]
+        self.term: RemoteTerm = term
 
     async def score(self, group: Group) -> ScoredTerms:
         """The term on one group: values or a typed failure."""

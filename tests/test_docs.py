@@ -16,8 +16,8 @@ import pytest
 from cluster.recipe.recipe import load_recipe
 from cluster.record.folder import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.judge import JudgeSettings
-from rewards.settings import RewardConfig
-from rewards.terms import BUILT_IN, load_term
+from rewards.settings import BUILT_IN, RewardConfig
+from rewards.terms import load_term
 from rollout.record import Group, Rollout
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset

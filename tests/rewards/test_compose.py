@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,12 @@ import pytest
 from rewards.advantages import EPS
 from rewards.compose import (
     Composition,
-    Method,
-    RewardRule,
     compose_groups,
     normalize_then_sum,
-    weight_at,
     weighted_sum,
 )
 from rewards.scored import RewardError, ScoredGroup, ScoredTerms
+from rewards.settings import Method, RewardConfig, RewardTermConfig
 from rewards.terms import Format, Outcome, Perception
 from tasks.core import SEGMENTS
 from tests.support.toys import Length, Misbehaves, group, score
@@ -198,18 +198,6 @@ def test_a_weight_that_names_no_term_is_an_error() -> None:
         compose([group(1, "1;2;")], [Outcome()], Composition({"percption": 1.0}))
 
 
-def test_a_recipes_terms_fit_the_contract() -> None:
-    from rewards.settings import RewardConfig
-
-    terms = RewardConfig(alpha=0.25).effective_terms()
-    assert {term.name: term.weight_at(0.5) for term in terms} == {
-        "perception": 0.25,
-        "outcome": 0.75,
-    }
-    rule: RewardRule = terms[0]
-    assert rule.on_failure == "abort"
-
-
 def random_batch(rng: np.random.Generator, names: list[str]) -> list[dict[str, np.ndarray]]:
     return [
         {
@@ -281,14 +269,19 @@ def test_a_gate_lets_reasoning_earn_only_behind_passed_perception() -> None:
         scored(batch, Composition({"outcome": 1.0}, gates={"outcome": ("percption", 0.5)}))
 
 
-def test_scheduled_weights_start_end_and_never_leave_their_range() -> None:
+def test_weights_are_those_of_alpha_or_of_their_schedule() -> None:
+    terms = RewardConfig(alpha=0.25).effective_terms()
+    assert {t.name: t.weight_at(0.5) for t in terms} == {"perception": 0.25, "outcome": 0.75}
+
+    def at(start: float, end: float, schedule: Any, share: float = 1.0) -> Callable[[float], float]:
+        fields = {"weight": start, "final_weight": end, "schedule": schedule}
+        return RewardTermConfig(name="outcome", schedule_share=share, **fields).weight_at
+
     for schedule in ("linear", "cosine"):
-        assert weight_at(0.2, 0.8, schedule, 0.0) == 0.2
-        assert weight_at(0.2, 0.8, schedule, 0.5) == pytest.approx(0.5)
-        assert weight_at(0.2, 0.8, schedule, 1.0) == pytest.approx(0.8)
-        assert weight_at(0.2, 0.8, schedule, 7.0) == pytest.approx(0.8)
-        found = [weight_at(1.0, -1.0, schedule, x) for x in np.linspace(0, 1, 21)]
-        assert found == sorted(found, reverse=True)
-    assert weight_at(1.0, 0.0, "linear", 0.25) == 0.75
-    assert weight_at(1.0, 0.0, "cosine", 0.25) == pytest.approx(0.5 + math.sqrt(2) / 4)
-    assert weight_at(0.3, 0.9, "constant", 1.0) == 0.3
+        weight = at(0.2, 0.8, schedule, share=0.5)
+        found = [weight(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+        assert found == pytest.approx([0.2, 0.5, 0.8, 0.8])
+        falls = [at(1.0, 0.0, schedule)(x) for x in np.linspace(0, 1, 21)]
+        assert falls == sorted(falls, reverse=True)
+    assert at(1.0, 0.0, "linear")(0.25) == 0.75
+    assert at(1.0, 0.0, "cosine")(0.25) == pytest.approx(0.5 + math.sqrt(2) / 4)

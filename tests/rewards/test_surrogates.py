@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.scored import ScoredTerms
 from rewards.surrogates import (
     BlindPolicy,
     BlindSolver,
@@ -24,7 +23,6 @@ from rewards.surrogates import (
     ImageDependence,
     SelfConsistency,
 )
-from rewards.terms import load_term, score_group
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from rollout.tokens import label_segments
 from tasks.core import Parsed, Problem, Task
@@ -35,6 +33,7 @@ from tasks.sudoku import Sudoku, SudokuSpec, grid_text
 from tasks.sudoku_puzzle import Grid
 from tests.support.toys import TASK as DOUBLING
 from tests.support.toys import group as doubling
+from tests.support.toys import rollout as toy_rollout
 
 SUDOKU, GRAPHS = Sudoku(), GraphColoring()
 TINY = SudokuSpec(size=4, cell_size=16, font_size=12, margin=0, prompt="brief")
@@ -46,24 +45,9 @@ TASK_OF: dict[str, Task] = {SUDOKU.name: SUDOKU, GRAPHS.name: GRAPHS}
 
 def rollout_of(task: Task, text: str, index: int = 0, prefix: str = "") -> Rollout:
     parsed = task.parse(prefix + text)
-    offsets = np.arange(len(text) + 1)
-    return Rollout(
-        rollout_id=f"g-{index}",
-        group_id="g",
-        kind="free",
-        view="shown",
-        prompt_ids=np.arange(3, dtype=np.int32),
-        response_ids=np.array([ord(c) for c in text], dtype=np.int32),
-        logprobs=np.zeros(len(text), np.float32),
-        versions=np.zeros(len(text), np.int32),
-        segments=label_segments(offsets, parsed.spans, shift=len(prefix)),
-        prefix=prefix,
-        text=text,
-        parsed=parsed,
-        finish_reason="stop",
-        seconds=0.0,
-        sampler="toy",
-    )
+    segments = label_segments(np.arange(len(text) + 1), parsed.spans, shift=len(prefix))
+    ids = np.array([ord(c) for c in text], dtype=np.int32)
+    return toy_rollout(f"g-{index}", text, parsed, ids, segments, prefix=prefix)
 
 
 def group_of(problem: Problem, *texts: str) -> Group:
@@ -243,6 +227,9 @@ def test_the_solver_and_self_consistency_by_hand() -> None:
     assert BlindSolver()(SUDOKU, group) == [1, 1, 1, 0, 0, 0, 0]
     assert BlindSolver(leakage_check=False)(SUDOKU, group) == [1, 1, 1, 0, 1, 0, 0]
     assert SelfConsistency()(SUDOKU, group) == [1, 0, 1, 0, 1, 0, 0]
+    # One blank is enough for an honest puzzle to state no answer.
+    easy = SUDOKU.generate(np.random.default_rng(0), SudokuSpec(size=4, blanks=1, prompt="brief"))
+    assert BlindSolver()(SUDOKU, group_of(easy, says(easy.perception))) == [1]
 
 
 @pytest.mark.parametrize("problem", [*PUZZLES, *DRAWINGS], ids=lambda p: p.id)
@@ -254,12 +241,6 @@ def test_an_oracle_perception_earns_everything(problem: Problem) -> None:
     assert GroupAgreement()(task, group) == GroupAgreement("soft")(task, group) == [1, 1]
     term = BlindPolicy()
     assert term.score(task, group, answered(term.ask(task, group, None), reason)) == [1, 1]
-
-
-def test_one_blank_is_enough_for_an_honest_puzzle() -> None:
-    spec = SudokuSpec(size=4, blanks=1, prompt="brief")
-    problem = SUDOKU.generate(np.random.default_rng(0), spec)
-    assert BlindSolver()(SUDOKU, group_of(problem, says(problem.perception))) == [1]
 
 
 def test_solver_and_consistency_equal_other_implementations_on_random_groups() -> None:
@@ -400,17 +381,11 @@ def test_a_task_with_another_notation_keeps_its_whole_segment() -> None:
     assert request.prefix == "two dots [left] and [right]END\n"
 
 
-class Unlabelled(Sudoku):
-    """Without perception labels there is no `p*` to force."""
-
-    def oracle_prefix(self, problem: Problem) -> str:
-        return ""
-
-
 def test_the_blind_request_needs_no_label_and_ends_in_the_line_ends_of_the_policy() -> None:
     spaced = says(grid_text(MISREAD)).replace("</perception>\n", "</perception>\n\n")
     group = group_of(PUZZLE, says(grid_text(TRUE)), spaced)
-    assert [r.prefix for r in BlindPolicy().ask(Unlabelled(), group, None)] == [
+    unlabelled = replace(group, problem=replace(PUZZLE, perception="", truth={}))
+    assert [r.prefix for r in BlindPolicy().ask(SUDOKU, unlabelled, None)] == [
         f"<perception>\n{grid_text(TRUE)}\n</perception>\n",
         f"<perception>\n{grid_text(MISREAD)}\n</perception>\n\n",
     ]
@@ -475,6 +450,8 @@ def test_image_dependence_by_hand() -> None:
     assert term.score(SUDOKU, group, [high, low]) == [0.25, 0, 0, 0.25]
     assert term.score(SUDOKU, group, [low, high]) == [0, 0, 0, 0]
     assert term.score(SUDOKU, group, [high + 1, low]) == [1, 0, 0, 1]
+    # A reply of NaN becomes no reward.
+    assert np.isnan(term.score(SUDOKU, group, [low * np.nan, low])[0])
     assert ImageDependence().ask(SUDOKU, group_of(PUZZLE, "nothing"), None) == []
     assert ImageDependence().score(SUDOKU, group_of(PUZZLE, "nothing"), []) == [0]
 
@@ -569,13 +546,6 @@ def test_replies_that_do_not_fit_are_refused(term: Any, replies: Any, message: s
         term.score(SUDOKU, group_of(PUZZLE, says(grid_text(TRUE))), replies)
 
 
-def test_a_reply_of_nan_does_not_become_a_reward() -> None:
-    group = group_of(PUZZLE, says(grid_text(TRUE)))
-    term = ImageDependence()
-    replies = [np.full(len(r.response_ids), np.nan) for r in term.ask(SUDOKU, group, None)]
-    assert np.isnan(term.score(SUDOKU, group, replies)).all()
-
-
 HOSTILE = (
     "", "<perception>", "</perception>" * 500, "<perception>" * 500, "[" * 5000, "[[0]]" * 500,
     "<perception>\n1 2\n</perception>\n<answer>1 2</answer>", '{"edges": [[0, 1]], "c": 9}',
@@ -621,39 +591,3 @@ def test_no_surrogate_looks_at_perception_labels() -> None:
         assert BlindSolver()(task, blind) == BlindSolver()(task, group)
         prefixes = [[r.prefix for r in BlindPolicy().ask(task, g, None)] for g in (blind, group)]
         assert prefixes[0] == prefixes[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "args", "says"),
-    [
-        ("group_agreement", {"mode": "votes"}, "mode = 'votes': one of 'plurality', 'soft'"),
-        ("group_agreement", {"max_perception_tokens": -1}, "max_perception_tokens = -1"),
-        ("self_consistency", {"max_perception_tokens": 1.5}, "max_perception_tokens = 1.5"),
-        ("self_consistency", {"leakage_check": True}, "leakage_check"),
-        ("blind_solver", {"leakage_check": 1}, "leakage_check = 1: true or false"),
-        ("blind_policy", {"model": None}, "model = None"),
-        ("blind_policy", {"max_tokens": 0}, "max_tokens = 0"),
-        ("blind_policy", {"temperature": float("nan")}, "temperature = nan"),
-        ("blind_policy", {"temperature": -1}, "temperature = -1"),
-        ("image_dependence", {"view": "none"}, "view = 'none'"),
-        ("image_dependence", {"cap": 0}, "cap = 0"),
-        ("image_dependence", {"cap": float("inf")}, "cap = inf"),
-        ("image_dependence", {"share": 1.01}, "share = 1.01: a finite number from 0 to 1"),
-        ("image_dependence", {"share": 0.0}, "share = 0.0: a finite number > 0"),
-        ("image_dependence", {"patch_size": 0}, "patch_size = 0"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_named(name: str, args: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=f"reward term '{name}': args: ") as error:
-        load_term(name, args)
-    assert says in str(error.value)
-
-
-def test_terms_in_this_process_are_typed_outcomes() -> None:
-    group = group_of(PUZZLE, says(grid_text(TRUE)), "")
-    terms = {"self_consistency": SelfConsistency(), "group_agreement": GroupAgreement("soft")}
-    found: ScoredTerms = score_group(SUDOKU, group, terms)
-    assert not found.failures and found.values["group_agreement"].tolist() == [0, 0]
-    failed = score_group(DOUBLING, doubling(5, "5;10;"), {"soft": GroupAgreement("soft")})
-    assert [f.kind for f in failed.failures] == ["exception"]
-    assert "perception_items" in failed.failures[0].message

@@ -90,32 +90,34 @@ def problem(n: int, name: str | None = None) -> Problem:
     )
 
 
+def rollout(
+    name: str, text: str, parsed: Parsed, ids: np.ndarray, segments: np.ndarray, **fields: Any
+) -> Rollout:
+    """A rollout named after its group and place in it, with the tokens given."""
+    made: dict[str, Any] = {
+        "group_id": name.rpartition("-")[0],
+        "kind": "free",
+        "view": "shown",
+        "prompt_ids": np.arange(3, dtype=np.int32),
+        "logprobs": np.full(len(ids), -0.5, dtype=np.float32),
+        "versions": np.full(len(ids), 7, dtype=np.int32),
+        "prefix": "",
+        "finish_reason": "stop",
+        "seconds": 0.25,
+        "sampler": "sampler-0",
+    }
+    told = {"rollout_id": name, "text": text, "parsed": parsed}
+    return Rollout(**made | told | {"response_ids": ids, "segments": segments} | fields)
+
+
 def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **fields: Any) -> Group:
     """A group for the number n whose rollouts say `texts`."""
     group_id = f"g-{name or n}"
+    lengths = range(tokens, tokens + len(texts))
+    ids = [np.arange(length, dtype=np.int32) for length in lengths]
+    parts = [np.resize(np.array([0, 1, 2, -1], dtype=np.int8), length) for length in lengths]
     rollouts = tuple(
-        Rollout(
-            rollout_id=f"{group_id}-{i}",
-            group_id=group_id,
-            prompt_ids=np.arange(3, dtype=np.int32),
-            response_ids=np.arange(tokens + i, dtype=np.int32),
-            logprobs=np.full(tokens + i, -0.5, dtype=np.float32),
-            versions=np.full(tokens + i, 7, dtype=np.int32),
-            segments=np.resize(np.array([0, 1, 2, -1], dtype=np.int8), tokens + i),
-            text=text,
-            parsed=TASK.parse(text),
-            **(
-                {
-                    "kind": "free",
-                    "view": "shown",
-                    "prefix": "",
-                    "finish_reason": "stop",
-                    "seconds": 0.25,
-                    "sampler": "sampler-0",
-                }
-                | fields
-            ),
-        )
+        rollout(f"{group_id}-{i}", text, TASK.parse(text), ids[i], parts[i], **fields)
         for i, text in enumerate(texts)
     )
     return Group(group_id, problem(n, name), rollouts)

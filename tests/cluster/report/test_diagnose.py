@@ -173,10 +173,10 @@ def test_a_rescored_term_is_judged_beside_the_stored_one(run: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("percption", "did you mean 'perception'"),
+        ("percption", 'did you mean "perception"'),
         ("format={", "JSON object"),
         ("format=[1]", "JSON object"),
-        ('format={"default": -1}', "a penalty is a finite number"),
+        ('format={"default": -1}', "default = -1: Input should be greater"),
         ("tests.cluster.report.test_diagnose:Waits", "asks a model or a server"),
         ("tests.cluster.report.test_diagnose:Asks", "asks a model or a server"),
     ],
