@@ -39,7 +39,9 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 def test_a_split_is_its_side_of_the_endless_stream(tmp_path: Path) -> None:
     folder = written(tmp_path, splits={"train_rl": 30, "test": 20, "train": 30, "valid": 10})
     for side, splits in {"train": ("train", "train_rl"), "test": ("test", "valid")}.items():
-        stored = [p for split in splits for p in read_dataset(folder, split)]
+        examples = [e for split in splits for e in read_examples(folder, split)]
+        stored = [e.problem for e in examples]
+        assert [e.response for e in examples] == [SHADE.demonstrate(p, "terse") for p in stored]
         drawn = [draw_problem(SHADE, SPEC, side, 0, index) for index in range(100)]
         seen: set[Any] = set()
         different = []
@@ -49,6 +51,7 @@ def test_a_split_is_its_side_of_the_endless_stream(tmp_path: Path) -> None:
                 different.append(problem)
             seen.add(name)
         assert stored == different[: len(stored)]
+    assert read_dataset(folder / "test.parquet") == read_dataset(folder, "test")
 
 
 @pytest.mark.parametrize(
@@ -125,8 +128,17 @@ def test_too_small_a_space_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 # Layout and reading
 
 
-def test_layout_is_the_one_hugging_face_datasets_reads(tmp_path: Path) -> None:
-    table = pq.read_table(written(tmp_path) / "train.parquet")
+def test_the_layout_and_a_manifest_with_hashes_and_no_path(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    text = (folder / "manifest.json").read_text()
+    manifest = json.loads(text)
+    for split in ("train", "test"):
+        data = (folder / f"{split}.parquet").read_bytes()
+        assert manifest["splits"][split]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert str(tmp_path) not in text
+    assert manifest["seed"] == 0 and manifest["knobs"] == {"shades": 200, "grain": 1000}
+    assert manifest["command"].startswith("equipoise tasks generate shade --train 40 --test 10")
+    table = pq.read_table(folder / "train.parquet")
     image = table.schema.field("image").type
     assert image == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
@@ -158,27 +170,6 @@ def test_hugging_face_datasets_reads_what_was_generated(tmp_path: Path) -> None:
         assert [{n: row[n] for n in texts} for row in table] == [
             {n: row[n] for n in texts} for row in ours
         ]
-
-
-def test_what_is_read_is_what_was_drawn(tmp_path: Path) -> None:
-    folder = written(tmp_path, splits={"test": 30})
-    drawn = {p.id: p for p in (draw_problem(SHADE, SPEC, "test", 0, i) for i in range(100))}
-    for example in read_examples(folder, "test"):
-        assert example.problem == drawn[example.problem.id]
-        assert example.response == SHADE.demonstrate(example.problem, "terse")
-    assert read_dataset(folder / "test.parquet") == read_dataset(folder, "test")
-
-
-def test_manifest_holds_the_hashes_and_no_path(tmp_path: Path) -> None:
-    folder = written(tmp_path)
-    text = (folder / "manifest.json").read_text()
-    manifest = json.loads(text)
-    for split in ("train", "test"):
-        data = (folder / f"{split}.parquet").read_bytes()
-        assert manifest["splits"][split]["sha256"] == hashlib.sha256(data).hexdigest()
-    assert str(tmp_path) not in text
-    assert manifest["seed"] == 0 and manifest["knobs"] == {"shades": 200, "grain": 1000}
-    assert manifest["command"].startswith("equipoise tasks generate shade --train 40 --test 10")
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
