@@ -2,7 +2,7 @@
 
     python -m benchmarks.layouts
 
-Plans, collates and takes the gradient of one update's batch in each layout, one after the other in
+Deals, collates and takes the gradient of one update's batch in each layout, one after the other in
 turns, on one thread. Printed is the processor time against that of `padded` in the same turn, the
 median of the turns with the lowest and the highest, and the shares of padding and of shared tokens.
 Batches are of both tasks, with the shipped tokenizer and pictures: `rl`, groups of 8 rollouts of
@@ -26,11 +26,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
+from benchmarks.larger import larger_model
 from learner.batch import Layout, TrainSequence
-from learner.plan import count_costs, describe, plan_micro_batches
-from learner.policy import Policy, load_policy, make_collator
+from learner.collate import Collator
+from learner.micro_batches import count_costs, deal_micro_batches, describe
+from learner.policy import Policy, load_policy
 from learner.sft import Demonstrator
 from tasks.core import Problem, Style, Task
 from tasks.load import load_task
@@ -56,7 +57,7 @@ def main() -> None:
     for model, problems in (("shipped", 16), ("larger", 4)):
         if model not in given.models:
             continue
-        policy = shipped if model == "shipped" else larger()
+        policy = shipped if model == "shipped" else Policy(larger_model(MODEL))
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         for name, batch in batches(processor, problems).items():
             for budget in given.budgets:
@@ -89,14 +90,14 @@ def learn(
     policy: Policy, processor: Any, batch: list[TrainSequence], budget: int, layout: Layout
 ) -> tuple[float, str]:
     """Processor seconds of the gradient of a batch, and what its micro-batches held."""
-    collate = make_collator(policy, processor, layout)
+    collate = Collator(policy, processor, layout)
     costs = count_costs(policy, collate.blank)
     policy.zero_grad()
     start = time.process_time()
     items = [describe(s, collate.image_token_id) for s in batch]
-    (plan,) = plan_micro_batches(items, 1, budget, layout, costs)
+    (dealt,) = deal_micro_batches(items, 1, budget, layout, costs)
     there = real = shared = 0
-    for indices in plan:
+    for indices in dealt:
         micro = collate([batch[i] for i in indices])
         logprobs, _ = policy.run(micro)
         logprobs.mean().backward()
@@ -105,7 +106,7 @@ def learn(
         shared += micro.shared_tokens
     spent = time.process_time() - start
     return spent, (
-        f"{len(plan)} micro-batches, {1 - real / there:.1%} padding, "
+        f"{len(dealt)} micro-batches, {1 - real / there:.1%} padding, "
         f"{shared / (real + shared):.1%} shared"
     )
 
@@ -141,18 +142,6 @@ def batches(processor: Any, problems: int) -> dict[str, list[TrainSequence]]:
 
 def _problem(task: Task, spec: Any, seed: int) -> Problem:
     return task.generate(np.random.default_rng([seed, 7]), spec)
-
-
-def larger() -> Policy:
-    """A policy like the shipped one with random weights and about 30 M parameters."""
-    config = AutoConfig.from_pretrained(MODEL)
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1536, 8
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8, 4, 64
-    text.rope_parameters["mrope_section"] = [12, 10, 10]
-    config.vision_config.hidden_size, config.vision_config.intermediate_size = 256, 1024
-    config.vision_config.out_hidden_size, config.vision_config.depth = 512, 4
-    return Policy(AutoModelForImageTextToText.from_config(config))
 
 
 if __name__ == "__main__":

@@ -25,20 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.larger import larger_model
 from learner.batch import TrainBatch
-from learner.lora import LoraSettings
 from learner.losses import TokenMeanLoss
+from learner.settings import CheckpointConfig, LearnerConfig, LoraConfig
 from learner.sft import Demonstrator
 from learner.tiny import make_tiny
-from learner.trainer import LearnerSettings, WorldPlace
+from learner.trainer import LearnerSetup, WorldPlace
+from rollout.settings import ModelConfig, TransferConfig
 from tasks.load import load_task
 
 MIB = 2**20
 UPDATES = 3
 SEQUENCES = 16
-TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
-TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-VISION = {"depth": 4, "hidden_size": 256, "intermediate_size": 512, "out_hidden_size": 512}
 
 
 @dataclass(frozen=True)
@@ -68,38 +67,29 @@ def main() -> None:
         print("| ZeRO | parameters | gradients | optimizer | resident memory, rise |")
         print("|---|---|---|---|---|")
         for stage in given.stages:
-            settings = LearnerSettings(
-                model=str(folder),
+            learning = LearnerConfig(
                 zero_stage=stage,
                 micro_batch_tokens=1024,
                 activation_checkpointing=given.recompute,
-                lora=LoraSettings(rank=given.lora) if given.lora else None,
+                lora=LoraConfig(rank=given.lora) if given.lora else None,
                 threads=1,
             )
-            held = measure(settings, given.ranks)
+            model = ModelConfig(path=str(folder))
+            setup = LearnerSetup(model, learning, TransferConfig(), CheckpointConfig())
+            held = measure(setup, given.ranks)
             row = (held.parameters, held.gradients, held.optimizer, held.resident)
             print(f"| {stage} | " + " | ".join(f"{size / MIB:,.0f}" for size in row) + " |")
 
 
 def make_policy(folder: Path) -> int:
     """Write a random policy, larger than the tiny ones, with their tokenizer; its size."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     make_tiny("qwen3_vl", folder)
-    config = AutoConfig.from_pretrained(folder)
-    for part, sizes in ((config.text_config, TEXT), (config.vision_config, VISION)):
-        for name, value in sizes.items():
-            setattr(part, name, value)
-    layers = config.text_config.num_hidden_layers
-    config.text_config.layer_types = ["full_attention"] * layers
-    rope = dict(config.text_config.rope_parameters)
-    config.text_config.rope_parameters = rope | {"mrope_section": [12, 10, 10]}
-    model = AutoModelForImageTextToText.from_config(config)
+    model = larger_model(str(folder))
     model.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+    return int(sum(p.numel() for p in model.parameters()))
 
 
-def measure(settings: LearnerSettings, ranks: int) -> Held:
+def measure(setup: LearnerSetup, ranks: int) -> Held:
     """What rank 0 of a fresh learner holds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -107,7 +97,7 @@ def measure(settings: LearnerSettings, ranks: int) -> Held:
     context = multiprocessing.get_context("spawn")
     found = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(settings, WorldPlace(rank, ranks, master), found))
+        context.Process(target=_rank, args=(setup, WorldPlace(rank, ranks, master), found))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -120,10 +110,10 @@ def measure(settings: LearnerSettings, ranks: int) -> Held:
     return held
 
 
-def _rank(settings: LearnerSettings, place: WorldPlace, found: Any) -> None:
+def _rank(setup: LearnerSetup, place: WorldPlace, found: Any) -> None:
     from learner.engine import DeepSpeedLearner
 
-    learner = DeepSpeedLearner(settings, place)
+    learner = DeepSpeedLearner(setup, place)
     batch = make_batch(learner.processor)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -132,7 +122,7 @@ def _rank(settings: LearnerSettings, place: WorldPlace, found: Any) -> None:
 
     def watched() -> float:
         nonlocal gradients
-        gradients = gradient_bytes(learner._engine, settings.zero_stage)
+        gradients = gradient_bytes(learner._engine, setup.learner.zero_stage)
         return step()
 
     learner._step = watched  # type: ignore[method-assign]

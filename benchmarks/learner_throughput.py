@@ -22,14 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
+from benchmarks.larger import larger_model
 from cluster.recipe.recipe import load_recipe
 from learner.batch import Layout, TrainBatch, TrainSequence
 from learner.engine import DeepSpeedLearner
+from learner.loss_settings import LossConfig
 from learner.policy_loss import PolicyLoss
+from learner.settings import CheckpointConfig, LearnerConfig
 from learner.sft import Demonstrator
-from learner.trainer import LearnerSettings, WorldPlace
+from learner.trainer import LearnerSetup, WorldPlace
+from rollout.settings import ModelConfig, TransferConfig
 from rollout.tokens import load_processor
 from tasks.load import load_task
 from tasks.splits import draw_problem
@@ -58,7 +61,10 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="equipoise-bench-") as scratch:
         larger = Path(scratch) / "30m"
-        write_larger(larger, given.seed)
+        model = larger_model(str(SHIPPED), given.seed)
+        print(f"larger: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        model.save_pretrained(larger)
+        load_processor(str(SHIPPED)).save_pretrained(larger)
         for place, path in enumerate((SHIPPED, larger)):
             batch = groups(PROBLEMS[place], given.seed)
             for layout, budget in WAYS:
@@ -75,15 +81,17 @@ def measure(
     place: int,
 ) -> None:
     """One line: an update with micro-batches of at most `budget` tokens."""
-    settings = LearnerSettings(
-        str(path),
+    learning = LearnerConfig(
         zero_stage=0,
         learning_rate=1e-6,
         layout=layout,
         micro_batch_tokens=budget,
         threads=threads,
     )
-    learner = DeepSpeedLearner(settings, WorldPlace(master=f"127.0.0.1:{29610 + place}"))
+    setup = LearnerSetup(
+        ModelConfig(path=str(path)), learning, TransferConfig(), CheckpointConfig()
+    )
+    learner = DeepSpeedLearner(setup, WorldPlace(master=f"127.0.0.1:{29610 + place}"))
     logprobs = learner.logprobs(batch)
     batch = TrainBatch(
         tuple(
@@ -92,14 +100,14 @@ def measure(
         )
     )
     with FlopCounterMode(display=False) as counter:
-        metrics = learner.update(batch, PolicyLoss())
+        metrics = learner.update(batch, PolicyLoss(LossConfig()))
     work = float(counter.get_total_flops())
     tokens = sum(len(s) for s in batch.sequences)
     ratios, rates = [], []
     for _ in range(repeats):
         before = matmul_rate()
         start = time.perf_counter()
-        learner.update(batch, PolicyLoss())
+        learner.update(batch, PolicyLoss(LossConfig()))
         seconds = time.perf_counter() - start
         peak = (before + matmul_rate()) / 2
         ratios.append(work / seconds / peak)
@@ -138,22 +146,6 @@ def groups(problems: int, seed: int) -> TrainBatch:
             advantages = np.full(len(found.response_ids), rng.normal(), np.float32)
             sequences.append(replace(found, advantages=advantages))
     return TrainBatch(tuple(sequences))
-
-
-def write_larger(out: Path, seed: int) -> None:
-    """The shipped policy's family and vocabulary at about 30 M parameters, random."""
-    config: Any = AutoConfig.from_pretrained(SHIPPED)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1536, 8
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8, 4, 64
-    text.rope_parameters["mrope_section"] = [12, 10, 10]
-    vision.hidden_size, vision.intermediate_size, vision.depth = 256, 768, 4
-    vision.num_heads, vision.out_hidden_size = 4, 512
-    set_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
-    print(f"larger: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    model.save_pretrained(out)
-    load_processor(str(SHIPPED)).save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import torch
 from learner.batch import MicroBatch, TrainBatch
 from learner.losses import PERCEPTION, BalancedLoss, Loss, TokenMeanLoss
 from learner.policy import Policy
+from learner.settings import SftConfig
 
-Rule = Literal["token_mean", "fixed", "ngdiff", "ngdiff_sum"]
 NormOf = Literal["all", "head"]
 
 
@@ -59,11 +59,6 @@ def segment_gradients(
     holds two whole float32 gradients on every rank, also under ZeRO. `of="head"` is a proxy: of
     the LM head's weight alone, with a forward pass that keeps no activations; a tied embedding's
     use as the input is not counted.
-
-    Measured on 4x4 Sudoku with verbose demonstrations, 16 an update (1.8 M parameters): exact 1.55
-    times the CPU time of an update, the proxy 0.36 times. The proxy does not see the vision tower,
-    where much of g_p is, and ‖g_r‖/‖g_p‖ came out 2.6 to 6 times too large: an exact λ of 0.92,
-    0.62 and 0.20 was 0.97, 0.87 and 0.60. Compare them on a model of your own before use.
     """
     start = time.perf_counter()
     counts = BalancedLoss().denominators(batch)
@@ -72,7 +67,10 @@ def segment_gradients(
     watched = [p for p in watched if p.requires_grad]
     if not watched:
         raise ValueError('the LM head is frozen, so norm_of = "head" has no gradient to measure')
-    sums = {part: [_zeros(p) for p in watched] for part in counts}
+    float32: Any = {"dtype": torch.float32, "device": watched[0].device}
+    # ZeRO-3 keeps a parameter's whole shape in `ds_shape`.
+    shapes = [getattr(p, "ds_shape", p.shape) for p in watched]
+    sums = {part: [torch.zeros(shape, **float32) for shape in shapes] for part in counts}
 
     def forward(micro: MicroBatch) -> torch.Tensor:
         with _graph_from_the_head_on(head) if of == "head" else torch.enable_grad():
@@ -103,12 +101,6 @@ def segment_gradients(
         pp, rr, pr = pp + float(p @ p), rr + float(r @ r), pr + float(p @ r)
     cosine = pr / math.sqrt(pp * rr) if pp and rr else 0.0
     return SegmentGradients(math.sqrt(pp), math.sqrt(rr), cosine, time.perf_counter() - start)
-
-
-def _zeros(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Float32 zeros of a parameter's whole shape, which ZeRO-3 keeps in `ds_shape`."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
 
 
 @contextmanager
@@ -148,30 +140,22 @@ def balanced_pull(perception: float, reasoning: float) -> float:
 
 @dataclass
 class Balance:
-    """Chooses λ for each update of a run; updates count from 1.
+    """Chooses λ for each update of a run, as [sft] says; updates count from 1.
 
-    Attributes:
-        rule: `token_mean` (λ is perception's token share), `fixed`, `ngdiff` (λ equalizes both
-            gradients) or `ngdiff_sum` (and the loss is divided by their pull, so that the part
-            which is not solved goes on when the other is).
-        weight: λ of `fixed`.
-        norm_every: updates between measurements of the gradients, 0 for none.
-        smoothing: s·(last λ) + (1-s)·(λ of this measurement), and so for the pull. These are
-            averaged, not the norms: neither exceeds the smaller norm or 1, so one odd batch
-            cannot rule the average.
-        first_steps, first_weight: perception-first curriculum: λ of the first updates, before
-            the rule sets in.
+    `ngdiff` and `ngdiff_sum` average λ and the pull over measurements, by `norm_smoothing`, and
+    not the norms: neither exceeds the smaller norm or 1, so one odd batch cannot rule the average.
     """
 
-    rule: Rule
-    weight: float = 0.5
-    norm_every: int = 0
-    smoothing: float = 0.0
-    first_steps: int = 0
-    first_weight: float = 1.0
+    sft: SftConfig
     _ngdiff: float = 0.5
     _pull: float = 1.0
     _measured: bool = False
+
+    @property
+    def first_steps(self) -> int:
+        """Updates before the rule sets in."""
+        staged = self.sft.curriculum == "perception_first"
+        return round(self.sft.curriculum_share * self.sft.steps) if staged else 0
 
     def state(self) -> dict[str, float]:
         """What was measured so far, for a run that goes on; empty if nothing was."""
@@ -187,7 +171,8 @@ class Balance:
 
         Counted so that the first update after the curriculum is one of them.
         """
-        return self.norm_every > 0 and (step - 1 - self.first_steps) % self.norm_every == 0
+        every = self.sft.norm_every
+        return every > 0 and (step - 1 - self.first_steps) % every == 0
 
     def observe(self, step: int, gradients: SegmentGradients) -> None:
         """Take a measurement into account. One with a part missing, or at rest, says nothing."""
@@ -196,21 +181,23 @@ class Balance:
         weight = ngdiff_weight(gradients.perception, gradients.reasoning)
         pull = balanced_pull(gradients.perception, gradients.reasoning)
         if self._measured:
-            weight = self.smoothing * self._ngdiff + (1 - self.smoothing) * weight
-            pull = self.smoothing * self._pull + (1 - self.smoothing) * pull
+            kept = self.sft.norm_smoothing
+            weight = kept * self._ngdiff + (1 - kept) * weight
+            pull = kept * self._pull + (1 - kept) * pull
         self._ngdiff, self._pull, self._measured = weight, pull, True
 
     def weight_at(self, step: int, batch: TrainBatch) -> float:
         """λ of this update; 0.5 for `ngdiff` and `ngdiff_sum` before anything was measured."""
         if step <= self.first_steps:
-            return self.first_weight
-        if self.rule == "token_mean":
+            return self.sft.curriculum_weight
+        if self.sft.balance == "token_mean":
             return batch.segment_tokens().get(PERCEPTION, 0) / max(1, batch.response_tokens())
-        return self.weight if self.rule == "fixed" else self._ngdiff
+        return self.sft.perception_weight if self.sft.balance == "fixed" else self._ngdiff
 
     def loss(self, step: int, batch: TrainBatch) -> Loss:
         """The loss of this update."""
-        if self.rule == "token_mean" and step > self.first_steps:
+        rule = self.sft.balance if step > self.first_steps else "fixed"
+        if rule == "token_mean":
             return TokenMeanLoss()
-        divided = self.rule == "ngdiff_sum" and step > self.first_steps
-        return BalancedLoss(self.weight_at(step, batch), 1 / self._pull if divided else 1.0)
+        scale = 1 / self._pull if rule == "ngdiff_sum" else 1.0
+        return BalancedLoss(self.weight_at(step, batch), scale)

@@ -8,7 +8,6 @@ and a way to the samplers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import nn
 from learner.families.base import Family
 from learner.parts import require_matches
 from learner.policy import Policy
-from learner.weights import Gather, ParameterMeta, layer_groups
+from learner.settings import LoraConfig
+from learner.weights import Gather, OfferedWeights, ParameterMeta, layer_groups
 from rollout.tokens import ModelError
 
 ADAPTER = "adapter"
@@ -27,35 +27,20 @@ ADAPTER = "adapter"
 PEFT_PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """Which layers get adapters, and of what size.
-
-    rank: columns of B and rows of A. alpha: the update is scaled by alpha/rank. targets: parts
-    or patterns of module names (`learner.parts`), of which the linear layers count. dropout: of an
-    adapter's input, while training only.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("language",)
-    dropout: float = 0.0
-
-
 class Adapters:
     """The adapters of a policy, made on construction; everything else is frozen."""
 
-    def __init__(self, policy: Policy, settings: LoraSettings, base: str) -> None:
+    def __init__(self, policy: Policy, settings: LoraConfig, base: str) -> None:
         """`base`: where the model's weights are from; told in what is saved.
 
         Raises ModelError for a target that is no linear layer, or cannot be adapted.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
 
         model = policy.model
         self._model, self._settings = model, settings
         self.layers = _linear_layers(model, settings.targets, policy.family)
-        self._config = LoraConfig(
+        self._config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
@@ -64,14 +49,10 @@ class Adapters:
         )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        inject_adapter_in_model(self._config, model)
+        peft.inject_adapter_in_model(self._config, model)
         for layer in self.layers:
             for matrix in self.matrices(layer):
                 matrix.requires_grad_(True)
-
-    def weights(self, gather: Gather, dtype: torch.dtype) -> AdapterWeights:
-        """A and B as a weight source."""
-        return AdapterWeights(self, gather, dtype)
 
     def merged(
         self, names: Iterable[str], tensors: Iterable[torch.Tensor]
@@ -85,7 +66,7 @@ class Adapters:
         for name, tensor in given.items():
             layer, _, last = name.partition(".base_layer.")
             if last == "weight":
-                a, b = (given[_parameter(layer, which)] for which in "AB")
+                a, b = (given[f"{layer}.lora_{which}.default.weight"] for which in "AB")
                 found[f"{layer}.weight"] = merge(tensor, a, b * self.scale)
             elif last:
                 found[f"{layer}.{last}"] = tensor
@@ -158,7 +139,7 @@ class Adapters:
         return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
-class AdapterWeights:
+class AdapterWeights(OfferedWeights):
     """A and B of every adapted layer as a weight source, one layer group at a time.
 
     Named `<weight in a checkpoint>.lora_A.weight` and `.lora_B.weight`, with alpha/rank in B, so
@@ -171,20 +152,13 @@ class AdapterWeights:
         self._groups = layer_groups(list(self._names))
 
     def metadata(self) -> list[ParameterMeta]:
-        """What iteration will yield, in its order, without gathering anything."""
         return [
             ParameterMeta(name, self._dtype, tuple(getattr(p, "ds_shape", p.shape)))
             for layers in self._groups
             for name, p in zip(*self._matrices(layers), strict=True)
         ]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor), one at a time."""
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
-
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """Yield (names, tensors) by layer group; tensors are valid until the next group."""
         for layers in self._groups:
             names, parameters = self._matrices(layers)
             with self._gather(parameters):
@@ -206,10 +180,6 @@ class AdapterWeights:
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """W + B·A, computed in float32, in the dtype of W [out, in]."""
     return (weight.float() + b.float() @ a.float()).to(weight.dtype)
-
-
-def _parameter(layer: str, which: str) -> str:
-    return f"{layer}.lora_{which}.default.weight"
 
 
 def _linear_layers(

@@ -1,4 +1,4 @@
-"""Recipe sections of the loss: what is below [algorithm] that the learner reads."""
+"""Recipe sections of the loss: `LossConfig`, the part of [algorithm] that the learner reads."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ class EntropyWeights(Section):
 
 
 class PapoConfig(Section):
-    """[algorithm.papo] PAPO's implicit perception loss: a second view of masked images."""
+    """[algorithm.papo] PAPO's implicit perception loss: a second view of masked images.
+
+    Its formula is in `learner.policy_loss.PolicyLoss`.
+    """
 
     weight: Rate = 0.02
-    """Of the KL between the views, which is maximised."""
+    """Of the KL between the views, which is maximised. It has no upper bound: a large weight ruins
+    the policy under the mask."""
     entropy_weight: Amount = 0.0
-    """Of the entropies of both views, which are minimised ("double entropy")."""
+    """Of the entropies of both views, which are minimised ("double entropy") to counter that."""
     patch_size: Positive = 14
     """Side of a masked patch, in pixels."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -67,7 +71,7 @@ authors or of those who run them (docs/papers.md)."""
 class CorrectionConfig(Section):
     """[algorithm.correction] What a token counts that an older policy, or another arithmetic, drew.
 
-    Formulas, and how they meet the clip, are in `learner.correction.Correction`.
+    Formulas, and how they meet the clip, are in `learner.correction`.
     """
 
     kind: Literal[
@@ -103,3 +107,35 @@ class CorrectionConfig(Section):
                 unused,
             )
         return self
+
+
+class LossConfig(Section):
+    """What of [algorithm] makes the loss of an update, see `learner.policy_loss.PolicyLoss`."""
+
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
+    clip_low: Share = 0.2
+    """The ratio's lower bound is 1 minus this."""
+    clip_high: Amount = 0.28
+    """Its upper bound is 1 plus this."""
+    kl_weight: Amount = 0.0
+    """Of the KL to the policy that sampled."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL term."""
+    entropy_weight: Weight = 0.0
+    """Of a bonus on the mean entropy of all response tokens."""
+    entropy_weights: EntropyWeights = EntropyWeights()
+    """Bonuses on the entropy of single segments."""
+    papo: PapoConfig | None = None
+    """A second view of each sequence, under a masked image."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Importance-sampling correction of tokens that the learner would draw otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | data

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from learner.lora import Adapters, LoraSettings
+from learner.lora import Adapters
 from learner.parts import freeze, parameter_groups
 from learner.policy import Policy
+from learner.settings import LoraConfig
 from rollout.tokens import ModelError
 
 
@@ -26,7 +27,7 @@ class Trained:
 
 
 def what_is_trained(
-    path: str, frozen: Sequence[str], rates: Mapping[str, float], lora: LoraSettings | None
+    path: str, frozen: Sequence[str], rates: Mapping[str, float], lora: LoraConfig | None
 ) -> Trained:
     """What a learner of these settings would train of the policy in a folder.
 

@@ -6,17 +6,15 @@ token is that of the softmax at temperature `temperature`, as the sampler report
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from learner.batch import Collator, Layout, MicroBatch
+from learner.batch import MicroBatch
 from learner.families import family_of
 from rollout.tokens import ModelError, load_processor
 
@@ -206,21 +204,3 @@ def keep_no_activations(policy: Policy) -> None:
     # It also makes the embeddings' output need a gradient, which only the reentrant kind asks
     # for; below frozen layers that would be a backward pass for nothing.
     model.disable_input_require_grads()
-
-
-def make_collator(policy: Policy, processor: Any, layout: Layout = "padded") -> Collator:
-    """The collator that fits a policy's family: it passes what the model's forward accepts.
-
-    For packed layouts the policy's attention is told to keep to the sequences of a row. Raises
-    ModelError where it cannot.
-    """
-    model: Any = policy.model
-    if layout != "padded":
-        from learner.packing import attend_within_stretches
-
-        attend_within_stretches(model)
-    accepted = list(inspect.signature(model.forward).parameters)
-    positions = partial(policy.family.positions, model)
-    return Collator(
-        processor, accepted, model.config.image_token_id, policy.family, positions, layout
-    )

@@ -7,19 +7,19 @@ under a correction (`learner.correction`) ρ_t is π(t) / π_old(t), and each to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from learner.batch import Tokens, TrainBatch
-from learner.correction import Correction, old_logprobs
-from tasks.core import SEGMENTS, Segment
-
-Objective = Literal["clip", "gspo", "cispo"]
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
-KLEstimator = Literal["k1", "k2", "k3"]
+from learner.correction import correction_weights, mismatch_metrics, old_logprobs
+from learner.loss_settings import LossConfig
+from learner.losses import Loss, Terms, View
+from learner.metrics import Largest, Mean, Metric
+from tasks.core import SEGMENTS
+from tasks.images import mask_patches
 
 
 def k1(sampled: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -61,32 +61,10 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 @dataclass(frozen=True)
-class Papo:
-    """Implicit perception loss: reward a policy for what it says because of the image.
+class PolicyLoss(Loss):
+    """Policy gradient with token-level advantages, plus optional terms, as `config` says.
 
-    `-γ·KL(π(·|image) ‖ π(·|masked image)) + η·(H[π(·|image)] + H[π(·|masked image)])`, each a mean
-    over response tokens (PAPO, arXiv 2507.06448). KL is estimated by `k3`, as in PAPO's code.
-    Both views have a gradient (in PAPO's code the masked one has none, see its issue 20): through
-    `k3` the masked view follows that of this KL, the plain view that of KL(masked ‖ plain).
-    Entropies are exact.
-
-    Attributes:
-        weight: γ. The KL has no upper bound: a large weight ruins the policy under the mask.
-        entropy_weight: η of the double entropy loss, which counters that.
-        patch_size, share: the mask, see `tasks.images.mask_patches`.
-    """
-
-    weight: float = 0.02
-    entropy_weight: float = 0.0
-    patch_size: int = 14
-    share: float = 0.6
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Policy gradient with token-level advantages, plus optional terms.
-
-    `policy`, by `objective`; s the surrogate gain of a token, to be maximised:
+    `policy`, by `loss`; s the surrogate gain of a token, to be maximised:
     - `clip`: s = min(ρ_t A_t, clip(ρ_t, 1-ε_low, 1+ε_high) A_t). PPO's clipped surrogate
       (arXiv 1707.06347, eq. 7) as in GRPO (2402.03300), with clip-higher (DAPO, 2503.14476).
     - `gspo`: the same with one ratio a sequence, the geometric mean of its ρ_t (GSPO,
@@ -106,30 +84,37 @@ class PolicyLoss:
       2503.20783). Sequences are those of the update: groups left out of it do not count.
 
     `entropy`: −`entropy_weight` times the mean entropy of all response tokens.
-    `entropy_<segment>`: −`entropy_weights[segment]` times the mean over that segment's own
+    `entropy_<segment>`: −`entropy_weights.<segment>` times the mean over that segment's own
     tokens, so a short perception counts as much as a long reasoning.
-    `papo_kl`, `papo_entropy`, `papo_masked_entropy`: see `Papo`.
-    `correction`: weighs each token's s by who drew it; see `Correction`.
+
+    `papo_kl`, `papo_entropy`, `papo_masked_entropy`: reward a policy for what it says because of
+    the image, `-γ·KL(π(·|image) ‖ π(·|masked image)) + η·(H[π(·|image)] + H[π(·|masked image)])`,
+    each a mean over response tokens (PAPO, arXiv 2507.06448). KL is estimated by `k3`, as in PAPO's
+    code. Both views have a gradient (in PAPO's code the masked one has none, see its issue 20):
+    through `k3` the masked view follows that of this KL, the plain view that of KL(masked ‖ plain).
+    Entropies are exact. A sequence without an image is the same in both views: its KL is 0.
+
+    `correction` weighs each token's s by who drew it (`learner.correction`).
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    entropy_weight: float = 0.0
-    objective: Objective = "clip"
-    aggregation: Aggregation = "token_mean"
+    config: LossConfig
     max_tokens: int = 1
-    kl_weight: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    entropy_weights: Mapping[Segment, float] = field(default_factory=dict)
-    papo: Papo | None = None
-    correction: Correction | None = None
 
     @property
     def uses_entropy(self) -> bool:
-        of_papo = self.papo.entropy_weight if self.papo else 0.0
-        return any((self.entropy_weight, *self.entropy_weights.values(), of_papo))
+        papo = self.config.papo
+        weights = (self.config.entropy_weight, *self._entropy_weights().values())
+        return any(weights) or bool(papo and papo.entropy_weight)
+
+    def second_view(self) -> Callable[[bytes], bytes] | None:
+        """Images with some patches black, each made once."""
+        papo = self.config.papo
+        if papo is None:
+            return None
+        return cache(lambda image: mask_patches(image, papo.patch_size, papo.share))
 
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
+        config = self.config
         tokens = float(max(1, batch.response_tokens()))
         sequences = float(max(1, sum(len(s.response_ids) > 0 for s in batch.sequences)))
         counts = {
@@ -137,89 +122,91 @@ class PolicyLoss:
             "sequence_mean": sequences,
             "constant": sequences * self.max_tokens,
         }
-        found = {"policy": counts[self.aggregation]}
-        if self.kl_weight:
-            found["kl"] = counts[self.aggregation]
-        if self.entropy_weight:
+        found = {"policy": counts[config.aggregation]}
+        if config.kl_weight:
+            found["kl"] = counts[config.aggregation]
+        if config.entropy_weight:
             found["entropy"] = tokens
         of_segment = batch.segment_tokens()
-        for segment, weight in self.entropy_weights.items():
-            if weight:
-                count = of_segment.get(SEGMENTS.index(segment), 0)
-                found[f"entropy_{segment}"] = float(max(1, count))
-        if self.papo:
+        for index in self._entropy_weights():
+            found[f"entropy_{SEGMENTS[index]}"] = float(max(1, of_segment.get(index, 0)))
+        if config.papo:
             found["papo_kl"] = tokens
-            if self.papo.entropy_weight:
+            if config.papo.entropy_weight:
                 found |= {"papo_entropy": tokens, "papo_masked_entropy": tokens}
         return found
 
-    def sums(
-        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
-    ) -> dict[str, torch.Tensor]:
-        """All terms but those of `Papo`."""
+    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
+        config, (logprobs, entropy) = self.config, seen
         terms = {"policy": -self._sum(self._gain(logprobs, tokens), tokens)}
-        if self.kl_weight:
-            kl = KL_ESTIMATORS[self.kl_estimator](tokens.sampler_logprobs, logprobs)
-            terms["kl"] = self.kl_weight * self._sum(kl, tokens)
-        if self.entropy_weight:
-            terms["entropy"] = -self.entropy_weight * entropy.sum()
-        for segment, weight in self.entropy_weights.items():
-            if weight:
-                inside = tokens.segments == SEGMENTS.index(segment)
-                chosen = torch.where(inside, entropy, torch.zeros_like(entropy))
-                terms[f"entropy_{segment}"] = -weight * chosen.sum()
+        if config.kl_weight:
+            kl = KL_ESTIMATORS[config.kl_estimator](tokens.sampler_logprobs, logprobs)
+            terms["kl"] = config.kl_weight * self._sum(kl, tokens)
+        if config.entropy_weight:
+            terms["entropy"] = -config.entropy_weight * entropy.sum()
+        for index, weight in self._entropy_weights().items():
+            chosen = torch.where(tokens.segments == index, entropy, torch.zeros_like(entropy))
+            terms[f"entropy_{SEGMENTS[index]}"] = -weight * chosen.sum()
+        if config.papo and second:
+            masked, masked_entropy = second
+            terms["papo_kl"] = -config.papo.weight * k3(logprobs, masked).sum()
+            if config.papo.entropy_weight:
+                terms["papo_entropy"] = config.papo.entropy_weight * entropy.sum()
+                terms["papo_masked_entropy"] = config.papo.entropy_weight * masked_entropy.sum()
         return terms
 
-    def masked_sums(
-        self,
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-        masked_logprobs: torch.Tensor,
-        masked_entropy: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The terms of `Papo`, from the same tokens [N] under the image and the masked image.
-
-        A sequence without an image is the same in both views: its KL is 0.
-        """
-        if self.papo is None:
-            return {}
-        terms = {"papo_kl": -self.papo.weight * k3(logprobs, masked_logprobs).sum()}
-        if self.papo.entropy_weight:
-            terms["papo_entropy"] = self.papo.entropy_weight * entropy.sum()
-            terms["papo_masked_entropy"] = self.papo.entropy_weight * masked_entropy.sum()
-        return terms
+    def metrics(self, seen: View, tokens: Tokens) -> dict[str, Metric]:
+        logprobs, _ = seen
+        gap = logprobs - tokens.sampler_logprobs
+        count, ratio = float(len(gap)), torch.exp(gap)
+        found = super().metrics(seen, tokens)
+        found |= mismatch_metrics(logprobs, tokens, self.config.correction)
+        return found | {
+            "kl": Mean(float(k3(tokens.sampler_logprobs, logprobs).sum()), count),
+            "clip_fraction": Mean(float(self.clipped(logprobs, tokens).sum()), count),
+            "ratio_mean": Mean(float(ratio.sum()), count),
+            "ratio_gap": Largest(float((ratio - 1).abs().max()) if count else 0.0),
+            "logprob_gap": Largest(float(gap.abs().max()) if count else 0.0),
+        }
 
     def clipped(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """bool [N]: tokens whose gradient the clip cuts off (of `cispo`: whose weight it cuts)."""
         ratio, advantages = self._ratio(logprobs, tokens), tokens.advantages
-        above, below = ratio > 1 + self.clip_high, ratio < 1 - self.clip_low
-        if self.objective == "cispo":
+        above, below = ratio > 1 + self.config.clip_high, ratio < 1 - self.config.clip_low
+        if self.config.loss == "cispo":
             return (above | below) & (advantages != 0)
         return (above & (advantages > 0)) | (below & (advantages < 0))
 
+    def _entropy_weights(self) -> dict[int, float]:
+        """The weight of each segment's own bonus, by its index; of those that have one."""
+        weights = self.config.entropy_weights
+        return {i: w for i, name in enumerate(SEGMENTS) if (w := getattr(weights, name))}
+
     def _ratio(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        anchor = old_logprobs(logprobs, tokens) if self.correction else tokens.sampler_logprobs
+        anchor = tokens.sampler_logprobs
+        if self.config.correction.kind != "none":
+            anchor = old_logprobs(logprobs, tokens)
         gap = logprobs - anchor
-        if self.objective == "gspo":
+        if self.config.loss == "gspo":
             # The value is the sequence's, the gradient each token's own.
             mean = tokens.sequence_sums(gap.detach() * tokens.shares())
             gap = mean[tokens.sequences] + logprobs - logprobs.detach()
         return torch.exp(gap)
 
     def _gain(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        ratio = self._ratio(logprobs, tokens)
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        if self.objective == "cispo":
+        config, ratio = self.config, self._ratio(logprobs, tokens)
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        if config.loss == "cispo":
             gain = clipped.detach() * tokens.advantages * logprobs
         else:
             gain = torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
-        if self.correction is None:
+        if config.correction.kind == "none":
             return gain
         drawn_by = old_logprobs(logprobs, tokens) - tokens.sampler_logprobs
-        return self.correction.weights(drawn_by, tokens) * gain
+        return correction_weights(config.correction, drawn_by, tokens) * gain
 
     def _sum(self, values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """What `aggregation` adds up of values [N], before its denominator."""
-        if self.aggregation == "sequence_mean":
+        if self.config.aggregation == "sequence_mean":
             values = values * tokens.shares()
         return values.sum()

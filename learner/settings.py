@@ -74,6 +74,11 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     """Train adapters beside a frozen policy."""
 
+    @property
+    def intra_op_threads(self) -> int:
+        """What `threads` comes to."""
+        return self.threads or max(1, int(self.cpus))
+
     @model_validator(mode="after")
     def _adapters_or_weights(self) -> LearnerConfig:
         if self.lora and self.freeze:

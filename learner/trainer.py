@@ -1,69 +1,47 @@
 """What a learner rank is asked to do, whatever engine does it.
 
-`LearnerRank` (`learner/actor.py`) and with it the driver know a `Trainer` and nothing of
-DeepSpeed. Another engine (FSDP2, say) is one more class with these methods.
+`learner/actor.py` and with it the driver know a `Trainer` and nothing of DeepSpeed. Another engine
+(FSDP2, say) is one more class with these methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from learner.balance import NormOf, SegmentGradients
-from learner.batch import Layout, TrainBatch
-from learner.lora import LoraSettings
+from learner.batch import TrainBatch
 from learner.losses import Loss
-from learner.policy import LOGITS_MIB
-
-Offload = Literal["none", "optimizer", "all"]
+from learner.settings import CheckpointConfig, LearnerConfig
+from learner.weights import OfferedWeights
+from rollout.settings import ModelConfig, TransferConfig
 
 
 @dataclass(frozen=True)
-class LearnerSettings:
-    """What a learner rank is started with.
+class LearnerSetup:
+    """What a learner rank is started with: sections of the recipe, and what is in none of them.
 
-    micro_batch_tokens: tokens of one forward pass, padding included. layout: see
-    `learner.batch.Layout`. logits_mib: see `Policy`. threads: intra-op threads, 0 keeps torch's
-    default. temperature: that of the sampler, so log-probs are of the same distribution.
-    resume: `model` is a training checkpoint, whose optimizer and random streams to go on with.
-    freeze, rates: parts or patterns of parameters (`learner.parts`) that are not trained, and
-    what the learning rate is multiplied by for others. activation_checkpointing: keep no
-    activations of a layer, compute them again for its gradient. offload: what lives in host
-    memory instead of the GPU's, the optimizer's state (ZeRO 1 and up) or the weights too (ZeRO 3).
-    background_saving: training goes on while a training checkpoint is written. lora: train
-    adapters instead of the weights; on resuming, `base` is the model that they are of.
-    bucket_mib: layer groups of weights that are sent together (`learner.weights.in_buckets`).
+    folder: where weights and processor are read from; empty: `model.path`.
+    resume: `folder` is a training checkpoint, whose optimizer and random streams to go on with.
+    temperature: that of the sampler, so log-probs are of the same distribution.
     """
 
-    model: str
-    dtype: str = "float32"
-    attention: str = "sdpa"
-    head_float32: bool = True
-    logits_mib: float = LOGITS_MIB
-    temperature: float = 1.0
-    zero_stage: int = 2
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 8192
-    layout: Layout = "padded"
-    threads: int = 0
-    seed: int = 0
+    model: ModelConfig
+    learner: LearnerConfig
+    transfer: TransferConfig
+    checkpoint: CheckpointConfig
+    folder: str = ""
     resume: bool = False
-    freeze: tuple[str, ...] = ()
-    rates: dict[str, float] = field(default_factory=dict)
-    activation_checkpointing: bool = False
-    offload: Offload = "none"
-    background_saving: bool = False
-    lora: LoraSettings | None = None
-    base: str = ""
-    bucket_mib: float = 0.0
+    temperature: float = 1.0
+    seed: int = 0
+
+    @property
+    def start(self) -> str:
+        """The folder or hub name that weights and processor are of."""
+        return self.folder or self.model.path
 
 
 @dataclass(frozen=True)
@@ -79,36 +57,29 @@ class NonFiniteLoss(RuntimeError):
     """The loss or gradient was not finite; the update was not applied."""
 
 
-class OfferedWeights(Protocol):
-    """The weights a trainer offers; fits `rollout.transfer.WeightSource`.
-
-    Iterating may be a collective: every rank does it, in the same order.
-    """
-
-    def metadata(self) -> list[Any]:
-        """Name, dtype and whole shape of each tensor, in the order of iteration."""
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor), one at a time."""
-
-    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """(names, whole tensors) of one layer group at a time, valid until the next."""
-
-
 class Trainer(Protocol):
     """One rank of a learner. Every rank gets the same calls with the same arguments.
 
     A batch is always the whole step's; a rank takes its own share of it. What a call returns is
-    over all ranks, so rank 0's is enough.
+    over all ranks, so rank 0's is enough. `LearnerGroup` has the methods that a driver calls.
     """
 
     def update(
         self, batch: TrainBatch, loss: Loss, learning_rate: float | None = None
     ) -> dict[str, float]:
-        """One optimizer step; metrics of the whole batch. Raises NonFiniteLoss before the step."""
+        """One optimizer step on a batch; metrics over the whole batch, all ranks.
+
+        Metrics: `loss` and `loss/<term>`, `grad_norm` (before clipping), `padding_share`,
+        `shared_share`, `seconds` and those of `Loss.metrics`. Raises NonFiniteLoss, before any
+        step is taken; the run cannot go on from there (other ranks may wait in a collective).
+        """
 
     def segment_gradients(self, batch: TrainBatch, of: NormOf = "all") -> SegmentGradients:
-        """Gradient norms by segment; changes nothing."""
+        """Gradient norms of the perception and the reasoning loss of a batch (`learner.balance`).
+
+        To be called before `update`: they are of the very batch and weights that it will use, and
+        nothing changes. Raises NonFiniteLoss when a norm is not finite.
+        """
 
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
         """float32 [T] log-probs of every sequence's response under the current weights."""
@@ -117,10 +88,18 @@ class Trainer(Protocol):
         """What a sampler needs to hold the current policy."""
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder in place of what is there."""
+        """Write a plain Hugging Face folder (weights, processor, chat template), atomically.
 
-    def save_training(self, folder: Path, state: dict[str, Any], keep: int) -> None:
-        """Write a training checkpoint, or begin to, and keep the last `keep`."""
+        An existing folder is replaced.
+        """
+
+    def save_training(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write a training checkpoint (see `learner.checkpoint`); keep the last `checkpoint.keep`.
+
+        `state` is the driver's own part of it, JSON-able. With `checkpoint.background` all of it is
+        copied to host memory, and a thread writes it while training goes on. What that thread
+        raises comes up in the next save or `finish_saving`.
+        """
 
     def finish_saving(self) -> None:
         """Wait until nothing is being written; raises what went wrong in the background."""

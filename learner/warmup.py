@@ -14,29 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.policy import Policy, make_collator
+from learner.collate import Collator
+from learner.policy import Policy
 from tasks.core import Problem
 
 LabelledProblems = Iterator[Sequence[tuple[str, Problem, np.ndarray]]]
 """Batches of (task name, problem, labels int64 [K])."""
-
-
-class _Probes(nn.Module):
-    """One linear probe a task: all visual features of an image to K labels of C classes."""
-
-    def __init__(self, features: int, shapes: dict[str, tuple[int, int]]) -> None:
-        super().__init__()
-        self.shapes = shapes
-        self.heads = nn.ModuleDict(
-            {_key(name): nn.Linear(features, k * c) for name, (k, c) in shapes.items()}
-        )
-
-    def loss(self, name: str, features: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
-        """(cross-entropy, share of labels read right) of features [B, F] and labels [B, K]."""
-        k, c = self.shapes[name]
-        logits = self.heads[_key(name)](features).view(-1, k, c)
-        right = (logits.argmax(-1) == labels).float().mean()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), right
 
 
 def warm_up_vision(
@@ -53,10 +36,11 @@ def warm_up_vision(
     `warmup/<task>/loss` and `warmup/<task>/accuracy` (share of labels read right).
     """
     model: Any = policy.model
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     seeing, part_of = ("vision", "merger"), policy.family.part_of
     tower = [p for name, p in model.named_parameters() if part_of(name) in seeing]
-    probes: _Probes | None = None
+    probes: dict[str, nn.Linear] = {}  # of each task: all features of an image to K labels of C
+    classes: dict[str, int] = {}
     optimizer: torch.optim.Optimizer | None = None
     metrics: dict[str, float] = {}
     model.train()
@@ -69,17 +53,19 @@ def warm_up_vision(
             name: _features(policy, collate, [p.image for p, _ in rows])
             for name, rows in by_task.items()
         }
-        if probes is None or optimizer is None:
-            shapes = {
-                name: (len(rows[0][1]), 1 + max(int(labels.max()) for _, labels in rows))
-                for name, rows in by_task.items()
-            }
-            probes = _Probes(next(iter(features.values())).shape[1], shapes)
-            optimizer = torch.optim.AdamW([*tower, *probes.parameters()], lr=learning_rate)
+        if optimizer is None:
+            for name, rows in by_task.items():
+                classes[name] = 1 + max(int(labels.max()) for _, labels in rows)
+                outputs = len(rows[0][1]) * classes[name]
+                probes[name] = nn.Linear(features[name].shape[1], outputs)
+            trained = [p for probe in probes.values() for p in probe.parameters()]
+            optimizer = torch.optim.AdamW([*tower, *trained], lr=learning_rate)
         total = torch.zeros(())
         for name, rows in by_task.items():
             truth = torch.from_numpy(np.stack([labels for _, labels in rows])).long()
-            loss, right = probes.loss(name, features[name], truth)
+            logits = probes[name](features[name]).view(*truth.shape, classes[name])
+            right = (logits.argmax(-1) == truth).float().mean()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten())
             total = total + loss
             metrics[f"warmup/{name}/loss"] = float(loss.detach())
             metrics[f"warmup/{name}/accuracy"] = float(right)
@@ -100,8 +86,3 @@ def _features(policy: Policy, collate: Any, images: Sequence[bytes]) -> torch.Te
     output = policy.family.image_features(policy.model, inputs).pooler_output
     tensors = output if isinstance(output, list | tuple) else list(output)
     return torch.stack([t.flatten() for t in tensors])
-
-
-def _key(task: str) -> str:
-    """A task's name as a module name, which may hold no dot."""
-    return task.replace(".", "_")

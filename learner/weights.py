@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,27 @@ class ParameterMeta:
     shape: tuple[int, ...]
 
 
-class GatheredWeights:
+class OfferedWeights(ABC):
+    """The weights a trainer offers; fits `rollout.transfer.WeightSource`.
+
+    Iterating may be a collective: every rank does it, in the same order.
+    """
+
+    @abstractmethod
+    def metadata(self) -> list[ParameterMeta]:
+        """What iteration will yield, in its order, without gathering anything."""
+
+    @abstractmethod
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Yield (names, whole tensors) by layer group; tensors are valid until the next group."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor), one at a time."""
+        for names, tensors in self.iter_groups():
+            yield from zip(names, tensors, strict=True)
+
+
+class GatheredWeights(OfferedWeights):
     """A model's parameters under their checkpoint names, one layer group at a time.
 
     transformers may hold a parameter under another name, or split otherwise, than its checkpoint
@@ -49,7 +70,6 @@ class GatheredWeights:
         self._trained = in_buckets(trained, self._bytes, bucket_bytes)
 
     def metadata(self) -> list[ParameterMeta]:
-        """What iteration will yield, in its order, without gathering anything."""
         found = []
         for names in self._trained:
             parameters = [self._parameters[name] for name in names]
@@ -59,13 +79,7 @@ class GatheredWeights:
                 found.append(ParameterMeta(name, tensor.dtype, tuple(tensor.shape)))
         return found
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor), one at a time."""
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
-
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """Yield (names, tensors) by layer group; tensors are valid until the next group."""
         for names, tensors in self._gathered(self._trained):
             converted = self._checkpoint_form(names, tensors)
             yield list(converted), list(converted.values())

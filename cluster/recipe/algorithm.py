@@ -6,25 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from learner.loss_settings import (
-    LOSS_DEFAULTS,
-    CorrectionConfig,
-    EntropyWeights,
-    PapoConfig,
-    SegmentWeights,
-)
-from tasks.fields import (
-    CLASS_PATH,
-    Amount,
-    Count,
-    Positive,
-    Section,
-    Share,
-    Text,
-    Weight,
-    refusal,
-    refuse,
-)
+from learner.loss_settings import LossConfig, SegmentWeights
+from tasks.fields import CLASS_PATH, Count, Positive, Section, Text, refusal, refuse
 
 
 class DynamicSamplingConfig(Section):
@@ -66,7 +49,7 @@ class SpendConfig(Section):
     """How much of it."""
 
 
-class AlgorithmConfig(Section):
+class AlgorithmConfig(LossConfig):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
@@ -79,20 +62,6 @@ class AlgorithmConfig(Section):
     """Of the run."""
     budget: SpendConfig | None = None
     """Ends the run before `steps` when it is spent, and is what schedules go by."""
-    loss: Literal["clip", "gspo", "cispo"] = "clip"
-    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
-    clip_low: Share = 0.2
-    """The ratio's lower bound is 1 minus this."""
-    clip_high: Amount = 0.28
-    """Its upper bound is 1 plus this."""
-    kl_weight: Amount = 0.0
-    """Of the KL to the policy that sampled."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL term."""
-    entropy_weight: Weight = 0.0
-    """Of a bonus on the mean entropy of all response tokens."""
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all equal; they have no gradient."""
     max_staleness: Count = 0
@@ -109,12 +78,6 @@ class AlgorithmConfig(Section):
     """Minibatches a step's rollouts are split into, one optimizer step each."""
     segment_weights: SegmentWeights = SegmentWeights()
     """What a token's loss is multiplied by, by its segment."""
-    entropy_weights: EntropyWeights = EntropyWeights()
-    """Bonuses on the entropy of single segments."""
-    papo: PapoConfig | None = None
-    """A second view of each sequence, under a masked image."""
-    correction: CorrectionConfig = CorrectionConfig()
-    """Importance-sampling correction of tokens that the learner would draw otherwise."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Extra groups in place of those without variance."""
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -125,12 +88,11 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_loss(cls, data: Any) -> Any:
+    def _stale_tokens_are_corrected(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         stale = isinstance(versions := data.get("max_staleness", 0), int) and versions > 0
-        corrected = {"correction": {"kind": "token_tis"}} if stale else {}
-        return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | corrected | data
+        return ({"correction": {"kind": "token_tis"}} if stale else {}) | data
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> AlgorithmConfig:

@@ -94,11 +94,9 @@ def _trained(
     rates: tuple[tuple[str, float], ...],
     lora: LoraConfig | None,
 ) -> Trained:
-    from learner.lora import LoraSettings
     from learner.outline import what_is_trained
 
-    settings = LoraSettings(**lora.model_dump()) if lora else None
-    return what_is_trained(path, frozen, dict(rates), settings)
+    return what_is_trained(path, frozen, dict(rates), lora)
 
 
 def width(model: ModelConfig) -> int:

@@ -21,7 +21,7 @@ from cluster.record.stored import not_kept, read_metrics, read_scored, stored_st
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import changed_fields
 from cluster.run.run_log import run_log
-from cluster.run.runtime import learner_settings, learning, sampling_and_scoring
+from cluster.run.runtime import learner_setup, learning, sampling_and_scoring
 from cluster.run.session import session
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import free_requests
@@ -81,9 +81,9 @@ def run_replay(
     folder, progress = new_run_folder(recipe, output), Progress(len(source.steps))
     with session(recipe, "replay", address, folder, progress.say):
         progress.say("starting learner (DeepSpeed) ...")
-        settings = learner_settings(recipe, temperature=recipe.sampler.temperature)
+        setup = learner_setup(recipe, temperature=recipe.sampler.temperature)
         with (
-            learning(recipe, settings) as learner,
+            learning(setup) as learner,
             run_log(recipe, folder, progress, source.steps[-1]) as log,
         ):
             gaps = {}

@@ -186,7 +186,7 @@ class RunLog:
         rule = self.recipe.checkpoint
         if self.stopped or self.is_due(rule.every) or (rule.every and self.over):
             at = replace(self.at, **state())
-            learner.save_training(checkpoint_folder(self.folder, at.step), at.to_dict(), rule.keep)
+            learner.save_training(checkpoint_folder(self.folder, at.step), at.to_dict())
 
     def end_run(self) -> None:
         """All is done; raises RunFailed where the run folder did not take all of it."""

@@ -21,8 +21,7 @@ from cluster.run.evaluate import evaluate_all
 from cluster.run.session import session
 from cluster.run.supervision import Delivery
 from learner.actor import LearnerGroup
-from learner.lora import LoraSettings
-from learner.trainer import LearnerSettings
+from learner.trainer import LearnerSetup
 from rewards.pool import Limits, RewardPool
 from rewards.scored import ScoredGroup
 from rollout.dispatch import PoolLimits
@@ -59,39 +58,19 @@ def engine_settings(
     )
 
 
-def learner_settings(
-    recipe: Recipe, model: str | None = None, temperature: float = 1.0, resume: bool = False
-) -> LearnerSettings:
-    """What a recipe asks of each learner rank; `temperature` is that of the tokens' sampler.
-
-    `resume`: `model` is a training checkpoint to go on from.
-    """
-    learner = recipe.learner
-    return LearnerSettings(
-        model=model or recipe.model.path,
-        dtype=recipe.model.dtype,
-        attention=recipe.model.attention,
-        head_float32=recipe.model.lm_head_float32,
-        temperature=temperature,
-        zero_stage=learner.zero_stage,
-        learning_rate=learner.learning_rate,
-        weight_decay=learner.weight_decay,
-        betas=learner.betas,
-        max_grad_norm=learner.max_grad_norm,
-        micro_batch_tokens=learner.micro_batch_tokens,
-        layout=learner.layout,
-        logits_mib=learner.logits_mib,
-        bucket_mib=recipe.transfer.bucket_mib,
-        threads=learner.threads or threads_for(learner.cpus),
-        seed=recipe.seed,
-        resume=resume,
-        freeze=learner.freeze,
-        rates=learner.rates,
-        activation_checkpointing=learner.activation_checkpointing,
-        offload=learner.offload,
-        background_saving=recipe.checkpoint.background,
-        lora=LoraSettings(**learner.lora.model_dump()) if learner.lora else None,
-        base=recipe.model.path,
+def learner_setup(
+    recipe: Recipe, folder: str = "", temperature: float = 1.0, resume: bool = False
+) -> LearnerSetup:
+    """What a recipe's learner ranks are started with (see `LearnerSetup`)."""
+    return LearnerSetup(
+        recipe.model,
+        recipe.learner,
+        recipe.transfer,
+        recipe.checkpoint,
+        folder,
+        resume,
+        temperature,
+        recipe.seed,
     )
 
 
@@ -115,18 +94,10 @@ def sampler_pool(
     return SamplerPool(start, 1 if frozen else sampler.count, limits, name)
 
 
-def learner_group(recipe: Recipe, settings: LearnerSettings) -> LearnerGroup:
-    """The recipe's learner ranks; they are not yet started."""
-    learner = recipe.learner
-    return LearnerGroup(
-        settings, learner.ranks, learner.cpus, learner.gpus, learner.timeout_seconds
-    )
-
-
 @contextmanager
-def learning(recipe: Recipe, settings: LearnerSettings) -> Iterator[LearnerGroup]:
-    """The recipe's learner, without samplers; Ray must be connected."""
-    learner = learner_group(recipe, settings)
+def learning(setup: LearnerSetup) -> Iterator[LearnerGroup]:
+    """A learner without samplers; Ray must be connected."""
+    learner = LearnerGroup(setup)
     try:
         learner.start()
         yield learner
@@ -238,11 +209,11 @@ class LivePolicy:
     """
 
     def __init__(
-        self, recipe: Recipe, sources: Sequence[ProblemSource], learner: LearnerSettings
+        self, recipe: Recipe, sources: Sequence[ProblemSource], learner: LearnerSetup
     ) -> None:
         self.recipe, self.sources = recipe, sources
-        self.samplers = sampler_pool(recipe, None if learner.resume else learner.model)
-        self.learner = learner_group(recipe, learner)
+        self.samplers = sampler_pool(recipe, None if learner.resume else learner.start)
+        self.learner = LearnerGroup(learner)
         self._starting = self.learner.start_async()
         self._delivery = Delivery(
             self.samplers,
@@ -305,11 +276,9 @@ class Run(LivePolicy):
     ) -> None:
         start = time.perf_counter()
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
-        model = str(checkpoint) if checkpoint else None
-        settings = learner_settings(
-            recipe, model, recipe.sampler.temperature, resume=checkpoint is not None
-        )
-        super().__init__(recipe, sources, settings)
+        folder, resume = str(checkpoint or ""), checkpoint is not None
+        setup = learner_setup(recipe, folder, recipe.sampler.temperature, resume)
+        super().__init__(recipe, sources, setup)
         self.scoring = Scoring(recipe, self.samplers)
         self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")

@@ -29,7 +29,7 @@ from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.evaluate import PASSES, evaluate_all
 from cluster.run.run_log import Metrics, RunLog, run_log
-from cluster.run.runtime import LivePolicy, learner_settings, learning, sampling_from
+from cluster.run.runtime import LivePolicy, learner_setup, learning, sampling_from
 from cluster.run.session import session
 from cluster.run.train import conclude, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
@@ -39,7 +39,7 @@ from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.settings import SftConfig
 from learner.sft import DemonstrationStream, Source, draw
-from learner.trainer import LearnerSettings
+from learner.trainer import LearnerSetup
 from learner.warmup import warm_up_vision
 from rollout.transfer import TransferReport
 from tasks.core import SEGMENTS, DataError, Problem
@@ -81,15 +81,15 @@ def run_sft(
     ):
         sources = demonstration_sources(recipe, ready.sources)
         with run_log(recipe, folder, progress, sft.steps, resumed, "sft") as log:
-            model = recipe.model.path
+            start = ""
             if resumed:
-                model = str(resumed.checkpoint)
+                start = str(resumed.checkpoint)
             elif sft.vision_warmup_steps:
-                model = scratch
+                start = scratch
                 warm_up(recipe, sft, sources, Path(scratch), log)
-            settings = learner_settings(recipe, model, resume=resumed is not None)
+            setup = learner_setup(recipe, start, resume=resumed is not None)
             batches = demonstrations(sources, ready.processor, sft, recipe.seed, log.at.step)
-            with tuning(recipe, ready.sources, settings, progress) as (learner, live):
+            with tuning(recipe, ready.sources, setup, progress) as (learner, live):
                 tables = fine_tune(sft, learner, live, batches, log)
         if tables is None:
             return folder
@@ -115,7 +115,7 @@ def fine_tune(
     Where the recipe measures on the way (`live`), `evaluation.json` is left too, and the last
     evaluation returned, a table a task; else there is none in it. None: it was told to stop.
     """
-    balance = sft_balance(sft)
+    balance = Balance(sft)
     balance.restore(log.at.balance)
     with log.keeping(learner):
         if live:
@@ -183,19 +183,19 @@ def past_shares(folder: Path) -> list[Shares]:
 
 @contextmanager
 def tuning(
-    recipe: Recipe, opened: Sequence[ProblemSource], settings: LearnerSettings, progress: Progress
+    recipe: Recipe, opened: Sequence[ProblemSource], setup: LearnerSetup, progress: Progress
 ) -> Iterator[tuple[LearnerGroup, LivePolicy | None]]:
     """The learner, started, and where the recipe measures on the way the samplers beside it."""
     if recipe.eval.every:
         progress.say("starting the learner (DeepSpeed), and samplers (vLLM) to measure with ...")
-        live = LivePolicy(recipe, opened, settings)
+        live = LivePolicy(recipe, opened, setup)
         try:
             live.wait_ready()
             yield live.learner, live
         finally:
             live.stop()
         return
-    with learning(recipe, settings) as learner:
+    with learning(setup) as learner:
         yield learner, None
 
 
@@ -231,19 +231,6 @@ def demonstrations(
         sources, processor, sft.batch_size, seed, done, blind_share=sft.blind_share
     )
     return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
-
-
-def sft_balance(sft: SftConfig) -> Balance:
-    """What chooses λ, as a recipe asks for it."""
-    staged = sft.curriculum == "perception_first"
-    return Balance(
-        rule=sft.balance,
-        weight=sft.perception_weight,
-        norm_every=sft.norm_every,
-        smoothing=sft.norm_smoothing,
-        first_steps=round(sft.curriculum_share * sft.steps) if staged else 0,
-        first_weight=sft.curriculum_weight,
-    )
 
 
 def balance_metrics(

@@ -29,8 +29,8 @@ from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
-from learner.correction import Correction, with_old_logprobs
-from learner.policy_loss import Papo, PolicyLoss
+from learner.correction import with_old_logprobs
+from learner.policy_loss import PolicyLoss
 from learner.schedule import learning_rate_at
 from rewards.advantages import token_advantages
 from rewards.scored import ScoredGroup
@@ -161,28 +161,7 @@ def anchored(recipe: Recipe, batches: list[TrainBatch], learner: LearnerGroup) -
 
 def policy_loss(recipe: Recipe) -> PolicyLoss:
     """The loss a recipe asks for."""
-    algorithm = recipe.algorithm
-    return PolicyLoss(
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        entropy_weight=algorithm.entropy_weight,
-        objective=algorithm.loss,
-        aggregation=algorithm.aggregation,
-        max_tokens=recipe.sampler.max_tokens,
-        kl_weight=algorithm.kl_weight,
-        kl_estimator=algorithm.kl_estimator,
-        entropy_weights={s: getattr(algorithm.entropy_weights, s) for s in SEGMENTS},
-        papo=Papo(**algorithm.papo.model_dump()) if algorithm.papo else None,
-        correction=correction(recipe),
-    )
-
-
-def correction(recipe: Recipe) -> Correction | None:
-    """The off-policy correction a recipe asks for."""
-    chosen = recipe.algorithm.correction
-    if chosen.kind == "none" or chosen.high is None:
-        return None
-    return Correction(chosen.kind, chosen.high, chosen.low)
+    return PolicyLoss(recipe.algorithm, recipe.sampler.max_tokens)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -13,14 +13,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from rollout.tokens import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 Part = Literal["vision", "merger", "language", "head"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -48,7 +45,8 @@ class Family:
 
     Attributes:
         model_type: as in the checkpoint's `config.json`; empty for the defaults.
-        parts: the prefixes of the names of each part's parameters. `merger` is what brings
+        parts: the prefixes of the names of each part's parameters, those of transformers' own
+            models if a family has no others. `merger` is what brings
             features of the vision tower to the language model; where it lies within the tower,
             the longer prefix counts. A head tied to the embedding has no parameter of its own.
         tower_only: the processor's image tensors that nothing but the vision tower reads.
@@ -212,11 +210,11 @@ class TinyFamily(ABC):
     placeholder: str
 
     @abstractmethod
-    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
+    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
         """The family's processor, for small images."""
 
     @abstractmethod
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
         """A model with random weights.
 
         Args:

@@ -7,7 +7,7 @@ processor needs the package num2words, which is not among the pinned ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -18,24 +18,14 @@ from learner.families.base import (
     TINY_TOKENS,
     TINY_TOWER,
     Family,
-    Parts,
     TinyFamily,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 
 class Idefics3(Family, TinyFamily):
     """HuggingFaceTB/SmolVLM-*-Instruct and HuggingFaceM4/Idefics3-8B-Llama3."""
 
     model_type = "idefics3"
-    parts: ClassVar[Parts] = {
-        "vision": ("model.vision_model.",),
-        "merger": ("model.connector.",),
-        "language": ("model.text_model.",),
-        "head": ("lm_head.",),
-    }
     tower_only = frozenset({"pixel_values", "pixel_attention_mask"})
     image_tokens = (
         "<fake_token_around_image>",
@@ -55,12 +45,12 @@ class Idefics3(Family, TinyFamily):
         # All tiles as those of one sequence; the features are again a row a tile.
         return super().image_features(model, {n: value[None] for n, value in inputs.items()})
 
-    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
-        from transformers import Idefics3ImageProcessor, Idefics3Processor
+    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
+        import transformers
 
         # As large as a tile, so an image is one; a larger `size` makes more of it.
-        return Idefics3Processor(
-            image_processor=Idefics3ImageProcessor(
+        return transformers.Idefics3Processor(
+            image_processor=transformers.Idefics3ImageProcessor(
                 size={"longest_edge": TINY_IMAGE}, max_image_size={"longest_edge": TINY_IMAGE}
             ),
             tokenizer=tokenizer,
@@ -68,10 +58,10 @@ class Idefics3(Family, TinyFamily):
             chat_template=template,
         )
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
-        from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+        import transformers
 
-        config = Idefics3Config(
+        config = transformers.Idefics3Config(
             text_config=text | {"model_type": "llama", "rope_parameters": {**TINY_ROPE}},
             vision_config={**TINY_TOWER},
             image_token_id=token["<image>"],
@@ -79,8 +69,7 @@ class Idefics3(Family, TinyFamily):
             scale_factor=TINY_MERGE,
             tie_word_embeddings=True,
         )
-        model: PreTrainedModel = Idefics3ForConditionalGeneration(config)
-        return model
+        return transformers.Idefics3ForConditionalGeneration(config)
 
 
 class SmolVLM(Idefics3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from learner.families.base import (
     TINY_IMAGE,
@@ -12,24 +12,14 @@ from learner.families.base import (
     TINY_TOKENS,
     TINY_TOWER,
     Family,
-    Parts,
     TinyFamily,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 
 class InternVL(Family, TinyFamily):
     """OpenGVLab/InternVL3_5-*B-HF."""
 
     model_type = "internvl"
-    parts: ClassVar[Parts] = {
-        "vision": ("model.vision_tower.",),
-        "merger": ("model.multi_modal_projector.",),
-        "language": ("model.language_model.",),
-        "head": ("lm_head.",),
-    }
     named_tokens: ClassVar[Mapping[str, str]] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -39,24 +29,24 @@ class InternVL(Family, TinyFamily):
     image_tokens = tuple(named_tokens.values())
     placeholder = "<IMG_CONTEXT>\n"
 
-    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
-        from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
+        import transformers
 
         size = {"height": TINY_IMAGE, "width": TINY_IMAGE}
-        return InternVLProcessor(
-            image_processor=GotOcr2ImageProcessor(
+        return transformers.InternVLProcessor(
+            image_processor=transformers.GotOcr2ImageProcessor(
                 size=size, crop_to_patches=False, min_patches=1, max_patches=1
             ),
             tokenizer=tokenizer,
-            video_processor=InternVLVideoProcessor(size=size),
+            video_processor=transformers.InternVLVideoProcessor(size=size),
             image_seq_length=TINY_TOKENS,
             chat_template=template,
         )
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
-        from transformers import InternVLConfig, InternVLForConditionalGeneration
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+        import transformers
 
-        config = InternVLConfig(
+        config = transformers.InternVLConfig(
             text_config=text | {"model_type": "qwen3", "rope_parameters": {**TINY_ROPE}},
             vision_config={**TINY_TOWER, "use_qk_norm": False},
             image_token_id=token["<IMG_CONTEXT>"],
@@ -64,5 +54,4 @@ class InternVL(Family, TinyFamily):
             downsample_ratio=1 / TINY_MERGE,
             tie_word_embeddings=True,
         )
-        model: PreTrainedModel = InternVLForConditionalGeneration(config)
-        return model
+        return transformers.InternVLForConditionalGeneration(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from learner.families.base import (
     TINY_IMAGE,
@@ -11,93 +11,77 @@ from learner.families.base import (
     TINY_PATCH,
     TINY_ROPE,
     MRopeFamily,
-    Parts,
     TinyFamily,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN_TOWER: Mapping[str, Any] = {
-    "depth": 2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_heads": 4,
-    "patch_size": TINY_PATCH,
-    "spatial_merge_size": TINY_MERGE,
-    "out_hidden_size": 128,
-}
-"""A tiny vision tower of a Qwen model."""
+class Qwen(MRopeFamily, TinyFamily):
+    """What Qwen's families have in common.
 
+    Attributes:
+        tiny_kind: how the names of its classes in transformers begin.
+        tiny_video: the class of its video processor.
+    """
 
-class Qwen3VL(MRopeFamily, TinyFamily):
-    """Qwen/Qwen3-VL-*B-Instruct."""
+    image_tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    tiny_kind: str
+    tiny_video: str
 
-    model_type = "qwen3_vl"
-    parts: ClassVar[Parts] = {
-        "vision": ("model.visual.",),
-        "merger": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-        "language": ("model.language_model.",),
-        "head": ("lm_head.",),
-    }
-    image_tokens = QWEN_TOKENS
-    placeholder = QWEN_PLACEHOLDER
+    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
+        import transformers
 
-    def tiny_processor(self, tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
-        from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-        options = qwen_image_options()
-        return Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(**options),
+        smallest = (TINY_PATCH * TINY_MERGE) ** 2
+        options: dict[str, Any] = {
+            "size": {"shortest_edge": smallest, "longest_edge": 1024 * smallest},
+            "patch_size": TINY_PATCH,
+            "merge_size": TINY_MERGE,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+        return getattr(transformers, f"{self.tiny_kind}Processor")(
+            image_processor=transformers.Qwen2VLImageProcessor(**options),
             tokenizer=tokenizer,
-            video_processor=Qwen3VLVideoProcessor(**options),
+            video_processor=getattr(transformers, self.tiny_video)(**options),
             chat_template=template,
         )
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> PreTrainedModel:
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    def tiny_of(
+        self, text: dict[str, Any], token: Mapping[str, int], rope: Any, tower: dict[str, Any]
+    ) -> Any:
+        """A model with these fields of its own for positions and vision tower."""
+        import transformers
 
-        config = Qwen3VLConfig(
-            text_config=text
-            | {
-                "rope_parameters": {
-                    **TINY_ROPE,
-                    "mrope_section": [6, 5, 5],
-                    "mrope_interleaved": True,
-                }
-            },
+        config = getattr(transformers, f"{self.tiny_kind}Config")(
+            text_config=text | {"rope_parameters": {**TINY_ROPE, **rope}},
             vision_config={
-                **QWEN_TOWER,
-                "num_position_embeddings": (TINY_IMAGE // TINY_PATCH) ** 2,
-                "deepstack_visual_indexes": [0],
+                "depth": 2,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_heads": 4,
+                "patch_size": TINY_PATCH,
+                "spatial_merge_size": TINY_MERGE,
+                "out_hidden_size": 128,
+                **tower,
             },
             tie_word_embeddings=True,
-            **qwen_token_ids(token),
+            image_token_id=token["<|image_pad|>"],
+            video_token_id=token["<|video_pad|>"],
+            vision_start_token_id=token["<|vision_start|>"],
+            vision_end_token_id=token["<|vision_end|>"],
         )
-        model: PreTrainedModel = Qwen3VLForConditionalGeneration(config)
-        return model
+        return getattr(transformers, f"{self.tiny_kind}ForConditionalGeneration")(config)
 
 
-def qwen_image_options() -> dict[str, Any]:
-    """Options of a tiny Qwen model's image and video processors."""
-    smallest = (TINY_PATCH * TINY_MERGE) ** 2
-    return {
-        "size": {"shortest_edge": smallest, "longest_edge": 1024 * smallest},
-        "patch_size": TINY_PATCH,
-        "merge_size": TINY_MERGE,
-        "temporal_patch_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
+class Qwen3VL(Qwen):
+    """Qwen/Qwen3-VL-*B-Instruct."""
 
+    model_type = "qwen3_vl"
+    tiny_kind, tiny_video = "Qwen3VL", "Qwen3VLVideoProcessor"
 
-def qwen_token_ids(token: Mapping[str, int]) -> dict[str, int]:
-    """A Qwen config's fields for its special tokens."""
-    return {
-        "image_token_id": token["<|image_pad|>"],
-        "video_token_id": token["<|video_pad|>"],
-        "vision_start_token_id": token["<|vision_start|>"],
-        "vision_end_token_id": token["<|vision_end|>"],
-    }
+    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+        rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        positions = (TINY_IMAGE // TINY_PATCH) ** 2
+        tower = {"num_position_embeddings": positions, "deepstack_visual_indexes": [0]}
+        return self.tiny_of(text, token, rope, tower)

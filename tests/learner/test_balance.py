@@ -14,16 +14,23 @@ from hypothesis import strategies as st
 
 from learner.balance import Balance, SegmentGradients, ngdiff_weight, segment_gradients
 from learner.batch import MicroBatch, TrainBatch
+from learner.collate import Collator
 from learner.losses import PERCEPTION, BalancedLoss, TokenMeanLoss
-from learner.policy import Policy, make_collator
-from tests.learner.test_policy import plain_logprobs
-from tests.support.samples import mixed_batch
+from learner.settings import SftConfig
+from tests.support.plain import plain_logprobs
+from tests.support.samples import Loaded, mixed_batch
 
 POSITIVE = st.floats(1e-6, 1e6)
 
 
-def micro_batches(loaded: tuple[Policy, Any], batch: TrainBatch, cut: list[list[int]]) -> Any:
-    collate = make_collator(*loaded)
+def sft(balance: str, **fields: Any) -> SftConfig:
+    """A section that measures before every update and does not smooth, if nothing else is said."""
+    plain = {"steps": 40, "balance": balance, "norm_every": 1, "norm_smoothing": 0.0}
+    return SftConfig.model_validate(plain | fields)
+
+
+def micro_batches(loaded: Loaded, batch: TrainBatch, cut: list[list[int]]) -> Any:
+    collate = Collator(*loaded)
 
     def made() -> Iterator[MicroBatch]:
         for indices in cut:
@@ -34,7 +41,7 @@ def micro_batches(loaded: tuple[Policy, Any], batch: TrainBatch, cut: list[list[
 
 
 def reference(
-    loaded: tuple[Policy, Any], batch: TrainBatch
+    loaded: Loaded, batch: TrainBatch
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """g_p and g_r by parameter, float64: the plain Hugging Face model, one sequence at a time."""
     policy, processor = loaded
@@ -65,7 +72,7 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([g.flatten().double() for g in gradients.values()])
 
 
-def test_norms_are_those_of_plain_autograd_whatever_the_split(loaded: tuple[Policy, Any]) -> None:
+def test_norms_are_those_of_plain_autograd_whatever_the_split(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     by_name = reference(loaded, batch)
@@ -91,7 +98,7 @@ def test_norms_are_those_of_plain_autograd_whatever_the_split(loaded: tuple[Poli
     assert sum(single) > 1.05 * float(p.norm())
 
 
-def test_the_proxy_is_the_exact_gradient_of_the_heads_weight(loaded: tuple[Policy, Any]) -> None:
+def test_the_proxy_is_the_exact_gradient_of_the_heads_weight(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     micros = micro_batches(loaded, batch, [[0, 1], [2, 3], [4]])
@@ -114,16 +121,16 @@ def test_the_proxy_is_the_exact_gradient_of_the_heads_weight(loaded: tuple[Polic
     assert torch.is_grad_enabled() and not head._forward_pre_hooks
 
 
-def test_the_gradient_of_the_balanced_loss_is_the_weighted_sum(loaded: tuple[Policy, Any]) -> None:
+def test_the_gradient_of_the_balanced_loss_is_the_weighted_sum(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     found = segment_gradients(policy, micro_batches(loaded, batch, [[0, 1, 2, 3, 4]]), batch)
     weight = ngdiff_weight(found.perception, found.reasoning)
-    whole = make_collator(*loaded)(batch.sequences)
+    whole = Collator(*loaded)(batch.sequences)
     logprobs, entropy = policy.run(whole)
     loss = BalancedLoss(weight)
     counts = loss.denominators(batch)
-    parts = loss.sums(logprobs, entropy, whole.tokens)
+    parts = loss.sums((logprobs, entropy), whole.tokens)
     total = torch.stack([value / counts[name] for name, value in parts.items()]).sum()
     gradients = torch.autograd.grad(total, list(policy.parameters()), allow_unused=True)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
@@ -132,16 +139,16 @@ def test_the_gradient_of_the_balanced_loss_is_the_weighted_sum(loaded: tuple[Pol
     assert norm == pytest.approx(e * math.sqrt(2 + 2 * found.cosine), rel=1e-4)
 
 
-def test_the_normalised_sum_is_the_sum_of_unit_gradients(loaded: tuple[Policy, Any]) -> None:
+def test_the_normalised_sum_is_the_sum_of_unit_gradients(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     found = segment_gradients(policy, micro_batches(loaded, batch, [[0, 1, 2, 3, 4]]), batch)
-    balance = Balance("ngdiff_sum", norm_every=1)
+    balance = Balance(sft("ngdiff_sum"))
     balance.observe(1, found)
     loss = balance.loss(1, batch)
-    logprobs, entropy = policy.run(whole := make_collator(*loaded)(batch.sequences))
+    logprobs, entropy = policy.run(whole := Collator(*loaded)(batch.sequences))
     counts = loss.denominators(batch)
-    parts = loss.sums(logprobs, entropy, whole.tokens)
+    parts = loss.sums((logprobs, entropy), whole.tokens)
     total = torch.stack([value / counts[name] for name, value in parts.items()]).sum()
     names, parameters = zip(*policy.named_parameters(), strict=True)
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -156,7 +163,7 @@ def test_only_the_normalised_sum_goes_on_once_a_part_is_solved() -> None:
     """Two quadratic losses on one vector each, one of them solved long before the other."""
     left = {}
     for rule in ("ngdiff", "ngdiff_sum"):
-        balance = Balance(rule, norm_every=1)  # type: ignore[arg-type]
+        balance = Balance(sft(rule))
         p, r = torch.tensor([1e-4, 0.0]), torch.tensor([3.0, 4.0])
         for step in range(1, 401):
             balance.observe(step, SegmentGradients(float(p.norm()), float(r.norm()), 0.0))
@@ -169,7 +176,7 @@ def test_only_the_normalised_sum_goes_on_once_a_part_is_solved() -> None:
     assert left["ngdiff"] > 4.9 and left["ngdiff_sum"] == pytest.approx(1.0, abs=0.02)
 
 
-def test_frozen_parameters_do_not_count(loaded: tuple[Policy, Any]) -> None:
+def test_frozen_parameters_do_not_count(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
     p, r = reference(loaded, batch)
@@ -205,8 +212,8 @@ def test_the_weight_gives_both_parts_equal_pull(p: float, r: float, scale: float
 def test_ngdiff_is_smoothed_and_the_last_measurement_alone_without(
     norms: list[tuple[float, float]], smoothing: float
 ) -> None:
-    smooth = Balance("ngdiff", norm_every=1, smoothing=smoothing)
-    exact = Balance("ngdiff", norm_every=1)
+    smooth = Balance(sft("ngdiff", norm_smoothing=smoothing))
+    exact = Balance(sft("ngdiff"))
     batch = TrainBatch(())
     weights = [ngdiff_weight(p, r) for p, r in norms]
     average = weights[0]
@@ -226,7 +233,8 @@ def test_ngdiff_is_smoothed_and_the_last_measurement_alone_without(
 @given(first=st.integers(0, 12), every=st.integers(1, 7))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_perception_first_and_then_the_rule(first: int, every: int) -> None:
-    balance = Balance("ngdiff", norm_every=every, first_steps=first, first_weight=0.9)
+    how = {"curriculum_share": first / 40, "curriculum_weight": 0.9, "norm_every": every}
+    balance = Balance(sft("ngdiff", curriculum="perception_first", norm_smoothing=0.0, **how))
     measured = [step for step in range(1, 40) if balance.measures(step)]
     assert first + 1 in measured
     assert {b - a for a, b in pairwise(measured)} <= {every}
@@ -237,14 +245,15 @@ def test_perception_first_and_then_the_rule(first: int, every: int) -> None:
     assert balance.loss(first + 1, TrainBatch(())) == BalancedLoss(0.75)
 
 
-def test_the_other_rules(loaded: tuple[Policy, Any]) -> None:
+def test_the_other_rules(loaded: Loaded) -> None:
     batch = mixed_batch(loaded[1])
     seen = sum(int((s.segments == PERCEPTION).sum()) for s in batch.sequences)
-    mean = Balance("token_mean", first_steps=2)
+    staged = {"curriculum": "perception_first", "curriculum_share": 2 / 40, "norm_every": 0}
+    mean = Balance(sft("token_mean", **staged))
     assert mean.loss(2, batch) == BalancedLoss(1.0)
     assert mean.loss(3, batch) == TokenMeanLoss()
     assert mean.weight_at(3, batch) == seen / batch.response_tokens()
     assert not mean.measures(3)
-    fixed = Balance("fixed", weight=0.3, norm_every=2)
+    fixed = Balance(sft("fixed", perception_weight=0.3, norm_every=2))
     fixed.observe(1, SegmentGradients(1.0, 9.0, 0.0))
     assert fixed.loss(1, batch) == BalancedLoss(0.3)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from learner.policy import Policy, make_collator
+from learner.collate import Collator
 from tasks.core import DataError
-from tests.support.samples import mixed_batch, placeholder, sequence
+from tests.support.samples import Loaded, mixed_batch, placeholder, sequence
 
 
-def test_a_micro_batch_predicts_every_response_token_from_the_one_before(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_a_micro_batch_predicts_every_response_token_from_the_one_before(loaded: Loaded) -> None:
     policy, processor = loaded
     batch = mixed_batch(processor)
-    micro = make_collator(policy, processor)(batch.sequences)
+    micro = Collator(policy, processor)(batch.sequences)
     at = 0
     for row, s in enumerate(batch.sequences):
         whole = np.concatenate([s.prompt_ids, s.response_ids])
@@ -36,34 +33,32 @@ def test_a_micro_batch_predicts_every_response_token_from_the_one_before(
     assert micro.real_tokens == sum(len(s) - 1 for s in batch.sequences)
 
 
-def test_an_image_of_a_whole_group_is_encoded_and_looked_at_once(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_an_image_of_a_whole_group_is_encoded_and_looked_at_once(loaded: Loaded) -> None:
     policy, processor = loaded
     one = sequence(processor, 0, (64, 64), 9)
     other = sequence(processor, 1, (64, 64), 9)
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     single = len(collate([one]).vision.inputs["pixel_values"])
     group = collate([one, other, one, one, other])
     assert len(group.vision.inputs["pixel_values"]) == 2 * single
     assert group.vision.images.tolist() == [0, 1, 0, 0, 1]
 
 
-def test_images_encoded_together_are_those_encoded_alone(loaded: tuple[Policy, Any]) -> None:
+def test_images_encoded_together_are_those_encoded_alone(loaded: Loaded) -> None:
     policy, processor = loaded
     files = [sequence(processor, i, s, 9).image for i, s in enumerate([(64, 64), (96, 64)] * 2)]
-    together = make_collator(policy, processor).encode_images([f for f in files if f])
+    together = Collator(policy, processor).encode_images([f for f in files if f])
     for file, found in zip(files, together, strict=True):
-        (alone,) = make_collator(policy, processor).encode_images([file or b""])
+        (alone,) = Collator(policy, processor).encode_images([file or b""])
         assert found.placeholders == alone.placeholders
         assert found.inputs.keys() == alone.inputs.keys()
         for name in alone.inputs:
             assert torch.equal(found.inputs[name], alone.inputs[name])
 
 
-def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: tuple[Policy, Any]) -> None:
+def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: Loaded) -> None:
     policy, processor = loaded
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     good = sequence(processor, 0, (64, 64), 9)
     lost = replace(good, image=None)
     with pytest.raises(ValueError, match=r"sequence 1: 16 image placeholders .* but 0 visual"):
@@ -78,11 +73,11 @@ def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: tuple[Policy, An
         collate([replace(good, image=b"not an image")])
 
 
-def test_a_response_of_no_tokens_is_no_trouble(loaded: tuple[Policy, Any]) -> None:
+def test_a_response_of_no_tokens_is_no_trouble(loaded: Loaded) -> None:
     policy, processor = loaded
     good = sequence(processor, 0, (64, 64), 9)
     empty = sequence(processor, 1, (64, 64), 0)
     with torch.no_grad():
-        alone, _ = policy.eval().run(make_collator(policy, processor)([good]))
-        both, _ = policy.eval().run(make_collator(policy, processor)([empty, good]))
+        alone, _ = policy.eval().run(Collator(policy, processor)([good]))
+        both, _ = policy.eval().run(Collator(policy, processor)([empty, good]))
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-5)

@@ -13,22 +13,24 @@ import torch
 import transformers
 
 from cluster.models_cli import make
-from learner.batch import TrainBatch, TrainSequence
+from learner.batch import MicroBatch, TrainSequence
+from learner.collate import Collator
 from learner.families import FAMILIES, TINY, family_of
 from learner.families.base import PARTS, Family, MRopeFamily
-from learner.policy import Policy, make_collator
+from learner.loss_settings import LossConfig
+from learner.policy import Policy
 from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES as FAMILY_NAMES
 from rollout.tokens import Chat, ModelError, load_processor
-from tests.learner.test_policy import plain_logprobs
-from tests.support.samples import mixed_batch, placeholder, sequence
+from tests.support.plain import learn, plain_logprobs, summed
+from tests.support.samples import Loaded, mixed_batch, placeholder, sequence
 
-LOSS = PolicyLoss(kl_weight=0.1, kl_estimator="k2")
+LOSS = PolicyLoss(LossConfig(kl_weight=0.1, kl_estimator="k2"))
 
 
 def alone(policy: Policy, processor: Any, s: TrainSequence) -> tuple[torch.Tensor, dict[str, Any]]:
     """(input ids [1, L], the image tensors that place tokens) of one sequence, unpadded."""
-    inputs = make_collator(policy, processor)([s]).inputs
+    inputs = Collator(policy, processor)([s]).inputs
     skip = ("input_ids", "mm_token_type_ids")
     return inputs["input_ids"], {n: v for n, v in inputs.items() if n not in skip}
 
@@ -49,10 +51,10 @@ def by_hand(ids: list[int], image_token: int, grid: list[int] | None, merge: int
     return np.array(found).T
 
 
-def test_positions_are_those_the_model_would_count_itself(loaded: tuple[Policy, Any]) -> None:
+def test_positions_are_those_the_model_would_count_itself(loaded: Loaded) -> None:
     policy, processor = loaded
     model: Any = policy.eval().model
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     for s in mixed_batch(processor).sequences:
         ids, images = alone(policy, processor, s)
         planes = policy.family.positions(model, ids, images)
@@ -79,7 +81,7 @@ def test_positions_are_those_the_model_would_count_itself(loaded: tuple[Policy, 
         assert (other - own).abs().max() > 1e-3
 
 
-def test_m_rope_is_the_definition_a_token_at_a_time(loaded: tuple[Policy, Any]) -> None:
+def test_m_rope_is_the_definition_a_token_at_a_time(loaded: Loaded) -> None:
     policy, processor = loaded
     model: Any = policy.model
     for s in mixed_batch(processor).sequences:
@@ -95,7 +97,7 @@ def test_m_rope_is_the_definition_a_token_at_a_time(loaded: tuple[Policy, Any]) 
 
 
 def test_every_parameter_is_of_one_part_and_the_tower_is_what_features_hang_on(
-    loaded: tuple[Policy, Any],
+    loaded: Loaded,
 ) -> None:
     policy, processor = loaded
     model: Any = policy.model
@@ -106,7 +108,7 @@ def test_every_parameter_is_of_one_part_and_the_tower_is_what_features_hang_on(
     # The head is tied to the embedding, which is the language model's.
     assert [part for part, of in parts.items() if not of] == ["head"]
     assert family.part_of("lm_head.weight") == "head"
-    micro = make_collator(policy, processor)(mixed_batch(processor).sequences[:1])
+    micro = Collator(policy, processor)(mixed_batch(processor).sequences[:1])
     policy.zero_grad()
     family.total(family.image_features(model, micro.vision.inputs)).backward()
     reached = [n for n, p in names.items() if p.grad is not None]
@@ -118,9 +120,7 @@ def test_every_parameter_is_of_one_part_and_the_tower_is_what_features_hang_on(
         family.part_of("model.audio.weight")
 
 
-def test_a_checkpoints_family_is_found_by_its_model_type(
-    family: str, loaded: tuple[Policy, Any]
-) -> None:
+def test_a_checkpoints_family_is_found_by_its_model_type(family: str, loaded: Loaded) -> None:
     assert loaded[0].family is FAMILIES[family] is TINY[family]
     assert loaded[0].model.config.model_type == family  # type: ignore[union-attr]
 
@@ -130,63 +130,37 @@ def test_the_command_offers_every_family_that_can_be_made() -> None:
     assert get_args(get_args(offered)[0]) == FAMILY_NAMES == tuple(TINY)
 
 
-def loss_and_gradients(
-    policy: Policy, processor: Any, batch: TrainBatch, split: list[list[int]]
-) -> tuple[float, torch.Tensor]:
-    """The loss of a batch and its gradient, flat, from the micro-batches of `split`."""
-    collate = make_collator(policy, processor)
-    counts = LOSS.denominators(batch)
-    policy.zero_grad()
-    loss = 0.0
-    for indices in split:
-        micro = collate([batch.sequences[i] for i in indices])
-        sums = LOSS.sums(*policy.run(micro), micro.tokens)
-        part = torch.stack([value / counts[name] for name, value in sums.items()]).sum()
-        part.backward()
-        loss += float(part.detach())
-    return loss, gradient(policy)
-
-
-def gradient(policy: Policy) -> torch.Tensor:
-    """All gradients, flat, zeros where there is none; they are cleared."""
-    found = [
-        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
-        for p in policy.parameters()
-    ]
-    flat = torch.cat(found).clone()
-    policy.zero_grad()
-    return flat
-
-
-def test_any_split_gives_the_loss_and_the_gradients_of_plain_forward_passes(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_any_split_gives_the_loss_and_the_gradients_of_plain_forward_passes(loaded: Loaded) -> None:
     """Against the model called with pixels, a sequence at a time: images shared by none."""
     policy, processor = loaded
     policy.eval()
-    batch = mixed_batch(processor)
-    counts = LOSS.denominators(batch)
-    policy.zero_grad()
-    expected = 0.0
-    for s in batch.sequences:
-        logprobs, entropy = plain_logprobs(policy, processor, s)
-        tokens = make_collator(policy, processor)([s]).tokens
-        sums = LOSS.sums(logprobs.float(), entropy.float(), tokens)
-        part = torch.stack([value / counts[name] for name, value in sums.items()]).sum()
-        part.backward()
-        expected += float(part.detach())
-    reference = gradient(policy)
+    batch, collate = mixed_batch(processor), Collator(policy, processor)
+
+    def plain(micro: MicroBatch) -> torch.Tensor:
+        (s,) = (s for s in batch.sequences if s.response_ids.tolist() == micro.tokens.ids.tolist())
+        logprobs, entropies = plain_logprobs(policy, processor, s)
+        return summed(LOSS, batch, micro, (logprobs.float(), entropies.float()))
+
+    def cut(split: list[list[int]]) -> tuple[float, torch.Tensor]:
+        micros = (collate([batch.sequences[i] for i in indices]) for indices in split)
+        value, by_name = learn(policy, micros, lambda m: summed(LOSS, batch, m, policy.run(m)))
+        return value, flat(by_name)
+
+    expected, by_name = learn(policy, (collate([s]) for s in batch.sequences), plain)
+    reference = flat(by_name)
     for split in ([[0, 1, 2, 3, 4]], [[4, 2], [3], [0, 1]], [[0], [1], [2], [3], [4]]):
-        loss, found = loss_and_gradients(policy, processor, batch, split)
+        loss, found = cut(split)
         assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
         assert (found - reference).norm() < 1e-5 * reference.norm()
-    _, partial = loss_and_gradients(policy, processor, batch, [[0, 1, 2, 3]])
+    _, partial = cut([[0, 1, 2, 3]])
     assert (partial - reference).norm() > 1e-2 * reference.norm()
 
 
-def test_what_is_saved_is_what_transformers_loads(
-    loaded: tuple[Policy, Any], tmp_path: Path
-) -> None:
+def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in gradients.values()])
+
+
+def test_what_is_saved_is_what_transformers_loads(loaded: Loaded, tmp_path: Path) -> None:
     policy, processor = loaded
     policy.model.save_pretrained(tmp_path)  # type: ignore[operator]
     processor.save_pretrained(tmp_path)
@@ -202,15 +176,15 @@ def test_what_is_saved_is_what_transformers_loads(
         text = read.tokenizer.decode(ids)
         assert ("What is it?" in text) and text.endswith("assistant\n")
     image = sequence(processor, 1, (96, 64), 3).image or b""
-    (first,) = make_collator(policy, processor).encode_images([image])
-    (second,) = make_collator(policy, read).encode_images([image])
+    (first,) = Collator(policy, processor).encode_images([image])
+    (second,) = Collator(policy, read).encode_images([image])
     assert first.placeholders == second.placeholders
     assert all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
 
 
 @pytest.mark.parametrize("family", ["idefics3"], indirect=True)
 def test_images_of_other_numbers_of_tiles_share_a_micro_batch(
-    loaded: tuple[Policy, Any], model_path: str
+    loaded: Loaded, model_path: str
 ) -> None:
     policy, processor = loaded[0].eval(), load_processor(model_path)
     processor.image_processor.size = {"longest_edge": 128}
@@ -219,7 +193,7 @@ def test_images_of_other_numbers_of_tiles_share_a_micro_batch(
     )
     blind = mixed_batch(processor).sequences[2]
     chosen = [wide, square, blind, tall, wide]
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     tiles = [image.inputs["pixel_values"] for image in collate.encode_images(images_of(chosen))]
     assert [len(t) for t in tiles] == [3, 5, 3, 3]
     assert len(collate(chosen).vision.inputs["pixel_values"]) == 11
@@ -295,7 +269,7 @@ def stranger(name: str, config: Any) -> Any:
     indirect=["family"],
 )
 def test_a_model_without_a_file_works_by_the_defaults(
-    loaded: tuple[Policy, Any], name: str, expected: type
+    loaded: Loaded, name: str, expected: type
 ) -> None:
     """With the processor of a family whose images it reads."""
     processor = loaded[1]
@@ -306,7 +280,7 @@ def test_a_model_without_a_file_works_by_the_defaults(
 
 
 @pytest.mark.parametrize("family", ["idefics3"], indirect=True)
-def test_smolvlm2_is_read_as_idefics3_is(loaded: tuple[Policy, Any]) -> None:
+def test_smolvlm2_is_read_as_idefics3_is(loaded: Loaded) -> None:
     policy = Policy(stranger("smolvlm", loaded[0].model.config)).eval()
     assert policy.family is FAMILIES["smolvlm"]
     check_stranger(policy, loaded[1])
@@ -316,7 +290,7 @@ def check_stranger(policy: Policy, processor: Any) -> None:
     """Log-probs are those of plain forward passes; every parameter has a part."""
     batch = mixed_batch(processor)
     with torch.no_grad():
-        found, _ = policy.run(make_collator(policy, processor)(batch.sequences))
+        found, _ = policy.run(Collator(policy, processor)(batch.sequences))
         plain = torch.cat([plain_logprobs(policy, processor, s)[0] for s in batch.sequences])
     torch.testing.assert_close(found.double(), plain, rtol=0, atol=2e-5)
     parts = {policy.family.part_of(name) for name, _ in policy.model.named_parameters()}

@@ -16,25 +16,31 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface
 
 from learner.batch import Layout, MicroBatch, TrainBatch, TrainSequence
+from learner.collate import Collator
+from learner.loss_settings import EntropyWeights, LossConfig
 from learner.losses import BalancedLoss, Loss, TokenMeanLoss
+from learner.micro_batches import Costs, deal_micro_batches, describe
 from learner.packing import KERNELS, Stretch, Stretches, attend_within_stretches, pack
-from learner.plan import Costs, describe, plan_micro_batches
-from learner.policy import Policy, keep_no_activations, load_policy, make_collator
+from learner.policy import keep_no_activations, load_policy
 from learner.policy_loss import PolicyLoss
 from rollout.tokens import ModelError
-from tests.learner.test_policy import plain_logprobs
-from tests.support.samples import mixed_batch, off_policy, sequence
+from tests.support.plain import learn, plain_logprobs, summed
+from tests.support.samples import Loaded, mixed_batch, off_policy, sequence
 
 PACKED: tuple[Layout, ...] = tuple(x for x in get_args(Layout) if x != "padded")
 GSPO = PolicyLoss(
-    0.05, 0.08, objective="gspo", aggregation="sequence_mean", entropy_weights={"perception": 0.5}
-)
-LOSSES: dict[str, Loss] = {
-    "token mean": TokenMeanLoss(),
-    "balanced": BalancedLoss(0.9),
-    "clip": PolicyLoss(entropy_weight=0.01),
-    "gspo": GSPO,
+    LossConfig(
+        loss="gspo", clip_low=0.05, clip_high=0.08, aggregation="sequence_mean",
+        entropy_weights=EntropyWeights(perception=0.5),
+    )
+)  # fmt: skip
+LOSSES: dict[str, tuple[float, Loss]] = {
+    "token mean": (0.3, TokenMeanLoss()),
+    "balanced": (0.7, BalancedLoss(0.9)),
+    "clip": (1.3, PolicyLoss(LossConfig(entropy_weight=0.01))),
+    "gspo": (2.1, GSPO),
 }
+"""By name, with a weight: a sum in which an error of one is no error of another."""
 
 
 def all_kinds(processor: Any) -> TrainBatch:
@@ -51,37 +57,38 @@ def all_kinds(processor: Any) -> TrainBatch:
 
 
 @pytest.fixture(scope="module")
-def own(model_path: str) -> tuple[Policy, Any]:
+def own(model_path: str) -> Loaded:
     """A policy that may be told to attend within stretches."""
     return load_policy(model_path)
 
 
 def micro_batches(
-    loaded: tuple[Policy, Any], batch: TrainBatch, layout: Layout, budget: int
+    loaded: Loaded, batch: TrainBatch, layout: Layout, budget: int
 ) -> Iterator[MicroBatch]:
-    collate = make_collator(*loaded, layout)
+    collate = Collator(*loaded, layout)
     items = [describe(s, collate.image_token_id) for s in batch.sequences]
-    for indices in plan_micro_batches(items, 1, budget, layout, Costs())[0]:
+    for indices in deal_micro_batches(items, 1, budget, layout, Costs())[0]:
         yield collate([batch.sequences[i] for i in indices])
 
 
-def learn(
-    loaded: tuple[Policy, Any], batch: TrainBatch, layout: Layout, loss: Loss, budget: int = 10**6
+def learnt(
+    loaded: Loaded, batch: TrainBatch, layout: Layout, budget: int = 10**6
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of a batch and its gradients."""
+    """All of `LOSSES`, each by a weight of its own, of a batch; and the gradient."""
     policy, _ = loaded
-    policy.zero_grad()
-    total = 0.0
-    for micro in micro_batches(loaded, batch, layout, budget):
-        logprobs, entropy = policy(micro, entropy_gradient=loss.uses_entropy)
-        counts = loss.denominators(batch)
-        terms = loss.sums(logprobs, entropy, micro.tokens)
-        value = sum((term / counts[name] for name, term in terms.items()), torch.zeros(()))
-        value.backward()
-        total += float(value.detach())
-    found = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
-    policy.zero_grad()
-    return total, found
+
+    def value(micro: MicroBatch) -> torch.Tensor:
+        seen = policy(micro, entropy_gradient=True)
+        losses = [w * summed(loss, batch, micro, seen) for w, loss in LOSSES.values()]
+        return torch.stack(losses).sum()
+
+    return learn(policy, micro_batches(loaded, batch, layout, budget), value)
+
+
+@pytest.fixture(scope="module")
+def padded(own: Loaded) -> tuple[float, dict[str, torch.Tensor]]:
+    """What all kinds of sequences give in one padded micro-batch."""
+    return learnt(own, all_kinds(own[1]), "padded")
 
 
 def assert_equal(
@@ -99,43 +106,36 @@ def assert_equal(
         assert float((found[1][name] - gradient).norm()) < bound, name
 
 
-@pytest.mark.parametrize("layout", PACKED)
-@pytest.mark.parametrize("name", LOSSES)
-def test_packed_equals_padded_in_loss_and_gradients(
-    own: tuple[Policy, Any], name: str, layout: Layout
+@pytest.mark.parametrize(
+    ("layout", "budget"),
+    (("padded", 150), ("packed", 10**6), ("packed", 300), ("shared_prefix", 10**6),
+     ("shared_prefix", 1), ("shared_prefix", 150)),
+)  # fmt: skip
+def test_every_layout_and_split_equals_padded_in_losses_and_gradients(
+    own: Loaded, padded: Any, layout: Layout, budget: int
 ) -> None:
     batch = all_kinds(own[1])
-    expected = learn(own, batch, "padded", LOSSES[name])
-    assert_equal(learn(own, batch, layout, LOSSES[name]), expected)
-
-
-@pytest.mark.parametrize("layout", get_args(Layout))
-def test_any_split_equals_the_whole(own: tuple[Policy, Any], layout: Layout) -> None:
-    batch = all_kinds(own[1])
-    whole = learn(own, batch, layout, GSPO)
-    for budget in (1, 150, 300):
-        assert len(list(micro_batches(own, batch, layout, budget))) > 1
-        assert_equal(learn(own, batch, layout, GSPO, budget), whole)
+    split = len(list(micro_batches(own, batch, layout, budget)))
+    assert split == 1 if budget == 10**6 else split > 1
+    assert_equal(learnt(own, batch, layout, budget), padded)
 
 
 @pytest.mark.parametrize("layout", PACKED)
-def test_a_packed_row_gives_the_plain_models_log_probs(
-    own: tuple[Policy, Any], layout: Layout
-) -> None:
+def test_a_packed_row_gives_the_plain_models_log_probs(own: Loaded, layout: Layout) -> None:
     policy, processor = own
     batch = all_kinds(processor)
     with torch.no_grad():
-        found, _ = policy.run(make_collator(policy, processor, layout)(batch.sequences))
+        found, _ = policy.run(Collator(policy, processor, layout)(batch.sequences))
         expected = [plain_logprobs(policy, processor, s)[0] for s in batch.sequences]
     torch.testing.assert_close(found.double(), torch.cat(expected), rtol=0, atol=2e-5)
 
 
-def test_what_is_shared_is_there_once(own: tuple[Policy, Any]) -> None:
+def test_what_is_shared_is_there_once(own: Loaded) -> None:
     policy, processor = own
     sequences = all_kinds(processor).sequences
-    padded = make_collator(policy, processor)(sequences)
-    packed = make_collator(policy, processor, "packed")(sequences)
-    shared = make_collator(policy, processor, "shared_prefix")(sequences)
+    padded = Collator(policy, processor)(sequences)
+    packed = Collator(policy, processor, "packed")(sequences)
+    shared = Collator(policy, processor, "shared_prefix")(sequences)
     assert packed.inputs["input_ids"].shape == (1, packed.real_tokens)
     assert packed.real_tokens == padded.real_tokens and not packed.shared_tokens
     # Five sequences begin with one prompt and image; one of the same text has another image.
@@ -146,15 +146,12 @@ def test_what_is_shared_is_there_once(own: tuple[Policy, Any]) -> None:
         assert torch.equal(getattr(shared.tokens, name), getattr(padded.tokens, name))
 
 
-def test_without_any_image_the_tower_runs_and_counts_for_nothing(
-    own: tuple[Policy, Any],
-) -> None:
+def test_without_any_image_the_tower_runs_and_counts_for_nothing(own: Loaded) -> None:
     blind = mixed_batch(own[1]).sequences[2]
-    loss, gradients = learn(own, TrainBatch((blind, blind)), "shared_prefix", TokenMeanLoss())
+    loss, gradients = learnt(own, TrainBatch((blind, blind)), "shared_prefix")
     tower = [g for n, g in gradients.items() if "vis" in n]
     assert len(tower) > 20 and not any(g.any() for g in tower)
-    alone, _ = learn(own, TrainBatch((blind,)), "padded", TokenMeanLoss())
-    assert loss == pytest.approx(alone, rel=1e-5)
+    assert loss == pytest.approx(learnt(own, TrainBatch((blind,)), "padded")[0], rel=1e-5)
 
 
 def test_layers_that_are_run_again_for_their_gradient_give_the_same(model_path: str) -> None:
@@ -162,16 +159,16 @@ def test_layers_that_are_run_again_for_their_gradient_give_the_same(model_path: 
     loaded = load_policy(model_path)
     loaded[0].train()
     batch = all_kinds(loaded[1])
-    expected = learn(loaded, batch, "shared_prefix", GSPO)
+    expected = learnt(loaded, batch, "shared_prefix")
     keep_no_activations(loaded[0])
-    assert_equal(learn(loaded, batch, "shared_prefix", GSPO), expected)
+    assert_equal(learnt(loaded, batch, "shared_prefix"), expected)
 
 
 def test_transformers_own_mask_for_packed_rows_gives_the_same(model_path: str) -> None:
     """Its block mask comes from positions that begin anew, a fourth plane before M-RoPE's three."""
     policy, processor = load_policy(model_path)
     sequences = all_kinds(processor).sequences[1:5]
-    micro = make_collator(policy, processor, "packed")(sequences)
+    micro = Collator(policy, processor, "packed")(sequences)
     with torch.no_grad():
         expected, _ = policy.run(micro)
         policy.model.get_decoder().config._attn_implementation = "sdpa"  # type: ignore[operator]
@@ -248,7 +245,7 @@ def test_every_sequence_can_be_read_back_from_the_row(
     assert next(columns, None) is None
 
 
-def test_attention_that_cannot_be_packed_is_refused(own: tuple[Policy, Any]) -> None:
+def test_attention_that_cannot_be_packed_is_refused(own: Loaded) -> None:
     def model(**config: Any) -> Any:
         found = SimpleNamespace(_attn_implementation="sdpa", **config)
         return SimpleNamespace(get_decoder=lambda: SimpleNamespace(config=found))
@@ -262,12 +259,15 @@ def test_attention_that_cannot_be_packed_is_refused(own: tuple[Policy, Any]) -> 
         attend_within_stretches(eager)
 
 
-def test_positions_are_made_once_for_each_prompt_of_a_batch(own: tuple[Policy, Any]) -> None:
+def test_positions_are_made_once_for_each_prompt_of_a_batch(
+    own: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, processor = own
-    collate = make_collator(policy, processor, "packed")
+    collate = Collator(policy, processor, "packed")
     made = []
-    positions = collate._positions
-    collate._positions = lambda *args: made.append(args) or positions(*args)  # type: ignore
+    positions = policy.family.positions
+    counted = lambda *args: made.append(args) or positions(*args)  # noqa: E731
+    monkeypatch.setattr(policy.family, "positions", counted)
     one, other = (sequence(processor, seed, (64, 64), 9) for seed in (0, 1))
     for _ in range(2):
         collate([one, other, one])
@@ -277,11 +277,11 @@ def test_positions_are_made_once_for_each_prompt_of_a_batch(own: tuple[Policy, A
     assert len(made) == 3
 
 
-def test_a_longer_response_after_a_picture_counts_on(own: tuple[Policy, Any]) -> None:
+def test_a_longer_response_after_a_picture_counts_on(own: Loaded) -> None:
     """Positions are those the model itself would count over the whole sequence."""
     policy, processor = own
     model: Any = policy.model
-    collate = make_collator(policy, processor, "shared_prefix")
+    collate = Collator(policy, processor, "shared_prefix")
     s: TrainSequence = sequence(processor, 1, (96, 64), 24)
     micro = collate([s])
     expected = torch.arange(micro.real_tokens)[None]

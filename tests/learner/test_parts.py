@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from learner.collate import Collator
 from learner.families.base import PARTS
 from learner.parts import freeze, matching, parameter_groups
-from learner.policy import Policy, keep_no_activations, load_policy, make_collator
+from learner.policy import Policy, keep_no_activations, load_policy
 from rollout.tokens import ModelError
-from tests.support.samples import mixed_batch
+from tests.support.samples import Loaded, mixed_batch
 
 
-def test_every_parameter_of_a_family_is_of_one_part(loaded: tuple[Policy, Any]) -> None:
+def test_every_parameter_of_a_family_is_of_one_part(loaded: Loaded) -> None:
     policy, _ = loaded
     names = [name for name, _ in policy.model.named_parameters()]
     found = {part: matching(part, names, policy.family) for part in PARTS}
@@ -36,9 +37,7 @@ def test_freezing_leaves_the_rest_to_train(model_path: str) -> None:
         freeze(policy, ("merger", "language"))
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(loaded: Loaded) -> None:
     policy, model = loaded[0], loaded[0].model
     some = next(n for n, _ in model.named_parameters() if n.endswith("q_proj.weight"))
     with pytest.raises(ModelError) as refused:
@@ -89,7 +88,7 @@ def test_without_activations_gradients_are_equal_and_less_is_kept(model_path: st
             kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        batch = make_collator(policy, processor)(mixed_batch(processor).sequences)
+        batch = Collator(policy, processor)(mixed_batch(processor).sequences)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             logprobs, _ = policy.run(batch)
         logprobs.square().sum().backward()
@@ -130,7 +129,7 @@ def needing_a_gradient(policy: Policy, processor: Any, sequences: Any) -> set[st
 
     leaves = {n: m for n, m in policy.model.named_modules() if not list(m.children())}
     handles = [module.register_forward_hook(note(name)) for name, module in leaves.items()]
-    logprobs, _ = policy.run(make_collator(policy, processor)(sequences))
+    logprobs, _ = policy.run(Collator(policy, processor)(sequences))
     for handle in handles:
         handle.remove()
     assert logprobs.requires_grad and found

@@ -12,43 +12,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.batch import TrainSequence
-from learner.policy import Policy, load_policy, make_collator
+from learner.collate import Collator
+from learner.policy import Policy, load_policy
 from rollout.tokens import ModelError
-from tasks.images import check_image
-from tests.support.samples import mixed_batch, placeholder, sequence
+from tests.support.plain import plain_logprobs
+from tests.support.samples import Loaded, mixed_batch, sequence
 
 
-def plain_logprobs(
-    policy: Policy, processor: Any, s: TrainSequence
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [T] by `model(...)` itself: one sequence, unpadded, its own image."""
-    model: Any = policy.model
-    ids = np.concatenate([s.prompt_ids, s.response_ids]).astype(np.int64)[:-1]
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if s.image is not None:
-        token = processor.tokenizer.convert_ids_to_tokens(placeholder(processor))
-        image = check_image(s.image, "test")
-        made = processor(images=[image], text=[token], return_tensors="pt")
-        names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
-        inputs |= {k: v for k, v in made.items() if k in names}
-    if "image_grid_thw" in inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder(processor)).int()
-    logits = model(**inputs).logits[0].double()
-    table = torch.log_softmax(logits, -1)[len(s.prompt_ids) - 1 :]
-    logprobs = table.gather(-1, torch.from_numpy(s.response_ids.astype(np.int64))[:, None])
-    return logprobs[:, 0], -(table.exp() * table).sum(-1)
-
-
-def test_log_probs_are_the_plain_models_over_all_kinds_of_sequences(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_log_probs_are_the_plain_models_over_all_kinds_of_sequences(loaded: Loaded) -> None:
     policy, processor = loaded
     policy.eval()
     batch = mixed_batch(processor)
     with torch.no_grad():
-        found, _ = policy.run(make_collator(policy, processor)(batch.sequences))
+        found, _ = policy.run(Collator(policy, processor)(batch.sequences))
         expected = torch.cat([plain_logprobs(policy, processor, s)[0] for s in batch.sequences])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
@@ -70,9 +46,9 @@ class Widest(TorchDispatchMode):
         return made
 
 
-def test_logits_in_turns_are_the_same_and_never_all_there(loaded: tuple[Policy, Any]) -> None:
+def test_logits_in_turns_are_the_same_and_never_all_there(loaded: Loaded) -> None:
     policy, processor = loaded
-    micro = make_collator(policy, processor)(mixed_batch(processor).sequences)
+    micro = Collator(policy, processor)(mixed_batch(processor).sequences)
     tokens = len(micro.tokens.ids)
     head: Any = policy.model.lm_head
     vocabulary, hidden = head.weight.shape
@@ -108,7 +84,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return int(np.cumsum([size for _, size in moves]).max())
 
 
-def test_logits_in_turns_need_the_memory_of_a_turn(loaded: tuple[Policy, Any]) -> None:
+def test_logits_in_turns_need_the_memory_of_a_turn(loaded: Loaded) -> None:
     policy, _ = loaded
     head: Any = policy.model.lm_head
     vocabulary, width = head.weight.shape
@@ -134,11 +110,11 @@ def test_logits_in_turns_need_the_memory_of_a_turn(loaded: tuple[Policy, Any]) -
     assert found < 2 * 4 * tokens * width + 2 * 4 * vocabulary * width + 8 * table / 20
 
 
-def test_the_image_matters_and_only_to_its_own_sequence(loaded: tuple[Policy, Any]) -> None:
+def test_the_image_matters_and_only_to_its_own_sequence(loaded: Loaded) -> None:
     policy, processor = loaded
     policy.eval()
     a, b = sequence(processor, 0, (64, 64), 20), sequence(processor, 1, (64, 64), 20)
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     with torch.no_grad():
         both, _ = policy.run(collate([a, b]))
         swapped, _ = policy.run(collate([a, replace(b, image=a.image)]))
@@ -146,13 +122,11 @@ def test_the_image_matters_and_only_to_its_own_sequence(loaded: tuple[Policy, An
     assert (both[20:] - swapped[20:]).abs().max() > 1e-4
 
 
-def test_entropy_and_temperature_are_those_of_the_softmax(
-    model_path: str, loaded: tuple[Policy, Any]
-) -> None:
+def test_entropy_and_temperature_are_those_of_the_softmax(model_path: str, loaded: Loaded) -> None:
     policy, processor = loaded
     warm, _ = load_policy(model_path, temperature=0.7)
     s = sequence(processor, 0, (64, 64), 15)
-    micro = make_collator(policy, processor)([s])
+    micro = Collator(policy, processor)([s])
     seen: list[torch.Tensor] = []
     head: Any = warm.model.lm_head
     head.register_forward_hook(lambda m, i, o: seen.append(i[0]))
@@ -165,20 +139,18 @@ def test_entropy_and_temperature_are_those_of_the_softmax(
     torch.testing.assert_close(entropy.double(), -(p * p.log()).sum(-1), rtol=0, atol=1e-5)
 
 
-def test_entropy_has_a_gradient_only_where_it_is_asked_for(loaded: tuple[Policy, Any]) -> None:
+def test_entropy_has_a_gradient_only_where_it_is_asked_for(loaded: Loaded) -> None:
     policy, processor = loaded
-    micro = make_collator(policy, processor)([sequence(processor, 0, (64, 64), 5)])
+    micro = Collator(policy, processor)([sequence(processor, 0, (64, 64), 5)])
     assert not policy(micro)[1].requires_grad
     assert policy(micro, entropy_gradient=True)[1].requires_grad
 
 
-def test_without_an_image_the_tower_runs_and_counts_for_nothing(
-    loaded: tuple[Policy, Any],
-) -> None:
+def test_without_an_image_the_tower_runs_and_counts_for_nothing(loaded: Loaded) -> None:
     policy, processor = loaded
     blind = mixed_batch(processor).sequences[2]
     policy.zero_grad()
-    logprobs, _ = policy(make_collator(policy, processor)([blind]))
+    logprobs, _ = policy(Collator(policy, processor)([blind]))
     logprobs.sum().backward()
     silent = [n for n, p in policy.model.named_parameters() if p.grad is None]
     # The same parameters as with an image: ZeRO's collectives stay in step.
@@ -195,14 +167,14 @@ def test_without_an_image_the_tower_runs_and_counts_for_nothing(
 def without_gradient(policy: Policy, processor: Any) -> list[str]:
     """Parameters that get no gradient from a sequence with an image."""
     policy.zero_grad()
-    micro = make_collator(policy, processor)([sequence(processor, 0, (64, 64), 9)])
+    micro = Collator(policy, processor)([sequence(processor, 0, (64, 64), 9)])
     policy(micro)[0].sum().backward()
     return [n for n, p in policy.model.named_parameters() if p.grad is None]
 
 
 def test_the_head_computes_in_float32_whatever_the_body(model_path: str) -> None:
     policy, processor = load_policy(model_path, dtype="bfloat16")
-    micro = make_collator(policy, processor)([sequence(processor, 0, (64, 64), 15)])
+    micro = Collator(policy, processor)([sequence(processor, 0, (64, 64), 15)])
     seen: list[torch.Tensor] = []
     head: Any = policy.model.lm_head
     head.register_forward_hook(lambda m, i, o: seen.append(i[0]))

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from learner.batch import TrainSequence
-from learner.policy import Policy
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from rollout.tokens import Chat, Decoder, encode
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
 from tasks.images import check_image
 from tasks.load import load_task
-from tests.support.samples import SPEC, TASK, problem
+from tests.support.samples import SPEC, TASK, Loaded, problem
 
 GRAPHS = load_task("graph_coloring")
 
@@ -28,7 +27,7 @@ GRAPHS = load_task("graph_coloring")
 @pytest.mark.parametrize("style", ["terse", "verbose"])
 @pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
 def test_the_tokens_of_a_segment_say_what_the_parser_found_there(
-    loaded: tuple[Policy, Any], task: Any, style: Style
+    loaded: Loaded, task: Any, style: Style
 ) -> None:
     _, processor = loaded
     decoder, demonstrator = Decoder(processor.tokenizer), Demonstrator(processor)
@@ -49,7 +48,7 @@ def test_the_tokens_of_a_segment_say_what_the_parser_found_there(
         assert not between.strip()
 
 
-def test_the_prompt_is_the_processors_own(loaded: tuple[Policy, Any]) -> None:
+def test_the_prompt_is_the_processors_own(loaded: Loaded) -> None:
     _, processor = loaded
     demonstrator = Demonstrator(processor)
     for size in ((64, 64), (96, 64), (64, 64)):
@@ -64,9 +63,7 @@ def test_the_prompt_is_the_processors_own(loaded: tuple[Policy, Any]) -> None:
 
 
 @pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
-def test_a_blind_demonstration_starts_where_a_blind_request_does(
-    loaded: tuple[Policy, Any], task: Any
-) -> None:
+def test_a_blind_demonstration_starts_where_a_blind_request_does(loaded: Loaded, task: Any) -> None:
     _, processor = loaded
     drawn = task.generate(np.random.default_rng(3), SPEC if task is TASK else task.spec())
     response = task.demonstrate(drawn, "terse")
@@ -82,7 +79,7 @@ def test_a_blind_demonstration_starts_where_a_blind_request_does(
     assert blind.segments.tolist() == whole.segments[-len(blind.segments) :].tolist()
 
 
-def test_a_defective_demonstration_is_refused(loaded: tuple[Policy, Any]) -> None:
+def test_a_defective_demonstration_is_refused(loaded: Loaded) -> None:
     drawn = problem(0)
     response = TASK.demonstrate(drawn, "terse").replace("</answer>", "")
     with pytest.raises(DataError, match=f"problem {drawn.id}: has defect"):
@@ -111,7 +108,7 @@ def content(s: TrainSequence) -> bytes:
     )
 
 
-def test_the_stream_is_the_same_for_any_number_of_workers(loaded: tuple[Policy, Any]) -> None:
+def test_the_stream_is_the_same_for_any_number_of_workers(loaded: Loaded) -> None:
     _, processor = loaded
     plain = first_batches(processor, 5, workers=0)
     assert len({s for batch in plain for s in batch}) == 15

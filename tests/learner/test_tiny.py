@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.policy import Policy
 from learner.tiny import make_tiny
 from rollout.tokens import Chat, Decoder, encode, label_segments, special_tokens
 from tasks.core import NO_SEGMENT, SEGMENTS
-from tests.support.samples import TASK, problem
+from tests.support.samples import TASK, Loaded, problem
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -45,7 +44,7 @@ def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_tags_are_plain_text(loaded: tuple[Policy, Any]) -> None:
+def test_tags_are_plain_text(loaded: Loaded) -> None:
     tokenizer, chat = loaded[1].tokenizer, Chat(loaded[1])
     response = TASK.demonstrate(problem(0), "verbose")
     ids = encode(tokenizer, response)
@@ -57,9 +56,7 @@ def test_tags_are_plain_text(loaded: tuple[Policy, Any]) -> None:
 
 @given(text=TEXT)
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_text_survives_the_way_to_tokens_and_back(
-    loaded: tuple[Policy, Any], text: str
-) -> None:
+def test_any_text_survives_the_way_to_tokens_and_back(loaded: Loaded, text: str) -> None:
     tokenizer = loaded[1].tokenizer
     ids = encode(tokenizer, text)
     found, offsets = Decoder(tokenizer).decode(ids)
@@ -73,7 +70,7 @@ def test_any_text_survives_the_way_to_tokens_and_back(
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_tokens_segment_is_that_of_its_first_character(
-    loaded: tuple[Policy, Any], text: str, cuts: list[int], shift: int
+    loaded: Loaded, text: str, cuts: list[int], shift: int
 ) -> None:
     tokenizer = loaded[1].tokenizer
     cuts = sorted(cuts)

@@ -14,12 +14,19 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from learner.correction import Correction, CorrectionKind
-from learner.policy_loss import Aggregation, Objective, PolicyLoss
-from tests.learner.test_correction import BOUNDS, stale
-from tests.learner.test_policy_loss import CLIP, LENGTHS, MAX_TOKENS, SPANS, Draw, draw, total
+from tests.learner.test_correction import BOUNDS, correction, stale
+from tests.support.equations import (
+    CLIP,
+    LENGTHS,
+    MAX_TOKENS,
+    SPANS,
+    Draw,
+    draw,
+    loss_of,
+    total,
+)
 
-SAME: dict[str, tuple[Objective, Aggregation, str, str]] = {
+SAME: dict[str, tuple[str, str, str, str]] = {
     "GRPO": ("clip", "sequence_mean", "grpo", "token"),
     "DAPO": ("clip", "token_mean", "dapo", "token"),
     "Dr. GRPO": ("clip", "constant", "dr_grpo", "token"),
@@ -28,13 +35,17 @@ SAME: dict[str, tuple[Objective, Aggregation, str, str]] = {
 }
 
 
+AS_TRL: dict[str, Any] = {"cispo": {"clip_low": 1.0}}
+"""TRL clips the weight from above only."""
+
+
 def padded(flat: torch.Tensor) -> torch.Tensor:
     """[sequences, longest] of [N], zeros behind each sequence."""
     rows = [flat[span.start : span.stop] for span in SPANS]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-SAME_CORRECTION: dict[CorrectionKind, str] = {
+SAME_CORRECTION: dict[str, str] = {
     "token_tis": "token_truncate",
     "sequence_tis": "sequence_truncate",
     "token_mask": "token_mask",
@@ -58,7 +69,7 @@ def trl_weights(drawn: Draw, mode: str, low: float, high: float) -> torch.Tensor
 def trl_loss(
     drawn: Draw,
     x: torch.Tensor,
-    objective: Objective,
+    objective: str,
     loss_type: str,
     level: str,
     weights: torch.Tensor | None = None,
@@ -108,14 +119,11 @@ def trl_loss(
 @pytest.mark.parametrize("name", SAME)
 def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
     objective, aggregation, loss_type, level = SAME[name]
-    low, high = CLIP[objective]
-    if objective == "cispo":
-        low = 1.0  # TRL clips the weight from above only
     for seed in range(4):
         drawn = draw(seed, one_advantage=True)
         ours = torch.from_numpy(drawn.logprobs).requires_grad_()
         theirs = torch.from_numpy(drawn.logprobs).requires_grad_()
-        loss = PolicyLoss(low, high, 0, objective, aggregation, MAX_TOKENS)
+        loss = loss_of(objective, aggregation=aggregation, **AS_TRL.get(objective, {}))
         value = total(loss, ours, torch.from_numpy(drawn.entropy), drawn)
         expected = trl_loss(drawn, theirs, objective, loss_type, level)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -126,17 +134,14 @@ def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("kind", SAME_CORRECTION)
-def test_corrected_losses_and_gradients_are_those_of_trl(kind: CorrectionKind, name: str) -> None:
+def test_corrected_losses_and_gradients_are_those_of_trl(kind: str, name: str) -> None:
     objective, aggregation, loss_type, level = SAME[name]
-    low, high = CLIP[objective]
-    if objective == "cispo":
-        low = 1.0
     drawn = stale(list(SAME).index(name), one_advantage=True)
     weights = trl_weights(drawn, SAME_CORRECTION[kind], *BOUNDS[kind])
     ours = torch.from_numpy(drawn.logprobs).requires_grad_()
     theirs = torch.from_numpy(drawn.logprobs).requires_grad_()
-    chosen = Correction(kind, BOUNDS[kind][1], BOUNDS[kind][0])
-    loss = PolicyLoss(low, high, 0, objective, aggregation, MAX_TOKENS, correction=chosen)
+    how = {"correction": correction(kind)} | AS_TRL.get(objective, {})
+    loss = loss_of(objective, aggregation=aggregation, **how)
     value = total(loss, ours, torch.from_numpy(drawn.entropy), drawn)
     expected = trl_loss(drawn, theirs, objective, loss_type, level, weights)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)

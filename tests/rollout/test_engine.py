@@ -17,9 +17,10 @@ import psutil
 import pytest
 import torch
 
-from learner.lora import Adapters, LoraSettings
+from learner.lora import Adapters, AdapterWeights
 from learner.parts import freeze
 from learner.policy import load_policy
+from learner.settings import LoraConfig
 from learner.weights import GatheredWeights
 from rollout.engine import EngineDied, SamplerError
 from rollout.record import SampleRequest, Sampling, ScoreRequest
@@ -112,7 +113,7 @@ def test_a_transfer_that_another_sampler_failed_is_made_again(live: Live) -> Non
 def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: Live) -> None:
     """Of both towers and what joins them; q alone of the three that an engine fuses."""
     policy, _ = load_policy(str(live.folder))
-    chosen = LoraSettings(rank=3, alpha=4.5, targets=("*.q_proj", "*.down_proj", "*vis*", "merger"))
+    chosen = LoraConfig(rank=3, alpha=4.5, targets=("*.q_proj", "*.down_proj", "*vis*", "merger"))
     adapters = Adapters(policy, chosen, "unused")
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: 
     problems = mixed_sizes(6)
     live.send("perturbed", 0)
     live.sample(problems)  # fills the caches of what the older vision tower saw
-    source = adapters.weights(lambda _: nullcontext(), torch.float32)
+    source = AdapterWeights(adapters, lambda _: nullcontext(), torch.float32)
     for version in (1, 2):
         # The second time the engine must not add to what the first time left.
         report = HostSender([live], 60).send(source, version, rank=0)

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from learner.batch import TrainSequence
-from learner.policy import load_policy, make_collator
+from learner.collate import Collator
+from learner.policy import load_policy
 from learner.weights import GatheredWeights
 from rollout.record import Sampling
 from rollout.tokens import Chat, special_tokens
@@ -121,7 +122,7 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
             for r in g.rollouts
             for a in [np.ones_like(r.logprobs)]
         ]
-        logprobs, _ = policy.train().run(make_collator(policy, live.processor)(sequences))
+        logprobs, _ = policy.train().run(Collator(policy, live.processor)(sequences))
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         optimizer.step()

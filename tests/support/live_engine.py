@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from learner.batch import TrainSequence
-from learner.policy import Policy, load_policy, make_collator
+from learner.collate import Collator
+from learner.policy import Policy, load_policy
 from learner.weights import layer_groups
 from rollout.engine import Engine, EngineSettings
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
@@ -83,7 +84,7 @@ class Live:
             TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
             for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
         ]
-        batch = make_collator(policy, self.processor)(sequences)
+        batch = Collator(policy, self.processor)(sequences)
         with torch.no_grad():
             expected, _ = policy.eval().run(batch)
         return float((expected - batch.tokens.sampler_logprobs).abs().max())

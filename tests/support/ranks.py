@@ -27,8 +27,10 @@ from learner.balance import NormOf, SegmentGradients
 from learner.batch import MicroBatch, TrainBatch
 from learner.engine import DeepSpeedLearner
 from learner.losses import Loss
+from learner.settings import CheckpointConfig, LearnerConfig
 from learner.state import seed_all
-from learner.trainer import LearnerSettings, NonFiniteLoss, WorldPlace
+from learner.trainer import LearnerSetup, NonFiniteLoss, WorldPlace
+from rollout.settings import ModelConfig, TransferConfig
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,23 @@ class Job:
     killed: SIGKILL in the middle of the checkpoint after one update more.
     """
 
-    settings: LearnerSettings
+    setup: LearnerSetup
     updates: tuple[tuple[TrainBatch, Loss], ...]
     learning_rate: float
     save: str | None = None
     checkpoint: tuple[int, str] | None = None
     measure: tuple[NormOf, ...] = ()
     killed: bool = False
+
+
+def setup(model: str, dtype: str = "float32", **learner: Any) -> LearnerSetup:
+    """What a rank of one thread starts with: fields of [learner]; each layer group by itself."""
+    return LearnerSetup(
+        ModelConfig.model_validate({"path": model, "dtype": dtype}),
+        LearnerConfig.model_validate({"threads": 1, "micro_batch_tokens": 600} | learner),
+        TransferConfig(bucket_mib=0.0),
+        CheckpointConfig(),
+    )
 
 
 @dataclass
@@ -155,7 +167,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
     seed_all(1, 0, place.rank)  # so that two lives of one job draw alike
-    learner = DeepSpeedLearner(replace(job.settings, threads=1), place)
+    learner = DeepSpeedLearner(job.setup, place)
     outcome = Outcome()
     parameters = learner._engine.module.model.named_parameters()
     named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
@@ -172,18 +184,18 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     learner._step = watched  # type: ignore[method-assign]
     source = learner.weights()
     outcome.draw_at_start = draws()
-    if job.settings.resume:
+    if job.setup.resume:
         outcome.state_at_start = whole_state(learner)
     moved_on = threading.Event()
     for done, (batch, loss) in enumerate(job.updates):
         if job.checkpoint and job.checkpoint[0] == done:
-            if job.settings.background_saving:
+            if job.setup.checkpoint.background:
                 # The one thread of the writer has this to do first.
                 learner._writer._thread.submit(moved_on.wait, 60)
-            learner.save_training(Path(job.checkpoint[1]), {"updates": done}, keep=2)
+            learner.save_training(Path(job.checkpoint[1]), {"updates": done})
             outcome.draw_at_checkpoint = draws()
             if place.rank == 0:
-                assert Path(job.checkpoint[1]).exists() != job.settings.background_saving
+                assert Path(job.checkpoint[1]).exists() != job.setup.checkpoint.background
         outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
@@ -197,8 +209,8 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
         if not outcome.after_first:
             outcome.state_after_first = whole_state(learner)
             # Under bfloat16 AdamW steps on float32 twins of these.
-            for name, parameter in named.items() if job.settings.dtype == "float32" else ():
-                if job.settings.zero_stage:
+            for name, parameter in named.items() if job.setup.model.dtype == "float32" else ():
+                if job.setup.learner.zero_stage:
                     moment = safe_get_full_optimizer_state(parameter, "exp_avg")
                 else:
                     moment = learner._engine.optimizer.state[parameter]["exp_avg"]
@@ -240,6 +252,6 @@ def _die_in_the_middle_of(learner: DeepSpeedLearner, last: Path, step: int) -> N
         seal(folder)
 
     learner_engine.seal = killed  # type: ignore[assignment]
-    learner.save_training(last.with_name(f"step-{step:06d}"), {"updates": step}, keep=2)
+    learner.save_training(last.with_name(f"step-{step:06d}"), {"updates": step})
     learner.finish_saving()
     time.sleep(60)  # rank 0 is the one that writes

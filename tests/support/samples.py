@@ -7,32 +7,33 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from learner.batch import Tokens, TrainBatch, TrainSequence
+from learner.losses import Loss, Terms, View
+from learner.policy import Policy
 from learner.sft import Demonstrator
 from rollout.tokens import Chat, encode
 from tasks.core import Problem
 from tasks.load import load_task
 
+Loaded = tuple[Policy, Any]
+"""A policy and its processor."""
 TASK = load_task("sudoku")
 SPEC = TASK.spec(size=4, blanks=8, cell_size=16, margin=0, font_size=12, prompt="brief")
 
 
 @dataclass(frozen=True)
-class CliffLoss:
+class CliffLoss(Loss):
     """A loss of value 0 (or NaN) whose gradient is infinite."""
 
     value: float = 0.0
-    uses_entropy: bool = False
 
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         return {"cliff": 1.0}
 
-    def sums(
-        self, logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
-    ) -> dict[str, torch.Tensor]:
+    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
+        logprobs, _ = seen
         return {"cliff": (logprobs - logprobs.detach()).sqrt().sum() + self.value}
 
 

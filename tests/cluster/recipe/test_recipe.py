@@ -24,10 +24,8 @@ from cluster.recipe.recipe import (
     task_of,
 )
 from cluster.recipe.toml_writer import table_lines
-from cluster.run.runtime import learner_settings
-from learner.correction import Correction
-from learner.lora import LoraSettings
-from learner.loss_settings import CORRECTION_BOUNDS
+from learner.loss_settings import CORRECTION_BOUNDS, CorrectionConfig
+from learner.settings import LoraConfig
 from tests.support.recipes import TINY_POLICY, recipe_file
 from tests.support.terminal import run
 
@@ -189,7 +187,7 @@ def test_a_correction_brings_its_own_bounds_and_refuses_those_it_has_not(recipe:
     for kind, bounds in CORRECTION_BOUNDS.items():
         chosen = load_recipe(recipe, [f"algorithm.correction.kind={kind}"]).algorithm.correction
         assert (chosen.low, chosen.high) == (bounds.get("low", 0.0), bounds["high"])
-        Correction(chosen.kind, chosen.high, chosen.low)  # type: ignore[arg-type]
+        assert chosen.low <= 1 <= chosen.high
     own = ["algorithm.correction.kind=icepop", "algorithm.correction.high=3"]
     chosen = load_recipe(recipe, own).algorithm.correction
     assert (chosen.low, chosen.high) == (0.5, 3.0)
@@ -205,11 +203,11 @@ def test_a_correction_brings_its_own_bounds_and_refuses_those_it_has_not(recipe:
 
 
 def test_stale_tokens_are_corrected_unless_the_recipe_says_otherwise() -> None:
-    filled: Any = AlgorithmConfig._defaults_of_the_loss  # type: ignore[operator]
-    assert filled({"max_staleness": 2})["correction"] == {"kind": "token_tis"}
-    own = {"max_staleness": 2, "correction": {"kind": "none"}}
-    assert filled(own)["correction"] == {"kind": "none"}
-    assert "correction" not in filled({"max_staleness": 0})
+    assert AlgorithmConfig(max_staleness=2).correction.kind == "token_tis"
+    own = AlgorithmConfig(max_staleness=2, correction=CorrectionConfig(kind="icepop"))
+    assert own.correction.kind == "icepop"
+    none = AlgorithmConfig(max_staleness=2, correction=CorrectionConfig())
+    assert none.correction.kind == AlgorithmConfig().correction.kind == "none"
 
 
 def test_a_kl_term_without_a_gradient_is_refused(recipe: Path) -> None:
@@ -325,7 +323,7 @@ def test_rates_by_pattern_keep_their_order_since_the_last_match_counts(
     made = Recipe.model_validate(loaded | {"learner": {"rates": patterns, "freeze": ("head",)}})
     again = tmp_path / "resolved.toml"
     again.write_text(resolved_toml(made), encoding="utf-8")
-    found = learner_settings(load_recipe(again))
+    found = load_recipe(again).learner
     assert list(found.rates.items()) == list(patterns.items())
     assert (found.freeze, found.lora) == (("head",), None)
 
@@ -337,8 +335,8 @@ def test_adapters_are_not_sent_by_what_cannot_merge_them(recipe: Path) -> None:
     assert line.startswith(f"{recipe}: transfer.transport: ") and 'use "host"' in line
     warmed = "sft={steps=3, vision_warmup_steps=2}"
     assert "sft.vision_warmup_steps: " in error(recipe, warmed, "learner.lora={rank=8}")
-    chosen = learner_settings(load_recipe(recipe, ["learner.lora={rank=8, targets=['vision']}"]))
-    assert chosen.lora == LoraSettings(rank=8, targets=("vision",))
+    chosen = load_recipe(recipe, ["learner.lora={rank=8, targets=['vision']}"]).learner
+    assert chosen.lora == LoraConfig(rank=8, targets=("vision",))
 
 
 def test_a_resolved_recipe_keeps_awkward_values(recipe: Path, tmp_path: Path) -> None:

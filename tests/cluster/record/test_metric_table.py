@@ -29,10 +29,9 @@ from cluster.run.stream import GroupStream
 from cluster.run.train import learner_metrics, transfer_metrics
 from learner.balance import SegmentGradients
 from learner.batch import Tokens, TrainBatch
-from learner.correction import Correction
-from learner.engine import _summary
-from learner.losses import BalancedLoss, TokenMeanLoss, token_statistics
-from learner.policy_loss import Papo, PolicyLoss
+from learner.loss_settings import LossConfig
+from learner.losses import BalancedLoss, TokenMeanLoss
+from learner.policy_loss import PolicyLoss
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome
 from rollout.dispatch import Dispatch, Job, PoolLimits
@@ -93,16 +92,18 @@ def made_by_the_learner() -> set[str]:
     values = torch.linspace(-2, -1, 4)
     one = torch.zeros(4, dtype=torch.long)
     tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4), one)
-    every_term = PolicyLoss(
-        entropy_weight=1, kl_weight=1, entropy_weights=dict.fromkeys(SEGMENTS, 1.0),
-        papo=Papo(1, 1), correction=Correction("icepop", 5.0, 0.5),
+    config = LossConfig.model_validate(
+        {
+            "entropy_weight": 1, "kl_weight": 1, "entropy_weights": dict.fromkeys(SEGMENTS, 1.0),
+            "papo": {"entropy_weight": 1}, "correction": {"kind": "icepop"},
+        }
     )  # fmt: skip
+    of_update = ("loss", "seconds", "grad_norm", "padding_share", "shared_share")
     names = set()
+    every_term = PolicyLoss(config)
     for loss in (every_term, BalancedLoss(), TokenMeanLoss()):
-        found = {f"sum/loss/{name}": 0.0 for name in loss.denominators(TrainBatch(()))}
-        found |= token_statistics(values, -values, tokens, loss)
-        found |= {"sum/padded": 8.0, "sum/kept": 4.0, "sum/shared": 2.0}
-        update = _summary(found) | {"seconds": 1.0, "grad_norm": 1.0}
+        terms = (f"loss/{name}" for name in loss.denominators(TrainBatch(())))
+        update = dict.fromkeys((*terms, *loss.metrics((values, -values), tokens), *of_update), 1.0)
         if loss is every_term:
             names |= set(learner_metrics([update])) | {"learner/lr"}
         else:

@@ -26,7 +26,8 @@ from cluster.run.scaling import ask
 from cluster.run.stream import free_requests
 from learner.batch import TrainSequence
 from learner.checkpoint import check, checkpoint_folder, checkpoint_folders
-from learner.policy import load_policy, make_collator
+from learner.collate import Collator
+from learner.policy import load_policy
 from rollout.buffer import BufferState
 from tests.support.live_driver import Driver
 from tests.support.wordiness import cares_for
@@ -188,7 +189,7 @@ def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
     seen: set[str] = set()
     for at in after:
         policy, processor = load_policy(str(checkpoint_folder(run, at.step)))
-        collate = make_collator(policy.eval(), processor)
+        collate = Collator(policy.eval(), processor)
         for step in (at.step + 1, at.step + 2):
             groups = {
                 one.group.rollouts[0].sampler: one.group

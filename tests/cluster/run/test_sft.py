@@ -16,6 +16,7 @@ from cluster.run.checkpoints import Position, newest, resume
 from cluster.run.sft import past_shares
 from learner.balance import Balance, SegmentGradients
 from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
+from learner.settings import SftConfig
 from tasks.files import replacing
 from tests.cluster.run.test_resume import TABLE
 from tests.support.real_runs import TINY_SUDOKU, start, wait_for
@@ -79,7 +80,7 @@ def test_a_position_keeps_the_balance_and_whose_run_it_is(tmp_path: Path) -> Non
 
 def test_a_balance_goes_on_from_what_it_measured() -> None:
     def fresh() -> Balance:
-        return Balance("ngdiff", norm_every=2, smoothing=0.7)
+        return Balance(SftConfig(steps=6, balance="ngdiff", norm_every=2, norm_smoothing=0.7))
 
     whole, later = fresh(), fresh()
     assert fresh().state() == {}

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.recipe.recipe import RecipeError, load_recipe
-from cluster.run.sft import balance_metrics, perception_shares, sft_balance
-from learner.balance import SegmentGradients, ngdiff_weight
+from cluster.run.sft import balance_metrics, perception_shares
+from learner.balance import Balance, SegmentGradients, ngdiff_weight
+from learner.batch import TrainBatch
 from tasks.core import SEGMENTS
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -62,5 +63,6 @@ def test_the_curriculum_is_a_share_of_the_updates() -> None:
     sft = load_recipe(BASE, [*staged, "sft.curriculum_weight=0.8"]).sft
     plain = load_recipe(BASE, staged[1:]).sft
     assert sft is not None and plain is not None
-    assert (sft_balance(sft).first_steps, sft_balance(sft).first_weight) == (5, 0.8)
-    assert sft_balance(plain).first_steps == 0
+    empty = TrainBatch(())
+    assert Balance(sft).weight_at(5, empty) == 0.8 != Balance(sft).weight_at(6, empty)
+    assert Balance(sft).first_steps == 5 and Balance(plain).first_steps == 0

@@ -32,9 +32,8 @@ from cluster.run.train import (
     train_batches,
 )
 from learner.batch import TrainBatch
-from learner.correction import Correction
-from learner.loss_settings import CorrectionConfig
-from learner.policy_loss import Papo, PolicyLoss
+from learner.loss_settings import CorrectionConfig, EntropyWeights, LossConfig, PapoConfig
+from learner.policy_loss import PolicyLoss
 from rewards.settings import RewardTermConfig
 from tasks.core import DataError
 from tasks.splits import split_of
@@ -56,9 +55,10 @@ def recipe() -> Recipe:
 def test_the_loss_is_what_the_recipe_names(recipe: Recipe) -> None:
     # Without a word about it: GRPO's clipped surrogate, token mean, no KL, no bonus, one view.
     default = policy_loss(recipe)
-    assert default == PolicyLoss(
-        max_tokens=256, entropy_weights={"perception": 0, "reasoning": 0, "answer": 0}
-    )
+    assert asked_for(default) == (LossConfig(), 256)
+    assert LossConfig().papo is None and LossConfig().correction.kind == "none"
+    assert LossConfig().loss == "clip"
+    assert LossConfig().kl_weight == LossConfig().entropy_weight == 0
     assert not default.uses_entropy
     found = policy_loss(
         two_tasks(
@@ -73,10 +73,18 @@ def test_the_loss_is_what_the_recipe_names(recipe: Recipe) -> None:
             "sampler.max_tokens=99",
         )
     )
-    assert found == PolicyLoss(
-        3e-4, 0.01, 0.25, "gspo", "sequence_mean", 99, 0.5, "k2",
-        {"perception": 0.125, "reasoning": 0, "answer": 0}, Papo(0.01, 0.03, 14, 0.5),
+    expected = LossConfig(
+        loss="gspo", clip_low=3e-4, clip_high=0.01, aggregation="sequence_mean", kl_weight=0.5,
+        kl_estimator="k2", entropy_weight=0.25, entropy_weights=EntropyWeights(perception=0.125),
+        papo=PapoConfig(weight=0.01, entropy_weight=0.03, share=0.5),
     )  # fmt: skip
+    assert asked_for(found) == (expected, 99)
+
+
+def asked_for(loss: PolicyLoss) -> tuple[LossConfig, int]:
+    """What a loss reads of [algorithm], and its longest response."""
+    fields = loss.config.model_dump(include=set(LossConfig.model_fields))
+    return LossConfig.model_validate(fields), loss.max_tokens
 
 
 def test_groups_without_a_gradient_are_left_out(recipe: Recipe) -> None:
@@ -143,8 +151,8 @@ def test_later_minibatches_get_the_log_probs_that_the_step_begins_with(recipe: R
     chosen = CorrectionConfig(kind="icepop")
     update = {"updates_per_step": 3, "correction": chosen}
     corrected = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update=update)})
-    assert policy_loss(corrected).correction == Correction("icepop", 5.0, 0.5)
-    assert policy_loss(recipe).correction is None
+    assert policy_loss(corrected).config.correction == chosen
+    assert policy_loss(recipe).config.correction.kind == "none"
     groups = [graded([True, False, False], name) for name in "abcde"]
     batches = train_batches(corrected, groups)
     learner: Any = FixedLearner()

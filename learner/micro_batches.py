@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from learner.batch import EncodedImage, Layout, TrainSequence
+from learner.batch import Layout, TrainSequence
+from learner.collate import EncodedImage
 
 
 @dataclass(frozen=True)
@@ -102,33 +103,33 @@ def row_tokens(items: Sequence[Item], layout: Layout) -> int:
     """Tokens that go through the language model when these are one micro-batch."""
     if layout == "padded":
         return len(items) * max((item.tokens for item in items), default=0)
-    tokens = sum(item.tokens for item in items)
-    if layout == "shared_prefix":
-        prompts = {item.prompt: item.prompt_tokens for item in items}
-        tokens -= sum(item.prompt_tokens for item in items) - sum(prompts.values())
-    return tokens
+    return sum(item.tokens for item in items) - _shared(items, layout, 1)
 
 
 def load(items: Sequence[Item], layout: Layout, costs: Costs) -> float:
     """What one micro-batch of these costs, in text tokens, without what every one costs."""
     images = {item.image: item.visual_tokens for item in items if item.image is not None}
     if layout == "padded":
-        pairs = len(items) * max((item.tokens for item in items), default=0) ** 2 / 2
+        squares = len(items) * max((item.tokens for item in items), default=0) ** 2
     else:
-        pairs = sum(item.tokens**2 for item in items) / 2
-        if layout == "shared_prefix":
-            prompts = {item.prompt: item.prompt_tokens for item in items}
-            pairs -= sum(item.prompt_tokens**2 for item in items) / 2
-            pairs += sum(length**2 for length in prompts.values()) / 2
+        squares = sum(item.tokens**2 for item in items) - _shared(items, layout, 2)
     return (
         row_tokens(items, layout)
-        + costs.pair * pairs
+        + costs.pair * squares / 2
         + costs.head * sum(item.response_tokens for item in items)
         + costs.visual * sum(images.values())
     )
 
 
-def plan_micro_batches(
+def _shared(items: Sequence[Item], layout: Layout, power: int) -> int:
+    """What prompts that are there once save, in tokens or in their squares."""
+    if layout != "shared_prefix":
+        return 0
+    once = {item.prompt: item.prompt_tokens for item in items}
+    return sum(i.prompt_tokens**power for i in items) - sum(n**power for n in once.values())
+
+
+def deal_micro_batches(
     items: Sequence[Item], ranks: int, token_budget: int, layout: Layout, costs: Costs
 ) -> list[list[list[int]]]:
     """Indices of each micro-batch of each rank: `[rank][micro-batch] -> sequence indices`.
@@ -143,13 +144,13 @@ def plan_micro_batches(
     """
     dealt = _deal(items, ranks, layout, costs)
     if layout == "padded":
-        plan = [
+        shares = [
             _cut_by_length(items, itertools.chain(*units), token_budget, costs) for units in dealt
         ]
     else:
-        plan = [_fill(items, units, token_budget, layout) for units in dealt]
-    most = max(len(batches) for batches in plan)
-    return [batches + [[] for _ in range(most - len(batches))] for batches in plan]
+        shares = [_fill(items, units, token_budget, layout) for units in dealt]
+    most = max(len(batches) for batches in shares)
+    return [batches + [[] for _ in range(most - len(batches))] for batches in shares]
 
 
 def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> list[list[list[int]]]:

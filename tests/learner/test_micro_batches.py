@@ -1,4 +1,4 @@
-"""Plans: every sequence once, budgets kept, ranks alike; and padding on the tasks' own lengths."""
+"""Micro-batches: every sequence once, in budget, ranks alike; padding on the tasks' own lengths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import layouts
 from learner.batch import Layout
-from learner.plan import Costs, Item, count_costs, describe, load, plan_micro_batches, row_tokens
-from learner.policy import Policy, load_policy, make_collator
+from learner.collate import Collator
+from learner.micro_batches import (
+    Costs,
+    Item,
+    count_costs,
+    deal_micro_batches,
+    describe,
+    load,
+    row_tokens,
+)
+from learner.policy import load_policy
 from learner.sft import Demonstrator
-from tests.support.samples import TASK, mixed_batch, problem
+from tests.support.samples import TASK, Loaded, mixed_batch, problem
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 COSTS = Costs(pair=0.002, head=0.1, visual=2.5)
@@ -54,10 +63,10 @@ def rank_costs(items: list[Item], plan: list[list[list[int]]], layout: Layout) -
 @given(items=BATCHES, ranks=st.integers(1, 4), budget=st.integers(1, 3000))
 @settings(max_examples=200, deadline=None, derandomize=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_plan_deals_every_sequence_once_within_the_budget(
+def test_every_sequence_is_dealt_once_within_the_budget(
     layout: Layout, items: list[Item], ranks: int, budget: int
 ) -> None:
-    plan = plan_micro_batches(items, ranks, budget, layout, COSTS)
+    plan = deal_micro_batches(items, ranks, budget, layout, COSTS)
     assert len(plan) == ranks
     assert sorted(i for batches in plan for b in batches for i in b) == list(range(len(items)))
     assert len({len(batches) for batches in plan}) == 1
@@ -65,7 +74,7 @@ def test_a_plan_deals_every_sequence_once_within_the_budget(
         assert len(batch) <= 1 or row_tokens([items[i] for i in batch], layout) <= budget
     if layout != "padded" and sum(item.tokens for item in items) <= budget:
         assert len(plan[0]) == 1
-    assert plan == plan_micro_batches(items, ranks, budget, layout, COSTS)
+    assert plan == deal_micro_batches(items, ranks, budget, layout, COSTS)
 
 
 @given(items=BATCHES, ranks=st.integers(1, 4))
@@ -74,7 +83,7 @@ def test_a_plan_deals_every_sequence_once_within_the_budget(
 def test_no_rank_waits_longer_than_for_one_sequence(
     layout: Layout, items: list[Item], ranks: int
 ) -> None:
-    plan = plan_micro_batches(items, ranks, 10**9, layout, COSTS)
+    plan = deal_micro_batches(items, ranks, 10**9, layout, COSTS)
     alone = [load([item], layout, COSTS) for item in items]
     assert max(rank_costs(items, plan, layout)) <= sum(alone) / ranks + max(alone) + 1e-6
 
@@ -82,7 +91,7 @@ def test_no_rank_waits_longer_than_for_one_sequence(
 @given(items=BATCHES.filter(lambda items: len(items) <= 7))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_slowest_rank_is_near_the_best_there_is(items: list[Item]) -> None:
-    plan = plan_micro_batches(items, 2, 10**9, "shared_prefix", COSTS)
+    plan = deal_micro_batches(items, 2, 10**9, "shared_prefix", COSTS)
     everyone = range(len(items))
     best = min(
         max(
@@ -98,20 +107,20 @@ def test_the_slowest_rank_is_near_the_best_there_is(items: list[Item]) -> None:
 
 def test_groups_stay_together_where_that_pays_and_are_divided_where_it_does_not() -> None:
     many = drawn([(60, 16, [90] * 8)] * 6)
-    for batches in plan_micro_batches(many, 2, 10**9, "shared_prefix", COSTS):
+    for batches in deal_micro_batches(many, 2, 10**9, "shared_prefix", COSTS):
         assert len({many[i].prompt for b in batches for i in b}) == 3
     one = drawn([(60, 16, [90] * 8)])
-    halves = plan_micro_batches(one, 2, 10**9, "shared_prefix", COSTS)
+    halves = deal_micro_batches(one, 2, 10**9, "shared_prefix", COSTS)
     assert [sum(map(len, batches)) for batches in halves] == [4, 4]
 
 
 def test_images_and_long_sequences_count_in_dealing() -> None:
     seeing = drawn([(60, 40, [50])] * 2 + [(60, None, [50])] * 2)
-    for batches in plan_micro_batches(seeing, 2, 10**9, "packed", COSTS):
+    for batches in deal_micro_batches(seeing, 2, 10**9, "packed", COSTS):
         assert sum(seeing[i].visual_tokens for b in batches for i in b) == 40
     # As many tokens as the two others, but twice the attention.
     long = drawn([(1, None, [2000]), (1, None, [999]), (1, None, [1000]), (1, None, [500])])
-    (first, *_), (second, *_) = plan_micro_batches(long, 2, 10**9, "packed", COSTS)
+    (first, *_), (second, *_) = deal_micro_batches(long, 2, 10**9, "packed", COSTS)
     assert {tuple(sorted(first)), tuple(sorted(second))} == {(0,), (1, 2, 3)}
 
 
@@ -135,14 +144,14 @@ def test_a_cut_by_length_is_the_cheapest_of_all() -> None:
                 len(b) == 1 or row_tokens([items[i] for i in b], "padded") <= budget for b in cut
             ):
                 cuts.append(cost(cut))
-        (found,) = plan_micro_batches(items, 1, budget, "padded", COSTS)
+        (found,) = deal_micro_batches(items, 1, budget, "padded", COSTS)
         assert cost(found) == pytest.approx(min(cuts))
 
 
-def test_costs_are_those_of_the_arithmetic_that_is_done(loaded: tuple[Policy, Any]) -> None:
+def test_costs_are_those_of_the_arithmetic_that_is_done(loaded: Loaded) -> None:
     policy, processor = loaded
     model: Any = policy.model
-    blank = make_collator(policy, processor).blank
+    blank = Collator(policy, processor).blank
     costs = count_costs(policy, blank)
     text = model.get_decoder()
 
@@ -170,9 +179,9 @@ def test_costs_are_those_of_the_arithmetic_that_is_done(loaded: tuple[Policy, An
     assert costs.visual == pytest.approx(seen / blank.placeholders / token, rel=0.02)
 
 
-def test_an_item_is_its_sequence(loaded: tuple[Policy, Any]) -> None:
+def test_an_item_is_its_sequence(loaded: Loaded) -> None:
     policy, processor = loaded
-    collate = make_collator(policy, processor)
+    collate = Collator(policy, processor)
     sequences = mixed_batch(processor).sequences
     items = [describe(s, collate.image_token_id) for s in sequences]
     micro = collate(sequences)
@@ -192,22 +201,22 @@ def test_an_item_is_its_sequence(loaded: tuple[Policy, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Policy, Any]:
+def shipped() -> Loaded:
     return load_policy(layouts.MODEL)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_is_under_5_percent_on_the_tasks_own_lengths(
-    shipped: tuple[Policy, Any], layout: Layout, ranks: int
+    shipped: Loaded, layout: Layout, ranks: int
 ) -> None:
     """Both tasks, terse and verbose, as rollouts of groups and as demonstrations."""
     policy, processor = shipped
-    collate = make_collator(policy, processor, layout)
+    collate = Collator(policy, processor, layout)
     costs = count_costs(policy, collate.blank)
     for name, batch in layouts.batches(processor, problems=16).items():
         items = [describe(s, collate.image_token_id) for s in batch]
-        plan = plan_micro_batches(items, ranks, 8192, layout, costs)
+        plan = deal_micro_batches(items, ranks, 8192, layout, costs)
         made = [collate([batch[i] for i in b]) for share in plan for b in share if b]
         there = sum(micro.inputs["input_ids"].numel() for micro in made)
         assert 1 - sum(micro.real_tokens for micro in made) / there <= 0.05, name
