@@ -187,7 +187,7 @@ class Driver:
         like = itertools.cycle(self._scores)
         rewarded = [replace(score, group=group) for score, group in zip(like, groups, strict=False)]
         step_metrics(rewarded, self.version)
-        train_batches(self.recipe, rewarded)
+        train_batches(self.recipe.algorithm, rewarded)
         done = time.perf_counter()
         time.sleep(max(0.0, learning - (done - taken)))
         self.version += 1

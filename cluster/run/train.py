@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import left_out
 from cluster.recipe.recipe import Recipe
@@ -32,6 +33,7 @@ from learner.batch import TrainBatch, TrainSequence
 from learner.correction import with_old_logprobs
 from learner.policy_loss import PolicyLoss
 from learner.schedule import learning_rate_at
+from learner.settings import LearnerConfig
 from rewards.advantages import token_advantages
 from rewards.scored import ScoredGroup
 from rollout.transfer import TransferReport, WeightTransferError
@@ -96,8 +98,9 @@ def learn(
 
     Measured: `learner/`, and the learner's tokens/s over batching and updates.
     """
-    began, rate, loss = time.perf_counter(), learning_rate(recipe, step), policy_loss(recipe)
-    batches = anchored(recipe, train_batches(recipe, scored), learner)
+    began, algorithm, loss = time.perf_counter(), recipe.algorithm, policy_loss(recipe)
+    rate = learning_rate(recipe.learner, algorithm.steps, step)
+    batches = anchored(algorithm, train_batches(algorithm, scored), learner)
     updates = [learner.update(batch, loss, rate) for batch in batches]
     metrics = learner_metrics(updates) | {"learner/lr": rate}
     if tokens := sum(batch.response_tokens() for batch in batches):
@@ -112,12 +115,11 @@ def renew(stream: GroupStream, run: LivePolicy, version: int) -> tuple[None, Met
     return None, transfer_metrics(report) | stream.metrics()
 
 
-def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBatch]:
+def train_batches(algorithm: AlgorithmConfig, scored: Sequence[ScoredGroup]) -> list[TrainBatch]:
     """The step's minibatches of whole groups; groups without a gradient are left out.
 
     Empty when no group has one: the policy stays as it is.
     """
-    algorithm = recipe.algorithm
     kept = [
         g
         for g in scored
@@ -148,13 +150,15 @@ def train_batches(recipe: Recipe, scored: Sequence[ScoredGroup]) -> list[TrainBa
     ]
 
 
-def anchored(recipe: Recipe, batches: list[TrainBatch], learner: LearnerGroup) -> list[TrainBatch]:
+def anchored(
+    algorithm: AlgorithmConfig, batches: list[TrainBatch], learner: LearnerGroup
+) -> list[TrainBatch]:
     """The minibatches with the log-probs of the policy that the step begins with, where needed.
 
     A correction needs them (`learner.correction`). The first update has them from its own
     forward pass; each further minibatch costs one without gradients.
     """
-    if recipe.algorithm.correction.kind == "none":
+    if algorithm.correction.kind == "none":
         return batches
     return batches[:1] + [with_old_logprobs(b, learner.logprobs(b)) for b in batches[1:]]
 
@@ -164,11 +168,10 @@ def policy_loss(recipe: Recipe) -> PolicyLoss:
     return PolicyLoss(recipe.algorithm, recipe.sampler.max_tokens)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(learner: LearnerConfig, steps: int, step: int) -> float:
     """The learning rate of a step: linear warm-up, then constant."""
-    learner = recipe.learner
     return learning_rate_at(
-        step - 1, recipe.algorithm.steps, learner.learning_rate, learner.warmup_steps, "constant"
+        step - 1, steps, learner.learning_rate, learner.warmup_steps, "constant"
     )
 
 

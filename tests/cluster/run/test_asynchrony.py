@@ -81,11 +81,11 @@ def plain_step(run: Run, step: int, version: int) -> tuple[list[Group], list[dic
             for i, p in enumerate(problems)
         ]
     )
-    scored = run.rewards.score(groups, (step - 1) / (STEPS - 1))
-    rate = learning_rate(recipe, step)
+    scored, _ = run.scoring.score(groups, (step - 1) / (STEPS - 1))
+    rate = learning_rate(recipe.learner, STEPS, step)
     updates = [
         run.learner.update(batch, policy_loss(recipe), rate)
-        for batch in train_batches(recipe, scored)
+        for batch in train_batches(recipe.algorithm, scored)
     ]
     run.send_weights(version + len(updates))
     return groups, updates
@@ -113,7 +113,7 @@ def overlapped(run: Run, recipe: Recipe, steps_done: int, version: int, steps: i
 
     In the second half the learner goes on while samplers read its weights.
     """
-    stream = GroupStream(recipe, run.sources, run.samplers, steps_done)
+    stream = GroupStream(recipe, lambda: run.sources, run.samplers, steps_done)
     used, mixed, lags = [], 0, set()
     for place in range(steps):
         groups = stream.take(version)
@@ -127,8 +127,9 @@ def overlapped(run: Run, recipe: Recipe, steps_done: int, version: int, steps: i
             assert by_lag[0].max() < 1e-3
         if 1 in by_lag:
             assert by_lag[1].max() > 3e-3
-        batches = train_batches(recipe, run.rewards.score(groups, 0.0))
-        for batch in anchored(recipe, batches, run.learner):
+        scored, _ = run.scoring.score(groups, 0.0)
+        batches = train_batches(recipe.algorithm, scored)
+        for batch in anchored(recipe.algorithm, batches, run.learner):
             metrics = run.learner.update(batch, policy_loss(recipe), 2e-4)
             assert np.isfinite(metrics["loss"]) and metrics["logprob_gap"] > 0
             version += 1

@@ -252,7 +252,7 @@ def test_fine_tuning_that_was_stopped_goes_on(
         'sft={steps = 8, balance = "ngdiff", norm_every = 2}',
         tasks=TOY,
     )
-    (batch,) = train_batches(recipe, [graded([True, False], "a")])
+    (batch,) = train_batches(recipe.algorithm, [graded([True, False], "a")])
     begun: list[int] = []
 
     def demonstrations(*_: Any) -> Iterator[Any]:

@@ -120,7 +120,7 @@ def test_a_step_learns_from_its_extra_groups_and_counts_them(recipe: Recipe) -> 
         "refill/missing": 0.0,
     }
     assert found[:3] == start and len(found) == 5
-    (batch,) = train_batches(wanted, found)
+    (batch,) = train_batches(wanted.algorithm, found)
     assert len(batch.sequences) == 6
     assert all(np.abs(s.advantages).sum() > 0 for s in batch.sequences)
     plain = wanted.model_copy(

@@ -65,7 +65,9 @@ def test_stored_groups_make_the_batches_that_the_learner_saw(run: Path) -> None:
             np.testing.assert_array_equal(new.totals, old.totals)
         assert step_metrics(found, 0)["group/zero_variance"] == pytest.approx(1 / 3)
         for recipe_ in (recipe, load_recipe(run / "recipe.toml", ["algorithm.updates_per_step=2"])):
-            expected, batches = train_batches(recipe_, seen), train_batches(recipe_, found)
+            expected, batches = (
+                train_batches(recipe_.algorithm, groups) for groups in (seen, found)
+            )
             assert len(batches) == len(expected) > 0
             for batch, other in zip(batches, expected, strict=True):
                 for a, b in zip(batch.sequences, other.sequences, strict=True):

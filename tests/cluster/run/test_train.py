@@ -89,25 +89,25 @@ def asked_for(loss: PolicyLoss) -> tuple[LossConfig, int]:
 
 def test_groups_without_a_gradient_are_left_out(recipe: Recipe) -> None:
     groups = [graded([True, False], "a"), graded([True, True], "b"), graded([False, True], "c")]
-    (batch,) = train_batches(recipe, groups)
+    (batch,) = train_batches(recipe.algorithm, groups)
     assert len(batch.sequences) == 4
     advantages = [float(s.advantages[0]) for s in batch.sequences]
     assert advantages == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert train_batches(recipe, [graded([True, True], "b")]) == []
+    assert train_batches(recipe.algorithm, [graded([True, True], "b")]) == []
 
 
 def test_zero_variance_groups_count_as_tokens_where_the_recipe_keeps_them(recipe: Recipe) -> None:
     algorithm = recipe.algorithm.model_copy(update={"drop_zero_variance": False})
     kept = recipe.model_copy(update={"algorithm": algorithm})
     groups = [graded([True, False], "a"), graded([True, True], "b")]
-    (batch,) = train_batches(kept, groups)
+    (batch,) = train_batches(kept.algorithm, groups)
     assert len(batch.sequences) == 4
     assert all((s.advantages == 0).all() for s in batch.sequences[2:])
 
 
 def test_dropped_groups_never_reach_the_learner(recipe: Recipe) -> None:
     bad = replace(graded([True, False], "a"), dropped=True)
-    (batch,) = train_batches(recipe, [bad, graded([True, False], "b")])
+    (batch,) = train_batches(recipe.algorithm, [bad, graded([True, False], "b")])
     assert len(batch.sequences) == 2
 
 
@@ -115,7 +115,7 @@ def test_minibatches_hold_whole_groups_and_every_group_once(recipe: Recipe) -> N
     algorithm = recipe.algorithm.model_copy(update={"updates_per_step": 2})
     split = recipe.model_copy(update={"algorithm": algorithm})
     groups = [graded([True, False, False], name) for name in "abcde"]
-    batches = train_batches(split, groups)
+    batches = train_batches(split.algorithm, groups)
     assert [len(b.sequences) for b in batches] == [9, 6]
     for batch in batches:
         total = sum(float(s.advantages[0]) for s in batch.sequences)
@@ -154,16 +154,16 @@ def test_later_minibatches_get_the_log_probs_that_the_step_begins_with(recipe: R
     assert policy_loss(corrected).config.correction == chosen
     assert policy_loss(recipe).config.correction.kind == "none"
     groups = [graded([True, False, False], name) for name in "abcde"]
-    batches = train_batches(corrected, groups)
+    batches = train_batches(corrected.algorithm, groups)
     learner: Any = FixedLearner()
-    found = anchored(corrected, batches, learner)
+    found = anchored(corrected.algorithm, batches, learner)
     assert found[0] is batches[0] and learner.asked == batches[1:]
     for old, new in zip(batches[1:], found[1:], strict=True):
         for before, after in zip(old.sequences, new.sequences, strict=True):
             assert after.response_ids is before.response_ids
             assert after.old_logprobs is not None
             assert after.old_logprobs.tolist() == [-i for i in range(len(before.response_ids))]
-    assert anchored(recipe, batches, learner) is batches
+    assert anchored(recipe.algorithm, batches, learner) is batches
 
 
 def test_a_mismatch_is_told_or_ends_the_run(recipe: Recipe) -> None:
@@ -189,7 +189,7 @@ def test_a_mismatch_is_told_or_ends_the_run(recipe: Recipe) -> None:
 
 
 def test_the_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:
-    rates = [learning_rate(recipe, step) for step in range(1, 8)]
+    rates = [learning_rate(recipe.learner, 40, step) for step in range(1, 8)]
     assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4])
 
 
