@@ -12,19 +12,14 @@ import re
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
-from cluster.record.terminal import as_written, printable
+from cluster.record.terminal import as_written
 from tasks.files import expanded
-
-if TYPE_CHECKING:
-    from cluster.recipe.placement import Command
-    from cluster.recipe.recipe import Recipe
-    from cluster.run.checkpoints import Resumable, Resumed
 
 app = typer.Typer(
     name="equipoise",
@@ -93,23 +88,25 @@ def train(
     ] = None,
 ) -> None:
     """Train a policy with RL: sample, score, learn, send the weights back."""
+    from cluster.start import loaded, ready, refuse
+
     if replay is not None:
-        _refuse(
+        refuse(
             recipe is not None or resume is not None,
             "--replay RUN: the run has its recipe; give neither one nor --resume",
         )
         from cluster.run.replay import recorded, run_replay
 
-        loaded, source = recorded(replay, set_ or ())
-        if _ready(loaded, "replay", address, dry_run, replay, output):
-            run_replay(loaded, source, address=address, output=output)
+        again, source = recorded(replay, set_ or ())
+        if ready(again, "replay", address, dry_run, replay, output):
+            run_replay(again, source, address=address, output=output)
         return
-    loaded, resumed = _loaded("train", recipe, set_, output, resume)
-    if not _ready(loaded, "train", address, dry_run, recipe or resume, output):
+    wanted, resumed = loaded("train", recipe, set_, output, resume)
+    if not ready(wanted, "train", address, dry_run, recipe or resume, output):
         return
     from cluster.run.train import run_training
 
-    folder = run_training(loaded, address=address, output=output, resumed=resumed)
+    folder = run_training(wanted, address=address, output=output, resumed=resumed)
     from cluster.report.run_report import draw_report
 
     draw_report(folder)
@@ -126,10 +123,11 @@ def sample(
 ) -> None:
     """Sample and score rollouts as training would, without a learner; diagnose reads them."""
     from cluster.run.replay import recipe_to_sample, run_sampling
+    from cluster.start import ready
 
-    loaded = recipe_to_sample(where, set_ or ())
-    if _ready(loaded, "sample", address, dry_run, where, output):
-        run_sampling(loaded, steps, address=address, output=output)
+    wanted = recipe_to_sample(where, set_ or ())
+    if ready(wanted, "sample", address, dry_run, where, output):
+        run_sampling(wanted, steps, address=address, output=output)
 
 
 @app.command()
@@ -142,17 +140,19 @@ def sft(
     resume: Resume = None,
 ) -> None:
     """Fine-tune a policy on generated demonstrations: the cold start."""
-    loaded, resumed = _loaded("sft", recipe, set_, output, resume)
-    _refuse(
-        loaded.sft is None,
+    from cluster.start import loaded, ready, refuse
+
+    wanted, resumed = loaded("sft", recipe, set_, output, resume)
+    refuse(
+        wanted.sft is None,
         f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
         "with steps = 650, or see recipes/tiny/cold_start.toml",
     )
-    if not _ready(loaded, "sft", address, dry_run, recipe or resume, output):
+    if not ready(wanted, "sft", address, dry_run, recipe or resume, output):
         return
     from cluster.run.sft import run_sft
 
-    run_sft(loaded, address=address, output=output, resumed=resumed)
+    run_sft(wanted, address=address, output=output, resumed=resumed)
 
 
 @app.command(name="eval")
@@ -214,7 +214,9 @@ def diagnose(
     ] = False,
 ) -> None:
     """Say what a stored run's rewards taught, and which reward terms can be trusted."""
-    _refuse(as_json and markdown, "--json and --markdown: choose one")
+    from cluster.start import refuse
+
+    refuse(as_json and markdown, "--json and --markdown: choose one")
     from cluster.report.diagnose import run_diagnose
 
     run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
@@ -349,101 +351,15 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except Exception as error:
-        message, code = _in_words(error)
+        from cluster.start import in_words
+
+        message, code = in_words(error)
         if not code:
             raise
         print(message, file=sys.stderr)
         raise SystemExit(code) from None
 
 
-def _in_words(error: Exception) -> tuple[str, int]:
-    """The message and exit code of an error that is told without a traceback; code 0: it is not."""
-    from cluster.recipe.machine import told
-    from cluster.recipe.recipe import RunFailed, UserError
-    from rollout.models import ModelError
-    from tasks.core import DataError
-
-    if isinstance(error, UserError | DataError | ModelError):
-        return str(error), 2
-    if isinstance(error, OSError):
-        return printable(told(error)), 2
-    if isinstance(error, RunFailed):
-        return f"the run failed: {error}", 1
-    return "", 0
-
-
-def _refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        from cluster.recipe.recipe import UserError
-
-        raise UserError(message)
-
-
 def _at_home(word: re.Match[str]) -> str:
     option = word[1] or ""
     return option + expanded(word[0].removeprefix(option))
-
-
-def _loaded(
-    command: Resumable,
-    recipe: Path | None,
-    overrides: list[str] | None,
-    output: Path | None,
-    resume: Path | None,
-) -> tuple[Recipe, Resumed | None]:
-    """The recipe of a new run, or that of a run to go on with and where it goes on."""
-    if resume is not None:
-        _refuse(
-            recipe is not None or output is not None,
-            "--resume RUN: the run has its recipe and its folder; give neither",
-        )
-        from cluster.run.checkpoints import resume as go_on
-
-        return go_on(resume, overrides or (), command)
-    from cluster.recipe.recipe import UserError, load_recipe
-
-    if recipe is None:
-        raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
-    return load_recipe(recipe, overrides or ()), None
-
-
-def _ready(
-    recipe: Recipe,
-    command: Command,
-    address: str | None,
-    dry_run: bool,
-    source: Path | None,
-    output: Path | None,
-) -> bool:
-    """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
-
-    The placement comes as comments, so that all that is printed is a recipe again. Raises
-    PlacementError where this machine lacks what the recipe asks for and no cluster is given,
-    RecipeError, which names `source`, where it names parts that the policy does not have, and what
-    `glance` and `require_free` raise.
-    """
-    from cluster.recipe.hardware import Machine
-    from cluster.recipe.machine import require_free
-    from cluster.recipe.placement import describe, plan
-    from cluster.recipe.preflight import glance, preflight
-    from cluster.recipe.recipe import RecipeError, resolved_toml
-    from rollout.models import ModelError
-
-    if not dry_run:
-        if output is not None:
-            require_free(output, "--output")
-        glance(recipe, command)
-    try:
-        placement = plan(recipe, Machine.detect(), command)
-    except ModelError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    if dry_run:
-        notes: list[str] = []
-        preflight(recipe, command, notes.append, dry_run=True)
-        print(resolved_toml(recipe))
-        lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
-        print("\n".join(f"# {line}".rstrip() for line in lines))
-        return False
-    if address is None:
-        placement.require()
-    return True

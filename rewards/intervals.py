@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from rewards.advantages import is_constant
 
@@ -100,7 +100,7 @@ def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[floa
     if n == 1 < len(values):
         return 0.0, 1.0
     if n < len(values) and not is_constant(values):
-        wider = float(stats.t.ppf(0.975, n - 1)) / Z95
+        wider = float(special.stdtrit(n - 1, 0.975)) / Z95
         variance = max(variance, float(scores.var(ddof=1)) / n * wider**2)
     return score_interval(float(values.mean()), variance, n)
 
@@ -147,8 +147,8 @@ def _expanded_tail(puzzles: int) -> float:
     """Φ(−√(K/(K−1))·t) for the 97.5 % quantile t of K − 1 degrees of freedom; 0.025 as K grows."""
     if puzzles < 2:
         return 0.025
-    t = stats.t.ppf(0.975, puzzles - 1)
-    return float(stats.norm.cdf(-math.sqrt(puzzles / (puzzles - 1)) * t))
+    t = special.stdtrit(puzzles - 1, 0.975)
+    return float(special.ndtr(-math.sqrt(puzzles / (puzzles - 1)) * t))
 
 
 def _interval(value: float, drawn: np.ndarray, tail: float) -> Interval:

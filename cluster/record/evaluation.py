@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import binomtest
 
 from cluster.record.table import Table
 from rewards.intervals import mean_interval
@@ -43,6 +42,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar p-value: of `gained + lost` coins, as uneven or more so."""
+    from scipy.stats import binomtest  # a second of imports that a run's start does without
+
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 

@@ -1,0 +1,99 @@
+"""How a command starts: the recipe of its run, what is asked before the imports of a run, and how
+what the user can put right is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.recipe.hardware import Machine
+from cluster.recipe.machine import require_free, told
+from cluster.recipe.placement import Command, describe, plan
+from cluster.recipe.preflight import glance, preflight
+from cluster.recipe.recipe import (
+    Recipe,
+    RecipeError,
+    RunFailed,
+    UserError,
+    load_recipe,
+    resolved_toml,
+)
+from cluster.record.terminal import printable
+from rollout.models import ModelError
+from tasks.core import DataError
+
+if TYPE_CHECKING:
+    from cluster.run.checkpoints import Resumable, Resumed
+
+
+def refuse(wrong: bool, message: str) -> None:
+    """Raise UserError where options do not go together."""
+    if wrong:
+        raise UserError(message)
+
+
+def loaded(
+    command: Resumable,
+    recipe: Path | None,
+    overrides: list[str] | None,
+    output: Path | None,
+    resume: Path | None,
+) -> tuple[Recipe, Resumed | None]:
+    """The recipe of a new run, or that of a run to go on with and where it goes on."""
+    if resume is not None:
+        refuse(
+            recipe is not None or output is not None,
+            "--resume RUN: the run has its recipe and its folder; give neither",
+        )
+        from cluster.run.checkpoints import resume as go_on
+
+        return go_on(resume, overrides or (), command)
+    if recipe is None:
+        raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
+    return load_recipe(recipe, overrides or ()), None
+
+
+def ready(
+    recipe: Recipe,
+    command: Command,
+    address: str | None,
+    dry_run: bool,
+    source: Path | None,
+    output: Path | None,
+) -> bool:
+    """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
+
+    The placement comes as comments, so that all that is printed is a recipe again. Raises
+    PlacementError where this machine lacks what the recipe asks for and no cluster is given,
+    RecipeError, which names `source`, where it names parts that the policy does not have, and what
+    `glance` and `require_free` raise.
+    """
+    if not dry_run:
+        if output is not None:
+            require_free(output, "--output")
+        glance(recipe, command)
+    try:
+        placement = plan(recipe, Machine.detect(), command)
+    except ModelError as error:
+        raise RecipeError(f"{source}: {error}") from error
+    if dry_run:
+        notes: list[str] = []
+        preflight(recipe, command, notes.append, dry_run=True)
+        print(resolved_toml(recipe))
+        lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
+        print("\n".join(f"# {line}".rstrip() for line in lines))
+        return False
+    if address is None:
+        placement.require()
+    return True
+
+
+def in_words(error: Exception) -> tuple[str, int]:
+    """The message and exit code of an error that is told without a traceback; code 0: it is not."""
+    if isinstance(error, UserError | DataError | ModelError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return printable(told(error)), 2
+    if isinstance(error, RunFailed):
+        return f"the run failed: {error}", 1
+    return "", 0
