@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.ablation.grid import Cell, load_ablation
+from cluster.ablation.grid import Ablation, Cell, load_ablation
 from cluster.ablation.launch import Runner, run_ablation
 from cluster.ablation.progress import GridProgress
 from cluster.record.folder import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
@@ -49,6 +49,26 @@ def make_runs(folder: Path, cells: Iterable[Cell]) -> None:
         else:
             alpha = cell.recipe.reward.alpha or 0.0
             write_run(folder / cell.id, cell, gain=0.1 + 0.4 * alpha)
+
+
+def started(folder: Path, text: str, base: str) -> tuple[Ablation, Path]:
+    """An ablation file, its base recipe, and the folder as `equipoise ablate` starts it."""
+    (folder / "base.toml").write_text(base)
+    (folder / "grid.toml").write_text(text)
+    ablation = load_ablation(folder / "grid.toml")
+    out = folder / "out"
+    out.mkdir()
+    (out / "ablation.json").write_text(json.dumps(ablation.identity()))
+    return ablation, out
+
+
+def finish(out: Path, cell: Cell, gain: float) -> Path:
+    """Leave what a cell leaves, its run by `write_run`; the cell's folder."""
+    here = out / "cells" / cell.id
+    write_run(here / "run", cell, gain)
+    result = {"seconds": 90.0, "weights": "w" * 64, "first_batch": f"{cell.seed:064d}"}
+    (here / "result.json").write_text(json.dumps({"cell": cell.id} | result))
+    return here
 
 
 def write_run(run: Path, cell: Cell, gain: float) -> None:
@@ -107,14 +127,17 @@ def write_sft_run(run: Path, cell: Cell, weight: float) -> None:
     write_end(run, rows, chance, gain)
 
 
+def metric_table(rows: Iterable[tuple[int, str, float, float]]) -> pa.Table:
+    """(step, name, value, wall seconds) as `metrics.parquet` has them."""
+    columns = zip(zip(*rows, strict=True), METRIC_SCHEMA, strict=True)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in columns], schema=METRIC_SCHEMA)
+
+
 def write_end(
     run: Path, rows: list[tuple[int, str, float, float]], chance: random.Random, gain: float
 ) -> None:
     """The metrics of all steps, and the answers before and after."""
-    columns = [
-        pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), METRIC_SCHEMA, strict=True)
-    ]
-    pq.write_table(pa.Table.from_arrays(columns, schema=METRIC_SCHEMA), run / "metrics.parquet")
+    pq.write_table(metric_table(rows), run / "metrics.parquet")
 
     evaluation = {
         "sudoku": {"before": answers(chance, 0.0), "after": answers(chance, gain), "change": {}}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.ablation.grid import Ablation, Cell, load_ablation
+from cluster.ablation.grid import Ablation
 from cluster.ablation.results import (
     RESULT_SCHEMA,
     Results,
@@ -23,7 +23,7 @@ from cluster.ablation.results import (
 from cluster.ablation.statistics import crossed_interval, paired_test
 from cluster.report.ablation_report import build_ablation, read_ablation, write_results
 from tests.support.recipes import recipe_text
-from tests.support.toy_runs import write_run
+from tests.support.toy_runs import finish, started
 
 GAIN = {"outcome": 0.1, "half": 0.45, "same": 0.1}
 FILE = """
@@ -45,26 +45,10 @@ name = "same"
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ablation, Path]:
     """A finished grid of three arms, two of which learn the same."""
-    folder = tmp_path_factory.mktemp("grid")
-    (folder / "base.toml").write_text(recipe_text())
-    (folder / "grid.toml").write_text(FILE)
-    ablation = load_ablation(folder / "grid.toml")
-    (folder / "ablation.json").write_text(json.dumps(ablation.identity()))
+    ablation, folder = started(tmp_path_factory.mktemp("grid"), FILE, recipe_text())
     for cell in ablation.cells:
-        finish(folder, cell)
+        finish(folder, cell, GAIN[cell.arm])
     return ablation, folder
-
-
-def finish(folder: Path, cell: Cell) -> None:
-    here = folder / "cells" / cell.id
-    write_run(here / "run", cell, GAIN[cell.arm])
-    result = {"seconds": 1.0, "weights": "w", "first_batch": str(cell.seed)}
-    (here / "result.json").write_text(json.dumps(result))
-
-
-def printed(folder: Path) -> str:
-    """What `equipoise ablate` says at its end."""
-    return build_ablation(read_ablation(folder)).to_text("outcome")
 
 
 def answers(ablation: Ablation, folder: Path, arm: str, metric: str, when: str) -> np.ndarray:
@@ -209,7 +193,7 @@ def test_the_words_say_who_is_better_and_who_is_not_shown_to_be(
     grid: tuple[Ablation, Path],
 ) -> None:
     _, folder = grid
-    text = printed(folder)
+    text = build_ablation(read_ablation(folder)).to_text("outcome")
     lines = text.splitlines()
     (best,) = [line for line in lines if line.startswith("- On sudoku, half ended best on a: ")]
     assert "more than other seeds and problems explain" in best
