@@ -22,7 +22,7 @@ import numpy as np
 from cluster.record.stored import read_groups, read_metrics, stored_steps
 from cluster.run.session import connected
 from rewards.pool import RewardPool
-from rewards.settings import RewardTermConfig
+from rewards.settings import RewardConfig, RewardTermConfig
 from rollout.record import Group, Rollout
 from rollout.tokens import label_segments
 from tasks.core import Problem, Task
@@ -154,10 +154,8 @@ def parse_seconds(groups: Sequence[Group]) -> float:
 def score_seconds(groups: Sequence[Group], workers: int) -> list[float]:
     """Seconds to score all groups, `REPEATS` times, the workers' first calls left out."""
     with connected(None):
-        pool = RewardPool(
-            [RewardTermConfig(name=name, on_failure="drop_group") for name in TERMS],
-            workers=workers,
-        )
+        terms = [RewardTermConfig(name=name, on_failure="drop_group") for name in TERMS]
+        pool = RewardPool(RewardConfig(terms=tuple(terms), workers=workers))
         pool.score(groups[: 16 * workers])
         found = []
         for _ in range(REPEATS):

@@ -23,11 +23,9 @@ from rewards.advantages import (
     whiten,
 )
 from rewards.scored import DIAGNOSIS, RewardError, ScoredGroup, ScoredTerms, TermFailure
-from rewards.settings import Method, OnFailure, RewardTermConfig
+from rewards.settings import Method, OnFailure
 from rollout.record import Group
 from tasks.core import Segment
-
-RewardRule = RewardTermConfig
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,6 @@ class Format:
 
 
 Term = RewardTerm | AskingTerm | RemoteTerm
-TermSpec = RewardTermConfig
 
 
 def find_term(name: str) -> Callable[..., Any]:

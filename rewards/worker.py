@@ -6,47 +6,40 @@ that waits for others, many groups at once on one event loop.
 
 from __future__ import annotations
 
+import functools
 import resource
 from collections.abc import Mapping, Sequence
 
 import ray
 
 from rewards.scored import DIAGNOSIS, Reply, ScoredTerms
-from rewards.terms import (
-    RemoteTerm,
-    Term,
-    TermSpec,
-    is_remote,
-    load_terms,
-    read_replies,
-    score_group,
-    score_remote,
-)
+from rewards.settings import RewardTermConfig
+from rewards.terms import Term, is_remote, load_terms, read_replies, score_group, score_remote
 from rollout.record import Group
-from tasks.core import Problem, Task
+from tasks.core import Problem
 from tasks.load import load_task
 
 Replies = Mapping[str, Sequence[Reply]]
 """Asking term -> a reply a request."""
 
+task_named = functools.cache(load_task)
+
 
 class RewardWorker:
     """Terms that compute, the tasks their groups name, and nothing else."""
 
-    def __init__(self, specs: Sequence[TermSpec], memory_gib: float) -> None:
-        self.specs = specs
+    def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
+        self.entries = entries
         self.terms: dict[str, Term] = {}
-        self.tasks: dict[str, Task] = {}
         limit_memory(memory_gib)
 
     @ray.method(max_task_retries=-1)
-    def ready(self) -> list[str]:
-        """Load the terms in this process and name them; the first call after any start.
+    def ready(self) -> None:
+        """Load the terms in this process; the first call after any start.
 
         Not done in `__init__`: an error there costs the actor and arrives as a wall of text.
         """
-        self.terms = load_terms(self.specs)
-        return list(self.terms)
+        self.terms = load_terms(self.entries)
 
     def score(
         self, chunk: Sequence[tuple[Group, Problem | None]], parts: Sequence[str]
@@ -54,7 +47,7 @@ class RewardWorker:
         """Run the terms (and the diagnosis) named in `parts` on every group; see `score_group`."""
         terms = {name: term for name, term in self.terms.items() if name in parts}
         return [
-            score_group(self._task(group), group, terms, DIAGNOSIS in parts, other)
+            score_group(task_named(group.problem.task), group, terms, DIAGNOSIS in parts, other)
             for group, other in chunk
         ]
 
@@ -64,7 +57,7 @@ class RewardWorker:
         """Let the asking terms named in `parts` read what they were answered."""
         return [
             read_replies(
-                self._task(group),
+                task_named(group.problem.task),
                 group,
                 self.terms,
                 {name: found for name, found in replies.items() if name in parts},
@@ -72,34 +65,29 @@ class RewardWorker:
             for group, replies in chunk
         ]
 
-    def _task(self, group: Group) -> Task:
-        name = group.problem.task
-        if name not in self.tasks:
-            self.tasks[name] = load_task(name)
-        return self.tasks[name]
-
 
 class RemoteWorker:
     """One term that waits for others; its calls share an event loop."""
 
-    def __init__(self, spec: TermSpec, memory_gib: float) -> None:
-        self.spec = spec
+    def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
+        self.entries = entries
         limit_memory(memory_gib)
 
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:
         """Load the term in this process; the first call after any start."""
-        ((self.name, term),) = load_terms([self.spec]).items()
-        assert is_remote(term)
-        self.term: RemoteTerm = term
+        ((self.name, self.term),) = load_terms(self.entries).items()
 
-    async def score(self, group: Group) -> ScoredTerms:
-        """The term on one group: values or a typed failure."""
-        return await score_remote(self.name, self.term, load_task(group.problem.task), group)
+    async def score(self, chunk: Sequence[Group], parts: Sequence[str]) -> list[ScoredTerms]:
+        """The term on each group: values or a typed failure."""
+        assert is_remote(self.term)
+        return [
+            await score_remote(self.name, self.term, task_named(group.problem.task), group)
+            for group in chunk
+        ]
 
-    async def alive(self) -> bool:
+    async def alive(self) -> None:
         """Answers whenever the event loop turns."""
-        return True
 
     async def counts(self) -> dict[str, float]:
         """What the term counts of its own calls (requests, retries, ...), since it was loaded."""

@@ -22,7 +22,7 @@ from cluster.run.session import session
 from cluster.run.supervision import Delivery
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
-from rewards.pool import Limits, RewardPool
+from rewards.pool import RewardPool
 from rewards.scored import ScoredGroup
 from rollout.dispatch import PoolLimits
 from rollout.engine import EngineSettings
@@ -138,32 +138,14 @@ def frozen_pools(recipe: Recipe) -> dict[str, SamplerPool]:
     }
 
 
-def reward_pool(recipe: Recipe, models: dict[str, SamplerPool]) -> RewardPool:
-    """The recipe's reward workers; `models`: whom terms may ask, the policy under ""."""
-    reward = recipe.reward
-    return RewardPool(
-        reward.effective_terms(),
-        reward.compose,
-        recipe.algorithm.advantage,
-        reward.workers,
-        Limits(
-            deadline_seconds=reward.deadline_seconds,
-            answer_seconds=reward.answer_seconds,
-            remote_seconds=reward.remote_seconds,
-            remote_in_flight=reward.remote_in_flight,
-            memory_gib=reward.memory_gib,
-        ),
-        models,
-    )
-
-
 class Scoring:
     """The reward workers, and an engine for each frozen model that their terms ask."""
 
     def __init__(self, recipe: Recipe, policy: SamplerPool) -> None:
         """`policy`: the samplers, whom terms may ask too. Nothing is waited for."""
         self.frozen = frozen_pools(recipe)
-        self._rewards = reward_pool(recipe, {"": policy, **self.frozen})
+        models = {"": policy, **self.frozen}
+        self._rewards = RewardPool(recipe.reward, recipe.algorithm.advantage, models)
         self._start_seconds = recipe.sampler.start_timeout_seconds
 
     def wait_ready(self) -> None:
