@@ -22,7 +22,6 @@ from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES
 from learner.weights import in_buckets, layer_groups
-from tasks.files import replacing
 from tasks.images import mask_patches
 from tests.support.plain import plain_logprobs
 from tests.support.ranks import Job, Outcome, run_ranks, setup
@@ -451,20 +450,6 @@ def test_the_whole_gradient_is_the_weighted_sum_of_the_parts(ranks: Ranks) -> No
             p, r = 0.3 * told.perception, 0.7 * told.reasoning
             whole = (p * p + r * r + 2 * p * r * told.cosine) ** 0.5
             assert outcome.metrics[update]["grad_norm"] == pytest.approx(whole, rel=1e-4), name
-
-
-def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    for text in ("one", "two"):
-        with replacing(folder) as fresh:
-            assert not list(fresh.iterdir())
-            (fresh / "file").write_text(text)
-        assert (folder / "file").read_text() == text
-    with pytest.raises(OSError, match="disk"), replacing(folder) as fresh:
-        (fresh / "other").write_text("half")
-        raise OSError("disk full")
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
-    assert (folder / "file").read_text() == "two"
 
 
 def test_layer_groups_hold_every_name_once_and_a_layer_together() -> None:
