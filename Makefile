@@ -52,7 +52,7 @@ demo: $(STAMP)
 	$(RUN)/equipoise demo
 
 test: $(STAMP)
-	# Two processes, a file's tests in one of them; in order, for the long whole runs come first.
+	# Two processes, a file's tests in one of them; in the order of tests/conftest.py.
 	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)

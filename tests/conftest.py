@@ -1,4 +1,4 @@
-"""What tests of several rooms share: tiny policies of all families, samplers without engines."""
+"""What tests of several rooms share: their order, tiny policies, samplers without engines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.support.pretend import Samplers
+
+LONGEST = (
+    "tests/cluster/run/test_end_to_end.py",
+    "tests/cluster/run/test_faults.py",
+    "tests/rollout/test_engine.py",
+    "tests/learner/test_checkpoint.py",
+    "tests/cluster/run/test_sft.py",
+    "tests/learner/test_deepspeed.py",
+    "tests/rollout/test_sampler.py",
+    "tests/cluster/run/test_nodes.py",
+    "tests/rewards/test_judge_vllm.py",
+)
+"""Files that take minutes, in the order in which they are begun; all others come after them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker of several has a whole run left alone at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 @pytest.fixture(scope="session")

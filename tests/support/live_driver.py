@@ -1,42 +1,63 @@
-"""A training run in a process of its own, watched from outside: by its folder, and by processes."""
+"""A run on real parts in a process of its own, watched from outside: its folder, its processes."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pyarrow.parquet as pq
 
-from tests.cluster.run.test_resume import RECIPE, ROOT
+from learner.checkpoint import checkpoint_folders
 from tests.support.ray_heads import environment
+from tests.support.recipes import ROOT
+
+PATIENCE = 900
+"""Seconds; for what takes a few on a quiet machine."""
 
 
 class Driver:
     """A run's driver, through all its lives, and the processes below it."""
 
-    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
-        recipe = folder / "recipe.toml"
-        recipe.write_text(RECIPE.format(model=model), encoding="utf-8")
-        self.run, self._log = folder / "run", folder / "out.log"
-        self._start([str(recipe), "--output", str(self.run)], overrides)
+    def __init__(
+        self,
+        folder: Path,
+        recipe: str,
+        *overrides: str,
+        command: Literal["train", "sft"] = "train",
+    ) -> None:
+        file = folder / "recipe.toml"
+        file.write_text(recipe, encoding="utf-8")
+        self.run, self.before = folder / "run", folder / "before"
+        self.extensions = folder / "extensions"
+        self._log, self._command = folder / "out.log", command
+        self._engines: list[psutil.Process] = []
+        self._start([str(file), "--output", str(self.run)], overrides)
 
     def resume(self, *overrides: str) -> None:
         """Go on with the run in a new process; what it prints begins anew."""
         self._start(["--resume", str(self.run)], overrides)
 
     def _start(self, arguments: list[str], overrides: tuple[str, ...]) -> None:
-        command = [sys.executable, "-m", "cluster", "train", *arguments]
+        command = [sys.executable, "-m", "cluster", self._command, *arguments]
         for override in overrides:
             command += ["--set", override]
+        own = environment(TORCH_EXTENSIONS_DIR=str(self.extensions))
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
+                command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT
             )
+
+    def end(self) -> int:
+        """Wait for it to end of itself; returns its exit code."""
+        return self.process.wait(PATIENCE)
 
     def stop(self) -> None:
         """SIGTERM, which lets the step end; it must end well."""
@@ -44,27 +65,47 @@ class Driver:
         assert self.process.wait(300) == 0, self.printed()
 
     def kill(self) -> list[psutil.Process]:
-        """SIGKILL; the processes that were below it, which should end of themselves."""
+        """SIGKILL; returns which processes of it live on for a while."""
         below = self.below("")
         self.process.kill()
         self.process.wait()
-        return below
+        _, alive = psutil.wait_procs(below, timeout=20)
+        for process in alive:  # Ray's agents may take minutes to see it
+            process.kill()
+        return alive
 
-    def wait(
-        self, what: str, until: Callable[[], object], seconds: float = 600, pause: float = 1.0
-    ) -> None:
-        deadline = time.monotonic() + seconds
+    def clean_up(self) -> None:
+        """Nothing of it is left, whatever a test met."""
+        self.process.kill()
+        self.process.wait()
+        for engine in self._engines:
+            with suppress(psutil.Error):
+                engine.kill()
+
+    def keep_and_tear(self) -> Path:
+        """Keep the folder's copy in `before`; tear its last checkpoint; returns the torn file."""
+        shutil.copytree(self.run, self.before)
+        torn = checkpoint_folders(self.run)[-1] / "training" / "optimizer-0000.safetensors"
+        torn.write_bytes(torn.read_bytes()[:-100])
+        return torn
+
+    def wait(self, what: str, until: Callable[[], object], pause: float = 1.0) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not until():
             assert self.process.poll() is None, self.printed()
             assert time.monotonic() < deadline, f"{what}\n{self.printed()}"
             time.sleep(pause)
 
     def printed(self) -> str:
-        return self._log.read_text()[-3000:]
+        return self._log.read_text()
 
     def steps(self) -> int:
         """Steps whose rollouts are written: their weights have been sent."""
         return len(list((self.run / "rollouts").glob("step-*.parquet")))
+
+    def logged(self) -> int:
+        """Updates of SFT since the run was last started."""
+        return len(list((self.run / "metrics").glob("part-*.parquet")))
 
     def wait_steps(self, more: int) -> None:
         start = self.steps()
@@ -74,21 +115,24 @@ class Driver:
         """Processes below the driver, or one of them, with a word in their title."""
         found = []
         for process in (of or psutil.Process(self.process.pid)).children(recursive=True):
-            try:
+            with suppress(psutil.Error):  # it ended meanwhile
                 if title in " ".join(process.cmdline()) and process.status() != "zombie":
                     found.append(process)
-            except psutil.Error:  # it ended meanwhile
-                continue
         return found
 
     def samplers(self) -> list[psutil.Process]:
         """Sampler actors whose engine has a process."""
-        return [p for p in self.below("ray::Sampler") if self.below("EngineCore", p)]
+        return [p for p in self.below("ray::Sampler") if self._engine_of(p)]
 
     def engines(self) -> list[psutil.Process]:
         """The engines' processes, oldest first."""
-        engines = [self.below("EngineCore", sampler)[0] for sampler in self.samplers()]
-        return sorted(engines, key=lambda process: process.create_time())
+        found = [self._engine_of(sampler)[0] for sampler in self.samplers()]
+        self._engines = sorted(found, key=lambda process: process.create_time())
+        return self._engines
+
+    def _engine_of(self, sampler: psutil.Process) -> list[psutil.Process]:
+        # It is spawned, and names itself later, if it gets to it.
+        return self.below("EngineCore", sampler) or self.below("spawn_main", sampler)
 
     def metric(self, name: str) -> float:
         """Its value in the last step that logged it; 0 where none did."""
@@ -99,3 +143,17 @@ class Driver:
             if found:
                 return float(max(found, key=lambda row: row["step"])["value"])
         return 0.0
+
+
+@contextmanager
+def stopped(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Processes that do nothing for a while; by then all that needs them waits for them."""
+    for process in processes:
+        process.suspend()
+    time.sleep(3)
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.Error):
+                process.resume()

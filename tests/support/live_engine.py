@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from learner.batch import TrainSequence
 from learner.collate import Collator
 from learner.policy import Policy, load_policy
-from learner.weights import layer_groups
+from learner.weights import GatheredWeights
 from rollout.engine import Engine, EngineSettings
-from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
-from rollout.transfer import HostSender
+from rollout.record import Group, ImageView, Rollout, SampleRequest, Sampling, ScoreRequest
+from rollout.transfer import HostSender, TransferReport, WeightSource
 from tasks.core import Problem
+from tasks.images import blank_like
 from tasks.load import load_task
 from tasks.splits import draw_problem
 
@@ -54,8 +56,16 @@ class Live:
         found: dict[str, str] = self.wait(self.call("weight_checksums"), 60)
         return found
 
-    def send(self, which: str, version: int) -> None:
-        HostSender([self], 60).send(PolicyWeights(self.weights[which]), version, rank=0)
+    def source(self, which: str) -> GatheredWeights:
+        """These weights as a learner offers them."""
+        return GatheredWeights(self.weights[which].model, lambda _: nullcontext(), torch.float32)
+
+    def send(self, weights: str | WeightSource, version: int) -> TransferReport:
+        """Give the engine weights, or those of that name, as a policy version."""
+        source = self.source(weights) if isinstance(weights, str) else weights
+        report = HostSender([self], 60).send(source, version, rank=0)
+        assert report is not None
+        return report
 
     def sample(self, problems: Sequence[Problem], n: int = 2, **request: Any) -> list[Group]:
         sampling = request.pop("sampling", Sampling(max_tokens=40))
@@ -70,7 +80,7 @@ class Live:
         return self.gap(
             which,
             [
-                (r.prompt_ids, r.response_ids, g.problem.image if r.view == "shown" else None)
+                (r.prompt_ids, r.response_ids, seen(g.problem, r.view))
                 for g in groups
                 for r in g.rollouts
             ],
@@ -79,6 +89,12 @@ class Live:
 
     def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
         """The same for (prompt ids, response ids, image) and the engine's log-probs of them."""
+        return float(np.concatenate(self.gaps(which, inputs, logprobs)).max())
+
+    def gaps(
+        self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """The difference of each token of each response."""
         policy = self.weights[which]
         sequences = [
             TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
@@ -87,7 +103,8 @@ class Live:
         batch = Collator(policy, self.processor)(sequences)
         with torch.no_grad():
             expected, _ = policy.eval().run(batch)
-        return float((expected - batch.tokens.sampler_logprobs).abs().max())
+        differences = (expected - batch.tokens.sampler_logprobs).abs().numpy()
+        return np.split(differences, np.cumsum([len(found) for found in logprobs])[:-1])
 
     def score(
         self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
@@ -99,23 +116,6 @@ class Live:
         return [self.wait(future, 300) for future in futures]
 
 
-class PolicyWeights:
-    """A policy's weights as a weight source."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.parameters = dict(policy.model.named_parameters())
-
-    def metadata(self) -> list[Any]:
-        return []
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter((n, p.data) for n, p in self.parameters.items())
-
-    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        for names in layer_groups(list(self.parameters)):
-            yield names, [self.parameters[n].data for n in names]
-
-
 def perturbed_engine(
     policy: Path, folders: pytest.TempPathFactory, image_size: dict[str, int] | None = None
 ) -> Iterator[Live]:
@@ -123,6 +123,7 @@ def perturbed_engine(
 
     `image_size`: what the image processor is started with in place of its own `size`.
     """
+    torch.set_num_threads(1)  # tiny matrices: threads that wait for each other only cost time
     original, processor = load_policy(str(policy))
     perturbed, _ = load_policy(str(policy))
     if image_size:
@@ -138,6 +139,11 @@ def perturbed_engine(
     yield live
     live.engine.shutdown()
     live.loop.call_soon_threadsafe(live.loop.stop)
+
+
+def seen(problem: Problem, view: ImageView) -> bytes | None:
+    """The image as a view shows it."""
+    return {"shown": problem.image, "blank": blank_like(problem.image), "none": None}[view]
 
 
 def mixed_sizes(count: int) -> list[Problem]:

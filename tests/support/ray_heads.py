@@ -20,7 +20,8 @@ TOKEN = secrets.token_hex(32)
 def environment(**more: str) -> dict[str, str]:
     """What commands of a test run in, Ray's token among it."""
     quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-    quiet |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    # Beside other tests, workers as humble as Ray makes them would hardly ever run.
+    quiet |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
     return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | quiet | more
 
 

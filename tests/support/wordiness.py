@@ -6,6 +6,7 @@ Random policies solve nothing, so their groups would have no variance under the 
 from __future__ import annotations
 
 import hashlib
+import time
 
 from rollout.record import Group
 from tasks.core import Task
@@ -21,11 +22,18 @@ class Wordiness:
 
 
 class Moody(Wordiness):
-    """The same on three groups of four; the others get nothing, so they have no variance."""
+    """The same on three groups of four; the others get nothing, so they have no variance.
+
+    Rests `seconds` over each, so that a run that waits for something takes few steps meanwhile.
+    """
 
     name = "moody"
 
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
     def __call__(self, task: Task, group: Group) -> list[float]:
+        time.sleep(self.seconds)
         cares = cares_for(group.group_id)
         return super().__call__(task, group) if cares else [0.0] * len(group.rollouts)
 

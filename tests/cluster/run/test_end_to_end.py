@@ -1,7 +1,8 @@
-"""The whole loop on real parts: Ray, vLLM and DeepSpeed, two policy updates, both families.
+"""One run on real parts, Ray, vLLM and DeepSpeed, from its first step to its report.
 
-InternVL runs in the local mode on two ZeRO-3 ranks; Qwen3-VL runs as a Ray job submitted to a
-head node on loopback.
+Engines are slow to start, so one run shows it all. InternVL trains on two ZeRO-3 ranks; its engine
+is killed and may not start again, which ends the run; its last checkpoint is torn; and it goes on
+as a job of a Ray head on loopback, until its budget of tokens is spent.
 """
 
 from __future__ import annotations
@@ -9,32 +10,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from cluster.recipe.problems import open_sources, step_problems
+from cluster.recipe.recipe import load_recipe
 from cluster.record.stored import read_metrics, read_rollouts
+from cluster.run.checkpoints import newest
+from cluster.run.stream import free_requests
+from learner.checkpoint import checkpoint_folder, checkpoint_folders
+from tests.support.live_driver import Driver
 from tests.support.ray_heads import RAY, environment, ray_head
-from tests.support.real_runs import ROOT, TINY_SUDOKU
+from tests.support.recipes import GRAPH, ROOT, SUDOKU, recipe_text
+from tests.support.terminal import run
 
-RECIPE = (
-    TINY_SUDOKU
-    + """
-[[tasks]]
-name = "graph_coloring"
-[tasks.knobs]
-vertices = 6
-canvas = 96
-label_size = 0
-prompt = "brief"
+PLACES, SIZE, TOKENS, EVERY, KILLED_AT = 4, 4, 24, 2, 5
+BUDGET = 9 * PLACES * SIZE * TOKENS
+"""Response tokens; a policy with random weights hardly ends one early."""
+RECIPE = f"""
+seed = 3
+model.max_model_len = 192
 
 [sampler]
-max_tokens = 24
+max_tokens = {TOKENS}
 max_num_seqs = 64
+max_restarts = 0
+start_timeout_seconds = 900.0  # a machine may have other work
 
 [reward]
 terms = [
@@ -48,33 +53,175 @@ terms = [
 ]
 
 [algorithm]
-group_size = 4
-problems_per_step = 4
-steps = 2
+group_size = {SIZE}
+problems_per_step = {PLACES}
+steps = 1000
+budget = {{ kind = "tokens", amount = {BUDGET} }}
 
 [learner]
 learning_rate = 1e-3
-{learner}
+warmup_steps = 6
+ranks = 2
+cpus = 0.5  # so that a sampler and two ranks fit on the smallest machine
+zero_stage = 3
+
+[transfer]
+deadline_seconds = 600.0
 
 [eval]
-problems = 8
+problems = 4
+
+[checkpoint]
+every = {EVERY}
+keep = 1000
 """
-)
 
 
-def write_recipe(folder: Path, model: Path, learner: str = "") -> Path:
-    recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=model, learner=learner), encoding="utf-8")
-    return recipe
+@dataclass(frozen=True)
+class Lived:
+    """What the run left in its folder after its first life, `before`, and after its second.
+
+    Attributes:
+        model: what it started from; code: how its first life ended.
+        torn: a file of its last checkpoint, cut short between the two.
+        printed: in its first life, and in its second.
+    """
+
+    model: Path
+    before: Path
+    run: Path
+    code: int
+    torn: Path
+    printed: tuple[str, str]
 
 
-def check_run(run: Path, model: Path) -> None:
-    """What any finished two-update run must have left behind."""
-    table = read_metrics(run).to_pylist()
-    metrics = {(row["step"], row["name"]): row["value"] for row in table}
-    assert metrics[2, "policy/version"] == 2
-    # On-policy: before its first update the learner's policy is the sampler's.
-    for step in (1, 2):
+@pytest.fixture(scope="module")
+def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    folder, model = tmp_path_factory.mktemp("lived"), tiny_models["internvl"]
+    driver = Driver(folder, recipe_text(RECIPE, model=model, tasks=f"{SUDOKU}, {GRAPH}"))
+    try:
+        driver.wait("a step beyond a checkpoint", lambda: driver.steps() >= KILLED_AT, pause=0.05)
+        engines = driver.engines()
+        assert len(engines) == 1
+        engines[0].kill()
+        # Far below every time-out of the recipe: the death is seen, not waited for.
+        code = driver.process.wait(120)
+    finally:
+        driver.clean_up()
+    torn = driver.keep_and_tear()
+    with ray_head(folder / "head.log") as address:
+        command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+        command += [sys.executable, "-m", "cluster", "train", "--resume", str(driver.run)]
+        command += ["--set", "checkpoint.background=true"]
+        job = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=1200
+        )
+    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
+    return Lived(model, driver.before, driver.run, code, torn, (driver.printed(), job.stdout))
+
+
+def metrics_of(run: Path) -> dict[tuple[int, str], float]:
+    return {(row["step"], row["name"]): row["value"] for row in read_metrics(run).to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def metrics(lived: Lived) -> dict[tuple[int, str], float]:
+    """(step, name) -> value, of the finished run."""
+    return metrics_of(lived.run)
+
+
+@pytest.fixture(scope="module")
+def steps(metrics: dict[tuple[int, str], float]) -> range:
+    """All steps of the finished run."""
+    return range(1, max(step for step, _ in metrics) + 1)
+
+
+def test_a_killed_engine_that_may_not_start_again_ends_the_run_with_its_own_error(
+    lived: Lived,
+) -> None:
+    assert lived.code == 1
+    # Seen by the next request, or by the weight transfer where that came first.
+    assert "the run failed: " in lived.printed[0]
+    first = (lived.before / "error.txt").read_text().splitlines()[0]
+    assert "SamplerLost: sampler 'sampler-0' failed 1 times" in first
+    assert "EngineDied: sampler-0: the engine's process died" in first
+    # What was finished before is there to debug with.
+    assert read_metrics(lived.before).num_rows > 0
+
+
+def test_random_weights_write_no_tags_which_is_said_before_the_first_step(lived: Lived) -> None:
+    for task in ("sudoku", "graph_coloring"):
+        lines = lived.printed[0].splitlines()
+        (said,) = [line for line in lines if line.startswith(f"warning: {task}: ")]
+        assert " of 4 responses, and no answer is right; " in said
+
+
+def test_it_goes_on_as_if_it_had_not_ended(
+    lived: Lived, metrics: dict[tuple[int, str], float]
+) -> None:
+    """From the checkpoint before the torn one, so that steps come again."""
+    last = int(lived.torn.parents[1].name[5:])
+    assert f"checkpoint refused: {lived.torn}: has" in lived.printed[1]
+    assert f"going on after step {last - EVERY}" in lived.printed[1]
+    old = metrics_of(lived.before)
+    done = max(step for step, _ in old)
+    assert done >= KILLED_AT
+    timed = ("time/", "throughput/", "idle/", "transfer/", "eval/")
+    compared = {
+        key
+        for key in old
+        if key[0] > last - EVERY and not key[1].startswith(timed) and "seconds" not in key[1]
+    }
+    assert len({name for _, name in compared if name.startswith("learner/")}) > 5
+    for key in compared:
+        assert metrics[key] == pytest.approx(old[key], rel=2e-3, abs=2e-5), key
+    for step in range(1, done + 1):
+        first, again = (read_rollouts(f, step).to_pylist() for f in (lived.before, lived.run))
+        for one, other in zip(first, again, strict=True):
+            for name in ("rollout_id", "problem_id", "response_ids", "versions"):
+                assert one[name] == other[name], (step, name)
+            assert one["total"] == pytest.approx(other["total"], rel=1e-3, abs=1e-5)
+            gap = np.abs(np.subtract(one["logprobs"], other["logprobs"])).max()
+            assert gap < 1e-4
+
+
+def test_it_ends_when_its_budget_is_spent(
+    lived: Lived, metrics: dict[tuple[int, str], float], steps: range
+) -> None:
+    *_, before, last = (metrics[step, "spent/tokens"] for step in steps)
+    assert before < BUDGET <= last and len(steps) > KILLED_AT
+    stored = newest(lived.run)
+    assert not stored.refused and stored.position.step == steps[-1]
+    due = {*range(EVERY, len(steps) + 1, EVERY), steps[-1]}
+    folders = checkpoint_folders(lived.run)
+    assert folders == [checkpoint_folder(lived.run, step) for step in sorted(due)]
+
+
+def test_each_step_samples_the_groups_of_its_own_under_the_weights_of_the_last(
+    lived: Lived, metrics: dict[tuple[int, str], float], steps: range
+) -> None:
+    recipe = load_recipe(lived.run / "recipe.toml")
+    sources = open_sources(recipe.tasks)
+    seen: set[str] = set()
+    for step in steps:
+        rows = read_rollouts(lived.run, step).to_pylist()
+        problems = step_problems(sources, recipe.seed, step - 1, PLACES)
+        asked = [request.group_id for request in free_requests(recipe, step, problems)]
+        assert [row["rollout_id"] for row in rows] == [f"{g}/{i}" for g in asked for i in range(4)]
+        assert not seen & set(asked)
+        seen |= set(asked)
+        # Without staleness, nothing is started before the weights that it is learnt with are there.
+        assert {v for row in rows for v in row["versions"]} == {step - 1}
+        for name in ("policy/lag_max", "policy/mixed", "buffer/in_flight", "buffer/waiting"):
+            assert metrics[step, name] == 0
+        assert metrics[step, "policy/version"] == step
+        assert all((lived.run / "images" / f"{row['image_sha256']}.png").exists() for row in rows)
+
+
+def test_sampler_and_learner_are_one_policy_and_each_term_gives_its_number(
+    metrics: dict[tuple[int, str], float], steps: range
+) -> None:
+    for step in steps:
         assert metrics[step, "learner/ratio_gap"] < 1e-4
         assert metrics[step, "learner/logprob_gap"] < 1e-4
         assert metrics[step, "learner/clip_fraction"] == 0
@@ -86,160 +233,64 @@ def check_run(run: Path, model: Path) -> None:
             assert metrics[step, f"reward/{term}/mean"] >= 0
     for name in ("acc/a", "acc/a_p", "group/zero_variance", "idle/sampler", "time/step"):
         assert (1, name) in metrics
-    for step, version in ((1, 0), (2, 1)):
-        rows = read_rollouts(run, step).to_pylist()
-        assert len(rows) == 16
-        assert {v for row in rows for v in row["versions"]} == {version}
-        assert all((run / "images" / f"{row['image_sha256']}.png").exists() for row in rows)
-    trained, start = (
-        load_file(run / "checkpoint" / "model.safetensors"),
-        load_file(model / "model.safetensors"),
-    )
+
+
+def test_the_policy_learnt_is_left_with_its_evaluation_and_its_report(
+    lived: Lived, metrics: dict[tuple[int, str], float], steps: range
+) -> None:
+    trained = load_file(lived.run / "checkpoint" / "model.safetensors")
+    start = load_file(lived.model / "model.safetensors")
     assert trained.keys() == start.keys()
     changed = [name for name in start if not np.array_equal(start[name], trained[name])]
     assert len(changed) > 0.9 * len(start)
-    assert (run / "checkpoint" / "chat_template.jinja").exists()
-    assert "Content-Security-Policy" in (run / "report.html").read_text()
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert (lived.run / "checkpoint" / "chat_template.jinja").exists()
+    assert "Content-Security-Policy" in (lived.run / "report.html").read_text()
+    evaluation = json.loads((lived.run / "evaluation.json").read_text())
     assert set(evaluation) == {"sudoku", "graph_coloring", "all tasks"}
-    assert {row["n"] for row in evaluation["all tasks"]["after"]["rows"]} == {16}
+    assert {row["n"] for row in evaluation["all tasks"]["after"]["rows"]} == {8}
     for table in evaluation.values():
         assert {"a", "a_p", "a_r"} <= {row["metric"] for row in table["after"]["rows"]}
+    # Measured before the first step, in a life that is over, and after the last.
+    for when, step in (("before", 0), ("after", steps[-1])):
+        for row in evaluation["sudoku"][when]["rows"]:
+            assert row["value"] == metrics[step, f"eval/sudoku/{row['metric']}"]
 
 
-def check_halves(run: Path, folder: Path) -> None:
-    """The learner alone makes the updates of a run again; the samplers alone ask what it asked."""
-    replay, sampled = folder / "replay", folder / "sampled"
-    for arguments in (
-        ["train", "--replay", str(run), "--output", str(replay)],
-        ["sample", str(run / "checkpoint"), "--steps", "2", "--output", str(sampled)],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster", *arguments],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    old, new = (
-        {(r["step"], r["name"]): r["value"] for r in read_metrics(f).to_pylist()}
-        for f in (run, replay)
-    )
-    for step in (1, 2):
+def test_the_learner_alone_makes_the_updates_of_a_run_again(
+    lived: Lived,
+    metrics: dict[tuple[int, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replay = tmp_path / "replay"
+    monkeypatch.chdir(ROOT)
+    words = ("train", "--replay", lived.run, "--output", replay)
+    assert run(monkeypatch, *words, "--set", f"algorithm.steps={EVERY}") == 0
+    again = metrics_of(replay)
+    for step in range(1, EVERY + 1):
         for name in ("loss", "grad_norm", "entropy/other", "mismatch/k3", "lr"):
-            same = pytest.approx(old[step, f"learner/{name}"], rel=1e-4, abs=1e-6)
-            assert new[step, f"learner/{name}"] == same, (step, name)
-    before, after = (load_file(f / "checkpoint" / "model.safetensors") for f in (run, replay))
+            same = pytest.approx(metrics[step, f"learner/{name}"], rel=1e-4, abs=1e-6)
+            assert again[step, f"learner/{name}"] == same, (step, name)
+    folders = (checkpoint_folder(lived.run, EVERY), replay / "checkpoint")
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
     for name, tensor in before.items():
         assert np.abs(after[name] - tensor).mean() < 1e-5, name
-    for step in (1, 2):
-        asked, again = (read_rollouts(f, step).to_pylist() for f in (run, sampled))
-        assert [r["rollout_id"] for r in again] == [r["rollout_id"] for r in asked]
-        assert [r["response_ids"] for r in again] != [r["response_ids"] for r in asked]
-        assert {r["terms"][0]["name"] for r in again} == {r["terms"][0]["name"] for r in asked}
 
 
-def test_internvl_on_two_zero3_ranks_in_local_mode(
-    tiny_models: dict[str, Path], tmp_path: Path
+def test_the_samplers_alone_draw_what_a_run_drew_under_the_same_weights(
+    lived: Lived, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Fractions of a core, so that a sampler and two ranks fit on the smallest machine.
-    recipe = write_recipe(
-        tmp_path, tiny_models["internvl"], "ranks = 2\ncpus = 0.5\nzero_stage = 3"
-    )
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
-    # A step samples at most 16 * 24 = 384 tokens, and a policy with random weights hardly ends one
-    # early: the second step spends the budget.
-    command += ["--set", "algorithm.steps=50"]
-    command += ["--set", 'algorithm.budget={kind="tokens", amount=400}']
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_run(run, tiny_models["internvl"])
-    # Random weights write no tags, and are cut off: known before the first step.
-    for task in ("sudoku", "graph_coloring"):
-        (said,) = [s for s in done.stdout.splitlines() if s.startswith(f"warning: {task}: ")]
-        assert " of 8 responses, and no answer is right; " in said
-    spent = {
-        r["step"]: r["value"] for r in read_metrics(run).to_pylist() if "spent/tok" in r["name"]
-    }
-    assert set(spent) == {1, 2} and spent[1] < 400 <= spent[2]
-    check_halves(run, tmp_path)
-
-
-def test_qwen3_vl_as_a_submitted_ray_job(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
-    run = tmp_path / "run"
-    with ray_head(tmp_path / "head.log") as address:
-        command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-        command += [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=600
-        )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    check_run(run, tiny_models["qwen3_vl"])
-
-
-def test_a_killed_engine_that_may_not_start_again_ends_the_run_with_its_own_error(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(run)]
-    command += ["--set", "algorithm.steps=1000", "--set", "sampler.max_restarts=0"]
-    with (tmp_path / "out.log").open("w") as log:
-        driver = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            deadline = time.monotonic() + 400
-            while not list((run / "rollouts").glob("*.parquet")):
-                assert driver.poll() is None, (tmp_path / "out.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-            engines = [p for p in psutil.Process(driver.pid).children(recursive=True)]
-            killed = [p for p in engines if "VLLM::EngineCore" in " ".join(p.cmdline())]
-            assert killed
-            for process in killed:
-                process.kill()
-            # Far below every time-out of the recipe: the death is seen, not waited for.
-            assert driver.wait(120) == 1
-        finally:
-            driver.kill()
-    printed = (tmp_path / "out.log").read_text()
-    # Seen by the next request, or by the weight transfer where that came first.
-    assert "the run failed: " in printed
-    first = (run / "error.txt").read_text().splitlines()[0]
-    assert "SamplerLost: sampler 'sampler-0' failed 1 times" in first
-    assert "EngineDied: sampler-0: the engine's process died" in first
-    # What was finished before is there to debug with.
-    assert read_metrics(run).num_rows > 0
-
-
-def test_sft_of_both_tasks_measures_what_it_made(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe = write_recipe(tmp_path, tiny_models["qwen3_vl"])
-    text = recipe.read_text() + (
-        "\n[sft]\nsteps = 3\nbatch_size = 8\nvision_warmup_steps = 2\nlearning_rate = 1e-3\n"
-    )
-    # One image size for the warm-up's probe.
-    recipe.write_text(text.replace("canvas = 96", "canvas = 64"))
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "cluster", "sft", str(recipe), "--output", str(run)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    rows = read_metrics(run).to_pylist()
-    metrics = {(row["step"], row["name"]): row["value"] for row in rows}
-    for segment in ("perception", "reasoning", "answer"):
-        assert metrics[3, f"sft/nll/{segment}"] < metrics[1, f"sft/nll/{segment}"]
-    assert (2, "warmup/sudoku/accuracy") in metrics
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    for table in evaluation.values():
-        found = {row["metric"]: row for row in table["rows"]}
-        for name in ("a", "a_p", "a_p_graded", "a_r", "a_r_blank", "blind", "leak", "a avg@1"):
-            assert found[name]["n"] == 8
-            assert 0 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= 1
-    card = (run / "checkpoint" / "README.md").read_text()
-    assert "perception's share" in card and "a_r_blank" in card
+    """A checkpoint holds the weights of the step after it, and of no other."""
+    sampled = tmp_path / "sampled"
+    monkeypatch.chdir(ROOT)
+    words = ("sample", checkpoint_folder(lived.run, EVERY), "--output", sampled)
+    assert run(monkeypatch, *words, "--steps", EVERY + 1) == 0
+    for step in range(1, EVERY + 2):
+        asked, again = (read_rollouts(f, step).to_pylist() for f in (lived.run, sampled))
+        for name in ("rollout_id", "problem_id"):
+            assert [r[name] for r in again] == [r[name] for r in asked]
+        same = [r["response_ids"] for r in again] == [r["response_ids"] for r in asked]
+        assert same == (step == EVERY + 1), step
+        assert {t["name"] for r in again for t in r["terms"]} == {
+            t["name"] for r in asked for t in r["terms"]
+        }

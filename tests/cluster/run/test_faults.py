@@ -1,89 +1,281 @@
-"""A training run whose processes are killed and stopped while it trains: it goes on.
+"""A run with groups in flight between its steps: whatever dies, hangs, comes or goes, it goes on.
 
-One run proves it all, since engines are slow to start: a sampler's process and another's engine
-killed in the middle of their groups (both samplers are gone then), a reward worker killed, and a
-sampler stopped. What is left behind must be as if nothing had happened.
+One run proves it all, since engines are slow to start. It samples a step ahead
+(`max_staleness = 1`), learns while its weights travel (`overlap`) and replaces groups without
+variance (dynamic sampling). It gets a second sampler and gives it back; its engine is killed, a
+reward worker, and in the end the driver; a sampler hangs. What it leaves behind must be what its
+seed says, each group once, each token under the weights it names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import numpy as np
+import pytest
+import torch
 
+from cluster.recipe.problems import open_sources, step_problems
+from cluster.recipe.recipe import load_recipe
 from cluster.record.mismatch import MISMATCH_LIMIT
-from cluster.record.stored import read_metrics, read_rollouts
-from tests.support.live_driver import Driver
+from cluster.record.stored import read_metrics, read_rollouts, read_scored, stored_steps
+from cluster.run.checkpoints import Position, newest
+from cluster.run.refill import extra_requests
+from cluster.run.scaling import ask
+from cluster.run.stream import free_requests
+from learner.batch import TrainSequence
+from learner.checkpoint import check, checkpoint_folder, checkpoint_folders
+from learner.collate import Collator
+from learner.policy import load_policy
+from rollout.buffer import BufferState
+from tests.support.live_driver import Driver, stopped
+from tests.support.recipes import recipe_text
+from tests.support.wordiness import cares_for
 
-GROUPS, SIZE = 4, 4
+EVERY, ROUNDS, EXTRA, PLACES, SIZE = 2, 2, 2, 4, 4
+CLOSE = 2e-3
+"""Nats between a sampler's log-prob and the learner's own under the same weights."""
 HANGING = ("sampler/restarts/silent", "sampler/restarts/transfer")
+RECIPE = f"""
+seed = 3
+model.max_model_len = 192
+
+[sampler]
+max_tokens = 100
+max_num_seqs = 64
+cpus = 0.5
+max_restarts = 10
+start_timeout_seconds = 900.0
+heartbeat_seconds = 60.0  # an engine's first tokens take long where other work has the cores
+
+[reward]
+terms = [
+    {{ name = "outcome", weight = 0.5 }},
+    {{ name = "tests.support.wordiness:Moody", weight = 0.1, args = {{ seconds = 0.05 }} }},
+]
+
+[algorithm]
+group_size = {SIZE}
+problems_per_step = {PLACES}
+steps = 100000
+max_staleness = 1
+dynamic_sampling = {{ max_rounds = {ROUNDS}, max_groups = {EXTRA} }}
+
+[learner]
+learning_rate = 1e-3
+warmup_steps = 6
+cpus = 0.5
+
+[transfer]
+overlap = true
+deadline_seconds = 60.0
+
+[eval]
+problems = 4
+passes = ["greedy"]
+
+[checkpoint]
+every = {EVERY}
+keep = 1000
+background = true
+"""
 
 
-def test_a_run_goes_on_whatever_dies_or_hangs(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    driver = Driver(
-        tmp_path,
-        tiny_models["qwen3_vl"],
-        "algorithm.steps=100000",
-        "sampler.count=2",
-        "sampler.max_tokens=100",
-        "sampler.cpus=0.5",
-        "learner.cpus=0.5",
-        "sampler.max_restarts=10",
-        "sampler.start_timeout_seconds=900.0",
-        # Longer than an engine's first tokens take where other work has the cores.
-        "sampler.heartbeat_seconds=60.0",
-        "eval.problems=4",
-        'eval.passes=["greedy"]',
-    )
-    engines: list[psutil.Process] = []
+@dataclass(frozen=True)
+class Lived:
+    """A run whose driver was killed after `killed_at` steps, and that was told to stop later.
+
+    Attributes:
+        before: its folder when it was killed; saved: where it then went on.
+        outlived: processes below the driver that its death did not end.
+    """
+
+    run: Path
+    before: Path
+    killed_at: int
+    saved: Position
+    outlived: list[int]
+    engines: list[int]
+
+
+@pytest.fixture(scope="module")
+def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    folder = tmp_path_factory.mktemp("faults")
+    driver = Driver(folder, recipe_text(RECIPE, model=tiny_models["qwen3_vl"]))
+
+    def samplers(count: int) -> None:
+        driver.wait(f"{count} samplers", lambda: driver.metric("sampler/count") == count)
+
     try:
-        driver.wait("the first step", lambda: driver.steps() >= 1, 900)
-        first, second = driver.samplers()
-        engines = [driver.below("EngineCore", sampler)[0] for sampler in (first, second)]
-        # A step is written: the next one samples. Groups of a stopped engine are half done for as
-        # long as it takes to kill something.
+        driver.wait("the first step", lambda: driver.steps() >= 1)
+        ask(driver.run, 2)
+        driver.wait("one more", lambda: "samplers: 1 -> 2" in driver.printed(), pause=0.1)
+        # While it starts, the only one there is dies in the middle of its groups: a step that has
+        # just begun has some.
+        engines = driver.engines()[:1]
         driver.wait_steps(1)
-        for engine in engines:
-            engine.suspend()
-        time.sleep(5)
-        stands = driver.steps()
-        first.kill()
-        engines[1].kill()
-        driver.wait("engines started again", lambda: driver.steps() >= stands + 2, 900)
+        with stopped(engines):
+            engines[0].kill()
+        driver.wait("an engine's loss", lambda: driver.metric("sampler/restarts/engine") >= 1)
+        samplers(2)
         (worker,) = driver.below("ray::RewardWorker")
-        worker.suspend()
-        time.sleep(5)  # until groups wait for it
-        worker.kill()
-        driver.wait_steps(2)
-        driver.wait("both samplers at work", lambda: driver.metric("sampler/count") == 2, 900)
-        hanging = driver.samplers()[0]
-        driver.wait_steps(1)
-        hanging.suspend()
+        with stopped([worker]):
+            worker.kill()
+        driver.wait_steps(4)  # a checkpoint, and a step whose groups were begun under it
+        driver.samplers()[0].suspend()
         # Met by its silence, or by the deadline of a transfer where it had no time to sample.
-        driver.wait("a hanging one", lambda: sum(map(driver.metric, HANGING)) >= 1, 900)
-        driver.wait("both again", lambda: driver.metric("sampler/count") == 2, 900)
-        driver.wait_steps(2)
+        driver.wait("a hanging one", lambda: sum(map(driver.metric, HANGING)) >= 1)
+        ask(driver.run, 1)
+        driver.wait("its wish", lambda: driver.metric("sampler/asked") == 1)
+        samplers(1)
+        driver.wait("the other's end", lambda: len(driver.samplers()) == 1)
+        engines = driver.engines()
+        # A step that was never saved is done, and the groups of others are in flight.
+        while driver.process.send_signal(signal.SIGSTOP) or driver.steps() % EVERY == 0:
+            driver.process.send_signal(signal.SIGCONT)
+            driver.wait("an unsaved step", lambda: driver.steps() % EVERY == 1, pause=0.02)
+        outlived = driver.kill()
+        saved, killed_at = newest(driver.run).position, driver.steps()
+        shutil.copytree(driver.run, driver.before)
+        driver.resume()
+        driver.wait("new steps", lambda: driver.steps() >= killed_at + 2, pause=0.05)
         driver.stop()
     finally:
-        driver.process.kill()
-        for engine in engines:
-            with contextlib.suppress(psutil.Error):
-                engine.kill()
-    assert driver.metric("sampler/restarts/actor") >= 1
-    assert driver.metric("sampler/restarts/engine") >= 1
-    assert driver.metric("sampler/resampled") >= GROUPS, "all groups of one step, at least"
-    assert driver.metric("reward/worker_restarts") >= 1
+        driver.clean_up()
+    pids = ([p.pid for p in outlived], [p.pid for p in engines])
+    return Lived(driver.run, driver.before, killed_at, saved, *pids)
+
+
+@pytest.fixture(scope="module")
+def metrics(lived: Lived) -> dict[str, dict[int, float]]:
+    """name -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for row in read_metrics(lived.run).to_pylist():
+        found.setdefault(row["name"], {})[row["step"]] = row["value"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(lived: Lived) -> list[Position]:
+    """What the checkpoints say of the run."""
+    return [Position.from_dict(check(folder)) for folder in checkpoint_folders(lived.run)]
+
+
+def test_all_of_it_happened(lived: Lived, metrics: dict[str, dict[int, float]]) -> None:
+    assert set(metrics["sampler/asked"].values()) == {1, 2}
+    assert max(metrics["sampler/restarts/engine"].values()) >= 1
+    assert max(metrics["sampler/resampled"].values()) >= 1
+    assert max(metrics["reward/worker_restarts"].values()) >= 1
+    assert not set(lived.engines) & set(lived.outlived), "an engine ends with its driver"
+
+
+def test_no_step_is_lost_and_what_was_done_and_lost_comes_again(
+    lived: Lived, saved: list[Position]
+) -> None:
+    assert lived.killed_at > lived.saved.step
+    assert stored_steps(lived.run) == [*range(1, saved[-1].step + 1)]
+    assert stored_steps(lived.before) == [*range(1, lived.killed_at + 1)]
+    for step in range(lived.saved.step + 1, lived.killed_at + 1):
+        assert group_ids(lived.before, step) == group_ids(lived.run, step)
+    # Each checkpoint names the groups that were begun and not yet used: the next step's.
+    for at in saved:
+        due = PLACES * at.step
+        assert at.buffer == BufferState(due + PLACES, tuple(range(due, due + PLACES)))
+
+
+def test_sampler_and_learner_stay_one_policy(metrics: dict[str, dict[int, float]]) -> None:
+    """Up to the version between them; whoever sampled had the weights of its time."""
+    for step, gap in metrics["learner/logprob_gap"].items():
+        assert metrics["policy/lag_max"][step] or gap < MISMATCH_LIMIT["float32"]
+
+
+def group_ids(run: Path, step: int) -> list[str]:
+    """In the order in which the step learnt from them."""
+    return list(dict.fromkeys(read_rollouts(run, step)["group_id"].to_pylist()))
+
+
+def test_each_group_that_the_seed_asks_for_is_there_once_in_its_place_and_within_the_bound(
+    lived: Lived, metrics: dict[str, dict[int, float]]
+) -> None:
+    recipe, run = load_recipe(lived.run / "recipe.toml"), lived.run
+    sources, steps = open_sources(recipe.tasks), stored_steps(run)
+    for name in ("policy/version", "sampler/count", "refill/missing", "learner/lr"):
+        assert sorted(metrics[name]) == steps, "one value a step, none of a life that is over"
     seen: set[str] = set()
-    for step in range(1, driver.steps() + 1):
-        rows = read_rollouts(driver.run, step).to_pylist()
-        ids = {row["rollout_id"] for row in rows}
-        groups = {row["group_id"] for row in rows}
-        assert len(rows) == len(ids) == GROUPS * SIZE and len(groups) == GROUPS
-        assert not groups & seen
-        seen |= groups
-        # On-policy, whoever sampled it: one started again had the weights of its time.
-        assert {v for row in rows for v in row["versions"]} == {step - 1}
-    gaps = [r for r in read_metrics(driver.run).to_pylist() if r["name"] == "learner/logprob_gap"]
-    assert len(gaps) == driver.steps() and max(r["value"] for r in gaps) < MISMATCH_LIMIT["float32"]
+    version, lags, budgets = 0, set[int](), set[tuple[bool, bool]]()
+    for step in steps:
+        scored = read_scored(run, step)
+        extra = len(scored) - PLACES
+        own = step_problems(sources, recipe.seed, step - 1, PLACES)
+        asked = free_requests(recipe, step, own)
+        asked += extra_requests(recipe, sources, step, range(extra))
+        ids = [one.group.group_id for one in scored]
+        assert ids == [request.group_id for request in asked] and not seen & set(ids)
+        seen |= set(ids)
+        assert all(len(one.group.rollouts) == SIZE for one in scored)
+        # Dynamic sampling: what it counts is so, and it gave up for want of budget alone.
+        assert [one.has_gradient for one in scored] == [cares_for(name) for name in ids]
+        missing = PLACES - sum(cares_for(name) for name in ids)
+        rounds = metrics["refill/rounds"][step]
+        assert metrics["refill/extra_groups"][step] == extra <= EXTRA and rounds <= ROUNDS
+        assert metrics["refill/missing"][step] == missing >= 0
+        assert not missing or extra == EXTRA or rounds == ROUNDS
+        budgets.add((extra > 0, missing > 0))
+        # No token is older than the bound, and there are some of that age.
+        found = {version - int(v) for one in scored for r in one.group.rollouts for v in r.versions}
+        assert found <= {0, 1} and metrics["policy/lag_max"][step] == max(found)
+        lags |= found
+        version += any(one.has_gradient for one in scored)
+        assert metrics["policy/version"][step] == version
+    assert lags == {0, 1}
+    assert budgets == {(False, False), (True, False), (True, True)}
+
+
+def test_each_token_was_drawn_from_the_weights_that_it_names(
+    lived: Lived, metrics: dict[str, dict[int, float]], saved: list[Position]
+) -> None:
+    """Whoever drew it: a sampler that is new, was started again, or resumed."""
+    two = [at for at in saved if metrics["sampler/count"][at.step] == 2]
+    assert check_weights(lived.run, two[-3:]) == {"sampler-0", "sampler-1"}
+    assert check_weights(lived.run, [lived.saved]) == {"sampler-0"}
+
+
+def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
+    """Tokens of a version were drawn from the weights that a checkpoint of that version holds.
+
+    Looked up on one group of each sampler in the two steps after each of these checkpoints; also
+    where the text before a token was drawn under older weights. Returns the samplers that were
+    looked at.
+    """
+    seen: set[str] = set()
+    others: list[float] = []
+    for at in after:
+        policy, processor = load_policy(str(checkpoint_folder(run, at.step)))
+        collate = Collator(policy.eval(), processor)
+        for step in (at.step + 1, at.step + 2):
+            groups = {
+                one.group.rollouts[0].sampler: one.group
+                for one in read_scored(run, step)
+                if (one.group.rollouts[0].versions == at.version).any()
+            }
+            for sampler, group in groups.items():
+                rollouts, image = group.rollouts, group.problem.image
+                sequences = [
+                    TrainSequence(
+                        r.prompt_ids, r.response_ids, image, r.segments, r.logprobs, 0 * r.logprobs
+                    )
+                    for r in rollouts
+                ]
+                with torch.no_grad():
+                    own = policy.run(collate(sequences))[0].numpy()
+                theirs = np.concatenate([r.logprobs for r in rollouts])
+                drawn = np.concatenate([r.versions for r in rollouts]) == at.version
+                assert np.abs(own - theirs)[drawn].max() < CLOSE, (step, sampler)
+                others += np.abs(own - theirs)[~drawn].tolist()
+                seen.add(sampler)
+    assert not others or max(others) > CLOSE, "a token of other weights has another log-prob"
+    return seen

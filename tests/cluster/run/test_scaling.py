@@ -14,15 +14,15 @@ from cluster.recipe.machine import claimed
 from cluster.recipe.recipe import UserError, load_recipe
 from cluster.run.scaling import WISH, ask, asked, scale_as_asked
 from rollout.dispatch import PoolLimits
-from tests.cluster.run.test_resume import RECIPE
 from tests.support.pretend import Samplers, request
+from tests.support.recipes import recipe_text
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "recipe.toml").write_text(RECIPE.format(model="m"))
+    (folder / "recipe.toml").write_text(recipe_text())
     return folder
 
 

@@ -1,53 +1,65 @@
-"""`equipoise sft` on real parts: measured on the way; killed, and gone on with as if it had not."""
+"""`equipoise sft`: measured on the way; stopped, and gone on with as if it had not been."""
 
 from __future__ import annotations
 
 import json
-import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
-from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
+from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
+from cluster.record.evaluation import EvalTable
 from cluster.record.stored import read_metrics
+from cluster.record.terminal import Progress
 from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import Position, newest, resume
-from cluster.run.sft import past_shares
+from cluster.run.evaluate import PASSES
+from cluster.run.sft import measure_checkpoint, past_shares
 from learner.balance import Balance, SegmentGradients
-from learner.checkpoint import checkpoint_folder, checkpoint_folders, seal, write_json
+from learner.checkpoint import checkpoint_folder, seal, write_json
 from learner.settings import SftConfig
 from tasks.files import replacing
 from tests.cluster.run.test_resume import TABLE
-from tests.support.real_runs import TINY_SUDOKU, start, wait_for
+from tests.support.live_driver import Driver
+from tests.support.recipes import GRAPH, SUDOKU, made_recipe, recipe_file, recipe_text
 
-RECIPE = (
-    TINY_SUDOKU
-    + """
+STEPS, SAVED = 12, 5
+RECIPE = f"""
+seed = 3
+model.max_model_len = 192
+
 [sampler]
 max_tokens = 48
+start_timeout_seconds = 900.0
+
 [sft]
-steps = {steps}
+steps = {STEPS}
 batch_size = 4
 learning_rate = 1e-3
 warmup_steps = 6
 balance = "ngdiff"
 norm_every = 3
+vision_warmup_steps = 2
+
 [eval]
 problems = 4
-every = {every}
+passes = ["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+every = {SAVED}
+
 [checkpoint]
-every = {saved}
+every = {SAVED}
 """
-)
 
 
 def stored(folder: Path, position: Position) -> Path:
     """The folder of a run with one training checkpoint."""
-    source = folder.parent / "source.toml"
-    source.write_text(RECIPE.format(model="m", steps=9, every=2, saved=3))
     folder.mkdir()
-    (folder / "recipe.toml").write_text(resolved_toml(load_recipe(source)))
+    recipe = load_recipe(recipe_file(folder.parent, RECIPE), ["sft.steps=9"])
+    (folder / "recipe.toml").write_text(resolved_toml(recipe))
     with replacing(checkpoint_folder(folder, position.step)) as fresh:
         (fresh / "training").mkdir()
         write_json(fresh / "training" / "state.json", position.to_dict())
@@ -116,94 +128,124 @@ def test_going_on_keeps_the_warm_up_and_forgets_later_updates(tmp_path: Path) ->
 # --- on real parts ----------------------------------------------------------------------------
 
 
-def updates(run: Path) -> dict[tuple[int, str], float]:
-    """What every update logged, without what only tells of time."""
-    return {
-        (row["step"], row["name"]): row["value"]
-        for row in read_metrics(run).to_pylist()
-        if row["name"].startswith("sft/") and "seconds" not in row["name"]
-    }
+@dataclass(frozen=True)
+class Lived:
+    """A run of SFT on both tasks that ended, lost its last checkpoint, and went on.
+
+    Attributes:
+        before: its folder when it had ended; torn: a file of its last checkpoint, cut short then.
+        ended, again: (step, metric) -> value, when it had ended, and when it was told to stop.
+        printed: in its second life.
+    """
+
+    run: Path
+    before: Path
+    torn: Path
+    ended: dict[tuple[int, str], float]
+    again: dict[tuple[int, str], float]
+    printed: str
 
 
-def logged(run: Path) -> int:
-    """Updates since the run was last started."""
-    return len(list((run / "metrics").glob("part-*.parquet")))
+def metrics_of(run: Path) -> dict[tuple[int, str], float]:
+    return {(row["step"], row["name"]): row["value"] for row in read_metrics(run).to_pylist()}
 
 
-def test_a_killed_sft_goes_on_as_if_it_had_not_been(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    """Killed, its last checkpoint torn: the updates since the one before come again."""
-    recipe, run, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out.log"
-    recipe.write_text(RECIPE.format(model=tiny_models["qwen3_vl"], steps=1000, every=0, saved=5))
-    driver = start(log, "sft", str(recipe), "--output", str(run))
+@pytest.fixture(scope="module")
+def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    recipe = recipe_text(RECIPE, model=tiny_models["qwen3_vl"], tasks=f"{SUDOKU}, {GRAPH}")
+    driver = Driver(tmp_path_factory.mktemp("sft"), recipe, command="sft")
     try:
-        wait_for(lambda: logged(run) >= 13, driver, log)
-        below = psutil.Process(driver.pid).children(recursive=True)
+        assert driver.end() == 0, driver.printed()
+        torn = driver.keep_and_tear()
+        driver.resume("sft.steps=1000", "eval.every=0")
+        # By then what the first life left of later updates is gone.
+        driver.wait("its going on", lambda: "going on after update" in driver.printed())
+        driver.wait("new updates", lambda: driver.logged() > STEPS % SAVED, pause=0.05)
+        driver.stop()
     finally:
-        driver.kill()
-        driver.wait()
-    _, alive = psutil.wait_procs(below, timeout=20)
-    for process in alive:
-        process.kill()
-    before = updates(run)
-    killed = max(step for step, _ in before)
-    kept, last = checkpoint_folders(run)
-    torn = last / "training" / "optimizer-0000.safetensors"
-    torn.write_bytes(torn.read_bytes()[:-100])
-    goes_on = int(kept.name[5:])
-    assert 0 < goes_on == int(last.name[5:]) - 5 < killed
+        driver.clean_up()
+    assert not driver.extensions.exists(), "a learner starts without minutes of compiling"
+    ended, again = metrics_of(driver.before), metrics_of(driver.run)
+    return Lived(driver.run, driver.before, torn, ended, again, driver.printed())
 
-    driver = start(log, "sft", "--resume", str(run))
-    try:
-        # By then what the killed run left of later updates is gone.
-        wait_for(lambda: "going on after update" in log.read_text(), driver, log)
-        wait_for(lambda: logged(run) >= killed - goes_on, driver, log)
-        driver.send_signal(signal.SIGTERM)
-        assert driver.wait(120) == 0, log.read_text()
-    finally:
-        driver.kill()
-        driver.wait()
-    printed = log.read_text()
-    assert f"checkpoint refused: {torn}: has" in printed
-    assert f"going on after update {goes_on}" in printed
-    assert f"equipoise sft --resume {run}" in printed
 
-    after = updates(run)
-    assert {step for step, _ in before} == set(range(1, killed + 1))
+def test_it_goes_on_as_if_it_had_not_ended(lived: Lived) -> None:
+    """From the checkpoint before the torn one, so that updates come again."""
+    goes_on = STEPS // SAVED * SAVED
+    assert f"checkpoint refused: {lived.torn}: has" in lived.printed
+    assert f"going on after update {goes_on}" in lived.printed
+    before, after = (
+        {key: v for key, v in found.items() if key[1][:4] == "sft/" and "seconds" not in key[1]}
+        for found in (lived.ended, lived.again)
+    )
+    assert {step for step, _ in before} == set(range(1, STEPS + 1))
     assert {"sft/lambda", "sft/loss", "sft/grad_norm/perception"} <= {name for _, name in before}
     for key in before:
         assert after[key] == pytest.approx(before[key], rel=2e-3, abs=2e-5), key
     # Neither λ nor the loss stands still, so going on from another state would show.
     for name in ("sft/lambda", "sft/loss"):
-        again = {round(v, 4) for (step, of), v in after.items() if of == name and step > goes_on}
-        assert len(again) > 1
-
-    stopped = newest(run)
-    assert stopped.position.command == "sft" and not stopped.refused
-    assert stopped.position.step >= killed and set(stopped.position.balance) == {"ngdiff", "pull"}
+        again = {v for (step, of), v in before.items() if of == name and step > goes_on - 3}
+        assert len({round(v, 4) for v in again}) > 1
 
 
-def test_sft_measured_on_the_way_tells_before_and_after(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe, run, log = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out.log"
-    recipe.write_text(RECIPE.format(model=tiny_models["qwen3_vl"], steps=5, every=2, saved=0))
-    driver = start(log, "sft", str(recipe), "--output", str(run))
-    try:
-        assert driver.wait(900) == 0, log.read_text()
-    finally:
-        driver.kill()
-        driver.wait()
-    metrics = {(r["step"], r["name"]): r["value"] for r in read_metrics(run).to_pylist()}
-    assert {step for step, name in metrics if name == "eval/sudoku/a_r"} == {0, 2, 4, 5}
+def test_a_first_signal_lets_the_update_end_and_leaves_a_checkpoint(lived: Lived) -> None:
+    stored = newest(lived.run)
+    done = max(step for step, name in lived.again if name == "sft/loss")
+    assert not stored.refused and stored.position.step == done > STEPS
+    assert f"stopped after update {done}; equipoise sft --resume {lived.run}" in lived.printed
+    assert stored.position.command == "sft"
+    assert set(stored.position.balance) == {"ngdiff", "pull"}
+
+
+def test_it_is_measured_on_the_way_and_tells_before_and_after(lived: Lived) -> None:
+    for task in ("sudoku", "graph_coloring"):
+        measured = {step for step, name in lived.ended if name == f"eval/{task}/a_r"}
+        assert measured == {0, 5, 10, STEPS}
     # Each measurement but the first follows a transfer of the weights.
-    sent = {step for step, name in metrics if name == "transfer/bytes"}
-    assert sent == {2, 4, 5} and metrics[5, "transfer/bytes"] > 1e6
-    evaluation = json.loads((run / "evaluation.json").read_text())["sudoku"]
-    for when, step in (("before", 0), ("after", 5)):
-        for row in evaluation[when]["rows"]:
-            assert row["value"] == metrics[step, f"eval/sudoku/{row['metric']}"]
-        assert len(evaluation[when]["per_problem"]["a_r"]) == 4
-    assert "metric" in evaluation["change"]["rows"][0]
-    assert (run / "checkpoint" / "README.md").is_file() and (run / "sft.json").is_file()
+    sent = {step for step, name in lived.ended if name == "transfer/bytes"}
+    assert sent == {5, 10, STEPS} and lived.ended[STEPS, "transfer/bytes"] > 1e6
+    evaluation = json.loads((lived.before / "evaluation.json").read_text())
+    for task in ("sudoku", "graph_coloring"):
+        for when, step in (("before", 0), ("after", STEPS)):
+            for row in evaluation[task][when]["rows"]:
+                assert row["value"] == lived.ended[step, f"eval/{task}/{row['metric']}"]
+            assert len(evaluation[task][when]["per_problem"]["a_r"]) == 4
+        assert "metric" in evaluation[task]["change"]["rows"][0]
+        found = {row["metric"]: row for row in evaluation[task]["after"]["rows"]}
+        for name in ("a", "a_p", "a_p_graded", "a_r", "a_r_blank", "blind", "leak", "a avg@1"):
+            assert found[name]["n"] == 4
+            assert 0 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= 1
+
+
+def test_it_learns_each_segment_after_a_warm_up_and_leaves_a_card(lived: Lived) -> None:
+    for segment in ("perception", "reasoning", "answer"):
+        assert lived.ended[10, f"sft/nll/{segment}"] < lived.ended[1, f"sft/nll/{segment}"]
+    assert (2, "warmup/sudoku/accuracy") in lived.ended
+    card = (lived.before / "checkpoint" / "README.md").read_text()
+    assert "perception's share" in card and "a_r_blank" in card
+    assert (lived.before / "sft.json").is_file()
+
+
+def test_without_measuring_on_the_way_a_run_is_measured_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By samplers of its last checkpoint, when the learner has gone, in all passes."""
+    recipe = made_recipe("sft.steps=9", 'eval.passes=["greedy"]')
+    asked: list[str] = []
+    passes: list[str] = []
+
+    @contextmanager
+    def samplers(recipe: Recipe, model: str) -> Iterator[str]:
+        asked.append(model)
+        yield "samplers"
+
+    def evaluated(samplers: str, sources: Any, recipe: Recipe) -> dict[str, EvalTable]:
+        passes.extend(recipe.eval.passes)
+        return {"sudoku": TABLE}
+
+    monkeypatch.setattr("cluster.run.sft.sampling_from", samplers)
+    monkeypatch.setattr("cluster.run.sft.evaluate_all", evaluated)
+    assert measure_checkpoint(recipe, [], tmp_path, Progress(9)) == {"sudoku": TABLE}
+    assert asked == [str(tmp_path / "checkpoint")] and passes == [*PASSES]
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert stored == {"sudoku": TABLE.to_dict()}
