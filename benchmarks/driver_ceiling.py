@@ -34,10 +34,9 @@ from cluster.run.train import train_batches
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup
 from rewards.terms import load_term, score_group
-from rollout.buffer import Order
-from rollout.dispatch import PoolLimits
 from rollout.pool import SamplerPool
 from rollout.record import Group, SampleRequest
+from rollout.settings import Order, SamplerConfig
 from tasks.core import Problem
 from tasks.load import load_task
 
@@ -105,7 +104,7 @@ class SimulatedSampler:
     def call(self, method: str, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
         if method != "answer":
-            future.set_result(1 << 20 if method == "ready" else None)
+            future.set_result((1 << 20, None) if method == "ready" else None)
         else:
             self._simulation.after(0.0, lambda: self._begin(args[0], future))
         return future
@@ -167,7 +166,7 @@ class Driver:
     ) -> None:
         self.recipe = recipe_of(samplers, staleness, order, in_flight)
         self._simulation = Simulation(seconds, templates)
-        limits = PoolLimits(sequences=SLOTS * GROUP)
+        limits = SamplerConfig(max_num_seqs=SLOTS * GROUP)
         self._pool = SamplerPool(
             lambda name: SimulatedSampler(name, self._simulation), samplers, limits
         )

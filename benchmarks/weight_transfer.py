@@ -2,38 +2,65 @@
 
     python -m benchmarks.weight_transfer
 
-A random Qwen3-VL of about 100 million parameters, from a learner's weight source through
-`HostSender` into a real vLLM engine on this machine, against a copy of the same bytes in memory,
-in turns. Extra memory of sender and engine: the high-water mark of a process's resident memory
-during a transfer less what it held before; to it come two files in shared memory. Linux only.
+A random Qwen3-VL of about 100 million parameters, from a learner's weight source in one process
+through Ray's object store into a sampler with a real vLLM engine on this machine, against a copy
+of the same bytes in memory, in turns. Extra memory of a process: the high-water mark of its
+resident memory during a transfer less what it held before. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
 import tempfile
-import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from learner.tiny import make_tiny
-from learner.weights import GatheredWeights
-from rollout.engine import Engine, EngineSettings
-from rollout.settings import TransferConfig
-from rollout.transfer import HostSender
+from learner.weights import GatheredWeights, stored
+from rollout.record import Weights
+from rollout.sampler import ray_samplers
+from rollout.settings import ModelConfig, SamplerConfig, TransferConfig
+from rollout.transfer import TransferReport
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 11
 DEADLINE = 600.0
+
+
+@ray.remote(num_cpus=0)
+class Source:
+    """Rank 0 of a learner, as far as weights go: one rank holds whole parameters."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder)
+        bucket = int(TransferConfig().bucket_mib * 2**20)
+        self._source = GatheredWeights(model, nullcontext, torch.float32, bucket)
+        self._target = {name: torch.empty_like(t).fill_(0) for name, t in self._source}
+
+    def publish(self) -> Iterator[Any]:
+        """See `learner.actor.LearnerRank`."""
+        yield from stored(self._source.iter_groups())
+
+    def copy_seconds(self) -> float:
+        """Wall time of a copy of all weights into memory that is there already."""
+        start = time.perf_counter()
+        for name, tensor in self._source:
+            self._target[name].copy_(tensor)
+        return time.perf_counter() - start
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
 
 
 def main() -> None:
@@ -42,47 +69,60 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the engine and of the learner")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    variables = {"PYTHONPATH": os.getcwd()}
     with tempfile.TemporaryDirectory() as folder:
-        model = scaled_model(Path(folder))
-        # One rank holds whole parameters, so there is nothing to gather.
-        bucket = int(TransferConfig().bucket_mib * 2**20)
-        source = GatheredWeights(model, nullcontext, torch.float32, bucket)
-        names = [meta.name for meta in source.metadata()]
-        client = EngineClient(EngineSettings(folder, max_model_len=256, threads=given.threads))
-        sender = HostSender([client], DEADLINE)
-        sender.send(source, 1, 0)  # what is done once is not timed: pages, vLLM's first reload
-        engine = next(
-            p.pid for p in psutil.Process().children(recursive=True) if "VLLM" in p.name()
+        million = scaled_model(Path(folder)) / 1e6
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": variables},
         )
-        seconds, copies = [], []
-        extra: dict[int, list[int]] = {os.getpid(): [], engine: []}
-        target = {name: torch.empty_like(t).fill_(0) for name, t in source}
-        report = None
-        client.seconds.clear()
+        source = Source.remote(folder, given.threads)  # type: ignore[attr-defined]
+        settings = SamplerConfig(threads=given.threads)
+        sampler = ray_samplers(ModelConfig(path=folder, max_model_len=256), settings)("sampler-0")
+        ray.get(sampler.call("ready", None), timeout=DEADLINE)
+        found: dict[str, list[float]] = {"publish": [], "fetch and load": [], "memcpy": []}
+        below = [(p.pid, "".join(p.cmdline())) for p in psutil.Process().children(recursive=True)]
+        watched = {"learner": ray.get(source.pid.remote())}
+        for name, title in (("sampler", "ray::Sampler"), ("engine", "VLLM")):
+            watched[name] = next(pid for pid, line in below if line.startswith(title))
+        extra: dict[str, list[float]] = {name: [] for name in watched}
+        # What is done once is not timed: pages, vLLM's first reload.
+        weights = transfer(source, sampler, 1, found)
+        for spent in found.values():
+            spent.clear()
         for version in range(2, given.repeats + 2):
-            copies.append(copy_seconds(source, target))
-            before = {process: reset_high_water(process) for process in extra}
-            report = sender.send(source, version, 0)
-            for process, rises in extra.items():
-                rises.append(high_water(process) - before[process])
-            assert report is not None
-            seconds.append(report.seconds)
-        assert report is not None
-        client.stop()
-    million = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{million:.1f} M parameters, {len(names)} tensors, {report.bytes / 2**20:.0f} MiB")
-    print(f"groups: {report.groups}, largest {report.largest_group_bytes / 2**20:.1f} MiB")
-    print(f"transfer: {spread(seconds)} s; memcpy of the same bytes: {spread(copies)} s")
-    ratios = [t / c for t, c in zip(seconds, copies, strict=True)]
+            found["memcpy"].append(ray.get(source.copy_seconds.remote()))
+            before = {name: reset_high_water(pid) for name, pid in watched.items()}
+            weights = transfer(source, sampler, version, found)
+            for name, pid in watched.items():
+                extra[name].append((high_water(pid) - before[name]) / 2**20)
+        sampler.kill()
+        ray.shutdown()
+    report = TransferReport.of(weights, 0.0)
+    tensors = sum(map(len, weights.manifest))
+    print(f"{million:.1f} M parameters, {tensors} tensors, {report.bytes / 2**20:.0f} MiB")
+    print(f"buckets: {report.groups}, largest {report.largest_group_bytes / 2**20:.1f} MiB")
+    whole = [p + f for p, f in zip(found["publish"], found["fetch and load"], strict=True)]
+    for name, spent in {"transfer": whole, **found}.items():
+        print(f"{name}: {spread(spent)} s")
+    ratios = [t / c for t, c in zip(whole, found["memcpy"], strict=True)]
     print(f"transfer over memcpy, pair by pair: {spread(ratios)}")
-    for method, spent in client.seconds.items():
-        print(f"  of a transfer, waiting for {method}: {sum(spent) / given.repeats:.3f} s")
-    waiting = sum(map(sum, client.seconds.values())) / given.repeats
-    print(f"  the rest, gathering and writing: {statistics.mean(seconds) - waiting:.3f} s")
-    for process, rises in extra.items():
-        name = "engine" if process == engine else "sender"
-        print(f"{name}'s extra resident memory: {spread([x / 2**20 for x in rises])} MiB")
+    for name, rises in extra.items():
+        print(f"{name}'s extra resident memory: {spread(rises)} MiB")
+
+
+def transfer(source: Any, sampler: Any, version: int, found: dict[str, list[float]]) -> Weights:
+    """Publish a version and have the sampler load it; the seconds of both go into `found`."""
+    start = time.perf_counter()
+    *buckets, manifest = source.publish.remote()
+    weights = Weights(version, ray.get(manifest, timeout=DEADLINE), tuple(buckets))
+    published = time.perf_counter()
+    ray.get(sampler.call("renew", weights), timeout=DEADLINE)
+    found["publish"].append(published - start)
+    found["fetch and load"].append(time.perf_counter() - published)
+    return weights
 
 
 def spread(values: list[float]) -> str:
@@ -90,8 +130,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def scaled_model(folder: Path) -> Any:
-    """A tiny Qwen3-VL's checkpoint with a text model of about 100 million random weights."""
+def scaled_model(folder: Path) -> int:
+    """A tiny Qwen3-VL's checkpoint, its text model of about 100 million weights; how many."""
     make_tiny("qwen3_vl", folder)
     config = Qwen3VLConfig.from_pretrained(folder)
     text = config.text_config
@@ -104,50 +144,7 @@ def scaled_model(folder: Path) -> Any:
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(config).to(torch.float32)
     model.save_pretrained(folder)
-    return model
-
-
-def copy_seconds(source: GatheredWeights, target: dict[str, torch.Tensor]) -> float:
-    """Wall time of a copy of all weights into memory that is there already."""
-    start = time.perf_counter()
-    for name, tensor in source:
-        target[name].copy_(tensor)
-    return time.perf_counter() - start
-
-
-class EngineClient:
-    """An engine in this process's own event loop, as `rollout.transfer` sees a sampler."""
-
-    name = "sampler-0"
-
-    def __init__(self, settings: EngineSettings) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._engine = self._run(self._start(settings)).result(DEADLINE)
-
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        return self._run(self._timed(method, *args))
-
-    def wait(self, future: Future[Any], seconds: float) -> Any:
-        return future.result(seconds)
-
-    def stop(self) -> None:
-        """Shut the engine's process down."""
-        self._engine.shutdown()
-
-    async def _start(self, settings: EngineSettings) -> Engine:
-        return Engine.start(settings)
-
-    async def _timed(self, method: str, *args: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return await getattr(self._engine, method)(*args)
-        finally:
-            self.seconds.setdefault(method, []).append(time.perf_counter() - start)
-
-    def _run(self, work: Any) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    return sum(p.numel() for p in model.parameters())
 
 
 def reset_high_water(process: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
 from learner.trainer import LearnerSetup, Trainer, WorldPlace
+from learner.weights import stored
+from rollout.record import Weights
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,17 +46,18 @@ class LearnerRank:
         """Call a method of the trainer."""
         return getattr(self._trainer, method)(*args, **options)
 
+    def publish_weights(self) -> Iterator[Any]:
+        yield from stored(self._trainer.weights().iter_groups())
+
+    def gather_weights(self) -> None:
+        for _ in self._trainer.weights().iter_groups():
+            pass
+
     def attach_sender(self, sender: Any) -> None:
         self._sender = sender
 
     def send_weights(self, version: int) -> Any:
         return self._sender.send(self._trainer.weights(), version, self._rank)
-
-    def begin_weights(self, version: int) -> None:
-        self._sender.begin(self._trainer.weights(), version, self._rank)
-
-    def finish_weights(self) -> Any:
-        return self._sender.finish()
 
 
 def on_every_rank(
@@ -64,8 +67,6 @@ def on_every_rank(
 
     @functools.wraps(method)
     def call(group: LearnerGroup, /, *args: P.args, **options: P.kwargs) -> R:
-        if method.__name__ == "update":
-            group.updates += 1
         once = [ray.put(value) for value in args]  # not once a rank
         found: R = group.on_ranks("call", method.__name__, *once, **options)
         return found
@@ -95,8 +96,6 @@ class LearnerGroup:
             for rank in range(learner.ranks)
         ]
         self._setup = setup
-        self.updates = 0
-        """Updates that were begun; two equal readings bracket weights that did not change."""
 
     def start(self) -> None:
         """Load the model and start the trainer on every rank."""
@@ -111,9 +110,10 @@ class LearnerGroup:
         """Call a method of `LearnerRank` on every rank, and `wait`."""
         return self.wait([getattr(r, name).remote(*args, **options) for r in self._ranks])
 
-    def wait(self, futures: list[Any]) -> Any:
+    def wait(self, futures: list[Any], then: Callable[[list[Any]], None] | None = None) -> Any:
         """Rank 0's result once all ranks are done; the first failure is raised as it happens.
 
+        `then` hears of those that are done, as they are.
         Raises TimeoutError naming the ranks that did not answer in time.
         """
         pending, limit = list(futures), self._setup.learner.timeout_seconds
@@ -121,6 +121,8 @@ class LearnerGroup:
         while pending:
             done, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()))
             ray.get(done)
+            if then is not None:
+                then(done)
             if pending and not done:
                 silent = [str(rank) for rank, f in enumerate(futures) if f in pending]
                 raise TimeoutError(
@@ -129,21 +131,34 @@ class LearnerGroup:
                 )
         return ray.get(futures[0])
 
+    def publish_weights(self, version: int) -> Weights:
+        """Put the weights into Ray's object store as a policy version.
+
+        They are what rank 0's stream returns, so this process, which called it, owns them: they
+        stay while it refers to them, on the node where they were made, and are fetched from there
+        by Ray alone, whether rank 0 lives, is stopped or is gone.
+        """
+        stream = self._ranks[0].publish_weights.remote()
+        others = [rank.gather_weights.remote() for rank in self._ranks[1:]]
+        published: list[Any] = []
+
+        def take(done: list[Any]) -> None:
+            # A stream that broke off is complete like any other; its last value is the error.
+            if stream.completed() in done:
+                published.extend(stream)
+                published.append(ray.get(published.pop()))
+
+        self.wait([stream.completed(), *others], take)
+        *buckets, manifest = published
+        return Weights(version, manifest, tuple(buckets))
+
     def attach_sender(self, sender: Any) -> None:
-        """Give every rank its `rollout.transfer.WeightSender`, kept until the next."""
+        """Give every rank the sender of a GPU transport, kept until the next."""
         self.on_ranks("attach_sender", sender)
 
     def send_weights(self, version: int) -> Any:
-        """Send the weights to all samplers as a policy version; returns rank 0's report."""
+        """Send the weights by that to all samplers; returns rank 0's report."""
         return self.on_ranks("send_weights", version)
-
-    def begin_weights(self, version: int) -> None:
-        """Begin to send them beside what the ranks do next (see `BackgroundSender`)."""
-        self.on_ranks("begin_weights", version)
-
-    def finish_weights(self) -> Any:
-        """Wait for what was begun, once the ranks are idle; returns rank 0's report."""
-        return self.on_ranks("finish_weights")
 
     def stop(self) -> None:
         """Kill the ranks' processes, once a checkpoint that is being written is whole."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+from rollout.record import Piece, checksum
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -24,7 +27,7 @@ class ParameterMeta:
 
 
 class OfferedWeights(ABC):
-    """The weights a trainer offers; fits `rollout.transfer.WeightSource`.
+    """The weights a trainer offers; the shape of vLLM's `WeightSource`.
 
     Iterating may be a collective: every rank does it, in the same order.
     """
@@ -106,6 +109,34 @@ class GatheredWeights(OfferedWeights):
         state = dict(zip(names, tensors, strict=True))
         converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
         return converted
+
+
+def stored(
+    source: Iterable[tuple[list[str], list[torch.Tensor]]],
+) -> Iterator[list[np.ndarray] | tuple[tuple[Piece, ...], ...]]:
+    """What a version of the weights is stored as: each group's bytes, and the manifest at last.
+
+    Bytes are uint8 arrays, one a tensor, which share its memory where it is the host's already:
+    whoever takes a bucket copies it before it asks for the next.
+    """
+    manifest = []
+    for names, tensors in source:
+        flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors]
+        arrays = [tensor.view(torch.uint8).numpy() for tensor in flat]
+        manifest.append(
+            tuple(
+                Piece(
+                    name,
+                    str(tensor.dtype).removeprefix("torch."),
+                    tuple(tensor.shape),
+                    array.nbytes,
+                    checksum(array),
+                )
+                for name, tensor, array in zip(names, tensors, arrays, strict=True)
+            )
+        )
+        yield arrays
+    yield tuple(manifest)
 
 
 def layer_groups(names: list[str]) -> list[list[str]]:

@@ -14,47 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rollout.record import Group
-
-TooOld = Literal["resample", "drop"]
-Order = Literal["problem", "completion"]
+from rollout.settings import StalenessConfig
 
 
 class GroupBufferError(RuntimeError):
     """A group came back that nobody waits for, or was started twice; names the group."""
-
-
-@dataclass(frozen=True)
-class BufferRule:
-    """What a step takes, and how old it may be.
-
-    Attributes:
-        groups: groups a step learns from.
-        max_staleness: policy versions that the oldest token may lag behind; 0 is on-policy.
-        versions_per_step: policy versions that a step makes at most (its updates).
-        too_old: what becomes of a group beyond the bound: its problem is sampled again, or it
-            is dropped and another problem takes its turn.
-        order: `problem`: a step learns from the next problems of the run, the same as without
-            staleness, and waits for the slowest of them. `completion`: from the groups that are
-            complete, oldest first; long responses are then learnt from later, or are too old.
-    """
-
-    groups: int
-    max_staleness: int = 0
-    versions_per_step: int = 1
-    too_old: TooOld = "resample"
-    order: Order = "problem"
-
-    @property
-    def steps_ahead(self) -> int:
-        """Steps whose groups may be sampled before the weights they are learnt with are there.
-
-        A group started `s` steps ahead is `s` x `versions_per_step` versions old when its step
-        begins, if no other overtakes it.
-        """
-        return self.max_staleness // self.versions_per_step
 
 
 @dataclass(frozen=True)
@@ -102,17 +69,18 @@ class GroupBuffer:
 
     def __init__(
         self,
-        rule: BufferRule,
+        rule: StalenessConfig,
         steps: int,
         steps_done: int = 0,
         state: BufferState | None = None,
     ) -> None:
-        state = state or BufferState(steps_done * rule.groups)
+        state = state or BufferState(steps_done * rule.problems_per_step)
         self._rule, self._steps, self._steps_done = rule, steps, steps_done
+        self._groups = rule.problems_per_step
         self._drawn = state.drawn
         self._entries = {place: _Entry(place) for place in state.open}
         self._in_flight: dict[str, _Entry] = {}
-        self._used = steps_done * rule.groups
+        self._used = steps_done * rule.problems_per_step
         self._completed = 0
         self._counts = Counter({"dropped": 0, "resampled": 0, "aborted": 0})
 
@@ -125,7 +93,7 @@ class GroupBuffer:
         can be used in time if each step takes its share, `steps_ahead` steps beyond the one due.
         """
         waiting = [p for p, e in self._entries.items() if not e.group_id]
-        due = min(self._steps_done + 1 + self._rule.steps_ahead, self._steps) * self._rule.groups
+        due = min(self._steps_done + 1 + self._rule.steps_ahead, self._steps) * self._groups
         fresh = range(self._drawn, self._drawn + max(0, due - self._used - len(self._entries)))
         self._drawn += len(fresh)
         self._entries |= {place: _Entry(place) for place in fresh}
@@ -175,7 +143,7 @@ class GroupBuffer:
     def missing(self) -> int:
         """How many more groups must complete, at least, before the step due can be taken."""
         turn = self._turn()
-        return self._rule.groups - sum(entry.group is not None for entry in turn)
+        return self._groups - sum(entry.group is not None for entry in turn)
 
     def take(self, version: int) -> list[Group]:
         """The groups of the step due, in the order of their problems; each is given once.
@@ -185,7 +153,7 @@ class GroupBuffer:
         """
         self.expire(version)
         if missing := self.missing():
-            raise GroupBufferError(f"the step is short of {missing} of {self._rule.groups} groups")
+            raise GroupBufferError(f"the step is short of {missing} of {self._groups} groups")
         turn = sorted(self._turn(), key=lambda entry: entry.place)
         for entry in turn:
             del self._entries[entry.place]
@@ -204,7 +172,7 @@ class GroupBuffer:
         else:
             complete = [entry for entry in entries if entry.group is not None]
             chosen = sorted(complete, key=lambda entry: (entry.oldest or 0, entry.rank))
-        return chosen[: self._rule.groups]
+        return chosen[: self._groups]
 
     # --- telling ------------------------------------------------------------------------------
 

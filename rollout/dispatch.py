@@ -8,152 +8,36 @@ its commands out.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
-from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest
-
-Request = SampleRequest | ScoreRequest
-Cause = Literal["actor", "engine", "silent", "overdue", "garbage", "transfer", "start"]
-"""Why a sampler is lost: its process or its engine died, it does not answer pings, its oldest
-request is overdue, it returned what cannot be, it failed a weight transfer, it did not start."""
+from rollout.jobs import Cause, Command, Died, Job, Refused, Seat, fault_of, not_up
+from rollout.record import ReplyError, SampleRequest
+from rollout.settings import SamplerConfig
 
 OVERFILL = 1.5
 """Sequences handed to an engine, as a multiple of those it runs at once. A group comes back when
 its longest response ends; what waits inside the engine takes the places of the shorter ones."""
 IMAGES_REMEMBERED = 1024
 """Images a sampler is taken to have in its cache, the latest ones."""
-ROUNDING = 1e-3
-"""How far above 0 a log-prob may come out by arithmetic, in nats."""
 
 
 class SamplerLost(RuntimeError):
     """A sampler failed once more than `sampler.max_restarts` allows; names it and the cause."""
 
 
-@dataclass(frozen=True)
-class PoolLimits:
-    """What a pool's samplers may take, by the fields of [sampler] in a recipe."""
-
-    sequences: int = 256
-    """`max_num_seqs`: responses that one engine draws at once."""
-    request_seconds: float = 600.0
-    start_seconds: float = 300.0
-    heartbeat_seconds: float = 120.0
-    max_restarts: int = 3
-    restart_window_seconds: float = 3600.0
-
-
-@dataclass(frozen=True)
-class Died:
-    """In place of a reply: the sampler's process or engine is gone."""
-
-    cause: Cause
-    message: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """In place of a reply: the request's own error, which another sampler would raise too."""
-
-    error: BaseException
-    message: str
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way. `outcome` is set once; then it is over.
-
-    until: when an answer comes too late; None waits for as long as it takes.
-    submitted: belongs to `SamplerPool.submit`, not to a caller that waits for this one.
-    """
-
-    request: Request
-    until: float | None = None
-    submitted: bool = False
-    outcome: Group | np.ndarray | ReplyError | Refused | None = None
-    ticket: int = 0
-
-    @property
-    def id(self) -> str:
-        """The group's id, or the request's."""
-        if isinstance(self.request, SampleRequest):
-            return self.request.group_id
-        return self.request.request_id
-
-    @property
-    def sequences(self) -> int:
-        """Responses that the engine runs for it at once."""
-        return self.request.n if isinstance(self.request, SampleRequest) else 1
-
-    @property
-    def tokens(self) -> int:
-        """At most so many are drawn or scored: what routing goes by."""
-        if isinstance(self.request, SampleRequest):
-            return self.request.n * self.request.sampling.max_tokens
-        return 1 + len(self.request.response_ids)
-
-    @property
-    def image(self) -> int | None:
-        """The key of the image that the engine will look at, as the problem stores it."""
-        if isinstance(self.request, SampleRequest):
-            shown = self.request.view != "none"
-            return hash((self.request.view, self.request.problem.image)) if shown else None
-        return None if self.request.image is None else hash(("shown", self.request.image))
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the pool must do: to sampler `name` in its life number `life`."""
-
-    do: Literal["start", "kill", "retire", "send", "drop", "ping"]
-    name: str
-    life: int
-    ticket: int = 0
-    request: Request | None = None
-
-
-@dataclass(eq=False)
-class Seat:
-    """One sampler of the pool, through all its lives (processes).
-
-    current: it holds the policy's weights; only then does it take work.
-    """
-
-    name: str
-    life: int
-    started: float
-    up: bool = False
-    current: bool = False
-    absent: bool = False
-    retiring: bool = False
-    vocabulary: int = 0
-    running: dict[int, tuple[Job, float]] = field(default_factory=dict)
-    sequences: int = 0
-    tokens: int = 0
-    heard: float = 0.0
-    pinged: float | None = None
-    losses: deque[float] = field(default_factory=deque)
-    images: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    idle: float = 0.0
-    idle_since: float | None = None
-
-    @property
-    def takes_work(self) -> bool:
-        """Whether it is up, with the policy's weights, and stays."""
-        return self.up and self.current and not self.retiring
-
-
 class Dispatch:
     """The state of a pool. Each method is one event; `take` hands out what it asks to be done."""
 
-    def __init__(self, names: Sequence[str], limits: PoolLimits, now: float) -> None:
-        """`initial` until all of `names` are up: until then a late start is an error."""
-        self._limits = limits
+    def __init__(
+        self, names: Sequence[str], settings: SamplerConfig, now: float, renewal: float = 120.0
+    ) -> None:
+        """`renewal`: seconds in which a sampler must have fetched a version of the weights.
+
+        `initial` until all of `names` are up: until then a late start is an error.
+        """
+        self._settings, self._renewal = settings, renewal
         self._prefix = names[0].rpartition("-")[0] if names else "sampler"
         self._next_seat = 0
         self._tickets = 0
@@ -165,7 +49,8 @@ class Dispatch:
         self.submitted: dict[str, Job] = {}
         self.complete: deque[Job] = deque()
         self.version: int | None = None
-        self.transferring = False
+        self.renewed_at: float | None = None
+        self.fetchable = self.transferring = False
         self.initial = True
         self.error: BaseException | None = None
         self.causes: Counter[Cause] = Counter()
@@ -228,10 +113,7 @@ class Dispatch:
         return job
 
     def resize(self, count: int, now: float) -> None:
-        """Make the pool `count` samplers large.
-
-        Those that leave finish what they have and take nothing new.
-        """
+        """Make the pool `count` samplers large; those that leave finish what they have first."""
         staying = [seat for seat in self.seats.values() if not seat.retiring]
         for seat in staying[count:]:
             seat.retiring = True
@@ -239,39 +121,48 @@ class Dispatch:
                 self._close(seat, "retire")
         for _ in range(count - len(staying)):
             self._open(f"{self._prefix}-{self._next_seat}", now)
-
-    def holds(self, version: int, lives: dict[str, int], now: float) -> None:
-        """Samplers (name -> life) have got a policy version; the others are behind from now on."""
-        if version != self.version:
-            for seat in self.seats.values():
-                seat.current = False
-        self.version = version
-        for name, life in lives.items():
-            if (reached := self._seat(name, life)) is not None:
-                reached.current = True
         self._deal(now)
 
-    def behind(self) -> list[str]:
-        """Samplers that are up and wait for the policy's weights."""
-        return [s.name for s in self.seats.values() if s.up and not s.current and not s.retiring]
+    def renew(self, version: int, now: float) -> None:
+        """A version of the weights can be fetched: all samplers do, and until then get no work.
+
+        `renewed_at` says when all that are up had it.
+        """
+        self.version, self.fetchable, self.renewed_at = version, True, None
+        for seat in self.seats.values():
+            seat.version = None
+            if seat.up and seat.renewing is None:
+                self._fetch(seat, now)
+
+    def holds(self, version: int, lives: dict[str, int], now: float) -> None:
+        """Samplers (name -> life) were sent a version, which no other can fetch."""
+        self.version, self.fetchable, self.renewed_at = version, False, now
+        for name, life in lives.items():
+            if (reached := self._seat(name, life)) is not None:
+                reached.version = version
+        self._deal(now)
 
     # What happens to samplers
 
-    def started(self, name: str, life: int, vocabulary: int, now: float) -> None:
-        """A sampler's engine is up; `vocabulary` is the number of its token ids."""
+    def started(
+        self, name: str, life: int, vocabulary: int, version: int | None, now: float
+    ) -> None:
+        """A sampler's engine is up, with a version of the weights and so many token ids."""
         seat = self._seat(name, life)
         if seat is not None and not seat.up:
             seat.up, seat.absent, seat.vocabulary = True, False, vocabulary
             seat.heard, seat.pinged, seat.idle_since = now, None, now
-            # Before the first transfer a sampler's own checkpoint is the policy.
-            seat.current = self.version is None
             self.initial = self.initial and not all(s.up for s in self.seats.values())
-            self._deal(now)
+            self._has(seat, version, now)
+
+    def renewed(self, name: str, life: int, version: int, now: float) -> None:
+        """A sampler has fetched a version of the weights."""
+        if (seat := self._seat(name, life)) is not None:
+            self._has(seat, version, now)
 
     def ponged(self, name: str, life: int, now: float) -> None:
         """A sampler's engine answered a ping."""
-        seat = self._seat(name, life)
-        if seat is not None:
+        if (seat := self._seat(name, life)) is not None:
             seat.heard, seat.pinged = now, None
 
     def replied(self, name: str, life: int, ticket: int, reply: Any, now: float) -> None:
@@ -283,15 +174,16 @@ class Dispatch:
         if isinstance(reply, Died):
             self.lost(name, life, reply.cause, reply.message, now)
             return
-        if not isinstance(reply, Refused):
-            fault = fault_of(reply, job.request, seat.vocabulary)
-            if fault:
-                self.lost(name, life, "garbage", f"{job.id}: {fault}", now)
-                return
+        refused = isinstance(reply, Refused)
+        if not refused and (fault := fault_of(reply, job.request, seat.vocabulary)):
+            self.lost(name, life, "garbage", f"{job.id}: {fault}", now)
+            return
         seat.heard = now
         self._release(seat, ticket, now)
-        self.refused += isinstance(reply, Refused)
-        self._finish(job, reply)
+        self.refused += refused
+        job.outcome = reply
+        if job.submitted:
+            self.complete.append(job)
         if seat.retiring and not seat.running:
             self._close(seat, "retire")
         self._deal(now)
@@ -313,24 +205,35 @@ class Dispatch:
         self.resampled[cause] += sum(isinstance(job.request, SampleRequest) for job in jobs)
         first = message.strip().split("\n")[0]
         self.news.append(f"sampler {name!r} is lost: {first}; {len(jobs)} requests are asked again")
-        self._rest(seat, now)
+        if seat.idle_since is not None:
+            seat.idle += now - seat.idle_since
+        seat.idle_since, seat.pinged = None, None
+        seat.running.clear()
+        seat.sequences = seat.tokens = 0
         if seat.retiring:
             self._close(seat, "kill")
             self._deal(now)
             return
         self._commands.append(Command("kill", name, life))
         seat.losses.append(now)
-        while seat.losses[0] <= now - self._limits.restart_window_seconds:
+        while seat.losses[0] <= now - self._settings.restart_window_seconds:
             seat.losses.popleft()
-        if len(seat.losses) > self._limits.max_restarts:
+        if len(seat.losses) > self._settings.max_restarts:
             self.error = self.error or SamplerLost(
                 f"sampler {name!r} failed {len(seat.losses)} times within "
-                f"{self._limits.restart_window_seconds:g} s, and sampler.max_restarts = "
-                f"{self._limits.max_restarts}; the last time: {message}"
+                f"{self._settings.restart_window_seconds:g} s, and sampler.max_restarts = "
+                f"{self._settings.max_restarts}; the last time: {message}"
             )
             del self.seats[name]
             return
         self._start(seat, now)
+        if not (self.fetchable or self.transferring or self.version is None) and not any(
+            other.version == self.version for other in self.seats.values()
+        ):
+            self.error = self.error or SamplerLost(
+                f"no sampler holds version {self.version} any more, and it was sent to them by a "
+                f"transport that leaves no copy; go on with --resume. The last: {message}"
+            )
         self._deal(now)
 
     def tick(self, now: float) -> None:
@@ -338,35 +241,36 @@ class Dispatch:
         while self._due and self._due[0][0] <= now:
             job = heapq.heappop(self._due)[2]
             if job.outcome is None:
-                at = self._place(job)
+                seat = self._place(job)
                 self.give_up([job], now)
-                message = f"{at or 'no sampler was free'}: no answer in time"
+                message = f"{seat.name if seat else 'no sampler was free'}: no answer in time"
                 job.outcome = ReplyError(job.id, "deadline", message)
-        limits = self._limits
+        settings = self._settings
         for seat in list(self.seats.values()):
             if not seat.up:
-                if now - seat.started > limits.start_seconds:
+                if now - seat.started > settings.start_timeout_seconds:
                     self._late_start(seat, now)
                 continue
             oldest = next(iter(seat.running.values()), None)
-            if oldest is not None and now - oldest[1] > limits.request_seconds:
-                late = (
-                    f"no answer to {oldest[0].id!r} within {limits.request_seconds:g} s "
-                    "(sampler.request_timeout_seconds)"
-                )
-                self.lost(seat.name, seat.life, "overdue", late, now)
-            elif self.transferring:
+            why: tuple[Cause, str] | None = None
+            if oldest is not None and now - oldest[1] > settings.request_timeout_seconds:
+                limit = f"{settings.request_timeout_seconds:g} s (sampler.request_timeout_seconds)"
+                why = "overdue", f"no answer to {oldest[0].id!r} within {limit}"
+            elif seat.renewing is not None and now - seat.renewing > self._renewal:
+                limit = f"the deadline of {self._renewal:g} s (transfer.deadline_seconds)"
+                late = f"sampler {seat.name!r} did not have version {self.version} within {limit}"
+                why = "transfer", f"weight transfer: {late}"
+            elif self.transferring or seat.renewing is not None:
                 seat.pinged = None  # a transfer has a deadline of its own
             elif seat.pinged is None:
-                if now - seat.heard > limits.heartbeat_seconds / 4:
+                if now - seat.heard > settings.heartbeat_seconds / 4:
                     seat.pinged = now
                     self._commands.append(Command("ping", seat.name, seat.life))
-            elif now - max(seat.pinged, seat.heard) > limits.heartbeat_seconds:
-                silent = (
-                    f"no sign of life for {limits.heartbeat_seconds:g} s "
-                    "(sampler.heartbeat_seconds)"
-                )
-                self.lost(seat.name, seat.life, "silent", silent, now)
+            elif now - max(seat.pinged, seat.heard) > settings.heartbeat_seconds:
+                limit = f"{settings.heartbeat_seconds:g} s (sampler.heartbeat_seconds)"
+                why = "silent", f"no sign of life for {limit}"
+            if why is not None:
+                self.lost(seat.name, seat.life, *why, now)
 
     def next_due(self) -> float | None:
         """When the first answer is late; None where none can be."""
@@ -377,7 +281,7 @@ class Dispatch:
         seats = list(self.seats.values())
         found = {
             "asked": float(sum(not seat.retiring for seat in seats)),
-            "count": float(sum(seat.takes_work for seat in seats)),
+            "count": float(sum(map(self._takes_work, seats))),
             "absent": float(sum(seat.absent for seat in seats)),
             "restarts": float(sum(self.causes.values())),
             "resampled": float(sum(self.resampled.values())),
@@ -397,14 +301,34 @@ class Dispatch:
         seat = self.seats.get(name)
         return seat if seat is not None and seat.life == life else None
 
+    def _place(self, job: Job) -> Seat | None:
+        """The sampler that runs a job, if one does."""
+        seats = self.seats.values()
+        return next((s for s in seats if job.ticket and job.ticket in s.running), None)
+
     def _open(self, name: str, now: float) -> None:
         self.seats[name] = Seat(name, 0, now)
         self._next_seat += 1
         self._commands.append(Command("start", name, 0))
 
+    def _takes_work(self, seat: Seat) -> bool:
+        """Whether it is up, with the policy's weights (before the first, its own), and stays."""
+        return seat.up and seat.version == self.version and not seat.retiring
+
+    def _fetch(self, seat: Seat, now: float) -> None:
+        seat.renewing = now
+        self._commands.append(Command("renew", seat.name, seat.life))
+
+    def _has(self, seat: Seat, version: int | None, now: float) -> None:
+        """A sampler holds a version; where that is not the last one, it fetches that now."""
+        seat.version, seat.heard, seat.renewing = version, now, None
+        if version != self.version and self.fetchable:
+            self._fetch(seat, now)
+        self._deal(now)
+
     def _start(self, seat: Seat, now: float) -> None:
         seat.life, seat.started = seat.life + 1, now
-        seat.up = seat.current = False
+        seat.up, seat.version, seat.renewing = False, None, None
         seat.images.clear()
         self._commands.append(Command("start", seat.name, seat.life))
 
@@ -415,56 +339,36 @@ class Dispatch:
     def _late_start(self, seat: Seat, now: float) -> None:
         """A sampler does not come up: no place for it, say. Others go on without it."""
         if self.initial or not any(other.up for other in self.seats.values()):
-            self.error = self.error or TimeoutError(
-                f"sampler {seat.name!r} was not up after {self._limits.start_seconds:g} s "
-                "(sampler.start_timeout_seconds); see its log in the Ray session folder"
-            )
+            self.error = self.error or not_up(seat.name, self._settings.start_timeout_seconds)
             return
         seat.absent = True
         self._commands.append(Command("kill", seat.name, seat.life))
         self._start(seat, now)
 
-    def _rest(self, seat: Seat, now: float) -> None:
-        """Nothing runs on a sampler any more, and it is not up."""
-        if seat.idle_since is not None:
-            seat.idle += now - seat.idle_since
-        seat.idle_since, seat.pinged = None, None
-        seat.running.clear()
-        seat.sequences = seat.tokens = 0
-
-    def _release(self, seat: Seat, ticket: int, now: float) -> Job:
+    def _release(self, seat: Seat, ticket: int, now: float) -> None:
         job = seat.running.pop(ticket)[0]
         job.ticket = 0
         seat.sequences -= job.sequences
         seat.tokens -= job.tokens
         if not seat.running:
             seat.idle_since = now
-        return job
-
-    def _place(self, job: Job) -> str | None:
-        held = (s.name for s in self.seats.values() if job.ticket and job.ticket in s.running)
-        return next(held, None)
 
     def _drop(self, job: Job, now: float) -> None:
         """Take a job from the sampler that runs it, if one does."""
-        name = self._place(job)
-        if name is None:
+        if (seat := self._place(job)) is None:
             return
-        seat = self.seats[name]
-        self._commands.append(Command("drop", name, seat.life, job.ticket))
+        self._commands.append(Command("drop", seat.name, seat.life, job.ticket))
         self._release(seat, job.ticket, now)
         if seat.retiring and not seat.running:
             self._close(seat, "retire")
 
-    def _finish(self, job: Job, outcome: Any) -> None:
-        job.outcome = outcome
-        if job.submitted:
-            self.complete.append(job)
-
     def _deal(self, now: float) -> None:
-        """Hand out what is queued while a sampler has room."""
-        room = OVERFILL * self._limits.sequences
-        free = [s for s in self.seats.values() if s.takes_work and s.sequences < room]
+        """Hand out what is queued while a sampler has room; see whether all have their weights."""
+        up = [seat for seat in self.seats.values() if seat.up]
+        if self.renewed_at is None and up and all(s.version == self.version for s in up):
+            self.renewed_at = now
+        room = OVERFILL * self._settings.max_num_seqs
+        free = [s for s in up if self._takes_work(s) and s.sequences < room]
         while free and (queue := self._urgent or self._waiting):
             job = queue.popleft()
             seat = min(free, key=lambda s: s.tokens)
@@ -490,44 +394,3 @@ class Dispatch:
             if seat.sequences >= room:
                 free.remove(seat)
             self._commands.append(Command("send", seat.name, seat.life, job.ticket, job.request))
-
-
-def fault_of(reply: Any, request: Request, vocabulary: int) -> str:
-    """What is wrong with a sampler's reply, in words; "" where it can be what was asked for."""
-    if isinstance(request, ScoreRequest):
-        if not isinstance(reply, np.ndarray) or reply.shape != request.response_ids.shape:
-            return f"expected {len(request.response_ids)} log-probs, got {_shown(reply)}"
-        return _bad_logprobs(reply)
-    if not isinstance(reply, Group):
-        return f"expected a group, got {_shown(reply)}"
-    if reply.group_id != request.group_id or reply.problem.id != request.problem.id:
-        return f"got the group {reply.group_id!r} of problem {reply.problem.id!r}"
-    if len(reply.rollouts) != request.n:
-        return f"got {len(reply.rollouts)} of {request.n} responses"
-    if len({rollout.rollout_id for rollout in reply.rollouts}) != request.n:
-        return "two responses have one id"
-    for rollout in reply.rollouts:
-        ids = rollout.response_ids
-        lengths = {len(ids), len(rollout.logprobs), len(rollout.versions), len(rollout.segments)}
-        if rollout.group_id != request.group_id:
-            return f"a response is of group {rollout.group_id!r}"
-        if len(lengths) != 1 or len(ids) > request.sampling.max_tokens:
-            return f"token ids, log-probs, versions and segments of lengths {sorted(lengths)}"
-        if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary):
-            return f"token ids from {ids.min()} to {ids.max()} in a vocabulary of {vocabulary}"
-        if fault := _bad_logprobs(rollout.logprobs):
-            return fault
-    return ""
-
-
-def _bad_logprobs(values: np.ndarray) -> str:
-    if not np.isfinite(values).all():
-        return "a log-prob is not finite"
-    if len(values) and values.max() > ROUNDING:
-        return f"a log-prob of {values.max():g}, which is a probability above 1"
-    return ""
-
-
-def _shown(reply: Any) -> str:
-    shape = f" of shape {reply.shape}" if isinstance(reply, np.ndarray) else ""
-    return type(reply).__name__ + shape

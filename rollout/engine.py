@@ -1,14 +1,15 @@
 """The one file that drives vLLM: prompts in, groups of rollouts out, weights in.
 
-Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args`,
-`generate`, `pause_generation`, `start_weight_update`, `update_weights`, `finish_weight_update`,
-`resume_generation`, `is_paused`, `model_config`, `compute_weight_checksums`,
-`reset_prefix_cache`, `reset_encoder_cache`, `shutdown`; `SamplingParams` with
-`n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`, `detokenize=False`,
-FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading of the prefix
-cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids, prompt_logprobs}`,
-`CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`; `VLLMError` above all its
-errors, `EngineDeadError` and `errored`; `worker_extension_cls` and the weight-transfer registry.
+Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args` (both
+in `rollout/starting.py`), `generate`, `pause_generation`, `start_weight_update`, `update_weights`,
+`finish_weight_update`, `resume_generation`, `is_paused`, `model_config`,
+`compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`, `shutdown`;
+`SamplingParams` with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`,
+`detokenize=False`, FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading
+of the prefix cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids,
+prompt_logprobs}`, `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`;
+`VLLMError` above all its errors, `EngineDeadError` and `errored`; `worker_extension_cls` and the
+weight-transfer registry.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import hashlib
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
-from rollout.starting import own_errors, plain_path
-from rollout.tokens import Chat, label_segments, load_processor, load_reader, tokenizer_of
+from rollout.settings import ModelConfig, SamplerConfig
+from rollout.starting import start_engine
+from rollout.tokens import Chat, label_segments
 from tasks.core import DataError, Problem, Task
 from tasks.images import blank_like, check_image
 
@@ -36,27 +37,6 @@ if TYPE_CHECKING:
 # Seconds between looks at whether the engine still lives while something waits for it.
 LOOK_SECONDS = 1.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is started with; sizes in tokens, GiB and threads.
-
-    A `frozen` engine takes no weight updates, and its model may be a text-only language model.
-    """
-
-    model: str
-    dtype: str = "float32"
-    max_model_len: int = 1024
-    max_num_seqs: int = 256
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel: int = 1
-    enforce_eager: bool = True
-    threads: int = 1
-    seed: int = 0
-    transport: str = "host"
-    frozen: bool = False
 
 
 class SamplerError(RuntimeError):
@@ -83,61 +63,24 @@ class Engine:
         self._requests = 0
 
     @classmethod
-    def start(cls, settings: EngineSettings, name: str = "sampler-0") -> Engine:
+    def start(
+        cls,
+        model: ModelConfig,
+        sampler: SamplerConfig,
+        name: str = "sampler-0",
+        *,
+        transport: str = "host",
+        frozen: bool = False,
+        seed: int = 0,
+    ) -> Engine:
         """Load the model and start the engine's processes (10-40 s on a CPU).
 
+        `frozen`: it takes no weight updates, and its model may be a text-only language model.
         Raises ModelError when the folder has no processor, and EngineNotStarted with the
         engine's own error otherwise.
         """
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
-        # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-        if settings.tensor_parallel == 1:
-            # The CPU platform gives an engine core a worker process of its own unless told not
-            # to; AsyncLLM keeps its core in a process either way.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        processor = (load_reader if settings.frozen else load_processor)(settings.model)
-        chosen: dict[str, Any] = {}
-        if tokenizer_of(processor) is not processor:
-            chosen["limit_mm_per_prompt"] = {"image": 1, "video": 0}
-        if not settings.frozen:
-            chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
-            chosen["weight_transfer_config"] = WeightTransferConfig(backend=settings.transport)
-        if current_platform.is_cpu():
-            if settings.enforce_eager:
-                # A few small functions would be compiled all the same, at the first request: that
-                # takes a C++ compiler longer than a CPU run can ever win back.
-                os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-            # A prompt read in pieces throws the token drawn after each piece away and takes its
-            # seed's stream back by an offset, which a CPU's generator does not have.
-            chosen["enable_chunked_prefill"] = False
-        args = AsyncEngineArgs(
-            model=settings.model,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            tensor_parallel_size=settings.tensor_parallel,
-            # One rank needs no worker process of its own beside the engine core's.
-            distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
-            enforce_eager=settings.enforce_eager,
-            seed=settings.seed,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            **chosen,
-        )
-        args.model = plain_path(settings.model)
-        with own_errors(settings.model):
-            llm = AsyncLLM.from_engine_args(args)
-        return cls(llm, processor, name, settings.frozen, settings.seed)
+        llm, processor = start_engine(model, sampler, transport, frozen, seed)
+        return cls(llm, processor, name, frozen, seed)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:
         """Sample `request.n` responses to one problem as one engine request.
@@ -260,6 +203,28 @@ class Engine:
         await self._answered(self._llm.reset_encoder_cache())
         self._version = version
         await self._answered(self._llm.resume_generation())
+
+    async def renew(self, version: int, buckets: AsyncIterator[tuple[int, dict[str, Any]]]) -> None:
+        """Load a version of the weights (`rollout.transfer.fetched`); generation is paused.
+
+        The next bucket is fetched while one is read. Raises what fetching raises; the update is
+        left open then.
+        """
+        await self.begin_weight_update()
+        reading: asyncio.Future[None] | None = None
+        async for held, update in buckets:
+            if reading is not None:
+                await reading
+            reading = asyncio.ensure_future(self._read(held, update))
+        if reading is not None:
+            await reading
+        await self.finish_weight_update(version)
+
+    async def _read(self, held: int, update: dict[str, Any]) -> None:
+        try:
+            await self.load_weights(update)
+        finally:
+            os.close(held)
 
     async def weight_checksums(self) -> dict[str, str]:
         """Digest of every parameter as the engine holds it, keyed by rank and name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tasks.files import recover
 
@@ -88,3 +89,40 @@ def why_missing(model: str) -> str:
         why = f"{type(error).__name__}: {error}"
         return f"{no_folder}; not in the hub's cache either, and the hub cannot be asked ({why})"
     return ""
+
+
+def json_beside(tokenizer: Any, name: str) -> dict[str, Any]:
+    """A JSON file beside a tokenizer's, empty where there is none."""
+    from transformers.utils import cached_file
+
+    if not tokenizer.name_or_path:
+        return {}
+    file = cached_file(
+        tokenizer.name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return {}
+    try:
+        with open(file, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except ValueError as error:
+        raise ModelError(f"{name}: not JSON ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: not a JSON object")
+    return found
+
+
+def token_ids(value: Any) -> list[int]:
+    """Token ids of a config's field, which is one, a list or nothing."""
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int for index in found):
+        raise ModelError(f"eos_token_id: {str(value)[:40]}: neither a token id nor a list of them")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its kind where that is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

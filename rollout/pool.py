@@ -13,41 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from rollout.dispatch import (
-    Cause,
-    Command,
-    Died,
-    Dispatch,
-    Job,
-    PoolLimits,
-    Refused,
-    SamplerLost,
-)
-from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest
-from rollout.transfer import SamplerClient
+from rollout.dispatch import Dispatch, SamplerLost
+from rollout.jobs import Cause, Command, Died, Job, PoolClient, Refused, not_up
+from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest, Weights
+from rollout.settings import SamplerConfig
 
 TICK_SECONDS = 0.5
 """How often the pool looks at the clock when nothing happens."""
-HOOK_SECONDS = 1.0
-"""How long `catch_up` is left alone after a call that left samplers behind."""
 STOP_SECONDS = 10.0
-
-
-class PoolClient(SamplerClient, Protocol):
-    """One life of a sampler, as the pool talks to it."""
-
-    def watch(self, future: Any, then: Callable[[Any], None]) -> None:
-        """Call `then`, on any thread, with the result, or with `Died` or `Refused`."""
-
-    def cancel(self, future: Any) -> None:
-        """Nobody waits for this any more."""
-
-    def kill(self) -> None:
-        """End the process, whatever state it is in."""
+FAILED_IN: dict[str, Cause] = {"start": "start", "renew": "transfer"}
+"""What a loss is put down to, by what a sampler was asked to do."""
 
 
 class SamplerPool:
@@ -55,33 +34,29 @@ class SamplerPool:
 
     `submit` and `collect` are for work that goes on beside the driver; `sample` is a barrier;
     `answer` has a deadline. All may be called from any thread, and side by side.
-
-    `catch_up` may be set by whoever owns the policy: it is called, by the thread that waits in
-    `collect`, `sample` or `answer`, while a transfer is open (`begin_transfer`) or samplers that
-    were started again wait for weights (`behind`). It is to end the one, and to send the others
-    the current version and to report it with `holds`, or to do nothing where that version is not
-    at hand; it is called again then.
     """
 
     def __init__(
         self,
         start: Callable[[str], PoolClient],
         count: int,
-        limits: PoolLimits,
+        settings: SamplerConfig,
         name: str = "sampler",
+        renewal: float = 120.0,
     ) -> None:
-        """`start` starts the process of a sampler, named `<name>-<place>`, and does not wait."""
-        self.catch_up: Callable[[], None] | None = None
-        self._start, self._limits = start, limits
+        """`start` starts the process of a sampler, named `<name>-<place>`, and does not wait.
+
+        `renewal`: seconds in which a sampler must have fetched a version of the weights.
+        """
+        self._weights: Weights | None = None
+        self._start, self._settings = start, settings
         self._clients: dict[str, tuple[int, PoolClient]] = {}
         self._calls: dict[int, Any] = {}
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.RLock())
-        self._hook = threading.Lock()
-        self._hooked = 0.0
         self._stopped = False
         names = [f"{name}-{place}" for place in range(count)]
-        self._dispatch = Dispatch(names, limits, time.monotonic())
+        self._dispatch = Dispatch(names, settings, time.monotonic(), renewal)
         self._carry_out()
         self._thread = threading.Thread(target=self._run, name=f"{name}-pool", daemon=True)
         self._thread.start()
@@ -109,7 +84,7 @@ class SamplerPool:
                 # A refused one is raised by the call that finds it first: no group goes with it.
                 if groups and isinstance(dispatch.complete[0].outcome, Refused):
                     break
-                groups.append(_group(dispatch.collected()))
+                groups.append(dispatch.collected().group())
             return groups
 
     def abort(self, group_ids: Iterable[str]) -> None:
@@ -128,7 +103,7 @@ class SamplerPool:
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
             self._wait(_all_over(jobs))
-            return [_group(job) for job in jobs]
+            return [job.group() for job in jobs]
         except BaseException:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
             raise
@@ -141,14 +116,14 @@ class SamplerPool:
         A request whose sampler is lost is asked again while there is time.
         """
         until = time.monotonic() + seconds
-        jobs = [Job(request, until) for request in requests]
+        jobs, lost = [Job(request, until) for request in requests], ""
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
             self._wait(_all_over(jobs))
         except SamplerLost as error:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
-            return [_answer(job, str(error)) for job in jobs]
-        return [_answer(job, "") for job in jobs]
+            lost = str(error)
+        return [job.answer(lost) for job in jobs]
 
     # Samplers
 
@@ -162,39 +137,46 @@ class SamplerPool:
         with self._changed:
             missing = late()
         if missing:
-            raise TimeoutError(
-                f"sampler {missing[0]!r} was not up after {seconds:g} s "
-                "(sampler.start_timeout_seconds); see its log in the Ray session folder"
-            )
+            raise not_up(missing[0], seconds)
 
-    def behind(self) -> list[str]:
-        """Samplers, new or started again, that wait for weights before they take work."""
+    def renew(self, weights: Weights) -> None:
+        """Have all samplers fetch a version of the weights, as those do that start from now on.
+
+        Each takes work again when it has it. One that fails, or is late, is started again.
+        """
+
+        def published(now: float) -> None:
+            self._weights = weights
+            self._dispatch.renew(weights.version, now)
+
+        self._tell(published)
+
+    def wait_renewed(self) -> float:
+        """Return once all samplers that are up hold the last version: when they did, monotonic.
+
+        Raises SamplerLost where one was lost too often.
+        """
+        self._wait(lambda: self._dispatch.renewed_at is not None)
         with self._changed:
-            return self._dispatch.behind()
+            return self._dispatch.renewed_at or 0.0
 
     @property
     def clients(self) -> list[PoolClient]:
-        """The samplers that are up, to send weights to."""
+        """The samplers that are up."""
         with self._changed:
             return [self._clients[s.name][1] for s in self._dispatch.seats.values() if s.up]
 
     def wait_clients(self) -> list[PoolClient]:
         """The samplers that are up, as soon as one is. Raises SamplerLost where none will be."""
-        self._wait(lambda: any(s.up for s in self._dispatch.seats.values()), hooks=False)
+        self._wait(lambda: bool(self.clients))
         return self.clients
 
-    def clients_behind(self) -> list[PoolClient]:
-        """Those of them that wait for weights."""
-        with self._changed:
-            behind = self.behind()
-            return [client for client in self.clients if client.name in behind]
-
     def begin_transfer(self) -> None:
-        """A transfer begins: no sampler is pinged until `holds` or `replace`."""
+        """The learner sends weights itself: no sampler is pinged until `holds` or `replace`."""
         self._tell(lambda now: setattr(self._dispatch, "transferring", True))
 
     def holds(self, version: int, clients: Sequence[PoolClient]) -> None:
-        """A transfer of a policy version to these clients is over; they take work with it."""
+        """It is over: these clients hold a version, which no other can fetch."""
 
         def reached(now: float) -> None:
             self._dispatch.transferring = False
@@ -203,7 +185,7 @@ class SamplerPool:
 
         self._tell(reached)
 
-    def replace(self, client: SamplerClient, cause: Cause, message: str) -> None:
+    def replace(self, client: PoolClient, cause: Cause, message: str) -> None:
         """End a sampler that is of no use and start it again; nothing where it is ended already.
 
         Raises SamplerLost where it was replaced too often.
@@ -216,7 +198,7 @@ class SamplerPool:
                 self._dispatch.lost(client.name, life, cause, message, now)
 
         self._tell(lose)
-        self._raise()
+        self._wait(lambda: self._dispatch.error is None)
 
     def resize(self, count: int) -> None:
         """Make the pool `count` samplers large; those that leave finish what they have."""
@@ -244,19 +226,17 @@ class SamplerPool:
         One that dies or does not answer is started again, and is left out. Raises SamplerLost
         where one was lost too often, and a sampler's own error where it refuses.
         """
+        seconds = self._settings.request_timeout_seconds
         while True:
             asked = [(c, _watched(c, "weight_checksums")) for c in self.wait_clients()]
-            until = time.monotonic() + self._limits.request_seconds
+            until = time.monotonic() + seconds
             found: dict[str, dict[str, str]] = {}
             for client, future in asked:
                 try:
                     told = future.result(max(0.0, until - time.monotonic()))
                 except TimeoutError:
-                    late = (
-                        f"{client.name}: no weight checksums within "
-                        f"{self._limits.request_seconds:g} s (sampler.request_timeout_seconds)"
-                    )
-                    told = Died("overdue", late)
+                    limit = f"{seconds:g} s (sampler.request_timeout_seconds)"
+                    told = Died("overdue", f"{client.name}: no weight checksums within {limit}")
                 if isinstance(told, Refused):
                     raise told.error
                 if isinstance(told, Died):
@@ -285,43 +265,16 @@ class SamplerPool:
             self._changed.notify_all()
         self._events.put(())
 
-    def _raise(self) -> None:
-        with self._changed:
-            if self._dispatch.error is not None:
-                raise self._dispatch.error
-
-    def _wait(
-        self, done: Callable[[], bool], until: float | None = None, hooks: bool = True
-    ) -> None:
+    def _wait(self, done: Callable[[], bool], until: float | None = None) -> None:
         """Wait, on the caller's thread, until `done` or `until`; raises the pool's own error."""
-        while True:
-            with self._changed:
-                while True:
-                    left = TICK_SECONDS if until is None else until - time.monotonic()
-                    if done():
-                        return
-                    self._raise()
-                    # Before the look at the clock: a driver that only polls serves it too.
-                    if hooks and self._hook_is_due():
-                        break
-                    if left <= 0:
-                        return
-                    self._changed.wait(min(TICK_SECONDS, left))
-            self._call_hook()
-
-    def _hook_is_due(self) -> bool:
-        waited = time.monotonic() - self._hooked >= HOOK_SECONDS
         with self._changed:
-            needed = self._dispatch.transferring or bool(self._dispatch.behind())
-        return self.catch_up is not None and waited and needed
-
-    def _call_hook(self) -> None:
-        with self._hook:
-            if self._hook_is_due() and self.catch_up is not None:
-                try:
-                    self.catch_up()
-                finally:
-                    self._hooked = time.monotonic()
+            while not done():
+                if self._dispatch.error is not None:
+                    raise self._dispatch.error
+                left = TICK_SECONDS if until is None else until - time.monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(min(TICK_SECONDS, left))
 
     def _run(self) -> None:
         """The pool's thread: events in, commands out."""
@@ -359,7 +312,10 @@ class SamplerPool:
             dispatch.replied(name, life, ticket, result, now)
         elif not isinstance(result, Died | Refused):
             if what == "start":
-                dispatch.started(name, life, result, now)
+                vocabulary, version = result
+                dispatch.started(name, life, vocabulary, version, now)
+            elif what == "renew":
+                dispatch.renewed(name, life, result, now)
             else:
                 dispatch.ponged(name, life, now)
         elif what == "start" and dispatch.initial:
@@ -367,7 +323,7 @@ class SamplerPool:
             dispatch.error = dispatch.error or own or SamplerLost(result.message)
         else:
             known: Cause = "engine" if isinstance(result, Refused) else result.cause
-            dispatch.lost(name, life, "start" if what == "start" else known, result.message, now)
+            dispatch.lost(name, life, FAILED_IN.get(what, known), result.message, now)
 
     def _carry_out(self) -> None:
         """Do what the dispatch asks for. Only the pool's thread is here (and its maker, once)."""
@@ -382,7 +338,8 @@ class SamplerPool:
             fresh = self._start(name)
             with self._changed:
                 self._clients[name] = (life, fresh)
-            self._watch(command, fresh, fresh.call("ready"))
+                weights = self._weights
+            self._watch(command, fresh, fresh.call("ready", weights))
             return
         held, client = self._clients[name]
         if held != life:
@@ -395,8 +352,9 @@ class SamplerPool:
             # Its reply may have come between the decision and here.
             if (call := self._calls.pop(command.ticket, None)) is not None:
                 client.cancel(call)
-        elif command.do == "ping":
-            self._watch(command, client, client.call("ping"))
+        elif command.do in ("ping", "renew"):
+            told = (self._weights,) if command.do == "renew" else ()
+            self._watch(command, client, client.call(command.do, *told))
         else:
             with self._changed:
                 del self._clients[name]
@@ -426,24 +384,6 @@ def _watched(client: PoolClient, method: str) -> Future[Any]:
     done: Future[Any] = Future()
     client.watch(client.call(method), done.set_result)
     return done
-
-
-def _group(job: Job) -> Group:
-    """A finished job's group, or its error raised."""
-    if isinstance(job.outcome, Refused):
-        raise job.outcome.error
-    if not isinstance(job.outcome, Group):
-        raise TypeError(f"{job.id}: expected a group, got {type(job.outcome).__name__}")
-    return job.outcome
-
-
-def _answer(job: Job, lost: str) -> Group | np.ndarray | ReplyError:
-    """A finished job's reply; one that never will be finished was `lost` with its samplers."""
-    if job.outcome is None:
-        return ReplyError(job.id, "sampler_died", lost)
-    if isinstance(job.outcome, Refused):
-        return ReplyError(job.id, "refused", job.outcome.message)
-    return job.outcome
 
 
 def _all_over(jobs: Sequence[Job]) -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""The records that cross rooms: what is asked of a sampler and what comes back.
+"""The records that cross rooms: what is asked of a sampler, what comes back, and its weights.
 
 Token in, token out: the ids the engine saw and made are kept as they are and are never made
 again from text. Shapes: P prompt tokens (image placeholders expanded), T response tokens.
@@ -7,9 +7,10 @@ again from text. Shapes: P prompt tokens (image placeholders expanded), T respon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
 from tasks.core import Parsed, Problem
 
@@ -126,3 +127,42 @@ class ReplyError:
     request_id: str
     kind: Literal["refused", "deadline", "sampler_died"]
     message: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a version of the weights, as the manifest names it.
+
+    Attributes:
+        name: the checkpoint's name of it.
+        dtype: torch's word, without `torch.`.
+        shape: of the whole tensor.
+        bytes: how many there are.
+        checksum: of them, in hex.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A policy version that samplers fetch: what it is made of, and where its bytes are.
+
+    Attributes:
+        manifest: the pieces of each bucket, in the order they are loaded in.
+        buckets: for each an awaitable (a reference into Ray's object store) of its pieces' bytes,
+            a list of uint8 arrays.
+    """
+
+    version: int
+    manifest: tuple[tuple[Piece, ...], ...]
+    buckets: tuple[Any, ...]
+
+
+def checksum(data: np.ndarray) -> str:
+    """What tells two lots of bytes apart, by accident and not by malice: XXH3, 128 bits."""
+    return xxh3_128_hexdigest(data.data)

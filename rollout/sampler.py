@@ -9,10 +9,12 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from rollout.dispatch import Cause, Died, Refused
-from rollout.engine import Engine, EngineDied, EngineSettings
-from rollout.record import Group, SampleRequest, ScoreRequest
+from rollout.engine import Engine, EngineDied
+from rollout.jobs import Cause, Died, Refused
+from rollout.record import Group, SampleRequest, ScoreRequest, Weights
+from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import own_words
+from rollout.transfer import fetched
 from tasks.load import load_task
 
 
@@ -20,12 +22,23 @@ from tasks.load import load_task
 class Sampler:
     """One vLLM engine in its own actor; every method is a coroutine on one event loop."""
 
-    def __init__(self, settings: EngineSettings, name: str) -> None:
-        self._engine = Engine.start(settings, name)
+    def __init__(
+        self, model: ModelConfig, sampler: SamplerConfig, name: str, **options: Any
+    ) -> None:
+        """`options`: of `Engine.start`."""
+        self._engine = Engine.start(model, sampler, name, **options)
+        self._name = name
 
-    async def ready(self) -> int:
-        """How many token ids the model has."""
-        return self._engine.vocabulary
+    async def ready(self, weights: Weights | None) -> tuple[int, int | None]:
+        """How many token ids the model has, and the version that it holds: `weights` by then."""
+        if weights is None:
+            return self._engine.vocabulary, None
+        return self._engine.vocabulary, await self.renew(weights)
+
+    async def renew(self, weights: Weights) -> int:
+        """Fetch a version of the weights, load it, and say which; requests go on under it."""
+        await self._engine.renew(weights.version, fetched(weights, self._name))
+        return weights.version
 
     async def ping(self) -> None:
         """Comes back when the engine's core has looked at its queue."""
@@ -57,7 +70,7 @@ class Sampler:
 
 
 class RaySamplerClient:
-    """A sampler actor as `rollout.transfer` and `rollout.pool` see it."""
+    """A sampler actor as the pool, and the GPU transports, see it."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name, self.actor = name, actor
@@ -98,13 +111,18 @@ class RaySamplerClient:
 
 
 def ray_samplers(
-    settings: EngineSettings, cpus: float, gpus: float
+    model: ModelConfig, sampler: SamplerConfig, **options: Any
 ) -> Callable[[str], RaySamplerClient]:
-    """What starts a `Sampler` actor under a name, with cores and GPUs of its own."""
-    options = {"num_cpus": cpus, "num_gpus": gpus}
+    """What starts a `Sampler` actor under a name, with cores and GPUs of its own.
+
+    `options`: of `Engine.start`.
+    """
+    resources = {"num_cpus": sampler.cpus, "num_gpus": sampler.gpus}
 
     def start(name: str) -> RaySamplerClient:
-        actor = Sampler.options(**options).remote(settings, name)  # type: ignore[attr-defined]
+        actor = Sampler.options(**resources).remote(  # type: ignore[attr-defined]
+            model, sampler, name, **options
+        )
         return RaySamplerClient(name, actor)
 
     return start

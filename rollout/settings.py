@@ -1,4 +1,4 @@
-"""Recipe sections on what is sampled: [model], [sampler] and [transfer]."""
+"""Recipe sections on what is sampled: [model], [sampler], [transfer], of [algorithm] staleness."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.fields import Amount, Count, PathText, Positive, Rate, Section, refusal
+from tasks.fields import Amount, Count, PathText, Positive, Rate, Section, refusal, refuse
+
+Order = Literal["problem", "completion"]
 
 
 class ModelConfig(Section):
@@ -65,6 +67,11 @@ class SamplerConfig(Section):
     restart_window_seconds: Rate = 3600.0
     """The time that `max_restarts` are counted in."""
 
+    @property
+    def engine_threads(self) -> int:
+        """Intra-op threads of an engine."""
+        return self.threads or max(1, int(self.cpus))
+
     @model_validator(mode="after")
     def _gpus_fit_tensor_parallel(self) -> SamplerConfig:
         if self.gpus > 0 and self.gpus != self.tensor_parallel and not self._shares_one_gpu():
@@ -77,6 +84,46 @@ class SamplerConfig(Section):
 
     def _shares_one_gpu(self) -> bool:
         return self.gpus < 1 and self.tensor_parallel == 1
+
+
+class StalenessConfig(Section):
+    """[algorithm] What a step learns from, and how old it may be."""
+
+    problems_per_step: Positive = 16
+    """Groups that a step learns from."""
+    max_staleness: Count = 0
+    """Policy versions that the oldest token of a group may lag behind the learner when a step
+    begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
+    the learner learns."""
+    too_old: Literal["resample", "drop"] = "resample"
+    """A group beyond `max_staleness`: sample its problem again, or take another problem."""
+    order: Order = "problem"
+    """Which groups a step learns from: those of the run's next problems, the same as without
+    staleness, or those that are complete, oldest first. The latter waits for no slow group, and
+    learns from long responses later, or finds them too old."""
+    updates_per_step: Positive = 1
+    """Minibatches a step's rollouts are split into, one optimizer step, and so one policy version,
+    each."""
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps whose groups may be sampled before the weights they are learnt with are there.
+
+        A group started `s` steps ahead is `s` x `updates_per_step` versions old when its step
+        begins, if no other overtakes it.
+        """
+        return self.max_staleness // self.updates_per_step
+
+    @model_validator(mode="after")
+    def _staleness_reaches_a_step(self) -> StalenessConfig:
+        stale, updates = self.max_staleness, self.updates_per_step
+        refuse(
+            0 < stale < updates,
+            "max_staleness",
+            f"got {stale}, but a step makes {updates} policy versions (updates_per_step), so "
+            f"nothing could be sampled ahead; write 0, or {updates} or more",
+        )
+        return self
 
 
 class TransferConfig(Section):
@@ -96,5 +143,5 @@ class TransferConfig(Section):
     0): `keep` pauses them and they go on under the new weights, `abort` starts them again, with
     `wait` the transfer comes after them."""
     overlap: bool = False
-    """Samplers read new weights while the learner goes on, from a copy in its rank 0's memory.
+    """Samplers fetch new weights while the learner goes on, from Ray's object store.
     Needs `algorithm.max_staleness` above 0: without it the learner waits for samples anyway."""

@@ -1,4 +1,4 @@
-"""Starting an engine: a path of any name for it, and its own words when it does not start."""
+"""Starting an engine: what vLLM is told, and its own words when it does not start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
+
+from rollout.settings import ModelConfig, SamplerConfig
+from rollout.tokens import load_processor, load_reader, tokenizer_of
 
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\)\s*)?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
@@ -37,6 +41,58 @@ def plain_path(model: str) -> str:
     fresh.symlink_to(target)
     os.replace(fresh, link)
     return str(link)
+
+
+def start_engine(
+    model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
+) -> tuple[Any, Any]:
+    """A started AsyncLLM, and what reads prompts for it; see `Engine.start`."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(sampler.kv_cache_gib)))
+    # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(sampler.engine_threads)
+    if sampler.tensor_parallel == 1:
+        # The CPU platform gives an engine core a worker process of its own unless told not
+        # to; AsyncLLM keeps its core in a process either way.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    processor = (load_reader if frozen else load_processor)(model.path)
+    chosen: dict[str, Any] = {}
+    if tokenizer_of(processor) is not processor:
+        chosen["limit_mm_per_prompt"] = {"image": 1, "video": 0}
+    if not frozen:
+        chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
+        chosen["weight_transfer_config"] = WeightTransferConfig(backend=transport)
+    if current_platform.is_cpu():
+        if sampler.enforce_eager:
+            # A few small functions would be compiled all the same, at the first request: that
+            # takes a C++ compiler longer than a CPU run can ever win back.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        # A prompt read in pieces throws the token drawn after each piece away and takes its
+        # seed's stream back by an offset, which a CPU's generator does not have.
+        chosen["enable_chunked_prefill"] = False
+    args = AsyncEngineArgs(
+        model=model.path,
+        **model.model_dump(include={"dtype", "max_model_len"}),
+        **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization", "enforce_eager"}),
+        tensor_parallel_size=sampler.tensor_parallel,
+        # One rank needs no worker process of its own beside the engine core's.
+        distributed_executor_backend="uni" if sampler.tensor_parallel == 1 else "mp",
+        seed=seed,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        **chosen,
+    )
+    args.model = plain_path(model.path)
+    with own_errors(model.path):
+        llm = AsyncLLM.from_engine_args(args)
+    return llm, processor
 
 
 @contextmanager

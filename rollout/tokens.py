@@ -7,7 +7,6 @@ text are the same tokens. Nothing here imports an engine.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +17,14 @@ import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
-from rollout.models import NO_TEMPLATE, ModelError, require_model
+from rollout.models import (
+    NO_TEMPLATE,
+    ModelError,
+    first_line,
+    json_beside,
+    require_model,
+    token_ids,
+)
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
 
 
@@ -35,7 +41,7 @@ def load_processor(path: str, field: str = "model.path") -> Any:
         processor = AutoProcessor.from_pretrained(path)
     except Exception as error:  # tokenizers raises no narrower one
         raise ModelError(
-            f"{field}: {path}: no processor could be loaded ({_first_line(error)}); a "
+            f"{field}: {path}: no processor could be loaded ({first_line(error)}); a "
             "VLM folder holds preprocessor_config.json and its tokenizer beside the weights"
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
@@ -64,7 +70,7 @@ def load_reader(path: str) -> Any:
         raise
     except Exception as error:
         raise ModelError(
-            f"frozen model: {path}: no tokenizer could be loaded ({_first_line(error)}); a "
+            f"frozen model: {path}: no tokenizer could be loaded ({first_line(error)}); a "
             "folder holds config.json and its tokenizer beside the weights"
         ) from error
     return _usable(tokenizer, "frozen model", path)
@@ -123,7 +129,7 @@ class Chat:
             raise ModelError(NO_TEMPLATE)
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
-        config = _json_of(self.tokenizer, "config.json")
+        config = json_beside(self.tokenizer, "config.json")
         named = config.get("image_token_id", config.get("image_token_index"))
         self.image_token: int | None = getattr(reader, "image_token_id", named) if shows else None
         if shows and (self.image_token is None or named not in (None, self.image_token)):
@@ -204,7 +210,7 @@ class Chat:
                 messages, add_generation_prompt="assistant" not in said, tokenize=False
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ModelError(f"its chat template fails ({_first_line(error)}); mend it") from error
+            raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
         return rendered
 
     def _frame(self, with_image: bool) -> _Frame:
@@ -228,10 +234,10 @@ class Chat:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        declared = _ids(_json_of(tokenizer, "generation_config.json").get("eos_token_id"))
+        declared = token_ids(json_beside(tokenizer, "generation_config.json").get("eos_token_id"))
         # Configs repeat their class's defaults, so there only a control token is believed.
         for part in (config, config.get("text_config") or {}):
-            declared += [index for index in _ids(part.get("eos_token_id")) if index in added]
+            declared += [index for index in token_ids(part.get("eos_token_id")) if index in added]
         ends = template + own + declared
         if not ends:
             raise ModelError(
@@ -377,39 +383,3 @@ _SAMPLE = (
     "Two  blanks.\n\n<answer>\nr1c2=3\n</answer>"
 )
 """What no tokenizer may change: tags, digits, white space, characters of one to four bytes."""
-
-
-def _json_of(tokenizer: Any, name: str) -> dict[str, Any]:
-    """A JSON file beside a tokenizer's, empty where there is none."""
-    from transformers.utils import cached_file
-
-    if not tokenizer.name_or_path:
-        return {}
-    file = cached_file(
-        tokenizer.name_or_path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
-        return {}
-    try:
-        with open(file, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except ValueError as error:
-        raise ModelError(f"{name}: not JSON ({_first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{name}: not a JSON object")
-    return found
-
-
-def _ids(value: Any) -> list[int]:
-    """Token ids of a config's field, which is one, a list or nothing."""
-    found = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(index) is int for index in found):
-        raise ModelError(f"eos_token_id: {str(value)[:40]}: neither a token id nor a list of them")
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,20 +1,21 @@
-"""Weight-transfer wire, both ends: how a learner's weights reach the live engines.
+"""The engine's end of a weight transfer: from a bucket in memory into the live model.
 
-Worker end: `HostWeightTransferEngine` plugs into vLLM's native weight-transfer API and is
-registered in every engine process by `WorkerExtension` (named in the engine's
-`worker_extension_cls`). Learner end: `rollout/transfer.py`. The wire of transport `host` is a
-safetensors file in shared memory per layer group; its format lives in these two files only.
+`HostWeightTransferEngine` plugs into vLLM's native weight-transfer API and is registered in every
+engine process by `WorkerExtension` (named in the engine's `worker_extension_cls`). A bucket comes
+from the engine's sampler as a file in memory (`rollout.transfer.in_memory`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -34,19 +35,19 @@ RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """`host` needs no handshake: both ends share a file system in memory."""
+    """`host` needs no handshake."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """One layer group: a safetensors file and the names it must hold, in order."""
+    """One bucket: a file, and [name, dtype, shape, first byte] of each tensor in it."""
 
     path: str
-    names: list[str]
+    tensors: list[list[Any]]
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads layer groups from shared memory into a live model, on any device.
+    """Loads buckets into a live model, on any device.
 
     Groups of adapters become groups of whole weights first (`rollout/adapters.py`). Layers that no
     group was sent for stay as they are. The layerwise reload undoes and redoes what the backend
@@ -83,18 +84,27 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        tensors = load_file(update_info.path, device="cpu")
-        missing = [name for name in update_info.names if name not in tensors]
-        if missing:
-            raise ValueError(f"weight bucket {update_info.path} lacks {missing[0]!r}")
+        tensors = mapped(update_info)
         if any(map(is_adapter, tensors)):
             self._base = self._base or BaseWeights(self.model_config.model)
             self.model.load_weights(with_adapters(self._base, tensors, self._adapted))
         else:
-            self.model.load_weights((name, tensors[name]) for name in update_info.names)
+            self.model.load_weights(iter(tensors.items()))
 
     def shutdown(self) -> None:
         pass
+
+
+def mapped(bucket: HostUpdateInfo) -> dict[str, torch.Tensor]:
+    """A bucket's tensors by name, on pages that stay as long as one of them does."""
+    with open(bucket.path, "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return {
+        name: torch.frombuffer(
+            pages, dtype=getattr(torch, dtype), count=math.prod(shape), offset=start
+        ).reshape(shape)
+        for name, dtype, shape, start in bucket.tensors
+    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Transports `nccl` and `ipc`: vLLM's own trainer engines behind `WeightSender`.
+"""Transports `nccl` and `ipc`: the learner sends by vLLM's own trainer engines.
 
 Written against vLLM 0.32's documented API and type checked; not run, since no GPU was at hand.
 """
@@ -9,9 +9,22 @@ import math
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Protocol
 
-from rollout.transfer import SamplerClient, TransferReport, WeightSource, call_all, wait_all
+from rollout.settings import TransferConfig
+from rollout.transfer import TransferReport, WeightTransferError
+
+
+class SamplerClient(Protocol):
+    """A sampler as a learner rank sees it."""
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Start a method on the sampler; returns a future."""
+
+    def wait(self, future: Any, seconds: float) -> Any:
+        """Its result; raises TimeoutError after `seconds`, or the sampler's own error."""
 
 
 class GpuSender:
@@ -22,18 +35,18 @@ class GpuSender:
 
     def __init__(
         self,
-        transport: Literal["nccl", "ipc"],
+        transfer: TransferConfig,
         samplers: Sequence[SamplerClient],
         ranks_each: int,
-        deadline_seconds: float,
     ) -> None:
         """`ranks_each`: tensor-parallel ranks of one sampler."""
-        self._transport = transport
+        self._transport = transfer.transport
         self._engine_ranks = ranks_each * len(samplers)
-        self._client = _Client(list(samplers), ranks_each, deadline_seconds)
+        self._client = _Client(list(samplers), ranks_each, transfer.deadline_seconds)
         self._engine: Any = None
 
-    def send(self, source: WeightSource, version: int, rank: int) -> TransferReport | None:
+    def send(self, source: Any, version: int, rank: int) -> TransferReport | None:
+        """Send what a learner offers (`learner.weights.OfferedWeights`, which is vLLM's source)."""
         start = time.perf_counter()
         self._client.open(version)
         if self._engine is None:
@@ -87,7 +100,7 @@ class _Client:
                 info["rank_offset"] += place * self._ranks_each
             # Engines rendezvous together: all are called before any is waited for.
             futures.append((sampler, sampler.call("init_weight_transfer", info)))
-        wait_all(futures, "init_weight_transfer", self._until, self._deadline)
+        self._wait(futures, "init_weight_transfer")
 
     def start_weight_update(self) -> None:
         self._all("begin_weight_update")
@@ -99,4 +112,24 @@ class _Client:
         self._all("finish_weight_update", self._version)
 
     def _all(self, method: str, *args: Any) -> None:
-        call_all(self._samplers, method, args, self._until, self._deadline)
+        self._wait([(s, s.call(method, *args)) for s in self._samplers], method)
+
+    def _wait(self, futures: Sequence[tuple[SamplerClient, Any]], method: str) -> None:
+        """Raises WeightTransferError naming the sampler that failed or let the deadline pass."""
+        for sampler, future in futures:
+            try:
+                sampler.wait(future, max(0.0, self._until - time.perf_counter()))
+            except TimeoutError as error:
+                raise WeightTransferError(
+                    f"weight transfer: sampler {sampler.name!r} did not finish {method} within "
+                    f"the deadline of {self._deadline:g} s (transfer.deadline_seconds)",
+                    sampler.name,
+                ) from error
+            except Exception as error:
+                # Ray wraps what the sampler raised; its own words belong on the first line.
+                own = getattr(error, "cause", None) or error
+                raise WeightTransferError(
+                    f"weight transfer: sampler {sampler.name!r} failed in {method}: "
+                    f"{type(own).__name__}: {own}",
+                    sampler.name,
+                ) from error

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from learner.loss_settings import LossConfig, SegmentWeights
-from tasks.fields import CLASS_PATH, Count, Positive, Section, Text, refusal, refuse
+from rollout.settings import StalenessConfig
+from tasks.fields import CLASS_PATH, Positive, Section, Text, refusal, refuse
 
 
 class DynamicSamplingConfig(Section):
@@ -49,33 +50,19 @@ class SpendConfig(Section):
     """How much of it."""
 
 
-class AlgorithmConfig(LossConfig):
+class AlgorithmConfig(LossConfig, StalenessConfig):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
     """How rewards become advantages; the formulas are in docs/learning.md."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses to one problem."""
-    problems_per_step: Positive = 16
-    """Groups that a step learns from."""
     steps: Positive = 40
     """Of the run."""
     budget: SpendConfig | None = None
     """Ends the run before `steps` when it is spent, and is what schedules go by."""
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all equal; they have no gradient."""
-    max_staleness: Count = 0
-    """Policy versions that the oldest token of a group may lag behind the learner when a step
-    begins. 0 is on-policy: samplers and learner take turns. Above 0 the samplers go on while
-    the learner learns."""
-    too_old: Literal["resample", "drop"] = "resample"
-    """A group beyond `max_staleness`: sample its problem again, or take another problem."""
-    order: Literal["problem", "completion"] = "problem"
-    """Which groups a step learns from: those of the run's next problems, the same as without
-    staleness, or those that are complete, oldest first. The latter waits for no slow group, and
-    learns from long responses later, or finds them too old."""
-    updates_per_step: Positive = 1
-    """Minibatches a step's rollouts are split into, one optimizer step each."""
     segment_weights: SegmentWeights = SegmentWeights()
     """What a token's loss is multiplied by, by its segment."""
     dynamic_sampling: DynamicSamplingConfig | None = None
@@ -126,12 +113,6 @@ class AlgorithmConfig(LossConfig):
             "drop_zero_variance",
             "got false, and dynamic_sampling puts new groups in the place of those that are "
             "dropped; leave one of them out",
-        )
-        refuse(
-            0 < stale < updates,
-            "max_staleness",
-            f"got {stale}, but a step makes {updates} policy versions (updates_per_step), so "
-            f"nothing could be sampled ahead; write 0, or {updates} or more",
         )
         refuse(
             updates > self.problems_per_step,

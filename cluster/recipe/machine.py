@@ -21,7 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cluster.recipe.hardware import GIB, gib
-from cluster.recipe.memory import learner_memory, policy_size, trained_of, width
+from cluster.recipe.memory import (
+    learner_memory,
+    policy_size,
+    stored_weights,
+    trained_of,
+    width,
+)
 from cluster.recipe.placement import Command
 from cluster.recipe.recipe import Recipe, UserError
 from learner.checkpoint import checkpoint_folders
@@ -124,16 +130,15 @@ def require_room(recipe: Recipe, command: Command, folder: Path) -> None:
             f"records{listed}; free some, give --output on another disk, or lower checkpoint.keep"
         )
     temporary = Path(tempfile.gettempdir())
-    if (free := shutil.disk_usage(temporary).free) < MARGIN:
+    stored = stored_weights(recipe, command)
+    spilled = stored - (shutil.disk_usage(SHARED).free if SHARED.is_dir() else 0)
+    needed = MARGIN + max(0, spilled)
+    if (free := shutil.disk_usage(temporary).free) < needed:
+        larger = f", or start the container with --shm-size={stored // GIB + 2}g"
         raise UserError(
-            f"{temporary}: {gib(free)} are free there, and Ray needs {gib(MARGIN)}; free some, or "
-            "set TMPDIR to a folder on another disk"
-        )
-    needed = shared_needed(recipe, command)
-    if needed and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < needed:
-        raise UserError(
-            f"{SHARED}: {gib(free)} are free there, and a transfer of weights needs "
-            f"{gib(needed)}; start the container with --shm-size={needed // GIB + 2}g"
+            f"{temporary}: {gib(free)} are free there, and Ray needs {gib(needed)}"
+            f"{f' for what {SHARED} has no room for' * (spilled > 0)}; free some, or set TMPDIR to "
+            f"a folder on another disk{larger * (spilled > 0)}"
         )
 
 
@@ -158,17 +163,6 @@ def disk_needed(recipe: Recipe, command: Command, folder: Path) -> dict[str, int
         count = max(1, written - len(checkpoint_folders(folder)))
         found[f"{count} training checkpoints"] = count * (weights + state)
     return found
-
-
-def shared_needed(recipe: Recipe, command: Command) -> int:
-    """Bytes of shared memory that transport `host` takes: two groups of layers at a time."""
-    size = policy_size(recipe.model.path)
-    sends = command == "train" or (command == "sft" and recipe.eval.every)
-    if size is None or not sends or recipe.transfer.transport != "host" or recipe.learner.lora:
-        return 0
-    group = width(recipe.model) * size.hidden * max(size.vocabulary, 16 * size.hidden)
-    bucket = int(recipe.transfer.bucket_mib * 2**20)
-    return min(2 * max(group, bucket), width(recipe.model) * size.parameters)
 
 
 # --- home and temporary files ------------------------------------------------------------------

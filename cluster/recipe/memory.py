@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.recipe.hardware import GIB, Machine
-from cluster.recipe.recipe import UserError
+from cluster.recipe.recipe import Recipe, UserError
 from learner.settings import LearnerConfig, LoraConfig
 from rollout.settings import ModelConfig, SamplerConfig
 
@@ -160,3 +160,18 @@ def sampler_memory(
         share = sampler.gpu_memory_utilization * min(gpu.memory for gpu in machine.gpus)
         return parts | {"KV cache and buffers": max(0, int(share) - weights)}
     return parts
+
+
+def stored_weights(recipe: Recipe, command: str) -> int:
+    """Bytes in Ray's object store on the first learner rank's node: the last two versions.
+
+    0 where samplers fetch none, or the policy's size is unknown. Ray keeps them in shared memory,
+    and in its temporary folder what does not fit there.
+    """
+    size = policy_size(recipe.model.path)
+    fetched = command == "train" or (command == "sft" and recipe.eval.every)
+    if size is None or not fetched or recipe.transfer.transport != "host":
+        return 0
+    trained = trained_of(recipe.model.path, recipe.learner)
+    sent = trained.added if trained and recipe.learner.lora else size.parameters
+    return 2 * width(recipe.model) * sent

@@ -16,8 +16,8 @@ from cluster.recipe.memory import (
     learner_memory,
     policy_size,
     sampler_memory,
+    stored_weights,
     trained_of,
-    width,
 )
 from cluster.recipe.recipe import Recipe, UserError
 from rewards.scored import TermError
@@ -116,12 +116,10 @@ def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
     away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
     there = {name: memory.pop(name) for name in away}
-    copy = {}
-    if size and command == "train" and recipe.transfer.overlap:
-        sent = trained.added if trained and learner.lora else size.parameters
-        copy = {"copy to send": width(recipe.model) * sent}
+    stored = stored_weights(recipe, command)
+    fetched = {"two versions to fetch": stored} if stored else {}
     return [
-        Actor("learner", i, learner.cpus, learner.gpus, memory, there | ({} if i else copy))
+        Actor("learner", i, learner.cpus, learner.gpus, memory, there | ({} if i else fetched))
         for i in range(learner.ranks)
     ]
 

@@ -17,45 +17,17 @@ from cluster.recipe.recipe import Recipe
 from cluster.record.evaluation import EvalTable
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
+from cluster.run.delivery import Delivery, GpuDelivery
 from cluster.run.evaluate import evaluate_all
 from cluster.run.session import session
-from cluster.run.supervision import Delivery
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
 from rewards.pool import RewardPool
 from rewards.scored import ScoredGroup
-from rollout.dispatch import PoolLimits
-from rollout.engine import EngineSettings
-from rollout.pool import PoolClient, SamplerPool
+from rollout.pool import SamplerPool
 from rollout.record import Group
 from rollout.sampler import ray_samplers
-from rollout.transfer import HostSender, TransferReport, WeightSender
-
-
-def threads_for(cpus: float) -> int:
-    """Intra-op threads of an actor that was given `cpus` cores."""
-    return max(1, int(cpus))
-
-
-def engine_settings(
-    recipe: Recipe, model: str | None = None, frozen: bool = False
-) -> EngineSettings:
-    """What a recipe asks of each sampler engine; `frozen` for a model that is no policy."""
-    sampler = recipe.sampler
-    return EngineSettings(
-        model=model or recipe.model.path,
-        dtype=recipe.model.dtype,
-        max_model_len=recipe.model.max_model_len,
-        max_num_seqs=sampler.max_num_seqs,
-        kv_cache_gib=sampler.kv_cache_gib,
-        gpu_memory_utilization=sampler.gpu_memory_utilization,
-        tensor_parallel=sampler.tensor_parallel,
-        enforce_eager=sampler.enforce_eager,
-        threads=sampler.threads or threads_for(sampler.cpus),
-        seed=recipe.seed,
-        transport=recipe.transfer.transport,
-        frozen=frozen,
-    )
+from rollout.transfer import TransferReport
 
 
 def learner_setup(
@@ -81,17 +53,16 @@ def sampler_pool(
 
     They are not yet waited for.
     """
-    sampler = recipe.sampler
-    limits = PoolLimits(
-        sequences=sampler.max_num_seqs,
-        request_seconds=sampler.request_timeout_seconds,
-        start_seconds=sampler.start_timeout_seconds,
-        heartbeat_seconds=sampler.heartbeat_seconds,
-        max_restarts=sampler.max_restarts,
-        restart_window_seconds=sampler.restart_window_seconds,
+    policy = recipe.model.model_copy(update={"path": model or recipe.model.path})
+    start = ray_samplers(
+        policy,
+        recipe.sampler,
+        transport=recipe.transfer.transport,
+        frozen=frozen,
+        seed=recipe.seed,
     )
-    start = ray_samplers(engine_settings(recipe, model, frozen), sampler.cpus, sampler.gpus)
-    return SamplerPool(start, 1 if frozen else sampler.count, limits, name)
+    count = 1 if frozen else recipe.sampler.count
+    return SamplerPool(start, count, recipe.sampler, name, recipe.transfer.deadline_seconds)
 
 
 @contextmanager
@@ -197,11 +168,12 @@ class LivePolicy:
         self.samplers = sampler_pool(recipe, None if learner.resume else learner.start)
         self.learner = LearnerGroup(learner)
         self._starting = self.learner.start_async()
-        self._delivery = Delivery(
-            self.samplers,
-            self.learner,
-            self._sender,
-            reaches_some=recipe.transfer.transport == "host",
+        self._delivery = (
+            Delivery(self.samplers, self.learner)
+            if recipe.transfer.transport == "host"
+            else GpuDelivery(
+                self.samplers, self.learner, recipe.transfer, recipe.sampler.tensor_parallel
+            )
         )
 
     def wait_ready(self) -> None:
@@ -214,31 +186,17 @@ class LivePolicy:
         return evaluate_all(self.samplers, self.sources, self.recipe)
 
     def send_weights(self, version: int) -> TransferReport:
-        """Send the learner's weights to the samplers as a policy version (see `Delivery`)."""
+        """Have all samplers that are up hold the learner's weights as a policy version."""
         return self._delivery.send(version)
 
     def renew_weights(self, version: int) -> TransferReport | None:
         """The same after a step; under `transfer.overlap` it is only begun (`Delivery.begin`)."""
-        if self.recipe.transfer.overlap:
-            return self._delivery.begin(version)
-        return self._delivery.send(version)
+        deliver = self._delivery.begin if self.recipe.transfer.overlap else self._delivery.send
+        return deliver(version)
 
     def settle_weights(self) -> None:
         """Wait for a transfer that was begun."""
         self._delivery.settle()
-
-    def _sender(self, clients: list[PoolClient]) -> WeightSender:
-        transfer = self.recipe.transfer
-        if transfer.transport == "host":
-            return HostSender(clients, transfer.deadline_seconds)
-        from rollout.transports_gpu import GpuSender
-
-        return GpuSender(
-            transfer.transport,
-            clients,
-            self.recipe.sampler.tensor_parallel,
-            transfer.deadline_seconds,
-        )
 
     def stop(self) -> None:
         """End every actor."""

@@ -14,12 +14,10 @@ from typing import Protocol, TypeVar
 from cluster.recipe.problems import ProblemSource, step_problems
 from cluster.recipe.recipe import Recipe
 from cluster.run.evaluate import training_sampling
-from rollout.buffer import BufferRule, BufferState, GroupBuffer, GroupBufferError
+from rollout.buffer import BufferState, GroupBuffer, GroupBufferError
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 
-LOOK_SECONDS = 1.0
-"""How often a transfer that waits for groups looks whether a sampler was lost."""
 DRAWN_STEPS = 8
 """Steps whose problems are kept; an older one's are drawn again."""
 Sent = TypeVar("Sent")
@@ -35,8 +33,6 @@ class Samplers(Protocol):
     def abort(self, group_ids: Iterable[str]) -> None: ...
 
     def pending(self) -> int: ...
-
-    def behind(self) -> list[str]: ...
 
 
 class GroupStream:
@@ -55,7 +51,7 @@ class GroupStream:
         `steps_done` and `state`: of the checkpoint of a run that goes on.
         """
         self._recipe, self._sources, self._samplers = recipe, sources, samplers
-        self._buffer = GroupBuffer(buffer_rule(recipe), recipe.algorithm.steps, steps_done, state)
+        self._buffer = GroupBuffer(recipe.algorithm, recipe.algorithm.steps, steps_done, state)
         self._drawer = ThreadPoolExecutor(1, "problems")
         self._drawn: dict[int, Future[list[SampleRequest]]] = {}
         self._in_flight = 0
@@ -80,16 +76,14 @@ class GroupStream:
         """Send new weights to the samplers while groups are in flight, as the recipe says.
 
         `keep`: they go on under the new weights. `abort`: they are started again under them.
-        `wait`: the transfer waits until they are complete; where a sampler is lost meanwhile,
-        which needs weights that the learner does not have any more, the rest is started again.
+        `wait`: the transfer waits until they are complete.
         """
         self._keep(self._complete())
         self._in_flight = len(self._buffer.in_flight())
         choice = self._recipe.transfer.in_flight
         if choice == "wait":
-            while (left := self._buffer.in_flight()) and not self._samplers.behind():
-                self._keep(self._samplers.collect(len(left), timeout=LOOK_SECONDS))
-        if choice != "keep" and (left := self._buffer.in_flight()):
+            self._keep(self._samplers.collect(len(self._buffer.in_flight())))
+        if choice == "abort" and (left := self._buffer.in_flight()):
             self._samplers.abort(left)
             self._buffer.put_back(left)
         sent = send(version)
@@ -151,18 +145,6 @@ class GroupStream:
         return free_requests(
             recipe, step + 1, step_problems(self._sources(), recipe.seed, step, count)
         )
-
-
-def buffer_rule(recipe: Recipe) -> BufferRule:
-    """What a recipe's steps take, and how old it may be."""
-    algorithm = recipe.algorithm
-    return BufferRule(
-        groups=algorithm.problems_per_step,
-        max_staleness=algorithm.max_staleness,
-        versions_per_step=algorithm.updates_per_step,
-        too_old=algorithm.too_old,
-        order=algorithm.order,
-    )
 
 
 def free_requests(

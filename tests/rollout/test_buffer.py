@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from rollout.buffer import BufferRule, BufferState, GroupBuffer, GroupBufferError, oldest_version
+from rollout.buffer import BufferState, GroupBuffer, GroupBufferError, oldest_version
 from rollout.record import Group, SampleRequest, Sampling
+from rollout.settings import StalenessConfig
 from tests.support.simulated_pool import SimulatedPool
 from tests.support.toys import problem
 
@@ -18,6 +19,10 @@ PROBLEMS = [problem(n) for n in range(10)]
 
 def request(place: int, n: int = 2) -> SampleRequest:
     return SampleRequest(f"group-{place}", PROBLEMS[place % 10], n, Sampling())
+
+
+def staleness(groups: int, bound: int = 0, **more: Any) -> StalenessConfig:
+    return StalenessConfig(problems_per_step=groups, max_staleness=bound, **more)
 
 
 def place_of(group: Group) -> int:
@@ -36,7 +41,7 @@ class Life:
 
 def live(
     life: Life,
-    rule: BufferRule,
+    rule: StalenessConfig,
     steps: int,
     pool: SimulatedPool,
     rng: np.random.Generator,
@@ -46,7 +51,6 @@ def live(
 ) -> GroupBuffer:
     """The driver's loop, written anew: sample ahead, learn for a while, send the weights."""
     buffer = GroupBuffer(rule, steps, life.steps, state)
-    pool.catch_up = lambda: pool.send(life.version)
     pool.send(life.version)
     while life.steps < (stop_after or steps):
         while True:
@@ -61,7 +65,7 @@ def live(
             for group in [*found, *pool.collect(pool.pending(), 0)]:
                 buffer.add(group)
         step = buffer.take(life.version)
-        assert len(step) == rule.groups
+        assert len(step) == rule.problems_per_step
         assert [place_of(g) for g in step] == sorted(place_of(g) for g in step)
         life.used += [place_of(g) for g in step]
         # Read off the tokens, not off the buffer.
@@ -76,7 +80,7 @@ def live(
             for group in pool.collect(1):
                 buffer.add(group)
         # A step whose groups teach nothing makes no version.
-        life.version += int(rng.integers(0, rule.versions_per_step + 1))
+        life.version += int(rng.integers(0, rule.updates_per_step + 1))
         pool.send(life.version)
         buffer.step_over()
         life.steps += 1
@@ -108,7 +112,7 @@ def test_ten_thousand_groups_are_each_used_once_and_none_too_old(
     k: int, order: str, too_old: str, mode: str, per: int
 ) -> None:
     rng = np.random.default_rng([k, len(order), len(mode)])
-    rule = BufferRule(20, k, per, too_old, order)  # type: ignore[arg-type]
+    rule = staleness(20, k, updates_per_step=per, too_old=too_old, order=order)
     pool, life = pool_of(8, rng), Life()
     buffer = live(life, rule, 500, pool, rng, in_flight=mode)  # type: ignore[arg-type]
     counts = buffer.counts()
@@ -133,7 +137,7 @@ def test_ten_thousand_groups_are_each_used_once_and_none_too_old(
 @pytest.mark.parametrize("order", ["problem", "completion"])
 def test_a_run_stopped_again_and_again_uses_every_group_once(order: str) -> None:
     rng = np.random.default_rng(5)
-    rule, life, state = BufferRule(4, 2, order=order), Life(), None  # type: ignore[arg-type]
+    rule, life, state = staleness(4, 2, order=order), Life(), None
     while life.steps < 300:
         # Each life begins with new engines: what was in flight or waiting is gone.
         stop = min(300, life.steps + int(rng.integers(1, 12)))
@@ -146,7 +150,7 @@ def test_a_run_stopped_again_and_again_uses_every_group_once(order: str) -> None
 
 
 def test_without_staleness_nothing_of_a_later_step_is_started() -> None:
-    buffer = GroupBuffer(BufferRule(3), steps=2)
+    buffer = GroupBuffer(staleness(3), steps=2)
     pool = SimulatedPool(3, [1.0])
     for step in range(2):
         places = buffer.admit()
@@ -166,7 +170,7 @@ def test_without_staleness_nothing_of_a_later_step_is_started() -> None:
 
 
 def test_a_group_is_as_old_as_its_first_token() -> None:
-    pool, buffer = SimulatedPool(1, [10.0]), GroupBuffer(BufferRule(1, 1), steps=9)
+    pool, buffer = SimulatedPool(1, [10.0]), GroupBuffer(staleness(1, 1), steps=9)
     pool.send(4)
     first, second = buffer.admit()
     for place in (first, second):
@@ -185,7 +189,7 @@ def test_a_group_is_as_old_as_its_first_token() -> None:
 
 
 def test_what_comes_back_twice_or_was_never_asked_for_is_an_error() -> None:
-    buffer, pool = GroupBuffer(BufferRule(2), steps=1), SimulatedPool(2, [1.0])
+    buffer, pool = GroupBuffer(staleness(2), steps=1), SimulatedPool(2, [1.0])
     for place in buffer.admit():
         buffer.started(place, request(place).group_id)
     with pytest.raises(GroupBufferError, match=r"'group-0': place 0 does not wait"):

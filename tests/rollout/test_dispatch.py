@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rollout.dispatch import (
-    OVERFILL,
-    Died,
-    Dispatch,
-    Job,
-    PoolLimits,
-    Refused,
-    SamplerLost,
-    fault_of,
-)
+from rollout.dispatch import OVERFILL, Dispatch, SamplerLost
+from rollout.jobs import Died, Job, Refused, fault_of
 from rollout.record import Group, ReplyError
+from rollout.settings import SamplerConfig
 from tests.support.pretend import VOCABULARY, group, request, score_request
 
-LIMITS = PoolLimits(
-    sequences=16, request_seconds=30, start_seconds=20, heartbeat_seconds=8, max_restarts=10**9
+LIMITS = SamplerConfig(
+    max_num_seqs=16,
+    request_timeout_seconds=30,
+    start_timeout_seconds=20,
+    heartbeat_seconds=8,
+    max_restarts=10**9,
 )
 
 
@@ -59,29 +56,39 @@ class World:
         self.now, self.trouble = 0.0, trouble
         self.events: list[tuple[float, int, Any]] = []
         self.places = 0
-        self.dispatch = Dispatch([f"sampler-{i}" for i in range(names)], LIMITS, 0.0)
+        self.dispatch = Dispatch([f"sampler-{i}" for i in range(names)], LIMITS, 0.0, renewal=10.0)
         self.frozen: set[tuple[str, int]] = set()
         self.dead: set[tuple[str, int]] = set()
         self.weights: dict[tuple[str, int], int] = {}
         self.running: dict[str, tuple[str, int]] = {}
         self.sent: Counter[str] = Counter()
         self.version = -1
-        self.transfers = 0
 
     def later(self, seconds: float, what: Any) -> None:
         self.places += 1
         heapq.heappush(self.events, (self.now + seconds, self.places, what))
 
-    def transfer(self) -> None:
-        """The driver's part: what is up and not frozen gets the next version, or the current."""
-        self.transfers += 1
-        if self.rng.random() < 0.3 or self.version < 0:
-            self.version += 1
-        seats = [s for s in self.dispatch.seats.values() if s.up]
-        lives = {s.name: s.life for s in seats if (s.name, s.life) not in self.frozen | self.dead}
-        for place in lives.items():
-            self.weights[place] = self.version
-        self.dispatch.holds(self.version, lives, self.now)
+    def publish(self) -> None:
+        """The driver's part: the next version is there, or (no update was made) the same again."""
+        self.version += self.version < 0 or self.rng.random() < 0.7
+        self.dispatch.renew(self.version, self.now)
+
+    def started(self, name: str, life: int, version: int, now: float) -> None:
+        self.weights[name, life] = version
+        self.dispatch.started(name, life, VOCABULARY, version if version >= 0 else None, now)
+
+    def renewed(self, name: str, life: int, version: int, now: float) -> None:
+        self.weights[name, life] = version
+        self.dispatch.renewed(name, life, version, now)
+
+    def renew(self, at: tuple[str, int]) -> None:
+        luck = self.rng.random() / self.trouble if self.trouble else 1.0
+        if luck < 0.2:
+            self.frozen.add(at)
+        elif luck < 0.4:
+            self.later(1.0, (self.dispatch.lost, (*at, "transfer", "checksum")))
+        if at not in self.frozen:
+            self.later(self.rng.exponential(1.0), (self.renewed, (*at, self.version)))
 
     def obey(self) -> None:
         d = self.dispatch
@@ -90,10 +97,12 @@ class World:
             if command.do == "start":
                 assert command.life == 0 or (command.name, command.life - 1) in self.dead
                 fails = self.rng.random() < self.trouble / 4
-                what = (
-                    (d.lost, (*at, "start", "no luck")) if fails else (d.started, (*at, VOCABULARY))
-                )
-                self.later(self.rng.exponential(3.0), what)
+                lost = (d.lost, (*at, "start", "no luck"))
+                up = (self.started, (*at, self.version))
+                self.later(self.rng.exponential(3.0), lost if fails else up)
+            elif command.do == "renew":
+                assert at not in self.dead, "weights for the dead"
+                self.renew(at)
             elif command.do in ("kill", "retire"):
                 self.dead.add(at)
                 self.running = {g: place for g, place in self.running.items() if place != at}
@@ -138,10 +147,10 @@ class World:
             self.dispatch.tick(self.now)
             self.obey()
             for seat in self.dispatch.seats.values():
-                assert seat.sequences <= OVERFILL * LIMITS.sequences + 4
+                assert seat.sequences <= OVERFILL * LIMITS.max_num_seqs + 4
                 assert seat.sequences == sum(job.sequences for job, _ in seat.running.values())
-            if self.dispatch.behind() and self.rng.random() < 0.05:
-                self.transfer()
+            if self.rng.random() < 0.01:
+                self.publish()
         raise AssertionError("the pool stands still")
 
 
@@ -182,7 +191,7 @@ def test_every_group_is_collected_exactly_once_whatever_befalls_the_samplers(
     if trouble:
         assert resampled > 0
         if count >= 2_000:
-            kinds = ("actor", "garbage", "silent", "overdue", "start")
+            kinds = ("actor", "garbage", "silent", "overdue", "start", "transfer")
             assert min(d.causes[kind] for kind in kinds) > 0
     else:
         assert not d.causes and not resampled
@@ -190,7 +199,7 @@ def test_every_group_is_collected_exactly_once_whatever_befalls_the_samplers(
 
 def up(d: Dispatch, now: float = 0.0) -> None:
     for seat in list(d.seats.values()):
-        d.started(seat.name, seat.life, VOCABULARY, now)
+        d.started(seat.name, seat.life, VOCABULARY, None, now)
 
 
 def sends(d: Dispatch) -> list[tuple[str, str]]:
@@ -236,7 +245,10 @@ def test_what_a_caller_waits_for_goes_before_what_was_submitted() -> None:
 def test_a_lost_sampler_waits_for_the_weights_and_then_has_its_work_again_in_order() -> None:
     d = Dispatch(["s-0"], LIMITS, 0.0)
     up(d)
-    d.holds(5, {"s-0": 0}, 0.0)
+    d.renew(5, 0.0)
+    assert d.renewed_at is None
+    d.renewed("s-0", 0, 5, 0.0)
+    assert d.renewed_at == 0.0
     d.add([Job(request(f"g-{i}"), submitted=True) for i in range(3)], 0.0)
     d.take()
     late = next(iter(d.seats["s-0"].running))
@@ -244,11 +256,14 @@ def test_a_lost_sampler_waits_for_the_weights_and_then_has_its_work_again_in_ord
     assert [(c.do, c.life) for c in d.take()] == [("kill", 0), ("start", 1)]
     d.replied("s-0", 0, late, group(request("g-0")), 2.0)  # of its former life
     assert not d.complete
-    d.started("s-0", 1, VOCABULARY, 3.0)
-    assert d.behind() == ["s-0"] and d.take() == []
-    d.holds(5, {"s-0": 0}, 4.0)  # a transfer that reached the former life
-    assert d.behind() == ["s-0"] and d.take() == []
-    d.holds(5, {"s-0": 1}, 5.0)
+    d.renew(6, 2.5)  # while it starts, with version 5
+    assert d.take() == [] and d.renewed_at is None
+    d.started("s-0", 1, VOCABULARY, 5, 3.0)
+    assert [c.do for c in d.take()] == ["renew"]
+    d.renewed("s-0", 0, 6, 4.0)  # of its former life
+    assert d.take() == [] and d.renewed_at is None
+    d.renewed("s-0", 1, 6, 5.0)
+    assert d.renewed_at == 5.0
     assert sends(d) == [("s-0", "g-0"), ("s-0", "g-1"), ("s-0", "g-2")]
     counts = d.counts(9.0)
     assert d.news == ["sampler 's-0' is lost: gone; 3 requests are asked again"]
@@ -257,7 +272,7 @@ def test_a_lost_sampler_waits_for_the_weights_and_then_has_its_work_again_in_ord
 
 
 def test_one_loss_too_many_is_an_error_that_names_sampler_and_cause() -> None:
-    limits = replace(LIMITS, max_restarts=2, restart_window_seconds=100.0)
+    limits = LIMITS.model_copy(update={"max_restarts": 2, "restart_window_seconds": 100.0})
     d = Dispatch(["s-0", "s-1"], limits, 0.0)
     for life, now in enumerate((0.0, 60.0, 120.0)):  # the first is out of the window by then
         d.lost("s-1", life, "actor", "gone", now)
@@ -265,7 +280,7 @@ def test_one_loss_too_many_is_an_error_that_names_sampler_and_cause() -> None:
     d.lost("s-1", 3, "silent", "no sign of life", 130.0)
     with pytest.raises(SamplerLost, match=r"'s-1' failed 3 times within 100 s.*no sign of life"):
         raise d.error  # type: ignore[misc]
-    none = Dispatch(["s-0"], replace(limits, max_restarts=0), 0.0)
+    none = Dispatch(["s-0"], limits.model_copy(update={"max_restarts": 0}), 0.0)
     none.lost("s-0", 0, "engine", "EngineDied: s-0", 1.0)
     assert "EngineDied: s-0" in str(none.error)
 
@@ -278,7 +293,7 @@ def test_a_sampler_without_a_place_is_absent_and_joins_when_there_is_one() -> No
         d.ponged("s-0", 0, now)
         d.tick(now)
     assert d.error is None and d.counts(43.0)["absent"] == 1 and d.counts(43.0)["count"] == 1
-    d.started("s-1", d.seats["s-1"].life, VOCABULARY, 44.0)
+    d.started("s-1", d.seats["s-1"].life, VOCABULARY, None, 44.0)
     assert d.counts(44.0)["absent"] == 0 and d.counts(44.0)["count"] == 2
     alone = Dispatch(["s-0"], LIMITS, 0.0)
     alone.tick(20.5)

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rollout.dispatch import Died, Dispatch, PoolLimits, Refused, SamplerLost
-from rollout.record import Group
+from rollout.dispatch import Dispatch, SamplerLost
+from rollout.jobs import Died, Refused
+from rollout.record import Group, Weights
+from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request, score_request
 
-LIMITS = PoolLimits(sequences=16, max_restarts=10**9)
+LIMITS = SamplerConfig(max_num_seqs=16, max_restarts=10**9)
 
 
 def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers) -> None:
@@ -63,51 +65,33 @@ def test_callers_of_all_kinds_side_by_side_get_each_their_own(samplers: Samplers
     pool.stop()
 
 
-def test_the_only_sampler_gets_its_weights_by_the_hook_while_the_driver_waits(
-    samplers: Samplers,
-) -> None:
-    unlucky = {"g-3": 2, "eval": 1, "s": 1}
+def test_whoever_waits_for_the_only_sampler_waits_for_its_weights_too(samplers: Samplers) -> None:
+    unlucky = {"g-3": 2, "eval": 1, "s": 1, "poll": 1}
 
     def fate(asked: Any) -> Any:
         name = asked.group_id if hasattr(asked, "group_id") else asked.request_id
         unlucky[name] = unlucky.get(name, 0) - 1
         if unlucky[name] >= 0:
             return Died("engine", "EngineDied: gone")
-        # The life that answers must be the one that the driver gave weights to.
+        # The life that answers must be one that has the weights.
         return None if samplers.lives[-1].version == 7 else Refused(ValueError(name), "stale")
 
     samplers.fate = fate
     pool = samplers.pool(1, LIMITS)
-    pool.wait_ready(60)
-    hooked: list[str] = []
-
-    def send() -> None:
-        clients = pool.clients
-        for client in clients:
-            client.version = 7  # type: ignore[attr-defined]
-        pool.holds(7, clients)
-
-    def catch_up() -> None:
-        hooked.append(threading.current_thread().name)
-        assert pool.behind() == ["sampler-0"]
-        send()
-
-    send()
-    pool.catch_up = catch_up
+    pool.renew(Weights(7, (), ()))
     pool.submit([request(f"g-{i}") for i in range(6)])
     assert sorted(g.group_id for g in pool.collect(6, 60)) == [f"g-{i}" for i in range(6)]
     assert [g.group_id for g in pool.sample([request("eval")])] == ["eval"]
     (reply,) = pool.answer([score_request("s")], 60)
     assert isinstance(reply, np.ndarray)
-    assert hooked == [threading.current_thread().name] * 4
-    # A driver that only looks in from time to time is told as well.
-    unlucky["poll"] = 1
+    # A driver that only looks in from time to time is served as well.
     pool.submit([request("poll")])
     until, found = time.monotonic() + 60, []
     while not found and time.monotonic() < until:
         found = pool.collect(1, 0.0)
         time.sleep(0.01)
-    assert [g.group_id for g in found] == ["poll"] and len(hooked) == 5
+    assert [g.group_id for g in found] == ["poll"]
+    assert [life.versions for life in samplers.lives] == [[7]] * 6
     assert len(pool.news()) == 5 and pool.news() == []
     pool.stop()
 
@@ -152,7 +136,7 @@ def test_collect_says_what_there_is_by_its_time_and_raises_a_refusal_alone(
 def test_a_pool_that_loses_hope_wakes_those_who_wait(samplers: Samplers) -> None:
     gate = threading.Event()
     samplers.fate = lambda asked: gate.wait(60) and Died("engine", "EngineDied: no more")
-    pool = samplers.pool(1, PoolLimits(max_restarts=0))
+    pool = samplers.pool(1, SamplerConfig(max_restarts=0))
     pool.wait_ready(60)
     threading.Timer(0.3, gate.set).start()
     pool.submit([request("g")])
@@ -204,23 +188,18 @@ def test_nothing_is_read_of_what_threads_share_without_the_lock(samplers: Sample
 
     with lock:
         pool._dispatch.__class__ = Shared
-    hooked: list[int] = []
-
-    def catch_up() -> None:
-        hooked.append(len(pool.clients_behind()))
-        pool.holds(1, pool.wait_clients())
-
-    pool.catch_up = catch_up
-    pool.holds(1, pool.clients[:1])
     gate = threading.Event()
     samplers.lives[0].fate = lambda asked: gate.wait(60) and None
     pool.submit([request("a"), request("b")])
-    pool.holds(2, [])
-    assert pool.collect(1, 0.0) == [] and hooked == [2]
+    pool.renew(Weights(1, (), ()))
+    assert pool.wait_renewed() <= time.monotonic()
+    early = pool.collect(1, 0.0)
     gate.set()
     assert pool.sample([request("c")]) and pool.answer([score_request("s")], 60)
-    assert len(pool.collect(pool.pending(), 60)) == 2
+    assert len([*early, *pool.collect(pool.pending(), 60)]) == 2
     pool.begin_transfer()
+    pool.holds(2, pool.wait_clients())
+    pool.renew(Weights(3, (), ()))
     pool.replace(pool.clients[1], "transfer", "late")
     pool.resize(3)
     with suppress(TimeoutError):

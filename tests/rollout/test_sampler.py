@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,16 @@ import pytest
 import ray
 import torch
 
-from rollout.dispatch import PoolLimits, SamplerLost
-from rollout.engine import EngineDied, EngineSettings, SamplerError
+from learner.actor import LearnerGroup
+from learner.weights import stored
+from rollout.dispatch import SamplerLost
+from rollout.engine import EngineDied, SamplerError
 from rollout.pool import SamplerPool
-from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest
+from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest, Weights
 from rollout.sampler import RaySamplerClient, ray_samplers
+from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import Chat, ModelError, encode, load_processor, load_reader
+from rollout.transfer import fetched
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
@@ -70,8 +75,8 @@ class Told:
         self.begun: list[str] = []
         self.cancelled: list[str] = []
 
-    async def ready(self) -> int:
-        return 100
+    async def ready(self, weights: None) -> tuple[int, None]:
+        return 100, None
 
     async def ping(self) -> None:
         pass
@@ -119,11 +124,84 @@ class Told:
         return np.array([-float(number)], np.float32)
 
 
-LIMITS = PoolLimits(sequences=8, start_seconds=60, request_seconds=60, max_restarts=2)
+@ray.remote(num_cpus=0)
+class Rank:
+    """A learner's rank, as far as publishing goes: three buckets, one tensor each."""
+
+    def __init__(self, fails: bool) -> None:
+        self._fails = fails
+
+    def publish_weights(self) -> Iterator[Any]:
+        def groups() -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+            for place in range(3):
+                if self._fails and place:
+                    raise ValueError("out of cheese")
+                yield [f"layer.{place}"], [torch.full((2**18,), float(place))]
+
+        yield from stored(groups())
+
+    def gather_weights(self) -> None:
+        time.sleep(3600 if self._fails else 0)  # in a collective that its peer has left
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ray.remote(num_cpus=0)
+class Fetches:
+    """A sampler's end without an engine."""
+
+    async def renew(self, weights: Weights) -> dict[str, float]:
+        found = {}
+        async for held, update in fetched(weights, "sampler-0"):
+            data = np.fromfile(update["path"], np.float32)
+            os.close(held)
+            ((name, dtype, shape, start),) = update["tensors"]
+            assert (dtype, shape, start, len(data)) == ("float32", [2**18], 0, 2**18)
+            found[name] = float(data.max())
+        return found
+
+
+def learner(fails: bool) -> LearnerGroup:
+    """Two ranks of a learner that only publish."""
+    group = object.__new__(LearnerGroup)
+    group._ranks = [Rank.remote(fails), Rank.remote(fails)]  # type: ignore[attr-defined]
+    setup: Any = SimpleNamespace(learner=SimpleNamespace(timeout_seconds=60.0))
+    group._setup = setup
+    return group
+
+
+def test_what_was_published_is_fetched_from_a_learner_that_is_stopped_and_then_gone() -> None:
+    group = learner(fails=False)
+    weights = group.publish_weights(3)
+    assert weights.version == 3 and [p.name for b in weights.manifest for p in b] == [
+        "layer.0",
+        "layer.1",
+        "layer.2",
+    ]
+    pid = ray.get(group._ranks[0].pid.remote())
+    for blow in (signal.SIGSTOP, signal.SIGKILL):
+        os.kill(pid, blow)
+        found = ray.get(Fetches.remote().renew.remote(weights), timeout=60)  # type: ignore[attr-defined]
+        assert found == {"layer.0": 0.0, "layer.1": 1.0, "layer.2": 2.0}
+
+
+def test_a_rank_that_fails_while_it_publishes_is_told_though_the_others_wait_for_it() -> None:
+    group, begun = learner(fails=True), time.monotonic()
+    with pytest.raises(ValueError, match="out of cheese"):
+        group.publish_weights(3)
+    assert time.monotonic() - begun < 50
+    for rank in group._ranks:
+        ray.kill(rank)
+
+
+LIMITS = SamplerConfig(
+    max_num_seqs=8, start_timeout_seconds=60, request_timeout_seconds=60, max_restarts=2
+)
 
 
 @contextlib.contextmanager
-def told(count: int, limits: PoolLimits = LIMITS) -> Iterator[SamplerPool]:
+def told(count: int, limits: SamplerConfig = LIMITS) -> Iterator[SamplerPool]:
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, Told.remote(name)), count, limits, "told"
     )
@@ -216,7 +294,7 @@ def test_a_pool_past_hope_says_so_to_everyone_and_names_sampler_and_cause() -> N
 
 
 def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
-    with told(2, replace(LIMITS, heartbeat_seconds=4.0)) as pool:
+    with told(2, LIMITS.model_copy(update={"heartbeat_seconds": 4.0})) as pool:
         pid = ray.get(pool.clients[0].call("pid"))
         requests = [SampleRequest(f"slow-{i}", problems(1)[0], 1, Sampling()) for i in range(6)]
         pool.submit(requests)
@@ -232,8 +310,9 @@ def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
 
 @pytest.fixture(scope="module")
 def frozen(tiny_text_model: Path) -> Iterator[SamplerPool]:
-    settings = EngineSettings(str(tiny_text_model), max_model_len=256, frozen=True)
-    pool = SamplerPool(ray_samplers(settings, 1, 0), 1, replace(LIMITS, max_restarts=0), "frozen")
+    model = ModelConfig(path=str(tiny_text_model), max_model_len=256)
+    settings = LIMITS.model_copy(update={"max_restarts": 0})
+    pool = SamplerPool(ray_samplers(model, settings, frozen=True), 1, settings, "frozen")
     pool.wait_ready(300)
     yield pool
     pool.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,10 +17,19 @@ import torch
 from learner.batch import TrainSequence
 from learner.collate import Collator
 from learner.policy import Policy, load_policy
-from learner.weights import GatheredWeights
-from rollout.engine import Engine, EngineSettings
-from rollout.record import Group, ImageView, Rollout, SampleRequest, Sampling, ScoreRequest
-from rollout.transfer import HostSender, TransferReport, WeightSource
+from learner.weights import GatheredWeights, OfferedWeights, stored
+from rollout.engine import Engine
+from rollout.record import (
+    Group,
+    ImageView,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Weights,
+)
+from rollout.settings import ModelConfig, SamplerConfig
+from rollout.transfer import TransferReport, fetched
 from tasks.core import Problem
 from tasks.images import blank_like
 from tasks.load import load_task
@@ -38,10 +48,10 @@ class Live:
         self.processor, self.folder = processor, folder
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        settings = EngineSettings(str(folder), max_model_len=512, max_num_seqs=64)
+        model = ModelConfig(path=str(folder), max_model_len=512)
 
         async def start() -> Engine:
-            return Engine.start(settings)
+            return Engine.start(model, SamplerConfig(max_num_seqs=64))
 
         self.engine = asyncio.run_coroutine_threadsafe(start(), self.loop).result(400)
         self.first_checksums = self.checksums()
@@ -60,12 +70,30 @@ class Live:
         """These weights as a learner offers them."""
         return GatheredWeights(self.weights[which].model, lambda _: nullcontext(), torch.float32)
 
-    def send(self, weights: str | WeightSource, version: int) -> TransferReport:
-        """Give the engine weights, or those of that name, as a policy version."""
+    def send(self, weights: str | OfferedWeights, version: int, spoilt: str = "") -> TransferReport:
+        """Give the engine weights, or those of that name, as a sampler does; Ray is left out.
+
+        `spoilt`: a tensor of which a byte changes on the way.
+        """
         source = self.source(weights) if isinstance(weights, str) else weights
-        report = HostSender([self], 60).send(source, version, rank=0)
-        assert report is not None
-        return report
+        buckets: list[Any] = list(stored(source.iter_groups()))
+        manifest = buckets.pop()
+        for pieces, arrays in zip(manifest, buckets, strict=True):
+            for place, piece in enumerate(pieces):
+                if piece.name == spoilt:
+                    arrays[place] = arrays[place].copy()
+                    arrays[place][-1] ^= 1
+
+        async def given(bucket: Any) -> Any:
+            return bucket
+
+        async def renew() -> None:
+            fetchable = Weights(version, manifest, tuple(map(given, buckets)))
+            await self.engine.renew(version, fetched(fetchable, self.name))
+
+        start = time.perf_counter()
+        asyncio.run_coroutine_threadsafe(renew(), self.loop).result(120)
+        return TransferReport.of(Weights(version, manifest, ()), time.perf_counter() - start)
 
     def sample(self, problems: Sequence[Problem], n: int = 2, **request: Any) -> list[Group]:
         sampling = request.pop("sampling", Sampling(max_tokens=40))
@@ -95,16 +123,7 @@ class Live:
         self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         """The difference of each token of each response."""
-        policy = self.weights[which]
-        sequences = [
-            TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
-            for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
-        ]
-        batch = Collator(policy, self.processor)(sequences)
-        with torch.no_grad():
-            expected, _ = policy.eval().run(batch)
-        differences = (expected - batch.tokens.sampler_logprobs).abs().numpy()
-        return np.split(differences, np.cumsum([len(found) for found in logprobs])[:-1])
+        return gaps(self.weights[which], self.processor, inputs, logprobs)
 
     def score(
         self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
@@ -114,6 +133,21 @@ class Live:
             for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
         ]
         return [self.wait(future, 300) for future in futures]
+
+
+def gaps(
+    policy: Policy, processor: Any, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """|difference| of log-probs of (prompt ids, response ids, image) to a policy's, a token."""
+    sequences = [
+        TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
+        for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
+    ]
+    batch = Collator(policy, processor)(sequences)
+    with torch.no_grad():
+        expected, _ = policy.eval().run(batch)
+    differences = (expected - batch.tokens.sampler_logprobs).abs().numpy()
+    return np.split(differences, np.cumsum([len(found) for found in logprobs])[:-1])
 
 
 def perturbed_engine(

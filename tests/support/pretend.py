@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rollout.dispatch import Died, PoolLimits
+from rollout.jobs import Died, Refused
 from rollout.pool import SamplerPool
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
+from rollout.settings import SamplerConfig
 from tasks.core import Parsed, Problem
 
 VOCABULARY = 50
@@ -75,7 +76,9 @@ class Threaded:
 
     def __init__(self, name: str, threads: ThreadPoolExecutor, fate: Callable[[Any], Any]) -> None:
         self.name, self._threads, self.fate = name, threads, fate
-        self.alive, self.version = True, -1
+        self.alive = True
+        self.version: int | None = None
+        self.versions: list[int] = []
         self.hangs, self.gone = threading.Event(), threading.Event()
         self.reached = threading.Event()
         self.weights = "as loaded"
@@ -86,12 +89,6 @@ class Threaded:
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         return self._threads.submit(self._run, method, *args)
-
-    def wait(self, future: Future[Any], seconds: float) -> Any:
-        result = future.result(seconds)
-        if isinstance(result, Died):
-            raise RuntimeError(result.message)  # as Ray does with its own kinds
-        return result
 
     def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
         future.add_done_callback(lambda done: then(done.result()))
@@ -104,14 +101,12 @@ class Threaded:
         self.gone.set()
 
     def _run(self, method: str, *args: Any) -> Any:
-        if method == "ready":
-            return VOCABULARY
         if method == "answer":
             return self.fate(args[0]) or self._reply(args[0])
         if method in self.waits_in:
             assert self.waits_in[method].wait(60)
         if method in self.fails_in:
-            raise ValueError("out of cheese")
+            return Refused(ValueError("out of cheese"), f"{self.name}: ValueError: out of cheese")
         if method in self.dies_in:
             return Died("engine", f"{self.name}: the engine's process died")
         if method in self.hangs_in:
@@ -119,9 +114,12 @@ class Threaded:
             while not (self.over.is_set() or self.gone.wait(0.01)):
                 continue
             return Died("actor", f"{self.name}: gone")
-        if method == "finish_weight_update":
-            self.version = args[0]
+        if method in ("renew", "ready") and args[0] is not None:
+            self.version = args[0].version
+            self.versions.append(self.version)
             self.reached.set()
+        if method in ("renew", "ready"):
+            return self.version if method == "renew" else (VOCABULARY, self.version)
         return {"0/layer": self.weights} if method == "weight_checksums" else None
 
     def _reply(self, asked: Any) -> Any:
@@ -141,9 +139,11 @@ class Samplers:
         self.lives: list[Threaded] = []
         self._pools: list[SamplerPool] = []
 
-    def pool(self, count: int, limits: PoolLimits, name: str = "sampler") -> SamplerPool:
+    def pool(
+        self, count: int, settings: SamplerConfig, name: str = "sampler", renewal: float = 120.0
+    ) -> SamplerPool:
         """A pool of these samplers, that `close` stops: its thread never outlives a test."""
-        self._pools.append(SamplerPool(self, count, limits, name))
+        self._pools.append(SamplerPool(self, count, settings, name, renewal))
         return self._pools[-1]
 
     def __call__(self, name: str) -> Threaded:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from rollout.record import Group, Rollout, SampleRequest
 from tasks.core import Parsed
 
+RESTART = 2.0
 NOTHING = Parsed(perception=None, reasoning="", answer=None, spans={}, defects=())
+
+_What = Literal["ends", "dies", "restarts"]
 
 
 @dataclass
@@ -35,8 +39,8 @@ class SimulatedPool:
     """`count` samplers with one group each at a time, of `seconds[i]` for the i-th start.
 
     A sampler dies in the middle of a group with probability `death`; the group goes back to the
-    front of the queue, and the sampler is `behind()` until weights are sent, which `catch_up`,
-    if it is set, does while the driver waits.
+    front of the queue, and the sampler is up again `RESTART` seconds later, with the version that
+    was sent last.
     """
 
     def __init__(
@@ -46,14 +50,13 @@ class SimulatedPool:
         self.busy = 0.0
         self.started: list[str] = []
         self.deaths = 0
-        self.catch_up: Callable[[], None] | None = None
         self._rng = np.random.default_rng(seed)
         self._seconds = itertools.cycle(seconds)
         self._death = death
         self._samplers = [_Sampler() for _ in range(count)]
         self._queue: deque[SampleRequest] = deque()
         self._done: deque[Group] = deque()
-        self._events: list[tuple[float, int, int, int, bool]] = []
+        self._events: list[tuple[float, int, int, int, _What]] = []
         self._order = itertools.count()
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
@@ -69,8 +72,6 @@ class SimulatedPool:
     def collect(self, count: int, timeout: float | None = None) -> list[Group]:
         until = float("inf") if timeout is None else self.now + timeout
         while len(self._done) < min(count, self.pending()):
-            if self.behind() and self.catch_up:
-                self.catch_up()
             if not self._events or self._events[0][0] > until:
                 assert timeout is not None, "nothing runs, and the driver waits"
                 self.sleep_until(until)
@@ -91,13 +92,10 @@ class SimulatedPool:
         running = sum(s.request is not None for s in self._samplers)
         return len(self._queue) + running + len(self._done)
 
-    def behind(self) -> list[str]:
-        return [str(i) for i, s in enumerate(self._samplers) if not s.up]
-
     def send(self, version: int) -> None:
         """What a weight transfer does to the samplers: running groups go on under new weights."""
         for sampler in self._samplers:
-            sampler.version, sampler.up = version, True
+            sampler.version = version
             if sampler.request:
                 sampler.spans.append((self.now, version))
         self._admit()
@@ -105,14 +103,19 @@ class SimulatedPool:
     def sleep_until(self, moment: float) -> None:
         """Let time pass, as it does while the learner learns."""
         while self._events and self._events[0][0] <= moment:
-            self.now, _, place, attempt, dies = heapq.heappop(self._events)
+            self.now, _, place, attempt, what = heapq.heappop(self._events)
             sampler = self._samplers[place]
+            if what == "restarts":
+                sampler.up = True
+                self._admit()
+                continue
             if sampler.request is None or sampler.attempt != attempt:
                 continue
             request, sampler.request = sampler.request, None
-            if dies:
+            if what == "dies":
                 self.deaths += 1
                 sampler.up = False
+                self._later(RESTART, place, attempt, "restarts")
                 self._queue.appendleft(request)
             else:
                 self._done.append(self._group(request, sampler))
@@ -131,8 +134,11 @@ class SimulatedPool:
             dies = bool(self._rng.random() < self._death)
             seconds *= self._rng.random() if dies else 1.0
             self.busy += seconds
-            event = (self.now + seconds, next(self._order), place, sampler.attempt, dies)
-            heapq.heappush(self._events, event)
+            self._later(seconds, place, sampler.attempt, "dies" if dies else "ends")
+
+    def _later(self, seconds: float, place: int, attempt: int, what: _What) -> None:
+        event = (self.now + seconds, next(self._order), place, attempt, what)
+        heapq.heappush(self._events, event)
 
     def _group(self, request: SampleRequest, sampler: _Sampler) -> Group:
         """One token a version that the group was sampled under."""

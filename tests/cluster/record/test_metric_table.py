@@ -34,7 +34,9 @@ from learner.losses import BalancedLoss, TokenMeanLoss
 from learner.policy_loss import PolicyLoss
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome
-from rollout.dispatch import Dispatch, Job, PoolLimits
+from rollout.dispatch import Dispatch
+from rollout.jobs import Job
+from rollout.settings import SamplerConfig
 from rollout.transfer import TransferReport
 from tasks.core import SEGMENTS
 from tests.support.pretend import request
@@ -121,9 +123,9 @@ def made_by_the_driver() -> set[str]:
     narrow: Any = SimpleNamespace(label="sudoku", left_out={"train": 1})
     names |= set(left_out([narrow])) | {"policy/version"}
     names |= set(Spent().metrics()) | set(refill([], DynamicSamplingConfig(max_groups=1), list)[1])
-    pool = Dispatch(["sampler-0"], PoolLimits(), 0.0)
+    pool = Dispatch(["sampler-0"], SamplerConfig(), 0.0)
     pool.add([Job(request("g"), submitted=True)], 0.0)
-    pool.started("sampler-0", 0, 50, 0.0)
+    pool.started("sampler-0", 0, 50, None, 0.0)
     pool.lost("sampler-0", 0, "actor", "gone", 1.0)
     counted: Any = SimpleNamespace(counts=lambda: pool.counts(2.0))
     names |= set(sampler_metrics(counted, {"m": counted}))

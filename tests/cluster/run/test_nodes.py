@@ -14,9 +14,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from rollout.dispatch import PoolLimits
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
+from rollout.settings import SamplerConfig
 from tests.rollout.test_sampler import Told
 from tests.support.pretend import request
 
@@ -47,7 +47,7 @@ def pool_of_two() -> Iterator[SamplerPool]:
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, Told.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
         2,
-        PoolLimits(sequences=8, start_seconds=20.0),
+        SamplerConfig(max_num_seqs=8, start_timeout_seconds=20.0),
         "told",
     )
     try:

@@ -13,7 +13,7 @@ from cluster.cli import main
 from cluster.recipe.machine import claimed
 from cluster.recipe.recipe import UserError, load_recipe
 from cluster.run.scaling import WISH, ask, asked, scale_as_asked
-from rollout.dispatch import PoolLimits
+from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request
 from tests.support.recipes import recipe_text
 
@@ -64,7 +64,7 @@ def test_the_pool_grows_and_shrinks_and_keeps_within_the_cluster(
 ) -> None:
     recipe = load_recipe(run / "recipe.toml", ["sampler.count=1", "learner.cpus=1.0"])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
-    pool = samplers.pool(1, PoolLimits())
+    pool = samplers.pool(1, SamplerConfig())
     pool.wait_ready(60)
     live: Any = SimpleNamespace(recipe=recipe, samplers=pool)
     said: list[str] = []
