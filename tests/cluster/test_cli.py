@@ -54,7 +54,9 @@ def test_version_and_completion(
 ) -> None:
     version = importlib.metadata.version("equipoise")
     assert printed(["--version"], monkeypatch, capsys) == f"equipoise {version}\n"
-    assert "complete" in printed(["--show-completion", "bash"], monkeypatch, capsys)
+    with monkeypatch.context() as patched:  # else the shell above this process has to be found
+        patched.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+        assert "complete" in printed(["--show-completion", "bash"], patched, capsys)
     monkeypatch.setenv("_EQUIPOISE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "equipoise e")
     monkeypatch.setenv("COMP_CWORD", "1")
