@@ -25,8 +25,6 @@ from rollout.settings import SamplerConfig
 TICK_SECONDS = 0.5
 """How often the pool looks at the clock when nothing happens."""
 STOP_SECONDS = 10.0
-FAILED_IN: dict[str, Cause] = {"start": "start", "renew": "transfer"}
-"""What a loss is put down to, by what a sampler was asked to do."""
 
 
 class SamplerPool:
@@ -322,8 +320,12 @@ class SamplerPool:
             own = result.error if isinstance(result, Refused) else None
             dispatch.error = dispatch.error or own or SamplerLost(result.message)
         else:
-            known: Cause = "engine" if isinstance(result, Refused) else result.cause
-            dispatch.lost(name, life, FAILED_IN.get(what, known), result.message, now)
+            cause: Cause = "transfer" if what == "renew" else "engine"
+            if what == "start":
+                cause = "start"
+            elif isinstance(result, Died):  # whatever it was asked to do meanwhile
+                cause = result.cause
+            dispatch.lost(name, life, cause, result.message, now)
 
     def _carry_out(self) -> None:
         """Do what the dispatch asks for. Only the pool's thread is here (and its maker, once)."""
