@@ -281,7 +281,8 @@ class Dispatch:
         seats = list(self.seats.values())
         found = {
             "asked": float(sum(not seat.retiring for seat in seats)),
-            "count": float(sum(map(self._takes_work, seats))),
+            # One that fetches the last version takes work in a moment.
+            "count": float(sum(self._takes_work(s) or self._will_soon(s) for s in seats)),
             "absent": float(sum(seat.absent for seat in seats)),
             "restarts": float(sum(self.causes.values())),
             "resampled": float(sum(self.resampled.values())),
@@ -314,6 +315,9 @@ class Dispatch:
     def _takes_work(self, seat: Seat) -> bool:
         """Whether it is up, with the policy's weights (before the first, its own), and stays."""
         return seat.up and seat.version == self.version and not seat.retiring
+
+    def _will_soon(self, seat: Seat) -> bool:
+        return seat.renewing is not None and not seat.retiring
 
     def _fetch(self, seat: Seat, now: float) -> None:
         seat.renewing = now
