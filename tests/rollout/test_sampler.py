@@ -311,7 +311,7 @@ def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
 @pytest.fixture(scope="module")
 def frozen(tiny_text_model: Path) -> Iterator[SamplerPool]:
     model = ModelConfig(path=str(tiny_text_model), max_model_len=256)
-    settings = LIMITS.model_copy(update={"max_restarts": 0})
+    settings = LIMITS.model_copy(update={"max_restarts": 0, "start_timeout_seconds": 300.0})
     pool = SamplerPool(ray_samplers(model, settings, frozen=True), 1, settings, "frozen")
     pool.wait_ready(300)
     yield pool
