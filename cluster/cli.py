@@ -180,6 +180,7 @@ def evaluate(
 
     if output:
         require_free(output, "--output")
+        output.parent.mkdir(parents=True, exist_ok=True)  # now, not after the evaluation
     chosen = task_of(task, set_ or ())
     like = load_recipe(recipe) if recipe else None
     require_model(checkpoint)

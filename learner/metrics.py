@@ -7,20 +7,21 @@ have in the end (docs/metrics.md).
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Self
 
 
-class Metric:
+class Metric(ABC):
     """Numbers of one part of an update, which add up over all parts."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*map(operator.add, astuple(self), astuple(other)))  # type: ignore[call-overload]
 
+    @abstractmethod
     def value(self) -> float | None:
         """What the numbers tell together; None where there was nothing to tell of."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

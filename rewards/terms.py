@@ -8,8 +8,6 @@ a typed outcome.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import inspect
 import math
 import time
@@ -37,6 +35,7 @@ from rewards.surrogates import SelfConsistency
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from tasks.core import Problem, Task
 from tasks.fields import Amount
+from tasks.load import import_named
 
 
 @runtime_checkable
@@ -147,21 +146,13 @@ def find_term(name: str) -> Callable[..., Any]:
     Raises `TermError` for an unknown name (with a near miss if there is one), or a module or
     class that cannot be loaded.
     """
-    module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
-    if not colon:
+    target = BUILT_IN.get(name, name)
+    if ":" not in target:
         raise TermError(unknown_term(name))
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise TermError(
-            f"reward term {name!r}: cannot import {module_name!r} ({error}); "
-            "put its folder on PYTHONPATH or into the job's working directory"
-        ) from error
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TermError(f"reward term {name!r}: module {module_name!r} has no {attribute!r}{hint}")
-    found: Callable[..., Any] = getattr(module, attribute)
+        found: Callable[..., Any] = import_named(f"reward term {name!r}", target)
+    except ValueError as error:
+        raise TermError(str(error)) from error
     return found
 
 

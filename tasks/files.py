@@ -17,6 +17,12 @@ def expanded(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
+def user_cache(name: str) -> Path:
+    """Our part of this user's cache folder for files of one kind; not made, maybe not writable."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "equipoise" / name
+
+
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it into place: no reader sees half of it."""
     beside = path.with_name(f".{path.name}.tmp")

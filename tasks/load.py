@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -25,6 +26,7 @@ def load_task(name: str) -> Task:
     """
     target = BUILT_IN.get(name, name)
     module_name, colon, class_name = target.partition(":")
+    what = f'task "{name}"'
     if not colon:
         hint = _did_you_mean(name, BUILT_IN)
         raise ValueError(
@@ -32,42 +34,47 @@ def load_task(name: str) -> Task:
             'and a task of your own is named "module:Class"'
         )
     if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
-        raise ValueError(f'task "{name}": expected "module:Class", two Python names')
+        raise ValueError(f'{what}: expected "module:Class", two Python names')
 
-    made = _import_class(name, module_name, class_name)
+    made = import_named(what, target)
+    if not inspect.isclass(made):
+        raise ValueError(f'{what}: module {module_name} does not name a class: "{class_name}"')
     try:
         task = made()
     except Exception as error:
         raise ValueError(
-            f'task "{name}": {class_name}() failed ({type(error).__name__}: {error}); '
+            f"{what}: {class_name}() failed ({type(error).__name__}: {error}); "
             "a task is made without arguments"
         ) from error
     _check_members(name, task)
     return task
 
 
-def _import_class(name: str, module_name: str, class_name: str) -> type:
+def import_named(what: str, target: str) -> Any:
+    """What a recipe names by `"module:Name"`, found from the working folder or PYTHONPATH.
+
+    Raises ValueError, which begins with `what`: no such module, one that fails on import, no such
+    name in it.
+    """
+    module_name, _, name = target.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # The named module itself is absent, as opposed to something that it imports.
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
-                f'task "{name}": no module "{error.name}" on the path; run from the folder '
+                f'{what}: no module "{error.name}" on the path; run from the folder '
                 "that holds it, or add that folder to PYTHONPATH"
             ) from error
-        raise ValueError(f'task "{name}": {module_name} cannot be imported: {error}') from error
+        raise ValueError(f"{what}: {module_name} cannot be imported: {error}") from error
     except Exception as error:
         raise ValueError(
-            f'task "{name}": {module_name} cannot be imported: {type(error).__name__}: {error}'
+            f"{what}: {module_name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
-        classes = [n for n, v in vars(module).items() if inspect.isclass(v)]
-        what = "has no class" if found is None else "does not name a class:"
-        hint = _did_you_mean(class_name, classes)
-        raise ValueError(f'task "{name}": module {module_name} {what} "{class_name}"{hint}')
-    return found
+    if not hasattr(module, name):
+        hint = _did_you_mean(name, [known for known in vars(module) if known[0] != "_"])
+        raise ValueError(f'{what}: module {module_name} has no class "{name}"{hint}')
+    return getattr(module, name)
 
 
 def _check_members(name: str, task: object) -> None:

@@ -15,6 +15,7 @@ from rich.progress import track
 from cluster.recipe.context import Context, Fault, Size, Taken
 from tasks.core import DataError
 from tasks.datasets import Example, file_hash
+from tasks.files import user_cache
 from tasks.images import check_image
 
 MEASURING = 2
@@ -69,8 +70,7 @@ def _size(example: Example) -> Size | Fault:
 
 def _cache_folder() -> Path | None:
     """Where measurements are kept; None where this user has no folder that can be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(home) / "equipoise" / "rows"
+    folder = user_cache("rows")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 from cluster.recipe.recipe import UserError
+from tasks.load import import_named
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,13 @@ STRATEGIES: dict[str, type] = {"uniform": Uniform, "success_band": SuccessBand}
 def make_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     """The strategy of a recipe. Raises UserError naming the field for one that cannot be made."""
     where = "algorithm.curriculum"
-    kind = STRATEGIES.get(name)
     try:
-        if kind is None:
-            module, _, attribute = name.partition(":")
-            kind = getattr(import_module(module), attribute)
+        kind = STRATEGIES.get(name) or import_named(f"{where}.strategy", name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    try:
         made: Strategy = kind(**args)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}.strategy: {name!r} cannot be loaded: {error}") from error
-    except TypeError as error:
+    except Exception as error:  # a user's own class may raise anything
         raise UserError(f"{where}.args: {name!r} does not take them: {error}") from error
     if not callable(getattr(made, "weights", None)):
         raise UserError(f"{where}.strategy: {name!r} has no method weights(entries)")

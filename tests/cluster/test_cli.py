@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from typer.main import get_command
 
 from cluster.cli import app, main
 from cluster.tasks_cli import app as tasks_app
+from tests.support.terminal import run
 
 
 def printed(
@@ -61,3 +63,13 @@ def test_version_and_completion(
     monkeypatch.setenv("COMP_WORDS", "equipoise e")
     monkeypatch.setenv("COMP_CWORD", "1")
     assert printed([], monkeypatch, capsys).split() == ["eval"]
+
+
+def test_what_eval_could_not_write_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["eval", tmp_path / "no-model", "--task", "sudoku"]
+    assert run(monkeypatch, *words, "--output", tmp_path / "file" / "found.json") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in said and "no-model" not in said

@@ -251,7 +251,7 @@ def test_terms_load_by_name_and_by_class() -> None:
     [
         ("percption", {}, 'did you mean "perception"'),
         ("zzz", {}, "outcome, perception"),
-        ("tests.support.toys:Lenght", {}, "did you mean 'Length'"),
+        ("tests.support.toys:Lenght", {}, 'did you mean "Length"'),
         ("tests.rewards.nowhere:Length", {}, "PYTHONPATH"),
         ("tests.support.toys:NoTerm", {}, "no RewardTerm"),
         ("tests.support.toys:TASK", {}, "not callable"),

@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster.ablation.grid import Ablation, Cell, load_ablation, stored_ablation
+from cluster.ablation.grid import Ablation, Cell, stored_ablation
 from cluster.ablation.settings import alpha_of
 from cluster.cli import app
 from cluster.recipe.recipe import UserError
-from cluster.record.folder import METRIC_SCHEMA
 from cluster.record.tracker import Tracker
 from cluster.report.ablation_report import (
     build_ablation,
@@ -44,7 +43,8 @@ from tests.support.report_pages import (
     grid_problem,
     rollouts,
 )
-from tests.support.toy_runs import write_run
+from tests.support.toy_runs import finish as finish_plain
+from tests.support.toy_runs import metric_table, started
 
 STEPS = 30
 GAIN = {"outcome": 0.1, "quarter": 0.6, "half": 0.3, "same": 0.1, "agree": 0.2}
@@ -75,44 +75,27 @@ BASE = recipe_text(model="/somewhere/secret/tiny", tasks=f"{SUDOKU}, {GRAPH}")
 
 
 def made(folder: Path, text: str = FILE) -> tuple[Ablation, Path]:
-    """An ablation's folder as `equipoise ablate` starts it."""
-    (folder / "base.toml").write_text(BASE)
-    (folder / "grid.toml").write_text(text)
-    ablation = load_ablation(folder / "grid.toml")
-    out = folder / "out"
-    out.mkdir()
-    (out / "ablation.json").write_text(json.dumps(ablation.identity()))
-    return ablation, out
+    return started(folder, text, BASE)
 
 
 def finish(out: Path, cell: Cell, last_step: Path) -> None:
     """Leave what a cell leaves, with rollouts of every kind in its last step."""
-    here = out / "cells" / cell.id
-    write_run(here / "run", cell, GAIN[cell.arm])
-    rows = [
-        (step, name, value, 0.0)
-        for step in range(1, STEPS + 1)
-        for name, value in (
-            ("reliability/outcome/within", 0.3 + 0.01 * cell.seed),
-            ("reliability/outcome/auc", 0.7),
-            ("throughput/sampler_tokens_per_second", 1000.0 * cell.seed),
-        )
-    ]
+    run = finish_plain(out, cell, GAIN[cell.arm]) / "run"
+    each = {
+        "reliability/outcome/within": 0.3 + 0.01 * cell.seed,
+        "reliability/outcome/auc": 0.7,
+        "throughput/sampler_tokens_per_second": 1000.0 * cell.seed,
+    }
+    rows = [(step, n, v, 0.0) for step in range(1, STEPS + 1) for n, v in each.items()]
     rows += [
         (step, f"eval/sudoku/{m}", level + GAIN[cell.arm] * step / STEPS, 0.0)
         for step in (0, 15, 30)
         for m, level in (("a", 0.3), ("a_p", 0.4), ("a_r", 0.5))
     ]
-    columns = [
-        pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), METRIC_SCHEMA, strict=True)
-    ]
-    file = here / "run" / "metrics.parquet"
-    more = pa.Table.from_arrays(columns, schema=METRIC_SCHEMA)
-    pq.write_table(pa.concat_tables([pq.read_table(file), more]), file)
+    file = run / "metrics.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(file), metric_table(rows)]), file)
     for name in ("rollouts", "images"):
-        shutil.copytree(last_step / name, here / "run" / name, dirs_exist_ok=True)
-    result = {"seconds": 90.0, "weights": "w" * 64, "first_batch": f"{cell.seed:064d}"}
-    (here / "result.json").write_text(json.dumps({"cell": cell.id} | result))
+        shutil.copytree(last_step / name, run / name, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")

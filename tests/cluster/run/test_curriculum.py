@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,10 +130,33 @@ def test_a_strategy_of_ones_own_and_what_is_wrong_with_one(recipe: Recipe) -> No
     assert set(step_sources(Curriculum(using(own), sources).sources(), 1, 0, 50)) == {1}
     with pytest.raises(UserError, match="gave the weights"):
         Curriculum(using(own, spoilt=True), sources)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r'strategy: module .* has no class "Nobody"'):
         make_strategy(f"{__name__}:Nobody", {})
     with pytest.raises(UserError, match="does not take them"):
         make_strategy("success_band", {"ceiling": 1})
     for override in ('algorithm.curriculum.strategy="easy"', 'tasks=[{name="sudoku"}]'):
         with pytest.raises(RecipeError, match=r"^x\.toml: algorithm\.curriculum\.strategy: "):
             two_tasks(*BAND, override)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            "class Mine:\n    pass\n1 / 0\n",
+            "strategy: own_way cannot be imported: ZeroDivisionError",
+        ),
+        ("class Mine\n", "strategy: own_way cannot be imported: SyntaxError"),
+        ("class Mine:\n    def __init__(self): raise KeyError('x')\n", "args: .*: 'x'"),
+        ("class Mine:\n    pass\n", "no method weights"),
+    ],
+)
+def test_a_strategy_of_ones_own_that_fails_in_whatever_way_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str
+) -> None:
+    (tmp_path / "own_way.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_way", raising=False)
+    with pytest.raises(UserError, match=says) as caught:
+        make_strategy("own_way:Mine", {})
+    assert str(caught.value).startswith("algorithm.curriculum.")

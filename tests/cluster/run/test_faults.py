@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -114,10 +115,12 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         driver.wait("the first step", lambda: driver.steps() >= 1)
         ask(driver.run, 2)
         driver.wait("one more", lambda: "samplers: 1 -> 2" in driver.printed(), pause=0.1)
-        # While it starts, the only one there is dies in the middle of its groups: a step that has
-        # just begun has some.
+        # While it starts, the only one there is dies in the middle of its groups.
         engines = driver.engines()[:1]
         driver.wait_steps(1)
+        used = cpu_seconds(engines[0])
+        # More than fetching the step's weights takes it: by now it samples.
+        driver.wait("its work", lambda: cpu_seconds(engines[0]) > used + 0.6, pause=0.05)
         with stopped(engines):
             engines[0].kill()
         driver.wait("an engine's loss", lambda: driver.metric("sampler/restarts/engine") >= 1)
@@ -168,6 +171,7 @@ def saved(lived: Lived) -> list[Position]:
 def test_all_of_it_happened(lived: Lived, metrics: dict[str, dict[int, float]]) -> None:
     assert set(metrics["sampler/asked"].values()) == {1, 2}
     assert max(metrics["sampler/restarts/engine"].values()) >= 1
+    assert max(metrics["sampler/resampled"].values()) >= 1
     assert max(metrics["reward/worker_restarts"].values()) >= 1
     assert not set(lived.engines) & set(lived.outlived), "an engine ends with its driver"
 
@@ -190,6 +194,11 @@ def test_sampler_and_learner_stay_one_policy(metrics: dict[str, dict[int, float]
     """Up to the version between them; whoever sampled had the weights of its time."""
     for step, gap in metrics["learner/logprob_gap"].items():
         assert metrics["policy/lag_max"][step] or gap < MISMATCH_LIMIT["float32"]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def group_ids(run: Path, step: int) -> list[str]:
