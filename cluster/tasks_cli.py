@@ -144,7 +144,7 @@ def show_command(
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
             require_free(image, "--image")
-            put(image, lambda path: path.write_bytes(problem.image))
+            put(image, lambda path: path.write_bytes(problem.images[0]))
             _echo(f"image saved to {image}")
 
 
@@ -230,15 +230,13 @@ def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
-    picture = check_image(problem.image, "image")
     knobs = ", ".join(f"{name}={value}" for name, value in problem.knobs.items()) or "none"
     parts = [
         f"id            {problem.id}",
         f"task          {problem.task}",
         f"knobs         {knobs}",
         f"symmetry key  {problem.symmetry_key}",
-        f"image         {picture.width}x{picture.height}, {len(problem.image)} bytes, "
-        f"sha256 {content_hash(problem.image)}",
+        *map(_shown_image, problem.images),
         f"\n[prompt]\n{problem.prompt}",
         f"\n[p*]\n{problem.perception}",
     ]
@@ -246,6 +244,14 @@ def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
         parts.append(f"\n[response]\n{response}")
         parts.append(f"\n[reads as]\n{_verdict(problem, response, task)}")
     return "\n".join(parts)
+
+
+def _shown_image(image: bytes) -> str:
+    picture = check_image(image, "image")
+    return (
+        f"image         {picture.width}x{picture.height}, {len(image)} bytes, "
+        f"sha256 {content_hash(image)}"
+    )
 
 
 def _verdict(problem: Problem, response: str, task: Task | None) -> str:

@@ -43,7 +43,9 @@ class Demonstrator:
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
         field = "prompt"
-        size = None if blind else check_image(problem.image, f"image of problem {problem.id}").size
+        size = (
+            None if blind else check_image(problem.images[0], f"image of problem {problem.id}").size
+        )
         try:
             prompt, field = self._prompt(problem.prompt, size), "response"
             ids = self._chat.text(response)
@@ -58,7 +60,7 @@ class Demonstrator:
         return demonstration(
             np.asarray([*prompt, *ids[:given]], np.int32),
             np.asarray([*ids[given:], self._chat.end], np.int32),
-            None if blind else problem.image,
+            None if blind else problem.images[0],
             np.append(segments, np.int8(NO_SEGMENT)).astype(np.int8),
         )
 

@@ -50,7 +50,7 @@ def warm_up_vision(
         for name, problem, labels in batch:
             by_task.setdefault(name, []).append((problem, labels))
         features = {
-            name: _features(policy, collate, [p.image for p, _ in rows])
+            name: _features(policy, collate, [p.images[0] for p, _ in rows])
             for name, rows in by_task.items()
         }
         if optimizer is None:

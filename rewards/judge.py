@@ -183,14 +183,14 @@ class Judge:
 
     async def _score(self, problem: Problem, text: str) -> int:
         """The judge's score of one perception, from the cache if it is there."""
-        image_hash = content_hash(problem.image) if self.settings.send_image else ""
+        image_hash = content_hash(problem.images[0]) if self.settings.send_image else ""
         asked = [self.settings.base_url, self._payload(problem, text, "", image_hash)]
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         known = self._read_cache(key)
         if known is not None:
             self.cache_hits += 1
             return known
-        payload = self._payload(problem, text, f"data-{key[:32]}", _data_url(problem.image))
+        payload = self._payload(problem, text, f"data-{key[:32]}", _data_url(problem.images[0]))
         score = await self.client.ask(payload)
         self._write_cache(key, score)
         return score

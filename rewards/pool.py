@@ -394,6 +394,6 @@ def _other_problem(groups: Sequence[Group], index: int) -> Problem | None:
     mine = groups[index].problem
     for offset in range(1, len(groups)):
         other = groups[(index + offset) % len(groups)].problem
-        if other.task == mine.task and other.image != mine.image:
+        if other.task == mine.task and other.images != mine.images:
             return other
     return None

@@ -261,16 +261,16 @@ class ImageDependence(_Capped):
         if not runs:
             return []
         problem = group.problem
-        images = {"image": problem.image, self.view: self._altered(problem, other)}
+        views = {"image": problem.images, self.view: self._altered(problem, other)}
         return [
             ScoreRequest(
                 request_id=f"{group.group_id}/{self.name}-{i}-{label}",
                 problem=problem,
                 response_ids=np.frombuffer(run, dtype=np.int32),
-                image=image,
+                images=images,
             )
             for i, run in enumerate(runs)
-            for label, image in images.items()
+            for label, images in views.items()
         ]
 
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
@@ -302,18 +302,18 @@ class ImageDependence(_Capped):
                 runs.append(np.asarray(ids, dtype=np.int32).tobytes())
         return runs
 
-    def _altered(self, problem: Problem, other: Problem | None) -> bytes:
+    def _altered(self, problem: Problem, other: Problem | None) -> tuple[bytes, ...]:
         if self.view == "masked":
-            return mask_patches(problem.image, self.patch_size, self.share)
+            return tuple(mask_patches(i, self.patch_size, self.share) for i in problem.images)
         if self.view == "blank":
-            return blank_like(problem.image)
+            return tuple(map(blank_like, problem.images))
         if other is None:
             raise ValueError(
                 f'{self.name}: view = "swapped" needs another problem of the task in the step, '
                 "and there is none; raise algorithm.problems_per_step, or set view to "
                 '"masked" or "blank"'
             )
-        return other.image
+        return other.images
 
     def _logprobs(self, run: bytes, reply: Group | np.ndarray) -> np.ndarray:
         """float64 [T] of a reply."""

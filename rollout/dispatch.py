@@ -376,15 +376,15 @@ class Dispatch:
         while free and (queue := self._urgent or self._waiting):
             job = queue.popleft()
             seat = min(free, key=lambda s: s.tokens)
-            image = job.image
-            if image is not None:
-                # One request more than the least loaded is a fair price for its image.
+            images = job.images
+            if images is not None:
+                # One request more than the least loaded is a fair price for its images.
                 near = [
-                    s for s in free if image in s.images and s.tokens <= seat.tokens + job.tokens
+                    s for s in free if images in s.images and s.tokens <= seat.tokens + job.tokens
                 ]
                 seat = min(near, key=lambda s: s.tokens, default=seat)
-                seat.images[image] = None
-                seat.images.move_to_end(image)
+                seat.images[images] = None
+                seat.images.move_to_end(images)
                 if len(seat.images) > IMAGES_REMEMBERED:
                     seat.images.popitem(last=False)
             self._tickets += 1

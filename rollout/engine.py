@@ -18,7 +18,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -123,10 +123,8 @@ class Engine:
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
                 "place: as an input it would announce an image, and no sampler makes one there"
             )
-        image = None
-        if request.image is not None:
-            image = check_image(request.image, f"image of request {request.request_id}")
-        prompt = self._prompt(problem, image)
+        where = f"image of request {request.request_id}"
+        prompt = self._prompt(problem, [check_image(image, where) for image in request.images])
         prompt["prompt_token_ids"] += given
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
@@ -261,21 +259,21 @@ class Engine:
         self._llm.shutdown()
 
     def _prompt(
-        self, problem: Problem, image: Image.Image | None, prefix: str = ""
+        self, problem: Problem, images: Sequence[Image.Image], prefix: str = ""
     ) -> dict[str, Any]:
-        if image is not None and self._chat.image_token is None:
+        if images and self._chat.image_token is None:
             raise SamplerError(
                 f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
                 'an image; ask it with view "none", or to score with no image'
             )
         try:
-            ids = self._chat.prompt(problem.prompt, with_image=image is not None)
+            ids = self._chat.prompt(problem.prompt, with_image=bool(images))
             ids += self._chat.text(prefix) if prefix else []
         except DataError as error:
             raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if image is not None:
-            prompt["multi_modal_data"] = {"image": image}
+        if images:
+            prompt["multi_modal_data"] = {"image": list(images)}
         return prompt
 
     async def _generate(
@@ -385,9 +383,8 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
     return final
 
 
-def _view(problem: Problem, view: ImageView) -> Image.Image | None:
+def _view(problem: Problem, view: ImageView) -> list[Image.Image]:
     if view == "none":
-        return None
-    data = problem.image if view == "shown" else blank_like(problem.image)
-    image: Image.Image = check_image(data, f"image of problem {problem.id}")
-    return image
+        return []
+    found = problem.images if view == "shown" else map(blank_like, problem.images)
+    return [check_image(image, f"image of problem {problem.id}") for image in found]

@@ -87,12 +87,13 @@ class Job:
         return 1 + len(self.request.response_ids)
 
     @property
-    def image(self) -> int | None:
-        """The key of the image that the engine will look at, as the problem stores it."""
+    def images(self) -> int | None:
+        """The key of the images that the engine will look at, as the problem stores them."""
         if isinstance(self.request, SampleRequest):
-            shown = self.request.view != "none"
-            return hash((self.request.view, self.request.problem.image)) if shown else None
-        return None if self.request.image is None else hash(("shown", self.request.image))
+            view, images = self.request.view, self.request.problem.images
+        else:
+            view, images = "shown", self.request.images
+        return hash((view, images)) if images and view != "none" else None
 
     def group(self) -> Group:
         """The group of a job that is over, or its error raised."""

@@ -50,14 +50,15 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Ask for the log-probs of given response tokens, with this image or another.
+    """Ask for the log-probs of given response tokens, with these images or others.
 
     Attributes:
         request_id: names the request in errors.
         problem: its prompt is what the tokens answer.
         response_ids: int32 [T], the tokens to score; T may be 0. A special token that is not
             end-of-turn or padding may only be the last, as the sampler leaves it.
-        image: encoded image to show in place of the problem's own; None: prompt text only.
+        images: encoded images to show in place of the problem's own, as many; none: prompt text
+            only.
 
     The reply is float32 [T], nats at temperature 1 over the whole vocabulary: equal to a
     rollout's own log-probs where it was sampled so.
@@ -66,7 +67,7 @@ class ScoreRequest:
     request_id: str
     problem: Problem
     response_ids: np.ndarray
-    image: bytes | None
+    images: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class _Trial:
             self.claim(first.task == task.name, said, repr(first.task)[:60])
             found.append(first)
         different, ids = (
-            len({(p.prompt, p.perception, p.image) for p in found}),
+            len({(p.prompt, p.perception, p.images) for p in found}),
             {p.id for p in found},
         )
         if len(found) < 2:
@@ -178,15 +178,16 @@ class _Trial:
         self.try_hostile(stored[:2])
 
     def stored(self, problem: Problem) -> Problem | None:
-        """The problem as it comes back from a data set or a run: truth and knobs through JSON."""
+        """The problem as it comes back from a data set or a run: what is JSON there through it."""
         for name in ("id", "prompt", "perception", "symmetry_key"):
             value = getattr(problem, name)
             is_text = isinstance(value, str) and (value or name == "perception")
             if not self.claim(is_text, f"problem.{name}: must be text", repr(value)[:60]):
                 return None
-        self.call(problem.id, check_image, problem.image, "problem.image")
+        for image in problem.images:
+            self.call(problem.id, check_image, image, "problem.images")
         kept: dict[str, Any] = {}
-        for name in ("truth", "knobs"):
+        for name in ("truth", "knobs", "extra"):
             try:
                 kept[name] = json.loads(json.dumps(dict(getattr(problem, name)), allow_nan=False))
             except (TypeError, ValueError) as error:
@@ -263,11 +264,12 @@ class _Trial:
         """`from_row` makes the problem again from `to_ground_truth`, and names bad rows."""
         where = f"problem {problem.id}"
         truth = self.ask(where, "to_ground_truth", problem)
-        if truth is None:
-            return
-        again = self.ask(where, "from_row", problem.prompt, problem.image, truth)
+        if truth is None or len(problem.images) != 1:
+            return  # a row of the public layout has one image
+        (image,) = problem.images
+        again = self.ask(where, "from_row", problem.prompt, image, truth)
         if again is not None:
-            for name in ("task", "prompt", "image", "perception"):
+            for name in ("task", "prompt", "images", "perception"):
                 said = f"from_row: of to_ground_truth it makes another {name}"
                 self.claim(getattr(again, name) == getattr(problem, name), said, where)
             if own := self.read.get(problem.id):
@@ -275,7 +277,7 @@ class _Trial:
                 self.accepts(where, said, "check", again, own.answer)
         for hostile in GROUND_TRUTHS:
             try:
-                self.task.from_row(problem.prompt, problem.image, hostile)
+                self.task.from_row(problem.prompt, image, hostile)
             except DataError:
                 pass
             except Exception as error:

@@ -1,7 +1,7 @@
 """The contract every task follows: a problem whose seeing and thinking can be scored apart.
 
-A *problem* is one image with a prompt, its canonical perception `p*` (the text a perfect
-reader of the image would write) and what it takes to check an answer. A *task* makes
+A *problem* is a prompt with its images, its canonical perception `p*` (the text a perfect
+reader of the images would write) and what it takes to check an answer. A *task* makes
 problems, reads model responses and scores them. Everything here is pure: no torch, no Ray.
 """
 
@@ -31,23 +31,27 @@ class Problem:
     Attributes:
         id: unique within a data set, stable under regeneration from the same seed.
         task: the task's name as a recipe writes it (`"sudoku"`, `"module:Class"`).
-        prompt: the user's text; the image is placed before it.
-        image: the encoded image file (PNG or JPEG bytes).
-        perception: canonical perception `p*`, the text the strict parser reads back.
+        prompt: the user's text. Its images stand where it says `<image>`, or `<image_1>`,
+            `<image_2>` by number; before it where it says neither (see `tasks/placeholders.py`).
+        perception: canonical perception `p*`, the text the strict parser reads back; "" where the
+            problem has no perception label.
         truth: JSON-able facts that `Task.check` needs (never shown to the policy).
         knobs: the difficulty settings the problem was drawn with.
         symmetry_key: equal for two problems exactly when they are the same problem up to
             the task's symmetries; a train and a test split share none.
+        images: the encoded image files (PNG, JPEG or WebP bytes): none, one or several.
+        extra: the other columns of a data set's row, JSON-able; for reward terms and results.
     """
 
     id: str
     task: str
     prompt: str
-    image: bytes = field(repr=False)
     perception: str
     truth: Mapping[str, Any]
     knobs: Mapping[str, Any]
     symmetry_key: str
+    images: tuple[bytes, ...] = field(default=(), repr=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def write_dataset(
             with closing(SplitWriter(stage, split, task)) as writer:
                 for problem in stream.take(split, splits[split]):
                     response = "" if style == "none" else task.demonstrate(problem, style)
-                    check_image(problem.image, f"{task.name}: generated image of {problem.id}")
+                    for image in problem.images:
+                        check_image(image, f"{task.name}: generated image of {problem.id}")
                     if not writer.add(problem, task.to_ground_truth(problem), response):
                         raise DataError(
                             f"task {task.name}: its own {style} demonstration of {problem.id} "
@@ -201,15 +202,17 @@ class SplitWriter:
         self.questions.add(question_of(problem))
         self._counts["rows"] += 1
         right = not response or self._count_response(problem, response)
-        kind = "png" if problem.image.startswith(b"\x89PNG") else "img"
-        path = f"{content_hash(problem.image)[:16]}.{kind}"
+        images = [_stored_image(image) for image in problem.images]
+        alone = len(images) == 1
         row = {name: getattr(problem, name) for name in OUR_COLUMNS} | {
-            "image": {"bytes": problem.image, "path": path},
+            "image": images[0] if alone else None,
+            "images": None if alone else images,
             "query": problem.prompt,
             "ground_truth": ground_truth,
             "response": response,
             "truth": _to_json(self.task, "truth", problem.truth),
             "knobs": _to_json(self.task, "knobs", problem.knobs),
+            "extra": _to_json(self.task, "extra", problem.extra) if problem.extra else None,
         }
         self._batch.append(row)
         if len(self._batch) == BATCH_ROWS:
@@ -326,6 +329,11 @@ def _command(
     for name, value in spec.model_dump(mode="json", exclude_defaults=True).items():
         words += ["--set", f"{name}={json.dumps(value)}"]
     return shlex.join(words)
+
+
+def _stored_image(image: bytes) -> dict[str, Any]:
+    kind = "png" if image.startswith(b"\x89PNG") else "img"
+    return {"bytes": image, "path": f"{content_hash(image)[:16]}.{kind}"}
 
 
 def _to_json(task: Task, field: str, value: Mapping[str, Any]) -> str:

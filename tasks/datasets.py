@@ -3,8 +3,10 @@
 A data set is a folder with one `<split>.parquet` a split and a `manifest.json` that says how
 it came to be and holds the hash of every file. Columns: `image` (struct of bytes and path),
 `query`, `ground_truth`, `response` as in the public data sets, then ours: `id`, `task`,
-`perception`, `truth` (JSON), `knobs` (JSON), `symmetry_key`. Here they are read; what holds for
-those that are drawn is said in `tasks.dataset_write`.
+`perception`, `truth` (JSON), `knobs` (JSON), `symmetry_key`. A row with no image or several has
+them as a list in `images` and null in `image`; `extra` (JSON) is null where there is nothing.
+Files without these two columns are read too. What holds for those that are drawn is said in
+`tasks.dataset_write`.
 """
 
 from __future__ import annotations
@@ -29,15 +31,23 @@ COMPLETE = ".complete"
 """Holds a data set that is whole and was not yet moved to its place."""
 OUR_COLUMNS = ("id", "task", "perception", "truth", "knobs", "symmetry_key")
 SOURCE_COLUMNS = ("query", "image", "ground_truth")
+NEWER_COLUMNS = ("images", "extra")
+"""Of rows with other than one image, and with other columns; older files lack them."""
 BATCH_ROWS = 256
 
 
 _TEXTS = ("query", "ground_truth", "response", *OUR_COLUMNS)
 _FEATURES: dict[str, Any] = {"image": {"_type": "Image"}}
 _FEATURES |= {name: {"dtype": "string", "_type": "Value"} for name in _TEXTS}
+_FEATURES |= {
+    "images": {"feature": {"_type": "Image"}, "_type": "List"},
+    "extra": {"dtype": "string", "_type": "Value"},
+}
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 SCHEMA = pa.schema(
-    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
-    | dict.fromkeys(_TEXTS, pa.string()),
+    {"image": _IMAGE}
+    | dict.fromkeys(_TEXTS, pa.string())
+    | {"images": pa.list_(_IMAGE), "extra": pa.string()},
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
@@ -160,7 +170,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def _check_columns(schema: pa.Schema, file: Path) -> None:
-    missing = [name for name in SCHEMA.names if name not in schema.names]
+    missing = [n for n in SCHEMA.names if n not in schema.names and n not in NEWER_COLUMNS]
     if missing:
         public = all(name in schema.names for name in SOURCE_COLUMNS)
         remedy = "`equipoise tasks import` reads it" if public else "write the data set again"
@@ -177,18 +187,16 @@ def _check_columns(schema: pa.Schema, file: Path) -> None:
 
 def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterator[Example]:
     ids: set[str] = set()
-    for number, row in parquet_rows(parquet, file, SCHEMA.names):
+    columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
+    for number, row in parquet_rows(parquet, file, columns):
         place = f"{file}: row {number}"
         if isinstance(row, DataError):
             raise DataError(f"{place}: {row}")
         texts = {name: as_text(row[name], f"{place}: {name}") for name in OUR_COLUMNS}
-        image = (row["image"] or {}).get("bytes")
-        if not isinstance(image, bytes):
-            raise DataError(
-                f"{place}: image: has no bytes; `equipoise tasks import` takes images by path"
-            )
+        images = tuple(_images(row, place))
         if check_images:
-            check_image(image, f"{place}: image")
+            for image in images:
+                check_image(image, f"{place}: image")
         if texts["id"] in ids:
             raise DataError(f"{place}: id: {texts['id']!r} occurs twice; make ids unique")
         ids.add(texts["id"])
@@ -196,14 +204,26 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
             id=texts["id"],
             task=texts["task"],
             prompt=as_text(row["query"], f"{place}: query"),
-            image=image,
             perception=texts["perception"],
             truth=_json_object(texts["truth"], f"{place}: truth"),
             knobs=_json_object(texts["knobs"], f"{place}: knobs"),
             symmetry_key=texts["symmetry_key"],
+            images=images,
+            extra=_json_object(row.get("extra") or "{}", f"{place}: extra"),
         )
         response = row["response"]
         yield Example(problem, "" if response is None else as_text(response, f"{place}: response"))
+
+
+def _images(row: dict[str, Any], place: str) -> Iterator[bytes]:
+    several = row.get("images")
+    for stored in [row["image"]] if several is None else several:
+        image = (stored or {}).get("bytes")
+        if not isinstance(image, bytes):
+            raise DataError(
+                f"{place}: image: has no bytes; `equipoise tasks import` takes images by path"
+            )
+        yield image
 
 
 def parquet_rows(

@@ -75,6 +75,6 @@ class PuzzleTask(ABC):
         identity = separator.join((self.kind.encode(), perception.encode(), image))
         digest = hashlib.sha256(identity).hexdigest()[:16]
         return Problem(
-            f"{self.kind}-{digest}", self.name, prompt, image, perception, truth, knobs,
-            symmetry_key,
+            f"{self.kind}-{digest}", self.name, prompt, perception, truth, knobs, symmetry_key,
+            (image,),
         )  # fmt: skip

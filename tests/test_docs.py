@@ -128,7 +128,7 @@ def test_the_example_task_keeps_the_contract(dots: Any, tmp_path: Path) -> None:
             assert dots.consistent(problem, parsed.perception, parsed.answer)
         assert dots.solve(problem, seen) == parsed.answer
         assert not dots.check(problem, parsed.answer + 1)
-        again = dots.from_row(problem.prompt, problem.image, dots.to_ground_truth(problem))
+        again = dots.from_row(problem.prompt, problem.images[0], dots.to_ground_truth(problem))
         assert (again.id, again.truth, again.symmetry_key) == (
             problem.id,
             problem.truth,
@@ -157,7 +157,7 @@ def test_the_example_task_keeps_the_contract(dots: Any, tmp_path: Path) -> None:
     source = tmp_path / "mine"
     source.mkdir()
     for example in examples:
-        (source / f"{example.problem.id}.png").write_bytes(example.problem.image)
+        (source / f"{example.problem.id}.png").write_bytes(example.problem.images[0])
     (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert import_rows(source, dots, tmp_path / "imported")["splits"]["train"]["rows"] == 12
 

@@ -91,7 +91,7 @@ class Context:
 
     def taken_by(self, problem: Problem) -> Taken:
         """What one problem takes. Raises DataError for an image that cannot be read."""
-        size = check_image(problem.image, f"image of problem {problem.id}").size
+        size = check_image(problem.images[0], f"image of problem {problem.id}").size
         return self.taken([(problem.prompt, size)])[0]
 
     def response_lack(self, taken: Taken, response: str) -> Fault | None:

@@ -62,7 +62,7 @@ def _measured(file: Path, examples: Sequence[Example], context: Context) -> list
 def _size(example: Example) -> Size | Fault:
     """Pixels of a row's image, which is decoded whole."""
     try:
-        size: Size = check_image(example.problem.image, "image").size
+        size: Size = check_image(example.problem.images[0], "image").size
     except DataError as error:
         return Fault("image", str(error).removeprefix("image: "), damaged=True)
     return size

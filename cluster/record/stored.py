@@ -320,11 +320,11 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
         id=row["problem_id"],
         task=row["task"],
         prompt=row["prompt"],
-        image=_image(run_dir, file, row["image_sha256"]),
         perception=row["true_perception"],
         truth=_column(file, "truth", json.loads, row["truth"]),
         knobs=_column(file, "knobs", json.loads, row["knobs"]),
         symmetry_key=row["symmetry_key"],
+        images=(_image(run_dir, file, row["image_sha256"]),),
     )
 
 

@@ -136,7 +136,7 @@ class Tracker:
             return
         rows = []
         for scored in groups:
-            sha = self._save_image(scored.group.problem.image)
+            sha = self._save_image(scored.group.problem.images[0])
             rows += [_rollout_row(step, scored, i, sha) for i in range(len(scored.totals))]
         if not self._output.rollout_tokens:
             rows = [row | dict.fromkeys(TOKEN_ARRAYS) for row in rows]

@@ -228,7 +228,7 @@ def _figures(
         seen, answer, true = parsed.perception, parsed.answer, row["true_perception"]
         try:
             problem = Problem(
-                row["problem_id"], row["task"], row["prompt"], b"", true,
+                row["problem_id"], row["task"], row["prompt"], true,
                 truth=json.loads(row["truth"]), knobs={}, symmetry_key="",
             )  # fmt: skip
             return (

@@ -136,7 +136,7 @@ def train_batches(algorithm: AlgorithmConfig, scored: Sequence[ScoredGroup]) -> 
                 TrainSequence(
                     prompt_ids=rollout.prompt_ids,
                     response_ids=rollout.response_ids,
-                    image=group.group.problem.image if rollout.view == "shown" else None,
+                    image=group.group.problem.images[0] if rollout.view == "shown" else None,
                     segments=rollout.segments,
                     sampler_logprobs=rollout.logprobs,
                     advantages=token_advantages(advantages, rollout.segments, weights),

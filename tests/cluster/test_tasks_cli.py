@@ -75,7 +75,7 @@ def test_show_a_row_and_save_its_image(tmp_path: Path) -> None:
     for part in (problem.id, problem.prompt, problem.perception, problem.symmetry_key):
         assert part in text
     assert "exact (graded 1.000)" in text and "right" in text and "defects       none" in text
-    assert (tmp_path / "x.png").read_bytes() == problem.image
+    assert (tmp_path / "x.png").read_bytes() == problem.images[0]
     check_image((tmp_path / "x.png").read_bytes(), "x.png")
 
 

@@ -57,7 +57,9 @@ def test_the_prompt_is_the_processors_own(loaded: Loaded) -> None:
         text = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
-        expected = processor(images=[check_image(drawn.image, "test")], text=[text])["input_ids"][0]
+        expected = processor(images=[check_image(drawn.images[0], "test")], text=[text])[
+            "input_ids"
+        ][0]
         found = demonstrator.sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
         assert found.prompt_ids.tolist() == list(expected)
 
@@ -86,7 +88,7 @@ def test_a_defective_demonstration_is_refused(loaded: Loaded) -> None:
         Demonstrator(loaded[1]).sequence(TASK, drawn, response)
     with pytest.raises(DataError, match=f"image of problem {drawn.id}"):
         Demonstrator(loaded[1]).sequence(
-            TASK, replace(drawn, image=b""), TASK.demonstrate(drawn, "terse")
+            TASK, replace(drawn, images=(b"",)), TASK.demonstrate(drawn, "terse")
         )
 
 

@@ -125,7 +125,7 @@ def test_any_text_stays_inside_its_delimiters() -> None:
     def holds(text: str) -> None:
         one = seen(text)
         assert loop.run_until_complete(judge(TASK, one)) == [0.7]
-        check_sent(server.bodies[-1], text.strip(), one.problem.image)
+        check_sent(server.bodies[-1], text.strip(), one.problem.images[0])
         delimiters[text.strip()] = data_message(server.bodies[-1])[0]
 
     for text in HOSTILE:

@@ -422,8 +422,7 @@ def test_random_groups_with_a_scripted_model_equal_another_implementation() -> N
 
 def toy_logprobs(request: ScoreRequest) -> np.ndarray:
     """float32 [T], decided by the image and the tokens up to each one."""
-    image = b"none" if request.image is None else request.image
-    digest = hashlib.sha256(image)
+    digest = hashlib.sha256(b"".join(request.images) or b"none")
     values = []
     for token in request.response_ids.tolist():
         digest.update(str(token).encode())
@@ -438,8 +437,8 @@ def test_image_dependence_by_hand() -> None:
     group = group_of(PUZZLE, text, "nothing", says("1 2"), text)
     term = ImageDependence(cap=0.5)
     shown, altered = term.ask(SUDOKU, group, None)
-    assert shown.image == PUZZLE.image
-    assert altered.image == mask_patches(PUZZLE.image, 14, 0.6)
+    assert shown.images == PUZZLE.images
+    assert altered.images == (mask_patches(PUZZLE.images[0], 14, 0.6),)
     for request in (shown, altered):
         assert request.problem is PUZZLE
         assert request.response_ids.dtype == np.int32
@@ -460,13 +459,13 @@ def test_the_views() -> None:
     group = group_of(PUZZLE, says(grid_text(TRUE)))
     other = PUZZLES[1]
 
-    def altered(term: ImageDependence, other: Problem | None = None) -> bytes | None:
-        return term.ask(SUDOKU, group, other)[1].image
+    def altered(term: ImageDependence, other: Problem | None = None) -> tuple[bytes, ...]:
+        return term.ask(SUDOKU, group, other)[1].images
 
-    assert altered(ImageDependence("blank")) == blank_like(PUZZLE.image)
-    assert altered(ImageDependence("swapped"), other) == other.image
+    assert altered(ImageDependence("blank")) == (blank_like(PUZZLE.images[0]),)
+    assert altered(ImageDependence("swapped"), other) == other.images
     mine = altered(ImageDependence("masked", patch_size=4, share=0.25))
-    assert mine == mask_patches(PUZZLE.image, 4, 0.25)
+    assert mine == (mask_patches(PUZZLE.images[0], 4, 0.25),)
     with pytest.raises(ValueError, match=r"swapped.*another problem"):
         ImageDependence("swapped").ask(SUDOKU, group, None)
     assert ImageDependence("swapped").ask(SUDOKU, group_of(PUZZLE, ""), None) == []
@@ -476,9 +475,9 @@ def test_the_views() -> None:
 def test_image_dependence_equals_another_implementation_on_random_groups(view: str) -> None:
     term = ImageDependence(view, cap=0.4)
     views = {
-        "masked": {p.id: mask_patches(p.image, 14, 0.6) for p in (*PUZZLES, *DRAWINGS)},
-        "blank": {p.id: blank_like(p.image) for p in (*PUZZLES, *DRAWINGS)},
-        "swapped": {p.id: PUZZLES[5].image for p in (*PUZZLES, *DRAWINGS)},
+        "masked": {p.id: mask_patches(p.images[0], 14, 0.6) for p in (*PUZZLES, *DRAWINGS)},
+        "blank": {p.id: blank_like(p.images[0]) for p in (*PUZZLES, *DRAWINGS)},
+        "swapped": {p.id: PUZZLES[5].images[0] for p in (*PUZZLES, *DRAWINGS)},
     }[view]
     for group in random_groups()[: 1000 if view == "swapped" else 100]:
         problem, task = group.problem, TASK_OF[group.problem.task]
@@ -488,8 +487,8 @@ def test_image_dependence_equals_another_implementation_on_random_groups(view: s
                 expected.append(0.0)
                 continue
             shown, hidden = (
-                toy_logprobs(ScoreRequest("", problem, rollout.response_ids, image))
-                for image in (problem.image, views[problem.id])
+                toy_logprobs(ScoreRequest("", problem, rollout.response_ids, (image,)))
+                for image in (problem.images[0], views[problem.id])
             )
             begin, end = rollout.parsed.spans["perception"]
             gains = [float(shown[t]) - float(hidden[t]) for t in range(begin, end)]

@@ -73,7 +73,7 @@ def live(
 @every_family
 def test_log_probs_agree_with_images_of_any_shape_and_without(live: Live) -> None:
     live.send("perturbed", 0)
-    wide = [replace(p, image=picture(i, (96, 40)).image) for i, p in enumerate(mixed_sizes(3))]
+    wide = [replace(p, images=picture(i, (96, 40)).images) for i, p in enumerate(mixed_sizes(3))]
     shown = live.sample([*mixed_sizes(6), *wide])
     blind = live.sample(mixed_sizes(3), kind="blind", view="none")
     blank = live.sample(mixed_sizes(3), kind="blind", view="blank")
@@ -125,7 +125,7 @@ def test_given_tokens_are_scored_as_the_rollouts_own(live: Live) -> None:
     live.send("perturbed", 0)
     problems = mixed_sizes(6)
     scored, rollouts = drawn(live.sample(problems, n=8, sampling=Sampling(max_tokens=90)))
-    images = [problem.image for problem, _ in scored]
+    images = [problem.images for problem, _ in scored]
     assert worst(live.score(scored, images), rollouts) < 1e-4
     # Again: nothing that scoring itself left in a cache changes what it says.
     assert worst(live.score(scored, images), rollouts) < 1e-4
@@ -133,7 +133,7 @@ def test_given_tokens_are_scored_as_the_rollouts_own(live: Live) -> None:
     places = Chat(live.processor).placeholders
     assert {int(ids[-1]) for _, ids in scored} & set(places)
     forced = [(p, np.append(ids[:-1], min(places)).astype(np.int32)) for p, ids in scored[:9]]
-    inputs = [(r.prompt_ids, ids, p.image) for (p, ids), r in zip(forced, rollouts, strict=False)]
+    inputs = [(r.prompt_ids, ids, p.images) for (p, ids), r in zip(forced, rollouts, strict=False)]
     assert live.gap("perturbed", inputs, live.score(forced, images[:9])) < 1e-4
 
 
@@ -291,9 +291,10 @@ def test_scores_under_another_image_and_under_none(live: Live) -> None:
     problems = mixed_sizes(6)
     groups = live.sample(problems)
     scored, rollouts = drawn(groups)
-    others = [problems[(i // 2 + 1) % 6].image for i in range(len(scored))]
+    others = [problems[(i // 2 + 1) % 6].images for i in range(len(scored))]
     swapped = [
-        replace(problem, image=image) for problem, image in zip(problems, others[::2], strict=True)
+        replace(problem, images=images)
+        for problem, images in zip(problems, others[::2], strict=True)
     ]
     prompts = [g.rollouts[0].prompt_ids for g in live.sample(swapped, n=1)]
     inputs = [(prompts[i // 2], ids, others[i]) for i, (_, ids) in enumerate(scored)]
@@ -302,10 +303,8 @@ def test_scores_under_another_image_and_under_none(live: Live) -> None:
     assert worst(found, rollouts) > 1e-3, "another image must make a difference"
     chat = Chat(live.processor)
     text = [chat.prompt(p.prompt, with_image=False) for p, _ in scored]
-    inputs = [
-        (np.asarray(t, np.int32), ids, None) for t, (_, ids) in zip(text, scored, strict=True)
-    ]
-    found = live.score(scored, [None] * len(scored))
+    inputs = [(np.asarray(t, np.int32), ids, ()) for t, (_, ids) in zip(text, scored, strict=True)]
+    found = live.score(scored, [()] * len(scored))
     assert live.gap("perturbed", inputs, found) < 1e-4
 
 
@@ -323,7 +322,7 @@ def test_tokens_of_a_response_that_weights_came_into_are_of_the_weights_they_nam
     live.send("original", 1)
     groups = [live.wait(future, 300) for future in waiting]
     assert any(len(set(r.versions.tolist())) > 1 for g in groups for r in g.rollouts)
-    found = [(r, g.problem.image) for g in groups for r in g.rollouts]
+    found = [(r, g.problem.images) for g in groups for r in g.rollouts]
     inputs = [(r.prompt_ids, r.response_ids, image) for r, image in found]
     gaps = {
         which: np.concatenate(live.gaps(which, inputs, [r.logprobs for r, _ in found]))
@@ -343,10 +342,10 @@ def test_scores_beside_sampling_and_through_weight_updates(live: Live) -> None:
     long = Sampling(max_tokens=90)
     live.send("perturbed", 0)
     scored, rollouts = drawn(live.sample(problems, n=4, sampling=long))
-    images = [problem.image for problem, _ in scored]
+    images = [problem.images for problem, _ in scored]
     requests = [
-        ScoreRequest(f"s{i}", problem, ids, image)
-        for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
+        ScoreRequest(f"s{i}", problem, ids, images)
+        for i, ((problem, ids), images) in enumerate(zip(scored, images, strict=True))
     ]
     sampling = [
         live.call("sample", SampleRequest(f"g{i}", problem, 4, long), TASK)
@@ -378,24 +377,24 @@ def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(live: Live) -> 
     scored, rollouts = drawn(live.sample([problem], n=1, sampling=Sampling(max_tokens=500)))
     ids = rollouts[0].response_ids
     none = np.zeros(0, np.int32)
-    (found,) = live.score([(problem, none)], [problem.image])
+    (found,) = live.score([(problem, none)], [problem.images])
     assert found.shape == (0,) and found.dtype == np.float32
     # A response that fills the context to its last place, and one token more.
     room = 512 - len(rollouts[0].prompt_ids)
     text = next(int(i) for i in ids if i not in Chat(live.processor).placeholders)
     full = np.full(room, text, np.int32)
-    (found,) = live.score([(problem, full)], [problem.image])
-    assert live.gap("perturbed", [(rollouts[0].prompt_ids, full, problem.image)], [found]) < 1e-4
+    (found,) = live.score([(problem, full)], [problem.images])
+    assert live.gap("perturbed", [(rollouts[0].prompt_ids, full, problem.images)], [found]) < 1e-4
     with pytest.raises(SamplerError, match=rf"problem {problem.id}: .*512"):
-        live.score([(problem, np.append(full, text))], [problem.image])
+        live.score([(problem, np.append(full, text))], [problem.images])
     for token in Chat(live.processor).placeholders:
         with pytest.raises(SamplerError, match=f"special token {token} before the last place"):
-            live.score([(problem, np.array([text, token, text], np.int32))], [problem.image])
+            live.score([(problem, np.array([text, token, text], np.int32))], [problem.images])
     for token in (10**6, -1):
         for odd in ([text, token], [token, text]):
             with pytest.raises(SamplerError, match=f"problem {problem.id}"):
-                live.score([(problem, np.array(odd, np.int32))], [problem.image])
-    assert worst(live.score(scored, [problem.image]), rollouts) < 1e-4
+                live.score([(problem, np.array(odd, np.int32))], [problem.images])
+    assert worst(live.score(scored, [problem.images]), rollouts) < 1e-4
 
 
 @on("qwen2_5_vl", "idefics3")
@@ -409,7 +408,9 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
         assert live.learner_gap("trained", groups) < 1e-4
         assert version == 3 or live.learner_gap("perturbed", groups) > 1e-2
         sequences = [
-            TrainSequence(r.prompt_ids, r.response_ids, g.problem.image, r.segments, r.logprobs, a)
+            TrainSequence(
+                r.prompt_ids, r.response_ids, g.problem.images[0], r.segments, r.logprobs, a
+            )
             for g in groups
             for r in g.rollouts
             for a in [np.ones_like(r.logprobs)]
@@ -436,7 +437,7 @@ def test_a_dead_engine_is_told_to_all_who_wait_for_it(live: Live) -> None:
     waiting = [
         live.call("weight_checksums"),
         live.call("sample", request, TASK),
-        live.call("score", ScoreRequest("s0", problem, np.asarray([300, 301]), problem.image)),
+        live.call("score", ScoreRequest("s0", problem, np.asarray([300, 301]), problem.images)),
         live.call("begin_weight_update"),
     ]
     with pytest.raises(TimeoutError):

@@ -214,7 +214,7 @@ def told(count: int, limits: SamplerConfig = LIMITS) -> Iterator[SamplerPool]:
 
 def asked(*ids: str) -> list[ScoreRequest]:
     (problem,) = problems(1)
-    return [ScoreRequest(name, problem, ONE, None) for name in ids]
+    return [ScoreRequest(name, problem, ONE, ()) for name in ids]
 
 
 def kinds(replies: Sequence[Any]) -> list[Any]:
@@ -350,7 +350,7 @@ def test_a_text_only_model_answers_without_an_image(
     rollouts = [(g.problem, r) for g in groups for r in g.rollouts]
     scores = frozen.answer(
         [
-            ScoreRequest(r.rollout_id, p, np.concatenate([forced, r.response_ids]), None)
+            ScoreRequest(r.rollout_id, p, np.concatenate([forced, r.response_ids]), ())
             for p, r in rollouts
         ],
         120,
@@ -364,11 +364,11 @@ def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: Sampl
     (problem,) = problems(1)
     long = replace(problem, prompt="a b c " * 200)
     special = replace(problem, prompt="<|im_end|>")  # as any other text
-    good = ScoreRequest("good", problem, np.arange(50, 60, dtype=np.int32), None)
+    good = ScoreRequest("good", problem, np.arange(50, 60, dtype=np.int32), ())
     replies = frozen.answer(
         [
             SampleRequest("shown", problem, 1, Sampling()),
-            replace(good, request_id="image", image=problem.image),
+            replace(good, request_id="image", images=problem.images),
             SampleRequest("long", long, 1, Sampling(), view="none"),
             replace(good, request_id="special", problem=special),
             good,
@@ -418,7 +418,7 @@ def test_an_engine_whose_process_is_killed_says_so(frozen: SamplerPool) -> None:
     slow = SampleRequest("slow", problem, 64, Sampling(max_tokens=180), view="none")
     cores[0].kill()
     replies = frozen.answer(
-        [slow, ScoreRequest("s", problem, np.array([70, 71], np.int32), None)], 60
+        [slow, ScoreRequest("s", problem, np.array([70, 71], np.int32), ())], 60
     )
     assert [getattr(reply, "kind", "answered") for reply in replies] == ["sampler_died"] * 2
     assert "frozen-0: the engine's process died" in replies[1].message  # type: ignore[union-attr]

@@ -116,7 +116,7 @@ class Live:
         )
 
     def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
-        """The same for (prompt ids, response ids, image) and the engine's log-probs of them."""
+        """The same for (prompt ids, response ids, images) and the engine's log-probs of them."""
         return float(np.concatenate(self.gaps(which, inputs, logprobs)).max())
 
     def gaps(
@@ -126,11 +126,11 @@ class Live:
         return gaps(self.weights[which], self.processor, inputs, logprobs)
 
     def score(
-        self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[bytes | None]
+        self, scored: Sequence[tuple[Problem, np.ndarray]], images: Sequence[tuple[bytes, ...]]
     ) -> list[np.ndarray]:
         futures = [
-            self.call("score", ScoreRequest(f"s{i}", problem, ids, image))
-            for i, ((problem, ids), image) in enumerate(zip(scored, images, strict=True))
+            self.call("score", ScoreRequest(f"s{i}", problem, ids, shown))
+            for i, ((problem, ids), shown) in enumerate(zip(scored, images, strict=True))
         ]
         return [self.wait(future, 300) for future in futures]
 
@@ -138,10 +138,12 @@ class Live:
 def gaps(
     policy: Policy, processor: Any, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """|difference| of log-probs of (prompt ids, response ids, image) to a policy's, a token."""
+    """|difference| of log-probs of (prompt ids, response ids, images) to a policy's, a token."""
     sequences = [
-        TrainSequence(prompt, response, image, np.zeros_like(response), found, found)
-        for (prompt, response, image), found in zip(inputs, logprobs, strict=True)
+        TrainSequence(
+            prompt, response, next(iter(images), None), np.zeros_like(response), found, found
+        )
+        for (prompt, response, images), found in zip(inputs, logprobs, strict=True)
     ]
     batch = Collator(policy, processor)(sequences)
     with torch.no_grad():
@@ -175,9 +177,10 @@ def perturbed_engine(
     live.loop.call_soon_threadsafe(live.loop.stop)
 
 
-def seen(problem: Problem, view: ImageView) -> bytes | None:
-    """The image as a view shows it."""
-    return {"shown": problem.image, "blank": blank_like(problem.image), "none": None}[view]
+def seen(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
+    """The images as a view shows them."""
+    blank = tuple(map(blank_like, problem.images))
+    return {"shown": problem.images, "blank": blank, "none": ()}[view]
 
 
 def mixed_sizes(count: int) -> list[Problem]:

@@ -22,7 +22,7 @@ def problem(name: str) -> Problem:
     return Problem(
         id=name,
         task="sudoku",
-        image=f"image of {name}".encode(),
+        images=(f"image of {name}".encode(),),
         prompt="p",
         perception="",
         truth={},
@@ -36,7 +36,7 @@ def request(name: str, of: str = "", n: int = 4, max_tokens: int = 8) -> SampleR
 
 
 def score_request(name: str, tokens: int = 3) -> ScoreRequest:
-    return ScoreRequest(name, problem("p"), np.zeros(tokens, np.int32), None)
+    return ScoreRequest(name, problem("p"), np.zeros(tokens, np.int32), ())
 
 
 def group(asked: SampleRequest, sampler: str = "sampler-0") -> Group:

@@ -54,4 +54,4 @@ def samples(name: str) -> tuple[Problem, ...]:
 
 def pixels(problem: Problem) -> np.ndarray:
     """uint8 [height, width, 3]."""
-    return np.asarray(Image.open(io.BytesIO(problem.image)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(problem.images[0])).convert("RGB"))

@@ -45,7 +45,7 @@ def problem(seed: int, size: tuple[int, int] | None = None) -> Problem:
         return drawn
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(out, "PNG")
-    return replace(drawn, image=out.getvalue())
+    return replace(drawn, images=(out.getvalue(),))
 
 
 def sequence(processor: Any, seed: int, size: tuple[int, int] | None, length: int) -> TrainSequence:

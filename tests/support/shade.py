@@ -42,11 +42,11 @@ class Shade:
             id=name,
             task=self.name,
             prompt=prompt,
-            image=image,
             perception=str(shade),
             truth={"shade": shade},
             knobs={"shades": 200},
             symmetry_key=f"key-{shade}",
+            images=(image,),
         )
 
     def number(self, text: str) -> Read:

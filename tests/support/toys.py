@@ -82,11 +82,11 @@ def problem(n: int, name: str | None = None) -> Problem:
         id=name or f"n{n}",
         task=Doubling.name,
         prompt="Double the number in the image.",
-        image=b"\x89PNG picture of %d" % n,
         perception=str(n),
         truth={"n": n},
         knobs={"noise": 0.5},
         symmetry_key=str(n),
+        images=(b"\x89PNG picture of %d" % n,),
     )
 
 

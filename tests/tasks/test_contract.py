@@ -21,7 +21,7 @@ from tasks.sudoku import Sudoku
 from tests.support.shade import SHADE, SPEC, Shade, shades
 
 AIR, NUMBERS = np.random.default_rng(1), count()
-(THREE,) = (replace(problem, image=SHADE.picture(3)) for problem in shades([3]))
+(THREE,) = (replace(problem, images=(SHADE.picture(3),)) for problem in shades([3]))
 
 
 def generate(change: Callable[[Problem], dict[str, Any]]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         | {"check": lambda _, problem, answer: answer == problem.truth[0] + 1},
         "check: raised KeyError",
     ),
-    (generate(lambda _: {"image": b"none"}), "check_image: raised DataError ("),
+    (generate(lambda _: {"images": (b"none",)}), "check_image: raised DataError ("),
     ({"number": lambda _, text: (int(text), ())}, "parse: raised ValueError"),
     (
         {"number": lambda self, text: (Shade.number(self, text)[0], ())},

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import BaseModel
 from tasks import dataset_write
 from tasks.core import DataError, Problem, Style
 from tasks.dataset_write import write_dataset
-from tasks.datasets import SCHEMA, read_examples
+from tasks.datasets import NEWER_COLUMNS, SCHEMA, read_examples
+from tasks.images import check_image
 from tasks.load import load_task
 from tasks.responses import compose_response
 from tasks.splits import draw_problem, split_of
@@ -143,7 +145,8 @@ def test_the_layout_and_a_manifest_with_hashes_and_no_path(tmp_path: Path) -> No
     assert image == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features.pop("image") == {"_type": "Image"}
-    assert list(features) == [name for name in table.column_names if name != "image"]
+    assert features.pop("images") == {"_type": "List", "feature": {"_type": "Image"}}
+    assert list(features) == [n for n in table.column_names if n not in ("image", "images")]
     assert set(table.column_names) >= {"query", "image", "ground_truth", "response"}
     for name, feature in features.items():
         assert feature == {"dtype": "string", "_type": "Value"}
@@ -172,6 +175,42 @@ def test_hugging_face_datasets_reads_what_was_generated(tmp_path: Path) -> None:
         ]
 
 
+class Album(Shade):
+    """As many pictures as the shade says, modulo three, and a column of its own."""
+
+    def _problem(self, prompt: str, image: bytes, shade: int, name: str) -> Problem:
+        images = tuple(self.picture(shade, n) for n in range(shade % 3))
+        extra = {"source": ["é", {"n": shade}]} if shade % 2 else {}
+        return replace(super()._problem(prompt, image, shade, name), images=images, extra=extra)
+
+
+def test_rows_of_no_image_and_of_several_come_back_and_hugging_face_reads_them(
+    tmp_path: Path,
+) -> None:
+    from datasets import load_dataset
+
+    folder = written(tmp_path, task=Album())
+    found = [example.problem for example in read_examples(folder)]
+    assert {len(problem.images) for problem in found} == {0, 1, 2}
+    for problem in found:
+        again = Album()._problem(problem.prompt, b"", problem.truth["shade"], problem.id)
+        assert problem == again
+    table = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))["train"]
+    for row, problem in zip(table, found, strict=True):
+        pictures = [row["image"]] if row["images"] is None else row["images"]
+        seen = [picture.convert("RGB").tobytes() for picture in pictures]
+        assert seen == [check_image(image, "test").tobytes() for image in problem.images]
+
+
+def test_a_file_from_before_a_row_had_several_images_is_read(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    found = list(read_examples(folder))
+    file = tmp_path / "old.parquet"
+    old = pq.read_table(folder / "train.parquet").drop_columns(list(NEWER_COLUMNS))
+    pq.write_table(old, file)
+    assert list(read_examples(file)) == found
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_dataset(tmp_path / "nowhere")
@@ -191,7 +230,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
 
 def test_missing_and_wrong_columns_are_named_with_those_that_are_there(tmp_path: Path) -> None:
     table, file = pq.read_table(written(tmp_path) / "train.parquet"), tmp_path / "train.parquet"
-    for column in SCHEMA.names:
+    for column in (name for name in SCHEMA.names if name not in NEWER_COLUMNS):
         fewer = table.drop_columns([column])
         pq.write_table(fewer, file)
         said = rf"train\.parquet: no column {column}; it has {', '.join(fewer.column_names)}"
@@ -303,7 +342,7 @@ class WrongTeacher(Shade):
 class BrokenCamera(Shade):
     def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
         problem = super().generate(rng, spec)
-        return self._problem(problem.prompt, problem.image[:-5], 1, problem.id)
+        return self._problem(problem.prompt, problem.images[0][:-5], 1, problem.id)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_blanks_of_different_problems_are_the_same_file(name: str, knobs: dict[s
     """What differs between two blanks could tell a blind policy which problem it has."""
     task = TASKS[name]
     spec, rng = task.spec(**knobs), np.random.default_rng(0)
-    images = [task.generate(rng, spec).image for _ in range(12)]
+    images = [task.generate(rng, spec).images[0] for _ in range(12)]
     assert len({blank_like(image) for image in images}) == 1 < len(set(images))
 
 

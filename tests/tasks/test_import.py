@@ -178,7 +178,7 @@ def test_import_of_public_columns(tmp_path: Path, name: str) -> None:
     assert (entry["rows"], entry["responses"], entry["responses_right"]) == (3, right, right)
     assert manifest["imported_from"].keys() == {source.name}
     examples = list(read_examples(tmp_path / "out", "train_sft"))
-    assert [e.problem.image for e in examples] == [png(shade) for shade in range(3)]
+    assert [e.problem.images[0] for e in examples] == [png(shade) for shade in range(3)]
     for example in examples:
         problem = example.problem
         assert (problem.prompt, example.response) == (public["query"], public["response"])
@@ -225,7 +225,7 @@ def test_the_forms_of_an_image(tmp_path: Path, form: str) -> None:
         out = tmp_path / f"out{number}"
         import_rows(file, SHADE, out)
         (problem,) = read_dataset(out)
-        assert problem.image == png(7) and problem.perception == "3"
+        assert problem.images[0] == png(7) and problem.perception == "3"
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,11 @@ def test_a_spoilt_row_is_refused_or_taken_for_what_it_says(tmp_path: Path) -> No
             else:
                 assert (ours["v"], ours["c"]) == (truth["v"], truth["c"])
                 assert ours["edges"] == sorted(truth["edges"])
-            assert problem.image == source_image(row["image"], home)
-            expected, found = shown(problem.image), np.asarray(check_image(problem.image, "x"))
+            assert problem.images[0] == source_image(row["image"], home)
+            expected, found = (
+                shown(problem.images[0]),
+                np.asarray(check_image(problem.images[0], "x")),
+            )
             seen["taken" if expected is not None else "taken, Pillow alone fails"] += 1
             assert expected is None or np.array_equal(found, expected)
     assert seen["taken"] > 300 and seen["row refused"] > 300, seen

@@ -152,7 +152,7 @@ def test_another_look_at_a_stream_shows_the_same_puzzles(name: str, knobs: dict[
     looks = [task.spec(**knobs | more) for more in ({}, {"noise": 20, "ink": "random"})]
     for split, index in product(SPLITS, range(3)):
         one, two = (draw_problem(task, spec, split, 0, index) for spec in looks)
-        assert one.truth == two.truth and one.image != two.image
+        assert one.truth == two.truth and one.images[0] != two.images[0]
 
 
 def test_sides_are_decided_for_good() -> None:
@@ -240,7 +240,7 @@ def test_a_streams_problems_stay_and_no_picture_is_drawn_in_vain(
     monkeypatch.setattr(module, "render", counted)
     wanted = [(split, index) for split in SPLITS for index in range(12)]
     drawn = [draw_problem(task, spec, split, 11, index) for split, index in wanted]
-    assert pictures == [problem.image for problem in drawn]
+    assert pictures == [problem.images[0] for problem in drawn]
     for problem, (split, index) in zip(drawn, wanted, strict=True):
         rng = np.random.default_rng(np.random.SeedSequence(11, spawn_key=(split == "test", index)))
         while split_of(whole := task.generate(rng, spec)) != split:

@@ -76,9 +76,9 @@ def test_demonstrations_are_read_back_whole_and_right(name: str, style: Any) -> 
 def test_a_row_becomes_the_same_problem(name: str) -> None:
     task = TASKS[name]
     for problem in samples(name)[::5]:
-        row = task.from_row("Solve it.", problem.image, task.to_ground_truth(problem))
-        assert (row.id, row.task, row.prompt, row.image) == (
-            problem.id, name, "Solve it.", problem.image,
+        row = task.from_row("Solve it.", problem.images[0], task.to_ground_truth(problem))
+        assert (row.id, row.task, row.prompt, row.images[0]) == (
+            problem.id, name, "Solve it.", problem.images[0],
         )  # fmt: skip
         assert (row.perception, row.truth) == (problem.perception, problem.truth)
         if problem.knobs.get("split_by") != "isomorphism":  # a row does not tell
@@ -121,7 +121,7 @@ def test_perception_knobs_change_the_picture_and_not_the_puzzle(name: str) -> No
         other, spec = draw(task, 7, **base | knobs), task.spec(**base | knobs)
         assert (other.truth, other.perception) == (plain.truth, plain.perception), knobs
         assert other.symmetry_key == plain.symmetry_key, knobs
-        assert other.image != plain.image and other.id != plain.id, knobs
+        assert other.images[0] != plain.images[0] and other.id != plain.id, knobs
         side = spec.side if name == "sudoku" else spec.canvas
         assert pixels(other).shape == (side, side, 3), knobs
 

@@ -192,7 +192,7 @@ def test_the_rollouts_that_output_asks_for_stay_with_their_images(
             tracker.log(step, {"group/count": 2.0})
     assert stored_steps(tmp_path) == [1, 6, 8]
     pictures = {file.read_bytes() for file in (tmp_path / "images").iterdir()}
-    assert pictures == {group(n, *texts).problem.image for n in (0, 1, 6, 8)}
+    assert pictures == {group(n, *texts).problem.images[0] for n in (0, 1, 6, 8)}
     assert len(read_groups(tmp_path, 6)) == 2
     lacking = (
         "the rollouts of 5 of 8 steps (2, 3, 4, ...) are not there (see [output] in its recipe)"

@@ -209,7 +209,9 @@ def test_five_hundred_rollouts_with_large_noisy_images_fit(tmp_path: Path) -> No
                 pixels = rng.integers(0, 256, (369, 369, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(out, "PNG", compress_level=0)
                 one = grid_problem(0)
-                problem = Problem(**(vars(one) | {"id": f"s{step}-{i}", "image": out.getvalue()}))
+                problem = Problem(
+                    **(vars(one) | {"id": f"s{step}-{i}", "images": (out.getvalue(),)})
+                )
                 groups.append(rollouts(Sudoku(), problem, [text] * 5, step))
             tracker.log_rollouts(step, groups)
     path = write_report(tmp_path)
