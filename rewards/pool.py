@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -22,6 +22,7 @@ from rewards.advantages import Estimator
 from rewards.compose import Composition, compose_groups, raise_if_fatal
 from rewards.scored import (
     DIAGNOSIS,
+    Answerer,
     FailureKind,
     ModelRequest,
     Reply,
@@ -46,15 +47,6 @@ LOOP_SECONDS = 3.0
 
 Keep = Callable[[int, ScoredTerms], None]
 """Takes what was found for the group at an index."""
-
-
-class Answerer(Protocol):
-    """Samplers, as rewards see them (`rollout.sampler.SamplerPool`)."""
-
-    def answer(
-        self, requests: Sequence[ModelRequest], seconds: float
-    ) -> Sequence[Reply | ReplyError]:
-        """One reply a request, in order; what fails or is not there in time is a ReplyError."""
 
 
 class RewardPool:
@@ -88,7 +80,8 @@ class RewardPool:
             raise RewardError(f"reward terms ask {unknown}, and no sampler runs such a model")
         self.composition_at(0.0)
         local = [name for name, term in terms.items() if not term.remote]
-        self._parts = (*local, DIAGNOSIS)
+        self._of_step = tuple(n for n in local if self._entries[n].scope == "step")
+        self._parts = (*(n for n in local if n not in self._of_step), DIAGNOSIS)
         self._workers = _Workers(config, [self._entries[name] for name in local])
         self._remote = {
             name: _Workers(config, [self._entries[name]], remote=name)
@@ -133,6 +126,10 @@ class RewardPool:
             raise_if_fatal(found.failures, groups[index], composition)
             scored[index].add(found)
 
+        def keep_of_step(_: int, found: ScoredTerms) -> None:
+            for index, part in enumerate(found.parted([len(g.rollouts) for g in groups])):
+                keep(index, part)
+
         def wait_for(name: str) -> list[tuple[int, ScoredTerms]]:
             """What a remote term finds, to be kept by the caller's thread."""
             found: list[tuple[int, ScoredTerms]] = []
@@ -145,6 +142,8 @@ class RewardPool:
                 others = [_other_problem(groups, i) for i in range(len(groups))]
                 pairs = list(zip(groups, others, strict=True))
                 self._workers.run("score", pairs, self._parts, keep)
+                if self._of_step and groups:
+                    self._workers.run("score_steps", [groups], self._of_step, keep_of_step)
                 self._ask_and_read(groups, scored, keep)
                 for finding in remote:
                     for each in finding.result():

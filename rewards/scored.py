@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from rollout.record import Group, SampleRequest, ScoreRequest
+from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest
 
 FailureKind = Literal[
     "exception", "nan", "wrong_length", "not_numbers", "deadline", "worker_died", "model"
@@ -24,6 +24,15 @@ ModelRequest = SampleRequest | ScoreRequest
 
 Reply = Group | np.ndarray
 """A `Group` for a `SampleRequest`; float32 [T] log-probs in nats for a `ScoreRequest`."""
+
+
+class Answerer(Protocol):
+    """Samplers, as rewards see them (`rollout.sampler.SamplerPool`)."""
+
+    def answer(
+        self, requests: Sequence[ModelRequest], seconds: float
+    ) -> Sequence[Reply | ReplyError]:
+        """One reply a request, in order; what fails or is not there in time is a ReplyError."""
 
 
 DIAGNOSIS = "diagnosis"
@@ -99,6 +108,18 @@ class ScoredTerms:
         self.diagnosis = self.diagnosis or more.diagnosis
         self.requests |= more.requests
 
+    def parted(self, sizes: Sequence[int]) -> list[ScoredTerms]:
+        """What was found for the rollouts of several groups together, by group.
+
+        A failure is one of each group, and each took all the time.
+        """
+        cuts = np.cumsum(sizes)[:-1]
+        values = {name: np.split(found, cuts) for name, found in self.values.items()}
+        return [
+            ScoredTerms({n: v[i] for n, v in values.items()}, self.failures, dict(self.seconds))
+            for i in range(len(sizes))
+        ]
+
 
 @dataclass(frozen=True)
 class ScoredGroup:
@@ -130,3 +151,31 @@ class ScoredGroup:
     def has_gradient(self) -> bool:
         """Whether the learner has anything to gain from this group."""
         return not (self.zero_variance or self.dropped)
+
+
+class UnusableValues(ValueError):
+    """What a term returned is not one finite number a rollout."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def as_values(result: Any, size: int) -> np.ndarray:
+    """float64 [size] of what a term returned; raises UnusableValues where it cannot be that."""
+    try:
+        array = np.asarray(result)
+    except Exception as error:
+        raise UnusableValues("not_numbers", f"returned no array of numbers: {error}") from error
+    if array.ndim == 1 and len(array) != size:
+        raise UnusableValues("wrong_length", f"returned {len(array)} values for {size} rollouts")
+    if array.ndim != 1 and array.dtype.kind in "biuf":
+        raise UnusableValues("wrong_length", f"returned shape {array.shape}, expected ({size},)")
+    # An empty list has a float dtype; strings and None would be turned into numbers by a cast.
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        raise UnusableValues("not_numbers", f"returned {type(result).__name__} of {array.dtype}")
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise UnusableValues("nan", f"value {bad} of {size} is {values[bad]}")
+    return values

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from tasks.core import SEGMENTS, Segment
-from tasks.fields import CLASS_PATH, Positive, Rate, Section, Share, Text, Weight, refusal
+from tasks.fields import OWN_NAME, Positive, Rate, Section, Share, Text, Weight, refusal
 
 BUILT_IN = {
     "outcome": "rewards.terms:Outcome",
@@ -38,7 +38,7 @@ Method = Literal["sum_then_normalize", "normalize_then_sum"]
 def unknown_term(name: str) -> str:
     """Says that no reward term has this name, and which may be meant."""
     near = get_close_matches(name, BUILT_IN, n=1)
-    known = f'known: {", ".join(BUILT_IN)}, or your own as "module:Class"'
+    known = f'known: {", ".join(BUILT_IN)}, or your own as "file.py:function" or "module:Class"'
     return f'no reward term "{name}"; ' + (f'did you mean "{near[0]}"?' if near else known)
 
 
@@ -46,7 +46,8 @@ class RewardTermConfig(Section):
     """[[reward.terms]] One named component of the reward."""
 
     name: Text
-    """A built-in term, or `"module:Class"` on the Python path."""
+    """A built-in term, or your own: a function of rows (`"my_rewards.py:score"`,
+    `"module:function"`; docs/your_reward.md) or a class (`"module:Class"`)."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)] | None = (
         None
     )
@@ -66,7 +67,9 @@ class RewardTermConfig(Section):
     gate_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
     """What the value of `gate` must reach."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the term's class."""
+    """Keyword arguments of the term's class or function."""
+    scope: Literal["group", "step"] = "group"
+    """Of a function: whether one call gets the rows of a group, or of all groups of the step."""
     on_failure: OnFailure = "abort"
     """Where the term fails on a group: end the run, leave the group out, or count 0."""
 
@@ -103,11 +106,11 @@ class RewardTermConfig(Section):
     @field_validator("name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
-        if name in BUILT_IN or CLASS_PATH.fullmatch(name):
+        if name in BUILT_IN or OWN_NAME.fullmatch(name):
             return name
-        raise refusal(
-            f'expected "module:Class", got "{name}"' if ":" in name else unknown_term(name)
-        )
+        if ":" not in name:
+            raise refusal(unknown_term(name))
+        raise refusal(f'expected "file.py:function" or "module:Class", got "{name}"')
 
 
 class RewardConfig(Section):

@@ -20,15 +20,17 @@ import numpy as np
 import pydantic
 from pydantic import ValidationError
 
+from rewards.functions import FunctionTerm, function_term
 from rewards.scored import (
     DIAGNOSIS,
     Diagnosis,
-    FailureKind,
     ModelRequest,
     Reply,
     ScoredTerms,
     TermError,
     TermFailure,
+    UnusableValues,
+    as_values,
 )
 from rewards.settings import ARGUMENTS, BUILT_IN, RewardTermConfig, unknown_term
 from rewards.surrogates import SelfConsistency
@@ -141,10 +143,10 @@ Term = RewardTerm | AskingTerm | RemoteTerm
 
 
 def find_term(name: str) -> Callable[..., Any]:
-    """What a recipe names: a built-in term's class, or a user's own by `"module:Class"`.
+    """What a recipe names: a built-in term's class, or a user's own class or function.
 
-    Raises `TermError` for an unknown name (with a near miss if there is one), or a module or
-    class that cannot be loaded.
+    Raises `TermError` for an unknown name (with a near miss if there is one), or one that cannot
+    be loaded.
     """
     target = BUILT_IN.get(name, name)
     if ":" not in target:
@@ -157,13 +159,17 @@ def find_term(name: str) -> Callable[..., Any]:
 
 
 def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
-    """The term a recipe names (see `find_term`), made with `args` as keywords.
+    """The term a recipe names (see `find_term`): a class made with `args`, or a function of rows.
 
     Raises `TermError` also for arguments it does not take, or an object that is no term.
     """
-    factory = find_term(name)
+    found, args = find_term(name), args or {}
+    if not callable(found):
+        raise TermError(f"reward term {name!r}: {type(found).__name__} object is not callable")
     try:
-        term = factory(**(args or {}))
+        if not inspect.isclass(found):
+            return function_term(name.rpartition(":")[2], found, args)
+        term = found(**args)
     except ValidationError as error:
         raise TermError(f"reward term {name!r}: args: {argument_errors(error)}") from error
     except Exception as error:
@@ -173,7 +179,8 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
     ):
         raise TermError(
             f"reward term {name!r}: {type(term).__name__} is no RewardTerm; it needs "
-            "a `name: str` and `__call__(task, group)`, or `model`, `ask` and `score`"
+            "a `name: str` and `__call__(task, group)`, or `model`, `ask` and `score`; "
+            "or write a function of rows"
         )
     loaded: Term = term
     return loaded
@@ -200,11 +207,13 @@ class TermFacts:
     """What is to be known of a term where it does not work.
 
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
+    `function`: whether it can be called with the rows of a whole step.
     """
 
     name: str
     model: str | None
     remote: bool
+    function: bool = False
 
 
 Named = TypeVar("Named", "Term", TermFacts)
@@ -220,7 +229,8 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
     if key not in _KNOWN:
         term = load_term(name, args)
         model = term.model if isinstance(term, AskingTerm) else None
-        _KNOWN[key] = TermFacts(term.name, model, is_remote(term))
+        function = isinstance(term, FunctionTerm)
+        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function)
     return _KNOWN[key]
 
 
@@ -233,8 +243,18 @@ def load_terms(entries: Sequence[RewardTermConfig]) -> dict[str, Term]:
 
 
 def facts_of(entries: Sequence[RewardTermConfig]) -> dict[str, TermFacts]:
-    """The facts of the terms that `load_terms` loads (`term_facts`); raises what it raises."""
-    return _by_name(entries, term_facts)
+    """The facts of the terms that `load_terms` loads (`term_facts`); raises what it raises.
+
+    And TermError for `scope = "step"` on what is no plain function.
+    """
+    found = _by_name(entries, term_facts)
+    for entry, facts in zip(entries, found.values(), strict=True):
+        if entry.scope == "step" and not facts.function:
+            raise TermError(
+                f'reward term {entry.name!r}: scope = "step" is for a plain function of rows '
+                "(`def`, neither a class nor `async def`); leave scope out"
+            )
+    return found
 
 
 def _by_name(
@@ -282,11 +302,21 @@ def score_group(
             if isinstance(term, AskingTerm):
                 found.requests[name] = _requests(term.ask(task, group, other))
             else:
-                found.values[name] = as_values(term(task, group), group)
+                found.values[name] = as_values(term(task, group), len(group.rollouts))
     if with_diagnosis:
         with _attempt(DIAGNOSIS, found):
             found.diagnosis = diagnose(task, group)
         del found.seconds[DIAGNOSIS]
+    return found
+
+
+def score_step(groups: Sequence[Group], terms: Mapping[str, Term]) -> ScoredTerms:
+    """Functions of the whole step, as if it were one group: float64 [B], group after group."""
+    found, count = ScoredTerms(), sum(len(group.rollouts) for group in groups)
+    for name, term in terms.items():
+        assert isinstance(term, FunctionTerm)
+        with _attempt(name, found):
+            found.values[name] = as_values(term.of_step(groups), count)
     return found
 
 
@@ -299,7 +329,7 @@ def read_replies(
         term = terms[name]
         assert isinstance(term, AskingTerm)
         with _attempt(name, found):
-            found.values[name] = as_values(term.score(task, group, answers), group)
+            found.values[name] = as_values(term.score(task, group, answers), len(group.rollouts))
     return found
 
 
@@ -307,7 +337,7 @@ async def score_remote(name: str, term: RemoteTerm, task: Task, group: Group) ->
     """One remote term on a group: its values or its typed failure."""
     found = ScoredTerms()
     with _attempt(name, found):
-        found.values[name] = as_values(await term(task, group), group)
+        found.values[name] = as_values(await term(task, group), len(group.rollouts))
     return found
 
 
@@ -356,32 +386,3 @@ def _failure_of(name: str, error: BaseException) -> TermFailure:
     text = "".join(traceback.format_exception(type(error), error, frames))
     message = "".join(traceback.format_exception_only(error)).strip()
     return TermFailure(name, "exception", message, text)
-
-
-class UnusableValues(ValueError):
-    """What a term returned is not one finite number a rollout."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-def as_values(result: Any, group: Group) -> np.ndarray:
-    """float64 [G] from what a term returned; raises UnusableValues where it cannot be that."""
-    size = len(group.rollouts)
-    try:
-        array = np.asarray(result)
-    except Exception as error:
-        raise UnusableValues("not_numbers", f"returned no array of numbers: {error}") from error
-    if array.ndim == 1 and len(array) != size:
-        raise UnusableValues("wrong_length", f"returned {len(array)} values for {size} rollouts")
-    if array.ndim != 1 and array.dtype.kind in "biuf":
-        raise UnusableValues("wrong_length", f"returned shape {array.shape}, expected ({size},)")
-    # An empty list has a float dtype; strings and None would be turned into numbers by a cast.
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise UnusableValues("not_numbers", f"returned {type(result).__name__} of {array.dtype}")
-    values = array.astype(np.float64)
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise UnusableValues("nan", f"value {bad} of {size} is {values[bad]}")
-    return values

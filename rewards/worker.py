@@ -14,7 +14,15 @@ import ray
 
 from rewards.scored import DIAGNOSIS, Reply, ScoredTerms
 from rewards.settings import RewardTermConfig
-from rewards.terms import Term, is_remote, load_terms, read_replies, score_group, score_remote
+from rewards.terms import (
+    Term,
+    is_remote,
+    load_terms,
+    read_replies,
+    score_group,
+    score_remote,
+    score_step,
+)
 from rollout.record import Group
 from tasks.core import Problem
 from tasks.load import load_task
@@ -50,6 +58,13 @@ class RewardWorker:
             score_group(task_named(group.problem.task), group, terms, DIAGNOSIS in parts, other)
             for group, other in chunk
         ]
+
+    def score_steps(
+        self, steps: Sequence[Sequence[Group]], parts: Sequence[str]
+    ) -> list[ScoredTerms]:
+        """Run the functions named in `parts` on all groups of each step; see `score_step`."""
+        terms = {name: term for name, term in self.terms.items() if name in parts}
+        return [score_step(groups, terms) for groups in steps]
 
     def read(
         self, chunk: Sequence[tuple[Group, Replies]], parts: Sequence[str]

@@ -21,8 +21,8 @@ PathText = Annotated[Text, AfterValidator(expanded)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
-CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-"""A class of the user's own: `module:Class`."""
+OWN_NAME = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*")
+"""A class or function of the user's own: `module:Class`, `folder/file.py:function`."""
 
 
 def refusal(message: str, *at: str | int) -> PydanticCustomError:

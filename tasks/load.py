@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
@@ -51,19 +55,24 @@ def load_task(name: str) -> Task:
 
 
 def import_named(what: str, target: str) -> Any:
-    """What a recipe names by `"module:Name"`, found from the working folder or PYTHONPATH.
+    """What a recipe names by `"module:name"` or `"folder/file.py:name"`.
 
-    Raises ValueError, which begins with `what`: no such module, one that fails on import, no such
-    name in it.
+    Modules, and files without an absolute path, are found from the working folder or PYTHONPATH,
+    in every process of a run. Raises ValueError, which begins with `what`: no such module or file,
+    one that fails on import, no such name in it.
     """
-    module_name, _, name = target.partition(":")
+    module_name, _, name = target.rpartition(":")
     try:
-        module = importlib.import_module(module_name)
+        if module_name.endswith(".py"):
+            module = _module_of_file(module_name)
+        else:
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # The named module itself is absent, as opposed to something that it imports.
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            kind = "file" if module_name.endswith(".py") else "module"
             raise ValueError(
-                f'{what}: no module "{error.name}" on the path; run from the folder '
+                f'{what}: no {kind} "{error.name}" on the path; run from the folder '
                 "that holds it, or add that folder to PYTHONPATH"
             ) from error
         raise ValueError(f"{what}: {module_name} cannot be imported: {error}") from error
@@ -73,8 +82,30 @@ def import_named(what: str, target: str) -> Any:
         ) from error
     if not hasattr(module, name):
         hint = _did_you_mean(name, [known for known in vars(module) if known[0] != "_"])
-        raise ValueError(f'{what}: module {module_name} has no class "{name}"{hint}')
+        raise ValueError(f'{what}: {module_name} has no "{name}"{hint}')
     return getattr(module, name)
+
+
+def _module_of_file(file: str) -> ModuleType:
+    """The module that a file is, loaded once a process; it may import what lies beside it."""
+    found = next((p for place in ("", *sys.path) if (p := Path(place, file)).is_file()), None)
+    if found is None:
+        raise ModuleNotFoundError(name=file)
+    path = found.resolve()
+    # The file's name alone may be that of a module of the library.
+    name = f"{path.stem}@{path.parent}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.path += [folder for folder in [str(path.parent)] if folder not in sys.path]
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _check_members(name: str, task: object) -> None:

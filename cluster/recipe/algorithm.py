@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from learner.loss_settings import LossConfig, SegmentWeights
 from rollout.settings import StalenessConfig
-from tasks.fields import CLASS_PATH, Positive, Section, Text, refusal, refuse
+from tasks.fields import OWN_NAME, Positive, Section, Text, refusal, refuse
 
 
 class DynamicSamplingConfig(Section):
@@ -34,7 +34,7 @@ class CurriculumConfig(Section):
     @field_validator("strategy")
     @classmethod
     def _strategy_is_known(cls, name: str) -> str:
-        if name in ("uniform", "success_band") or CLASS_PATH.fullmatch(name):
+        if name in ("uniform", "success_band") or OWN_NAME.fullmatch(name):
             return name
         raise refusal(
             f'no strategy "{name}"; known: uniform, success_band, or your own as "module:Class"'

@@ -97,6 +97,13 @@ class Recipe(Section):
             '"normalize_then_sum" compares all groups of a step, and extra groups of '
             'algorithm.dynamic_sampling are scored after the others; use "sum_then_normalize"',
         )
+        of_step = [i for i, term in enumerate(self.reward.terms) if term.scope == "step"]
+        if of_step and algorithm.dynamic_sampling:
+            raise refusal(
+                'got "step", which is one call for all groups of a step, and extra groups of '
+                'algorithm.dynamic_sampling are scored after the others; use "group"',
+                *("reward", "terms", of_step[0], "scope"),
+            )
         strategy = algorithm.curriculum.strategy
         refuse(
             strategy != "uniform" and len(self.tasks) < 2,

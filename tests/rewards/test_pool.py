@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -128,8 +129,37 @@ def test_a_hang_and_a_crash_are_blamed_on_their_term_and_group_alone(pool: Any) 
     assert not made.score(groups[1:])[0].failures
 
 
+def test_a_function_scores_a_group_or_the_whole_step_and_fails_for_all_of_it(pool: Any) -> None:
+    groups = [group(i, *["1" * i + ";;"] * i, ";9;") for i in range(1, CHUNK + 3)]
+    name = f"{TOYS}:above_the_mean"
+    own = [
+        RewardTermConfig(name=name),
+        RewardTermConfig(name=name, label="of_step", scope="step"),
+        RewardTermConfig(name=f"{TOYS}:later"),
+        *(
+            RewardTermConfig(
+                name=name, label=what, args={"what": what}, scope="step", on_failure="zero"
+            )
+            for what in ("hang", "short")
+        ),
+    ]
+    # Ray takes a second or two to tell that a process died; the deadline must not come first.
+    made = pool(*own, deadline_seconds=5.0, workers=2)
+    for more in ([], [group(0, "0;0;")]):
+        found = made.score([*groups, *more])
+        lengths = [[len(r.text) for r in g.group.rollouts] for g in found]
+        together = np.mean(np.concatenate(lengths))
+        for scored, own_lengths in zip(found, lengths, strict=True):
+            mine = np.array(own_lengths, dtype=float)
+            np.testing.assert_allclose(scored.terms["above_the_mean"], mine - mine.mean())
+            np.testing.assert_allclose(scored.terms["of_step"], mine - together, atol=1e-12)
+            assert scored.terms["later"].tolist() == mine.tolist()
+            failed = [("hang", "deadline"), ("short", "wrong_length")] if more else []
+            assert sorted(failures(scored)) == failed
+
+
 def test_a_pool_that_cannot_start_says_why(pool: Any) -> None:
-    with pytest.raises(RewardError, match=r"cannot start: .*did you mean 'Length'"):
+    with pytest.raises(RewardError, match=r"cannot start: .*did you mean .Length."):
         pool(term("Lenght"))
     with pytest.raises(RewardError, match="no sampler runs such a model"):
         pool(term("Asks"), answerers={"f": Echo()})

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from rewards.compose import Composition, compose_groups
+from rewards.functions import Row
 from rewards.scored import Reply, ScoredGroup, ScoredTerms
 from rewards.terms import Outcome, Perception, score_group
 from rollout.record import Group, Rollout, SampleRequest, Sampling
@@ -268,3 +269,20 @@ class Waits:
 
     def counts(self) -> dict[str, float]:
         return {"sent": self.calls, "most": self.most}
+
+
+def above_the_mean(rows: Sequence[Row], what: str = "") -> list[float]:
+    """How much longer a response is than the mean of all rows; or does `what` if it sees a 0."""
+    if any(row.gold["n"] == 0 for row in rows):
+        if what == "hang":
+            time.sleep(600)
+        if what == "short":
+            return [1.0]
+    mean = sum(len(row.response) for row in rows) / len(rows)
+    return [len(row.response) - mean for row in rows]
+
+
+async def later(rows: Sequence[Row]) -> list[float]:
+    """Characters of the response, after a while."""
+    await asyncio.sleep(0.05)
+    return [float(len(row.response)) for row in rows]

@@ -382,7 +382,7 @@ def test_a_users_own_task_from_its_module(tmp_path: Path, monkeypatch: pytest.Mo
         ("", "the built-in tasks are"),
         ("no_such_module:Task", 'no module "no_such_module" on the path'),
         ("tasks.no_such:Task", 'no module "tasks.no_such" on the path'),
-        ("own_bad:Taks", 'has no class "Taks"; did you mean "Task"'),
+        ("own_bad:Taks", 'has no "Taks"; did you mean "Task"'),
         ("own_bad:number", "does not name a class"),
         ("own_bad:Task", "lacks name, spec, generate, parse, check, .*from_row"),
         ("own_bad:Asks", r"Asks\(\) failed .*without arguments"),
