@@ -3,9 +3,9 @@
 The `openai` client sends, and tries again: `_try` is one try. HTTP 429 and 5xx, timeouts, broken
 connections and bodies that are no completion are tried up to `retries` times more, after what
 `Retry-After` says or a growing pause. Any other status fails at once. A reply that came but is not
-`{"score": 0..10}` is tried again only if `temperature > 0` (another sample may do) or `structured`
-(the server promised the form, so it slipped); a greedy model left to itself says the same again.
-What is left is a `JudgeError`, never a score of 0.
+of the form that was asked for is tried again only if `temperature > 0` (another sample may do) or
+`structured` (the server promised the form, so it slipped); a greedy model left to itself says the
+same again. What is left is a `JudgeError`, never a score of 0.
 
 **The key** is read from the environment whenever a request is made. It is in the request's
 header and nowhere else: not on any object, in no log, exception or cache entry.
@@ -154,11 +154,11 @@ class JudgeClient:
 
     Args:
         endpoint: where, how many at once, how often.
-        read: from what the judge wrote (any JSON value) and the `finish_reason` to a score; raises
-            Miss where it is none.
+        read: from what the judge wrote (any JSON value) and the `finish_reason` to a verdict;
+            raises Miss where it is none.
     """
 
-    def __init__(self, endpoint: Endpoint, read: Callable[[Any, str], int]) -> None:
+    def __init__(self, endpoint: Endpoint, read: Callable[[Any, str], Any]) -> None:
         self.endpoint = endpoint
         self._read = read
         self.use_clock(Clock())
@@ -181,14 +181,14 @@ class JudgeClient:
         mean = total / self._tally["requests"] if total else 0.0
         return {**self._tally, "latency_mean": mean, "latency_max": longest}
 
-    async def ask(self, body: Mapping[str, Any]) -> int:
-        """Send a request until a score comes; raises JudgeError where none does."""
+    async def ask(self, body: Mapping[str, Any]) -> Any:
+        """Send a request until a verdict comes; raises JudgeError where none does."""
         import openai  # takes a second; only who asks a judge needs it
 
         client = self._open_session().client
         try:
             reply = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
-            return int(reply.extensions["score"])
+            return reply.extensions["verdict"]
         except openai.APIStatusError as error:
             miss, request = error.response.extensions["miss"], error.request
         except openai.APIConnectionError as error:
@@ -205,7 +205,7 @@ class JudgeClient:
     async def try_once(
         self, request: httpx2.Request, send: Callable[[], Awaitable[httpx2.Response]]
     ) -> httpx2.Response:
-        """One try, in a free place and at the rate: a reply whose extensions hold the score.
+        """One try, in a free place and at the rate: a reply whose extensions hold the verdict.
 
         What the client shall try again is raised as `Miss`, or is a reply of 429 or 5xx, of which
         it reads how long to wait. Raises JudgeError for what it shall not.
@@ -218,8 +218,8 @@ class JudgeClient:
             start = self.clock.now()
             try:
                 async with asyncio.timeout(self.endpoint.timeout_seconds):
-                    score = await self._score_in(await send())
-                return httpx2.Response(200, request=request, extensions={"score": score})
+                    found = {"verdict": await self._verdict_in(await send())}
+                return httpx2.Response(200, request=request, extensions=found)
             except TimeoutError:
                 waited = f"no whole reply within {self.endpoint.timeout_seconds:g} s"
                 miss = Miss("timeout", waited, again=True)
@@ -249,8 +249,8 @@ class JudgeClient:
         # Nothing is decompressed: a small reply could unpack to any size.
         request.headers["Accept-Encoding"] = "identity"
 
-    async def _score_in(self, response: httpx2.Response) -> int:
-        """Read a reply, no further than just past the limit; raises Miss where it has no score."""
+    async def _verdict_in(self, response: httpx2.Response) -> Any:
+        """Read a reply, no further than just past the limit; raises Miss where it has none."""
         body = bytearray()
         async with contextlib.aclosing(response):
             async for chunk in response.aiter_raw():

@@ -35,6 +35,10 @@ class Answerer(Protocol):
         """One reply a request, in order; what fails or is not there in time is a ReplyError."""
 
 
+Values = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | np.ndarray]
+"""What a term gives: one finite number a rollout. Or a mapping with these as `value` and beside
+them parts by name, which are logged as `<term>.<part>` and never rewarded."""
+
 DIAGNOSIS = "diagnosis"
 """The name under which a failing task (not a term) is reported; no term may take it."""
 
@@ -126,8 +130,8 @@ class ScoredGroup:
     """A group with its rewards and advantages: what the learner's batch is made of.
 
     Attributes:
-        terms: term name -> float64 [G], raw values; a failed term is absent when the group
-            is dropped and zero when failures count as zero.
+        terms: term name, or part of one -> float64 [G], raw values; a failed term is absent when
+            the group is dropped and zero when failures count as zero.
         totals: float64 [G], the weighted sum of all terms behind their gates; NaN where dropped.
         advantages: float64 [G, C], a column a segment and one for tokens outside every segment
             (`rewards.advantages.CREDIT_COLUMNS`); exactly 0 where `zero_variance` or `dropped`.
@@ -179,3 +183,15 @@ def as_values(result: Any, size: int) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
         raise UnusableValues("nan", f"value {bad} of {size} is {values[bad]}")
     return values
+
+
+def named_values(name: str, result: Any, size: int) -> dict[str, np.ndarray]:
+    """What a term returned (`Values`): its own under its name, parts under `<name>.<part>`."""
+    if not isinstance(result, Mapping):
+        return {name: as_values(result, size)}
+    if "value" not in result:
+        raise UnusableValues("not_numbers", f'returned the parts {sorted(result)}, no "value"')
+    return {
+        name if part == "value" else f"{name}.{part}": as_values(values, size)
+        for part, values in result.items()
+    }

@@ -38,7 +38,7 @@ PERCEPTION = SEGMENTS.index("perception")
 
 
 @dataclass(config=ARGUMENTS, kw_only=True)
-class _Capped:
+class Capped:
     """What all surrogates share.
 
     Args:
@@ -55,7 +55,7 @@ class _Capped:
 
 
 @dataclass(config=ARGUMENTS, kw_only=True)
-class _Blind(_Capped):
+class Blind(Capped):
     """What the surrogates share that answer from the perception alone.
 
     Args:
@@ -78,7 +78,7 @@ class _Blind(_Capped):
 
 
 @dataclass(config=ARGUMENTS)
-class GroupAgreement(_Capped):
+class GroupAgreement(Capped):
     """How far the own perception is the group's: self-consistency voting, used as a reward.
 
     Majority voting over samples is arXiv 2203.11171, as a reward TTRL (arXiv 2504.16084); that
@@ -119,7 +119,7 @@ class GroupAgreement(_Capped):
 
 
 @dataclass(config=ARGUMENTS)
-class SelfConsistency(_Capped):
+class SelfConsistency(Capped):
     """1 where the answer is valid for the own perception, whatever the image shows.
 
     The judge that `acc/self_consistency` uses, as a reward. It never looks at the image: a
@@ -140,7 +140,7 @@ class SelfConsistency(_Capped):
 
 
 @dataclass(config=ARGUMENTS)
-class BlindSolver(_Blind):
+class BlindSolver(Blind):
     """1 where the task's exact solver gets a right answer out of the own perception.
 
     R_p = check(solve(p)): a perception is good if it suffices for the answer, as in RACRO
@@ -170,7 +170,7 @@ class BlindSolver(_Blind):
 
 
 @dataclass(config=ARGUMENTS)
-class BlindPolicy(_Blind):
+class BlindPolicy(Blind):
     """1 where a model that is shown no image answers right from the own perception.
 
     The perception segment is forced as the start of a response to the prompt alone; the model
@@ -201,14 +201,14 @@ class BlindPolicy(_Blind):
                 view="none",
                 prefix=prefix,
             )
-            for i, prefix in enumerate(_different(self._prefixes(task, group)))
+            for i, prefix in enumerate(different(self._prefixes(task, group)))
         ]
 
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
         """float [G] in {0, 1}."""
         prefixes = self._prefixes(task, group)
-        asked = _different(prefixes)
-        _expect_replies(self.name, len(asked), replies)
+        asked = different(prefixes)
+        expect_replies(self.name, len(asked), replies)
         values: dict[str | None, float] = {None: 0.0}
         for prefix, reply in zip(asked, replies, strict=True):
             if not isinstance(reply, Group) or len(reply.rollouts) != 1:
@@ -228,7 +228,7 @@ class BlindPolicy(_Blind):
 
 
 @dataclass(config=ARGUMENTS)
-class ImageDependence(_Capped):
+class ImageDependence(Capped):
     """clip(g, 0, cap) / cap, g the mean log-prob gain of the perception tokens by the image.
 
     g = mean_t [log π(t | image) − log π(t | altered image)] over the tokens of the perception
@@ -257,7 +257,7 @@ class ImageDependence(_Capped):
 
         Raises ValueError where the view is `swapped` and there is no other image.
         """
-        runs = _different(self._runs(group))
+        runs = different(self._runs(group))
         if not runs:
             return []
         problem = group.problem
@@ -276,8 +276,8 @@ class ImageDependence(_Capped):
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
         """float [G] in [0, 1]."""
         run_of = self._runs(group)
-        runs = _different(run_of)
-        _expect_replies(self.name, 2 * len(runs), replies)
+        runs = different(run_of)
+        expect_replies(self.name, 2 * len(runs), replies)
         gains: dict[bytes, np.ndarray] = {}
         for run, shown, altered in zip(runs, replies[::2], replies[1::2], strict=True):
             gains[run] = self._logprobs(run, shown) - self._logprobs(run, altered)
@@ -366,11 +366,11 @@ def _soft(claims: Sequence[frozenset[Any] | None]) -> list[float]:
     return values
 
 
-def _different(keys: Sequence[Any | None]) -> list[Any]:
+def different(keys: Sequence[Any | None]) -> list[Any]:
     """The distinct keys in order of first appearance, without None."""
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
-def _expect_replies(name: str, count: int, replies: Sequence[Any]) -> None:
+def expect_replies(name: str, count: int, replies: Sequence[Any]) -> None:
     if len(replies) != count:
         raise ValueError(f"{name}: asked {count} requests and got {len(replies)} replies")

@@ -30,7 +30,8 @@ from rewards.scored import (
     TermError,
     TermFailure,
     UnusableValues,
-    as_values,
+    Values,
+    named_values,
 )
 from rewards.settings import ARGUMENTS, BUILT_IN, RewardTermConfig, unknown_term
 from rewards.surrogates import SelfConsistency
@@ -51,7 +52,7 @@ class RewardTerm(Protocol):
     name: str
     """How metrics, weights and records call it."""
 
-    def __call__(self, task: Task, group: Group) -> list[float] | np.ndarray:
+    def __call__(self, task: Task, group: Group) -> Values:
         """One finite number a rollout, in the group's order."""
 
 
@@ -71,7 +72,7 @@ class AskingTerm(Protocol):
         """What to ask about a group. `other` is another problem of the step, of the same task,
         with another image (for swaps); None where the step has none."""
 
-    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> list[float] | np.ndarray:
+    def score(self, task: Task, group: Group, replies: Sequence[Reply]) -> Values:
         """One finite number a rollout, from one reply a request, in the order of `ask`."""
 
 
@@ -84,7 +85,7 @@ class RemoteTerm(Protocol):
 
     name: str
 
-    async def __call__(self, task: Task, group: Group) -> list[float] | np.ndarray:
+    async def __call__(self, task: Task, group: Group) -> Values:
         """One finite number a rollout, in the group's order."""
 
 
@@ -302,7 +303,7 @@ def score_group(
             if isinstance(term, AskingTerm):
                 found.requests[name] = _requests(term.ask(task, group, other))
             else:
-                found.values[name] = as_values(term(task, group), len(group.rollouts))
+                found.values |= named_values(name, term(task, group), len(group.rollouts))
     if with_diagnosis:
         with _attempt(DIAGNOSIS, found):
             found.diagnosis = diagnose(task, group)
@@ -316,7 +317,7 @@ def score_step(groups: Sequence[Group], terms: Mapping[str, Term]) -> ScoredTerm
     for name, term in terms.items():
         assert isinstance(term, FunctionTerm)
         with _attempt(name, found):
-            found.values[name] = as_values(term.of_step(groups), count)
+            found.values |= named_values(name, term.of_step(groups), count)
     return found
 
 
@@ -329,7 +330,9 @@ def read_replies(
         term = terms[name]
         assert isinstance(term, AskingTerm)
         with _attempt(name, found):
-            found.values[name] = as_values(term.score(task, group, answers), len(group.rollouts))
+            found.values |= named_values(
+                name, term.score(task, group, answers), len(group.rollouts)
+            )
     return found
 
 
@@ -337,7 +340,7 @@ async def score_remote(name: str, term: RemoteTerm, task: Task, group: Group) ->
     """One remote term on a group: its values or its typed failure."""
     found = ScoredTerms()
     with _attempt(name, found):
-        found.values[name] = as_values(await term(task, group), len(group.rollouts))
+        found.values |= named_values(name, await term(task, group), len(group.rollouts))
     return found
 
 

@@ -23,8 +23,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rewards.judge import RUBRIC, Judge
+from rewards.judge import Judge
 from rewards.judge_client import MAX_REPLY_BYTES, JudgeError
+from rewards.judge_forms import RUBRIC
 from rewards.rate import TokenBucket
 from rewards.terms import RemoteTerm
 from rollout.record import Group

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from cluster.recipe.placement import frozen_models
 from cluster.recipe.recipe import Recipe
+from cluster.record.metric_table import unlisted
+from cluster.run.step_metrics import step_metrics
+from rewards.compose import Composition, compose_groups
 from rewards.scored import DIAGNOSIS, Reply, TermError
 from rewards.settings import BUILT_IN, RewardTermConfig
 from rewards.terms import (
@@ -26,6 +29,7 @@ from rewards.terms import (
     facts_of,
     load_term,
     load_terms,
+    score_group,
     term_facts,
 )
 from rollout.record import Group, SampleRequest
@@ -86,6 +90,33 @@ def test_terms_equal_an_independent_reading_of_random_groups() -> None:
         np.testing.assert_allclose(found.values["format"], form, rtol=0, atol=1e-12)
 
 
+class Halves:
+    """A number and two that it is made of."""
+
+    name = "halves"
+
+    def __call__(self, task: Task, group: Group) -> dict[str, list[float]]:
+        lengths = [float(len(r.text)) for r in group.rollouts]
+        return {"value": lengths, "first": [n / 2 for n in lengths], "second": [0.0] * len(lengths)}
+
+
+def test_parts_of_a_term_are_logged_and_stored_beside_it_and_never_rewarded() -> None:
+    one = group(1, "1;2;", "1;;")
+    found = score_group(TASK, one, {"both": Halves()})
+    assert {name: v.tolist() for name, v in found.values.items()} == {
+        "both": [4.0, 3.0],
+        "both.first": [2.0, 1.5],
+        "both.second": [0.0, 0.0],
+    }
+    for method in ("sum_then_normalize", "normalize_then_sum"):
+        (made,) = compose_groups([one], [found], Composition({"both": 2.0}, method=method))
+        assert made.totals.tolist() == [8.0, 6.0]
+        metrics = step_metrics([made], 0)
+        assert metrics["reward/both.first/mean"] == 1.75
+        assert metrics["reward/both.second/zero_variance"] == 1.0
+        assert not unlisted(metrics)
+
+
 @given(
     penalties=st.dictionaries(st.sampled_from("abcde"), st.floats(0, 3), max_size=5),
     default=st.floats(0, 3),
@@ -118,6 +149,8 @@ def test_format_falls_with_every_defect_and_stays_in_range(
         ("scalar", "wrong_length"),
         ("ragged", "not_numbers"),
         ("complex", "not_numbers"),
+        ("parts", "nan"),
+        ("no value", "not_numbers"),
         ("huge", "not_numbers"),
         ("raise", "exception"),
         ("exit", "exception"),

@@ -188,6 +188,8 @@ class Misbehaves:
             "ragged": [[1.0], [1.0, 2.0]] * size,
             "complex": [1j] * size,
             "huge": [10**400] * size,
+            "parts": {"value": [1.0] * size, "more": [float("nan")] * size},
+            "no value": {"more": [1.0] * size},
         }[self.what]
 
 
