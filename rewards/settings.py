@@ -23,6 +23,7 @@ BUILT_IN = {
     "blind_solver": "rewards.surrogates:BlindSolver",
     "blind_policy": "rewards.surrogates:BlindPolicy",
     "image_dependence": "rewards.surrogates:ImageDependence",
+    "view_agreement": "rewards.view_agreement:ViewAgreement",
     "judge": "rewards.judge:Judge",
 }
 """The reward terms a recipe can name without giving `module:Class`."""
