@@ -25,7 +25,7 @@ from rewards.pool import RewardPool
 from rewards.settings import RewardConfig, RewardTermConfig
 from rollout.record import Group, Rollout
 from rollout.tokens import label_segments
-from tasks.core import Problem, Task
+from tasks.core import Generates, Problem, Task
 from tasks.load import BUILT_IN, load_task
 from tasks.splits import draw_problem
 
@@ -78,7 +78,7 @@ def stored(run: Path, count: int) -> list[Group]:
 
 def made_up(count: int, seed: int) -> list[Group]:
     """`count` groups over the built-in tasks: demonstrations, most of them damaged."""
-    tasks = [load_task(name) for name in BUILT_IN]
+    tasks = [task for name in BUILT_IN if isinstance(task := load_task(name), Generates)]
     problems = [
         [draw_problem(task, task.spec(), "train", seed, i) for i in range(PROBLEMS)]
         for task in tasks

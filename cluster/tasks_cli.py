@@ -25,7 +25,7 @@ from cluster.recipe.machine import require_free
 from cluster.recipe.recipe import UserError, task_of
 from cluster.record.terminal import printable
 from tasks.contract import check_task
-from tasks.core import DataError, Problem, Task
+from tasks.core import DataError, Demonstrates, Generates, Problem, Task, labelled, need
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import ResponseStyle, write_dataset
 from tasks.datasets import read_examples
@@ -68,7 +68,7 @@ def generate_command(
 ) -> None:
     """Draw problems and write them as a data set: Parquet files and a manifest."""
     with _for_the_user():
-        maker, spec = _task_and_knobs(task, settings)
+        maker, spec = _generator(task, settings)
         splits = {"train": train, "test": test} | _more_splits(split or [])
         splits = {name: rows for name, rows in splits.items() if rows}
         if not splits:
@@ -94,7 +94,7 @@ def import_command(
 ) -> None:
     """Make a data set from files with the columns query, image, ground_truth[, response]."""
     with _for_the_user():
-        reader, _ = _task_and_knobs(task, None)
+        reader = load_task(task_of(task).name)
         with _progress({}) as on_row:
             manifest = import_rows(
                 source, reader, out, skip_bad=skip_bad, overwrite=force, on_row=on_row
@@ -132,15 +132,17 @@ def show_command(
             problem, response = example.problem, example.response
             # A data file may name any module; only what the user names is imported.
             name = task or (problem.task if problem.task in BUILT_IN else None)
-            reader = _task_and_knobs(name, None)[0] if name else None
+            reader = load_task(task_of(name).name) if name else None
         else:
             if "/" in source or "\\" in source:
                 raise UserError(f"{source}: no such file or folder")
-            reader, spec = _task_and_knobs(source, settings)
-            problem = draw_problem(reader, spec, side_of(split), seed, row)
-            response, style = "", style or "terse"
+            reader, spec = _generator(source, settings)
+            problem, response = draw_problem(reader, spec, side_of(split), seed, row), ""
+            if style is None and isinstance(reader, Demonstrates):
+                style = "terse"
         if not response and reader is not None and style is not None and style != "none":
-            response = reader.demonstrate(problem, style)
+            teacher = need(reader, Demonstrates, f"--style {style}", "leave it out")
+            response = teacher.demonstrate(problem, style)
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
             require_free(image, "--image")
@@ -157,16 +159,16 @@ def check_command(
 ) -> None:
     """Try each ability of a task on fresh problems and say what is wrong, a line each."""
     with _for_the_user():
-        checked, spec = _task_and_knobs(task, settings)
+        checked, spec = _generator(task, settings)
         wrong = check_task(checked, spec, problems, seed)
         if wrong:
             raise UserError("\n".join(f"{task}: {line}" for line in wrong))
     _echo(f"{task}: all its abilities keep the contract on {problems} fresh problems")
 
 
-def _task_and_knobs(name: str, settings: list[str] | None) -> tuple[Task, BaseModel]:
+def _generator(name: str, settings: list[str] | None) -> tuple[Generates, BaseModel]:
     chosen = task_of(name, settings or ())
-    task = load_task(chosen.name)
+    task = need(load_task(chosen.name), Generates, "drawing problems", "its problems are in files")
     return task, task.spec.model_validate(chosen.knobs)
 
 
@@ -238,8 +240,9 @@ def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
         f"symmetry key  {problem.symmetry_key}",
         *map(_shown_image, problem.images),
         f"\n[prompt]\n{problem.prompt}",
-        f"\n[p*]\n{problem.perception}",
     ]
+    if problem.perception:
+        parts.append(f"\n[p*]\n{problem.perception}")
     if response:
         parts.append(f"\n[response]\n{response}")
         parts.append(f"\n[reads as]\n{_verdict(problem, response, task)}")
@@ -258,14 +261,16 @@ def _verdict(problem: Problem, response: str, task: Task | None) -> str:
     if task is None:
         return f"not read: it is of {problem.task!r}; name its task with --task module:Class"
     parsed = task.parse(response)
-    exact, graded = False, 0.0
-    if parsed.perception is not None:
-        exact, graded = task.score_perception(problem, parsed.perception)
+    seen = "no label"
+    if labelled(task, problem):
+        exact, graded = False, 0.0
+        if parsed.perception is not None:
+            exact, graded = task.score_perception(problem, parsed.perception)
+        seen = f"{'exact' if exact else 'wrong'} (graded {graded:.3f})"
     right = parsed.answer is not None and task.check(problem, parsed.answer)
     start, end = parsed.spans.get("perception", (0, 0))
     return (
-        f"perception    {'exact' if exact else 'wrong'} (graded {graded:.3f}), "
-        f"{(end - start) / len(response):.1%} of the characters\n"
+        f"perception    {seen}, {(end - start) / len(response):.1%} of the characters\n"
         f"answer        {'right' if right else 'wrong'}\n"
         f"defects       {', '.join(parsed.defects) or 'none'}"
     )

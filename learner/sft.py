@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
 from rollout.tokens import Chat, label_segments
-from tasks.core import NO_SEGMENT, DataError, Parsed, Problem, Style, Task
+from tasks.core import NO_SEGMENT, DataError, Demonstrates, Parsed, Problem, Style, Task
 from tasks.images import check_image
 from tasks.splits import draw_problem
 
@@ -109,6 +109,7 @@ def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Prob
         return source, problem, response
     assert source.spec is not None
     problem = draw_problem(source.task, source.spec, "train", seed, index)
+    assert isinstance(source.task, Demonstrates)  # preflight asked
     return source, problem, source.task.demonstrate(problem, source.style)
 
 

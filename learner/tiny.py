@@ -83,7 +83,7 @@ def _corpus(seed: int) -> tuple[str, ...]:
     """Prompts and demonstrations of the built-in tasks."""
     texts = []
     for index, (name, knobs) in enumerate(_CORPUS):
-        task = load_task(name)
+        task: Any = load_task(name)
         spec = task.spec(**knobs)
         rng = np.random.default_rng([seed, index])
         for _ in range(150):

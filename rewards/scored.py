@@ -66,23 +66,24 @@ class TermFailure:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is true of a group whatever the recipe rewards.
+    """What is true of a group whatever the recipe rewards; what nobody can tell is None, never 0.
 
     Attributes:
         a: bool [G], the answer solves the problem.
-        a_p: bool [G], the own perception equals `p*` exactly.
-        a_p_graded: float64 [G], graded perception score in [0, 1].
-        self_consistency: bool [G], the answer is valid for the own perception.
-        leak: bool [G], perception wrong and answer right.
         defects: the parser's named defects, one tuple a rollout.
+        a_p: bool [G], the own perception equals `p*` exactly; this, `a_p_graded` and `leak` are of
+            problems with a perception label.
+        a_p_graded: float64 [G], graded perception score in [0, 1].
+        leak: bool [G], perception wrong and answer right.
+        self_consistency: bool [G], the answer is valid for the own perception; of tasks that solve.
     """
 
     a: np.ndarray
-    a_p: np.ndarray
-    a_p_graded: np.ndarray
-    self_consistency: np.ndarray
-    leak: np.ndarray
     defects: tuple[tuple[str, ...], ...]
+    a_p: np.ndarray | None = None
+    a_p_graded: np.ndarray | None = None
+    leak: np.ndarray | None = None
+    self_consistency: np.ndarray | None = None
 
 
 @dataclass

@@ -28,13 +28,14 @@ from pydantic.dataclasses import dataclass
 
 from rewards.settings import ARGUMENTS
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
-from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Problem, Task
+from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Problem, Solves, Task, need
 from tasks.fields import Amount, Count, Positive, Rate
 from tasks.files import expanded
 from tasks.images import blank_like, mask_patches
 from tasks.responses import line_ends, without_preamble
 
 PERCEPTION = SEGMENTS.index("perception")
+NO_SOLVER = "blind_policy needs a language model instead"
 
 
 @dataclass(config=ARGUMENTS, kw_only=True)
@@ -94,22 +95,24 @@ class GroupAgreement(Capped):
     can be read there is little evidence, and little is paid. A perception above
     `max_perception_tokens` earns nothing; it still votes, as it has been read.
 
-    Raises TypeError for `soft` on a task without `perception_items`.
+    Raises DataError for `soft` on a task without `perception_items`.
     """
 
     name = "group_agreement"
     mode: Literal["plurality", "soft"] = "plurality"
 
+    @property
+    def needs(self) -> tuple[type, ...]:
+        """Of a task, by mode."""
+        return (HasPerceptionItems,) if self.mode == "soft" else ()
+
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]; perceptions must compare with `==`."""
-        if self.mode == "soft" and not isinstance(task, HasPerceptionItems):
-            raise TypeError(
-                f'group_agreement: mode = "soft" needs a method `perception_items(perception)`, '
-                f'which task {task.name!r} lacks; add it, or set mode = "plurality"'
-            )
         seen = [rollout.parsed.perception for rollout in group.rollouts]
-        if isinstance(task, HasPerceptionItems) and self.mode == "soft":
-            agreement = _soft([None if p is None else task.perception_items(p) for p in seen])
+        if self.mode == "soft":
+            what = 'group_agreement: mode = "soft"'
+            has_items = need(task, HasPerceptionItems, what, 'add it, or set mode = "plurality"')
+            agreement = _soft([None if p is None else has_items.perception_items(p) for p in seen])
         else:
             agreement = _plurality(seen)
         return [
@@ -127,12 +130,14 @@ class SelfConsistency(Capped):
     """
 
     name = "self_consistency"
+    needs = (Solves,)
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}."""
-        return [float(self._holds(task, group.problem, rollout)) for rollout in group.rollouts]
+        judge = need(task, Solves, self.name, NO_SOLVER)
+        return [float(self._holds(judge, group.problem, rollout)) for rollout in group.rollouts]
 
-    def _holds(self, task: Task, problem: Problem, rollout: Rollout) -> bool:
+    def _holds(self, task: Solves, problem: Problem, rollout: Rollout) -> bool:
         perception, answer = self.seen(rollout), rollout.parsed.answer
         if perception is None or answer is None:
             return False
@@ -150,9 +155,11 @@ class BlindSolver(Blind):
     """
 
     name = "blind_solver"
+    needs = (Solves,)
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}; equal perceptions are solved once."""
+        task = need(task, Solves, self.name, NO_SOLVER)
         solved: list[tuple[Any, float]] = []
         values = []
         for rollout in group.rollouts:

@@ -36,7 +36,7 @@ from rewards.scored import (
 from rewards.settings import ARGUMENTS, BUILT_IN, RewardTermConfig, unknown_term
 from rewards.surrogates import SelfConsistency
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
-from tasks.core import Problem, Task
+from tasks.core import DataError, Problem, ScoresPerception, Solves, Task, labelled
 from tasks.fields import Amount
 from tasks.load import import_named
 
@@ -103,20 +103,22 @@ class Perception:
     """a_p: 1 where the own perception equals `p*` exactly, else 0 (arXiv 2605.29496)."""
 
     name = "perception"
+    needs = (ScoresPerception,)
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}."""
-        return [float(_seen(task, group, rollout)[0]) for rollout in group.rollouts]
+        return [float(exact) for exact, _ in _seen(task, group)]
 
 
 class PerceptionGraded:
     """The task's graded perception score: share of cells right, edge F1, and the like."""
 
     name = "perception_graded"
+    needs = (ScoresPerception,)
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]."""
-        return [float(_seen(task, group, rollout)[1]) for rollout in group.rollouts]
+        return [float(graded) for _, graded in _seen(task, group)]
 
 
 @pydantic.dataclasses.dataclass(config=ARGUMENTS)
@@ -198,6 +200,12 @@ def argument_errors(error: ValidationError) -> str:
     return "; ".join(said)
 
 
+def needs_of(term: Term) -> tuple[type, ...]:
+    """What a term needs of a task beyond its core: its attribute `needs`, if it has one."""
+    needs: tuple[type, ...] = getattr(term, "needs", ())
+    return needs
+
+
 def is_remote(term: Term) -> TypeGuard[RemoteTerm]:
     """Whether a term waits for others: its `__call__` is a coroutine."""
     return inspect.iscoroutinefunction(type(term).__call__)
@@ -208,13 +216,15 @@ class TermFacts:
     """What is to be known of a term where it does not work.
 
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
-    `function`: whether it can be called with the rows of a whole step.
+    `function`: whether it can be called with the rows of a whole step. `needs`: the abilities
+    (`tasks.core.ABILITIES`) that it needs of a task.
     """
 
     name: str
     model: str | None
     remote: bool
     function: bool = False
+    needs: tuple[type, ...] = ()
 
 
 Named = TypeVar("Named", "Term", TermFacts)
@@ -230,8 +240,8 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
     if key not in _KNOWN:
         term = load_term(name, args)
         model = term.model if isinstance(term, AskingTerm) else None
-        function = isinstance(term, FunctionTerm)
-        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function)
+        function, needs = isinstance(term, FunctionTerm), needs_of(term)
+        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs)
     return _KNOWN[key]
 
 
@@ -353,18 +363,20 @@ def _requests(asked: Sequence[Any]) -> tuple[ModelRequest, ...]:
 
 
 def diagnose(task: Task, group: Group) -> Diagnosis:
-    """Perception and reasoning truth of a group; needs labels, never used as a reward."""
-    seen = [_seen(task, group, rollout) for rollout in group.rollouts]
-    a = np.array([_solved(task, group, rollout) for rollout in group.rollouts], dtype=bool)
-    a_p = np.array([exact for exact, _ in seen], dtype=bool)
-    return Diagnosis(
-        a=a,
-        a_p=a_p,
-        a_p_graded=np.array([graded for _, graded in seen], dtype=np.float64),
-        self_consistency=np.array(SelfConsistency()(task, group), dtype=bool),
-        leak=a & ~a_p,
+    """What is true of a group, as far as its task can tell; never used as a reward."""
+    found = Diagnosis(
+        a=np.array([_solved(task, group, rollout) for rollout in group.rollouts], dtype=bool),
         defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
     )
+    if isinstance(task, Solves):
+        valid = np.array(SelfConsistency()(task, group), dtype=bool)
+        found = dataclasses.replace(found, self_consistency=valid)
+    if labelled(task, group.problem):
+        seen = _seen(task, group)
+        a_p = np.array([exact for exact, _ in seen], dtype=bool)
+        graded = np.array([score for _, score in seen], dtype=np.float64)
+        found = dataclasses.replace(found, a_p=a_p, a_p_graded=graded, leak=found.a & ~a_p)
+    return found
 
 
 def _solved(task: Task, group: Group, rollout: Rollout) -> bool:
@@ -372,12 +384,17 @@ def _solved(task: Task, group: Group, rollout: Rollout) -> bool:
     return answer is not None and bool(task.check(group.problem, answer))
 
 
-def _seen(task: Task, group: Group, rollout: Rollout) -> tuple[bool, float]:
-    perception = rollout.parsed.perception
-    if perception is None:
-        return False, 0.0
-    exact, graded = task.score_perception(group.problem, perception)
-    return bool(exact), float(graded)
+def _seen(task: Task, group: Group) -> list[tuple[bool, float]]:
+    """Each rollout's perception: (equals p*, graded score)."""
+    problem, found = group.problem, []
+    if not labelled(task, problem):
+        raise DataError(f'problem {problem.id} of task "{task.name}" has no perception label')
+    for perception in (rollout.parsed.perception for rollout in group.rollouts):
+        exact, graded = (
+            (False, 0.0) if perception is None else task.score_perception(problem, perception)
+        )
+        found.append((bool(exact), float(graded)))
+    return found
 
 
 def _failure_of(name: str, error: BaseException) -> TermFailure:

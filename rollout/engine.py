@@ -28,7 +28,7 @@ from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreReques
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import start_engine
 from rollout.tokens import Chat, label_segments
-from tasks.core import DataError, Problem, Task
+from tasks.core import DataError, Problem, Task, labelled
 from tasks.images import blank_like, check_image
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Engine:
         problem = request.problem
         prefix = request.prefix
         if request.kind == "oracle" and not prefix:
+            if not labelled(task, problem):
+                raise SamplerError(f"problem {problem.id}: has no perception label to start from")
             prefix = task.oracle_prefix(problem)
         # Tokenised apart from the prompt, as a response would be.
         prompt = self._prompt(problem, _view(problem, request.view), prefix)

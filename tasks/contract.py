@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from tasks.core import SEGMENTS, DataError, Parsed, Problem, Style, Task
+from tasks.core import (
+    SEGMENTS,
+    DataError,
+    Demonstrates,
+    Parsed,
+    Problem,
+    ReadsRows,
+    ScoresPerception,
+    Style,
+    Task,
+    labelled,
+)
 from tasks.figures import Figure
 from tasks.images import check_image
 from tasks.splits import draw_problem, draws_late
@@ -72,6 +83,7 @@ class _Trial:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.sees = isinstance(task, ScoresPerception)
         self.seen: dict[str, list[str]] = {}
         """What is wrong -> where it was seen."""
         self.read: dict[str, Parsed] = {}
@@ -219,10 +231,10 @@ class _Trial:
     def try_perception(self, problem: Problem) -> None:
         """p*: read back from the forced prefix, scored 1, solved, and stating no answer."""
         where = f"problem {problem.id}"
+        if not labelled(self.task, problem):
+            return
         prefix = self.ask(where, "oracle_prefix", problem)
-        if not prefix:
-            return  # a task without perception labels
-        parsed = self.ask(f"oracle prefix, {where}", "parse", prefix)
+        parsed = None if prefix is None else self.ask(f"oracle prefix, {where}", "parse", prefix)
         if parsed is None:
             return
         truth = parsed.perception
@@ -263,10 +275,13 @@ class _Trial:
     def try_rows(self, problem: Problem) -> None:
         """`from_row` makes the problem again from `to_ground_truth`, and names bad rows."""
         where = f"problem {problem.id}"
-        truth = self.ask(where, "to_ground_truth", problem)
-        if truth is None or len(problem.images) != 1:
+        reader = self.task
+        if not isinstance(reader, ReadsRows) or len(problem.images) != 1:
             return  # a row of the public layout has one image
         (image,) = problem.images
+        truth = self.ask(where, "to_ground_truth", problem)
+        if truth is None:
+            return
         again = self.ask(where, "from_row", problem.prompt, image, truth)
         if again is not None:
             for name in ("task", "prompt", "images", "perception"):
@@ -277,7 +292,7 @@ class _Trial:
                 self.accepts(where, said, "check", again, own.answer)
         for hostile in GROUND_TRUTHS:
             try:
-                self.task.from_row(problem.prompt, image, hostile)
+                reader.from_row(problem.prompt, image, hostile)
             except DataError:
                 pass
             except Exception as error:
@@ -331,18 +346,19 @@ class _Trial:
         """No text makes `parse` raise, and no value that it returns makes another member raise."""
         rng = np.random.default_rng(0)
         texts = [*HOSTILE, ("([{" * LONG)[:LONG], "9" * LONG, "<perception>1 " * (LONG // 14)]
-        for problem in problems:
+        for bad in ("9" * 5000, "-" + "1" * 30, "[" * 5000, "", "\ud800", "null", "1e999"):
+            texts.append(
+                f"<perception>{bad}</perception><reasoning></reasoning><answer>{bad}</answer>"
+            )
+        teacher: Any = self.task
+        for problem in problems if isinstance(teacher, Demonstrates) else ():
             try:
-                whole = self.task.demonstrate(problem, "terse")
+                whole = teacher.demonstrate(problem, "terse")
             except Exception:
                 continue  # told already
             for at in rng.integers(len(whole), size=24).tolist():
                 texts.append(whole[:at])
                 texts.append(whole[:at] + str(rng.choice(list("0a-]}<\n9"))) + whole[at + 1 :])
-            for bad in ("9" * 5000, "-" + "1" * 30, "[" * 5000, "", "\ud800", "null", "1e999"):
-                texts.append(
-                    f"<perception>{bad}</perception><reasoning></reasoning><answer>{bad}</answer>"
-                )
         for text in texts:
             self.try_text(problems[:1], text)
 
@@ -360,7 +376,8 @@ class _Trial:
             said = f"parse: the span of {segment} lies outside the text"
             self.claim(0 <= begins <= ends <= len(text), said, where)
         seen, answer = parsed.perception, parsed.answer
-        for name, value in (("perception", seen), ("answer", answer)):
+        told = {"answer": answer} | ({"perception": seen} if self.sees else {})
+        for name, value in told.items():
             said = f"parse: no {name} was read and no defect is named"
             self.claim(value is not None or parsed.defects, said, where)
         for problem in problems:

@@ -1,15 +1,17 @@
 """The contract every task follows: a problem whose seeing and thinking can be scored apart.
 
 A *problem* is a prompt with its images, its canonical perception `p*` (the text a perfect
-reader of the images would write) and what it takes to check an answer. A *task* makes
-problems, reads model responses and scores them. Everything here is pure: no torch, no Ray.
+reader of the images would write) and what it takes to check an answer. A *task* reads model
+responses and checks answers; what else it can do are its abilities. Everything here is pure: no
+torch, no Ray.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -79,15 +81,11 @@ class Parsed:
 class Task(Protocol):
     """What a recipe's `task` must provide; name a user's own as `"module:Class"`.
 
-    A task object is made without arguments and holds no mutable state.
+    A task object is made without arguments and holds no mutable state. What else it can do are
+    the abilities below, each a protocol of its own: a feature asks for those that it needs.
     """
 
     name: str
-    spec: type[BaseModel]
-    """The pydantic model of the knobs a recipe may set for `generate` (`extra="forbid"`)."""
-
-    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
-        """Draw one problem; all randomness comes from `rng`."""
 
     def parse(self, text: str) -> Parsed:
         """Read a whole response (a forced oracle prefix included). Never raises."""
@@ -95,29 +93,57 @@ class Task(Protocol):
     def check(self, problem: Problem, answer: Any) -> bool:
         """Whether a parsed answer solves the problem."""
 
+
+@runtime_checkable
+class Generates(Task, Protocol):
+    """A task that draws problems, so that a recipe needs no data."""
+
+    spec: type[BaseModel]
+    """The pydantic model of the knobs a recipe may set for `generate` (`extra="forbid"`)."""
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        """Draw one problem; all randomness comes from `rng`."""
+
+
+@runtime_checkable
+class ScoresPerception(Task, Protocol):
+    """A task that tells a right perception where a problem has one to compare with (`labelled`)."""
+
     def score_perception(self, problem: Problem, perception: Any) -> tuple[bool, float]:
         """(own p equals p* exactly, graded score in [0, 1])."""
-
-    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
-        """Whether the answer is right for the *given* perception, whatever the image shows.
-
-        `problem` lends only what its prompt tells (a vertex count), never its truth.
-        """
 
     def oracle_prefix(self, problem: Problem) -> str:
         """The perception segment holding `p*`, up to where the reasoning begins."""
 
-    def solve(self, problem: Problem, perception: Any) -> Any | None:
-        """An exact answer for a perception, or None where it has none (or is ill-posed).
 
-        `problem` lends only what its prompt tells, as in `consistent`.
-        """
+@runtime_checkable
+class Solves(Task, Protocol):
+    """A task that needs no image to tell what follows from a perception.
+
+    `problem` lends only what its prompt tells (a vertex count), never its truth.
+    """
+
+    def solve(self, problem: Problem, perception: Any) -> Any | None:
+        """An exact answer for a perception, or None where it has none (or is ill-posed)."""
+
+    def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
+        """Whether the answer is right for the *given* perception, whatever the image shows."""
+
+
+@runtime_checkable
+class Demonstrates(Task, Protocol):
+    """A task with a chain-of-thought teacher of its own."""
 
     def demonstrate(self, problem: Problem, style: Style) -> str:
-        """A whole correct response: the chain-of-thought teacher."""
+        """A whole correct response."""
+
+
+@runtime_checkable
+class ReadsRows(Task, Protocol):
+    """A task that reads the public data sets' rows."""
 
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
-        """A problem from a public data set's row; raises `DataError` naming the field."""
+        """A problem from a row; raises `DataError` naming the field."""
 
     def to_ground_truth(self, problem: Problem) -> str:
         """The `ground_truth` of a row from which `from_row` makes the problem again."""
@@ -191,3 +217,44 @@ class TellsHeldOut(Protocol):
 
 class DataError(ValueError):
     """A data file, row or image that cannot be used; the message names file, field, remedy."""
+
+
+ABILITIES = (
+    Generates,
+    ScoresPerception,
+    Solves,
+    Demonstrates,
+    ReadsRows,
+    DrawsLate,
+    HasVisionLabels,
+    HasPerceptionItems,
+    CanLeak,
+    Draws,
+    TellsHeldOut,
+)
+
+Able = TypeVar("Able")
+
+
+def members(ability: type) -> list[str]:
+    """What a task must have for an ability (or `Task`), beside the core."""
+    methods = [n for n, v in vars(ability).items() if inspect.isfunction(v) and n[0] != "_"]
+    return [*vars(ability).get("__annotations__", ()), *methods]
+
+
+def lacking(task: object, ability: type) -> list[str]:
+    """Those of the `members` that a task has not."""
+    return [name for name in members(ability) if getattr(task, name, None) is None]
+
+
+def need(task: Task, ability: type[Able], what: str, remedy: str) -> Able:
+    """The task, which has the ability; else raises DataError: what needs it, and the remedy."""
+    if isinstance(task, ability):
+        return task
+    missing = ", ".join(lacking(task, ability))
+    raise DataError(f'{what} needs {missing}, which task "{task.name}" lacks; {remedy}')
+
+
+def labelled(task: Task, problem: Problem) -> TypeGuard[ScoresPerception]:
+    """Whether it is known what is to be seen: without, `a_p`, `a_r` and `leak` do not exist."""
+    return bool(problem.perception) and isinstance(task, ScoresPerception)

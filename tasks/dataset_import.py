@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tasks.core import DataError, Problem, Task
+from tasks.core import DataError, Problem, ReadsRows, Task, need
 from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
 from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
 from tasks.images import check_image
@@ -56,6 +56,9 @@ def import_rows(
             are listed with file, row and field. Nothing is written then.
     """
     source = Path(os.path.abspath(source))  # links stay: what they point to may have no name
+    task = need(
+        task, ReadsRows, "importing rows", "add them, or read the files as they are by `vqa`"
+    )
     files = _source_files(source)
     real, target = source.resolve(), Path(out).resolve()
     if real == target or real in target.parents or target in real.parents:
@@ -165,7 +168,7 @@ def _source_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]
 
 
 def _from_source(
-    task: Task, row: dict[str, Any] | DataError, folder: Path
+    task: ReadsRows, row: dict[str, Any] | DataError, folder: Path
 ) -> tuple[Problem, str, str]:
     """(problem, ground_truth, response) of one row with the public columns."""
     if isinstance(row, DataError):

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from tasks.core import DataError, Problem, Style, Task
+from tasks.core import DataError, Demonstrates, Problem, ReadsRows, Style, Task, labelled, need
 from tasks.datasets import (
     BATCH_ROWS,
     COMPLETE,
@@ -92,6 +92,8 @@ def write_dataset(
     for split, rows in splits.items():
         if not re.fullmatch(r"\w+", split) or rows < 1:
             raise DataError(f"split {split!r}: {rows} rows: give a plain name and at least 1 row")
+    if style != "none":
+        need(task, Demonstrates, f'style "{style}"', 'add it, or set the style to "none"')
     streams: dict[Split, _Stream] = {}
     entries: dict[str, Any] = {}
     with staged(Path(folder), splits, overwrite) as stage:
@@ -101,10 +103,13 @@ def write_dataset(
             start = stream.index
             with closing(SplitWriter(stage, split, task)) as writer:
                 for problem in stream.take(split, splits[split]):
-                    response = "" if style == "none" else task.demonstrate(problem, style)
+                    response = ""
+                    if style != "none" and isinstance(task, Demonstrates):
+                        response = task.demonstrate(problem, style)
                     for image in problem.images:
                         check_image(image, f"{task.name}: generated image of {problem.id}")
-                    if not writer.add(problem, task.to_ground_truth(problem), response):
+                    row = task.to_ground_truth(problem) if isinstance(task, ReadsRows) else ""
+                    if not writer.add(problem, row, response):
                         raise DataError(
                             f"task {task.name}: its own {style} demonstration of {problem.id} "
                             "is not right by its own parse, score_perception and check"
@@ -233,12 +238,10 @@ class SplitWriter:
     def _count_response(self, problem: Problem, response: str) -> bool:
         parsed = self.task.parse(response)
         start, end = parsed.spans.get("perception", (0, 0))
-        right = (
-            parsed.perception is not None
-            and parsed.answer is not None
-            and self.task.score_perception(problem, parsed.perception)[0]
-            and self.task.check(problem, parsed.answer)
-        )
+        right = parsed.answer is not None and self.task.check(problem, parsed.answer)
+        if labelled(self.task, problem):
+            seen = parsed.perception
+            right = right and seen is not None and self.task.score_perception(problem, seen)[0]
         self._counts.update(
             responses=1,
             responses_right=int(right),

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tasks.core import Task
+from tasks.core import ABILITIES, Generates, Task, lacking, members
 
 BUILT_IN = {
     "sudoku": "tasks.sudoku:Sudoku",
@@ -26,7 +26,8 @@ def load_task(name: str) -> Task:
 
     Raises:
         ValueError: an unknown name, a module that is absent or fails on import, a class that
-            is absent, cannot be made without arguments, or lacks members of `Task`.
+            is absent, cannot be made without arguments, lacks members of `Task`, or has half an
+            ability.
     """
     target = BUILT_IN.get(name, name)
     module_name, colon, class_name = target.partition(":")
@@ -44,7 +45,7 @@ def load_task(name: str) -> Task:
     if not inspect.isclass(made):
         raise ValueError(f'{what}: module {module_name} does not name a class: "{class_name}"')
     try:
-        task = made()
+        task: Any = made()
     except Exception as error:
         raise ValueError(
             f"{what}: {class_name}() failed ({type(error).__name__}: {error}); "
@@ -108,22 +109,26 @@ def _module_of_file(file: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _check_members(name: str, task: object) -> None:
-    methods = [n for n, v in vars(Task).items() if inspect.isfunction(v) and n[0] != "_"]
-    missing = [n for n in Task.__annotations__ if not hasattr(task, n)]
-    missing += [n for n in methods if not callable(getattr(task, n, None))]
-    if missing:
+def _check_members(name: str, task: Task) -> None:
+    if missing := lacking(task, Task):
         raise ValueError(
             f'task "{name}" lacks {", ".join(missing)}; tasks.core.Task says what each must do'
         )
-    spec = task.spec  # type: ignore[attr-defined]
-    if not (inspect.isclass(spec) and issubclass(spec, BaseModel)):
+    for ability in ABILITIES:
+        missing = lacking(task, ability)
+        if missing and (half := [n for n in members(ability) if n not in missing]):
+            raise ValueError(
+                f'task "{name}" has {", ".join(half)} and lacks {", ".join(missing)}; '
+                f"tasks.core.{ability.__name__} is both or neither"
+            )
+    if isinstance(task, Generates) and not (
+        inspect.isclass(task.spec) and issubclass(task.spec, BaseModel)
+    ):
         raise ValueError(f'task "{name}": `spec` must be a pydantic model class of its knobs')
     # A problem carries this name and is later checked by the task it names; a subclass that
     # kept its parent's name would hand its problems to the parent.
-    own_name = task.name  # type: ignore[attr-defined]
-    if own_name != name:
-        raise ValueError(f'task "{name}": its `name` is {own_name!r}; set name = "{name}"')
+    if task.name != name:
+        raise ValueError(f'task "{name}": its `name` is {task.name!r}; set name = "{name}"')
 
 
 def _did_you_mean(word: str, known: dict[str, str] | list[str]) -> str:

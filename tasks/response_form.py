@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core import Problem, Task
+from tasks.core import Problem, ScoresPerception, Task
 from tasks.responses import TAG, line_ends, read_json, without_preamble
 
 
@@ -36,7 +36,7 @@ def form_of(task: Task, responses: Iterable[str]) -> Form:
     return found.most_common(1)[0][0] if found else Form()
 
 
-def oracle_prefix_in(form: Form, task: Task, problem: Problem) -> str:
+def oracle_prefix_in(form: Form, task: ScoresPerception, problem: Problem) -> str:
     """`task.oracle_prefix(problem)` in a policy's form.
 
     As the task has it where that cannot be: it would not read the same `p*` from it.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from tasks.core import Generates
 from tasks.fields import PathText, Rate, Section, Text, refusal
 
 
@@ -18,7 +19,8 @@ class TaskConfig(Section):
     weight: Rate = 1.0
     """Its share of the problems in a step, beside those of the other entries."""
     data: PathText | None = None
-    """A Parquet data set to draw problems from instead of generating them."""
+    """A Parquet data set to draw problems from instead of generating them; needed by a task that
+    generates none."""
     too_long: Literal["error", "drop"] = "error"
     """Of problems that do not fit the policy: prompt and image leave less than `sampler.max_tokens`
     of `model.max_model_len`, or its processor refuses the image. `error` lists them before anything
@@ -50,7 +52,14 @@ class TaskConfig(Section):
             if knobs:
                 raise refusal("knobs generate problems, but `data` is set; remove one of them")
             return knobs
-        spec = load_task(info.data["name"]).spec
+        task = load_task(info.data["name"])
+        if not isinstance(task, Generates):
+            if knobs:
+                raise refusal(
+                    f'task "{task.name}" draws no problems, so it has no knobs; remove them'
+                )
+            return knobs
+        spec = task.spec
         try:
             return spec.model_validate(knobs).model_dump(mode="json", exclude_none=True)
         except ValidationError as error:

@@ -14,7 +14,7 @@ from typing import Literal, TypeGuard
 import numpy as np
 from pydantic import BaseModel
 
-from tasks.core import DataError, DrawsLate, Problem, Task
+from tasks.core import DataError, DrawsLate, Generates, Problem, Task, need
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -42,7 +42,7 @@ def _split_of(task: str, symmetry_key: str) -> Split:
 
 
 def _begin(
-    task: Task, rng: np.random.Generator, spec: BaseModel
+    task: Generates, rng: np.random.Generator, spec: BaseModel
 ) -> tuple[str, Callable[[], Problem]]:
     """As `DrawsLate.begin`, of any task."""
     if draws_late(task):
@@ -67,8 +67,10 @@ def draw_problem(
     perception knobs change its picture only. Where `generate` raises ValueError, the stream goes
     on to its next draw: one unlucky drawing is no reason to end a run.
 
-    Raises DataError when `UNLUCKY` draws in a row failed, or the knobs leave too few problems.
+    Raises DataError when `UNLUCKY` draws in a row failed, the knobs leave too few problems, or the
+    task draws none.
     """
+    task = need(task, Generates, "drawing problems", "name a data set to take them from")
     stream = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index))
     rng = np.random.default_rng(stream)
     failed = 0

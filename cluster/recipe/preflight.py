@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.recipe.abilities import ask_labels, ask_tasks
 from cluster.recipe.context import Context, Fault, Taken
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models
-from cluster.recipe.problems import ProblemSource, held_out, open_sources, require_folder
+from cluster.recipe.problems import ProblemSource, open_sources, require_folder
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
@@ -27,7 +28,7 @@ from rewards.terms import facts_of
 from rollout.models import require_model
 from rollout.tokens import load_processor, load_reader
 from tasks.contract import check_problems, check_task
-from tasks.core import DataError, HasVisionLabels, Task, TellsHeldOut
+from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
 from tasks.datasets import Example
 from tasks.load import BUILT_IN
 from tasks.splits import SPLITS, Split
@@ -91,8 +92,6 @@ def preflight(
     for model in frozen_models(recipe) if trains else ():
         if _is_here(model) or not dry_run:
             load_reader(model)
-    if command == "sft":
-        _ask_labels(recipe, sources)
     context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
     fitting = [
         _fitting_rows(recipe, command, index, source, context, say)
@@ -103,9 +102,8 @@ def preflight(
     for index, source in enumerate(fitting):
         if source.spec is None:
             _ask_contract(index, source)
+    ask_labels(recipe, command, fitting, say, draw=not dry_run)
     for source in fitting if command in ("train", "sft") else ():
-        if source.spec is None or not dry_run:
-            held_out(source, recipe.eval.seed, recipe.eval.problems)
         if source.spec is not None and source.left_out:
             say(
                 f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "
@@ -127,6 +125,8 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
         require_folder(config, index)
     if command in ("train", "sample"):
         _ask_terms(recipe)
+    if command != "replay":
+        ask_tasks(recipe, command)
 
 
 def _fitting_draws(
@@ -142,6 +142,7 @@ def _fitting_draws(
             continue
         problem = source.problem("train", recipe.seed, place)
         if command == "sft":
+            assert isinstance(source.task, Demonstrates)  # `ask_tasks` asked
             response = source.task.demonstrate(problem, config.style)
             taken = context.taken_by(problem)
             fault = _response_fault(recipe.sft, source.task, response, context, taken)
@@ -159,7 +160,7 @@ def _fitting_rows(
 
     Both splits are measured whole, so that no row ends a run when its turn comes.
     """
-    config = recipe.tasks[index]
+    config, task = recipe.tasks[index], source.task
     kept: dict[Split, list[Example]] = {"train": [], "test": []}
     taking: list[Taken] = []
     bad: list[tuple[Split, str, bool]] = []
@@ -175,10 +176,12 @@ def _fitting_rows(
         takes = row_takes(file, examples, context)
         for row, (example, taken) in enumerate(zip(examples, takes, strict=True)):
             if not learns:
-                prefix = source.task.oracle_prefix(example.problem) if split == "test" else ""
+                prefix = ""
+                if split == "test" and labelled(task, example.problem):
+                    prefix = task.oracle_prefix(example.problem)
                 fault = context.lack(taken, prefix)
             elif example.response:
-                fault = _response_fault(recipe.sft, source.task, example.response, context, taken)
+                fault = _response_fault(recipe.sft, task, example.response, context, taken)
             else:
                 continue
             if fault is not None:
@@ -266,14 +269,6 @@ def _ask_terms(recipe: Recipe) -> None:
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
     make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
-
-
-def _ask_labels(recipe: Recipe, sources: Sequence[ProblemSource]) -> None:
-    missing = [s.task.name for s in sources if not isinstance(s.task, HasVisionLabels)]
-    if missing and recipe.sft and recipe.sft.vision_warmup_steps:
-        raise DataError(
-            f"sft.vision_warmup_steps: task {missing[0]!r} has no vision_labels; set it to 0"
-        )
 
 
 def _ask_context(recipe: Recipe) -> None:

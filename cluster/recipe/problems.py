@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from cluster.recipe.context import Context
-from tasks.core import DataError, Problem, Task
+from tasks.core import DataError, Generates, Problem, Task, need
 from tasks.datasets import Example, read_examples
 from tasks.load import load_task
 from tasks.settings import TaskConfig
@@ -58,6 +58,7 @@ class ProblemSource:
         """
         task = load_task(config.name)
         if config.data is None:
+            task = need(task, Generates, f"tasks[{index}].data: without a data set it", "name one")
             spec = task.spec.model_validate(config.knobs)
             return cls(label, task, config.weight, spec, (), ())
         require_folder(config, index)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.recipe.recipe import Recipe
+from tasks.core import Generates
 from tasks.load import BUILT_IN, load_task
 
 Schema = Mapping[str, Any]
@@ -46,8 +47,10 @@ def schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe, the knobs of built-in tasks included."""
     made = Recipe.model_json_schema()
     knobs = []
-    for name in BUILT_IN:
-        own = load_task(name).spec.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+    for name, task in ((name, load_task(name)) for name in BUILT_IN):
+        if not isinstance(task, Generates):
+            continue
+        own = task.spec.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         made["$defs"][name] = own
         chosen = {"properties": {"name": {"const": name}}}
         knobs.append({"if": chosen, "then": {"properties": {"knobs": {"$ref": f"#/$defs/{name}"}}}})

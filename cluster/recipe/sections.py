@@ -20,11 +20,20 @@ class EvalConfig(Section):
     """Sampled responses a problem, for avg@k and pass@k."""
     every: Count = 0
     """Steps between measurements; 0: only before and after."""
-    passes: Annotated[
-        tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...],
-        Field(strict=False, min_length=1),
-    ] = ("greedy", "oracle")
-    """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all."""
+    passes: (
+        Annotated[
+            tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...],
+            Field(strict=False, min_length=1),
+        ]
+        | None
+    ) = None
+    """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all. Without it
+    `greedy`, and `oracle` of problems with a perception label."""
+
+    @property
+    def asked(self) -> tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...]:
+        """The passes, by default too; what forces `p*` is asked of problems with a label only."""
+        return self.passes or ("greedy", "oracle")
 
 
 class OutputConfig(Section):

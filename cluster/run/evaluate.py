@@ -23,7 +23,7 @@ from cluster.run.standstill import unread_tables
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from rollout.settings import ModelConfig, SamplerConfig
-from tasks.core import Problem
+from tasks.core import Problem, labelled
 from tasks.files import put_text
 from tasks.response_form import form_of, oracle_prefix_in
 from tasks.settings import TaskConfig
@@ -53,7 +53,8 @@ def evaluate_all(
         (source, name, pass_request(recipe, source, name, problem))
         for source in sources
         for problem in held_out(source, recipe.eval.seed, recipe.eval.problems)
-        for name in recipe.eval.passes
+        for name in recipe.eval.asked
+        if _REQUEST[name][0] != "oracle" or labelled(source.task, problem)
     ]
     groups = samplers.sample([request for *_, request in asked])
     again = _in_the_policys_form([(source, request) for source, _, request in asked], groups)
@@ -62,7 +63,7 @@ def evaluate_all(
     ):
         groups[place] = group
     found: dict[str, dict[EvalPass, list[Group]]] = {
-        source.label: {name: [] for name in recipe.eval.passes} for source in sources
+        source.label: {name: [] for name in recipe.eval.asked} for source in sources
     }
     for (source, name, _), group in zip(asked, groups, strict=True):
         found[source.label][name].append(group)
@@ -81,9 +82,10 @@ def _in_the_policys_form(
     forms = {label: form_of(tasks[label], texts) for label, texts in free.items()}
     again = {}
     for place, (source, request) in enumerate(asked):
-        if request.kind == "oracle":
-            prefix = oracle_prefix_in(forms[source.label], source.task, request.problem)
-            if prefix != source.task.oracle_prefix(request.problem):
+        task = source.task
+        if request.kind == "oracle" and labelled(task, request.problem):
+            prefix = oracle_prefix_in(forms[source.label], task, request.problem)
+            if prefix != task.oracle_prefix(request.problem):
                 again[place] = replace(request, prefix=prefix)
     return again
 

@@ -42,7 +42,7 @@ from learner.sft import DemonstrationStream, Source, draw
 from learner.trainer import LearnerSetup
 from learner.warmup import warm_up_vision
 from rollout.transfer import TransferReport
-from tasks.core import SEGMENTS, DataError, Problem
+from tasks.core import SEGMENTS, DataError, HasVisionLabels, Problem
 from tasks.files import put_text
 
 WARMUP_BATCH = 128
@@ -280,7 +280,8 @@ def warm_up(
             for _ in range(WARMUP_BATCH):
                 source, problem, _ = draw(sources, recipe.seed, index)
                 index += 1
-                batch.append((source.task.name, problem, source.task.vision_labels(problem)))  # type: ignore[attr-defined]
+                assert isinstance(source.task, HasVisionLabels)  # preflight asked
+                batch.append((source.task.name, problem, source.task.vision_labels(problem)))
             yield batch
 
     def report(step: int, metrics: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ from rewards.surrogates import (
 )
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
 from rollout.tokens import label_segments
-from tasks.core import Parsed, Problem, Task
+from tasks.core import DataError, Parsed, Problem, Task
 from tasks.graph_coloring import GraphColoring, GraphColoringSpec
 from tasks.images import blank_like, mask_patches
 from tasks.responses import compose_response
@@ -170,7 +170,7 @@ def slow_soft(task: Task, seen: list[Any]) -> list[float]:
 
 
 def test_soft_votes_need_items() -> None:
-    with pytest.raises(TypeError, match=r"perception_items.*Doubling.*plurality"):
+    with pytest.raises(DataError, match=r"perception_items.*Doubling.*plurality"):
         GroupAgreement("soft")(DOUBLING, doubling(5, "5;10;"))
     assert GroupAgreement()(DOUBLING, doubling(5, "5;10;", "5;1;", "4;8;")) == [1, 1, 0]
 

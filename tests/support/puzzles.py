@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.core import Problem, Task
+from tasks.core import Generates, Problem
 from tasks.graph_coloring import GraphColoring
 from tasks.graph_puzzle import chromatic_number
 from tasks.load import BUILT_IN, load_task
 from tasks.sudoku import Sudoku
 
 SUDOKU, GRAPHS = Sudoku(), GraphColoring()
-TASKS: dict[str, Any] = {name: load_task(name) for name in BUILT_IN}
+TASKS: dict[str, Any] = {
+    name: task for name in BUILT_IN if isinstance(task := load_task(name), Generates)
+}
 TINY: dict[str, Any] = {
     "size": 4, "cell_size": 16, "font_size": 12, "margin": 0, "prompt": "brief",
 }  # fmt: skip
 SMALL: dict[str, Any] = {"canvas": 64, "prompt": "brief"}
 
 
-def draw(task: Task, seed: int = 0, **knobs: Any) -> Problem:
+def draw(task: Generates, seed: int = 0, **knobs: Any) -> Problem:
     return task.generate(np.random.default_rng(seed), task.spec(**knobs))
 
 

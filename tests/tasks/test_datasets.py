@@ -384,7 +384,8 @@ def test_a_users_own_task_from_its_module(tmp_path: Path, monkeypatch: pytest.Mo
         ("tasks.no_such:Task", 'no module "tasks.no_such" on the path'),
         ("own_bad:Taks", 'has no "Taks"; did you mean "Task"'),
         ("own_bad:number", "does not name a class"),
-        ("own_bad:Task", "lacks name, spec, generate, parse, check, .*from_row"),
+        ("own_bad:Task", "lacks name, parse, check; "),
+        ("own_half:Half", "has solve and lacks consistent; tasks.core.Solves is both or neither"),
         ("own_bad:Asks", r"Asks\(\) failed .*without arguments"),
         ("own_bad:Task()", "two Python names"),
         ("own_bad:os.system", "two Python names"),
@@ -400,6 +401,7 @@ def test_what_is_wrong_with_a_task_name(
         "own_bad": "number = 3\nclass Task: pass\nclass Asks:\n    def __init__(self, x): pass\n",
         "own_deps": "import not_installed\n",
         "own_crash": "1 / 0\n",
+        "own_half": "from tasks.sudoku import Sudoku\nclass Half(Sudoku): consistent = None\n",
         "own_child": "from tasks.sudoku import Sudoku\nclass Child(Sudoku): pass\n",
     }
     for module, text in modules.items():

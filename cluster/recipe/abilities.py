@@ -1,0 +1,114 @@
+"""Whether the tasks of a recipe can do what its other sections ask of them; if not, a line says so.
+
+`ask_tasks` looks at classes alone, in milliseconds; `ask_labels` at the problems too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from cluster.recipe.placement import Command
+from cluster.recipe.problems import ProblemSource, held_out
+from cluster.recipe.recipe import Recipe
+from rewards.settings import RewardTermConfig
+from rewards.terms import TermFacts, facts_of
+from tasks.core import (
+    DataError,
+    Demonstrates,
+    Generates,
+    HasVisionLabels,
+    ScoresPerception,
+    labelled,
+    lacking,
+    need,
+)
+from tasks.load import load_task
+
+ORACLE = ("oracle", "oracle_blank")
+"""Passes of an evaluation that force `p*`."""
+
+
+def ask_tasks(recipe: Recipe, command: Command) -> None:
+    """Raise DataError for a task that lacks what the recipe or the command asks of it."""
+    tasks = [load_task(config.name) for config in recipe.tasks]
+    for index, (config, task) in enumerate(zip(recipe.tasks, tasks, strict=True)):
+        at = f"tasks[{index}]"
+        if config.data is None:
+            need(task, Generates, f"{at}.data: without a data set it", "name one")
+            if command == "sft":
+                remedy = "name a data set with a column `response`"
+                need(task, Demonstrates, f"{at}.data: SFT without a data set", remedy)
+        if command == "sft" and recipe.sft and recipe.sft.vision_warmup_steps:
+            need(task, HasVisionLabels, "sft.vision_warmup_steps", "set it to 0")
+    for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
+        for ability in facts.needs:
+            without = [task for task in tasks if not isinstance(task, ability)]
+            if without and (entry.on_failure == "abort" or len(without) == len(tasks)):
+                missing = ", ".join(lacking(without[0], ability))
+                raise DataError(
+                    f'{where} needs {missing}, which task "{without[0].name}" lacks; '
+                    f"{_remedy(entry, len(without) < len(tasks))}"
+                )
+
+
+def ask_labels(
+    recipe: Recipe,
+    command: Command,
+    sources: Sequence[ProblemSource],
+    say: Callable[[str], None],
+    draw: bool = True,
+) -> None:
+    """Ask whether there are perception labels where they are needed; say it of whom there are none.
+
+    `draw`: the problems of an evaluation may be drawn; stored ones are looked at anyway.
+    """
+    for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
+        if ScoresPerception not in facts.needs or entry.on_failure != "abort":
+            continue
+        for index, source in enumerate(sources):
+            rows = (row.problem for row in source.train)
+            if bare := next((p.id for p in rows if not labelled(source.task, p)), None):
+                raise DataError(
+                    f"{where} needs a perception label of every problem, and problem {bare} of "
+                    f"tasks[{index}].data has none; {_remedy(entry, True)}"
+                )
+    if command not in ("train", "sft", "eval"):
+        return
+    known = 0
+    for source in sources:
+        able = isinstance(source.task, ScoresPerception)
+        problems = (
+            held_out(source, recipe.eval.seed, recipe.eval.problems)
+            if source.spec is None or draw
+            else []
+        )
+        count = sum(labelled(source.task, problem) for problem in problems)
+        known += count or (able and not problems)
+        if not able or (problems and not count):
+            say(f"{source.label}: no perception labels, so no a_p, a_r, leak or reliability")
+        elif count < len(problems):
+            say(
+                f"{source.label}: {count} of {len(problems)} held-out problems have a perception "
+                "label; a_p, a_r and leak are of these"
+            )
+    wanted = [name for name in recipe.eval.passes or () if name in ORACLE]
+    if wanted and not known and command != "eval":  # which always asks for all
+        raise DataError(
+            f'eval.passes: "{wanted[0]}" begins with the true perception, and no problem has a '
+            "perception label; leave it out"
+        )
+
+
+def _terms(recipe: Recipe) -> Iterator[tuple[str, RewardTermConfig, TermFacts]]:
+    """(where it stands in the recipe, the entry, what is known of its term)."""
+    entries = recipe.reward.effective_terms()
+    for index, (entry, facts) in enumerate(zip(entries, facts_of(entries).values(), strict=True)):
+        short = recipe.reward.alpha is not None
+        at = "reward.alpha" if short else f"reward.terms[{index}]"
+        yield f'{at}: "{entry.name}"', entry, facts
+
+
+def _remedy(entry: RewardTermConfig, some: bool) -> str:
+    """`some`: of other problems it can tell."""
+    leave = "remove the term, or take another (docs/rewards.md lists what needs no labels)"
+    return f'{leave}; on_failure = "zero" leaves it to the others' if some else leave
