@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.fields import Amount, Positive, Rate, Section, Share, Weight, refusal
+from tasks.fields import Amount, OneOf, Positive, Rate, Section, Share, Weight, refusal
 
 
 class SegmentWeights(Section):
@@ -112,8 +112,11 @@ class CorrectionConfig(Section):
 class LossConfig(Section):
     """What of [algorithm] makes the loss of an update, see `learner.policy_loss.PolicyLoss`."""
 
-    loss: Literal["clip", "gspo", "cispo"] = "clip"
-    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it."""
+    loss: Annotated[str, OneOf(tuple(LOSS_DEFAULTS))] = "clip"
+    """`aggregation`, `clip_low` and `clip_high` default to what is usual with it. Or a function of
+    your own, `"file.py:name"` or `"module:name"`: docs/your_algorithm.md."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of your own `loss`."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Over the whole update; `constant` divides by sequences * sampler.max_tokens."""
     clip_low: Share = 0.2
@@ -139,3 +142,9 @@ class LossConfig(Section):
         if not isinstance(data, dict):
             return data
         return LOSS_DEFAULTS.get(str(data.get("loss", "clip")), {}) | data
+
+    @model_validator(mode="after")
+    def _arguments_are_taken(self) -> LossConfig:
+        if self.loss_args and self.loss in LOSS_DEFAULTS:
+            raise refusal(f'"{self.loss}" takes none; leave them out', "loss_args")
+        return self

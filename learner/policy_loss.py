@@ -15,9 +15,10 @@ import torch
 
 from learner.batch import Tokens, TrainBatch
 from learner.correction import correction_weights, mismatch_metrics, old_logprobs
-from learner.loss_settings import LossConfig
+from learner.loss_settings import LOSS_DEFAULTS, LossConfig
 from learner.losses import Loss, Terms, View
 from learner.metrics import Largest, Mean, Metric
+from learner.own_loss import own_loss
 from tasks.core import SEGMENTS
 from tasks.images import mask_patches
 
@@ -73,6 +74,7 @@ class PolicyLoss(Loss):
       GSPO's own objective, value and gradient.
     - `cispo`: s = sg(clip(ρ_t, 1-ε_low, 1+ε_high)) A_t log π(t): no token loses its gradient
       (CISPO, 2506.13585). ε_low = 1 is no lower bound.
+    - a function of the user's own gives −s (`learner.own_loss`).
 
     `kl`: `kl_weight` times the KL to the sampler's policy: of tokens drawn from q = the sampler,
     with the learner as the trained p in `k1`, `k2` or `k3`.
@@ -161,9 +163,10 @@ class PolicyLoss(Loss):
         count, ratio = float(len(gap)), torch.exp(gap)
         found = super().metrics(seen, tokens)
         found |= mismatch_metrics(logprobs, tokens, self.config.correction)
+        if self.config.loss in LOSS_DEFAULTS:
+            found["clip_fraction"] = Mean(float(self.clipped(logprobs, tokens).sum()), count)
         return found | {
             "kl": Mean(float(k3(tokens.sampler_logprobs, logprobs).sum()), count),
-            "clip_fraction": Mean(float(self.clipped(logprobs, tokens).sum()), count),
             "ratio_mean": Mean(float(ratio.sum()), count),
             "ratio_gap": Largest(float((ratio - 1).abs().max()) if count else 0.0),
             "logprob_gap": Largest(float(gap.abs().max()) if count else 0.0),
@@ -182,11 +185,13 @@ class PolicyLoss(Loss):
         weights = self.config.entropy_weights
         return {i: w for i, name in enumerate(SEGMENTS) if (w := getattr(weights, name))}
 
+    def _anchor(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """The log-probs [N] that ratios are against."""
+        corrected = self.config.correction.kind != "none"
+        return old_logprobs(logprobs, tokens) if corrected else tokens.sampler_logprobs
+
     def _ratio(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        anchor = tokens.sampler_logprobs
-        if self.config.correction.kind != "none":
-            anchor = old_logprobs(logprobs, tokens)
-        gap = logprobs - anchor
+        gap = logprobs - self._anchor(logprobs, tokens)
         if self.config.loss == "gspo":
             # The value is the sequence's, the gradient each token's own.
             mean = tokens.sequence_sums(gap.detach() * tokens.shares())
@@ -196,7 +201,9 @@ class PolicyLoss(Loss):
     def _gain(self, logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         config, ratio = self.config, self._ratio(logprobs, tokens)
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        if config.loss == "cispo":
+        if config.loss not in LOSS_DEFAULTS:
+            gain = -own_loss(config, logprobs, self._anchor(logprobs, tokens), tokens)
+        elif config.loss == "cispo":
             gain = clipped.detach() * tokens.advantages * logprobs
         else:
             gain = torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)

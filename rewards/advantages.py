@@ -9,17 +9,23 @@ deviation would let rounding noise through as an advantage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from rewards.scored import RewardError
 from tasks.core import SEGMENTS, Segment
+from tasks.load import import_named
 
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo"]
 """Looks at one group alone."""
 
 Estimator = Literal[GroupEstimator, "reinforce_pp", "reinforce_pp_baseline"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+
+Advantages = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+"""One of a user's own: float64 [G] rewards of each group of a step -> as many advantages each."""
 
 CREDIT_COLUMNS = (*SEGMENTS, "none")
 """Where an advantage may go: the tokens of a segment, and the tokens outside every segment."""
@@ -56,7 +62,9 @@ def group_advantages(rewards: np.ndarray, estimator: GroupEstimator = "grpo") ->
     return advantages
 
 
-def batch_advantages(rewards: Sequence[np.ndarray], estimator: Estimator) -> list[np.ndarray]:
+def batch_advantages(
+    rewards: Sequence[np.ndarray], estimator: Estimator | Advantages
+) -> list[np.ndarray]:
     """float64 [G] advantages of each group of a batch, from float64 [G] rewards each.
 
     `reinforce_pp`: (r − mean) / (std + EPS) with mean and population standard deviation over
@@ -68,8 +76,10 @@ def batch_advantages(rewards: Sequence[np.ndarray], estimator: Estimator) -> lis
     `reinforce_pp_baseline`: r − mean of the group, then whitened over the batch (the same paper's
     variant with a group baseline); equal rewards in a group give exactly 0, and their zeros
     count in the batch's standard deviation.
-    Others: `group_advantages` of each group.
+    Others: `group_advantages` of each group. One of a user's own is called.
     """
+    if callable(estimator):
+        return estimator(rewards)
     if estimator == "reinforce_pp":
         everything = np.concatenate([np.zeros(0), *rewards])
         if len(everything) and is_constant(everything):
@@ -78,6 +88,38 @@ def batch_advantages(rewards: Sequence[np.ndarray], estimator: Estimator) -> lis
     if estimator == "reinforce_pp_baseline":
         return whiten([group_advantages(r, "dr_grpo") for r in rewards])
     return [group_advantages(r, estimator) for r in rewards]
+
+
+def find_advantage(name: str, args: Mapping[str, Any]) -> Estimator | Advantages:
+    """The estimator that a recipe names, or a function of the user's own, tried on made-up rewards.
+
+    Raises RewardError, in one line, where that cannot be loaded or gives no advantages.
+    """
+    if name in ESTIMATORS:
+        return name
+    where = f'algorithm.advantage: "{name}"'
+    try:
+        function = import_named("algorithm.advantage", name)
+    except ValueError as error:
+        raise RewardError(str(error)) from error
+
+    def own(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+        try:
+            with np.errstate(all="ignore"):
+                given = list(function([group.copy() for group in rewards], **args))
+                found = [np.asarray(group, dtype=np.float64) for group in given]
+        except Exception as error:
+            raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
+        shapes, expected = [group.shape for group in found], [group.shape for group in rewards]
+        if shapes != expected:
+            raise RewardError(f"{where}: gave arrays of shapes {shapes} for rewards of {expected}")
+        for had, group in zip(rewards, found, strict=True):
+            if not np.isfinite(group).all():
+                raise RewardError(f"{where}: gave {group.tolist()} for rewards {had.tolist()}")
+        return found
+
+    own([np.array(group) for group in ([0.0, 1.0, 1.0, 0.0], [1.0] * 4, [0.5, -1.0, 2.0, 0.0])])
+    return own
 
 
 def whiten(batch: Sequence[np.ndarray]) -> list[np.ndarray]:

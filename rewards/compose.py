@@ -17,6 +17,7 @@ import numpy as np
 
 from rewards.advantages import (
     CREDIT_COLUMNS,
+    Advantages,
     Estimator,
     batch_advantages,
     group_advantages,
@@ -49,7 +50,7 @@ class Composition:
 
     weights: Mapping[str, float]
     method: Method = "sum_then_normalize"
-    estimator: Estimator = "grpo"
+    estimator: Estimator | Advantages = "grpo"
     on_failure: Mapping[str, OnFailure] = field(default_factory=dict)
     credit: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
     gates: Mapping[str, tuple[str, float]] = field(default_factory=dict)

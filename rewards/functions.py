@@ -48,7 +48,7 @@ class Row:
     group: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class FunctionTerm:
     """A `RewardTerm` of a function; `of_step` where one call gets the rows of the whole step."""
 
@@ -64,7 +64,7 @@ class FunctionTerm:
         return self.function([row for group in groups for row in rows_of(group)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class CoroutineTerm:
     """A `RemoteTerm` of a coroutine function."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from rewards.advantages import Estimator
+from rewards.advantages import Advantages, Estimator
 from rewards.compose import Composition, compose_groups, raise_if_fatal
 from rewards.scored import (
     DIAGNOSIS,
@@ -55,7 +55,7 @@ class RewardPool:
     def __init__(
         self,
         config: RewardConfig,
-        estimator: Estimator = "grpo",
+        estimator: Estimator | Advantages = "grpo",
         answerers: Mapping[str, Answerer] | None = None,
     ) -> None:
         """Start the workers and wait until their terms are loaded.
@@ -66,7 +66,7 @@ class RewardPool:
         and ValueError for a composition that makes no sense.
         """
         self._config = config
-        self._estimator: Estimator = estimator
+        self._estimator: Estimator | Advantages = estimator
         self._answerers = dict(answerers or {})
         entries = config.effective_terms()
         try:

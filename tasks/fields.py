@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from tasks.files import expanded
 
@@ -23,6 +25,28 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 OWN_NAME = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*")
 """A class or function of the user's own: `module:Class`, `folder/file.py:function`."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Of a field `Annotated[str, OneOf(...)]`: one of these names, or one of the user's own."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> Any:
+        return {"anyOf": [{"enum": list(self.names)}, handler(schema)]}
+
+    def _known(self, name: str) -> str:
+        if name in self.names or OWN_NAME.fullmatch(name):
+            return name
+        near = get_close_matches(name, self.names, n=1)
+        raise refusal(
+            f'got "{name}"; known: {", ".join(self.names)}, or your own as "file.py:name" or '
+            '"module:name"' + (f'; did you mean "{near[0]}"?' if near else "")
+        )
 
 
 def refusal(message: str, *at: str | int) -> PydanticCustomError:

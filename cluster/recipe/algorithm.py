@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from learner.loss_settings import LossConfig, SegmentWeights
+from rewards.advantages import ESTIMATORS
 from rollout.settings import StalenessConfig
-from tasks.fields import OWN_NAME, Positive, Section, Text, refusal, refuse
+from tasks.fields import OneOf, Positive, Section, refuse
 
 
 class DynamicSamplingConfig(Section):
@@ -23,22 +24,13 @@ class DynamicSamplingConfig(Section):
 class CurriculumConfig(Section):
     """[algorithm.curriculum] How often each `[[tasks]]` entry comes, by past success on it."""
 
-    strategy: Text = "uniform"
+    strategy: Annotated[str, OneOf(("uniform", "success_band"))] = "uniform"
     """`uniform`: by the entries' weights. `success_band`: more where about half of the answers
     are right. Or `"module:Class"`, see `cluster.run.curriculum.Strategy`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the strategy's class."""
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """What an entry's running success keeps of itself at each new group."""
-
-    @field_validator("strategy")
-    @classmethod
-    def _strategy_is_known(cls, name: str) -> str:
-        if name in ("uniform", "success_band") or OWN_NAME.fullmatch(name):
-            return name
-        raise refusal(
-            f'no strategy "{name}"; known: uniform, success_band, or your own as "module:Class"'
-        )
 
 
 class SpendConfig(Section):
@@ -53,8 +45,11 @@ class SpendConfig(Section):
 class AlgorithmConfig(LossConfig, StalenessConfig):
     """[algorithm] One step: sample, score, learn, send the weights back."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
-    """How rewards become advantages; the formulas are in docs/learning.md."""
+    advantage: Annotated[str, OneOf(ESTIMATORS)] = "grpo"
+    """How rewards become advantages; the formulas are in docs/learning.md. Or a function of your
+    own, `"file.py:name"` or `"module:name"`: docs/your_algorithm.md."""
+    advantage_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of your own `advantage`."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses to one problem."""
     steps: Positive = 40
@@ -113,6 +108,11 @@ class AlgorithmConfig(LossConfig, StalenessConfig):
             "drop_zero_variance",
             "got false, and dynamic_sampling puts new groups in the place of those that are "
             "dropped; leave one of them out",
+        )
+        refuse(
+            self.advantage_args and self.advantage in ESTIMATORS,
+            "advantage_args",
+            f'"{self.advantage}" takes none; leave them out',
         )
         refuse(
             updates > self.problems_per_step,

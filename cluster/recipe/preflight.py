@@ -22,8 +22,10 @@ from cluster.recipe.problems import ProblemSource, open_sources, require_folder
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
+from learner.loss_settings import LOSS_DEFAULTS
 from learner.settings import SftConfig
-from rewards.scored import TermError
+from rewards.advantages import find_advantage
+from rewards.scored import RewardError, TermError
 from rewards.terms import facts_of
 from rollout.models import require_model
 from rollout.tokens import load_processor, load_reader
@@ -127,6 +129,8 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
         _ask_terms(recipe)
     if command != "replay":
         ask_tasks(recipe, command)
+    if command in ("train", "replay"):
+        _ask_loss(recipe)
 
 
 def _fitting_draws(
@@ -264,11 +268,26 @@ def _ask_contract(index: int, source: ProblemSource) -> None:
 
 
 def _ask_terms(recipe: Recipe) -> None:
+    algorithm = recipe.algorithm
     try:
         facts_of(recipe.reward.effective_terms())
+        find_advantage(algorithm.advantage, algorithm.advantage_args)
     except TermError as error:
         raise UserError(f"reward.terms: {error}") from error
+    except RewardError as error:
+        raise UserError(str(error)) from error
     make_strategy(recipe.algorithm.curriculum.strategy, recipe.algorithm.curriculum.args)
+
+
+def _ask_loss(recipe: Recipe) -> None:
+    if recipe.algorithm.loss in LOSS_DEFAULTS:
+        return
+    from learner.own_loss import try_loss  # imports torch, which takes seconds
+
+    try:
+        try_loss(recipe.algorithm)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _ask_context(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ from cluster.run.evaluate import evaluate_all
 from cluster.run.session import session
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
+from rewards.advantages import find_advantage
 from rewards.pool import RewardPool
 from rewards.scored import ScoredGroup
 from rollout.pool import SamplerPool
@@ -116,7 +117,9 @@ class Scoring:
         """`policy`: the samplers, whom terms may ask too. Nothing is waited for."""
         self.frozen = frozen_pools(recipe)
         models = {"": policy, **self.frozen}
-        self._rewards = RewardPool(recipe.reward, recipe.algorithm.advantage, models)
+        algorithm = recipe.algorithm
+        advantage = find_advantage(algorithm.advantage, algorithm.advantage_args)
+        self._rewards = RewardPool(recipe.reward, advantage, models)
         self._start_seconds = recipe.sampler.start_timeout_seconds
 
     def wait_ready(self) -> None:

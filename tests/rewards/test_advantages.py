@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import statistics
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.recipe.algorithm import AlgorithmConfig
 from rewards.advantages import (
     EPS,
     Estimator,
     GroupEstimator,
     batch_advantages,
+    find_advantage,
     group_advantages,
     is_constant,
     token_advantages,
 )
+from rewards.compose import Composition, compose_groups
+from rewards.scored import RewardError
+from rewards.terms import Outcome
 from tasks.core import NO_SEGMENT, SEGMENTS
+from tests.support import toys
 
 ESTIMATORS: tuple[GroupEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 WHITENED: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline")
@@ -151,3 +159,90 @@ def test_token_advantages_equal_a_loop(
     ]
     assert found.dtype == np.float32
     assert found.tolist() == np.array(expected, dtype=np.float32).tolist()
+
+
+OWN = """
+import numpy as np
+
+def above_the_median(rewards, scale=1.0):
+    return [scale * (group - np.median(group)) for group in rewards]
+
+def grpo(rewards):
+    return [(group - group.mean()) / (group.std() + 1e-6) for group in rewards]
+
+def spoils_its_argument(rewards):
+    for group in rewards:
+        group -= group.mean()
+    return rewards
+
+def no_eps(rewards):
+    return [(group - group.mean()) / group.std() for group in rewards]
+
+def flat(rewards):
+    return np.concatenate(rewards)
+
+def raises(rewards):
+    raise KeyError("cells")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_one_of_a_users_own_is_composed_as_the_built_in_ones(own: None) -> None:
+    groups = [
+        toys.group(3, "3;6;", "3;5;", "3;4;"),
+        toys.group(2, "2;4;", "2;4;"),
+        toys.group(1, "1;2;", "1;1;"),
+    ]
+    values = [toys.score(one, Outcome()) for one in groups]
+
+    def composed(estimator: Any) -> list[Any]:
+        return compose_groups(groups, values, Composition({"outcome": 2.0}, estimator=estimator))
+
+    mine = composed(find_advantage("mine.py:above_the_median", {"scale": 0.5}))
+    assert [g.advantages[:, 0].tolist() for g in mine] == [[1.0, 0.0, 0.0], [0, 0], [0.5, -0.5]]
+    assert [g.zero_variance for g in mine] == [False, True, False]
+    assert [g.totals.tolist() for g in mine] == [[2.0, 0.0, 0.0], [2, 2], [2, 0]]
+    again, built_in = composed(find_advantage("mine.py:grpo", {})), composed("grpo")
+    for ours, theirs in zip(again, built_in, strict=True):
+        np.testing.assert_allclose(ours.advantages, theirs.advantages, rtol=1e-12)
+    # What it does to its argument is its own affair: of two columns each sees the rewards.
+    spoilt = find_advantage("mine.py:spoils_its_argument", {})
+    rewards = [np.array([1.0, 2.0])]
+    assert batch_advantages(rewards, spoilt)[0].tolist() == [-0.5, 0.5]
+    assert rewards[0].tolist() == [1.0, 2.0]
+    assert find_advantage("rloo", {}) == "rloo"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("mine.py:no_eps", {}, "gave [nan, nan, nan, nan] for rewards [1.0, 1.0, 1.0, 1.0]"),
+        ("mine.py:flat", {}, "gave arrays of shapes [(),"),
+        ("mine.py:raises", {}, "KeyError: 'cells'"),
+        ("mine.py:grpo", {"scale": 1}, "unexpected keyword argument 'scale'"),
+        ("mine.py:np", {}, "'module' object is not callable"),
+        ("mine.py:gpro", {}, 'did you mean "grpo"'),
+    ],
+)
+def test_what_gives_no_advantages_is_refused_in_one_line(
+    own: None, name: str, args: dict[str, Any], says: str
+) -> None:
+    AlgorithmConfig(advantage=name, advantage_args=args)
+    with pytest.raises(RewardError) as error:
+        find_advantage(name, args)
+    said = str(error.value)
+    assert said.startswith("algorithm.advantage: ") and says in said and "\n" not in said
+
+
+def test_the_example_of_the_page_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "your_algorithm.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_algorithm.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    mine = find_advantage("my_algorithm.py:above_the_median", {"scale": 0.5})
+    assert batch_advantages([np.array([0.0, 1.0, 3.0])], mine)[0].tolist() == [-0.5, 0.0, 1.0]

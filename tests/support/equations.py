@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from learner.batch import Tokens, TrainBatch, TrainSequence
-from learner.loss_settings import LossConfig
+from learner.loss_settings import LOSS_DEFAULTS, LossConfig
 from learner.losses import Loss
 from learner.policy_loss import PolicyLoss
 
@@ -21,9 +21,9 @@ MAX_TOKENS = 40
 ENDS = np.cumsum(LENGTHS)
 SPANS = [range(end - length, end) for end, length in zip(ENDS, LENGTHS, strict=True)]
 N = int(ENDS[-1])
-OBJECTIVES, AGGREGATIONS, ESTIMATORS = (
-    get_args(LossConfig.model_fields[name].annotation)
-    for name in ("loss", "aggregation", "kl_estimator")
+OBJECTIVES = tuple(LOSS_DEFAULTS)
+AGGREGATIONS, ESTIMATORS = (
+    get_args(LossConfig.model_fields[name].annotation) for name in ("aggregation", "kl_estimator")
 )
 PAPO = {"weight": 0.02, "entropy_weight": 0.03}
 CLIP = {"clip": (0.2, 0.28), "gspo": (0.05, 0.08), "cispo": (0.3, 0.4)}

@@ -237,6 +237,9 @@ def test_a_response_that_cannot_be_learnt_from_is_found_before_the_learner_start
             "reward.terms: reward term 'format': args: ",
         ),
         (["model.max_model_len=1000000"], "model.max_model_len"),
+        (['reward.terms=[{{name="outcome", scope="step"}}]'], 'scope = "step" is for a plain'),
+        (['algorithm.advantage="no/file.py:own"'], 'algorithm.advantage: no file "no/file.py"'),
+        (['algorithm.loss="json:loads"'], 'algorithm.loss: "json:loads": TypeError: '),
     ],
 )
 def test_a_dry_run_refuses_what_cannot_run(
