@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,12 @@ def split_response(text: str) -> Split:
     """Find the segments of a response; see the module's docstring for the rules."""
     if TAG.search(text) is None:
         return _split_json_style(text)
+    return split_tags(text, {name: name for name in SEGMENTS})
+
+
+def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
+    """The same of a text with tags alone, named as in `tags`, their segments in that order."""
+    order = tuple(tags.values())
     spans: dict[Segment, tuple[int, int]] = {}
     inner: dict[Segment, tuple[int, int]] = {}
     defects: dict[str, None] = {}
@@ -131,7 +137,7 @@ def split_response(text: str) -> Split:
         if not outside or outside.isspace():
             return
         if not spans:
-            flag("text_before_perception")
+            flag(f"text_before_{order[0]}")
         elif "answer" in spans:
             flag("text_after_answer", "answer")
         else:
@@ -139,8 +145,8 @@ def split_response(text: str) -> Split:
 
     current: tuple[Segment, int, int] | None = None  # segment, start and end of its opening tag
     done = 0  # everything before this character is accounted for
-    for tag in TAG.finditer(text):
-        segment = SEGMENTS[SEGMENTS.index(tag[2])]
+    for tag in re.finditer(rf"<(/?)({'|'.join(tags)})>", text):
+        segment = tags[tag[2]]
         closing = tag[1] == "/"
         if current is not None:
             name, start, start_inner = current
@@ -162,7 +168,7 @@ def split_response(text: str) -> Split:
         elif closing:
             flag(f"unopened_{segment}", segment)
         else:
-            if any(later in spans for later in SEGMENTS[SEGMENTS.index(segment) + 1 :]):
+            if any(later in spans for later in order[order.index(segment) + 1 :]):
                 flag("wrong_order", segment)
             current = (segment, tag.start(), tag.end())
     if current is not None:
@@ -172,7 +178,7 @@ def split_response(text: str) -> Split:
         flag(f"unclosed_{name}", name)
     else:
         flag_outside(text[done:])
-    for name in SEGMENTS:
+    for name in order:
         if name not in spans:
             flag(f"missing_{name}", name)
     return Split(spans, inner, tuple(defects), frozenset(spoiled))
@@ -180,7 +186,11 @@ def split_response(text: str) -> Split:
 
 def parse_response(text: str, read_perception: Reader, read_answer: Reader) -> Parsed:
     """Read a whole response with a task's own readers; a spoiled segment is not read."""
-    split = split_response(text)
+    return read_split(text, split_response(text), read_perception, read_answer)
+
+
+def read_split(text: str, split: Split, read_perception: Reader, read_answer: Reader) -> Parsed:
+    """The same of a text whose segments are found."""
     defects = dict.fromkeys(split.defects)
     values: dict[Segment, Any | None] = {"perception": None, "answer": None}
     readers: tuple[tuple[Segment, Reader], ...] = (
