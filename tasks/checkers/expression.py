@@ -1,0 +1,217 @@
+"""The checker `expression`: numbers, LaTeX, sets, equations, up to equivalence.
+
+Equal text and plain numbers are decided here; the rest by math-verify in a process of its own
+(`tasks.checkers.algebra`). An answer is read whole: nothing is searched for in prose.
+
+- A unit or `%` may be missing, but not be another one (`5 m` is not `5 cm`).
+- `x = 5` is right for `5`; in a chain as `10/2 = 5` every part must be right.
+- `a, b` and `{a, b}` are sets; where one side has brackets `(a, b)` the order counts, and
+  where both have, their kind.
+- A gold that is a word is right as that word, one that is a capital letter as a choice is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tasks.checkers.algebra import equivalent
+from tasks.checkers.choice import Choice
+from tasks.checkers.gold import Gold, option_fault
+from tasks.checkers.quantity import KNOWN_UNITS, read_quantity
+from tasks.checkers.reading import normal, plain, tidy
+from tasks.checkers.stated import states
+
+MAX_CHARS = 300
+MAX_PARTS = 8
+"""Of a list."""
+MAX_CHAIN = 3
+"""Of a chain of equations; each may take the process its whole time."""
+MAX_DIGITS = 40
+"""In a row; a longer number is no one's answer, and costs."""
+
+_ALTERNATIVES = re.compile(
+    r"(?<![A-Za-z])(?:or|either|maybe|versus|vs)(?![A-Za-z])|\\lor|\\vee|[?;]"
+)
+_NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-z]\))?|(?:\\angle|∠|m\\angle)\s*\w+")
+_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
+_UNIT_BEHIND = re.compile(r"(?<=[\w)}\]°])\s+([^\W\d_]+(?:\s*/\s*[^\W\d_]+)?(?:\^?\{?[23]\}?)?)$")
+_SAME = (
+    (re.compile(r"[²]"), "^2"),
+    (re.compile(r"[³]"), "^3"),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π"), r"\\pi "),
+    (re.compile(r"√\s*(\d+|\w)"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"×"), r"\\times "),
+    (re.compile(r"∞"), r"\\infty "),
+    (re.compile(r"≤|<="), r"\\le "),
+    (re.compile(r"≥|>="), r"\\ge "),
+)
+_INEQUALITY = re.compile(r"[<>≤≥]|\\[lg](?:eq?|t)(?![A-Za-z])")
+_RELATION = re.compile(r"[<>≤≥=∪∈]|\\(?:leq?|geq?|lt|gt|cup|in)(?![A-Za-z])")
+_OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
+_LETTER = re.compile(r"\(?[A-J]\)?\.?")
+
+
+class Expression:
+    """See the module's docstring."""
+
+    name = "expression"
+
+    def right(self, answer: str, gold: Gold) -> bool:
+        """Whether the answer is equivalent to a gold."""
+        said = tidy(answer)
+        return said is not None and any(
+            _right(said, answer, true, gold.choices) for true in gold.answers
+        )
+
+    def graded(self, answer: str, gold: Gold) -> float:
+        """1 or 0."""
+        return float(self.right(answer, gold))
+
+    def fault(self, gold: Gold) -> str | None:
+        """No gold, one that is too long, or prose."""
+        for true in gold.answers:
+            read = tidy(true)
+            if read is None:
+                return f"answer {true[:40]!r}: empty, or holds several that differ"
+            if len(read) > MAX_CHARS:
+                return f"answer: longer than {MAX_CHARS} characters; is the checker text?"
+            if len(plain(read).split()) > 8 and _WORDS.match(plain(read)):
+                return f"answer {true[:40]!r}: prose; the checker is text"
+        return option_fault(gold) if gold.answers else "answer: none"
+
+    def states(self, text: str, gold: Gold) -> bool:
+        """Whether prose gives it, or what is equivalent to it, as the answer."""
+        return states(text, lambda candidate: self.right(candidate, gold))
+
+
+def _right(said: str, answer: str, gold: str, choices: tuple[str, ...]) -> bool:
+    true = tidy(gold)
+    if true is None:
+        return False
+    if _LETTER.fullmatch(true):
+        return Choice().right(answer, Gold((true,), choices))
+    one, other = tidy(plain(said)) or "", tidy(plain(true)) or ""
+    if one == other:
+        return bool(one)
+    if _WORDS.fullmatch(other) or _WORDS.fullmatch(one):
+        number, own = read_quantity(one), read_quantity(other)
+        if number is None or own is None:
+            return normal(one) == normal(other)
+    if len(one) > MAX_CHARS or re.search(rf"\d{{{MAX_DIGITS},}}", one):
+        return False
+    if _ALTERNATIVES.search(one) and not _ALTERNATIVES.search(other):
+        return False
+    if len(_split(one, "=")) > 1 and "=" not in other and not _INEQUALITY.search(one):
+        return _chain(one, other)
+    return _same(one, other)
+
+
+def _chain(said: str, gold: str) -> bool:
+    """`x = 10/2 = 5` for `5`: a name may come first, and all that follows is right."""
+    _, items = _parts(said)
+    named = [item.partition("=") for item in items]
+    if len(items) > 1 and len({name.strip() for name, _, _ in named}) == 1:
+        return _same(", ".join(value for _, _, value in named), gold)  # x = 1, x = 2
+    first, *rest = _split(said, "=")
+    parts = rest if _NAME.fullmatch(first) else [first, *rest]
+    return len(parts) <= MAX_CHAIN and all(part and _same(part, gold) for part in parts)
+
+
+def _same(said: str, gold: str) -> bool:
+    """Of two answers that are no chain."""
+    if (verdict := _as_numbers(said, gold)) is not None:
+        return verdict
+    said, unit = _without_unit(said)
+    gold, own_unit = _without_unit(gold)
+    if unit and own_unit and unit != own_unit:
+        return False
+    (said_kind, mine), (kind, own) = _parts(said), _parts(gold)
+    if len(own) == len(mine) == 1 or _RELATION.search(said) or _RELATION.search(gold):
+        return all(_alike([(gold, said)]))
+    if len(mine) != len(own) or len(own) > MAX_PARTS or (said_kind != kind and said_kind and kind):
+        return False
+    if {kind, said_kind} <= {"", "{}"}:
+        found = _alike([(true, part) for true in own for part in mine])
+        return _paired([found[n : n + len(own)] for n in range(0, len(found), len(own))])
+    return all(_alike(list(zip(own, mine, strict=True))))
+
+
+def _as_numbers(said: str, gold: str) -> bool | None:
+    """The verdict of two plain numbers, or of two tuples of them; None where they are not."""
+    mine, own = read_quantity(said), read_quantity(gold)
+    if mine is not None and own is not None:
+        return mine.equals(own)
+    if said[:1] != "(" or gold[:1] != "(":
+        return None
+    (kind, parts), (own_kind, own_parts) = _parts(said), _parts(gold)
+    verdicts = [_as_numbers(part, true) for part, true in zip(parts, own_parts, strict=False)]
+    if not kind or None in verdicts:
+        return None
+    return kind == own_kind and len(parts) == len(own_parts) and all(verdicts)
+
+
+def _alike(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """A verdict a pair, (gold, said), of expressions that are no lists."""
+    known = [True if gold == said and gold else _as_numbers(said, gold) for gold, said in pairs]
+    asked = [pair for pair, verdict in zip(pairs, known, strict=True) if verdict is None]
+    told = iter(
+        equivalent(tuple((_for_process(gold), _for_process(said)) for gold, said in asked))
+        if asked
+        else ()
+    )
+    return [next(told) if verdict is None else verdict for verdict in known]
+
+
+def _paired(table: list[Sequence[bool]]) -> bool:
+    """Whether rows and columns pair up; any free one will do, since equivalence is transitive."""
+    free = set(range(len(table)))
+    for row in table:
+        column = next((c for c in sorted(free) if row[c]), None)
+        if column is None:
+            return False
+        free.remove(column)
+    return True
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """`24\\pi cm^2` as `24\\pi` and `cm^2`; a variable is no unit unless it is one's name."""
+    if (found := _UNIT_BEHIND.search(text)) is None:
+        return text, ""
+    read = read_quantity(f"1 {found[1]}")
+    base = re.split(r"[\^/{23]", found[1].lower())[0]
+    known = {base, base.removesuffix("s")} & KNOWN_UNITS if len(base) > 1 else base in "mgsh"
+    if read is None or not known:
+        return text, ""
+    return text[: found.start()].strip(), read.unit
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The brackets around a list (none, `()`, `[]`, `(]`, `[)`, `{}`) and what commas part."""
+    text = text.strip()
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        text = "{" + text[2:-2] + "}"
+    if text[:1] in _OPENING and text[-1:] in _CLOSING and len(inside := _split(text[1:-1])) > 1:
+        return text[0] + text[-1], inside
+    return "", _split(text) or [text]
+
+
+def _split(text: str, mark: str = ",") -> list[str]:
+    """What a mark outside brackets parts; [] where a bracket is closed that was never opened."""
+    depth, parts, start = 0, list[str](), 0
+    for at, char in enumerate(text):
+        depth += (char in _OPENING) - (char in _CLOSING)
+        if depth < 0:
+            return []
+        if char == mark and not depth:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    return [*parts, text[start:].strip()]
+
+
+def _for_process(text: str) -> str:
+    for pattern, instead in _SAME:
+        text = pattern.sub(instead, text)
+    return text

@@ -1,0 +1,60 @@
+"""The checker `number`: one number, exact or within a relative `tolerance`.
+
+As ChartQA is judged with `tolerance = 0.05`: a gold that is no number is right as the same text. A
+tolerance is relative whatever the number says, so it takes 2010 for 2015; ask for years by `text`.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from tasks.checkers.gold import Gold, option_fault
+from tasks.checkers.quantity import Quantity, read_quantity
+from tasks.checkers.reading import normal, plain, tidy
+from tasks.checkers.stated import states
+
+
+class Number:
+    """See the module's docstring, and `tasks.checkers.quantity` for what is read as a number."""
+
+    name = "number"
+
+    def right(self, answer: str, gold: Gold) -> bool:
+        """Whether the answer is one number, and near enough to a gold."""
+        said = tidy(answer)
+        if said is None:
+            return False
+        tolerance = Fraction(str(gold.options.get("tolerance", 0)))
+        mine = _read(said)
+        for true in gold.answers:
+            own = _read(tidy(true) or "")
+            if own is None:
+                if normal(plain(said)) == normal(plain(tidy(true) or "")):
+                    return True
+            elif mine is not None and mine.equals(own, tolerance):
+                return True
+        return False
+
+    def graded(self, answer: str, gold: Gold) -> float:
+        """1 or 0."""
+        return float(self.right(answer, gold))
+
+    def fault(self, gold: Gold) -> str | None:
+        """No gold."""
+        if not gold.answers or any(tidy(true) is None for true in gold.answers):
+            return "answer: empty, or holds several that differ"
+        return option_fault(gold, tolerance=1.0)
+
+    def states(self, text: str, gold: Gold) -> bool:
+        """Whether prose gives a number that is right as the answer."""
+        return states(text, lambda candidate: self.right(candidate, gold))
+
+
+def _read(text: str) -> Quantity | None:
+    """`x = 5` and `(5)` too."""
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    name, equals, value = text.partition("=")
+    if equals and len(name.strip()) <= 2 and name.strip().isalpha():
+        text = value
+    return read_quantity(text, any_unit=True)

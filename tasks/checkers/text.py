@@ -1,0 +1,48 @@
+"""The checker `text`: the same words as a gold, or nearly so by ANLS.
+
+With `threshold` (DocVQA's is 0.5) the average normalised Levenshtein similarity counts, 1 -
+distance / length of the longer, and 0 below the threshold (Biten et al. 2019, "Scene Text Visual
+Question Answering"). Then an answer is right from the threshold on.
+"""
+
+from __future__ import annotations
+
+from rapidfuzz.distance import Levenshtein
+
+from tasks.checkers.gold import Gold, number_option, option_fault
+from tasks.checkers.reading import normal, plain, tidy
+from tasks.checkers.stated import states
+
+
+class Text:
+    """See the module's docstring."""
+
+    name = "text"
+
+    def right(self, answer: str, gold: Gold) -> bool:
+        """Whether the answer is a gold up to case, white space and punctuation around it."""
+        return self.graded(answer, gold) > 0
+
+    def graded(self, answer: str, gold: Gold) -> float:
+        """1 where it is the same, with `threshold` the similarity, else 0."""
+        said = tidy(answer)
+        threshold = number_option(gold, "threshold", 1.0)
+        found = 0.0
+        for true in gold.answers:
+            if said is None or not normal(answer):
+                break
+            for mine in (said, answer):  # a gold may begin with what `tidy` takes off
+                one, other = normal(plain(mine)), normal(plain(true))
+                if one and other:
+                    found = max(found, Levenshtein.normalized_similarity(one, other))
+        return found if found >= threshold else 0.0
+
+    def fault(self, gold: Gold) -> str | None:
+        """No gold, or an empty one."""
+        if not gold.answers or not all(map(normal, gold.answers)):
+            return "answer: empty"
+        return option_fault(gold, threshold=1.0)
+
+    def states(self, text: str, gold: Gold) -> bool:
+        """Whether prose gives a gold as the answer."""
+        return states(text, lambda candidate: self.right(candidate, gold))
