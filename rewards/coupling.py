@@ -14,7 +14,7 @@ import numpy as np
 
 from rewards.advantages import is_constant
 from rewards.intervals import Interval, Statistics, group_bootstrap
-from rewards.scored import Diagnosis
+from rewards.scored import Diagnosis, known
 
 ROUNDING = 1e-12
 """A sum of squares this small beside its uncentred one is a constant and its rounding."""
@@ -92,12 +92,13 @@ def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Correlations, Cor
     """Outcome with perception (`a_p`), and outcome with reasoning, on free rollouts.
 
     True `a_r` needs an oracle pass, which a training step does not make, so reasoning is
-    indicated by `self_consistency`: the answer is valid for the rollout's own perception.
+    indicated by `self_consistency`: the answer is valid for the rollout's own perception. Each is
+    over the groups of which the skill is known.
     """
-    outcome = [d.a for d in diagnoses]
+    of_a_p, of_thinking = (known(diagnoses, name) for name in ("a_p", "self_consistency"))
     return (
-        coupling(outcome, [d.a_p for d in diagnoses]),
-        coupling(outcome, [d.self_consistency for d in diagnoses]),
+        coupling([a for a, _ in of_a_p], [seen for _, seen in of_a_p]),
+        coupling([a for a, _ in of_thinking], [thought for _, thought in of_thinking]),
     )
 
 

@@ -5,7 +5,7 @@ Shapes: G rollouts in a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -86,6 +86,12 @@ class Diagnosis:
     self_consistency: np.ndarray | None = None
 
 
+def known(diagnoses: Iterable[Diagnosis], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(`a`, the truth of that name) of each group of which it is known."""
+    both = ((d.a, getattr(d, name)) for d in diagnoses)
+    return [(a, truth) for a, truth in both if truth is not None]
+
+
 @dataclass
 class ScoredTerms:
     """What terms gave for one group: each is in `values`, `failures` or still in `requests`.
@@ -156,6 +162,18 @@ class ScoredGroup:
     def has_gradient(self) -> bool:
         """Whether the learner has anything to gain from this group."""
         return not (self.zero_variance or self.dropped)
+
+    def measured(self) -> dict[str, np.ndarray]:
+        """The terms that gave values of their own; zeros that stand for a failure are not."""
+        return measured(self.terms, self.failures)
+
+
+def measured(
+    terms: Mapping[str, np.ndarray], failures: Iterable[TermFailure]
+) -> dict[str, np.ndarray]:
+    """The terms without those that failed."""
+    failed = {failure.term for failure in failures}
+    return {name: values for name, values in terms.items() if name not in failed}
 
 
 class UnusableValues(ValueError):

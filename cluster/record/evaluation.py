@@ -23,6 +23,9 @@ EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
 and the image blanked; `blind`: prompt text only."""
 
+TRUTHS = ("a", "a_p", "a_p_graded", "leak", "self_consistency")
+"""Of a `Diagnosis`, in the order of a table; a problem without a label has some of them only."""
+
 TRUNCATED = "truncated"
 """Stands among an evaluation's defects for a response that reached the token limit."""
 
@@ -141,16 +144,16 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
 
 
 def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
-    """One table over the problems of several entries, by label: the metrics that all of them have.
+    """One table over the problems of several entries, by label, each metric of those that have it.
 
     Every problem counts once in each entry that holds it, as `<label>/<id>`.
     """
-    first, *others = tables.values()
-    values = {
-        metric: {f"{n}/{i}": v for n, t in tables.items() for i, v in t.per_problem[metric].items()}
-        for metric in first.per_problem
-        if not metric.startswith("defect/") and all(metric in t.per_problem for t in others)
-    }
+    values: dict[str, dict[str, float]] = {}
+    for label, table in tables.items():
+        for metric, found in table.per_problem.items():
+            if not metric.startswith("defect/"):
+                problems = {f"{label}/{problem}": value for problem, value in found.items()}
+                values.setdefault(metric, {}).update(problems)
     return EvalTable(
         values, {f"{n}/{i}": puzzle for n, t in tables.items() for i, puzzle in t.puzzles.items()}
     )
@@ -166,21 +169,16 @@ def _pass_values(
         problem = group.problem.id
         d = diagnose(task, group)
         if name == "greedy":
-            metrics = {
-                "a": d.a.mean(),
-                "a_p": d.a_p.mean(),
-                "a_p_graded": d.a_p_graded.mean(),
-                "leak": d.leak.mean(),
-                "self_consistency": d.self_consistency.mean(),
-            }
+            truths = {name: getattr(d, name) for name in TRUTHS}
+            metrics = {name: t.mean() for name, t in truths.items() if t is not None}
             cut = [(TRUNCATED,) if r.finish_reason == "length" else () for r in group.rollouts]
             defects[problem] = [(*ds, *c) for ds, c in zip(d.defects, cut, strict=True)]
         elif name == "sampled":
-            n, c, seen = len(d.a), int(d.a.sum()), int(d.a_p.sum())
-            metrics = {f"a avg@{n}": d.a.mean(), f"a_p avg@{n}": d.a_p.mean()}
+            n, right = len(d.a), {"a": d.a} | ({} if d.a_p is None else {"a_p": d.a_p})
+            metrics = {f"{skill} avg@{n}": truth.mean() for skill, truth in right.items()}
             for k in _powers_of_two(n):
-                metrics[f"a pass@{k}"] = pass_at_k(n, c, k)
-                metrics[f"a_p pass@{k}"] = pass_at_k(n, seen, k)
+                for skill, truth in right.items():
+                    metrics[f"{skill} pass@{k}"] = pass_at_k(n, int(truth.sum()), k)
         else:
             label = {"oracle": "a_r", "oracle_blank": "a_r_blank", "blind": "blind"}[name]
             metrics = {label: d.a.mean()}

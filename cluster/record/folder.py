@@ -71,7 +71,7 @@ ROLLOUT_SCHEMA = pa.schema(
         "zero_variance": pa.bool_(),
         "dropped": pa.bool_(),
         "failures": pa.list_(pa.string()),  # "term: kind: message", of the whole group
-        # What is true of it; null where the task itself failed.
+        # What is true of it; null where nobody can tell, all of it where the task itself failed.
         "a": pa.bool_(),
         "a_p": pa.bool_(),
         "a_p_graded": pa.float64(),
@@ -93,7 +93,7 @@ TOKEN_ARRAYS = ("prompt_ids", "response_ids", "logprobs", "versions", "segments"
 """Null in a run of `output.rollout_tokens = false`."""
 
 TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
-"""Fields of a `Diagnosis`, one value a rollout; null where the task itself failed."""
+"""Fields of a `Diagnosis`, one value a rollout; null where there is none."""
 
 _ROLLOUT = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason", "seconds")
 ROLLOUT_COLUMNS = (*_ROLLOUT, "sampler", *TOKEN_ARRAYS)

@@ -29,7 +29,7 @@ from cluster.record.folder import (
     step_file,
 )
 from rewards.advantages import CREDIT_COLUMNS
-from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure
+from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure, measured
 from rollout.record import Group, Rollout
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
@@ -75,8 +75,7 @@ class StoredScores:
 
     def measured(self) -> dict[str, np.ndarray]:
         """The terms that gave values of their own; zeros that stand for a failure are not."""
-        failed = {failure.term for failure in self.failures}
-        return {name: values for name, values in self.terms.items() if name not in failed}
+        return measured(self.terms, self.failures)
 
 
 @dataclass(frozen=True)
@@ -309,9 +308,10 @@ def _failure(file: Path, text: str) -> TermFailure:
 
 
 def _diagnosis(rows: Sequence[Row]) -> Diagnosis | None:
-    if any(row[name] is None for row in rows for name in TRUTH_COLUMNS):
+    columns = {name: [row[name] for row in rows] for name in TRUTH_COLUMNS}
+    truth = {name: np.array(column) for name, column in columns.items() if None not in column}
+    if "a" not in truth:
         return None
-    truth = {name: np.array([row[name] for row in rows]) for name in TRUTH_COLUMNS}
     return Diagnosis(**truth, defects=tuple(tuple(row["defects"]) for row in rows))
 
 

@@ -271,7 +271,8 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> d
         "failures": [f"{f.term}: {f.kind}: {f.message}" for f in scored.failures],
     }
     if truth is not None:
-        row |= {name: getattr(truth, name)[i].item() for name in TRUTH_COLUMNS}
+        told = {name: getattr(truth, name) for name in TRUTH_COLUMNS}
+        row |= {name: values[i].item() for name, values in told.items() if values is not None}
     return {name: _storable(value) for name, value in row.items()}
 
 

@@ -129,7 +129,7 @@ def _index(file: Path) -> list[Entry]:
 
 
 def cell_of(seen: bool | None, thought: bool | None) -> int:
-    """Index into `CELLS`; the last where the task's own code failed."""
+    """Index into `CELLS`; the last where one of the two is not known."""
     if seen is None or thought is None:
         return 4
     return (0 if seen else 2) + (0 if thought else 1)

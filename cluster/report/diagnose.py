@@ -22,12 +22,12 @@ from rewards.coupling import Correlations, coupling, independent_reference
 from rewards.hacking import Drift, drift, thirds
 from rewards.intervals import RESAMPLES, Interval
 from rewards.reliability import Reliability, reliability
-from rewards.scored import DIAGNOSIS, Diagnosis, TermError
+from rewards.scored import DIAGNOSIS, TermError
 from rewards.terms import AskingTerm, Term, is_remote, load_term, score_group
 from tasks.load import load_task
 
-Judged = tuple[StoredScores, np.ndarray, Diagnosis]
-"""A group, what a term gave it, and the truth."""
+Judged = tuple[StoredScores, np.ndarray, np.ndarray]
+"""A group with a perception label, what a term gave it, and its `a_p`."""
 
 PHASES = ("first third", "second third", "last third")
 
@@ -48,12 +48,15 @@ class PhaseReport:
         phase: `all`, or a third of the steps.
         steps: the first and the last of them.
         groups, rollouts: with a diagnosis; the figures are theirs.
+        labelled: of the groups, those with a perception label: `a_p`, `leak`, `perception`,
+            `terms` and drifts are of these alone.
         undiagnosed: groups on which the task's own code failed.
         a, a_p: shares of right answers and of right perceptions; None without rollouts.
         leak: share of right answers on wrong perceptions. `independent` knows none: where it is
             large, the outcome follows perception less than that.
         q: share of answers that are right for the rollout's *own* perception, whether or not that
-            is the true one: how often thinking succeeds on what was seen.
+            is the true one: how often thinking succeeds on what was seen. None, as `reasoning`,
+            where the task cannot tell (`tasks.core.Solves`).
         perception: the outcome with `a_p`.
         reasoning: the outcome with self-consistency, whose mean is `q`.
         independent: what the two pooled correlations were if seeing and thinking succeeded
@@ -65,6 +68,7 @@ class PhaseReport:
     steps: tuple[int, int]
     groups: int
     rollouts: int
+    labelled: int
     undiagnosed: int
     a: float | None
     a_p: float | None
@@ -184,48 +188,49 @@ def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
             phases.append(_phase(phase, inside, names))
     drifts = {name: _drift(_judged(scores, name)) for name in names}
     kept = [s for s in scores if not s.dropped]
-    drifts["total"] = _drift([(s, s.totals, s.diagnosis) for s in kept if s.diagnosis])
+    drifts["total"] = _drift([(s, s.totals, a_p) for s, a_p in _known(kept, "a_p")])
     return TaskReport(task, tuple(phases), drifts)
 
 
 def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> PhaseReport:
-    diagnosed = [s for s in scores if s.diagnosis is not None]
-    diagnoses = [s.diagnosis for s in diagnosed if s.diagnosis is not None]
-    a, a_p, q, leak = (
-        float(np.concatenate(arrays).mean()) if arrays else None
-        for arrays in (
-            [d.a for d in diagnoses],
-            [d.a_p for d in diagnoses],
-            [d.self_consistency for d in diagnoses],
-            [d.leak for d in diagnoses],
-        )
-    )
+    outcome = _known(scores, "a")
+    labelled = _known(scores, "a_p")
+    both = [s for s, _ in _known([s for s, _ in labelled], "self_consistency")]
 
-    def coupled(skill: Sequence[np.ndarray]) -> Correlations:
-        return coupling([d.a for d in diagnoses], skill, _puzzles(diagnosed), RESAMPLES)
+    def rate(name: str, of: Sequence[StoredScores] = scores) -> float | None:
+        arrays = [truth for _, truth in _known(of, name)]
+        return float(np.concatenate(arrays).mean()) if arrays else None
+
+    def coupled(name: str) -> Correlations:
+        found = _known(scores, name)
+        groups = [s for s, _ in found]
+        outcomes = [a for _, a in _known(groups, "a")]
+        return coupling(outcomes, [truth for _, truth in found], _puzzles(groups), RESAMPLES)
 
     terms = {}
     for name in names:
         judged = _judged(scores, name)
         found = reliability(
             [v for _, v, _ in judged],
-            [d.a_p for _, _, d in judged],
+            [a_p for _, _, a_p in judged],
             _puzzles([s for s, _, _ in judged]),
         )
         terms[name] = TermReport(found, sum(name in _failed(s) for s in scores))
+    p, q = rate("a_p", both), rate("self_consistency", both)
     return PhaseReport(
         phase=phase,
         steps=(min(s.step for s in scores), max(s.step for s in scores)),
-        groups=len(diagnoses),
-        rollouts=sum(len(d.a) for d in diagnoses),
-        undiagnosed=len(scores) - len(diagnoses),
-        a=a,
-        a_p=a_p,
-        q=q,
-        leak=leak,
-        perception=coupled([d.a_p for d in diagnoses]),
-        reasoning=coupled([d.self_consistency for d in diagnoses]),
-        independent=(None, None) if a_p is None or q is None else independent_reference(a_p, q),
+        groups=len(outcome),
+        rollouts=sum(len(a) for _, a in outcome),
+        labelled=len(labelled),
+        undiagnosed=len(scores) - len(outcome),
+        a=rate("a"),
+        a_p=rate("a_p"),
+        q=rate("self_consistency"),
+        leak=rate("leak"),
+        perception=coupled("a_p"),
+        reasoning=coupled("self_consistency"),
+        independent=(None, None) if p is None or q is None else independent_reference(p, q),
         terms=terms,
     )
 
@@ -236,9 +241,18 @@ def _failed(scores: StoredScores) -> list[str]:
 
 
 def _judged(scores: Sequence[StoredScores], term: str) -> list[Judged]:
-    """The groups on which a term gave values and the truth is known."""
-    measured = [(s, s.measured().get(term), s.diagnosis) for s in scores]
-    return [(s, v, d) for s, v, d in measured if v is not None and d is not None]
+    """The groups on which a term gave values and `a_p` is known."""
+    return [
+        (s, values, a_p)
+        for s, a_p in _known(scores, "a_p")
+        if (values := s.measured().get(term)) is not None
+    ]
+
+
+def _known(scores: Sequence[StoredScores], name: str) -> list[tuple[StoredScores, np.ndarray]]:
+    """The groups of which a truth of a `Diagnosis` is known, with it."""
+    found = [(s, getattr(s.diagnosis, name, None)) for s in scores]
+    return [(s, truth) for s, truth in found if truth is not None]
 
 
 def _puzzles(scores: Sequence[StoredScores]) -> list[str]:
@@ -250,7 +264,7 @@ def _drift(judged: Sequence[Judged]) -> Drift | None:
     return drift(
         [s.step for s, _, _ in judged],
         [v for _, v, _ in judged],
-        [d.a_p for _, _, d in judged],
+        [a_p for _, _, a_p in judged],
         _puzzles([s for s, _, _ in judged]),
     )
 
@@ -277,7 +291,7 @@ def _coupling_sheet(report: TaskReport) -> Table:
                     _number(found.zero_variance),
                 )
             )
-    undiagnosed = report.phases[0].undiagnosed
+    whole = report.phases[0]
     return Table(
         f"{report.task}: what the outcome is coupled with",
         (
@@ -289,13 +303,34 @@ def _coupling_sheet(report: TaskReport) -> Table:
         "right for the rollout's own perception. Leak: perception wrong, answer right. If "
         "independent: "
         "the pooled correlation if seeing and thinking succeeded independently at a_p and q, "
-        "without leaks."
-        + (f" {undiagnosed} groups are left out: the task's code failed." if undiagnosed else ""),
+        "without leaks." + _unknown(whole),
     )
+
+
+def _unknown(whole: PhaseReport) -> str:
+    """Why figures are missing, or are of some groups only."""
+    said = ""
+    if whole.undiagnosed:
+        said += f" {whole.undiagnosed} groups are left out: the task's code failed."
+    if whole.groups and not whole.labelled:
+        said += (
+            " No problem has a perception label, so nothing can be said of a_p, of leaks, or of "
+            "whether a reward follows perception."
+        )
+    elif whole.labelled < whole.groups:
+        said += (
+            f" {whole.labelled} of {whole.groups} groups have a perception label: all that is said "
+            "of a_p, leaks and terms is of these."
+        )
+    if whole.a is not None and whole.q is None:
+        said += " The task cannot tell whether an answer is right for a perception, so no q."
+    return said
 
 
 def _term_sheets(report: TaskReport) -> list[Table]:
     whole = report.phases[0]
+    if whole.groups and not whole.labelled:
+        return []
     table, phased, bins = [], [], []
     for name, term in whole.terms.items():
         found = term.reliability
@@ -343,7 +378,7 @@ def _term_sheets(report: TaskReport) -> list[Table]:
 
 def _drift_sheet(report: TaskReport) -> Table:
     rows = [
-        (name, "-", "-", "too few steps")
+        (name, "-", "-", "too few steps" if report.phases[0].labelled else "no labels")
         if found is None
         else (
             name,

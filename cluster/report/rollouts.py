@@ -179,6 +179,8 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
         "figure": figure,
         "answered": answered,
         "cell": cell_of(row["a_p"], row["self_consistency"]),
+        "saw": row["a_p"],
+        "thought": row["self_consistency"],
         "a": row["a"],
         "leak": row["leak"],
         "graded": _number(row["a_p_graded"]),

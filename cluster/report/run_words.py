@@ -272,6 +272,16 @@ def warnings(recipe: Mapping[str, Any], metrics: Metrics) -> list[str]:
             found.append(f"{what} failed on {sum(series.values):.0f} groups.")
     if dropped := sum(metrics.get("group/dropped", NOTHING).values):
         found.append(f"{dropped:.0f} groups were dropped because a term failed.")
+    if "acc/a" in metrics and "acc/a_p" not in metrics:
+        found.append(
+            "No problem has a perception label: what was seen right (a_p), leaks, and whether a "
+            "reward follows perception are not known, and nothing here says they are."
+        )
+    elif labelled := metrics.get("acc/labelled", NOTHING).values:
+        found.append(
+            f"{np.mean(labelled):.0%} of the rollouts are of problems with a perception label: "
+            "a_p, leaks and the reliability of rewards are of these alone."
+        )
     limit = MISMATCH_LIMIT.get(recipe.get("model", {}).get("dtype", ""), math.inf)
     gaps = metrics.get("learner/logprob_gap", NOTHING).values
     if over := sum(gap > limit for gap in gaps):

@@ -62,7 +62,7 @@ def unread_step(metrics: Mapping[str, float]) -> str | None:
     counts = {n.removeprefix("defects/"): v for n, v in metrics.items() if n.startswith("defects/")}
     shares = {name: count / responses for name, count in counts.items()}
     shares[TRUNCATED] = metrics["response/truncated"]
-    return unread("training", responses, metrics["acc/a"], metrics["acc/a_p"], shares)
+    return unread("training", responses, metrics["acc/a"], metrics.get("acc/a_p", 1.0), shares)
 
 
 def why_no_update(metrics: Mapping[str, float]) -> str:

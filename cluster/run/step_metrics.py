@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cluster.record.folder import TRUTH_COLUMNS
 from rewards.advantages import is_constant
 from rewards.coupling import Correlations, coupling, outcome_couplings
 from rewards.reliability import roc_auc
-from rewards.scored import ScoredGroup
+from rewards.scored import ScoredGroup, known
 from tasks.core import NO_SEGMENT, SEGMENTS
 
 
@@ -37,7 +38,7 @@ def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     failures = Counter(f.term for g in groups for f in g.failures)
     kinds = Counter((f.term, f.kind) for g in groups for f in g.failures)
     for term in sorted({name for g in groups for name in g.terms} | set(failures)):
-        values = [g.terms[term] for g in kept if term in g.terms]
+        values = [of[term] for g in kept if term in (of := g.measured())]
         if values:
             everything = np.concatenate(values)
             metrics[f"reward/{term}/mean"] = float(everything.mean())
@@ -69,14 +70,13 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if not diagnoses:
         return {}
     metrics = {
-        "acc/a": float(np.concatenate([d.a for d in diagnoses]).mean()),
-        "acc/a_p": float(np.concatenate([d.a_p for d in diagnoses]).mean()),
-        "acc/a_p_graded": float(np.concatenate([d.a_p_graded for d in diagnoses]).mean()),
-        "acc/self_consistency": float(
-            np.concatenate([d.self_consistency for d in diagnoses]).mean()
-        ),
-        "acc/leak": float(np.concatenate([d.leak for d in diagnoses]).mean()),
+        f"acc/{name}": float(np.concatenate([truth for _, truth in found]).mean())
+        for name in TRUTH_COLUMNS
+        if (found := known(diagnoses, name))
     }
+    labels = np.concatenate([np.full(len(d.a), d.a_p is not None) for d in diagnoses])
+    if not labels.all():
+        metrics["acc/labelled"] = float(labels.mean())
     perception, reasoning = outcome_couplings(diagnoses)
     metrics |= _coupling_metrics("outcome_perception", perception)
     metrics |= _coupling_metrics("outcome_reasoning", reasoning)
@@ -88,6 +88,8 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 
 def _coupling_metrics(name: str, found: Correlations) -> dict[str, float]:
+    if not found.n:
+        return {}
     values = {"pooled": found.pooled.value, "within": found.within.value, "n": found.n}
     values |= {"n_within": found.n_within, "zero_variance": found.zero_variance}
     return {f"coupling/{name}/{k}": float(v) for k, v in values.items() if v is not None}
@@ -98,11 +100,11 @@ def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for term in sorted({name for g in groups for name in g.terms}):
         judged = [
-            (g.terms[term], g.diagnosis.a_p)
+            (of[term], g.diagnosis.a_p)
             for g in groups
-            if g.diagnosis is not None
-            and term in g.terms
-            and all(f.term != term for f in g.failures)
+            if term in (of := g.measured())
+            and g.diagnosis is not None
+            and g.diagnosis.a_p is not None
         ]
         if not judged:
             continue

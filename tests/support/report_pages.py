@@ -79,7 +79,7 @@ def rollouts(task: Task, problem: Problem, texts: Sequence[str], step: int) -> S
         for i, text in enumerate(texts)
     )
     one = Group(group_id, problem, made)
-    terms = Composition({"outcome": 0.75, "perception": 0.25})
+    terms = Composition({"outcome": 0.75, "perception": 0.25}, on_failure={"perception": "zero"})
     return compose_groups([one], [score_group(task, one, TERMS)], terms)[0]
 
 

@@ -155,7 +155,7 @@
     head.append(whence(r), " · ", visible(r.task));
     const meta = make("p", { class: "meta" });
     meta.append(visible(r.id), ` · policy version ${r.version} · ${r.kind} · ended by `, visible(r.finish));
-    const saw = r.cell < 4 ? r.cell < 2 : null, thought = r.cell < 4 ? r.cell % 2 === 0 : null;
+    const saw = r.saw, thought = r.thought;
     const badges = make("div", { class: "badges" });
     const word = (what, ok, kind) =>
       ok === null ? badge(`? ${what} not judged`, "plain") : badge(`${ok ? "✓" : "✗"} ${what} ${ok ? "right" : "wrong"}`, ok ? kind : "bad");

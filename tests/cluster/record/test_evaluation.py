@@ -227,7 +227,7 @@ def test_pooling_counts_every_problem_once() -> None:
     one = EvalTable({"a": {"p": 1.0, "q": 0.0}, "a_p": {"p": 1.0, "q": 1.0}, "defect/x": {}})
     two = EvalTable({"a": {"r": 1.0}, "leak": {"r": 0.0}})
     table = pooled({"one": one, "two": two})
-    assert [row.metric for row in table.rows] == ["a"]
+    assert {row.metric: row.n for row in table.rows} == {"a": 3, "a_p": 2, "leak": 1}
     assert table["a"].value == pytest.approx(2 / 3)
     assert (table["a"].low, table["a"].high) == wilson(2, 3)
     # Two entries of one task may hold one problem: it was answered twice.

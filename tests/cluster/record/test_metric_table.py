@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,9 @@ def test_names_that_users_give_are_in_the_table_whatever_they_are() -> None:
 def made_by_scoring() -> set[str]:
     """Names of a step's metrics and of an evaluation with every pass, on hand-made groups."""
     groups = [group(1, "1;2;", "1;3;", "2;4;x"), group(2, "2;4;", "3;6;"), group(0, "0;0;")]
+    without_label = group(4, "4;8;")
+    bare = replace(without_label.problem, perception="")
+    groups.append(replace(without_label, problem=bare))
     composition = Composition({"outcome": 1.0, "nan": 0.0}, on_failure={"nan": "drop_group"})
     terms = (Outcome(), Misbehaves("nan"))
     scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)

@@ -121,6 +121,9 @@ def test_the_advantage_is_not_needed_and_an_undiagnosed_group_has_no_diagnosis(r
         if name.startswith("advantage"):
             rewrite(run, name, None)
     rewrite(run, "leak", [None] * 5)
+    kept = [s.diagnosis for s in read_scores(run, 2)]
+    assert all(d is not None and d.leak is None and d.a_p is not None for d in kept)
+    rewrite(run, "a", [None] * 5)
     assert [s.diagnosis for s in read_scores(run, 2)] == [None] * 3
 
 
