@@ -18,6 +18,8 @@ from rollout.tokens import load_processor, load_reader, tokenizer_of
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\)\s*)?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
+ENGINE_BACKENDS = {"host": "host", "nccl": "watched_nccl", "ipc": "plain_ipc"}
+"""Transport -> the engine's end of it, as `rollout.transports` registers it."""
 _EMPTY = "See root cause above"
 
 
@@ -68,7 +70,7 @@ def start_engine(
         chosen["limit_mm_per_prompt"] = {"image": 1, "video": 0}
     if not frozen:
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
-        chosen["weight_transfer_config"] = WeightTransferConfig(backend=transport)
+        chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
         if sampler.enforce_eager:
             # A few small functions would be compiled all the same, at the first request: that

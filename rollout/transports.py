@@ -1,8 +1,8 @@
-"""The engine's end of a weight transfer: from a bucket in memory into the live model.
+"""The engine's end of a weight transfer: from what a sampler was sent into the live model.
 
-`HostWeightTransferEngine` plugs into vLLM's native weight-transfer API and is registered in every
-engine process by `WorkerExtension` (named in the engine's `worker_extension_cls`). A bucket comes
-from the engine's sampler as a file in memory (`rollout.transfer.in_memory`).
+The engines here plug into vLLM's native weight-transfer API and are registered in every engine
+process by `WorkerExtension` (named in the engine's `worker_extension_cls`). On the host a bucket
+comes from the engine's sampler as a file in memory (`rollout.transfer.in_memory`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.ipc_engine import (
+    IPCWeightTransferEngine,
+    IPCWeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -29,6 +39,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rollout.adapters import BaseWeights, is_adapter, with_adapters
+from rollout.transports_gpu import with_classes
 
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
@@ -95,6 +106,52 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         pass
 
 
+class PlainIpcEngine(IPCWeightTransferEngine):
+    """vLLM's `ipc`, with handles that its own encoder lets through."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
+        handles = with_classes(update_dict["ipc_handles"])
+        return super().parse_update_info(update_dict | {"ipc_handles": handles})
+
+
+@dataclass(kw_only=True)
+class WatchedInitInfo(NCCLWeightTransferInitInfo):
+    """`deadline_seconds`: how long an engine may wait for what the learner broadcasts."""
+
+    deadline_seconds: float
+
+
+class WatchedNcclEngine(NCCLWeightTransferEngine):
+    """vLLM's `nccl`, which does not wait for ever: an NCCL call has no deadline of its own."""
+
+    init_info_cls = WatchedInitInfo
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        assert isinstance(init_info, WatchedInitInfo)
+        self.shutdown()  # the group of the transfers before, of which a sampler was lost
+        self._seconds = init_info.deadline_seconds
+        super().init_transfer_engine(init_info)
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        late = threading.Event()
+
+        def abort() -> None:
+            late.set()
+            self.shutdown()
+
+        watchdog = threading.Timer(self._seconds, abort)
+        watchdog.start()
+        try:
+            super().receive_weights(update_info)
+        finally:
+            watchdog.cancel()
+            if late.is_set():
+                raise TimeoutError(
+                    f"the learner's broadcast was not over after {self._seconds:g} s "
+                    "(transfer.deadline_seconds)"
+                )
+
+
 def mapped(bucket: HostUpdateInfo) -> dict[str, torch.Tensor]:
     """A bucket's tensors by name, on pages that stay as long as one of them does."""
     with open(bucket.path, "rb") as file:
@@ -120,7 +177,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 class WorkerExtension:
-    """Imported by each engine process; importing this module registers the `host` transport."""
+    """Imported by each engine process; importing this module registers the transports."""
 
 
 WeightTransferEngineFactory.register_engine("host", HostWeightTransferEngine)
+WeightTransferEngineFactory.register_engine("plain_ipc", PlainIpcEngine)
+WeightTransferEngineFactory.register_engine("watched_nccl", WatchedNcclEngine)
