@@ -19,6 +19,7 @@ import torch
 from rollout.settings import TransferConfig
 from rollout.transfer import TransferReport, WeightTransferError
 
+
 class SamplerClient(Protocol):
     """A sampler as a learner rank sees it."""
 

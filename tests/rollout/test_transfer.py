@@ -7,9 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -18,13 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.exceptions import RayTaskError
 
 from learner.weights import stored
 from rollout.record import Weights
-from rollout.settings import TransferConfig
 from rollout.transfer import TransferReport, WeightTransferError, fetched, in_memory
-from rollout.transports_gpu import GpuSender
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,38 +123,3 @@ def test_a_sampler_that_is_killed_leaves_no_memory_behind() -> None:
         other.wait()
     assert not os.path.exists(path)
     assert in_memory  # imported above by its process
-
-
-class Sampler:
-    """As a learner rank sees one over a GPU transport; hangs, or raises as Ray does."""
-
-    def __init__(self, name: str, what: str = "") -> None:
-        self.name, self._what, self._thread = name, what, ThreadPoolExecutor(1)
-
-    def call(self, method: str, *args: Any) -> Future[None]:
-        return self._thread.submit(self._run)
-
-    def _run(self) -> None:
-        if self._what == "hangs":
-            time.sleep(1.5)
-        if self._what == "fails":
-            raise RayTaskError("load_weights", "many lines", ValueError("out of cheese"))
-
-    def wait(self, future: Future[None], seconds: float) -> None:
-        future.result(seconds)
-
-
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("hangs", r"'bad' did not finish load_weights within the deadline of 0\.5 s"),
-        ("fails", r"'bad' failed in load_weights: ValueError: out of cheese$"),
-    ],
-)
-def test_a_sampler_that_fails_what_a_learner_sends_it_is_named(what: str, words: str) -> None:
-    transfer = TransferConfig(transport="nccl", deadline_seconds=0.5)
-    client = GpuSender(transfer, [Sampler("good"), Sampler("bad", what)], 1)._client
-    client.open(1)
-    with pytest.raises(WeightTransferError, match=words) as failed:
-        client.update_weights({})
-    assert failed.value.sampler == "bad"
