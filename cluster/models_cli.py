@@ -47,6 +47,23 @@ def open_(
     _tell(out, open_gguf(file, out))
 
 
+@app.command()
+def graft(
+    language: Annotated[str, typer.Option(help="Text checkpoint: folder or hub name")],
+    out: Out,
+    tower: Annotated[
+        str, typer.Option(help="A new one, small or base; or a folder or hub name that holds one")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Seed of the new weights")] = 0,
+) -> None:
+    """Give a language model (Llama, Qwen2, Qwen3) a vision tower; its own weights stay."""
+    _require_free(out)
+    from learner.graft import graft
+
+    _tell(out, graft(language, tower, out, seed))
+    print("language stays as it was; vision and merger are in README.md: what is new has to learn")
+
+
 def _require_free(out: Path) -> None:
     from cluster.recipe.machine import require_free
 

@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from learner.families import TINY
+from learner.families.base import TINY_TOWER
 from tasks.files import replacing
 from tasks.load import load_task
 from tasks.responses import HARMLESS
@@ -61,9 +62,9 @@ def make_tiny(family: str, out: Path, seed: int = 0) -> dict[str, int]:
     set_seed(seed)
     tokenizer = _tokenizer(made.image_tokens, made.named_tokens, seed)
     template = _TEMPLATE.replace("IMAGE_PLACEHOLDER", made.placeholder)
-    processor: Any = made.tiny_processor(tokenizer, template)
+    processor: Any = made.new_processor(tokenizer, template, TINY_TOWER)
     token = {text: int(tokenizer.convert_tokens_to_ids(text)) for text in made.image_tokens}
-    model = made.tiny_model(_text_config(tokenizer), token).to(torch.float32)
+    model = made.new_model(_text_config(tokenizer), token, TINY_TOWER).to(torch.float32)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -136,6 +137,7 @@ def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,

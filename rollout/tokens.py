@@ -52,28 +52,28 @@ def load_processor(path: str, field: str = "model.path") -> Any:
     return _usable(processor, field, path)
 
 
-def load_reader(path: str) -> Any:
+def load_reader(path: str, field: str = "frozen model") -> Any:
     """What reads prompts for a frozen model: a VLM's processor, a text-only model's tokenizer.
 
     Raises ModelError when the checkpoint has no config, not the reader its config asks for, or one
     that `Chat` cannot use.
     """
-    require_model(path, "frozen model")
+    require_model(path, field)
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(path)
         if hasattr(config, "vision_config"):
-            return load_processor(path, "frozen model")
+            return load_processor(path, field)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"frozen model: {path}: no tokenizer could be loaded ({first_line(error)}); a "
+            f"{field}: {path}: no tokenizer could be loaded ({first_line(error)}); a "
             "folder holds config.json and its tokenizer beside the weights"
         ) from error
-    return _usable(tokenizer, "frozen model", path)
+    return _usable(tokenizer, field, path)
 
 
 def _usable(reader: Any, field: str, path: str) -> Any:

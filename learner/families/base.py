@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -23,21 +24,60 @@ Part = Literal["vision", "merger", "language", "head"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Parts = Mapping[Part, tuple[str, ...]]
 
-TINY_IMAGE = 64
-TINY_PATCH = 8
-TINY_MERGE = 2
-TINY_TOKENS = (TINY_IMAGE // TINY_PATCH // TINY_MERGE) ** 2
-"""Of a tiny 64x64 image: 16, one a cell of a 4x4 Sudoku."""
-TINY_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-TINY_TOWER: Mapping[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": TINY_IMAGE,
-    "patch_size": TINY_PATCH,
-}
-"""A tiny vision tower, in the names of most configs."""
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower by its sizes.
+
+    Attributes:
+        hidden, inner, layers, heads: of its transformer; `inner` is the width of an MLP.
+        image: pixels of a side of what it sees.
+        patch: pixels of a side of a patch.
+        merge: this many patches by as many become one token of the language model.
+        fields: what else a config says of it.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    image: int
+    patch: int
+    merge: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Of the language model, for an image of `image` by `image` pixels."""
+        return (self.image // self.patch // self.merge) ** 2
+
+    @property
+    def fault(self) -> str:
+        """Which sizes do not go together, in words; empty where all do."""
+        if self.hidden % self.heads:
+            return f"{self.hidden} features are not divided by {self.heads} heads"
+        if self.image % (self.patch * self.merge):
+            return (
+                f"{self.image} pixels are not a whole number of {self.merge} patches of "
+                f"{self.patch} pixels"
+            )
+        return ""
+
+    def config(self) -> dict[str, Any]:
+        """In the names of most configs."""
+        return {
+            **self.fields,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "image_size": self.image,
+            "patch_size": self.patch,
+        }
+
+
+TINY_TOWER = Tower(hidden=128, inner=256, layers=2, heads=4, image=64, patch=8, merge=2)
+"""Of a 64x64 image it makes 16 tokens, one a cell of a 4x4 Sudoku."""
 
 
 class Family:
@@ -196,28 +236,33 @@ class MRopeFamily(Family):
         return planes
 
 
-class TinyFamily(ABC):
-    """How a tiny model of a family is made from its own config class (see `learner.tiny`).
+class NewFamily(ABC):
+    """How a new model of a family is made from its own config class.
+
+    `learner.tiny` makes tiny ones, `learner.graft` those around a language model.
 
     Attributes:
+        languages: by `model_type`, the language models that it is grafted onto.
         image_tokens: special tokens beside those of the chat.
         named_tokens: those that the tokenizer must know by a name, as the processor asks for them.
         placeholder: what the chat template writes for an image.
     """
 
+    languages: tuple[str, ...] = ()
     image_tokens: tuple[str, ...]
     named_tokens: ClassVar[Mapping[str, str]] = {}
     placeholder: str
 
     @abstractmethod
-    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
-        """The family's processor, for small images."""
+    def new_processor(self, tokenizer: Any, template: str, tower: Tower) -> Any:
+        """The family's processor, for images as large as the tower sees them."""
 
     @abstractmethod
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+    def new_model(self, text: dict[str, Any], token: Mapping[str, int], tower: Tower) -> Any:
         """A model with random weights.
 
         Args:
-            text: the fields that every language model's config has.
+            text: the language model's config, or the fields that all of them have.
             token: id of each special token.
+            tower: sizes of the vision tower.
         """

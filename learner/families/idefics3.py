@@ -11,21 +11,14 @@ from typing import Any
 
 import torch
 
-from learner.families.base import (
-    TINY_IMAGE,
-    TINY_MERGE,
-    TINY_ROPE,
-    TINY_TOKENS,
-    TINY_TOWER,
-    Family,
-    TinyFamily,
-)
+from learner.families.base import Family, NewFamily, Tower
 
 
-class Idefics3(Family, TinyFamily):
+class Idefics3(Family, NewFamily):
     """HuggingFaceTB/SmolVLM-*-Instruct and HuggingFaceM4/Idefics3-8B-Llama3."""
 
     model_type = "idefics3"
+    languages = ("llama",)
     tower_only = frozenset({"pixel_values", "pixel_attention_mask"})
     image_tokens = (
         "<fake_token_around_image>",
@@ -45,29 +38,29 @@ class Idefics3(Family, TinyFamily):
         # All tiles as those of one sequence; the features are again a row a tile.
         return super().image_features(model, {n: value[None] for n, value in inputs.items()})
 
-    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
+    def new_processor(self, tokenizer: Any, template: str, tower: Tower) -> Any:
         import transformers
 
         # As large as a tile, so an image is one; a larger `size` makes more of it.
         return transformers.Idefics3Processor(
             image_processor=transformers.Idefics3ImageProcessor(
-                size={"longest_edge": TINY_IMAGE}, max_image_size={"longest_edge": TINY_IMAGE}
+                size={"longest_edge": tower.image}, max_image_size={"longest_edge": tower.image}
             ),
             tokenizer=tokenizer,
-            image_seq_len=TINY_TOKENS,
+            image_seq_len=tower.tokens,
             chat_template=template,
         )
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+    def new_model(self, text: dict[str, Any], token: Mapping[str, int], tower: Tower) -> Any:
         import transformers
 
         config = transformers.Idefics3Config(
-            text_config=text | {"model_type": "llama", "rope_parameters": {**TINY_ROPE}},
-            vision_config={**TINY_TOWER},
+            text_config=text | {"model_type": "llama"},
+            vision_config=tower.config(),
             image_token_id=token["<image>"],
             pad_token_id=text["pad_token_id"],
-            scale_factor=TINY_MERGE,
-            tie_word_embeddings=True,
+            scale_factor=tower.merge,
+            tie_word_embeddings=text["tie_word_embeddings"],
         )
         return transformers.Idefics3ForConditionalGeneration(config)
 

@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from learner.families.base import (
-    TINY_IMAGE,
-    TINY_MERGE,
-    TINY_ROPE,
-    TINY_TOKENS,
-    TINY_TOWER,
-    Family,
-    TinyFamily,
-)
+from learner.families.base import Family, NewFamily, Tower
 
 
-class InternVL(Family, TinyFamily):
+class InternVL(Family, NewFamily):
     """OpenGVLab/InternVL3_5-*B-HF."""
 
     model_type = "internvl"
+    languages = ("qwen2", "qwen3")
     named_tokens: ClassVar[Mapping[str, str]] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -29,29 +22,29 @@ class InternVL(Family, TinyFamily):
     image_tokens = tuple(named_tokens.values())
     placeholder = "<IMG_CONTEXT>\n"
 
-    def tiny_processor(self, tokenizer: Any, template: str) -> Any:
+    def new_processor(self, tokenizer: Any, template: str, tower: Tower) -> Any:
         import transformers
 
-        size = {"height": TINY_IMAGE, "width": TINY_IMAGE}
+        size = {"height": tower.image, "width": tower.image}
         return transformers.InternVLProcessor(
             image_processor=transformers.GotOcr2ImageProcessor(
                 size=size, crop_to_patches=False, min_patches=1, max_patches=1
             ),
             tokenizer=tokenizer,
             video_processor=transformers.InternVLVideoProcessor(size=size),
-            image_seq_length=TINY_TOKENS,
+            image_seq_length=tower.tokens,
             chat_template=template,
         )
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+    def new_model(self, text: dict[str, Any], token: Mapping[str, int], tower: Tower) -> Any:
         import transformers
 
         config = transformers.InternVLConfig(
-            text_config=text | {"model_type": "qwen3", "rope_parameters": {**TINY_ROPE}},
-            vision_config={**TINY_TOWER, "use_qk_norm": False},
+            text_config={"model_type": "qwen3", **text},
+            vision_config={"use_qk_norm": False, **tower.config()},
             image_token_id=token["<IMG_CONTEXT>"],
-            image_seq_length=TINY_TOKENS,
-            downsample_ratio=1 / TINY_MERGE,
-            tie_word_embeddings=True,
+            image_seq_length=tower.tokens,
+            downsample_ratio=1 / tower.merge,
+            tie_word_embeddings=text["tie_word_embeddings"],
         )
         return transformers.InternVLForConditionalGeneration(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from learner.families.base import TINY_MERGE, TINY_PATCH
+from learner.families.base import Tower
 from learner.families.qwen3_vl import Qwen
 
 
@@ -13,11 +13,14 @@ class Qwen25VL(Qwen):
     """Qwen/Qwen2.5-VL-*B-Instruct."""
 
     model_type = "qwen2_5_vl"
-    tiny_kind, tiny_video = "Qwen2_5_VL", "Qwen2VLVideoProcessor"
+    kind, video = "Qwen2_5_VL", "Qwen2VLVideoProcessor"
 
-    def tiny_model(self, text: dict[str, Any], token: Mapping[str, int]) -> Any:
+    def new_model(self, text: dict[str, Any], token: Mapping[str, int], tower: Tower) -> Any:
         # This family's config has no head_dim of its own: it is hidden_size over heads.
         text = {name: value for name, value in text.items() if name != "head_dim"}
         # Four windows in a 64x64 image; the last block sees across them.
-        tower = {"window_size": 2 * TINY_PATCH * TINY_MERGE, "fullatt_block_indexes": [1]}
-        return self.tiny_of(text, token, {"mrope_section": [4, 6, 6]}, tower)
+        fields = {
+            "window_size": 2 * tower.patch * tower.merge,
+            "fullatt_block_indexes": [tower.layers - 1],
+        }
+        return self.new_of(text, token, tower, {"mrope_section": [4, 6, 6]}, fields)

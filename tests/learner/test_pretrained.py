@@ -12,26 +12,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from learner import pretrained
 from learner.pretrained import Packaged, fetch, open_gguf
 from rollout.tokens import Chat, ModelError, load_reader
-
-TEXTS = [
-    "The grid has 3 rows, isn't it?\n\tYes:  4x4.",
-    "Überstraße, déjà vu, ñandú",
-    "Привет, мир! Γειά σου κόσμε.",
-    "漢字とかな、中文。 한국어",
-    "שלום עולם مرحبا بالعالم",
-    "🙂🚲🍎 a+b=π·r²",
-]
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.support.languages import TEMPLATE, TEXTS, tiny_bpe
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -49,20 +36,6 @@ def tiny_llama() -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     ).eval()
-
-
-def tiny_bpe() -> Tokenizer:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXTS * 4, trainer)
-    return bpe
 
 
 def as_llama_cpp_turns(weight: np.ndarray, heads: int) -> np.ndarray:
