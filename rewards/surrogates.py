@@ -13,7 +13,7 @@ no truth at all. An unreadable perception earns 0 everywhere and is never sent t
 
 Guards: every term takes `max_perception_tokens` (tags included). The blind ones take
 `leakage_check`: a perception that states the answer would earn everything without having been
-seen (see `tasks.core.CanLeak`).
+seen (see `rewards/leaks.py`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from rewards.leaks import leaks
 from rewards.settings import ARGUMENTS
 from rollout.record import Group, Rollout, SampleRequest, Sampling, ScoreRequest
-from tasks.core import SEGMENTS, CanLeak, HasPerceptionItems, Problem, Solves, Task, need
+from tasks.core import SEGMENTS, HasPerceptionItems, Problem, Solves, Task, need
 from tasks.fields import Amount, Count, Positive, Rate
 from tasks.files import expanded
 from tasks.images import blank_like, mask_patches
@@ -70,12 +71,7 @@ class Blind(Capped):
         perception = self.seen(rollout)
         if perception is None or not self.leakage_check:
             return perception
-        if isinstance(task, CanLeak):
-            leaks = bool(task.states_answer(problem, perception))
-        else:
-            answer = rollout.parsed.answer
-            leaks = answer is not None and bool(perception == answer)
-        return None if leaks else perception
+        return None if leaks(task, problem, perception, rollout.parsed.answer) else perception
 
 
 @dataclass(config=ARGUMENTS)

@@ -217,7 +217,8 @@ class TermFacts:
 
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
     `function`: whether it can be called with the rows of a whole step. `needs`: the abilities
-    (`tasks.core.ABILITIES`) that it needs of a task.
+    (`tasks.core.ABILITIES`) that it needs of a task. `leak_checked`: whether a perception that
+    states the answer earns nothing.
     """
 
     name: str
@@ -225,6 +226,7 @@ class TermFacts:
     remote: bool
     function: bool = False
     needs: tuple[type, ...] = ()
+    leak_checked: bool = False
 
 
 Named = TypeVar("Named", "Term", TermFacts)
@@ -241,7 +243,8 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
         term = load_term(name, args)
         model = term.model if isinstance(term, AskingTerm) else None
         function, needs = isinstance(term, FunctionTerm), needs_of(term)
-        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs)
+        checked = bool(getattr(term, "leakage_check", False))
+        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs, checked)
     return _KNOWN[key]
 
 

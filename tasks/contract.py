@@ -257,6 +257,11 @@ class _Trial:
                 self.ask(where, "draw_answer", problem, seen, solved)
         stated = self.ask(where, "states_answer", problem, truth)
         self.claim(not stated, "states_answer: must be False for p*", where)
+        own = self.read.get(problem.id)
+        if isinstance(truth, str) and own and isinstance(own.answer, str):
+            given = f"{truth} The answer is {own.answer}."
+            said = 'states_answer: must be True where the answer follows "The answer is"'
+            self.accepts(where, said, "states_answer", problem, given)
         self.ask(where, "perception_items", truth)
         self.ask(where, "draw_perception", problem, truth)
 

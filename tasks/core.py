@@ -185,10 +185,10 @@ class CanLeak(Protocol):
     """A task that can tell when a perception holds the answer, so that no solver is needed."""
 
     def states_answer(self, problem: Problem, perception: Any) -> bool:
-        """Whether a parsed perception states the answer.
+        """Whether a parsed perception states the answer, however it is put.
 
-        `problem` lends only what its prompt tells, never its truth. Must be False for the
-        perception of every honest reading, `p*` above all.
+        Must be False for the perception of every honest reading, `p*` above all: who reads off an
+        image what happens to be the answer has not given it as the answer.
         """
 
 

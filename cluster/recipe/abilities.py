@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from cluster.recipe.placement import Command
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
+from rewards.leaks import WITHOUT
 from rewards.settings import RewardTermConfig
 from rewards.terms import TermFacts, facts_of
 from tasks.core import (
+    CanLeak,
     DataError,
     Demonstrates,
     Generates,
@@ -58,11 +60,16 @@ def ask_labels(
     say: Callable[[str], None],
     draw: bool = True,
 ) -> None:
-    """Ask whether there are perception labels where they are needed; say it of whom there are none.
+    """Ask whether there are perception labels where they are needed, and say where there are none.
+
+    Said too: which tasks a `leakage_check` must do without the word of.
 
     `draw`: the problems of an evaluation may be drawn; stored ones are looked at anyway.
     """
     for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
+        for task in {source.task.name: source.task for source in sources}.values():
+            if facts.leak_checked and not isinstance(task, CanLeak):
+                say(f'{where}: task "{task.name}" {WITHOUT}')
         if ScoresPerception not in facts.needs or entry.on_failure != "abort":
             continue
         for index, source in enumerate(sources):

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from tasks.checkers import CHECKERS, Gold
 from tasks.core import Parsed, Problem
 from tasks.dataset_write import SplitWriter, staged, write_manifest
 from tasks.load import load_task
@@ -53,7 +54,7 @@ class GuardedProse(LabelledProse):
     name = f"{__name__}:GuardedProse"
 
     def states_answer(self, problem: Problem, perception: Any) -> bool:
-        return problem.truth["answer"] in [word.strip(".,") for word in perception.split()]
+        return CHECKERS["number"].states(perception, Gold((problem.truth["answer"],)))
 
 
 def unlabelled(number: int) -> str:

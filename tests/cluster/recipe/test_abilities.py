@@ -10,6 +10,7 @@ import pytest
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import glance, preflight
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
+from rewards.leaks import WITHOUT
 from tasks.core import DataError
 from tasks.load import load_task
 from tests.support.prose import GuardedProse, LabelledProse, Prose, says, stored, write_prose
@@ -75,7 +76,12 @@ def test_a_term_is_refused_on_a_task_that_cannot_give_what_it_needs(
 def test_what_asks_for_no_label_goes_on_and_says_what_is_not_measured(tmp_path: Path) -> None:
     data = write_prose(tmp_path / "data", range(8), range(8, 14))
     terms = 'reward.terms=[{name="outcome"}, {name="group_agreement"}, {name="blind_policy"}]'
-    assert UNLABELLED in told(recipe(tmp_path, stored(data), terms))
+    said = told(recipe(tmp_path, stored(data), terms))
+    assert said[1:] == [UNLABELLED]
+    assert said[0].startswith('reward.terms[2]: "blind_policy": task "') and WITHOUT in said[0]
+    unguarded = terms.replace('policy"', 'policy", args={leakage_check=false}')
+    assert told(recipe(tmp_path, stored(data), unguarded)) == [UNLABELLED]
+    assert told(recipe(tmp_path, SUDOKU, terms)) == []
     mixed = recipe(tmp_path, f"{SUDOKU}, {stored(data)}")
     assert UNLABELLED in told(mixed)
     assert told(recipe(tmp_path, SUDOKU)) == []
