@@ -25,8 +25,14 @@ from transformers import (
 
 from learner.families import TINY
 from learner.families.base import TINY_TOWER, NewFamily, Tower
-from rollout.models import first_line, require_model
-from rollout.tokens import ModelError, load_processor, load_reader, tokenizer_of
+from rollout.tokens import (
+    ModelError,
+    first_line,
+    load_processor,
+    load_reader,
+    require_model,
+    tokenizer_of,
+)
 from tasks.files import put_text, replacing
 
 TOWERS: Mapping[str, Tower] = {
