@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
-import numpy as np
 import pydantic
 from pydantic import ValidationError
 
+from rewards.diagnosis import diagnose, seen, solved
 from rewards.functions import FunctionTerm, function_term
 from rewards.scored import (
     DIAGNOSIS,
-    Diagnosis,
     ModelRequest,
     Reply,
     ScoredTerms,
@@ -34,9 +33,8 @@ from rewards.scored import (
     named_values,
 )
 from rewards.settings import ARGUMENTS, BUILT_IN, RewardTermConfig, unknown_term
-from rewards.surrogates import SelfConsistency
-from rollout.record import Group, Rollout, SampleRequest, ScoreRequest
-from tasks.core import DataError, Problem, ScoresPerception, Solves, Task, labelled
+from rollout.record import Group, SampleRequest, ScoreRequest
+from tasks.core import Problem, ScoresPerception, Task
 from tasks.fields import Amount
 from tasks.load import import_named
 
@@ -96,7 +94,7 @@ class Outcome:
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}."""
-        return [float(_solved(task, group, rollout)) for rollout in group.rollouts]
+        return [float(right) for right in solved(task, group)]
 
 
 class Perception:
@@ -107,7 +105,7 @@ class Perception:
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in {0, 1}."""
-        return [float(exact) for exact, _ in _seen(task, group)]
+        return [float(exact) for exact, _ in seen(task, group)]
 
 
 class PerceptionGraded:
@@ -118,7 +116,7 @@ class PerceptionGraded:
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]."""
-        return [float(graded) for _, graded in _seen(task, group)]
+        return [float(graded) for _, graded in seen(task, group)]
 
 
 @pydantic.dataclasses.dataclass(config=ARGUMENTS)
@@ -363,41 +361,6 @@ def _requests(asked: Sequence[Any]) -> tuple[ModelRequest, ...]:
             kind = type(request).__name__
             raise TypeError(f"`ask` gave a {kind}, no SampleRequest or ScoreRequest")
     return tuple(asked)
-
-
-def diagnose(task: Task, group: Group) -> Diagnosis:
-    """What is true of a group, as far as its task can tell; never used as a reward."""
-    found = Diagnosis(
-        a=np.array([_solved(task, group, rollout) for rollout in group.rollouts], dtype=bool),
-        defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
-    )
-    if isinstance(task, Solves):
-        valid = np.array(SelfConsistency()(task, group), dtype=bool)
-        found = dataclasses.replace(found, self_consistency=valid)
-    if labelled(task, group.problem):
-        seen = _seen(task, group)
-        a_p = np.array([exact for exact, _ in seen], dtype=bool)
-        graded = np.array([score for _, score in seen], dtype=np.float64)
-        found = dataclasses.replace(found, a_p=a_p, a_p_graded=graded, leak=found.a & ~a_p)
-    return found
-
-
-def _solved(task: Task, group: Group, rollout: Rollout) -> bool:
-    answer = rollout.parsed.answer
-    return answer is not None and bool(task.check(group.problem, answer))
-
-
-def _seen(task: Task, group: Group) -> list[tuple[bool, float]]:
-    """Each rollout's perception: (equals p*, graded score)."""
-    problem, found = group.problem, []
-    if not labelled(task, problem):
-        raise DataError(f'problem {problem.id} of task "{task.name}" has no perception label')
-    for perception in (rollout.parsed.perception for rollout in group.rollouts):
-        exact, graded = (
-            (False, 0.0) if perception is None else task.score_perception(problem, perception)
-        )
-        found.append((bool(exact), float(graded)))
-    return found
 
 
 def _failure_of(name: str, error: BaseException) -> TermFailure:

@@ -83,7 +83,6 @@ class _Trial:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.sees = isinstance(task, ScoresPerception)
         self.seen: dict[str, list[str]] = {}
         """What is wrong -> where it was seen."""
         self.read: dict[str, Parsed] = {}
@@ -146,10 +145,8 @@ class _Trial:
             said = f"generate: problem.task must be {task.name!r}"
             self.claim(first.task == task.name, said, repr(first.task)[:60])
             found.append(first)
-        different, ids = (
-            len({(p.prompt, p.perception, p.images) for p in found}),
-            {p.id for p in found},
-        )
+        different = len({(p.prompt, p.perception, p.images) for p in found})
+        ids = {p.id for p in found}
         if len(found) < 2:
             return found
         said = "generate: all draws are one problem; draw from `rng`, or loosen the knobs"
@@ -259,9 +256,9 @@ class _Trial:
         self.claim(not stated, "states_answer: must be False for p*", where)
         own = self.read.get(problem.id)
         if isinstance(truth, str) and own and isinstance(own.answer, str):
-            given = f"{truth} The answer is {own.answer}."
+            stating = f"{truth} The answer is {own.answer}."
             said = 'states_answer: must be True where the answer follows "The answer is"'
-            self.accepts(where, said, "states_answer", problem, given)
+            self.accepts(where, said, "states_answer", problem, stating)
         self.ask(where, "perception_items", truth)
         self.ask(where, "draw_perception", problem, truth)
 
@@ -381,8 +378,8 @@ class _Trial:
             said = f"parse: the span of {segment} lies outside the text"
             self.claim(0 <= begins <= ends <= len(text), said, where)
         seen, answer = parsed.perception, parsed.answer
-        told = {"answer": answer} | ({"perception": seen} if self.sees else {})
-        for name, value in told.items():
+        sees = isinstance(self.task, ScoresPerception)
+        for name, value in (("answer", answer), *([("perception", seen)] if sees else [])):
             said = f"parse: no {name} was read and no defect is named"
             self.claim(value is not None or parsed.defects, said, where)
         for problem in problems:

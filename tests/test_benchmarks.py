@@ -9,7 +9,7 @@ import torch
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import storage, tensors_in
 from benchmarks.score_rollouts import GROUP, made_up
-from rewards.terms import diagnose
+from rewards.diagnosis import diagnose
 from rollout.record import Group
 from tasks.load import BUILT_IN, load_task
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cluster.record.table import Table
+from rewards.diagnosis import diagnose
 from rewards.intervals import mean_interval
-from rewards.terms import diagnose
 from rollout.record import Group
 from tasks.core import Task
 

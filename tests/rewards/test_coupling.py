@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from rewards.coupling import coupling, independent_reference, outcome_couplings
+from rewards.diagnosis import diagnose
 from rewards.intervals import Interval
-from rewards.terms import diagnose
 from tests.support.toys import TASK, group
 
 

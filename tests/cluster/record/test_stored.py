@@ -25,8 +25,9 @@ from cluster.report.diagnose import run_diagnose
 from cluster.report.rollouts import read_shown
 from cluster.report.run_report import FLAT_SCHEMA, read_run
 from rewards.compose import Composition
+from rewards.diagnosis import diagnose
 from rewards.scored import ScoredGroup
-from rewards.terms import Outcome, diagnose, score_group
+from rewards.terms import Outcome, score_group
 from rollout.record import Group
 from tasks.core import DataError
 from tests.support.toys import TASK, Length, Misbehaves, group, scored

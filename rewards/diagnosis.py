@@ -1,0 +1,51 @@
+"""What is true of a group whatever is rewarded: by its task's checker, labels and solver."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from rewards.scored import Diagnosis
+from rewards.surrogates import SelfConsistency
+from rollout.record import Group
+from tasks.core import DataError, Solves, Task, labelled
+
+
+def diagnose(task: Task, group: Group) -> Diagnosis:
+    """What is true of a group, as far as its task can tell; never used as a reward."""
+    found = Diagnosis(
+        a=np.array(solved(task, group), dtype=bool),
+        defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
+    )
+    if isinstance(task, Solves):
+        valid = np.array(SelfConsistency()(task, group), dtype=bool)
+        found = replace(found, self_consistency=valid)
+    if labelled(task, group.problem):
+        scores = seen(task, group)
+        a_p = np.array([exact for exact, _ in scores], dtype=bool)
+        graded = np.array([score for _, score in scores], dtype=np.float64)
+        found = replace(found, a_p=a_p, a_p_graded=graded, leak=found.a & ~a_p)
+    return found
+
+
+def solved(task: Task, group: Group) -> list[bool]:
+    """Whether each rollout's answer is right; what cannot be read is not."""
+    answers = [rollout.parsed.answer for rollout in group.rollouts]
+    return [answer is not None and bool(task.check(group.problem, answer)) for answer in answers]
+
+
+def seen(task: Task, group: Group) -> list[tuple[bool, float]]:
+    """Each rollout's perception: (equals p*, graded score); what cannot be read is (False, 0).
+
+    Raises DataError for a problem without a perception label.
+    """
+    problem, found = group.problem, []
+    if not labelled(task, problem):
+        raise DataError(f'problem {problem.id} of task "{task.name}" has no perception label')
+    for perception in (rollout.parsed.perception for rollout in group.rollouts):
+        exact, graded = (
+            (False, 0.0) if perception is None else task.score_perception(problem, perception)
+        )
+        found.append((bool(exact), float(graded)))
+    return found
