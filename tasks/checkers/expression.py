@@ -31,7 +31,7 @@ MAX_DIGITS = 40
 """In a row; a longer number is no one's answer, and costs."""
 
 _ALTERNATIVES = re.compile(
-    r"(?<![A-Za-z])(?:or|either|maybe|versus|vs)(?![A-Za-z])|\\lor|\\vee|[?;]"
+    r"(?<![A-Za-z])(?:or|either|maybe|versus|vs)(?![A-Za-z])|\\lor|\\vee|[?;]|.≈"
 )
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-z]\))?|(?:\\angle|∠|m\\angle)\s*\w+")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
