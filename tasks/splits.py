@@ -32,10 +32,11 @@ before the knobs are called impossible. Each has the task's own tries in it, so 
 
 def split_of(problem: Problem) -> Split:
     """The split a problem belongs to, by its task and symmetry key alone."""
-    return _split_of(problem.task, problem.symmetry_key)
+    return split_of_key(problem.task, problem.symmetry_key)
 
 
-def _split_of(task: str, symmetry_key: str) -> Split:
+def split_of_key(task: str, symmetry_key: str) -> Split:
+    """The same of a problem that is not made yet."""
     digest = hashlib.sha256(f"{task}\n{symmetry_key}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if share < TEST_SHARE else "train"
@@ -77,7 +78,7 @@ def draw_problem(
     for _ in range(PATIENCE):
         try:
             key, finish = _begin(task, rng, spec)
-            problem = finish() if _split_of(task.name, key) == split else None
+            problem = finish() if split_of_key(task.name, key) == split else None
         except ValueError as error:
             failed += 1
             if failed < UNLUCKY:

@@ -18,6 +18,7 @@ from tasks.core import DataError, Problem, Style
 from tasks.figures import Figure
 from tasks.puzzle_task import PuzzleTask
 from tasks.responses import HARMLESS, Read, compose_response, items, read_json
+from tasks.splits import split_of_key
 from tasks.sudoku_figure import answered_grid, seen_grid
 from tasks.sudoku_knobs import SudokuSpec
 from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, unique_solution
@@ -46,7 +47,7 @@ class Sudoku(PuzzleTask):
         key = symmetry_key(puzzle)
         return key, lambda: self._problem(
             _prompt(spec),
-            render(puzzle, spec, picture_rng),
+            render(puzzle, spec, picture_rng, split_of_key(self.name, key)),
             puzzle,
             solution,
             spec.model_dump(),
@@ -130,7 +131,10 @@ class Sudoku(PuzzleTask):
 
     def held_out(self, spec: BaseModel) -> str:
         """What no training problem repeats."""
-        return "puzzles up to symmetry (digits, rows, columns, boxes, transposing)"
+        told = "puzzles up to symmetry (digits, rows, columns, boxes, transposing)"
+        if isinstance(spec, SudokuSpec) and spec.glyphs == "handwritten":
+            told += ", and runs of handwritten digits (tasks/handwriting.py)"
+        return told
 
     def from_row(self, query: str, image: bytes, ground_truth: str) -> Problem:
         """A problem from a row whose ground truth is the puzzle as a JSON list, 0 for a blank.

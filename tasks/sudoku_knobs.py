@@ -34,6 +34,9 @@ class SudokuSpec(Section):
     ink: Colour = Field(default="#101010", description="#rrggbb, three ints, or random")
     paper: Colour = Field(default="#ffffff", description="#rrggbb, three ints, or random")
     lines: Literal["solid", "dashed", "boxes"] = "solid"
+    glyphs: Literal["font", "handwritten"] = Field(
+        default="font", description="handwritten: 1,797 real digits, some held out with the puzzles"
+    )
 
     prompt: Literal["brief", "full"] = "full"
 

@@ -8,19 +8,26 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tasks import handwriting
 from tasks.drawing import RANDOM, font, rgb, to_png
+from tasks.splits import Split
 from tasks.sudoku_knobs import SudokuSpec
 from tasks.sudoku_puzzle import Grid
 
 
-def render(puzzle: Grid, look: SudokuSpec, rng: np.random.Generator) -> bytes:
-    """A PNG of the puzzle, RGB, `look.side` pixels square."""
+def render(puzzle: Grid, look: SudokuSpec, rng: np.random.Generator, split: Split) -> bytes:
+    """A PNG of the puzzle, RGB, `look.side` pixels square; handwriting is of the split's people."""
     ink, paper = _colours(look, rng)
     coverage = _line_coverage(look.size, look.cell_size, look.margin, look.lines).copy()
     for r, c in product(range(look.size), repeat=2):
         if not puzzle[r][c]:
             continue
-        glyph = _glyph(puzzle[r][c], look.font_size)
+        if look.glyphs == "handwritten":
+            glyph = handwriting.glyph(
+                int(rng.choice(handwriting.indices(split, puzzle[r][c]))), look.font_size
+            )
+        else:
+            glyph = _glyph(puzzle[r][c], look.font_size)
         if look.rotation:
             glyph = _turned(glyph, float(rng.uniform(-look.rotation, look.rotation)))
         shift = rng.integers(-look.jitter, look.jitter + 1, size=2) if look.jitter else (0, 0)
