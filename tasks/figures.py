@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from tasks.fields import Positive, Section
 
-Mark = Literal["right", "missing", "extra", "clash"]
+Mark = Literal["right", "missing", "extra", "clash", "plain"]
 
 MOST_NAMED = 6
 """Wrong cells or edges that a text names; the rest are counted."""
@@ -70,7 +70,7 @@ class Graph(Figure):
 
 
 class Words(Figure):
-    """Pieces of text, each right, missing or extra."""
+    """Pieces of text, each right, missing, extra, or plain where nothing says what is right."""
 
     rows: tuple[tuple[Mark, str], ...]
 
@@ -91,7 +91,16 @@ def compared_words(true: str, seen: str) -> Words:
         for wanted in ("missing", "extra")
     )
     text = f"{missed} words of the true perception missing, {made_up} that are not in it"
-    return Words(rows=tuple(rows), text=text if missed or made_up else "As it is.")
+    text = text if missed or made_up else "As it is."
+    if max(len(true.split()), len(seen.split())) > MOST_WORDS:
+        text += f" Compared are the first {MOST_WORDS} words of each."
+    return Words(rows=tuple(rows), text=text)
+
+
+def plain_words(seen: str) -> Words:
+    """Text that there is no label to compare with."""
+    text = "Nobody has said what there is to see, so nothing is marked."
+    return Words(rows=(("plain", seen),), text=text)
 
 
 def named(things: Sequence[str], before: str = "") -> str:

@@ -19,11 +19,14 @@ from rewards.judge import JudgeSettings
 from rewards.settings import BUILT_IN, RewardConfig
 from rewards.terms import load_term
 from rollout.record import Group, Rollout
+from tasks.contract import check_problems
+from tasks.core import DataError
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset
 from tasks.datasets import read_examples
 from tasks.load import load_task
 from tasks.splits import draw_problem, split_of
+from tests.support.shade import png
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("tasks", "rollout", "rewards", "learner", "cluster")
@@ -104,10 +107,38 @@ def test_the_columns_of_the_run_folder() -> None:
     assert ", ".join(f"`{name}`" for name in METRIC_SCHEMA.names) in DOCS["runs.md"]
 
 
+def test_the_core_alone_reads_files_and_judges_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meter.py").write_text(block("your_task.md", "python"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    task, source = load_task("meter:Meter"), tmp_path / "mine"
+    source.mkdir()
+    for shade in range(3):
+        (source / f"{shade}.png").write_bytes(png(shade, 8))
+    rows = [
+        {"query": "What does it say?", "image": f"{shade}.png", "ground_truth": f"{shade + 1}.0"}
+        for shade in range(3)
+    ]
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert import_rows(source, task, tmp_path / "data")["splits"]["train"]["rows"] == 3
+    problems = [example.problem for example in read_examples(tmp_path / "data", "train")]
+    assert check_problems(task, problems) == []
+    parsed = task.parse(
+        "<perception>a dial</perception><reasoning></reasoning><answer>1.01</answer>"
+    )
+    assert [task.check(problem, parsed.answer) for problem in problems] == [True, False, False]
+    rows[0]["ground_truth"] = " "
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match="line 1: ground_truth: "):
+        import_rows(source, task, tmp_path / "bad")
+
+
 @pytest.fixture
 def dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example task of docs/your_task.md, as a reader would save it."""
-    (tmp_path / "dots.py").write_text(block("your_task.md", "python"), encoding="utf-8")
+    (tmp_path / "dots.py").write_text(block("your_task.md", "python", 1), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     return load_task("dots:Dots")
@@ -175,7 +206,7 @@ def test_the_example_reward_and_recipes(dots: Any, tmp_path: Path) -> None:
         )
         for i, text in enumerate([*texts, "nothing"])
     )  # fmt: skip
-    lines = len(block("your_task.md", "python").splitlines())
+    lines = len(block("your_task.md", "python", 1).splitlines())
     assert f", {lines} lines together" in (ROOT / "README.md").read_text("utf-8")
     term = load_term("dots:Close", {"scale": 4.0})
     assert list(term(dots, Group("g", problem, rollouts))) == [1.0, 0.75, 0.0, 0.0]

@@ -17,7 +17,7 @@ from cluster.record.folder import by_name
 from cluster.report.charts import CELLS
 from cluster.report.choice import Entry, cell_of, choose, evenly, read_index, whole_rows
 from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
-from tasks.figures import compared_words
+from tasks.figures import compared_words, plain_words
 from tasks.images import check_image
 from tasks.load import load_task
 
@@ -241,10 +241,11 @@ def _figures(
             # A user's own task that fails at it, or the facts of an older version of the task.
             pass
     segment = "".join(text for name, text in pieces if name == "perception")
-    told = re.sub(r"</?perception>", " ", segment) or row["perception"] or ""
+    told = (re.sub(r"</?perception>", " ", segment) or row["perception"] or "")[:20_000]
     if not told.strip():
         return None, None
-    return compared_words(row["true_perception"][:2000], told[:2000]).as_json(), None
+    true = row["true_perception"]
+    return (compared_words(true, told) if true else plain_words(_cut(told, 2000))).as_json(), None
 
 
 def embedded(value: Any) -> str:

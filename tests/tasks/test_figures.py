@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tasks.core import Draws
-from tasks.figures import Graph, Grid, compared_words
+from tasks.figures import Graph, Grid, compared_words, plain_words
 from tests.support.puzzles import GRAPHS, SMALL, SUDOKU, TINY, draw
 
 GRID, GRAPH = draw(SUDOKU, 1, **TINY, blanks=6), draw(GRAPHS, 2, **SMALL)
@@ -87,3 +87,11 @@ def test_a_figure_that_the_page_could_not_draw_is_refused() -> None:
     for edges, colors in (((0, 2, "right"), None), ((0, 1, "wrong"), None), ((0, 1, "right"), ())):
         with pytest.raises(ValidationError):
             Graph(labels=("0", "1"), edges=(edges,), colors=colors, text="")  # type: ignore[arg-type]
+
+
+def test_long_texts_are_cut_with_a_word_and_text_without_a_label_is_plain() -> None:
+    long = " ".join(f"w{i}" for i in range(400))
+    assert compared_words(long, long).text == "As it is. Compared are the first 300 words of each."
+    assert compared_words("a", "a").text == "As it is."
+    shown = plain_words("<b>12</b>").as_json()
+    assert shown["rows"] == [["plain", "<b>12</b>"]] and "Nobody has said" in shown["text"]

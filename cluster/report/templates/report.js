@@ -169,7 +169,8 @@
     const views = make("div", { class: "views" });
     const source = data.images[r.image];
     if (source) {
-      const image = make("img", { alt: `The problem's image. It holds: ${r.true.slice(0, 400)}` });
+      const holds = r.true ? ` It holds: ${r.true.slice(0, 400)}` : "";
+      const image = make("img", { alt: `The problem's image.${holds}` });
       image.src = source;
       views.append(figure("Image", image, ""));
     } else views.append(figure("Image", make("p", { class: "lost" }, "not in this file")));
@@ -207,7 +208,7 @@
       rows("Tokens", Object.entries(r.tokens).map(([n, v]) => [n, String(v)])),
     );
     node.append(numbers);
-    for (const [title, text] of [["Prompt", r.prompt], ["What there was to see", r.true], ...r.failures.map((f) => ["Failure", f])]) {
+    for (const [title, text] of [["Prompt", r.prompt], ...(r.true ? [["What there was to see", r.true]] : []), ...r.failures.map((f) => ["Failure", f])]) {
       const pre = make("pre", { class: "piece" });
       pre.append(visible(text));
       node.append(make("details", {}, make("summary", {}, title), pre));

@@ -28,7 +28,14 @@ from rewards.scored import ScoredGroup
 from tasks.core import Problem, Task
 from tasks.load import load_task
 from tests.support.prose import LabelledProse, Prose, prose, says, unlabelled
-from tests.support.report_pages import four_cells, grid_problem, rollouts
+from tests.support.report_pages import (
+    HOSTILE,
+    Page,
+    assert_inert,
+    four_cells,
+    grid_problem,
+    rollouts,
+)
 
 PROSE, LABELLED, SUDOKU = (load_task(n) for n in (Prose.name, LabelledProse.name, "sudoku"))
 SEEN = ("a_p", "a_p_graded", "leak")
@@ -198,3 +205,23 @@ def test_an_evaluation_has_rows_of_what_is_known_and_pools_what_each_task_has() 
     assert changed == {"a"}
     sampled = eval_table(PROSE, {"sampled": [rollouts(PROSE, bare[0], texts[:4], 1).group]})
     assert list(sampled.per_problem) == ["a avg@4", "a pass@2", "a pass@4"]
+
+
+def test_free_text_is_shown_whole_marked_where_a_label_says_what_is_right_and_inert(
+    tmp_path: Path,
+) -> None:
+    text = says(f"6 dots, {HOSTILE[0]} in a row", 12)
+    groups = [
+        rollouts(PROSE, prose(6), [text], 1),
+        rollouts(LABELLED, prose(6, LabelledProse, lambda n: "6 red dots,"), [text], 1),
+    ]
+    run = stored(tmp_path / "run", [groups])
+    record = read_run(run)
+    bare, known = (view["figure"] for view in record.shown.rollouts)
+    assert [mark for mark, _ in bare["rows"]] == ["plain"] and HOSTILE[0] in bare["rows"][0][1]
+    marks = {word: mark for mark, words in known["rows"] for word in words.split()}
+    assert (marks["6"], marks["red"], marks["row"]) == ("right", "missing", "extra")
+    page = build(record)
+    html = page.to_html()
+    assert_inert(Page(html), html)
+    assert "alert(1)" not in page.to_markdown("figures")
