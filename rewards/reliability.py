@@ -53,6 +53,8 @@ class Reliability:
         mean: of the term's values; None without rollouts, as `a_p`.
         a_p: share of right perceptions among the same rollouts.
         pooled, within: Pearson correlation with `a_p`, as in `coupling.Correlations`.
+        graded: `within` with the graded perception score, which varies where equality does not, as
+            in free text.
         auc: chance that a right perception has a higher value than a wrong one, ties half.
         auc_within: the same over pairs of one group only.
         brier: mean of (value − a_p)²; None where a value lies outside [0, 1].
@@ -65,6 +67,7 @@ class Reliability:
     a_p: float | None = None
     pooled: Interval = UNDEFINED
     within: Interval = UNDEFINED
+    graded: Interval = UNDEFINED
     auc: Interval = UNDEFINED
     auc_within: Interval = UNDEFINED
     brier: Interval = UNDEFINED
@@ -80,8 +83,9 @@ def reliability(
     puzzles: Sequence[str] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
+    graded: Sequence[np.ndarray] = (),
 ) -> Reliability:
-    """Judge one term; both arguments hold one array [G] a group.
+    """Judge one term; all arguments but `puzzles` hold one array [G] a group.
 
     Intervals are over `puzzles`, the puzzle of each group; each its own where none is named.
     """
@@ -95,6 +99,7 @@ def reliability(
     constant = np.array([is_constant(v) for v in values], dtype=np.float64)
     parts = [
         correlation_statistics(values, truth),
+        correlation_statistics(values, graded or truth),
         auc_statistics(values, truth),
         _brier_statistics(values, truth),
     ]
@@ -102,7 +107,7 @@ def reliability(
     def statistics(weights: np.ndarray) -> np.ndarray:
         return np.concatenate([part(weights) for part in parts], axis=1)
 
-    pooled, within, auc, auc_within, brier = group_bootstrap(
+    pooled, within, _, by_grade, auc, auc_within, brier = group_bootstrap(
         statistics, len(values), puzzles, resamples, seed, size=len(everything)
     )
     return Reliability(
@@ -110,6 +115,7 @@ def reliability(
         a_p=float(right.mean()),
         pooled=pooled,
         within=within,
+        graded=by_grade if graded else UNDEFINED,
         auc=auc,
         auc_within=auc_within,
         brier=brier,

@@ -233,7 +233,8 @@ def build_ablation(record: AblationRecord) -> Document:
             "To see or to think",
             *charts.planes(summary, arms),
             tables.asymmetry_table(summary),
-            missing="a_p and a_r were not measured before and after.",
+            missing="a_p and a_r were not measured before and after: no pass asked for them, or no "
+            "problem has a perception label.",
         ),
         frontier,
         Part.of(

@@ -90,15 +90,16 @@ def reliability_table(rows: Iterable[tuple[str, ...]], named: tuple[str, ...], m
     """How well each reward term tells true perception; `named`: the columns before the numbers."""
     return Table(
         "Reliability of reward terms",
-        (*named, "over all", "within groups", "AUC"),
+        (*named, "over all", "within groups", "AUC", "graded, within groups"),
         tuple(rows),
-        "Correlation of the term with true perception over all rollouts and within groups, and "
-        f"the chance that a right perception gets more than a wrong one; means over steps{more}.",
-        "l" * len(named) + "rrr",
+        "Correlation of the term with true perception over all rollouts and within groups, "
+        "the chance that a right perception gets more than a wrong one, and the correlation with "
+        f"how near a perception is; means over steps{more}.",
+        "l" * len(named) + "rrrr",
     )
 
 
-RELIABILITY = ("pooled", "within", "auc")
+RELIABILITY = ("pooled", "within", "auc", "graded")
 """What is logged of each term, in the order of `reliability_table`."""
 
 

@@ -100,19 +100,24 @@ def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for term in sorted({name for g in groups for name in g.terms}):
         judged = [
-            (of[term], g.diagnosis.a_p)
+            (of[term], g.diagnosis.a_p, g.diagnosis.a_p_graded)
             for g in groups
             if term in (of := g.measured())
             and g.diagnosis is not None
             and g.diagnosis.a_p is not None
+            and g.diagnosis.a_p_graded is not None
         ]
         if not judged:
             continue
-        values, truth = [v for v, _ in judged], [t for _, t in judged]
+        values, truth, graded = (list(column) for column in zip(*judged, strict=True))
         found = coupling(values, truth)
-        auc = roc_auc(np.concatenate(values), np.concatenate(truth))
-        pairs = (("pooled", found.pooled.value), ("within", found.within.value), ("auc", auc))
-        for name, value in pairs:
+        figures = {
+            "pooled": found.pooled.value,
+            "within": found.within.value,
+            "auc": roc_auc(np.concatenate(values), np.concatenate(truth)),
+            "graded": coupling(values, graded).within.value,
+        }
+        for name, value in figures.items():
             if value is not None:
                 metrics[f"reliability/{term}/{name}"] = value
     return metrics

@@ -85,6 +85,10 @@ def test_a_reliability_worked_out_by_hand() -> None:
     expected = coupling(values, truth)
     assert found.pooled.value == pytest.approx(expected.pooled.value)
     assert found.within.value == pytest.approx(expected.within.value)
+    near = [np.array([1.0, 1.0, 0.7, 0.1]), np.array([1.0, 0.2]), np.ones(2)]
+    graded = reliability(values, truth, graded=near)
+    assert graded.graded.value == pytest.approx(coupling(values, near).within.value)
+    assert graded.within == found.within and found.graded == Interval()
     assert [(b.low, b.high, b.n, b.a_p.value) for b in found.calibration] == [
         (0.0, 0.0, 2, 0.5),
         (0.5, 0.5, 4, 0.5),

@@ -80,6 +80,8 @@ def test_a_step_tells_each_terms_reliability_where_it_is_defined() -> None:
     # Only the first group's outcome varies.
     expected = stats.pearsonr(a[:3], a_p[:3]).statistic
     assert metrics["reliability/outcome/within"] == pytest.approx(expected)
+    near = stats.pearsonr(a[:3], [1, 1, 0.5]).statistic  # 1 / (1 + distance)
+    assert metrics["reliability/outcome/graded"] == pytest.approx(near)
     u = stats.mannwhitneyu(a[a_p == 1], a[a_p == 0]).statistic
     assert metrics["reliability/outcome/auc"] == pytest.approx(u / 12)
     assert metrics["reliability/perception/auc"] == 1.0
