@@ -130,7 +130,7 @@ def batches(processor: Any, problems: int) -> dict[str, list[TrainSequence]]:
             """A response of the length that another problem of the task takes."""
             prompt = sequence(asked, "terse")
             said = sequence(answered, style)
-            return replace(said, prompt_ids=prompt.prompt_ids, image=prompt.image)
+            return replace(said, prompt_ids=prompt.prompt_ids, images=prompt.images)
 
         found["rl"].append(rollout("terse"))
         if index < problems // 4 * GROUP:

@@ -16,7 +16,7 @@ import torch
 
 Layout = Literal["padded", "packed", "shared_prefix"]
 """How the sequences of a micro-batch lie: a row each, padded on the right to the longest; end to
-end in one row; or so, and a prompt (with its image) that several begin with is there once."""
+end in one row; or so, and a prompt (with its images) that several begin with is there once."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TrainSequence:
     Attributes:
         prompt_ids: int32 [P], image placeholders expanded.
         response_ids: int32 [T].
-        image: the encoded image the prompt's placeholders stand for, or None.
+        images: the encoded images that the prompt's placeholders stand for, in their order.
         segments: int8 [T], index into `tasks.core.SEGMENTS` or `tasks.core.NO_SEGMENT`.
         sampler_logprobs: float32 [T], nats; zeros where there was no sampler (SFT).
         advantages: float32 [T]; zeros in SFT.
@@ -36,7 +36,7 @@ class TrainSequence:
 
     prompt_ids: np.ndarray
     response_ids: np.ndarray
-    image: bytes | None
+    images: tuple[bytes, ...]
     segments: np.ndarray
     sampler_logprobs: np.ndarray
     advantages: np.ndarray
@@ -106,7 +106,7 @@ class Vision:
     Attributes:
         inputs: what the tower reads, of the distinct images end to end (`pixel_values` and what
             else the family needs).
-        images: int64 [I], the distinct image of each sequence that has one, in sequence order.
+        images: int64 [I], which of them each place of an image shows, sequence by sequence.
         rows: int64 [R], the same in rows of `pixel_values` (an image may be several tiles).
     """
 
@@ -159,8 +159,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def demonstration(
-    prompt_ids: np.ndarray, response_ids: np.ndarray, image: bytes | None, segments: np.ndarray
+    prompt_ids: np.ndarray,
+    response_ids: np.ndarray,
+    images: tuple[bytes, ...],
+    segments: np.ndarray,
 ) -> TrainSequence:
     """A sequence for SFT: no sampler, no advantage."""
     zeros = np.zeros(len(response_ids), np.float32)
-    return TrainSequence(prompt_ids, response_ids, image, segments, zeros, zeros)
+    return TrainSequence(prompt_ids, response_ids, images, segments, zeros, zeros)

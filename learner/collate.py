@@ -99,8 +99,8 @@ class Collator:
         self._placed.clear()
 
     def __call__(self, sequences: Sequence[TrainSequence], weight: float = 1.0) -> MicroBatch:
-        """Lay out. Raises ValueError when a prompt's placeholders do not fit its image."""
-        shown = [s.image for s in sequences if s.image is not None]
+        """Lay out. Raises ValueError when a prompt's placeholders do not fit its images."""
+        shown = _shown(sequences)
         encoded = dict(zip(shown, self.encode_images(shown), strict=True))
         self._check_placeholders(sequences, encoded)
         lay_out = self._padded if self._layout == "padded" else self._packed
@@ -121,7 +121,7 @@ class Collator:
         shared = real - inputs["input_ids"].numel() if self._layout != "padded" else 0
         return MicroBatch(
             inputs=inputs,
-            vision=self._vision(encoded, [s.image for s in written if s.image is not None]),
+            vision=self._vision(encoded, _shown(written)),
             rows=rows,
             columns=columns,
             tokens=tokens,
@@ -137,11 +137,11 @@ class Collator:
             # The last token is only ever a target.
             known = np.concatenate([sequence.prompt_ids, sequence.response_ids[:-1]])
             found = int((known == self.image_token_id).sum())
-            expected = encoded[sequence.image].placeholders if sequence.image is not None else 0
+            expected = sum(encoded[image].placeholders for image in sequence.images)
             if found != expected:
                 raise ValueError(
                     f"sequence {index}: {found} image placeholders before its last "
-                    f"token but {expected} visual features from its image; sampler and learner "
+                    f"token but {expected} visual features from its images; sampler and learner "
                     "must load the same processor, and end a response at a sampled placeholder"
                 )
 
@@ -161,7 +161,7 @@ class Collator:
             columns.append(torch.arange(len(s.response_ids)) + len(s.prompt_ids) - 1)
         inputs: dict[str, Any] = {"input_ids": ids}
         # Tensors that place image tokens (a grid, a size) go with every use of the image.
-        inputs |= self._placing([encoded[s.image] for s in sequences if s.image is not None])
+        inputs |= self._placing([encoded[image] for image in _shown(sequences)])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = is_image
         return inputs, torch.cat(rows), torch.cat(columns), sequences
@@ -172,7 +172,7 @@ class Collator:
         """End to end in one row, with the positions that each sequence has by itself."""
         from learner.packing import pack
 
-        prompts = [(s.prompt_ids.tobytes(), s.image) for s in sequences]
+        prompts = [(s.prompt_ids.tobytes(), s.images) for s in sequences]
         shared = self._layout == "shared_prefix"
         row = pack(
             [s.prompt_ids for s in sequences],
@@ -199,11 +199,11 @@ class Collator:
         self, sequence: TrainSequence, encoded: Mapping[bytes, EncodedImage]
     ) -> torch.Tensor:
         """int64 [planes, P], made once for each prompt of a batch."""
-        key = (sequence.prompt_ids.tobytes(), sequence.image)
+        key = (sequence.prompt_ids.tobytes(), sequence.images)
         if key not in self._placed:
             ids = torch.from_numpy(sequence.prompt_ids.astype(np.int64))[None]
-            image = [encoded[sequence.image]] if sequence.image is not None else []
-            self._placed[key] = self._family.positions(self._model, ids, self._placing(image))
+            placing = self._placing([encoded[image] for image in sequence.images])
+            self._placed[key] = self._family.positions(self._model, ids, placing)
         return self._placed[key]
 
     def _placing(self, images: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
@@ -224,6 +224,11 @@ class Collator:
             torch.tensor(images, dtype=torch.long),
             torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])),
         )
+
+
+def _shown(sequences: Iterable[TrainSequence]) -> list[bytes]:
+    """The images of sequences, one for each place where one stands."""
+    return [image for sequence in sequences for image in sequence.images]
 
 
 def _width(sequence: TrainSequence) -> int:

@@ -349,7 +349,7 @@ class DeepSpeedLearner(Trainer):
         """
         chosen = [batch.sequences[i] for i in indices] or [min(batch.sequences, key=len)]
         if view:
-            chosen += [s if s.image is None else replace(s, image=view(s.image)) for s in chosen]
+            chosen += [replace(s, images=tuple(map(view, s.images))) for s in chosen]
         return self._collate(chosen, weight=1.0 if indices else 0.0).to(self._engine.device)
 
 

@@ -71,15 +71,15 @@ class Item:
     Attributes:
         tokens: of the sequence, its last one, which is only a target, left out.
         prompt_tokens: those that other sequences of an equal `prompt` begin with too.
-        visual_tokens: placeholders of its image.
-        prompt, image: equal where prompt and image, or the image, are the same.
+        visual_tokens: placeholders of its images.
+        prompt, images: equal where prompt and images, or the images, are the same.
     """
 
     tokens: int
     prompt_tokens: int = 0
     visual_tokens: int = 0
     prompt: Hashable = None
-    image: Hashable = None
+    images: Hashable = None
 
     @property
     def response_tokens(self) -> int:
@@ -94,8 +94,8 @@ def describe(sequence: TrainSequence, image_token_id: int) -> Item:
         tokens=len(prompt) + max(0, len(sequence.response_ids) - 1),
         prompt_tokens=len(prompt),
         visual_tokens=int((prompt == image_token_id).sum()),
-        prompt=(prompt.tobytes(), sequence.image),
-        image=sequence.image,
+        prompt=(prompt.tobytes(), sequence.images),
+        images=sequence.images or None,
     )
 
 
@@ -108,7 +108,7 @@ def row_tokens(items: Sequence[Item], layout: Layout) -> int:
 
 def load(items: Sequence[Item], layout: Layout, costs: Costs) -> float:
     """What one micro-batch of these costs, in text tokens, without what every one costs."""
-    images = {item.image: item.visual_tokens for item in items if item.image is not None}
+    images = {item.images: item.visual_tokens for item in items if item.images is not None}
     if layout == "padded":
         squares = len(items) * max((item.tokens for item in items), default=0) ** 2
     else:
@@ -134,7 +134,7 @@ def deal_micro_batches(
 ) -> list[list[list[int]]]:
     """Indices of each micro-batch of each rank: `[rank][micro-batch] -> sequence indices`.
 
-    Ranks are dealt like loads, by cost. What shares an image or a prompt stays on one rank, unless
+    Ranks are dealt like loads, by cost. What shares images or a prompt stays on one rank, unless
     the ranks are more alike, and the last of them is done sooner, where it is divided. The
     slowest rank has at most the mean cost plus that of one sequence.
 
@@ -154,7 +154,7 @@ def deal_micro_batches(
 
 
 def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> list[list[list[int]]]:
-    """The units of each rank: sequences that share an image or a prompt, or a part of them.
+    """The units of each rank: sequences that share their images or a prompt, or a part of them.
 
     The longest-processing-time rule (Graham 1969) for whole groups, their halves, quarters, ...
     down to single sequences; of these, the one whose slowest rank is fastest.
@@ -163,7 +163,7 @@ def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> li
     counted: Layout = "packed" if layout == "padded" else layout
     groups: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
-        key = item.image or (item.prompt if layout == "shared_prefix" else None) or index
+        key = item.images or (item.prompt if layout == "shared_prefix" else None) or index
         groups.setdefault(key, []).append(index)
     size = max((len(group) for group in groups.values()), default=1)
     best: tuple[float, list[list[list[int]]]] = (float("inf"), [[] for _ in range(ranks)])
@@ -195,8 +195,8 @@ def _cut_by_length(
             count, width = end - start, item.tokens
             if count > 1 and count * width > budget:
                 break
-            if item.image is not None and item.image not in images:
-                images.add(item.image)
+            if item.images is not None and item.images not in images:
+                images.add(item.images)
                 visual += item.visual_tokens
             cost = count * width * (1 + costs.pair * width / 2) + costs.visual * visual
             found = min(found, (least[start][0] + cost + costs.micro_batch, start))

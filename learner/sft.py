@@ -15,6 +15,7 @@ from learner.batch import TrainSequence, demonstration
 from rollout.tokens import Chat, label_segments
 from tasks.core import NO_SEGMENT, DataError, Demonstrates, Parsed, Problem, Style, Task
 from tasks.images import check_image
+from tasks.placeholders import as_shown, placed, text_alone
 from tasks.splits import draw_problem
 
 
@@ -30,7 +31,7 @@ class Demonstrator:
     ) -> TrainSequence:
         """The problem's chat prompt followed by `response` and the end-of-turn token.
 
-        With `blind` there is no image, and the response's perception is given instead of learnt,
+        With `blind` no image is shown, and the response's perception is given instead of learnt,
         as a request of kind `blind` with that prefix gives it.
 
         Raises DataError when the task's own parser finds a defect in the response (a defect
@@ -43,11 +44,10 @@ class Demonstrator:
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
         field = "prompt"
-        size = (
-            None if blind else check_image(problem.images[0], f"image of problem {problem.id}").size
-        )
+        where = f"image of problem {problem.id}"
+        sizes = tuple(check_image(image, where).size for image in problem.images)
         try:
-            prompt, field = self._prompt(problem.prompt, size), "response"
+            prompt, field = self._prompt(problem.prompt, sizes, blind), "response"
             ids = self._chat.text(response)
         except DataError as error:
             raise DataError(f"problem {problem.id}: {field} {error}") from error
@@ -60,17 +60,18 @@ class Demonstrator:
         return demonstration(
             np.asarray([*prompt, *ids[:given]], np.int32),
             np.asarray([*ids[given:], self._chat.end], np.int32),
-            None if blind else problem.images[0],
+            () if blind else as_shown(problem.prompt, problem.images),
             np.append(segments, np.int8(NO_SEGMENT)).astype(np.int8),
         )
 
-    def _make_prompt(self, prompt: str, size: tuple[int, int] | None) -> list[int]:
-        """Ids, placeholders expanded: how many there are depends on the image's size only.
-
-        Without a size there is no image.
-        """
-        ids = self._chat.prompt(prompt, with_image=size is not None)
-        return ids if size is None else self._chat.expanded(ids, size)
+    def _make_prompt(
+        self, prompt: str, sizes: tuple[tuple[int, int], ...], blind: bool
+    ) -> list[int]:
+        """Ids, placeholders expanded: how many there are depends on the images' sizes only."""
+        parts = placed(prompt, sizes)
+        if blind:
+            return self._chat.prompt(text_alone(parts))
+        return self._chat.expanded(self._chat.prompt(parts), as_shown(prompt, sizes))
 
 
 def _given(problem: Problem, response: str, parsed: Parsed, offsets: np.ndarray) -> int:

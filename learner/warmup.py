@@ -32,7 +32,7 @@ def warm_up_vision(
 ) -> dict[str, float]:
     """Train the vision tower (and nothing else) for `steps` batches; returns the last metrics.
 
-    Every image of a task must give the same number of visual features. Metrics:
+    The images of each problem of a task must give the same number of visual features. Metrics:
     `warmup/<task>/loss` and `warmup/<task>/accuracy` (share of labels read right).
     """
     model: Any = policy.model
@@ -50,7 +50,7 @@ def warm_up_vision(
         for name, problem, labels in batch:
             by_task.setdefault(name, []).append((problem, labels))
         features = {
-            name: _features(policy, collate, [p.images[0] for p, _ in rows])
+            name: _features(policy, collate, [p.images for p, _ in rows])
             for name, rows in by_task.items()
         }
         if optimizer is None:
@@ -78,11 +78,11 @@ def warm_up_vision(
     return metrics
 
 
-def _features(policy: Policy, collate: Any, images: Sequence[bytes]) -> torch.Tensor:
-    """[B, F] visual features of each image, flattened in reading order."""
-    encoded = collate.encode_images(images)
+def _features(policy: Policy, collate: Any, images: Sequence[Sequence[bytes]]) -> torch.Tensor:
+    """[B, F] visual features of each problem's images, flattened in reading order."""
+    encoded = collate.encode_images([image for of in images for image in of])
     names = encoded[0].inputs
     inputs = {name: torch.cat([image.inputs[name] for image in encoded]) for name in names}
     output = policy.family.image_features(policy.model, inputs).pooler_output
     tensors = output if isinstance(output, list | tuple) else list(output)
-    return torch.stack([t.flatten() for t in tensors])
+    return torch.cat([t.flatten() for t in tensors]).view(len(images), -1)

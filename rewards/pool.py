@@ -389,10 +389,11 @@ def _loop_turns(worker: _Worker) -> bool:
 
 
 def _other_problem(groups: Sequence[Group], index: int) -> Problem | None:
-    """The next problem of the step that is of the same task and shows another image."""
+    """The next problem of the step that is of the same task and shows as many images, others."""
     mine = groups[index].problem
     for offset in range(1, len(groups)):
         other = groups[(index + offset) % len(groups)].problem
-        if other.task == mine.task and other.images != mine.images:
+        alike = other.task == mine.task and len(other.images) == len(mine.images)
+        if alike and other.images != mine.images:
             return other
     return None

@@ -238,7 +238,7 @@ class ImageDependence(Capped):
     segment, in nats a token: a sample of KL(π(· | image) ‖ π(· | masked image)), which PAPO
     (arXiv 2507.06448) adds to the loss. Both sides are scored by one model in one way, so the
     sampling temperature has no part in it. It tells whether the perception came from the image,
-    not whether it is right.
+    not whether it is right. Of several images all are altered; without one there is no gain.
 
     Args:
         view: what the image is altered to: `masked`, random patches black; `blank`, its mean
@@ -256,9 +256,9 @@ class ImageDependence(Capped):
     share: Annotated[Rate, Field(le=1)] = 0.6
 
     def ask(self, task: Task, group: Group, other: Problem | None) -> list[ScoreRequest]:
-        """Two requests, image and altered image, for each different run of tokens.
+        """Two requests, images and altered images, for each different run of tokens.
 
-        Raises ValueError where the view is `swapped` and there is no other image.
+        Raises ValueError where the view is `swapped` and there are no other images.
         """
         runs = different(self._runs(group))
         if not runs:
@@ -298,7 +298,7 @@ class ImageDependence(Capped):
         runs: list[bytes | None] = []
         for rollout in group.rollouts:
             seeing = np.flatnonzero(rollout.segments == PERCEPTION)
-            if self.seen(rollout) is None or not len(seeing):
+            if not group.problem.images or self.seen(rollout) is None or not len(seeing):
                 runs.append(None)
             else:
                 ids = rollout.response_ids[: seeing[-1] + 1]

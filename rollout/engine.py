@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
 from rollout.settings import ModelConfig, SamplerConfig
@@ -30,6 +29,7 @@ from rollout.starting import start_engine
 from rollout.tokens import Chat, label_segments
 from tasks.core import DataError, Problem, Task, labelled
 from tasks.images import blank_like, check_image
+from tasks.placeholders import placed, text_alone
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -125,8 +125,7 @@ class Engine:
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
                 "place: as an input it would announce an image, and no sampler makes one there"
             )
-        where = f"image of request {request.request_id}"
-        prompt = self._prompt(problem, [check_image(image, where) for image in request.images])
+        prompt = self._prompt(problem, request.images)
         prompt["prompt_token_ids"] += given
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
@@ -261,21 +260,25 @@ class Engine:
         self._llm.shutdown()
 
     def _prompt(
-        self, problem: Problem, images: Sequence[Image.Image], prefix: str = ""
+        self, problem: Problem, images: Sequence[bytes], prefix: str = ""
     ) -> dict[str, Any]:
+        """What the engine is asked: the problem's prompt with these images, or with none."""
         if images and self._chat.image_token is None:
             raise SamplerError(
                 f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
                 'an image; ask it with view "none", or to score with no image'
             )
         try:
-            ids = self._chat.prompt(problem.prompt, with_image=bool(images))
+            parts = placed(problem.prompt, images or problem.images)
+            ids = self._chat.prompt(parts if images else text_alone(parts))
             ids += self._chat.text(prefix) if prefix else []
         except DataError as error:
             raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if images:
-            prompt["multi_modal_data"] = {"image": list(images)}
+            where = f"image of problem {problem.id}"
+            shown = [check_image(part, where) for part in parts if isinstance(part, bytes)]
+            prompt["multi_modal_data"] = {"image": shown}
         return prompt
 
     async def _generate(
@@ -385,8 +388,7 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
     return final
 
 
-def _view(problem: Problem, view: ImageView) -> list[Image.Image]:
+def _view(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
     if view == "none":
-        return []
-    found = problem.images if view == "shown" else map(blank_like, problem.images)
-    return [check_image(image, f"image of problem {problem.id}") for image in found]
+        return ()
+    return problem.images if view == "shown" else tuple(map(blank_like, problem.images))

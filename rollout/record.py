@@ -57,8 +57,8 @@ class ScoreRequest:
         problem: its prompt is what the tokens answer.
         response_ids: int32 [T], the tokens to score; T may be 0. A special token that is not
             end-of-turn or padding may only be the last, as the sampler leaves it.
-        images: encoded images to show in place of the problem's own, as many; none: prompt text
-            only.
+        images: encoded images to show in place of the problem's own, as many and in its order;
+            none: prompt text only.
 
     The reply is float32 [T], nats at temperature 1 over the whole vocabulary: equal to a
     rollout's own log-probs where it was sampled so.

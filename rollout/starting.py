@@ -67,7 +67,7 @@ def start_engine(
     processor = (load_reader if frozen else load_processor)(model.path)
     chosen: dict[str, Any] = {}
     if tokenizer_of(processor) is not processor:
-        chosen["limit_mm_per_prompt"] = {"image": 1, "video": 0}
+        chosen["limit_mm_per_prompt"] = {"video": 0}
     if not frozen:
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])

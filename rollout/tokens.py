@@ -7,11 +7,11 @@ text are the same tokens. Nothing here imports an engine.
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -138,7 +138,8 @@ class Chat:
                 "take both from one checkpoint"
             )
         self.image_block = lru_cache(maxsize=256)(self._make_image_block)
-        self._frames = {shown: self._frame(shown) for shown in {False, shows}}
+        self._frame = lru_cache(maxsize=256)(self._make_frame)
+        self._frame((True,))
         self.end, self.ends = self._find_ends(config)
         specials = set(special_tokens(self.tokenizer))
         self.placeholders = sorted(specials - self.ends - {self.tokenizer.pad_token_id})
@@ -146,22 +147,29 @@ class Chat:
             self.placeholders.append(self.image_token)  # not special, or also the padding
         added = set(self.tokenizer.added_tokens_decoder)
         self._control = specials | (self.ends & added) | {self.image_token}
-        self._check_image()
         self._check_vocabulary(config)
+        if shows and self.image_token not in self.image_block((64, 64)):
+            raise ModelError("its processor makes no image tokens of an image")
 
-    def prompt(self, text: str, *, with_image: bool) -> list[int]:
+    def prompt(self, parts: Sequence[Any]) -> list[int]:
         """Ids of a one-turn conversation, ending where the response begins.
 
-        The image stands before the text as one `image_token`, not yet expanded. Raises DataError
-        where the tokenizer cannot read `text` as characters.
+        `parts`: what the user says in order, each a text or anything else for an image (see
+        `tasks.placeholders`), which becomes one `image_token`, not yet expanded. Raises DataError
+        where the tokenizer cannot read a text as characters, ModelError where the chat template
+        does not write such a turn.
         """
-        start, head, tail, cut = self._frames[with_image]
-        text = cut(text)
-        ids = encode(self.tokenizer, head + text + tail)
-        before, after = encode(self.tokenizer, head), encode(self.tokenizer, tail)
-        if self._controls(ids) != self._controls([*before, *after]):
-            ids = [*before, *self.text(text), *after]
-        return [*start, *ids]
+        parts = parts or [""]
+        frame = self._frame(tuple(isinstance(part, str) for part in parts))
+        said = (part for part in parts if isinstance(part, str))
+        texts = [cut(text) for cut, text in zip(frame.cuts, said, strict=True)]
+        ids = encode(self.tokenizer, _between(frame.around, texts))
+        around = [encode(self.tokenizer, text) for text in frame.around]
+        if self._controls(ids) != self._controls(itertools.chain(*around)):
+            ids = [*around[0]]
+            for text, after in zip(texts, around[1:], strict=True):
+                ids += self.text(text) + after
+        return [*frame.start, *ids]
 
     def text(self, text: str) -> list[int]:
         """Ids of text as characters; raises DataError where the tokenizer cannot read it so."""
@@ -174,11 +182,12 @@ class Chat:
             )
         return ids
 
-    def expanded(self, ids: Sequence[int], size: tuple[int, int]) -> list[int]:
-        """A prompt's ids with as many placeholders as an image of `size` (width, height) takes."""
-        assert self.image_token is not None
-        at = list(ids).index(self.image_token)
-        return [*ids[:at], *self.image_block(size), *ids[at + 1 :]]
+    def expanded(self, ids: Sequence[int], sizes: Iterable[tuple[int, int]]) -> list[int]:
+        """A prompt's ids with as many placeholders as its images take, by width and height."""
+        blocks = map(self.image_block, sizes)
+        return [
+            i for token in ids for i in (next(blocks) if token == self.image_token else [token])
+        ]
 
     def _make_image_block(self, size: tuple[int, int]) -> list[int]:
         token = self.tokenizer.convert_ids_to_tokens(self.image_token)
@@ -186,7 +195,7 @@ class Chat:
         made = self._reader(images=[image], text=[token], add_special_tokens=False)
         return [int(index) for index in made["input_ids"][0]]
 
-    def _controls(self, ids: Sequence[int]) -> list[int]:
+    def _controls(self, ids: Iterable[int]) -> list[int]:
         return [index for index in ids if index in self._control]
 
     def _start(self, head: str) -> list[int]:
@@ -196,15 +205,17 @@ class Chat:
             return []
         return [first] if self.tokenizer("a")["input_ids"][0] == first else []
 
-    def _render(self, said: Mapping[str, str], with_image: bool, plain: Sequence[str] = ()) -> str:
-        """The chat template's text of what each role says, one turn each."""
+    def _render(self, said: Mapping[str, Sequence[str | None]], plain: Sequence[str] = ()) -> str:
+        """The chat template's text of what each role says, one turn each; None is an image."""
         messages: list[dict[str, Any]] = []
-        for role, text in said.items():
-            parts = [{"type": "image"}] if with_image and role == "user" else []
-            content = [*parts, {"type": "text", "text": text}]
+        for role, parts in said.items():
             # Templates of text-only models take a string.
             alone = self._reader is self.tokenizer or role in plain
-            messages.append({"role": role, "content": text if alone else content})
+            content = [
+                {"type": "image"} if part is None else {"type": "text", "text": part}
+                for part in parts
+            ]
+            messages.append({"role": role, "content": parts[0] if alone else content})
         try:
             rendered: str = self._reader.apply_chat_template(
                 messages, add_generation_prompt="assistant" not in said, tokenize=False
@@ -213,23 +224,41 @@ class Chat:
             raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
         return rendered
 
-    def _frame(self, with_image: bool) -> _Frame:
-        head, *rest = self._render({"user": _MARK}, with_image).split(_MARK)
-        padded = f" \n{_MARK}\n "
-        found = self._render({"user": padded}, with_image)
-        for cut in (str, str.strip, str.lstrip, str.rstrip):
-            if len(rest) == 1 and found == head + cut(padded) + rest[0]:
-                return self._start(head), head, rest[0], cut
-        raise ModelError("its chat template does not write a user's text once, as it is; mend it")
+    def _make_frame(self, kinds: tuple[bool, ...]) -> _Frame:
+        """How the template writes a user's turn of these parts; True is a text."""
+        said = [_MARK if text else None for text in kinds]
+        around = self._render({"user": said}).split(_MARK)
+        padded, cuts = f" \n{_MARK}\n ", list[Callable[[str], str]]()
+        for at in (at for at, text in enumerate(kinds) if text):
+            found = self._render({"user": [*said[:at], padded, *said[at + 1 :]]})
+            for cut in (str, str.strip, str.lstrip, str.rstrip):
+                texts = [_MARK] * kinds.count(True)
+                texts[len(cuts)] = cut(padded)
+                if len(around) == len(texts) + 1 and found == _between(around, texts):
+                    cuts.append(cut)
+                    break
+            else:
+                raise ModelError(
+                    "its chat template does not write a user's text once, as it is; mend it"
+                )
+        ids = itertools.chain.from_iterable(encode(self.tokenizer, text) for text in around)
+        written, images = list(ids).count(self.image_token), kinds.count(False)
+        if self.image_token is not None and written != images:
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token)
+            raise ModelError(
+                f"its chat template writes {written} image placeholders ({token!r}) for "
+                f"{images} images; take the template that belongs to the checkpoint"
+            )
+        return _Frame(self._start(around[0]), around, cuts)
 
     def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
         tokenizer = self.tokenizer
         added = set(tokenizer.added_tokens_decoder)
-        said = {"user": "a", "assistant": _MARK}
+        said = {"user": ["a"], "assistant": [_MARK]}
         try:
-            _, mark, closing = self._render(said, False).rpartition(_MARK)
+            _, mark, closing = self._render(said).rpartition(_MARK)
         except ModelError:  # some take an assistant's words as a string only
-            _, mark, closing = self._render(said, False, ("assistant",)).rpartition(_MARK)
+            _, mark, closing = self._render(said, ("assistant",)).rpartition(_MARK)
         if not mark:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
@@ -248,7 +277,9 @@ class Chat:
 
     def _check_vocabulary(self, config: Mapping[str, Any]) -> None:
         size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
-        last = max(self.end, *self.prompt("a", with_image=self.image_token is not None))
+        plain, shown = ["a"], [None, "a"]
+        seen = [self.prompt(said) for said in (plain, shown)[: 1 + (self.image_token is not None)]]
+        last = max(self.end, *itertools.chain(*seen))
         if size is not None and last >= size:
             token = self.tokenizer.convert_ids_to_tokens(last)
             raise ModelError(
@@ -256,23 +287,19 @@ class Chat:
                 "the model's embeddings, or take the tokenizer that belongs to it"
             )
 
-    def _check_image(self) -> None:
-        if self.image_token is None:
-            return
-        for shown in (False, True):
-            found = self.prompt("a", with_image=shown).count(self.image_token)
-            if found != shown:
-                token = self.tokenizer.convert_ids_to_tokens(self.image_token)
-                raise ModelError(
-                    f"its chat template writes {found} image placeholders ({token!r}) for "
-                    f"{int(shown)} images; take the template that belongs to the checkpoint"
-                )
-        if self.image_token not in self.image_block((64, 64)):
-            raise ModelError("its processor makes no image tokens of an image")
+
+class _Frame(NamedTuple):
+    """Ids that begin a prompt, text around a user's texts, how white space of each is cut."""
+
+    start: list[int]
+    around: list[str]
+    cuts: list[Callable[[str], str]]
 
 
-_Frame = tuple[list[int], str, str, Callable[[str], str]]
-"""Ids that begin a prompt, text before and after a user's text, how white space around it is cut"""
+def _between(around: Sequence[str], texts: Sequence[str]) -> str:
+    """Each of the texts between two of those around them."""
+    return around[0] + "".join(map("".join, zip(texts, around[1:], strict=True)))
+
 
 _MARK = "sphinxofblackquartz"
 """Text that occurs in no chat template."""
@@ -300,7 +327,9 @@ class Decoder:
             if text in (_SAMPLE, f" {_SAMPLE}"):
                 return
             pairs = zip(text, _SAMPLE, strict=False)
-            same = max(same, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            same = max(
+                same, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            )
         raise ModelError(
             f"its tokenizer loses {_SAMPLE[same:][:12]!r} of a sample text; take a "
             "checkpoint with a byte-level or byte-fallback tokenizer"

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from tasks.core import DataError, Problem
 from tasks.images import check_image
+from tasks.placeholders import placed
 
 MANIFEST = "manifest.json"
 COMPLETE = ".complete"
@@ -193,7 +194,11 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
         if isinstance(row, DataError):
             raise DataError(f"{place}: {row}")
         texts = {name: as_text(row[name], f"{place}: {name}") for name in OUR_COLUMNS}
-        images = tuple(_images(row, place))
+        prompt, images = as_text(row["query"], f"{place}: query"), tuple(_images(row, place))
+        try:
+            placed(prompt, images)
+        except DataError as error:
+            raise DataError(f"{place}: query: {error}") from error
         if check_images:
             for image in images:
                 check_image(image, f"{place}: image")
@@ -203,7 +208,7 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
         problem = Problem(
             id=texts["id"],
             task=texts["task"],
-            prompt=as_text(row["query"], f"{place}: query"),
+            prompt=prompt,
             perception=texts["perception"],
             truth=_json_object(texts["truth"], f"{place}: truth"),
             knobs=_json_object(texts["knobs"], f"{place}: knobs"),

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cluster.ablation.grid import CellName
 from cluster.ablation.settings import CellCommand
+from cluster.record.folder import DEMONSTRATION_SCHEMA, ROLLOUT_SCHEMA, read_rows
 from tasks.files import put_text
 
 
@@ -76,19 +79,27 @@ def hash_first_batch(run: Path, command: CellCommand = "train") -> str:
     Of RL the problems of step 1: ids, prompts, images. Of SFT the demonstrations of update 1: token
     ids, segments, images. Raises OSError where the run left no record of them.
     """
-    import pyarrow.parquet as pq
-
     if command == "sft":
-        rows = pq.read_table(run / "demonstrations" / "step-000001.parquet").to_pylist()
+        rows = _first_rows(run / "demonstrations", DEMONSTRATION_SCHEMA.names)
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     columns = ["group_id", "problem_id", "prompt", "image_sha256"]
-    table = pq.read_table(run / "rollouts" / "step-000001.parquet", columns=columns)
-    problems = {row["group_id"]: row for row in table.to_pylist()}
+    problems = {row["group_id"]: row for row in _first_rows(run / "rollouts", columns)}
     # A group's id starts with its place in the step; scoring may return groups in another order.
     ordered = sorted(problems.values(), key=lambda row: int(row["group_id"].split("/")[1]))
     text = json.dumps([[row[name] for name in columns[1:]] for row in ordered])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Of step 1; one image is its hash and none is null, as results of before were hashed."""
+    schema = pa.unify_schemas([ROLLOUT_SCHEMA, DEMONSTRATION_SCHEMA])
+    only = pa.schema([schema.field(name) for name in columns])
+    rows: list[dict[str, Any]] = read_rows(folder / "step-000001.parquet", only).to_pylist()
+    for row in rows:
+        images = row["image_sha256"]
+        row["image_sha256"] = images if len(images) > 1 else next(iter(images), None)
+    return rows
 
 
 def last_step_of(run: Path, command: CellCommand) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from rollout.tokens import Chat
 from tasks.core import DataError, Problem
 from tasks.images import check_image
+from tasks.placeholders import placed
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -38,7 +39,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Taken:
-    """Tokens of a prompt, `image` of them of its image; `fault` where it cannot be made."""
+    """Tokens of a prompt, `image` of them of its images; `fault` where it cannot be made."""
 
     prompt: int = 0
     image: int = 0
@@ -52,19 +53,18 @@ class Context:
     processor: Any
     length: int
     answer: int
-    _texts: dict[str, int | Fault] = field(default_factory=dict, repr=False)
+    _texts: dict[tuple[str, int], int | Fault] = field(default_factory=dict, repr=False)
     _blocks: dict[Size, int | Fault] = field(default_factory=dict, repr=False)
 
-    def taken(self, asked: Sequence[tuple[str, Size]]) -> list[Taken]:
-        """What each prompt with an image of that size takes."""
-        self._measure_sizes({size for _, size in asked})
+    def taken(self, asked: Sequence[tuple[str, tuple[Size, ...]]]) -> list[Taken]:
+        """What each prompt with images of those sizes takes."""
+        self._measure_sizes({size for _, sizes in asked for size in sizes})
         found = []
-        for prompt, size in asked:
-            text, block = self._text(prompt), self._blocks[size]
-            if isinstance(text, Fault) or isinstance(block, Fault):
-                found.append(Taken(fault=block if isinstance(block, Fault) else text))  # type: ignore[arg-type]
-            else:
-                found.append(Taken(text + block, block))
+        for prompt, sizes in asked:
+            counts = [*(self._blocks[size] for size in sizes), self._text(prompt, len(sizes))]
+            fault = next((count for count in counts if isinstance(count, Fault)), None)
+            known = [count for count in counts if isinstance(count, int)]
+            found.append(Taken(fault=fault) if fault else Taken(sum(known), sum(known[:-1])))
         return found
 
     def lack(self, taken: Taken, prefix: str = "") -> Fault | None:
@@ -74,7 +74,7 @@ class Context:
         if taken.prompt + self.answer > self.length:
             return Fault(
                 "image" if 2 * taken.image > taken.prompt else "query",
-                f"{taken.prompt:,} tokens, {taken.image:,} of them of the image, and "
+                f"{taken.prompt:,} tokens, {taken.image:,} of them of the images, and "
                 f"sampler.max_tokens = {self.answer:,} do not fit in model.max_model_len = "
                 f"{self.length:,}",
             )
@@ -84,15 +84,16 @@ class Context:
         if taken.prompt + forced >= self.length:
             return Fault(
                 "perception",
-                f"{forced:,} tokens behind {taken.prompt:,} of query and image leave no room for "
+                f"{forced:,} tokens behind {taken.prompt:,} of query and images leave no room for "
                 f"an answer in model.max_model_len = {self.length:,}",
             )
         return None
 
     def taken_by(self, problem: Problem) -> Taken:
         """What one problem takes. Raises DataError for an image that cannot be read."""
-        size = check_image(problem.images[0], f"image of problem {problem.id}").size
-        return self.taken([(problem.prompt, size)])[0]
+        where = f"image of problem {problem.id}"
+        sizes = tuple(check_image(image, where).size for image in problem.images)
+        return self.taken([(problem.prompt, sizes)])[0]
 
     def response_lack(self, taken: Taken, response: str) -> Fault | None:
         """Why a response to learn from does not fit behind its prompt, where it does not."""
@@ -104,7 +105,7 @@ class Context:
             return None
         return Fault(
             "response",
-            f"{length:,} tokens behind {taken.prompt:,} of query and image do not fit in "
+            f"{length:,} tokens behind {taken.prompt:,} of query and images do not fit in "
             f"model.max_model_len = {self.length:,}",
         )
 
@@ -127,14 +128,15 @@ class Context:
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def _text(self, prompt: str) -> int | Fault:
-        """Tokens of a prompt without those that stand for the image."""
-        if prompt not in self._texts:
+    def _text(self, prompt: str, images: int) -> int | Fault:
+        """Tokens of a prompt without those that stand for its images."""
+        if (prompt, images) not in self._texts:
             try:
-                self._texts[prompt] = len(self._chat.prompt(prompt, with_image=True)) - 1
+                ids = self._chat.prompt(placed(prompt, range(images)))
+                self._texts[prompt, images] = len(ids) - images
             except DataError as error:
-                self._texts[prompt] = Fault("query", str(error))
-        return self._texts[prompt]
+                self._texts[prompt, images] = Fault("query", str(error))
+        return self._texts[prompt, images]
 
     def _length(self, field: str, text: str) -> int | Fault:
         """Tokens of text that a response begins with or is."""

@@ -18,14 +18,14 @@ from tasks.datasets import Example, file_hash
 from tasks.files import user_cache
 from tasks.images import check_image
 
-MEASURING = 2
+MEASURING = 3
 """Raise it when rows are measured differently: what was kept before counts no more."""
 MANY = 2000
 """Rows from which on measuring them shows its progress."""
 
 
 def row_takes(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
-    """What the prompt and image of each row of a split take; its file tells what was kept of it."""
+    """What prompt and images of each row of a split take; its file tells what was kept of it."""
     whole = f"{MEASURING} {file_hash(file)} {context.fingerprint}"
     folder = _cache_folder()
     kept = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
@@ -38,11 +38,11 @@ def row_takes(file: Path, examples: Sequence[Example], context: Context) -> list
 
 
 def _measured(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
-    sizes: list[Size | Fault] = []
+    sizes: list[tuple[Size, ...] | Fault] = []
     with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
         sizes.extend(
             track(
-                threads.map(_size, examples),
+                threads.map(_sizes, examples),
                 f"measuring {file}",
                 len(examples),
                 console=Console(stderr=True),
@@ -59,13 +59,12 @@ def _measured(file: Path, examples: Sequence[Example], context: Context) -> list
     return [Taken(fault=size) if isinstance(size, Fault) else next(takes) for size in sizes]
 
 
-def _size(example: Example) -> Size | Fault:
-    """Pixels of a row's image, which is decoded whole."""
+def _sizes(example: Example) -> tuple[Size, ...] | Fault:
+    """Pixels of a row's images, which are decoded whole."""
     try:
-        size: Size = check_image(example.problem.images[0], "image").size
+        return tuple(check_image(image, "image").size for image in example.problem.images)
     except DataError as error:
         return Fault("image", str(error).removeprefix("image: "), damaged=True)
-    return size
 
 
 def _cache_folder() -> Path | None:

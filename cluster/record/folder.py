@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 METRIC_SCHEMA = pa.schema(
     {
@@ -43,13 +44,14 @@ ROLLOUT_SCHEMA = pa.schema(
         "task": pa.string(),
         "kind": pa.string(),
         "view": pa.string(),
-        # What was asked: enough to score the row again, with the image of `image_sha256`.
+        # What was asked: enough to score the row again, with the images of `image_sha256`.
         "prompt": pa.string(),
         "true_perception": pa.string(),
         "truth": pa.string(),  # JSON
         "knobs": pa.string(),  # JSON
         "symmetry_key": pa.string(),
-        "image_sha256": pa.string(),
+        "image_sha256": pa.list_(pa.string()),  # of each image, in the problem's order
+        "extra": pa.string(),  # JSON; null where there is none
         # What came back.
         "prompt_ids": pa.list_(pa.int32()),
         "response_ids": pa.list_(pa.int32()),
@@ -85,7 +87,7 @@ DEMONSTRATION_SCHEMA = pa.schema(
         "prompt_ids": pa.list_(pa.int32()),
         "response_ids": pa.list_(pa.int32()),
         "segments": pa.list_(pa.int8()),
-        "image_sha256": pa.string(),  # null for a blind one
+        "image_sha256": pa.list_(pa.string()),  # of those shown, in the prompt's order
     }
 )
 
@@ -98,6 +100,25 @@ TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
 _ROLLOUT = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason", "seconds")
 ROLLOUT_COLUMNS = (*_ROLLOUT, "sampler", *TOKEN_ARRAYS)
 """Fields of a `Rollout` that are stored under their own names."""
+
+
+def image_lists(table: pa.Table) -> pa.Table:
+    """The table with a list of images a row; in older runs `image_sha256` is one hash or null."""
+    field = ROLLOUT_SCHEMA.field("image_sha256")
+    index = table.schema.get_field_index(field.name)
+    if index < 0 or table.schema.field(index).type != pa.string():
+        return table
+    lists = [[] if sha is None else [sha] for sha in table.column(index).to_pylist()]
+    return table.set_column(index, field, pa.array(lists, field.type))
+
+
+def read_rows(file: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`, null where an older run had none; raises as PyArrow does."""
+    told = pq.read_schema(file)
+    index = schema.get_field_index("image_sha256")
+    if index >= 0 and told.field("image_sha256").type == pa.string():
+        schema = schema.set(index, told.field("image_sha256"))
+    return image_lists(pq.read_table(file, schema=schema))
 
 
 def named_values(values: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from cluster.record.folder import (
     TOKEN_ARRAYS,
     TRUTH_COLUMNS,
     by_name,
+    image_lists,
     metric_parts,
+    read_rows,
     step_file,
 )
 from rewards.advantages import CREDIT_COLUMNS
@@ -42,7 +44,7 @@ SCORE_COLUMNS = (
     *("dropped", "failures", *TRUTH_COLUMNS),
 )
 GROUP_COLUMNS = (
-    *("problem_id", "prompt", "true_perception", "truth", "knobs", "image_sha256"),
+    *("problem_id", "prompt", "true_perception", "truth", "knobs", "image_sha256", "extra"),
     *ROLLOUT_COLUMNS,
 )
 _STEP_FILE = re.compile(r"step-(\d+)\.parquet")
@@ -124,7 +126,7 @@ def read_rollouts(run_dir: Path | str, step: int) -> pa.Table:
     file = _file(run_dir, step)
     if not file.exists():
         raise FileNotFoundError(f"{file}: this run holds no rollouts of step {step}")
-    return pq.read_table(file, schema=ROLLOUT_SCHEMA)
+    return read_rows(file, ROLLOUT_SCHEMA)
 
 
 def stored_steps(run_dir: Path | str) -> list[int]:
@@ -253,13 +255,18 @@ def _rows_by_group(file: Path, columns: Sequence[str]) -> Iterator[list[Row]]:
 
 
 def _read(file: Path, columns: Sequence[str]) -> pa.Table:
-    """The named columns in the types of `ROLLOUT_SCHEMA`, without nulls but for the truth."""
+    """The named columns in the types of `ROLLOUT_SCHEMA`, without nulls but for the truth and
+    what a problem need not have."""
     try:
         table = pq.ParquetFile(file)
         absent = [name for name in columns if name not in table.schema_arrow.names]
-        if absent:
-            raise DataError(f"{file}: column {absent[0]!r} is missing; expected a run's rollouts")
-        whole = table.read(columns=list(columns))
+        if needed := [name for name in absent if name != "extra"]:
+            raise DataError(f"{file}: column {needed[0]!r} is missing; expected a run's rollouts")
+        whole = image_lists(table.read(columns=list(columns)))
+        for name in absent:
+            whole = whole.append_column(
+                ROLLOUT_SCHEMA.field(name), pa.nulls(len(whole), pa.string())
+            )
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; this run holds no rollouts of that step") from None
     except (pa.ArrowException, OSError) as error:
@@ -272,7 +279,7 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
                 f"{file}: without token arrays (output.rollout_tokens = false in the run's "
                 "recipe), so its groups cannot be scored or learnt from again"
             )
-        if column.null_count and name not in TRUTH_COLUMNS:
+        if column.null_count and name not in (*TRUTH_COLUMNS, "extra"):
             raise DataError(f"{file}: column {name!r} has empty cells; expected {field.type}")
         whole = whole.set_column(index, field, column)
     return whole
@@ -324,7 +331,8 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
         truth=_column(file, "truth", json.loads, row["truth"]),
         knobs=_column(file, "knobs", json.loads, row["knobs"]),
         symmetry_key=row["symmetry_key"],
-        images=(_image(run_dir, file, row["image_sha256"]),),
+        images=tuple(_image(run_dir, file, sha) for sha in row["image_sha256"]),
+        extra=_column(file, "extra", json.loads, row["extra"] or "{}"),
     )
 
 
@@ -338,7 +346,7 @@ def _rollout(task: Task, row: Row) -> Rollout:
 
 def _image(run_dir: Path, file: Path, sha: str) -> bytes:
     # The name comes from a file: only a hash may become a path.
-    if not re.fullmatch(r"[0-9a-f]{64}", sha):
+    if not re.fullmatch(r"[0-9a-f]{64}", sha or ""):
         raise DataError(f"{file}: column 'image_sha256': {sha!r} is no SHA-256")
     for suffix in ("png", "jpg"):
         path = run_dir / "images" / f"{sha}.{suffix}"

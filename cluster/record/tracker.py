@@ -26,6 +26,7 @@ from cluster.record.folder import (
     TRUTH_COLUMNS,
     metric_parts,
     named_values,
+    read_rows,
     step_file,
 )
 from cluster.record.metric_table import unlisted
@@ -136,8 +137,8 @@ class Tracker:
             return
         rows = []
         for scored in groups:
-            sha = self._save_image(scored.group.problem.images[0])
-            rows += [_rollout_row(step, scored, i, sha) for i in range(len(scored.totals))]
+            images = [self._save_image(image) for image in scored.group.problem.images]
+            rows += [_rollout_row(step, scored, i, images) for i in range(len(scored.totals))]
         if not self._output.rollout_tokens:
             rows = [row | dict.fromkeys(TOKEN_ARRAYS) for row in rows]
         self._put_table("rollouts", step, rows, ROLLOUT_SCHEMA)
@@ -151,7 +152,7 @@ class Tracker:
                 "prompt_ids": sequence.prompt_ids,
                 "response_ids": sequence.response_ids,
                 "segments": sequence.segments,
-                "image_sha256": self._save_image(sequence.image) if sequence.image else None,
+                "image_sha256": [self._save_image(image) for image in sequence.images],
             }
             for sequence in batch.sequences
         ]
@@ -194,8 +195,9 @@ class Tracker:
         old, kept = files[:-keep], [first, *files[-keep:]]
 
         def images(of: Sequence[Path]) -> set[str]:
-            columns = [pq.read_table(file, columns=["image_sha256"])[0] for file in of]
-            return {sha for column in columns for sha in column.to_pylist()}
+            only = pa.schema([ROLLOUT_SCHEMA.field("image_sha256")])
+            columns = [read_rows(file, only)[0] for file in of]
+            return {sha for column in columns for images in column.to_pylist() for sha in images}
 
         gone = images(old) - images(kept) if old else set()
         for file in old:
@@ -245,7 +247,7 @@ def put_evaluation(run_dir: Path, step: int, tables: Mapping[str, EvalTable]) ->
     put_text(file, json.dumps(kept, indent=1))
 
 
-def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> dict[str, Any]:
+def _rollout_row(step: int, scored: ScoredGroup, i: int, images: list[str]) -> dict[str, Any]:
     rollout, problem, truth = scored.group.rollouts[i], scored.group.problem, scored.diagnosis
     parsed = rollout.parsed
     row = {name: getattr(rollout, name) for name in ROLLOUT_COLUMNS}
@@ -259,7 +261,8 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, image_sha256: str) -> d
         "truth": json.dumps(dict(problem.truth)),
         "knobs": json.dumps(dict(problem.knobs)),
         "symmetry_key": problem.symmetry_key,
-        "image_sha256": image_sha256,
+        "image_sha256": images,
+        "extra": json.dumps(dict(problem.extra)) if problem.extra else None,
         "perception": None if parsed.perception is None else repr(parsed.perception),
         "answer": None if parsed.answer is None else repr(parsed.answer),
         "defects": list(parsed.defects),

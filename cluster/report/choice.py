@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.record.folder import ROLLOUT_SCHEMA
+from cluster.record.folder import ROLLOUT_SCHEMA, read_rows
 
 MOST_ROLLOUTS = 500
 
@@ -20,7 +20,7 @@ _INDEX_COLUMNS = (
     "rollout_id", "group_id", "problem_id", "task", "a", "a_p", "self_consistency", "defects",
     "image_sha256",
 )  # fmt: skip
-_UNUSED_COLUMNS = ("prompt_ids", "response_ids", "logprobs", "knobs", "symmetry_key")
+_UNUSED_COLUMNS = ("prompt_ids", "response_ids", "logprobs", "knobs", "symmetry_key", "extra")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Entry:
     rollout_id: str
     problem_id: str
     task: str
-    image: str
+    images: tuple[str, ...]
     cell: int
     """Index into `CELLS`."""
     defects: tuple[str, ...]
@@ -84,15 +84,15 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
     unseen = [s for s in sorted(by_step) if s not in seen_steps]
     for step in evenly(unseen, limit - len(chosen)):
         take(by_step[step], 1)
-    images = {e.image for e in chosen.values()}
+    images = {e.images for e in chosen.values()}
     while len(chosen) < limit:
         for key in sorted(strata):
             left = [e for e in strata[key] if e.rollout_id not in chosen]
             strata[key] = left
             if left:
-                best = next((e for e in left if e.image in images), left[0])
+                best = next((e for e in left if e.images in images), left[0])
                 take([best], 1)
-                images.add(best.image)
+                images.add(best.images)
     return list(chosen.values())
 
 
@@ -111,7 +111,7 @@ def _index(file: Path) -> list[Entry]:
     if lacking:
         raise ValueError(f"columns {sorted(lacking)} are missing, as of another version")
     step = int(file.stem.removeprefix("step-"))
-    rows = pq.read_table(file, columns=list(_INDEX_COLUMNS)).to_pylist()
+    rows = read_rows(file, pa.schema([ROLLOUT_SCHEMA.field(n) for n in _INDEX_COLUMNS])).to_pylist()
     return [
         Entry(
             file=file,
@@ -120,7 +120,7 @@ def _index(file: Path) -> list[Entry]:
             rollout_id=row["rollout_id"],
             problem_id=row["problem_id"],
             task=row["task"],
-            image=row["image_sha256"],
+            images=tuple(row["image_sha256"]),
             cell=cell_of(row["a_p"], row["self_consistency"]),
             defects=tuple(row["defects"] or ()),
         )
@@ -142,7 +142,7 @@ def whole_rows(chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]
         by_file[entry.file].append(entry)
     for file, found in by_file.items():
         wanted = pa.schema([field for field in ROLLOUT_SCHEMA if field.name not in _UNUSED_COLUMNS])
-        table = pq.read_table(file, schema=wanted).take([e.row for e in found])
+        table = read_rows(file, wanted).take([e.row for e in found])
         yield from zip(found, table.to_pylist(), strict=True)
 
 

@@ -127,7 +127,7 @@ def _made(
     ]
     cap = _fit_texts(views)
     images, side = _images(
-        [run / "images" for run in runs], dict.fromkeys(v["image"] for v in views)
+        [run / "images" for run in runs], dict.fromkeys(sha for v in views for sha in v["images"])
     )
     if cap:
         how += f" Texts over {cap} characters are cut."
@@ -172,7 +172,7 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
         "task": row["task"],
         "problem": row["problem_id"],
         "kind": row["kind"] if row["view"] == "shown" else f"{row['kind']}, image {row['view']}",
-        "image": row["image_sha256"],
+        "images": row["image_sha256"],
         "prompt": row["prompt"],
         "true": row["true_perception"],
         "pieces": pieces,
@@ -285,7 +285,7 @@ def _images(folders: Sequence[Path], hashes: Iterable[str]) -> tuple[dict[str, s
     """
     stored = {}
     for name in (h for h in hashes if re.fullmatch(r"[0-9a-f]{64}", h or "")):
-        files = (folder / f"{name}.png" for folder in folders)
+        files = (folder / f"{name}.{kind}" for folder in folders for kind in ("png", "jpg"))
         file = next((file for file in files if file.is_file()), None)
         if file is not None:
             stored[name] = file.read_bytes()

@@ -10,7 +10,7 @@ import torch
 
 from learner.collate import Collator
 from tasks.core import DataError
-from tests.support.samples import Loaded, mixed_batch, placeholder, sequence
+from tests.support.samples import Loaded, mixed_batch, placeholder, problem, sequence
 
 
 def test_a_micro_batch_predicts_every_response_token_from_the_one_before(loaded: Loaded) -> None:
@@ -46,10 +46,10 @@ def test_an_image_of_a_whole_group_is_encoded_and_looked_at_once(loaded: Loaded)
 
 def test_images_encoded_together_are_those_encoded_alone(loaded: Loaded) -> None:
     policy, processor = loaded
-    files = [sequence(processor, i, s, 9).image for i, s in enumerate([(64, 64), (96, 64)] * 2)]
-    together = Collator(policy, processor).encode_images([f for f in files if f])
+    files = problem(0, *[(64, 64), (96, 64)] * 2).images
+    together = Collator(policy, processor).encode_images(files)
     for file, found in zip(files, together, strict=True):
-        (alone,) = Collator(policy, processor).encode_images([file or b""])
+        (alone,) = Collator(policy, processor).encode_images([file])
         assert found.placeholders == alone.placeholders
         assert found.inputs.keys() == alone.inputs.keys()
         for name in alone.inputs:
@@ -60,7 +60,7 @@ def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: Loaded) -> None:
     policy, processor = loaded
     collate = Collator(policy, processor)
     good = sequence(processor, 0, (64, 64), 9)
-    lost = replace(good, image=None)
+    lost = replace(good, images=())
     with pytest.raises(ValueError, match=r"sequence 1: 16 image placeholders .* but 0 visual"):
         collate([good, lost])
     blind = replace(good, prompt_ids=good.prompt_ids[good.prompt_ids != placeholder(processor)])
@@ -70,7 +70,7 @@ def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: Loaded) -> None:
     with pytest.raises(ValueError, match=r"sequence 0: 24 image placeholders"):
         collate([middle])
     with pytest.raises(DataError, match="training image"):
-        collate([replace(good, image=b"not an image")])
+        collate([replace(good, images=(b"not an image",))])
 
 
 def test_a_response_of_no_tokens_is_no_trouble(loaded: Loaded) -> None:

@@ -178,8 +178,8 @@ class Ranks:
         for s in batch.sequences:
             logprobs, entropies = plain_logprobs(policy, processor, s)
             if every_term:
-                image = None if s.image is None else mask_patches(s.image, 8, 0.6)
-                masked = plain_logprobs(policy, processor, replace(s, image=image))
+                images = tuple(mask_patches(image, 8, 0.6) for image in s.images)
+                masked = plain_logprobs(policy, processor, replace(s, images=images))
                 total = total + every_term_reference(s, logprobs, entropies, *masked, batch)
                 continue
             ratio = (logprobs - torch.from_numpy(s.sampler_logprobs)).exp()

@@ -35,19 +35,19 @@ def alone(policy: Policy, processor: Any, s: TrainSequence) -> tuple[torch.Tenso
     return inputs["input_ids"], {n: v for n, v in inputs.items() if n not in skip}
 
 
-def by_hand(ids: list[int], image_token: int, grid: list[int] | None, merge: int) -> np.ndarray:
+def by_hand(ids: list[int], image_token: int, grids: list[list[int]], merge: int) -> np.ndarray:
     """int [3, L] M-RoPE positions of one sequence: the definition, a token at a time."""
-    found, start, seen = [], 0, 0
+    found, start, seen, grids = [], 0, 0, [*grids]
     for token in ids:
-        if token != image_token or grid is None:
+        if token != image_token or not grids:
             found.append((start, start, start))
             start += 1
             continue
-        _, height, width = (grid[0], grid[1] // merge, grid[2] // merge)
+        _, height, width = (grids[0][0], grids[0][1] // merge, grids[0][2] // merge)
         found.append((start, start + seen // width, start + seen % width))
         seen += 1
         if seen == height * width:
-            start += max(height, width)
+            start, seen, grids = start + max(height, width), 0, grids[1:]
     return np.array(found).T
 
 
@@ -62,7 +62,7 @@ def test_positions_are_those_the_model_would_count_itself(loaded: Loaded) -> Non
         assert planes.dtype == torch.int64
         micro = collate([s])
         inputs = dict(micro.inputs)
-        if s.image is not None:
+        if s.images:
             features = policy.family.image_features(model, micro.vision.inputs)
             inputs["mm_encoder_outputs"] = {"image": features}
 
@@ -90,9 +90,9 @@ def test_m_rope_is_the_definition_a_token_at_a_time(loaded: Loaded) -> None:
         if policy.family.planes == 1:
             assert found.tolist() == [list(range(ids.shape[1]))]
             continue
-        grid = images["image_grid_thw"][0].tolist() if images else None
+        grids = images["image_grid_thw"].tolist() if images else []
         merge = model.config.vision_config.spatial_merge_size
-        expected = by_hand(ids[0].tolist(), placeholder(processor), grid, merge)
+        expected = by_hand(ids[0].tolist(), placeholder(processor), grids, merge)
         assert found.tolist() == expected.tolist()
 
 
@@ -171,11 +171,11 @@ def test_what_is_saved_is_what_transformers_loads(loaded: Loaded, tmp_path: Path
         assert torch.equal(again[name], parameter), name
     read = load_processor(str(tmp_path))
     for shown in (True, False):
-        ids = Chat(processor).prompt("What is it?", with_image=shown)
-        assert Chat(read).prompt("What is it?", with_image=shown) == ids
+        ids = Chat(processor).prompt([*[None] * shown, "What is it?"])
+        assert Chat(read).prompt([*[None] * shown, "What is it?"]) == ids
         text = read.tokenizer.decode(ids)
         assert ("What is it?" in text) and text.endswith("assistant\n")
-    image = sequence(processor, 1, (96, 64), 3).image or b""
+    (image,) = sequence(processor, 1, (96, 64), 3).images
     (first,) = Collator(policy, processor).encode_images([image])
     (second,) = Collator(policy, read).encode_images([image])
     assert first.placeholders == second.placeholders
@@ -204,7 +204,7 @@ def test_images_of_other_numbers_of_tiles_share_a_micro_batch(
 
 
 def images_of(sequences: list[TrainSequence]) -> list[bytes]:
-    return [s.image for s in sequences if s.image is not None]
+    return [image for s in sequences for image in s.images]
 
 
 TEXT = {

@@ -37,7 +37,7 @@ COSTS = Costs(pair=0.002, head=0.1, visual=2.5)
 def group(number: int, prompt: int, visual: int | None, responses: list[int]) -> list[Item]:
     """Items of one prompt, with an image of `visual` tokens or none."""
     image = None if visual is None else f"image {number}"
-    make = partial(Item, prompt_tokens=prompt, prompt=number, image=image)
+    make = partial(Item, prompt_tokens=prompt, prompt=number, images=image)
     return [make(tokens=prompt + t, visual_tokens=visual or 0) for t in responses]
 
 
@@ -188,16 +188,15 @@ def test_an_item_is_its_sequence(loaded: Loaded) -> None:
     assert sum(item.tokens for item in items) == micro.real_tokens
     assert sum(item.response_tokens for item in items) == len(micro.tokens.ids)
     assert [item.visual_tokens for item in items] == [
-        0 if s.image is None else collate.encode_images([s.image])[0].placeholders
-        for s in sequences
+        sum(image.placeholders for image in collate.encode_images(s.images)) for s in sequences
     ]
     first, *_, mate = items
-    assert (first.prompt, first.image) == (mate.prompt, mate.image)
+    assert (first.prompt, first.images) == (mate.prompt, mate.images)
     other = describe(
         Demonstrator(processor).sequence(TASK, problem(7), TASK.demonstrate(problem(7), "terse")),
         collate.image_token_id,
     )
-    assert other.image != first.image
+    assert other.images != first.images
 
 
 @pytest.fixture(scope="module")

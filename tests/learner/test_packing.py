@@ -52,7 +52,7 @@ def all_kinds(processor: Any) -> TrainBatch:
         )
         for n in (0, 1, 25)
     ]
-    stranger = replace(first, image=sequence(processor, 5, (64, 64), 9).image)
+    stranger = replace(first, images=sequence(processor, 5, (64, 64), 9).images)
     return TrainBatch((mates[0], first, *others, *mates[1:], stranger))
 
 
@@ -287,7 +287,7 @@ def test_a_longer_response_after_a_picture_counts_on(own: Loaded) -> None:
     expected = torch.arange(micro.real_tokens)[None]
     if hasattr(model.model, "get_rope_index"):
         ids = micro.inputs["input_ids"]
-        (image,) = collate.encode_images([s.image or b""])
+        (image,) = collate.encode_images(s.images)
         kinds = (ids == collate.image_token_id).int()
         found = model.model.get_rope_index(ids, kinds, image.inputs["image_grid_thw"])[0]
         expected = found

@@ -99,7 +99,7 @@ def test_which_layers_need_a_gradient_does_not_hang_on_there_being_an_image(
     freeze(policy, frozen)
     policy.train()
     mixed = mixed_batch(processor).sequences
-    blind = [s for s in mixed if s.image is None]
+    blind = [s for s in mixed if not s.images]
     assert needing_a_gradient(policy, processor, blind) == needing_a_gradient(
         policy, processor, mixed
     )

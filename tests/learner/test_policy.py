@@ -117,7 +117,7 @@ def test_the_image_matters_and_only_to_its_own_sequence(loaded: Loaded) -> None:
     collate = Collator(policy, processor)
     with torch.no_grad():
         both, _ = policy.run(collate([a, b]))
-        swapped, _ = policy.run(collate([a, replace(b, image=a.image)]))
+        swapped, _ = policy.run(collate([a, replace(b, images=a.images)]))
     torch.testing.assert_close(both[:20], swapped[:20], rtol=0, atol=1e-5)
     assert (both[20:] - swapped[20:]).abs().max() > 1e-4
 

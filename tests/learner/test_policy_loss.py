@@ -282,8 +282,8 @@ def test_the_masked_view_has_the_gradient_of_its_own_entropy_and_kl(loaded: Load
     policy, processor = loaded
     policy.eval()
     seen = sequence(processor, 0, (64, 64), 20)
-    assert seen.image is not None
-    masked = replace(seen, image=mask_patches(seen.image, 14, 0.6))
+    assert seen.images
+    masked = replace(seen, images=tuple(mask_patches(i, 14, 0.6) for i in seen.images))
     parameters = list(policy.parameters())
 
     def gradients(value: torch.Tensor) -> torch.Tensor:

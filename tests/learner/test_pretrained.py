@@ -130,7 +130,7 @@ def test_its_tokenizer_reads_and_writes_the_same(written: Any, opened: Path) -> 
         assert tokenizer.decode(ids) == text
     chat = Chat(load_reader(str(opened)))
     assert chat.ends == {2} and chat.end == 2
-    assert tokenizer.decode(chat.prompt("Hi", with_image=False)) == (
+    assert tokenizer.decode(chat.prompt(["Hi"])) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
 

@@ -48,20 +48,41 @@ def test_the_tokens_of_a_segment_say_what_the_parser_found_there(
         assert not between.strip()
 
 
-def test_the_prompt_is_the_processors_own(loaded: Loaded) -> None:
+SQUARE, WIDE, TALL = (64, 64), (96, 64), (40, 72)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sizes", "said"),
+    [
+        ("Solve it.", [SQUARE], [0, "Solve it."]),
+        ("Solve it.", [WIDE], [0, "Solve it."]),
+        ("Solve it.", [], ["Solve it."]),
+        ("Solve both.", [TALL, SQUARE], [0, 1, "Solve both."]),
+        ("<image>\nIs it <image> ?", [WIDE, TALL], [0, "\nIs it ", 1, " ?"]),
+        ("A:<image_2>,<image_3> <image_1>", [SQUARE, WIDE, TALL], ["A:", 1, ",", 2, " ", 0]),
+        ("<image><image>", [TALL, SQUARE], [0, 1]),
+    ],
+)
+def test_the_prompt_is_the_processors_own(
+    loaded: Loaded, prompt: str, sizes: list[tuple[int, int]], said: list[str | int]
+) -> None:
     _, processor = loaded
-    demonstrator = Demonstrator(processor)
-    for size in ((64, 64), (96, 64), (64, 64)):
-        drawn = problem(1, size)
-        parts = [{"type": "image"}, {"type": "text", "text": drawn.prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
-        expected = processor(images=[check_image(drawn.images[0], "test")], text=[text])[
-            "input_ids"
-        ][0]
-        found = demonstrator.sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
-        assert found.prompt_ids.tolist() == list(expected)
+    drawn = replace(problem(1, *sizes), prompt=prompt)
+    if not sizes:
+        drawn = replace(drawn, images=())
+    shown = [drawn.images[part] for part in said if isinstance(part, int)]
+    content = [
+        {"type": "image"} if isinstance(part, int) else {"type": "text", "text": part}
+        for part in said
+    ]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    pictures = {"images": [[check_image(image, "test") for image in shown]]} if shown else {}
+    (expected,) = processor(text=[text], **pictures)["input_ids"]
+    found = Demonstrator(processor).sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
+    assert found.prompt_ids.tolist() == list(expected)
+    assert found.images == tuple(shown)
 
 
 @pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
@@ -70,9 +91,9 @@ def test_a_blind_demonstration_starts_where_a_blind_request_does(loaded: Loaded,
     drawn = task.generate(np.random.default_rng(3), SPEC if task is TASK else task.spec())
     response = task.demonstrate(drawn, "terse")
     blind = Demonstrator(processor).sequence(task, drawn, response, blind=True)
-    bare = Chat(processor).prompt(drawn.prompt, with_image=False)
+    bare = Chat(processor).prompt([drawn.prompt])
     forced = encode(processor.tokenizer, task.oracle_prefix(drawn))
-    assert blind.image is None
+    assert blind.images == ()
     assert blind.prompt_ids.tolist() == [*bare, *forced]
     text, _ = Decoder(processor.tokenizer).decode(blind.response_ids[:-1])
     assert task.oracle_prefix(drawn) + text == response
@@ -105,9 +126,8 @@ def first_batches(processor: Any, count: int, workers: int, **how: int) -> list[
 
 
 def content(s: TrainSequence) -> bytes:
-    return b"".join([s.prompt_ids.tobytes(), s.response_ids.tobytes(), s.segments.tobytes()]) + (
-        s.image or b""
-    )
+    ids = [s.prompt_ids.tobytes(), s.response_ids.tobytes(), s.segments.tobytes()]
+    return b"".join([*ids, *s.images])
 
 
 def test_the_stream_is_the_same_for_any_number_of_workers(loaded: Loaded) -> None:

@@ -87,7 +87,7 @@ def test_segments_say_what_the_parser_found(folder: Path, blind: bool) -> None:
         assert text.strip() in (expected, expected.removeprefix("<perception>\n"))
     if blind:
         asked = [
-            *chat.prompt(drawn.prompt, with_image=False),
+            *chat.prompt([drawn.prompt]),
             *chat.text(TASK.oracle_prefix(drawn)),
         ]
         assert s.prompt_ids.tolist() == asked
@@ -113,14 +113,14 @@ def test_no_text_of_data_becomes_a_control_token(folder: Path, text: str) -> Non
     def controls(ids: list[int]) -> list[int]:
         return [i for i in ids if i in specials]
 
-    for shown in (False, True):
-        ids = chat.prompt(text, with_image=shown)
-        assert controls(ids) == controls(chat.prompt("a", with_image=shown))
+    for around in ([], [None], [None, "b", None]):
+        ids = chat.prompt([*around, text])
+        assert controls(ids) == controls(chat.prompt([*around, "a"]))
         said, _ = chat.decoder.decode(ids)
         # A tokenizer that puts a space before a text does so here too.
         assert text in said and len(said) - len(text) - len(
-            chat.decoder.decode(chat.prompt("", with_image=shown))[0]
-        ) in (0, 1)
+            chat.decoder.decode(chat.prompt([*around, ""]))[0]
+        ) in range(2 + around.count("b"))
     assert not controls(chat.text(text))
     assert chat.decoder.decode(chat.text(text))[0].removeprefix(" ") == text.removeprefix(" ")
 
@@ -256,7 +256,7 @@ def test_a_template_may_stand_with_the_tokenizer_and_trim(
     template.unlink()
     change(model / "tokenizer_config.json", chat_template=text)
     chat = Chat(load_processor(str(model)))
-    assert chat.prompt(" a b\n", with_image=True) == chat.prompt("a b", with_image=True)
+    assert chat.prompt([None, " a b\n"]) == chat.prompt([None, "a b"])
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
@@ -279,7 +279,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
             Chat(processor),
             Demonstrator(processor).sequence(TASK, drawn, TASK.demonstrate(drawn, "terse")),
         )
-        ids = chat.prompt(drawn.prompt, with_image=True)
+        ids = chat.prompt([None, drawn.prompt])
         assert ids[0] == first and ids.count(first) == 1
         assert np.flatnonzero(found.prompt_ids == first).tolist() == [0]
 

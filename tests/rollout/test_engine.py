@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.batch import TrainSequence
+from learner.batch import Layout, TrainSequence
 from learner.collate import Collator
 from learner.lora import Adapters, AdapterWeights
 from learner.parts import freeze
@@ -92,6 +92,32 @@ def test_log_probs_agree_with_images_of_any_shape_and_without(live: Live) -> Non
         assert rollout.logprobs[0] != other.logprobs[0]
         assert rollout.prompt_ids.tolist() == other.prompt_ids.tolist()
         assert image in rollout.prompt_ids and image not in none.rollouts[0].prompt_ids
+
+
+@every_family
+def test_log_probs_agree_with_several_images_and_none_in_one_batch(live: Live) -> None:
+    """In every layout: placeholders in the text and out of order, sizes that differ."""
+    live.send("perturbed", 0)
+    plain = mixed_sizes(4)
+    one, other = picture(7, (96, 40), (64, 64)).images
+    places = ("<image_2> {} <image_1>", "{}", "<image>{}<image>")
+    several = [
+        replace(p, prompt=place.format(p.prompt), images=(one, other))
+        for place, p in zip(places, plain, strict=False)
+    ]
+    text_only = [replace(p, id=f"{p.id}-text", images=()) for p in plain[:2]]
+    asked = [several[0], text_only[0], plain[3], several[1], text_only[1], several[2]]
+    groups = live.sample(asked)
+    for layout in get_args(Layout):
+        assert live.learner_gap("perturbed", groups, layout) < 1e-4
+    blocks = [(g.rollouts[0].prompt_ids == Chat(live.processor).image_token).sum() for g in groups]
+    assert blocks[1] == blocks[4] == 0 < blocks[2] and blocks[0] == blocks[3] == blocks[5] > 0
+    scored, rollouts = drawn(groups)
+    assert worst(live.score(scored, [p.images for p, _ in scored]), rollouts) < 1e-4
+    turned = live.score(scored[:2], [(other, one)] * 2)
+    assert worst(turned, rollouts[:2]) > 1e-3, "which image stands where makes a difference"
+    for view in ("blank", "none"):
+        assert live.learner_gap("perturbed", live.sample(several, kind="blind", view=view)) < 1e-4
 
 
 @every_family
@@ -262,7 +288,7 @@ def test_a_response_goes_on_from_what_it_is_forced_to_begin_with(live: Live) -> 
     live.send("perturbed", 0)
     (plain,) = live.sample([problem])
     start = plain.rollouts[0].prompt_ids.tolist()
-    blind = chat.prompt(problem.prompt, with_image=False)
+    blind = chat.prompt([problem.prompt])
     truth = TASK.oracle_prefix(problem)
     # A special token spelled out in a prefix stays text.
     hostile = "<perception>\n" + "".join(specials.values())
@@ -302,7 +328,7 @@ def test_scores_under_another_image_and_under_none(live: Live) -> None:
     assert live.gap("perturbed", inputs, found) < 1e-4
     assert worst(found, rollouts) > 1e-3, "another image must make a difference"
     chat = Chat(live.processor)
-    text = [chat.prompt(p.prompt, with_image=False) for p, _ in scored]
+    text = [chat.prompt([p.prompt]) for p, _ in scored]
     inputs = [(np.asarray(t, np.int32), ids, ()) for t, (_, ids) in zip(text, scored, strict=True)]
     found = live.score(scored, [()] * len(scored))
     assert live.gap("perturbed", inputs, found) < 1e-4
@@ -408,9 +434,7 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
         assert live.learner_gap("trained", groups) < 1e-4
         assert version == 3 or live.learner_gap("perturbed", groups) > 1e-2
         sequences = [
-            TrainSequence(
-                r.prompt_ids, r.response_ids, g.problem.images[0], r.segments, r.logprobs, a
-            )
+            TrainSequence(r.prompt_ids, r.response_ids, g.problem.images, r.segments, r.logprobs, a)
             for g in groups
             for r in g.rollouts
             for a in [np.ones_like(r.logprobs)]

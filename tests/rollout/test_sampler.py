@@ -335,7 +335,7 @@ def test_a_text_only_model_answers_without_an_image(
     reader = load_reader(str(tiny_text_model))
     model = AutoModelForCausalLM.from_pretrained(tiny_text_model).eval()
     for group in groups:
-        prompt = Chat(reader).prompt(group.problem.prompt, with_image=False)
+        prompt = Chat(reader).prompt([group.problem.prompt])
         for rollout in group.rollouts:
             assert rollout.prompt_ids.tolist() == prompt + encode(reader, "<perception>\n")
             assert rollout.prefix == "<perception>\n" and rollout.sampler == "frozen-0"

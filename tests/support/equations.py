@@ -72,7 +72,7 @@ def sequences_of(drawn: Draw) -> tuple[TrainSequence, ...]:
     for span in SPANS:
         segments = drawn.tokens.segments.numpy()[span.start : span.stop]
         zeros = np.zeros(len(span), np.float32)
-        found.append(TrainSequence(prompt, zeros.astype(np.int32), None, segments, zeros, zeros))
+        found.append(TrainSequence(prompt, zeros.astype(np.int32), (), segments, zeros, zeros))
     return tuple(found)
 
 

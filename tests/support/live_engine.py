@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batch import TrainSequence
+from learner.batch import Layout, TrainSequence
 from learner.collate import Collator
 from learner.policy import Policy, load_policy
 from learner.weights import GatheredWeights, OfferedWeights, stored
@@ -33,6 +33,7 @@ from rollout.transfer import TransferReport, fetched
 from tasks.core import Problem
 from tasks.images import blank_like
 from tasks.load import load_task
+from tasks.placeholders import as_shown
 from tasks.splits import draw_problem
 
 TASK = load_task("graph_coloring")
@@ -103,20 +104,20 @@ class Live:
         ]
         return [self.wait(future, 300) for future in futures]
 
-    def learner_gap(self, which: str, groups: Sequence[Group]) -> float:
-        """Largest |log-prob difference| between the engine and a padded Hugging Face batch."""
-        return self.gap(
-            which,
-            [
-                (r.prompt_ids, r.response_ids, seen(g.problem, r.view))
-                for g in groups
-                for r in g.rollouts
-            ],
-            [r.logprobs for g in groups for r in g.rollouts],
+    def learner_gap(self, which: str, groups: Sequence[Group], layout: Layout = "padded") -> float:
+        """Largest |log-prob difference| between the engine and one micro-batch of the learner's."""
+        inputs = [
+            (r.prompt_ids, r.response_ids, seen(g.problem, r.view))
+            for g in groups
+            for r in g.rollouts
+        ]
+        found = [r.logprobs for g in groups for r in g.rollouts]
+        return float(
+            np.concatenate(gaps(self.weights[which], self.processor, inputs, found, layout)).max()
         )
 
     def gap(self, which: str, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]) -> float:
-        """The same for (prompt ids, response ids, images) and the engine's log-probs of them."""
+        """For (prompt ids, response ids, images) and the engine's log-probs, in a padded batch."""
         return float(np.concatenate(self.gaps(which, inputs, logprobs)).max())
 
     def gaps(
@@ -136,16 +137,18 @@ class Live:
 
 
 def gaps(
-    policy: Policy, processor: Any, inputs: Sequence[Any], logprobs: Sequence[np.ndarray]
+    policy: Policy,
+    processor: Any,
+    inputs: Sequence[Any],
+    logprobs: Sequence[np.ndarray],
+    layout: Layout = "padded",
 ) -> list[np.ndarray]:
     """|difference| of log-probs of (prompt ids, response ids, images) to a policy's, a token."""
     sequences = [
-        TrainSequence(
-            prompt, response, next(iter(images), None), np.zeros_like(response), found, found
-        )
+        TrainSequence(prompt, response, images, np.zeros_like(response), found, found)
         for (prompt, response, images), found in zip(inputs, logprobs, strict=True)
     ]
-    batch = Collator(policy, processor)(sequences)
+    batch = Collator(policy, processor, layout)(sequences)
     with torch.no_grad():
         expected, _ = policy.eval().run(batch)
     differences = (expected - batch.tokens.sampler_logprobs).abs().numpy()
@@ -178,9 +181,9 @@ def perturbed_engine(
 
 
 def seen(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
-    """The images as a view shows them."""
-    blank = tuple(map(blank_like, problem.images))
-    return {"shown": problem.images, "blank": blank, "none": ()}[view]
+    """The images as a view shows them, in the prompt's order."""
+    shown = as_shown(problem.prompt, problem.images)
+    return {"shown": shown, "blank": tuple(map(blank_like, shown)), "none": ()}[view]
 
 
 def mixed_sizes(count: int) -> list[Problem]:

@@ -18,15 +18,15 @@ from tests.support.samples import placeholder
 def plain_logprobs(
     policy: Policy, processor: Any, s: TrainSequence
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [T] by `model(...)` itself: one sequence, unpadded, its own image."""
+    """Log-probs and entropies [T] by `model(...)` itself: a sequence, unpadded, its own images."""
     model: Any = policy.model
     ids = np.concatenate([s.prompt_ids, s.response_ids]).astype(np.int64)[:-1]
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if s.image is not None:
+    if s.images:
         token = processor.tokenizer.convert_ids_to_tokens(placeholder(processor))
-        image = check_image(s.image, "test")
-        made = processor(images=[image], text=[token], return_tensors="pt")
+        images = [check_image(image, "test") for image in s.images]
+        made = processor(images=[images], text=[token * len(images)], return_tensors="pt")
         names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
         inputs |= {k: v for k, v in made.items() if k in names}
     if "image_grid_thw" in inputs:

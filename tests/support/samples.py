@@ -37,20 +37,30 @@ class CliffLoss(Loss):
         return {"cliff": (logprobs - logprobs.detach()).sqrt().sum() + self.value}
 
 
-def problem(seed: int, size: tuple[int, int] | None = None) -> Problem:
-    """A 4x4 Sudoku; with `size`, its picture is noise of that width and height."""
+Size = tuple[int, int]
+
+
+def problem(seed: int, *sizes: Size) -> Problem:
+    """A 4x4 Sudoku; with sizes, its pictures are noise of those widths and heights.
+
+    Several stand in the prompt, the last first.
+    """
     rng = np.random.default_rng(seed)
     drawn = TASK.generate(rng, SPEC)
-    if size is None:
-        return drawn
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(out, "PNG")
-    return replace(drawn, images=(out.getvalue(),))
+    pictures = []
+    for width, height in sizes:
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(out, "PNG")
+        pictures.append(out.getvalue())
+    places = [f"Picture <image_{n}> " for n in range(len(sizes), 0, -1)]
+    if len(sizes) > 1:
+        drawn = replace(drawn, prompt=drawn.prompt.join(["".join(places[:-1]), places[-1]]))
+    return replace(drawn, images=tuple(pictures)) if pictures else drawn
 
 
-def sequence(processor: Any, seed: int, size: tuple[int, int] | None, length: int) -> TrainSequence:
+def sequence(processor: Any, seed: int, size: Size | list[Size], length: int) -> TrainSequence:
     """The first `length` tokens of a demonstration, with random advantages and sampler."""
-    drawn = problem(seed, size)
+    drawn = problem(seed, *(size if isinstance(size, list) else [size]))
     whole = Demonstrator(processor).sequence(TASK, drawn, TASK.demonstrate(drawn, "terse"))
     return off_policy(
         replace(whole, response_ids=whole.response_ids[:length], segments=whole.segments[:length]),
@@ -69,7 +79,7 @@ def off_policy(found: TrainSequence, seed: int) -> TrainSequence:
 
 
 def mixed_batch(processor: Any) -> TrainBatch:
-    """Five sequences: two of one image, images of other sizes, a blind and an oracle one.
+    """Five sequences: two of one image, one of two, a blind and an oracle one of another size.
 
     Odd, so that two ranks get unequal shares; one response ends with a sampled placeholder.
     """
@@ -77,21 +87,21 @@ def mixed_batch(processor: Any) -> TrainBatch:
     mate = off_policy(
         replace(first, response_ids=first.response_ids[:17], segments=first.segments[:17]), 9
     )
-    wide = sequence(processor, 1, (96, 64), 24)
+    two = sequence(processor, 1, [(64, 64), (96, 64)], 24)
     pad = placeholder(processor)
-    wide = replace(wide, response_ids=np.append(wide.response_ids[:-1], np.int32(pad)))
-    text = Chat(processor).prompt("Say what you see.", with_image=False)
+    two = replace(two, response_ids=np.append(two.response_ids[:-1], np.int32(pad)))
+    text = Chat(processor).prompt(["Say what you see."])
     blind = replace(
         sequence(processor, 2, (64, 64), 12),
         prompt_ids=np.asarray(text, np.int32),
-        image=None,
+        images=(),
     )
     oracle = sequence(processor, 3, (64, 96), 40)
     prefix = encode(processor.tokenizer, TASK.oracle_prefix(problem(3)))
     oracle = replace(
         oracle, prompt_ids=np.concatenate([oracle.prompt_ids, np.asarray(prefix, np.int32)])
     )
-    return TrainBatch((first, wide, blind, oracle, mate))
+    return TrainBatch((first, two, blind, oracle, mate))
 
 
 def placeholder(processor: Any) -> int:

@@ -167,13 +167,16 @@
     node.append(head, meta, badges);
 
     const views = make("div", { class: "views" });
-    const source = data.images[r.image];
-    if (source) {
-      const holds = r.true ? ` It holds: ${r.true.slice(0, 400)}` : "";
-      const image = make("img", { alt: `The problem's image.${holds}` });
-      image.src = source;
-      views.append(figure("Image", image, ""));
-    } else views.append(figure("Image", make("p", { class: "lost" }, "not in this file")));
+    r.images.forEach((hash, i) => {
+      const title = r.images.length > 1 ? `Image ${i + 1}` : "Image";
+      const source = data.images[hash];
+      if (source) {
+        const holds = r.true ? ` It holds: ${r.true.slice(0, 400)}` : "";
+        const image = make("img", { alt: `${title} of the problem.${holds}` });
+        image.src = source;
+        views.append(figure(title, image, ""));
+      } else views.append(figure(title, make("p", { class: "lost" }, "not in this file")));
+    });
     views.append(drawing("What it saw", r.figure, "unreadable or missing"));
     if (r.answered) views.append(drawing("What it answered", r.answered, ""));
     node.append(views);

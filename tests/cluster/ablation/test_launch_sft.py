@@ -139,10 +139,10 @@ def test_an_sft_that_measures_on_the_way_needs_both_at_once(write: Write) -> Non
     assert not plan(alone, Machine(1, 1), "sft").shortages
 
 
-def sequence(token: int, image: bytes | None = None) -> TrainSequence:
+def sequence(token: int, *images: bytes) -> TrainSequence:
     ids = np.array([token, 2], np.int32)
     zeros = np.zeros(2, np.float32)
-    return TrainSequence(ids, ids, image, np.zeros(2, np.int8), zeros, zeros)
+    return TrainSequence(ids, ids, images, np.zeros(2, np.int8), zeros, zeros)
 
 
 def test_the_hash_of_a_first_batch_is_of_all_that_was_learnt_from(tmp_path: Path) -> None:
@@ -153,6 +153,8 @@ def test_the_hash_of_a_first_batch_is_of_all_that_was_learnt_from(tmp_path: Path
         "token": (sequence(1, b"image"), sequence(3)),
         "image": (sequence(1, b"other"), sequence(2)),
         "blind": (sequence(1), sequence(2)),
+        "two": (sequence(1, b"image", b"other"), sequence(2)),
+        "turned": (sequence(1, b"other", b"image"), sequence(2)),
     }
     hashes = {}
     for name, sequences in batches.items():

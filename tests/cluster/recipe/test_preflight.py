@@ -268,16 +268,19 @@ def test_a_prompt_takes_what_the_processor_makes_of_it(
     tiny_models: dict[str, Path], family: str
 ) -> None:
     processor = load_processor(str(tiny_models[family]))
-    asked = [(f"What is here? {n}", size) for n, size in enumerate(SIZES)]
-    for (prompt, size), taken in zip(asked, Context(processor, 256, 128).taken(asked), strict=True):
-        said = [{"type": "image"}, {"type": "text", "text": prompt}]
+    groups = [*((size,) for size in SIZES), tuple(SIZES[:3]), (SIZES[3], SIZES[3]), ()]
+    asked = [(f"What is here? {n}", sizes) for n, sizes in enumerate(groups)]
+    found = Context(processor, 256, 128).taken(asked)
+    for (prompt, sizes), taken in zip(asked, found, strict=True):
+        said = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": prompt}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True
         )
-        made = processor(images=[Image.new("RGB", size)], text=[text])
+        images = [Image.new("RGB", size) for size in sizes]
+        made = processor(images=[images] if images else None, text=[text])
         assert taken.fault is None
         assert taken.prompt == len(made["input_ids"][0])
-        assert 0 < taken.image < taken.prompt
+        assert (taken.image > 0) == bool(sizes) and taken.image < taken.prompt
 
 
 def test_rows_are_measured_once_and_again_when_data_or_processor_change(

@@ -271,10 +271,10 @@ def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
                 if (one.group.rollouts[0].versions == at.version).any()
             }
             for sampler, group in groups.items():
-                rollouts, image = group.rollouts, group.problem.images[0]
+                rollouts, images = group.rollouts, group.problem.images
                 sequences = [
                     TrainSequence(
-                        r.prompt_ids, r.response_ids, image, r.segments, r.logprobs, 0 * r.logprobs
+                        r.prompt_ids, r.response_ids, images, r.segments, r.logprobs, 0 * r.logprobs
                     )
                     for r in rollouts
                 ]

@@ -71,7 +71,7 @@ def test_stored_groups_make_the_batches_that_the_learner_saw(run: Path) -> None:
             assert len(batches) == len(expected) > 0
             for batch, other in zip(batches, expected, strict=True):
                 for a, b in zip(batch.sequences, other.sequences, strict=True):
-                    assert a.image == b.image
+                    assert a.images == b.images
                     for name in ("prompt_ids", "response_ids", "segments", "sampler_logprobs",
                                  "advantages"):  # fmt: skip
                         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))

@@ -1,0 +1,53 @@
+"""Where the images of a prompt stand: at `<image>`, or at `<image_1>`, `<image_2>` by number.
+
+This is the one place that reads them. A model's own image token means nothing here, and what looks
+like one in a text, `<|image_pad|>` say, stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from tasks.core import DataError
+
+T = TypeVar("T")
+_PLACEHOLDER = re.compile(r"<image(?:_([0-9]{1,4}))?>")
+
+
+def placed(prompt: str, images: Sequence[T]) -> list[str | T]:
+    """Text and images in the order in which the policy reads them; no text is empty.
+
+    `images` are whatever stands for them (files, sizes), but no text. Without placeholders all of
+    them come first. Raises DataError where the placeholders are not as many as the images, or are
+    not the numbers from 1, each once.
+    """
+    found = list(_PLACEHOLDER.finditer(prompt))
+    if not found:
+        return [*images, *([prompt] if prompt else [])]
+    numbers = [int(place[1]) for place in found if place[1]]
+    counted = numbers or range(1, len(found) + 1)
+    if len(counted) != len(found) or sorted(counted) != list(range(1, len(images) + 1)):
+        names = ", ".join(place[0] for place in found[:6]) + ", ..." * (len(found) > 6)
+        raise DataError(
+            f"has the placeholder{'s' * (len(found) > 1)} {names} for {len(images)} "
+            f"image{'s' * (len(images) != 1)}; write <image> as often as there are images, or "
+            "<image_1>, <image_2> and so on, each once, or none: the images then come first"
+        )
+    parts: list[str | T] = []
+    end = 0
+    for place, number in zip(found, counted, strict=True):
+        parts += [prompt[end : place.start()], images[number - 1]]
+        end = place.end()
+    return [part for part in [*parts, prompt[end:]] if part != ""]
+
+
+def as_shown(prompt: str, images: Sequence[T]) -> tuple[T, ...]:
+    """The images in the order in which the prompt shows them. Raises DataError as `placed`."""
+    return tuple(part for part in placed(prompt, images) if not isinstance(part, str))
+
+
+def text_alone(parts: Iterable[object]) -> list[str]:
+    """What is left of a prompt's parts where no image is shown: one text."""
+    return ["".join(part for part in parts if isinstance(part, str))]
