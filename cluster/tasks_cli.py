@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,8 @@ def show_command(
         str | None, typer.Option(help="Task that reads a data set of your own task.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", "--out", help="Save the image file here.")
+        Path | None,
+        typer.Option("--image", "--out", help="Save the image here; of several, x-1.png, x-2.png."),
     ] = None,
 ) -> None:
     """Print one problem as the policy and the checker see it."""
@@ -145,9 +147,10 @@ def show_command(
             response = teacher.demonstrate(problem, style)
         _echo(_shown_problem(problem, response, reader))
         if image is not None:
-            require_free(image, "--image")
-            put(image, lambda path: path.write_bytes(problem.images[0]))
-            _echo(f"image saved to {image}")
+            for file, picture in _image_files(image, problem):
+                require_free(file, "--image")
+                put(file, partial(Path.write_bytes, data=picture))
+                _echo(f"image saved to {file}")
 
 
 @app.command("check")
@@ -247,6 +250,16 @@ def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
         parts.append(f"\n[response]\n{response}")
         parts.append(f"\n[reads as]\n{_verdict(problem, response, task)}")
     return "\n".join(parts)
+
+
+def _image_files(file: Path, problem: Problem) -> list[tuple[Path, bytes]]:
+    """Where to save each image of a problem, of several numbered from 1."""
+    if not problem.images:
+        raise UserError(f"--image: problem {problem.id} has no image; leave it out")
+    if len(problem.images) == 1:
+        return [(file, problem.images[0])]
+    names = [file.with_stem(f"{file.stem}-{n + 1}") for n in range(len(problem.images))]
+    return list(zip(names, problem.images, strict=True))
 
 
 def _shown_image(image: bytes) -> str:

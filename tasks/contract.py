@@ -31,6 +31,7 @@ from tasks.core import (
 )
 from tasks.figures import Figure
 from tasks.images import check_image
+from tasks.placeholders import placed
 from tasks.splits import draw_problem, draws_late
 
 STYLES: tuple[Style, ...] = ("terse", "verbose")
@@ -195,6 +196,7 @@ class _Trial:
                 return None
         for image in problem.images:
             self.call(problem.id, check_image, image, "problem.images")
+        self.call(problem.id, placed, problem.prompt, problem.images)
         kept: dict[str, Any] = {}
         for name in ("truth", "knobs", "extra"):
             try:

@@ -17,6 +17,7 @@ from tasks.core import DataError, Problem, ReadsRows, Task, need
 from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
 from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
 from tasks.images import check_image
+from tasks.placeholders import check_placed
 from tasks.split_names import side_of, split_of_file, tells_side
 
 _SHOWN_ERRORS = 10
@@ -189,6 +190,7 @@ def _from_source(
     image = _source_image(row["image"], folder)
     check_image(image, "image")
     problem = task.from_row(texts["query"], image, texts["ground_truth"])
+    check_placed(problem.prompt, problem.images, "query")
     return problem, texts["ground_truth"], texts["response"]
 
 

@@ -49,6 +49,7 @@ from tasks.datasets import (
 )
 from tasks.files import flush
 from tasks.images import check_image, content_hash
+from tasks.placeholders import check_placed
 from tasks.split_names import side_of
 from tasks.splits import Split, draw_problem
 
@@ -108,6 +109,7 @@ def write_dataset(
                         response = task.demonstrate(problem, style)
                     for image in problem.images:
                         check_image(image, f"{task.name}: generated image of {problem.id}")
+                    check_placed(problem.prompt, problem.images, f"{task.name}: {problem.id}")
                     row = task.to_ground_truth(problem) if isinstance(task, ReadsRows) else ""
                     if not writer.add(problem, row, response):
                         raise DataError(

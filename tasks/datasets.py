@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from tasks.core import DataError, Problem
 from tasks.images import check_image
-from tasks.placeholders import placed
+from tasks.placeholders import check_placed
 
 MANIFEST = "manifest.json"
 COMPLETE = ".complete"
@@ -195,10 +195,7 @@ def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterat
             raise DataError(f"{place}: {row}")
         texts = {name: as_text(row[name], f"{place}: {name}") for name in OUR_COLUMNS}
         prompt, images = as_text(row["query"], f"{place}: query"), tuple(_images(row, place))
-        try:
-            placed(prompt, images)
-        except DataError as error:
-            raise DataError(f"{place}: query: {error}") from error
+        check_placed(prompt, images, f"{place}: query")
         if check_images:
             for image in images:
                 check_image(image, f"{place}: image")

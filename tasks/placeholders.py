@@ -43,6 +43,14 @@ def placed(prompt: str, images: Sequence[T]) -> list[str | T]:
     return [part for part in [*parts, prompt[end:]] if part != ""]
 
 
+def check_placed(prompt: str, images: Sequence[object], source: str) -> None:
+    """Raises DataError as `placed`, headed by `source` (`file: row 3: query`)."""
+    try:
+        placed(prompt, images)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
 def as_shown(prompt: str, images: Sequence[T]) -> tuple[T, ...]:
     """The images in the order in which the prompt shows them. Raises DataError as `placed`."""
     return tuple(part for part in placed(prompt, images) if not isinstance(part, str))

@@ -79,6 +79,19 @@ def test_show_a_row_and_save_its_image(tmp_path: Path) -> None:
     check_image((tmp_path / "x.png").read_bytes(), "x.png")
 
 
+def test_show_several_images_and_none(tmp_path: Path) -> None:
+    album = "tests.tasks.test_datasets:Album"
+    good("generate", album, "--out", tmp_path / "data", *SMALL)
+    rows = read_dataset(tmp_path / "data")
+    for count in (0, 2):
+        row = next(n for n, problem in enumerate(rows) if len(problem.images) == count)
+        text = good("show", tmp_path / "data", "--row", str(row))
+        assert text.count("image         4x4, ") == count
+    good("show", tmp_path / "data", "--row", str(row), "--image", tmp_path / "x.png")
+    saved = [(tmp_path / f"x-{n}.png").read_bytes() for n in (1, 2)]
+    assert tuple(saved) == rows[row].images
+
+
 def test_held_out_names_are_drawn_from_the_held_out_side_and_others_are_told(
     tmp_path: Path,
 ) -> None:

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def check_sent(body: dict[str, Any], text: str, image: bytes) -> None:
     assert head == "data:image/png;base64" and base64.b64decode(data) == image
     # Nothing else of the rollout, and the perception nowhere else.
     assert "MY-" not in json.dumps(body)
+
+
+def test_every_image_is_sent_in_order_and_none_where_there_is_none(server: Server) -> None:
+    one = seen("a")
+    several = replace(one.problem, images=(b"\x89PNG 1", b"\xff\xd8 2", b"\x89PNG 1"))
+    for count in (3, 2, 0):
+        problem = replace(several, images=several.images[:count])
+        run(make(server.url), replace(one, problem=problem))
+        *pictures, question = server.bodies[-1]["messages"][1]["content"]
+        assert question["type"] == "text"
+        urls = [picture["image_url"]["url"].partition(",") for picture in pictures]
+        assert tuple(base64.b64decode(data) for _, _, data in urls) == problem.images
+        assert [head for head, _, _ in urls][:2] == [
+            f"data:image/{kind};base64" for kind in ("png", "jpeg")
+        ][: len(problem.images)]
 
 
 def test_any_text_stays_inside_its_delimiters() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rewards.pool import _other_problem
 from rewards.surrogates import (
     BlindPolicy,
     BlindSolver,
@@ -469,6 +470,33 @@ def test_the_views() -> None:
     with pytest.raises(ValueError, match=r"swapped.*another problem"):
         ImageDependence("swapped").ask(SUDOKU, group, None)
     assert ImageDependence("swapped").ask(SUDOKU, group_of(PUZZLE, ""), None) == []
+
+
+def test_all_of_several_images_are_altered_and_without_one_nothing_is_asked() -> None:
+    pair = replace(PUZZLE, images=(PUZZLES[1].images[0], PUZZLES[2].images[0]))
+    other = replace(PUZZLES[3], images=(PUZZLES[4].images[0], PUZZLES[5].images[0]))
+    group = group_of(pair, says(grid_text(TRUE)))
+    for view, images in {
+        "masked": tuple(mask_patches(image, 14, 0.6) for image in pair.images),
+        "blank": tuple(map(blank_like, pair.images)),
+        "swapped": other.images,
+    }.items():
+        shown, altered = ImageDependence(view).ask(SUDOKU, group, other)
+        assert (shown.images, altered.images) == (pair.images, images)
+    none = group_of(replace(PUZZLE, images=()), says(grid_text(TRUE)))
+    assert ImageDependence("swapped").ask(SUDOKU, none, None) == []
+    assert ImageDependence().score(SUDOKU, none, []) == [0.0]
+
+
+def test_the_other_problem_has_as_many_images() -> None:
+    def shows(*pictures: int) -> Group:
+        images = tuple(PUZZLES[n].images[0] for n in pictures)
+        return group_of(replace(PUZZLE, images=images), "")
+
+    groups = [shows(1), shows(1), shows(2, 3), shows(4), shows(), shows(3, 2), shows(3, 2)]
+    others = [_other_problem(groups, index) for index in range(len(groups))]
+    expected = [3, 3, 5, 0, None, 2, 2]
+    assert others == [None if n is None else groups[n].problem for n in expected]
 
 
 @pytest.mark.parametrize("view", ["masked", "blank", "swapped"])

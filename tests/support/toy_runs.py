@@ -79,7 +79,7 @@ def write_run(run: Path, cell: Cell, gain: float) -> None:
         for i in range(3)
         for _ in range(2)
     ]
-    table = pa.Table.from_pylist([row | {"prompt": "?", "image_sha256": "0"} for row in batch])
+    table = pa.Table.from_pylist([row | {"prompt": "?", "image_sha256": ["0"]} for row in batch])
     pq.write_table(table, run / "rollouts" / "step-000001.parquet")
 
     chance = random.Random(zlib.crc32(cell.id.encode()))
@@ -101,7 +101,7 @@ def write_sft_run(run: Path, cell: Cell, weight: float) -> None:
         {"prompt_ids": [1, i], "response_ids": [cell.seed, i, 9], "segments": [0, 1, 2]}
         for i in range(3)
     ]
-    table = pa.Table.from_pylist([row | {"image_sha256": "0"} for row in batch])
+    table = pa.Table.from_pylist([row | {"image_sha256": ["0"]} for row in batch])
     pq.write_table(table.cast(DEMONSTRATION_SCHEMA), run / "demonstrations/step-000001.parquet")
 
     chance = random.Random(zlib.crc32(cell.id.encode()))

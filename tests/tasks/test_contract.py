@@ -65,6 +65,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "check: raised KeyError",
     ),
     (generate(lambda _: {"images": (b"none",)}), "check_image: raised DataError ("),
+    (generate(lambda _: {"prompt": "<image> of <image>"}), "placed: raised DataError ("),
     ({"number": lambda _, text: (int(text), ())}, "parse: raised ValueError"),
     (
         {"number": lambda self, text: (Shade.number(self, text)[0], ())},

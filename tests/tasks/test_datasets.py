@@ -178,6 +178,8 @@ def test_hugging_face_datasets_reads_what_was_generated(tmp_path: Path) -> None:
 class Album(Shade):
     """As many pictures as the shade says, modulo three, and a column of its own."""
 
+    name = "tests.tasks.test_datasets:Album"
+
     def _problem(self, prompt: str, image: bytes, shade: int, name: str) -> Problem:
         images = tuple(self.picture(shade, n) for n in range(shade % 3))
         extra = {"source": ["é", {"n": shade}]} if shade % 2 else {}

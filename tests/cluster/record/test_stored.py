@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -106,6 +107,38 @@ def test_groups_come_back_as_they_were(run: Path) -> None:
     assert "nan" not in back[2].scores.terms
 
 
+def test_several_images_or_none_and_other_columns_come_back(tmp_path: Path) -> None:
+    one = group(5, "5;10;", "4;10;")
+    pictures = (b"\x89PNG a", b"\xff\xd8 b", b"\x89PNG a")
+    several = replace(one.problem, images=pictures, extra={"source": ["é", {"n": 1}]})
+    none = replace(one.problem, id="none", images=())
+    groups = [replace(one, group_id=name, problem=of) for name, of in (("a", several), ("b", none))]
+    with Tracker(tmp_path) as tracker:
+        tracker.log_rollouts(1, scored(*groups))
+    assert [found.group.problem for found in read_groups(tmp_path, 1)] == [several, none]
+    assert {file.read_bytes() for file in (tmp_path / "images").iterdir()} == set(pictures)
+    shown = read_shown(tmp_path)
+    assert [len(rollout["images"]) for rollout in shown.rollouts] == [3, 3, 0, 0]
+    assert shown.images.keys() == {sha for r in shown.rollouts for sha in r["images"]}
+    assert len(shown.images) == 2
+
+
+def test_a_run_of_when_a_rollout_had_one_image_is_read(run: Path) -> None:
+    found, shown = read_groups(run, 2), read_shown(run)
+    hashes = [sha for (sha,) in read_rollouts(run, 2)["image_sha256"].to_pylist()]
+    rewrite(run, "image_sha256", hashes, pa.string())
+    rewrite(run, "extra", None)
+    assert [g.group.problem for g in read_groups(run, 2)] == [g.group.problem for g in found]
+    assert read_shown(run) == shown and not shown.problems
+    again = read_rollouts(run, 2)
+    assert again.schema.equals(ROLLOUT_SCHEMA) and again["extra"].null_count == len(again)
+    with Tracker(run, output=OutputConfig(rollouts_keep=1), after_step=11) as tracker:
+        tracker.log_rollouts(12, scored(group(9, "9;18;")))
+    assert {p.problem.images[0] for p in (g.group for g in read_groups(run, 2))} <= {
+        file.read_bytes() for file in (run / "images").iterdir()
+    }
+
+
 def test_scores_alone_are_those_of_the_groups(run: Path) -> None:
     for step in (2, 11):
         for alone, whole in zip(read_scores(run, step), read_groups(run, step), strict=True):
@@ -136,8 +169,8 @@ def test_the_advantage_is_not_needed_and_an_undiagnosed_group_has_no_diagnosis(r
         ("prefix", ["", None, "", "", ""], "empty cells"),
         ("truth", ["{"] * 5, "Expecting"),
         ("task", ["tests.support.toys:Tripling"] * 5, "Tripling"),
-        ("image_sha256", ["../../secret"] * 5, "no SHA-256"),
-        ("image_sha256", ["0" * 64] * 5, "is missing"),
+        ("image_sha256", [["../../secret"]] * 5, "no SHA-256"),
+        ("image_sha256", [["0" * 64]] * 5, "is missing"),
         ("failures", [["it broke"]] * 5, "it broke"),
         ("terms", [[{"name": "outcome", "value": 1.0}], *[[]] * 4], "different terms"),
     ],

@@ -146,7 +146,7 @@ def test_an_image_is_stored_once_under_its_hash(tmp_path: Path) -> None:
     for file in files:
         assert file.suffix == ".png"
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
-    shas = {row["image_sha256"] for row in read_rollouts(tmp_path, 1).to_pylist()}
+    shas = {sha for row in read_rollouts(tmp_path, 1).to_pylist() for sha in row["image_sha256"]}
     assert shas == {file.stem for file in files}
 
 

@@ -250,7 +250,7 @@ def test_every_arm_shows_every_cell_and_the_same_problems(html: str) -> None:
         assert {r["cell"] for r in rows} >= {0, 1, 2, 3}
         assert {r["problem"] for r in rows} == {r["problem"] for r in by_arm["outcome"]}
         assert len(rows) <= 2 * MOST_OF_AN_ARM
-    assert {r["image"] for r in found["rollouts"]} == set(found["images"])
+    assert {sha for r in found["rollouts"] for sha in r["images"]} == set(found["images"])
     assert len(found["images"]) == 2  # each once, however many arms saw it
     assert found["cells"] == list(CELLS)
 

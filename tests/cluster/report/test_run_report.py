@@ -192,7 +192,7 @@ def test_the_browser_has_all_four_cells_and_their_figures(html: str) -> None:
     assert sudoku[0]["terms"] == [["outcome", 1.0], ["perception", 1.0]]
     assert sudoku[3]["version"] == "0"
     assert sum("bad" in cell for row in sudoku[2]["figure"]["cells"] for cell in row) == 1
-    assert {r["image"] for r in found["rollouts"]} == set(found["images"])
+    assert {sha for r in found["rollouts"] for sha in r["images"]} == set(found["images"])
     steps = {r["step"] for r in found["rollouts"] if r["problem"] == sudoku[0]["problem"]}
     assert steps == {1, 3}
 

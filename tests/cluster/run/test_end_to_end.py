@@ -215,7 +215,8 @@ def test_each_step_samples_the_groups_of_its_own_under_the_weights_of_the_last(
         for name in ("policy/lag_max", "policy/mixed", "buffer/in_flight", "buffer/waiting"):
             assert metrics[step, name] == 0
         assert metrics[step, "policy/version"] == step
-        assert all((lived.run / "images" / f"{row['image_sha256']}.png").exists() for row in rows)
+        shas = {sha for row in rows for sha in row["image_sha256"]}
+        assert shas and all((lived.run / "images" / f"{sha}.png").exists() for sha in shas)
 
 
 def test_sampler_and_learner_are_one_policy_and_each_term_gives_its_number(
