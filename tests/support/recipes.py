@@ -18,6 +18,7 @@ GRAPH = (
     'knobs = { vertices = 6, canvas = 64, label_size = 0, prompt = "brief" } }'
 )
 TOY = '{ name = "tests.support.toys:Doubling" }'
+UNLABELLED = '{ name = "tests.support.toys:Unlabelled" }'
 
 
 def recipe_text(

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from rewards.scored import Reply, ScoredGroup, ScoredTerms
 from rewards.terms import Outcome, Perception, score_group
 from rollout.record import Group, Rollout, SampleRequest, Sampling
 from tasks.core import Parsed, Problem, Style, Task
+from tasks.load import load_task
 
 
 class Knobs(BaseModel):
@@ -78,6 +80,18 @@ class Doubling:
 TASK: Task = Doubling()
 
 
+class Unlabelled:
+    """The same numbers, and nobody has said what there is to see: draws, reads and checks."""
+
+    name = "tests.support.toys:Unlabelled"
+    spec: type[BaseModel] = Knobs
+    parse, check = TASK.parse, TASK.check
+
+    def generate(self, rng: np.random.Generator, spec: BaseModel) -> Problem:
+        drawn = problem(int(rng.integers(100)))
+        return replace(drawn, id=f"u-{drawn.id}", task=self.name, perception="")
+
+
 def problem(n: int, name: str | None = None) -> Problem:
     return Problem(
         id=name or f"n{n}",
@@ -126,7 +140,7 @@ def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **field
 
 def score(one: Group, *terms: Any) -> ScoredTerms:
     """Score a group in this process."""
-    return score_group(TASK, one, {term.name: term for term in terms})
+    return score_group(load_task(one.problem.task), one, {term.name: term for term in terms})
 
 
 def scored(

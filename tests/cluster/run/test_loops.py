@@ -6,6 +6,7 @@ a loop logs is held to the table of metrics here, too.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ import pytest
 from cluster.recipe.problems import open_sources
 from cluster.recipe.recipe import Recipe
 from cluster.record.stored import read_metrics, read_scored, stored_steps
+from cluster.report.diagnose import load_scores, task_reports
+from cluster.report.run_report import build, read_run
 from cluster.run.checkpoints import Position, Resumed
 from cluster.run.evaluate import evaluate_all
 from cluster.run.replay import recorded, run_replay, run_sampling
@@ -31,10 +34,11 @@ from learner.balance import SegmentGradients
 from learner.batch import TrainBatch
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup
+from rewards.settings import OnFailure
 from rewards.terms import Outcome, Perception
 from rollout.record import Group, SampleRequest
 from rollout.transfer import TransferReport
-from tests.support.recipes import TOY, made_recipe
+from tests.support.recipes import TOY, UNLABELLED, made_recipe
 from tests.support.toys import graded, group, score
 
 SEGMENTS = ("perception", "reasoning", "answer", "other")
@@ -113,6 +117,9 @@ class Samplers:
         return Group(request.group_id, request.problem, tuple(rollouts))
 
 
+LEAVE: dict[str, OnFailure] = {"perception": "zero"}
+
+
 class Parts:
     """What `running`, `sampling_and_scoring`, `learning`, `tuning` and `session` give a loop."""
 
@@ -125,7 +132,8 @@ class Parts:
         self, groups: Sequence[Group], share: float
     ) -> tuple[list[ScoredGroup], dict[str, float]]:
         found = [score(g, Outcome(), Perception()) for g in groups]
-        composed = compose_groups(groups, found, Composition({"outcome": 1.0, "perception": 0.0}))
+        weights = {"outcome": 1.0, "perception": 0.0}
+        composed = compose_groups(groups, found, Composition(weights, on_failure=LEAVE))
         return composed, {"reward/worker_restarts": 0.0, "reward/judge/calls/requests": 1.0}
 
     def send_weights(self, version: int) -> TransferReport:
@@ -240,6 +248,37 @@ def test_sampling_asks_what_training_would(tmp_path: Path, parts: Any) -> None:
     assert stored_steps(tmp_path / "sampled") == [1, 2]
     one, two = (read_scored(tmp_path / name, 1) for name in ("sampled", "run"))
     assert [g.totals.tolist() for g in one] == [g.totals.tolist() for g in two]
+
+
+def test_a_task_without_labels_beside_one_with_them(tmp_path: Path, parts: Any) -> None:
+    recipe = made_recipe(
+        *RECIPE[:-1], "algorithm.problems_per_step=8", tasks=f"{TOY}, {UNLABELLED}"
+    )
+    made = parts(recipe)
+    run_training(recipe, output=tmp_path / "run")
+    known, bare = (f"tests.support.toys:{name}" for name in ("Doubling", "Unlabelled"))
+    oracle = [name for name in made.samplers.asked if name.startswith("eval/oracle/")]
+    assert oracle and not [name for name in oracle if name.startswith("eval/oracle/u-")]
+    found = logged(tmp_path / "run")
+    assert set(found[f"eval/{known}/a_r"]) == set(found[f"eval/{bare}/a"]) == {0, 2, 4, 5}
+    evaluated = {name.removeprefix(f"eval/{bare}/") for name in found if f"eval/{bare}/" in name}
+    assert evaluated == {"a"}
+    assert set(found["acc/labelled"]) and set(found["acc/a"]) == {1, 2, 3, 4, 5}
+    assert set(found["acc/a_p"].values()) == {1.0}  # of those that have one, all are right
+
+    tables = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    sizes = {row["metric"]: row["n"] for row in tables["all tasks"]["after"]["rows"]}
+    assert (sizes["a"], sizes["a_p"], sizes["a_r"]) == (4, 2, 2)
+    assert {row["metric"] for row in tables[bare]["change"]["rows"]} == {"a"}
+    record = read_run(tmp_path / "run")
+    of_bare = [view for view in record.shown.rollouts if view["task"] == bare]
+    assert of_bare and all(view["saw"] is view["leak"] is None for view in of_bare)
+    said = [line for line in build(record).warnings if "perception label" in line]
+    assert len(said) == 1 and "of the rollouts are of problems with a perception label" in said[0]
+    assert {r.task: r.phases[0].a_p for r in task_reports(load_scores(tmp_path / "run"))} == {
+        known: 1.0,
+        bare: None,
+    }
 
 
 @pytest.mark.parametrize("every", [0, 4])
