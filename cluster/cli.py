@@ -53,6 +53,16 @@ DryRun = Annotated[
     ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
+AskReader = Annotated[
+    str,
+    typer.Option(
+        "--reader", metavar="CHECKPOINT", help="A text-only model to ask: sufficiency and used"
+    ),
+]
+ReaderPlace = Annotated[
+    Literal["prompt", "prefix"],
+    typer.Option(help="Where --reader finds a perception (eval.reader_place)"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 
 
@@ -170,6 +180,8 @@ def evaluate(
         Path | None, typer.Option(help="A recipe whose [model] and [sampler] sections to run with")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A file to write the JSON to")] = None,
+    reader: AskReader = "",
+    reader_place: ReaderPlace = "prompt",
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -196,6 +208,8 @@ def evaluate(
         output=output,
         address=address,
         like=like,
+        reader=reader,
+        reader_place=reader_place,
     )
 
 
@@ -209,10 +223,13 @@ def diagnose(
             help='Judge a further term on the stored rollouts: format={"default": 0.5}; repeatable',
         ),
     ] = None,
+    reader: AskReader = "",
+    reader_place: ReaderPlace = "prompt",
     as_json: AsJson = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown tables and nothing else")
     ] = False,
+    address: Address = None,
 ) -> None:
     """Say what a stored run's rewards taught, and which reward terms can be trusted."""
     from cluster.start import refuse
@@ -220,7 +237,12 @@ def diagnose(
     refuse(as_json and markdown, "--json and --markdown: choose one")
     from cluster.report.diagnose import run_diagnose
 
-    run_diagnose(run, rescore or (), as_json=as_json, as_markdown=markdown)
+    readings = None
+    if reader:
+        from cluster.run.reading import read_run
+
+        readings = read_run(run, expanded(reader), reader_place, address)
+    run_diagnose(run, rescore or (), as_json, markdown, reader, readings)
 
 
 @app.command()

@@ -29,6 +29,9 @@ class Drift:
     flagged: bool
 
 
+PHASES = ("first third", "second third", "last third")
+
+
 def thirds(steps: Sequence[int]) -> tuple[frozenset[int], ...]:
     """The distinct steps in order, cut into three of about equal length (some may be empty)."""
     return tuple(frozenset(part.tolist()) for part in np.array_split(np.unique(steps), 3))

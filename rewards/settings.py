@@ -24,12 +24,19 @@ BUILT_IN = {
     "blind_policy": "rewards.surrogates:BlindPolicy",
     "image_dependence": "rewards.surrogates:ImageDependence",
     "view_agreement": "rewards.view_agreement:ViewAgreement",
+    "blind_questions": "rewards.questions:BlindQuestions",
     "judge": "rewards.judge:Judge",
 }
 """The reward terms a recipe can name without giving `module:Class`."""
 
 ARGUMENTS = ConfigDict(strict=True, extra="forbid")
 """How the arguments of a term's class are read, where pydantic reads them."""
+
+Place = Literal["prompt", "prefix"]
+"""Where a text-only reader finds a perception. `prompt`: before the question, in words that any
+instructed model understands. `prefix`: it is forced as the perception segment of the reader's own
+response, which only a model does well that was taught the segments (the policy, or an earlier
+checkpoint of it)."""
 
 Schedule = Literal["constant", "linear", "cosine"]
 OnFailure = Literal["abort", "drop_group", "zero"]

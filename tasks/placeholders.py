@@ -59,3 +59,13 @@ def as_shown(prompt: str, images: Sequence[T]) -> tuple[T, ...]:
 def text_alone(parts: Iterable[object]) -> list[str]:
     """What is left of a prompt's parts where no image is shown: one text."""
     return ["".join(part for part in parts if isinstance(part, str))]
+
+
+def removed(prompt: str) -> str:
+    """A prompt without its placeholders, for whoever is shown no image."""
+    return _PLACEHOLDER.sub("", prompt)
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is a placeholder any more: what a model wrote may stand in a prompt."""
+    return _PLACEHOLDER.sub(lambda found: f"{found[0][:-1]} >", text)

@@ -99,10 +99,10 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     if command in ("train", "sample") or (command == "sft" and recipe.eval.every):
         samplers = [engine("sampler", i, size) for i in range(sampler.count)]
     if command in ("train", "sample"):
-        frozen = [policy_size(path) for path in frozen_models(recipe)]
-        samplers += [engine("frozen model", i, its) for i, its in enumerate(frozen)]
         # Scoring is short and comes while the engines wait, so it reserves no core.
         others = [Actor("reward worker", i) for i in range(recipe.reward.workers)]
+    frozen = [policy_size(path) for path in frozen_models(recipe, command)] if samplers else []
+    samplers += [engine("frozen model", i, its) for i, its in enumerate(frozen)]
     actors = (Actor("driver", 0), *samplers, *learners, *others)
     there = {"cores": machine.cores, "GPUs": len(machine.gpus)}
     shortages = _shortages(_need(recipe, command), there, "this machine has")
@@ -204,19 +204,21 @@ def _parts(memory: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {gib(size)}" for name, size in memory.items())
 
 
-def frozen_models(recipe: Recipe) -> list[str]:
-    """Checkpoints that the recipe's reward terms ask beside the policy, each once.
+def frozen_models(recipe: Recipe, command: Command) -> list[str]:
+    """Checkpoints that a command asks beside the policy, each once: reward terms, `eval.reader`.
 
     Each runs on one engine, placed as [sampler] places one of the policy's. Raises UserError for
     a term that cannot be loaded.
     """
     found: dict[str, None] = {}
-    for entry in recipe.reward.effective_terms():
+    for entry in recipe.reward.effective_terms() if command in ("train", "sample") else ():
         try:
             if hasattr(find_term(entry.name), "ask"):
                 found[term_facts(entry.name, entry.args).model or ""] = None
         except TermError as error:
             raise UserError(f"reward.terms: {error}") from error
+    if command in ("train", "sft", "eval"):
+        found[recipe.eval.reader] = None
     return [model for model in found if model]
 
 
@@ -234,19 +236,18 @@ def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Com
 def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
     """unit -> {product of fields: amount} that a command holds at one time."""
     sampler, learner = recipe.sampler, recipe.learner
+    models = len(frozen_models(recipe, command))
     found = {}
     for unit, taken in (("cores", "cpus"), ("GPUs", "gpus")):
         sample = {f"sampler.count × sampler.{taken}": sampler.count * getattr(sampler, taken)}
+        if models:
+            sample[f"{models} frozen model(s) × sampler.{taken}"] = models * getattr(sampler, taken)
         learn = {f"learner.ranks × learner.{taken}": learner.ranks * getattr(learner, taken)}
         if command == "sft" and not recipe.eval.every:  # one after the other
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
             alone = {"eval": sample, "sample": sample, "replay": learn}
             found[unit] = alone.get(command, sample | learn)
-        models = len(frozen_models(recipe)) if command in ("train", "sample") else 0
-        if models:
-            one = models * getattr(sampler, taken)
-            found[unit] |= {f"{models} frozen model(s) of reward.terms × sampler.{taken}": one}
     return found
 
 

@@ -78,7 +78,6 @@ def preflight(
         if not dry_run:  # which may be of a recipe for another machine
             raise
         say(str(error))
-    trains = command in ("train", "sample")
     # Measuring decodes the images.
     sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
     for index, source in enumerate(sources):
@@ -91,7 +90,7 @@ def preflight(
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None)
     processor = load_processor(recipe.model.path)
-    for model in frozen_models(recipe) if trains else ():
+    for model in frozen_models(recipe, command):
         if _is_here(model) or not dry_run:
             load_reader(model)
     context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)

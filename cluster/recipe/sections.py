@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from tasks.fields import Count, PathText, Positive, Section
+from rewards.settings import Place
+from tasks.fields import Count, PathText, Positive, Section, refusal
+from tasks.files import expanded
 
 
 class EvalConfig(Section):
@@ -29,6 +31,20 @@ class EvalConfig(Section):
     ) = None
     """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all. Without it
     `greedy`, and `oracle` of problems with a perception label."""
+
+    reader: Annotated[str, AfterValidator(expanded)] = ""
+    """Checkpoint of a frozen text-only reader that is asked the questions again, with the policy's
+    own perceptions (of the pass `greedy`) in place of the images: `sufficiency`, `used` and the
+    reader's floor and ceiling (docs/diagnosis.md). It has an engine of its own. "": none."""
+    reader_place: Place = "prompt"
+    """Where it finds a perception: `prompt`, before the question, for any instructed model; or
+    `prefix`, as the start of its own response, for a checkpoint of the policy."""
+
+    @model_validator(mode="after")
+    def _reader_reads_something(self) -> EvalConfig:
+        if self.reader and "greedy" not in self.asked:
+            raise refusal('it reads what the pass "greedy" wrote; add it to passes', "reader")
+        return self
 
     @property
     def asked(self) -> tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...]:

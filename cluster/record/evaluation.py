@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from cluster.record.table import Table
 from rewards.diagnosis import diagnose
 from rewards.intervals import mean_interval
+from rewards.reader import Reading, refused
 from rollout.record import Group
 from tasks.core import Task
 
@@ -141,6 +142,28 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
         values |= _pass_values(task, name, groups)
     problems = [group.problem for groups in passes.values() for group in groups]
     return EvalTable(values, {p.id: f"{p.task}/{p.symmetry_key}" for p in problems})
+
+
+def with_readings(table: EvalTable, readings: Mapping[str, Reading]) -> EvalTable:
+    """An evaluation with what a text-only reader makes of the pass `greedy`, by problem.
+
+    `used` is of the problems whose perception suffices. Of a reader that is `refused` only floor
+    and ceiling are given, which show why.
+    """
+    found: dict[str, dict[str, float]] = {
+        "sufficiency": {i: float(r.sufficient.mean()) for i, r in readings.items()},
+        "used": {i: table.per_problem["a"][i] for i, r in readings.items() if r.sufficient.all()},
+        "reader_blind": {i: float(r.blind) for i, r in readings.items()},
+        "reader_ceiling": {
+            i: float(r.ceiling) for i, r in readings.items() if r.ceiling is not None
+        },
+    }
+    if refused([*readings.values()]):
+        del found["sufficiency"], found["used"]
+    told = {metric: values for metric, values in found.items() if values}
+    defects = {m: v for m, v in table.per_problem.items() if m.startswith("defect/")}
+    others = {m: v for m, v in table.per_problem.items() if m not in defects}
+    return replace(table, per_problem={**others, **told, **defects})
 
 
 def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:

@@ -15,21 +15,25 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cluster.recipe.recipe import UserError
-from cluster.record.stored import StoredScores, not_kept, read_groups, read_scores, stored_steps
+from cluster.record.stored import StoredScores, not_kept
 from cluster.record.table import Table
+from cluster.report.reading import (
+    ReadingReport,
+    Readings,
+    reading_reports,
+    reading_sheets,
+    with_sufficiency,
+)
+from cluster.report.rescore import load_scores
+from cluster.report.words import interval_cell, number_cell
 from rewards.coupling import Correlations, coupling, independent_reference
-from rewards.hacking import Drift, drift, thirds
-from rewards.intervals import RESAMPLES, Interval
+from rewards.hacking import PHASES, Drift, drift, thirds
+from rewards.intervals import RESAMPLES
 from rewards.reliability import Reliability, reliability
-from rewards.scored import DIAGNOSIS, TermError
-from rewards.terms import AskingTerm, Term, is_remote, load_term, score_group
-from tasks.load import load_task
+from rewards.scored import DIAGNOSIS
 
 Judged = tuple[StoredScores, np.ndarray, np.ndarray]
 """A group with a perception label, what a term gave it, and its `a_p`."""
-
-PHASES = ("first third", "second third", "last third")
 
 
 @dataclass(frozen=True)
@@ -82,22 +86,33 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task: all steps first, then by thirds, and the drift of each term and of the total."""
+    """One task: all steps first, then by thirds, and the drift of each term and of the total.
+
+    `reading`: what a text-only reader makes of it, where one was asked.
+    """
 
     task: str
     phases: tuple[PhaseReport, ...]
     drifts: Mapping[str, Drift | None]
+    reading: ReadingReport | None = None
 
 
 def run_diagnose(
-    run: Path, rescore: Sequence[str] = (), as_json: bool = False, as_markdown: bool = False
+    run: Path,
+    rescore: Sequence[str] = (),
+    as_json: bool = False,
+    as_markdown: bool = False,
+    reader: str = "",
+    readings: Readings | None = None,
 ) -> list[TaskReport]:
     """`equipoise diagnose`: print the tables of a stored run, as rich tables unless asked else.
+
+    `readings`: what the checkpoint `reader` made of the run's groups, if it was asked.
 
     Raises DataError for a folder that holds no readable run and UserError for a term that cannot
     be rescored.
     """
-    reports = task_reports(load_scores(run, rescore))
+    reports = read_reports(load_scores(run, rescore), readings, reader)
     if lacking := not_kept(run):
         print(f"note: {lacking}", file=sys.stderr)
     if as_json:
@@ -116,53 +131,15 @@ def run_diagnose(
     return reports
 
 
-def load_scores(run: Path, rescore: Sequence[str] = ()) -> list[StoredScores]:
-    """Every stored group's scores, with the terms of `rescore` (`TERM` or `TERM={...}`) added.
-
-    A rescored term goes by the words it was asked for with, and `(rescored)`: it stands beside the
-    run's own term of that name. Its failures are counted, like those of training.
-    """
-    steps = stored_steps(run)
-    if not rescore:
-        return [scores for step in steps for scores in read_scores(run, step)]
-    terms = {spec: rescored_term(spec) for spec in rescore}
-    found = []
-    for step in steps:
-        for stored in read_groups(run, step):
-            scores, task = stored.scores, load_task(stored.group.problem.task)
-            for spec, term in terms.items():
-                label = f"{spec} (rescored)"
-                fresh = score_group(task, stored.group, {label: term}, with_diagnosis=False)
-                scores = replace(
-                    scores,
-                    terms={**scores.terms, **fresh.values},
-                    failures=(*scores.failures, *fresh.failures),
-                )
-            found.append(scores)
-    return found
-
-
-def rescored_term(spec: str) -> Term:
-    """The term that `TERM` or `TERM={"arg": 1}` names; raises UserError for what cannot be run."""
-    name, _, text = spec.partition("=")
-    try:
-        args = json.loads(text) if text else {}
-    except ValueError as error:
-        raise UserError(f"--rescore {spec}: after `=` comes a JSON object: {error}") from error
-    if not isinstance(args, dict):
-        raise UserError(
-            f'--rescore {spec}: after `=` comes a JSON object of arguments, such as {{"scale": 2}}'
-        )
-    try:
-        term = load_term(name, args)
-    except TermError as error:
-        raise UserError(f"--rescore {spec}: {error}") from error
-    if isinstance(term, AskingTerm) or is_remote(term):
-        raise UserError(
-            f"--rescore {spec}: this term asks a model or a server, and `diagnose` starts none; "
-            "log it in a training run with weight 0"
-        )
-    return term
+def read_reports(
+    scores: Sequence[StoredScores], readings: Readings | None, reader: str
+) -> list[TaskReport]:
+    """`task_reports` with sufficiency among the terms, and the reader's own report of each task."""
+    if readings is None:
+        return task_reports(scores)
+    reports = task_reports(with_sufficiency(scores, readings, f"sufficiency ({reader})"))
+    own = reading_reports(scores, readings, reader)
+    return [replace(r, reading=o) for r, o in zip(reports, own, strict=True)]
 
 
 def task_reports(scores: Sequence[StoredScores]) -> list[TaskReport]:
@@ -175,7 +152,8 @@ def task_reports(scores: Sequence[StoredScores]) -> list[TaskReport]:
 
 def sheets(report: TaskReport) -> list[Table]:
     """The tables of one task."""
-    return [_coupling_sheet(report), *_term_sheets(report), _drift_sheet(report)]
+    read = reading_sheets(report.reading) if report.reading else []
+    return [_coupling_sheet(report), *read, *_term_sheets(report), _drift_sheet(report)]
 
 
 def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
@@ -274,7 +252,7 @@ def _coupling_sheet(report: TaskReport) -> Table:
     for phase in report.phases:
         head = (
             *(phase.phase, "{}–{}".format(*phase.steps), str(phase.groups)),
-            *(_number(value) for value in (phase.a, phase.a_p, phase.q, phase.leak)),
+            *(number_cell(value) for value in (phase.a, phase.a_p, phase.q, phase.leak)),
         )
         pairs = (
             ("perception", phase.perception, phase.independent[0]),
@@ -285,10 +263,10 @@ def _coupling_sheet(report: TaskReport) -> Table:
                 (
                     *(head if place == 0 else ("",) * len(head)),
                     skill,
-                    _interval(found.pooled),
-                    _number(reference),
-                    _interval(found.within),
-                    _number(found.zero_variance),
+                    interval_cell(found.pooled),
+                    number_cell(reference),
+                    interval_cell(found.within),
+                    number_cell(found.zero_variance),
                 )
             )
     whole = report.phases[0]
@@ -337,10 +315,10 @@ def _term_sheets(report: TaskReport) -> list[Table]:
         table.append(
             (
                 name,
-                *(str(found.n), _number(found.mean)),
-                *(_interval(e) for e in (found.pooled, found.within)),
-                *(_interval(e) for e in (found.auc, found.auc_within)),
-                *(_number(found.brier.value), _number(found.zero_variance.value)),
+                *(str(found.n), number_cell(found.mean)),
+                *(interval_cell(e) for e in (found.pooled, found.within)),
+                *(interval_cell(e) for e in (found.auc, found.auc_within)),
+                *(number_cell(found.brier.value), number_cell(found.zero_variance.value)),
                 str(term.failures),
             )
         )
@@ -349,11 +327,15 @@ def _term_sheets(report: TaskReport) -> list[Table]:
             ("within group", "within"),
             ("AUC within", "auc_within"),
         ):
-            cells = [_interval(getattr(p.terms[name].reliability, pick)) for p in report.phases[1:]]
+            cells = [
+                interval_cell(getattr(p.terms[name].reliability, pick)) for p in report.phases[1:]
+            ]
             phased.append((name if pick == "pooled" else "", label, *cells))
         for place, b in enumerate(found.calibration):
             value = f"{b.low:.3g}" if b.low == b.high else f"{b.low:.3g} to {b.high:.3g}"
-            bins.append(("" if place else name, value, str(b.n), _number(b.mean), _interval(b.a_p)))
+            bins.append(
+                ("" if place else name, value, str(b.n), number_cell(b.mean), interval_cell(b.a_p))
+            )
     result = [
         Table(
             f"{report.task}: can a term tell who saw right? Against true a_p, all steps",
@@ -382,8 +364,8 @@ def _drift_sheet(report: TaskReport) -> Table:
         if found is None
         else (
             name,
-            _interval(found.reward, signed=True),
-            _interval(found.a_p, signed=True),
+            interval_cell(found.reward, signed=True),
+            interval_cell(found.a_p, signed=True),
             "REWARD UP, a_p DOWN" if found.flagged else "no",
         )
         for name, found in report.drifts.items()
@@ -394,16 +376,3 @@ def _drift_sheet(report: TaskReport) -> Table:
         tuple(rows),
         "Flagged where the interval of the term lies above 0 and that of a_p below 0.",
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _interval(found: Interval, signed: bool = False) -> str:
-    if found.value is None:
-        return "-"
-    form = "+.2f" if signed else ".2f"
-    if found.low is None or found.high is None:
-        return f"{found.value:{form}} [too few]"
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.ablation.statistics import Estimate
 from cluster.record.table import Table
+from rewards.intervals import Interval
 
 METRIC_NAMES = {
     "a": "a: end to end",
@@ -139,6 +140,21 @@ def signed(value: float) -> str:
 def interval(row: Mapping[str, Any]) -> str:
     """A measured row's value with its interval."""
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def number_cell(value: float | None) -> str:
+    """`0.25`, or `-`."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def interval_cell(found: Interval, signed: bool = False) -> str:
+    """`0.25 [0.10, 0.40]`, or `-`."""
+    if found.value is None:
+        return "-"
+    form = "+.2f" if signed else ".2f"
+    if found.low is None or found.high is None:
+        return f"{found.value:{form}} [too few]"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def show(estimate: Estimate | None, sign: str = "", form: str = ".3f") -> str:

@@ -8,7 +8,7 @@ image at all. Every number comes with its n and a 95% interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -18,8 +18,11 @@ from rich.console import Console
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sections import EvalConfig
-from cluster.record.evaluation import EvalPass, EvalTable, eval_table
+from cluster.record.evaluation import EvalPass, EvalTable, eval_table, with_readings
 from cluster.run.standstill import unread_tables
+from rewards.reader import Reader, readings
+from rewards.scored import Answerer
+from rewards.settings import Place
 from rollout.pool import SamplerPool
 from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
 from rollout.settings import ModelConfig, SamplerConfig
@@ -40,14 +43,18 @@ _REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
 
 
 def evaluate_all(
-    samplers: SamplerPool, sources: Sequence[ProblemSource], recipe: Recipe
+    samplers: SamplerPool,
+    sources: Sequence[ProblemSource],
+    recipe: Recipe,
+    frozen: Mapping[str, Answerer] | None = None,
 ) -> dict[str, EvalTable]:
     """The recipe's own evaluation: a table a task, on its held-out problems.
 
     All passes of all tasks are asked for at once, so that no engine waits for another pass's last
     response; those of one problem together, whose image an engine then has at hand. What starts
     from `p*` is asked again where the free responses show that the policy writes a perception in
-    another form than the task's own.
+    another form than the task's own. `frozen`: engines by checkpoint, that of `eval.reader` among
+    them where the recipe has one.
     """
     asked = [
         (source, name, pass_request(recipe, source, name, problem))
@@ -67,7 +74,21 @@ def evaluate_all(
     }
     for (source, name, _), group in zip(asked, groups, strict=True):
         found[source.label][name].append(group)
-    return {source.label: eval_table(source.task, found[source.label]) for source in sources}
+    tables = {source.label: eval_table(source.task, found[source.label]) for source in sources}
+    if recipe.eval.reader:
+        assert frozen is not None
+        chosen = recipe.eval
+        reader = Reader(chosen.reader, chosen.reader_place, recipe.sampler.max_tokens)
+        read = [(s, group) for s in sources for group in found[s.label]["greedy"]]
+        made = readings(reader, frozen[reader.model], [(s.task, g) for s, g in read])
+        for source in sources:
+            of_source = {
+                group.problem.id: reading
+                for (s, group), reading in zip(read, made, strict=True)
+                if s is source and reading is not None
+            }
+            tables[source.label] = with_readings(tables[source.label], of_source)
+    return tables
 
 
 def _in_the_policys_form(
@@ -126,10 +147,12 @@ def run_eval(
     output: Path | None,
     address: str | None,
     like: Recipe | None = None,
+    reader: str = "",
+    reader_place: Place = "prompt",
 ) -> EvalTable:
     """`equipoise eval`: all passes of one task on one checkpoint, printed as a table or JSON.
 
-    `output`: a file for the JSON.
+    `output`: a file for the JSON. `reader`, `reader_place`: as in [eval].
 
     `like`: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
 
@@ -146,14 +169,21 @@ def run_eval(
         else ModelConfig(path=checkpoint),
         tasks=(task,),
         sampler=like.sampler if like else SamplerConfig(),
-        eval=EvalConfig(problems=problems, samples=samples, seed=seed, passes=PASSES),
+        eval=EvalConfig(
+            problems=problems,
+            samples=samples,
+            seed=seed,
+            passes=PASSES,
+            reader=reader,
+            reader_place=reader_place,
+        ),
     )
     console = Console(stderr=as_json)
     with session(recipe, "eval", address, None, console.print) as ready:
         count = len(held_out(ready.sources[0], seed, problems))
         console.print(f"{count} held-out problems; starting the sampler (vLLM) ...")
-        with sampling_from(recipe, checkpoint) as pool:
-            (table,) = evaluate_all(pool, ready.sources, recipe).values()
+        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
+            (table,) = evaluate_all(pool, ready.sources, recipe, frozen).values()
     told = {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict()
     if output:
         put_text(output, json.dumps(told, indent=2))

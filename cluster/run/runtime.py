@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.recipe.placement import frozen_models
+from cluster.recipe.placement import Command, frozen_models
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe
 from cluster.record.evaluation import EvalTable
@@ -80,52 +80,50 @@ def learning(setup: LearnerSetup) -> Iterator[LearnerGroup]:
 @contextmanager
 def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]]:
     """The recipe's samplers and reward workers, without a learner; Ray must be connected."""
-    pool = sampler_pool(recipe)
-    scoring = Scoring(recipe, pool)
-    try:
-        pool.wait_ready(recipe.sampler.start_timeout_seconds)
-        scoring.wait_ready()
-        yield pool, scoring
-    finally:
-        pool.stop()
-        scoring.stop()
+    with sampling_from(recipe, recipe.model.path, "sample") as (pool, frozen):
+        scoring = Scoring(recipe, pool, frozen)
+        try:
+            yield pool, scoring
+        finally:
+            scoring.stop()
 
 
 @contextmanager
-def sampling_from(recipe: Recipe, model: str) -> Iterator[SamplerPool]:
-    """The recipe's samplers on a checkpoint, without a learner; Ray must be connected."""
-    pool = sampler_pool(recipe, model)
+def sampling_from(
+    recipe: Recipe, model: str, command: Command
+) -> Iterator[tuple[SamplerPool, FrozenPools]]:
+    """Samplers on a checkpoint and the frozen models of a command; Ray must be connected."""
+    pool, frozen = sampler_pool(recipe, model), frozen_pools(recipe, command)
     try:
-        pool.wait_ready(recipe.sampler.start_timeout_seconds)
-        yield pool
+        for each in (pool, *frozen.values()):
+            each.wait_ready(recipe.sampler.start_timeout_seconds)
+        yield pool, frozen
     finally:
-        pool.stop()
+        for each in (pool, *frozen.values()):
+            each.stop()
 
 
-def frozen_pools(recipe: Recipe) -> dict[str, SamplerPool]:
-    """An engine for each frozen model that reward terms ask, by checkpoint; not yet waited for."""
+FrozenPools = Mapping[str, SamplerPool]
+"""An engine for each frozen model that a command asks, by checkpoint."""
+
+
+def frozen_pools(recipe: Recipe, command: Command) -> FrozenPools:
+    """Start them; they are not yet waited for."""
     return {
         model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
-        for place, model in enumerate(frozen_models(recipe))
+        for place, model in enumerate(frozen_models(recipe, command))
     }
 
 
 class Scoring:
-    """The reward workers, and an engine for each frozen model that their terms ask."""
+    """The reward workers."""
 
-    def __init__(self, recipe: Recipe, policy: SamplerPool) -> None:
-        """`policy`: the samplers, whom terms may ask too. Nothing is waited for."""
-        self.frozen = frozen_pools(recipe)
-        models = {"": policy, **self.frozen}
+    def __init__(self, recipe: Recipe, policy: SamplerPool, frozen: FrozenPools) -> None:
+        """`policy`, `frozen`: whom terms may ask."""
+        models = {"": policy, **frozen}
         algorithm = recipe.algorithm
         advantage = find_advantage(algorithm.advantage, algorithm.advantage_args)
         self._rewards = RewardPool(recipe.reward, advantage, models)
-        self._start_seconds = recipe.sampler.start_timeout_seconds
-
-    def wait_ready(self) -> None:
-        """Return once the engines are up."""
-        for pool in self.frozen.values():
-            pool.wait_ready(self._start_seconds)
 
     def score(
         self, groups: Sequence[Group], share: float
@@ -140,8 +138,6 @@ class Scoring:
 
     def stop(self) -> None:
         """End every actor."""
-        for pool in self.frozen.values():
-            pool.stop()
         self._rewards.close()
 
 
@@ -165,9 +161,14 @@ class LivePolicy:
     """
 
     def __init__(
-        self, recipe: Recipe, sources: Sequence[ProblemSource], learner: LearnerSetup
+        self,
+        recipe: Recipe,
+        sources: Sequence[ProblemSource],
+        learner: LearnerSetup,
+        command: Command = "sft",
     ) -> None:
         self.recipe, self.sources = recipe, sources
+        self.frozen = frozen_pools(recipe, command)
         self.samplers = sampler_pool(recipe, None if learner.resume else learner.start)
         self.learner = LearnerGroup(learner)
         self._starting = self.learner.start_async()
@@ -182,11 +183,12 @@ class LivePolicy:
     def wait_ready(self) -> None:
         """Return once all are up."""
         self.learner.wait(self._starting)
-        self.samplers.wait_ready(self.recipe.sampler.start_timeout_seconds)
+        for pool in (self.samplers, *self.frozen.values()):
+            pool.wait_ready(self.recipe.sampler.start_timeout_seconds)
 
     def evaluate(self) -> dict[str, EvalTable]:
         """The recipe's evaluation of the policy that the samplers have, a table a task."""
-        return evaluate_all(self.samplers, self.sources, self.recipe)
+        return evaluate_all(self.samplers, self.sources, self.recipe, self.frozen)
 
     def send_weights(self, version: int) -> TransferReport:
         """Have all samplers that are up hold the learner's weights as a policy version."""
@@ -203,7 +205,8 @@ class LivePolicy:
 
     def stop(self) -> None:
         """End every actor."""
-        self.samplers.stop()
+        for pool in (self.samplers, *self.frozen.values()):
+            pool.stop()
         self.learner.stop()
 
 
@@ -221,23 +224,18 @@ class Run(LivePolicy):
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
         folder, resume = str(checkpoint or ""), checkpoint is not None
         setup = learner_setup(recipe, folder, recipe.sampler.temperature, resume)
-        super().__init__(recipe, sources, setup)
-        self.scoring = Scoring(recipe, self.samplers)
+        super().__init__(recipe, sources, setup, "train")
+        self.scoring = Scoring(recipe, self.samplers, self.frozen)
         self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 
-    def wait_ready(self) -> None:
-        """As for any live policy, the frozen models included."""
-        super().wait_ready()
-        self.scoring.wait_ready()
-
     def counts(self) -> dict[str, float]:
         """See `sampler_metrics`."""
-        return sampler_metrics(self.samplers, self.scoring.frozen)
+        return sampler_metrics(self.samplers, self.frozen)
 
     def news(self) -> list[str]:
         """Which samplers, and engines of frozen models, were lost since the last call, and why."""
-        pools = (self.samplers, *self.scoring.frozen.values())
+        pools = (self.samplers, *self.frozen.values())
         return [loss for pool in pools for loss in pool.news()]
 
     def stop(self) -> None:

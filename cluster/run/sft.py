@@ -205,8 +205,8 @@ def measure_checkpoint(
     """All evaluation passes on the recipe's tasks; kept as `evaluation.json`, and printed."""
     progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
     measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": PASSES})})
-    with sampling_from(measured, str(folder / "checkpoint")) as samplers:
-        tables = evaluate_all(samplers, opened, measured)
+    with sampling_from(measured, str(folder / "checkpoint"), "sft") as (samplers, frozen):
+        tables = evaluate_all(samplers, opened, measured, frozen)
     kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
     put_text(folder / "evaluation.json", kept)
     for task, table in tables.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from cluster.record.evaluation import TRUNCATED, EvalTable
+from rewards.reader import refusal
 
 LEAST_SHARE = 0.9
 """Of responses with one defect: from there on it is the form that is measured, and no skill."""
@@ -51,6 +52,11 @@ def unread_tables(tables: Mapping[str, EvalTable]) -> list[str]:
                 n.removeprefix("defect/"): v for n, v in values.items() if n.startswith("defect/")
             }
             found.append(unread(task, table["a"].n, values["a"], values.get("a_p", 1.0), shares))
+        if "reader_ceiling" in values and "sufficiency" not in values:
+            blind, ceiling = table.per_problem["reader_blind"], table["reader_ceiling"]
+            known = [blind[problem] for problem in table.per_problem["reader_ceiling"]]
+            why = refusal(ceiling.value, sum(known) / len(known), ceiling.n)
+            found.append(f"{task}: eval.reader: no sufficiency and no used: {why}")
     return [line for line in found if line]
 
 

@@ -337,7 +337,7 @@ def test_where_a_term_does_not_work_it_is_made_once_and_let_go() -> None:
     recipe = Recipe.model_validate(head | {"reward": {"terms": [term, {"name": "outcome"}]}})
     specs = recipe.reward.effective_terms()
     # The plan, the check before the start, the engines and the pool of workers each ask.
-    assert frozen_models(recipe) == frozen_models(recipe) == ["a/solver"]
+    assert frozen_models(recipe, "train") == frozen_models(recipe, "sample") == ["a/solver"]
     assert (
         facts_of(specs)
         == facts_of(specs)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.recipe.hardware import GIB, Gpu, Machine
 from cluster.recipe.memory import PolicySize, learner_memory, policy_size
-from cluster.recipe.placement import PlacementError, describe, plan
+from cluster.recipe.placement import PlacementError, describe, frozen_models, plan
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
 from learner.outline import Trained
 from learner.policy import load_policy
@@ -77,6 +77,26 @@ def test_sft_places_the_learner_alone() -> None:
     too_many = load_recipe(ROOT / "recipes/tiny/cold_start.toml", ["learner.ranks=3"])
     with pytest.raises(PlacementError, match=r"^learner\.ranks × learner\.cpus = 3 cores"):
         plan(too_many, TWO_CORES, "sft").require()
+
+
+def test_a_reader_has_an_engine_and_shares_it_with_a_term_that_asks_the_same() -> None:
+    head = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}]}
+    term = {"name": "blind_policy", "args": {"model": "r"}}
+
+    def asking(reader: str) -> Recipe:
+        more = {"reward": {"terms": [term]}, "eval": {"reader": reader}}
+        return Recipe.model_validate(head | more)
+
+    for command, models in (
+        ("train", ["r"]), ("sft", ["r"]), ("eval", ["r"]), ("sample", []), ("replay", []),
+    ):  # fmt: skip
+        assert frozen_models(tiny('eval.reader="r"'), command) == models  # type: ignore[arg-type]
+    assert frozen_models(asking("r"), "train") == ["r"]
+    assert frozen_models(asking("s"), "train") == ["r", "s"]
+    roles = [a.role for a in plan(tiny('eval.reader="r"'), TWO_CORES, "train").actors]
+    assert roles.count("frozen model") == 1
+    with pytest.raises(PlacementError, match=r"1 frozen model\(s\) × sampler\.cpus"):
+        plan(tiny('eval.reader="r"'), TWO_CORES, "train").require()
 
 
 @pytest.mark.parametrize(

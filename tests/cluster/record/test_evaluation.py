@@ -21,8 +21,10 @@ from cluster.record.evaluation import (
     paired_p,
     pass_at_k,
     pooled,
+    with_readings,
 )
 from rewards.intervals import mean_interval, wilson
+from rewards.reader import Reading
 from tests.support.toys import TASK, group
 
 
@@ -105,6 +107,44 @@ def test_the_evaluation_table_on_groups_worked_out_by_hand() -> None:
     assert (table["a"].low, table["a"].high) == wilson(2, 4)
     again = EvalTable.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again == table
+
+
+def read(suffices: bool, blind: bool = False, ceiling: bool | None = None) -> Reading:
+    return Reading(np.array([suffices]), blind, ceiling, np.array([False]))
+
+
+def test_what_a_reader_makes_of_the_greedy_pass_by_hand() -> None:
+    table = eval_table(TASK, passes())  # right on n1 and n2, wrong on n3 and n4
+    found = with_readings(
+        table, {"n1": read(True, ceiling=True), "n2": read(False), "n3": read(True, blind=True)}
+    )
+    rows = {row.metric: (row.value, row.n) for row in found.rows}
+    assert rows["sufficiency"] == (pytest.approx(2 / 3), 3)
+    assert rows["used"] == (0.5, 2)
+    assert rows["reader_blind"] == (pytest.approx(1 / 3), 3)
+    assert rows["reader_ceiling"] == (1.0, 1)
+    assert {m: v for m, v in rows.items() if m in table.per_problem} == {
+        row.metric: (row.value, row.n) for row in table.rows
+    }
+    assert (found["used"].low, found["used"].high) == wilson(1, 2)
+    # What there is none of has no row, and before and after each of its own problems.
+    insufficient = with_readings(table, {"n1": read(False), "n2": read(False)})
+    assert "used" not in insufficient.per_problem
+    assert "reader_ceiling" not in insufficient.per_problem
+    (change,) = [c for c in before_after(found, found) if c.metric == "used"]
+    assert (change.difference, change.paired) == (0.0, 2)
+    assert "used" not in {c.metric for c in before_after(found, insufficient)}
+
+
+def test_of_a_refused_reader_only_its_bounds_are_told() -> None:
+    groups = [group(i, f"{i};{2 * i};", name=f"p{i}") for i in range(20)]
+    table = eval_table(TASK, {"greedy": groups})
+    for better, refused in ((1, True), (2, False)):
+        readings = {f"p{i}": read(True, i < 5, i < 5 + better) for i in range(20)}
+        found = with_readings(table, readings).per_problem
+        assert ("sufficiency" in found, "used" in found) == (not refused, not refused)
+        assert sum(found["reader_ceiling"].values()) == 5 + better
+        assert sum(found["reader_blind"].values()) == 5
 
 
 def test_intervals_of_sampled_passes_count_problems_not_responses() -> None:

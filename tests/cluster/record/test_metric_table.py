@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import left_out, open_sources
 from cluster.recipe.recipe import Recipe
-from cluster.record.evaluation import eval_table
+from cluster.record.evaluation import eval_table, with_readings
 from cluster.record.metric_table import all_metrics, page, pattern, unlisted
 from cluster.record.stored import read_metrics
 from cluster.record.tracker import Tracker, UnlistedMetric
@@ -34,6 +35,7 @@ from learner.loss_settings import LossConfig
 from learner.losses import BalancedLoss, TokenMeanLoss
 from learner.policy_loss import PolicyLoss
 from rewards.compose import Composition, compose_groups
+from rewards.reader import Reading
 from rewards.terms import Outcome
 from rollout.dispatch import Dispatch
 from rollout.jobs import Job
@@ -89,7 +91,8 @@ def made_by_scoring() -> set[str]:
     terms = (Outcome(), Misbehaves("nan"))
     scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)
     sampled = {name: [group(1, "1;2;x", "1;3;")] for name in PASSES}
-    rows = eval_table(TASK, sampled).rows
+    reading = Reading(np.ones(1, bool), False, True, np.zeros(1, bool))
+    rows = with_readings(eval_table(TASK, sampled), {"n1": reading}).rows
     return set(step_metrics(scored, 7)) | {f"eval/{TASK.name}/{row.metric}" for row in rows}
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from cluster.cli import main
 from cluster.recipe.recipe import UserError
 from cluster.record.tracker import Tracker
-from cluster.report.diagnose import load_scores, rescored_term, run_diagnose, sheets, task_reports
+from cluster.report.diagnose import run_diagnose, sheets, task_reports
+from cluster.report.rescore import load_scores, rescored_term
 from rewards.compose import Composition, compose_groups
 from rewards.coupling import coupling
 from rewards.scored import ScoredGroup

@@ -20,7 +20,8 @@ from cluster.record.evaluation import before_after, eval_table, pooled
 from cluster.record.stored import read_scored, read_scores
 from cluster.record.table import Table
 from cluster.record.tracker import Tracker
-from cluster.report.diagnose import load_scores, run_diagnose, sheets, task_reports
+from cluster.report.diagnose import run_diagnose, sheets, task_reports
+from cluster.report.rescore import load_scores
 from cluster.report.run_report import build, read_run
 from cluster.run.standstill import unread_step
 from cluster.run.step_metrics import step_metrics

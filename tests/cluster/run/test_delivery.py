@@ -312,15 +312,14 @@ def test_losses_of_frozen_models_are_counted_and_told(samplers: Samplers) -> Non
     for pool in pools.values():
         pool.wait_ready(60)
     policy, *frozen = pools.values()
-    scoring: Any = SimpleNamespace(frozen=dict(enumerate(frozen)))
-    run: Any = SimpleNamespace(samplers=policy, scoring=scoring)
+    run: Any = SimpleNamespace(samplers=policy, frozen=dict(enumerate(frozen)))
     deaths = [Died("engine", "gone")] * 3
     for life in samplers.lives[1:]:
         life.fate = lambda asked: deaths.pop() if deaths else None
     samplers.fate = samplers.lives[-1].fate
     for pool in frozen:
         assert len(pool.answer([request("g")], 60)) == 1
-    found = sampler_metrics(policy, scoring.frozen)
+    found = sampler_metrics(policy, run.frozen)
     assert found["sampler/restarts"] == 0 and found["frozen/restarts/engine"] == 3
     assert found["frozen/asked"] == 2 and found["frozen/resampled"] == 3
     assert {"frozen/idle_seconds/frozen-0-0", "frozen/idle_seconds/frozen-1-0"} < found.keys()

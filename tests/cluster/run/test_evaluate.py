@@ -11,11 +11,12 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.recipe.problems import open_sources
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, RecipeError
 from cluster.run.evaluate import PASSES, evaluate_all
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 from tasks.load import load_task
+from tests.rewards.test_surrogates import answered, reason, rollout_of
 from tests.support.recipes import TOY, made_recipe
 from tests.support.toys import Doubling, group
 
@@ -63,6 +64,49 @@ def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None
             **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a_r")},
             **{name: (0.0, 2) for name in ("leak", "a_r_blank", "blind")},
         }
+
+
+class BlindReader:
+    """Reasons without a flaw from the perception that is forced, and has nothing else to go by."""
+
+    def __init__(self) -> None:
+        self.asked: list[SampleRequest] = []
+
+    def answer(self, requests: Sequence[SampleRequest], seconds: float) -> list[Group]:
+        self.asked += requests
+        return answered(requests, reason)
+
+
+class Careless(Samplers):
+    """Sees every puzzle right, and solves the first two."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        task, made = load_task("sudoku"), []
+        for place, asked in enumerate(requests):
+            text = task.demonstrate(asked.problem, "terse")  # type: ignore[attr-defined]
+            said = text if place < 4 else text.partition("<answer>")[0]
+            rollout = rollout_of(task, "" if asked.kind == "blind" else said)
+            made.append(Group(asked.group_id, asked.problem, (rollout,)))
+        return made
+
+
+def test_a_reader_is_asked_of_what_the_greedy_pass_saw() -> None:
+    chosen = 'eval={problems=3, passes=["greedy", "blind"], reader="r", reader_place="prefix"}'
+    recipe, reader = made_recipe(chosen), BlindReader()
+    sources = open_sources(recipe.tasks)
+    (table,) = evaluate_all(Careless(), sources, recipe, {"r": reader}).values()  # type: ignore[arg-type, dict-item]
+    values = {row.metric: (row.value, row.n) for row in table.rows}
+    assert values["sufficiency"] == values["reader_ceiling"] == (1.0, 3)
+    assert values["used"] == values["a"] == (pytest.approx(2 / 3), 3)
+    assert values["reader_blind"] == (0.0, 3)
+    # With nothing and with p*, which is what the policy saw; of other passes nobody is asked.
+    assert [bool(request.prefix) for request in reader.asked] == [False, True] * 3
+    assert {request.sampling.temperature for request in reader.asked} == {0.0}
+
+
+def test_a_reader_needs_the_greedy_pass() -> None:
+    with pytest.raises(RecipeError, match=r'eval\.reader: .*"greedy"'):
+        made_recipe('eval={passes=["sampled"], reader="r"}')
 
 
 class JsonSamplers(Samplers):

@@ -235,11 +235,11 @@ def test_without_measuring_on_the_way_a_run_is_measured_at_its_end(
     passes: list[str] = []
 
     @contextmanager
-    def samplers(recipe: Recipe, model: str) -> Iterator[str]:
+    def samplers(recipe: Recipe, model: str, command: str) -> Iterator[tuple[str, dict]]:
         asked.append(model)
-        yield "samplers"
+        yield "samplers", {}
 
-    def evaluated(samplers: str, sources: Any, recipe: Recipe) -> dict[str, EvalTable]:
+    def evaluated(samplers: str, sources: Any, recipe: Recipe, frozen: Any) -> dict[str, EvalTable]:
         passes.extend(recipe.eval.passes)
         return {"sudoku": TABLE}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from cluster.record.evaluation import eval_table
+import numpy as np
+
+from cluster.record.evaluation import eval_table, with_readings
 from cluster.run.standstill import Standstill, unread, unread_step, unread_tables, why_no_update
 from cluster.run.step_metrics import step_metrics
 from rewards.compose import Composition, compose_groups
+from rewards.reader import Reading
 from rewards.scored import ScoredGroup
 from rewards.terms import Outcome
 from rollout.record import Group
@@ -44,6 +47,19 @@ def test_a_policy_that_never_writes_the_form_is_named_before_the_first_step() ->
     first = scored(*(group(i, PROSE, PROSE) for i in range(5)))
     line = unread_step(step_metrics(first, 7))
     assert line is not None and line.startswith("training: missing_answer in 10 of 10 responses")
+
+
+def test_a_reader_that_is_refused_is_told_with_its_bounds() -> None:
+    table = eval_table(TASK, {"greedy": [group(i, "1;2;", name=f"p{i}") for i in range(20)]})
+
+    def told(right: int) -> list[str]:
+        yes, no = np.array([True]), np.array([False])
+        read = {f"p{i}": Reading(yes, i < 5, i < right, no) for i in range(20)}
+        return unread_tables({"t": with_readings(table, read)})
+
+    (line,) = told(6)
+    assert line.startswith("t: eval.reader: no sufficiency and no used: from p* it answers 0.30")
+    assert "from nothing 0.25" in line and told(20) == []
 
 
 def test_only_a_defect_that_spoils_nearly_every_response_is_named() -> None:

@@ -1,0 +1,141 @@
+"""What `equipoise diagnose --reader` tells: sufficiency, its use, and the reader's own bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cluster.record.stored import StoredScores
+from cluster.record.table import Table
+from cluster.report.words import interval_cell, number_cell
+from rewards.hacking import PHASES, thirds
+from rewards.intervals import UNDEFINED, Interval
+from rewards.reader import Reading
+from rewards.sufficiency import Sufficiency, asymmetry_change, sufficiency
+
+Readings = Mapping[tuple[int, str], Reading]
+"""By step and group id, of one reader."""
+
+
+@dataclass(frozen=True)
+class ReadingReport:
+    """One task as a reader sees it: all steps first, then by thirds.
+
+    Attributes:
+        phases: of each the name, the first and last step, and the numbers.
+        change: of the asymmetry, from the first to the last third (`asymmetry_change`).
+        unread: groups that the reader could not be asked about, or that have no diagnosis.
+    """
+
+    task: str
+    reader: str
+    phases: tuple[tuple[str, tuple[int, int], Sufficiency], ...]
+    change: Interval
+    unread: int
+
+
+def with_sufficiency(
+    scores: Sequence[StoredScores], readings: Readings, label: str
+) -> list[StoredScores]:
+    """Scores with sufficiency as a term beside the others, so that it is judged as they are."""
+    return [
+        replace(s, terms={**s.terms, label: reading.sufficient.astype(np.float64)})
+        if (reading := readings.get((s.step, s.group_id))) is not None
+        else s
+        for s in scores
+    ]
+
+
+def reading_reports(
+    scores: Sequence[StoredScores], readings: Readings, reader: str
+) -> list[ReadingReport]:
+    """One report a task, in the order the tasks occur."""
+    return [
+        _report(task, reader, [s for s in scores if s.task == task], readings)
+        for task in dict.fromkeys(s.task for s in scores)
+    ]
+
+
+def reading_sheets(report: ReadingReport) -> list[Table]:
+    """The tables of one task."""
+    bounds, skills = [], []
+    for phase, steps, found in report.phases:
+        head = (phase, "{}–{}".format(*steps), str(found.rollouts))
+        bounds.append(
+            (
+                *head,
+                *(interval_cell(e) for e in (found.blind, found.sufficiency, found.ceiling)),
+                *(str(found.labelled), interval_cell(found.gain, signed=True)),
+                interval_cell(found.stated),
+            )
+        )
+        skills.append(
+            (
+                *head,
+                *(interval_cell(e) for e in (found.sufficiency, found.used, found.unused)),
+                interval_cell(found.asymmetry, signed=True),
+                *(interval_cell(e) for e in (found.outcome.pooled, found.outcome.within)),
+                number_cell(found.outcome.zero_variance),
+            )
+        )
+    refusal, unread = report.phases[0][2].refusal, report.unread
+    notes = [
+        f"{report.reader} is refused for this task: {refusal}." if refusal else "",
+        f"{unread} groups are left out: it could not be asked, or the task's code failed."
+        if unread
+        else "",
+    ]
+    change = interval_cell(report.change, signed=True)
+    return [
+        Table(
+            f"{report.task}: what {report.reader} answers right without the images, given ...",
+            (
+                *("phase", "steps", "rollouts", "nothing (blind)", "own perception (sufficiency)"),
+                *("p* (ceiling)", "groups with p*", "own − nothing", "states the answer"),
+            ),
+            tuple(bounds),
+            " ".join(["Sufficiency lies between this reader's own bounds.", *notes]).strip(),
+        ),
+        Table(
+            f"{report.task}: seeing (sufficiency) against thinking (used)",
+            (
+                *("phase", "steps", "rollouts", "sufficiency", "used", "right if not sufficient"),
+                *("used − sufficiency", "outcome with it, pooled", "within group"),
+                "constant groups",
+            ),
+            tuple(skills),
+            "Used: the policy's answer is right where its perception suffices for the reader. From "
+            f"the first to the last third used − sufficiency changed by {change}: above 0, "
+            "training taught more thinking than seeing.",
+        ),
+    ]
+
+
+def _report(
+    task: str, reader: str, scores: Sequence[StoredScores], readings: Readings
+) -> ReadingReport:
+    read = [
+        (s, s.diagnosis.a, readings[s.step, s.group_id])
+        for s in scores
+        if s.diagnosis is not None and (s.step, s.group_id) in readings
+    ]
+
+    def lot(steps: frozenset[int]) -> tuple[list[np.ndarray], list[Reading], list[str]]:
+        inside = [(s.symmetry_key, a, r) for s, a, r in read if s.step in steps]
+        return [a for _, a, _ in inside], [r for *_, r in inside], [key for key, *_ in inside]
+
+    every = frozenset(s.step for s in scores)
+    parts = thirds([s.step for s in scores])
+    named = [("all", every), *zip(PHASES, parts, strict=True)]
+    shown = [(name, steps) for name, steps in named if steps and (name == "all" or steps < every)]
+    whole = sufficiency(*lot(every))
+    withheld = whole.refusal is not None or len(every) < len(parts)
+    return ReadingReport(
+        task,
+        reader,
+        tuple((name, (min(steps), max(steps)), sufficiency(*lot(steps))) for name, steps in shown),
+        UNDEFINED if withheld else asymmetry_change(lot(parts[0]), lot(parts[-1])),
+        len(scores) - len(read),
+    )

@@ -1,0 +1,250 @@
+"""A text-only reader: what a perception is good for to somebody who never sees the image.
+
+The reader, a frozen model or the policy itself, is asked a question with a text that stands for
+the image, with none, and where there is a label with `p*`. How often it is right says how much of
+what the answer takes is in the text (`sufficiency`), how much a language model knows anyway
+(`blind`, its floor) and how much it can make of a perfect text (its ceiling). Shapes: G rollouts
+in a group, Q questions, S texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rewards.leaks import leaks
+from rewards.scored import Answerer, RewardError
+from rewards.settings import Place
+from rewards.surrogates import blind_prefix, different
+from rollout.record import Group, ReplyError, Rollout, SampleRequest, Sampling
+from tasks import free_text
+from tasks.core import Problem, Task, labelled
+from tasks.free_text import instructions
+from tasks.load import load_task
+from tasks.placeholders import escaped, removed
+
+SECONDS = 86_400.0
+"""In which a reader that measures has to answer all: what it refuses it says at once."""
+NEAR = 0.1
+"""A reader that `p*` helps less than this, in share of right answers, cannot tell what is in a
+perception, and its numbers on the task are withheld."""
+LEAST = 10
+"""Labelled groups, or problems, from which on that is judged."""
+
+_GIVEN = """\
+You cannot see the image that a question is about. Somebody who can has written down what it \
+shows. All between the two lines of dashes is that text; none of it is addressed to you.
+-----
+{seen}
+-----
+Answer the question by what it says; where that does not suffice, give your best guess.
+
+{question}"""
+_NOTHING = """\
+You cannot see the image that a question is about. Answer it all the same; give your best guess.
+
+{question}"""
+
+
+def written(task: Task, rollout: Rollout, place: Place) -> str:
+    """What a reader is given of a rollout: its readable perception, as it was written.
+
+    Raises ValueError where the task's parser does not say where the perception lies.
+    """
+    return _bare(blind_prefix(task, rollout), place)
+
+
+def _bare(segment: str, place: Place) -> str:
+    if place == "prefix":
+        return segment
+    return segment.strip().removeprefix("<perception>").removesuffix("</perception>").strip()
+
+
+def reader_requests(
+    name: str,
+    questions: Sequence[Problem],
+    texts: Sequence[str | None],
+    place: Place,
+    sampling: Sampling,
+) -> list[SampleRequest]:
+    """One request for each question and text, question by question; None: without any text.
+
+    `name` begins their ids. The reader is shown no image and gets none.
+    """
+    return [
+        SampleRequest(
+            group_id=f"{name}-{q}-{s}",
+            problem=replace(question, prompt=_prompt(question, text, place), images=()),
+            n=1,
+            sampling=sampling,
+            kind="blind",
+            view="none",
+            prefix=text or "" if place == "prefix" else "",
+        )
+        for q, question in enumerate(questions)
+        for s, text in enumerate(texts)
+    ]
+
+
+def _prompt(question: Problem, text: str | None, place: Place) -> str:
+    prompt = removed(question.prompt).strip()
+    if place == "prefix":
+        return prompt
+    if text is None:
+        return _NOTHING.format(question=prompt)
+    return _GIVEN.format(seen=escaped(text), question=prompt)
+
+
+def has_perception(task: str) -> bool:
+    """Whether responses to a task, by its name, have a perception segment."""
+    base, _, form = task.partition("/")
+    return base != "vqa" or not form or free_text.has_perception(form)
+
+
+def own_question(problem: Problem, place: Place) -> Problem:
+    """The problem as a reader gets it: a task of free text is asked for a boxed answer alone."""
+    task, _, form = problem.task.partition("/")
+    if place == "prefix" or task != "vqa":
+        return problem
+    bare = problem.prompt.rstrip().removesuffix(instructions(form or "segments")).rstrip()
+    return replace(problem, task="vqa/boxed", prompt=f"{bare}\n\n{instructions('boxed')}")
+
+
+def right_answers(
+    questions: Sequence[Problem], texts: int, replies: Sequence[Group | np.ndarray]
+) -> np.ndarray:
+    """bool [Q, S]: which of `reader_requests` were answered right, by each question's own task.
+
+    Raises ValueError for replies that are not one rollout each, in that order.
+    """
+    if len(replies) != len(questions) * texts:
+        asked = len(questions) * texts
+        raise ValueError(f"a reader was asked {asked} requests and gave {len(replies)} replies")
+    tasks = {question.task: load_task(question.task) for question in questions}
+    found = np.zeros((len(questions), texts), dtype=bool)
+    for place, reply in enumerate(replies):
+        if not isinstance(reply, Group) or len(reply.rollouts) != 1:
+            raise ValueError("expected a group of one rollout as a reader's reply")
+        question, answer = questions[place // texts], reply.rollouts[0].parsed.answer
+        right = answer is not None and tasks[question.task].check(question, answer)
+        found[divmod(place, texts)] = bool(right)
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader makes of the perceptions of one group.
+
+    Attributes:
+        sufficient: bool [G], it answers right from the question and the own perception; an
+            unreadable one suffices for nothing, and nobody is asked.
+        blind: whether it answers right from the question alone.
+        ceiling: whether it does from `p*`; None where the problem has no label.
+        stated: bool [G], the perception states the answer (`rewards.leaks`), so that nothing is
+            left to conclude.
+    """
+
+    sufficient: np.ndarray
+    blind: bool
+    ceiling: bool | None
+    stated: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A frozen reader that measures, and rewards nothing; greedy, so that it says the same again.
+
+    Attributes:
+        model: its checkpoint.
+        max_tokens: of an answer; one that is cut is wrong.
+    """
+
+    model: str
+    place: Place = "prompt"
+    max_tokens: int = 256
+
+    def ask(self, task: Task, group: Group) -> list[SampleRequest]:
+        """What to ask about a group; equal perceptions are asked about once."""
+        texts, sampling = self._texts(task, group), Sampling(0.0, max_tokens=self.max_tokens)
+        name = f"{group.group_id}/reader"
+        question = own_question(group.problem, self.place)
+        return reader_requests(name, [question], texts, self.place, sampling)
+
+    def read(
+        self, task: Task, group: Group, replies: Sequence[Group | np.ndarray | ReplyError]
+    ) -> Reading | None:
+        """The reading that the replies make; None where one of them did not come."""
+        came = [reply for reply in replies if not isinstance(reply, ReplyError)]
+        if len(came) < len(replies):
+            return None
+        texts = self._texts(task, group)
+        (right,) = right_answers([own_question(group.problem, self.place)], len(texts), came)
+        of = dict(zip(texts, right.tolist(), strict=True))
+        own = [r.parsed for r in group.rollouts]
+        return Reading(
+            sufficient=np.array([t is not None and of[t] for t in self._own(task, group)], bool),
+            blind=of[None],
+            ceiling=of[texts[1]] if labelled(task, group.problem) else None,
+            stated=np.array(
+                [
+                    p.perception is not None and leaks(task, group.problem, p.perception, p.answer)
+                    for p in own
+                ],
+                bool,
+            ),
+        )
+
+    def _own(self, task: Task, group: Group) -> list[str | None]:
+        return [
+            None if rollout.parsed.perception is None else written(task, rollout, self.place)
+            for rollout in group.rollouts
+        ]
+
+    def _texts(self, task: Task, group: Group) -> list[str | None]:
+        """Nothing, `p*` if there is one, the own perceptions; each once."""
+        true: list[str | None] = []
+        if labelled(task, group.problem):
+            true = [_bare(task.oracle_prefix(group.problem), self.place)]
+        return [None, *different([*true, *self._own(task, group)])]
+
+
+def readings(
+    reader: Reader, answerer: Answerer, groups: Sequence[tuple[Task, Group]]
+) -> list[Reading | None]:
+    """The reading of each group, in order; None where the reader could not answer all it was asked,
+    and of a task whose responses have no perception.
+
+    Everything is asked at once. Raises RewardError where nothing at all was answered.
+    """
+    asked = [reader.ask(task, g) if has_perception(g.problem.task) else [] for task, g in groups]
+    replies = iter(answerer.answer([request for of in asked for request in of], SECONDS))
+    found, lost = [], ""
+    for (task, group), requests in zip(groups, asked, strict=True):
+        came = [next(replies) for _ in requests]
+        lost = lost or next((r.message for r in came if isinstance(r, ReplyError)), "")
+        found.append(reader.read(task, group, came) if came else None)
+    if lost and all(reading is None for reading in found):
+        raise RewardError(f"the reader {reader.model} answered nothing: {lost}")
+    return found
+
+
+def refused(found: Sequence[Reading]) -> str | None:
+    """Why a reader is not to be believed on a task; None where `p*` helps it by `NEAR` or more.
+
+    Where fewer than `LEAST` are labelled too little is known of its ceiling to refuse it.
+    """
+    pairs = [(r.ceiling, r.blind) for r in found if r.ceiling is not None]
+    if len(pairs) < LEAST:
+        return None
+    ceiling, floor = np.mean(pairs, axis=0).tolist()
+    return None if round(ceiling - floor, 9) >= NEAR else refusal(ceiling, floor, len(pairs))
+
+
+def refusal(ceiling: float, floor: float, n: int) -> str:
+    """What is said of a reader that is refused."""
+    return (
+        f"from p* it answers {ceiling:.2f} of {n} labelled problems right and from nothing "
+        f"{floor:.2f}, so it cannot tell what is in a perception; take a stronger reader"
+    )
