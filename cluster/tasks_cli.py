@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 TaskName = Annotated[
-    str, typer.Argument(help='"sudoku", "graph_coloring" or your own "module:Class".')
+    str, typer.Argument(help='"sudoku", "graph_coloring", "scenes" or your own "module:Class".')
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A knob of the task, knob=value; repeatable.")

