@@ -192,6 +192,7 @@ def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> 
             [v for _, v, _ in judged],
             [a_p for _, _, a_p in judged],
             _puzzles([s for s, _, _ in judged]),
+            graded=[graded for _, graded in _known([s for s, _, _ in judged], "a_p_graded")],
         )
         terms[name] = TermReport(found, sum(name in _failed(s) for s in scores))
     p, q = rate("a_p", both), rate("self_consistency", both)
@@ -316,7 +317,7 @@ def _term_sheets(report: TaskReport) -> list[Table]:
             (
                 name,
                 *(str(found.n), number_cell(found.mean)),
-                *(interval_cell(e) for e in (found.pooled, found.within)),
+                *(interval_cell(e) for e in (found.pooled, found.within, found.graded)),
                 *(interval_cell(e) for e in (found.auc, found.auc_within)),
                 *(number_cell(found.brier.value), number_cell(found.zero_variance.value)),
                 str(term.failures),
@@ -325,6 +326,7 @@ def _term_sheets(report: TaskReport) -> list[Table]:
         for label, pick in (
             ("pooled", "pooled"),
             ("within group", "within"),
+            ("within group, graded", "graded"),
             ("AUC within", "auc_within"),
         ):
             cells = [
@@ -340,10 +342,11 @@ def _term_sheets(report: TaskReport) -> list[Table]:
         Table(
             f"{report.task}: can a term tell who saw right? Against true a_p, all steps",
             (
-                *("term", "n", "mean", "pooled", "within group", "AUC", "AUC within", "Brier"),
-                *("constant groups", "failed groups"),
+                *("term", "n", "mean", "pooled", "within group", "within, graded", "AUC"),
+                *("AUC within", "Brier", "constant groups", "failed groups"),
             ),
             tuple(table),
+            "Graded: with how near a perception is, which varies where few are exactly right. "
             "AUC: chance that a right perception earns more than a wrong one, ties half; 0.5 is "
             "chance. Brier: mean (value − a_p)², where values lie in [0, 1].",
         )
