@@ -59,7 +59,8 @@ if __name__ == "__main__":
     from math_verify import LatexExtractionConfig, parse, verify
 
     LATEX = LatexExtractionConfig(boxed_match_priority=-1)
-    equivalent(r"\frac{1}{2}x", "x/2")  # what is loaded at the first use
+    for gold, said in (("x^2+2x+1", "(x+1)^2"), ("y=2x", "y-2x=0"), (r"(1,\infty)", "x>1")):
+        equivalent(gold, said)  # what is loaded and remembered at the first use
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     say([])  # ready
     while fork := os.fork():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tasks.checkers.algebra import equivalent
+from tasks.checkers.algebra import TooLong, equivalent
 from tasks.checkers.choice import Choice
 from tasks.checkers.gold import Gold, option_fault
 from tasks.checkers.quantity import KNOWN_UNITS, read_quantity
@@ -27,6 +27,8 @@ MAX_PARTS = 8
 """Of a list."""
 MAX_CHAIN = 3
 """Of a chain of equations; each may take the process its whole time."""
+MAX_LOST = 3
+"""Statements of a text that take too long, after which none of it is judged."""
 MAX_DIGITS = 40
 """In a row; a longer number is no one's answer, and costs."""
 
@@ -61,10 +63,10 @@ class Expression:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether the answer is equivalent to a gold."""
-        said = tidy(answer)
-        return said is not None and any(
-            _right(said, answer, true, gold.choices) for true in gold.answers
-        )
+        try:
+            return self._right(answer, gold)
+        except TooLong:
+            return False
 
     def graded(self, answer: str, gold: Gold) -> float:
         """1 or 0."""
@@ -84,7 +86,23 @@ class Expression:
 
     def states(self, text: str, gold: Gold) -> bool:
         """Whether prose gives it, or what is equivalent to it, as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))
+        lost = 0
+
+        def right(candidate: str) -> bool:
+            nonlocal lost
+            try:
+                return lost < MAX_LOST and self._right(candidate, gold)
+            except TooLong:
+                lost += 1
+                return False
+
+        return states(text, right)
+
+    def _right(self, answer: str, gold: Gold) -> bool:
+        said = tidy(answer)
+        return said is not None and any(
+            _right(said, answer, true, gold.choices) for true in gold.answers
+        )
 
 
 def _right(said: str, answer: str, gold: str, choices: tuple[str, ...]) -> bool:

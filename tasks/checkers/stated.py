@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from tasks.checkers.reading import boxes
 
 MAX_CHARS = 20_000
-MAX_CANDIDATES = 24
+MAX_CANDIDATES = 64
 """Of a text, the last ones."""
 
 _ANSWER = re.compile(

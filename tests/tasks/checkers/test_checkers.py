@@ -149,6 +149,14 @@ def test_what_states_an_answer_and_what_mentions_it(
     assert CHECKERS[name].states(text, Gold((answer,), choices)) is stated
 
 
+def test_a_statement_is_found_among_decoys_and_hostile_ones_cost_little() -> None:
+    checker, gold = CHECKERS["expression"], Gold((r"\frac{\sqrt{3}}{2}",))
+    endless = [f"The answer is 9^{{9^{{9^{n}}}}}." for n in range(90, 110)]
+    decoys = [f"The answer is {n}." for n in range(40)]
+    assert checker.states(" ".join(["The answer is sqrt(3)/2.", *decoys]), gold)
+    assert not checker.states(" ".join([*endless, *decoys]), gold)
+
+
 def test_iou_and_matching_agree_with_a_raster_and_with_trying_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
