@@ -168,40 +168,89 @@ def sft(
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A folder with a policy, or a hub name")],
-    task: Annotated[str, typer.Option(help="sudoku, graph_coloring or module:Class")],
+    task: Annotated[
+        str, typer.Option(help="sudoku, graph_coloring or module:Class; with --data, vqa")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="A file, folder or hub name: questions of your own, all by default"),
+    ] = "",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the task: blanks=8"),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A knob: blanks=8; with --data a field: form=boxed"
+        ),
     ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems")] = 512,
-    samples: Annotated[int, typer.Option(min=1, help="Responses a problem for avg@k")] = 1,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="How many held-out problems [512; of --data all]")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Responses a problem for avg@k, pass@k and maj@k")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the problems")] = 1234567,
     recipe: Annotated[
-        Path | None, typer.Option(help="A recipe whose [model] and [sampler] sections to run with")
+        Path | None,
+        typer.Option(
+            help="A recipe whose [model] and [sampler] to run with; with --data its vqa entry too"
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="A file to write the JSON to")] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="With --data: numbers by what rows say; repeatable"),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="With --data: another evaluation's folder, compared by problem"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A file for the JSON; with --data the folder")
+    ] = None,
     reader: AskReader = "",
     reader_place: ReaderPlace = "prompt",
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
-    """Measure end-to-end, perception and reasoning accuracy on held-out problems."""
+    """Measure end-to-end, perception and reasoning accuracy on held-out problems, or on a file."""
     from cluster.recipe.machine import require_free
-    from cluster.recipe.recipe import load_recipe, task_of
+    from cluster.recipe.recipe import data_task, load_recipe, task_of
+    from cluster.start import refuse
     from rollout.models import require_model
 
+    refuse(not (task or data), "eval: give --task, or --data with questions of your own")
+    refuse(not data and bool(by or against), "--by, --against: they go with --data")
     if output:
         require_free(output, "--output")
         output.parent.mkdir(parents=True, exist_ok=True)  # now, not after the evaluation
-    chosen = task_of(task, set_ or ())
     like = load_recipe(recipe) if recipe else None
+    chosen = data_task(data, task, set_ or (), like) if data else task_of(task, set_ or ())
     require_model(checkpoint)
+    if data:
+        from cluster.report.run_report import draw_report
+        from cluster.run.evaluate_data import run_data_eval
+
+        folder = run_data_eval(
+            checkpoint,
+            chosen,
+            problems=problems,
+            samples=samples,
+            seed=seed,
+            by=by or (),
+            against=against,
+            output=output,
+            as_json=as_json,
+            address=address,
+            like=like,
+            reader=reader,
+            reader_place=reader_place,
+        )
+        draw_report(folder)
+        return
     from cluster.run.evaluate import run_eval
 
     run_eval(
         checkpoint,
         task=chosen,
-        problems=problems,
+        problems=problems or 512,
         samples=samples,
         seed=seed,
         as_json=as_json,

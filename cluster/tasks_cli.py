@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from rich.progress import (
 )
 
 from cluster.recipe.machine import require_free
-from cluster.recipe.recipe import UserError, task_of
+from cluster.recipe.problems import opened_rows
+from cluster.recipe.recipe import UserError, load_recipe, task_of
 from cluster.record.terminal import printable
 from tasks.contract import check_task
 from tasks.core import DataError, Demonstrates, Generates, Problem, Task, labelled, need
@@ -105,7 +107,9 @@ def import_command(
 
 @app.command("show")
 def show_command(
-    source: Annotated[str, typer.Argument(help="A data set's folder or file, or a task's name.")],
+    source: Annotated[
+        str, typer.Argument(help="A data set's folder or file, a recipe with data, or a task.")
+    ],
     row: Annotated[int, typer.Option(min=0, help="Which problem of the split, from 0.")] = 0,
     split: Annotated[str, typer.Option(help="Which split of a folder or task.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Draw a task's problem with this seed.")] = 0,
@@ -125,7 +129,17 @@ def show_command(
     """Print one problem as the policy and the checker see it."""
     with _for_the_user():
         reader: Task | None
-        if Path(source).exists():
+        if source.endswith(".toml"):
+            configs = load_recipe(Path(source), settings or ()).tasks
+            index = next((at for at, c in enumerate(configs) if c.data is not None), None)
+            if index is None:
+                raise UserError(f"{source}: tasks: none has data; show a task by its name")
+            rows = opened_rows(configs[index], index).rows[side_of(split)]
+            if row >= len(rows):
+                raise UserError(f"{source}: --row {row}: split {split} has {len(rows)} good rows")
+            reader = load_task(configs[index].task_name)
+            problem, response = rows[row]
+        elif Path(source).exists():
             if settings:
                 raise UserError("--set: the rows of a data set are drawn already; leave it out")
             example = next(islice(read_examples(source, split), row, None), None)
@@ -155,13 +169,25 @@ def show_command(
 
 @app.command("check")
 def check_command(
-    task: TaskName,
-    settings: Settings = None,
+    task: Annotated[
+        str, typer.Argument(metavar="TASK | RECIPE", help="A task's name, or a recipe with data.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A knob of the task, or a field of the recipe; repeatable."),
+    ] = None,
     problems: Annotated[int, typer.Option(min=2, help="Fresh problems to try it on.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Try each ability of a task on fresh problems and say what is wrong, a line each."""
+    """Try each ability of a task, or look at each data set of a recipe; say what is wrong."""
     with _for_the_user():
+        if task.endswith(".toml"):
+            from cluster.recipe.data_check import check_data
+
+            wrong = check_data(load_recipe(Path(task), settings or ()), _echo)
+            if wrong:
+                raise UserError("\n".join(["a run would refuse this:", *wrong]))
+            return
         checked, spec = _generator(task, settings)
         wrong = check_task(checked, spec, problems, seed)
         if wrong:
@@ -246,6 +272,9 @@ def _shown_problem(problem: Problem, response: str, task: Task | None) -> str:
     ]
     if problem.perception:
         parts.append(f"\n[p*]\n{problem.perception}")
+    if problem.extra or "checker" in problem.truth:
+        parts.append(f"\n[truth]\n{json.dumps(dict(problem.truth), ensure_ascii=False)}")
+        parts.append(f"\n[extra]\n{json.dumps(dict(problem.extra), ensure_ascii=False)}")
     if response:
         parts.append(f"\n[response]\n{response}")
         parts.append(f"\n[reads as]\n{_verdict(problem, response, task)}")

@@ -93,7 +93,7 @@ class Source:
     weight: float
     style: Style
     spec: BaseModel | None = None
-    rows: tuple[tuple[Problem, str], ...] = ()
+    rows: Sequence[tuple[Problem, str]] = ()
 
 
 def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Problem, str]:

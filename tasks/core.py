@@ -193,6 +193,14 @@ class CanLeak(Protocol):
 
 
 @runtime_checkable
+class ComparesAnswers(Protocol):
+    """A task whose answers may be the same though they were parsed differently (`0.5`, `1/2`)."""
+
+    def same_answer(self, problem: Problem, one: Any, other: Any) -> bool:
+        """Whether two parsed answers say the same, right or wrong."""
+
+
+@runtime_checkable
 class Draws(Protocol):
     """A task that draws what a model saw and answered, beside the image, errors marked.
 
@@ -229,6 +237,7 @@ ABILITIES = (
     HasVisionLabels,
     HasPerceptionItems,
     CanLeak,
+    ComparesAnswers,
     Draws,
     TellsHeldOut,
 )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import codecs
 import json
 import os
-import re
-import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 from tasks.core import DataError, Problem, ReadsRows, Task, need
 from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
 from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
+from tasks.image_cells import Beside, image_bytes, shown
 from tasks.images import check_image
 from tasks.placeholders import check_placed
 from tasks.split_names import side_of, split_of_file, tells_side
@@ -23,9 +21,6 @@ from tasks.split_names import side_of, split_of_file, tells_side
 _SHOWN_ERRORS = 10
 _MAX_REASON = 300
 """Characters of what is said about a row, which may quote any of it."""
-_MAX_FILE_BYTES = 64 * 2**20
-_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR")
-"""How PNG, JPEG and WebP files begin as base64."""
 
 
 def import_rows(
@@ -187,7 +182,10 @@ def _from_source(
             as_text(text, name).encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: is not Unicode text ({error.reason})") from error
-    image = _source_image(row["image"], folder)
+    try:
+        image = image_bytes(row["image"], Beside([folder]))
+    except DataError as error:
+        raise DataError(f"image: {error}") from error
     check_image(image, "image")
     problem = task.from_row(texts["query"], image, texts["ground_truth"])
     check_placed(problem.prompt, problem.images, "query")
@@ -200,71 +198,7 @@ def _truth_text(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise DataError(f"ground_truth: {_shown(value)}: neither text nor a JSON value") from None
-
-
-def _source_image(value: Any, folder: Path) -> bytes:
-    """An image file's bytes, from any of the forms in which a row holds one."""
-    found = value
-    while isinstance(value, list) and len(value) == 1:
-        (value,) = value
-    if isinstance(value, list):
-        raise DataError(f"image: a list of {len(value)}, {_shown(found)}; a row has one image")
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
-        raise DataError(
-            f"image: {_shown(found)}; wanted bytes, a struct of bytes and path, a path, base64 "
-            "or a data URI"
-        )
-    if value[:5].lower() == "data:":
-        head, _, value = value.partition(",")
-        if not head.lower().endswith(";base64"):
-            raise DataError(f"image: {_shown(found)}: a data URI without base64; store the bytes")
-    elif not value.lstrip().startswith(_BASE64_HEADS) or _is_file(folder / value):
-        return _read_image(value, folder)
-    try:
-        letters = "".join(value.split()).rstrip("=")
-        alphabet = b"+/" if {"+", "/"} & {*letters} else b"-_"
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), alphabet, validate=True)
-    except ValueError as error:
-        raise DataError(f"image: {_shown(found)}: damaged base64 ({error})") from error
-
-
-def _read_image(path: str, folder: Path) -> bytes:
-    if re.match(r"\w+://", path):
-        raise DataError(f"image: {_shown(path)} is a URL; store the file itself, or its path")
-    file = folder / path
-    try:
-        # A device or a pipe would never end; a huge file is no image.
-        if not file.is_file():
-            raise DataError(
-                f"image: no file {_shown(path)} in {folder}; paths are relative to the data"
-            )
-        if file.stat().st_size > _MAX_FILE_BYTES:
-            raise DataError(f"image: {_shown(path)} is over {_MAX_FILE_BYTES} bytes; scale it down")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        what = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"image: {_shown(path)} cannot be read ({what}); check the path") from error
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long for a path
-        return False
-
-
-def _shown(value: Any) -> str:
-    """What a value is, in a few words, however large or deep it is."""
-    if isinstance(value, str):
-        return repr(value) if len(value) < 80 else f"{value[:40]!r}... of {len(value)} characters"
-    return f"{type(value).__name__} {reprlib.repr(value)}"[:80]
+        raise DataError(f"ground_truth: {shown(value)}: neither text nor a JSON value") from None
 
 
 def _bad_rows_message(skipped: list[dict[str, str]], empty: list[str]) -> str:

@@ -15,10 +15,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,8 +52,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A problem and the response to learn from, "" where the data set has none."""
 
     problem: Problem
@@ -77,11 +75,19 @@ def read_examples(
             manifest beside it, or a missing column; while iterating, for a bad row, with its
             number (from 0) and field.
     """
+    file, _ = split_file(path, split)
+    return _examples(open_parquet(file), file, check_images)
+
+
+def split_file(path: str | Path, split: str) -> tuple[Path, str]:
+    """A split's file, with all columns and as its manifest says, and its `file_hash`.
+
+    Raises DataError where it is not.
+    """
     file = _split_file(Path(path), split)
-    _check_hash(file)
-    parquet = open_parquet(file)
-    _check_columns(parquet.schema_arrow, file)
-    return _examples(parquet, file, check_images)
+    sha256 = _check_hash(file)
+    _check_columns(open_parquet(file).schema_arrow, file)
+    return file, sha256
 
 
 def settle(folder: Path) -> None:
@@ -149,15 +155,17 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _check_hash(file: Path) -> None:
+def _check_hash(file: Path) -> str:
+    found = file_hash(file)
     if not (file.parent / MANIFEST).exists():
-        return
+        return found
     for entry in read_manifest(file.parent)["splits"].values():
-        if entry["file"] == file.name and entry.get("sha256") != file_hash(file):
+        if entry["file"] == file.name and entry.get("sha256") != found:
             raise DataError(
                 f"{file}: its hash is not the one in {MANIFEST}: the file is incomplete or was "
                 f"changed; write the data set again (or, if you meant it, delete {MANIFEST})"
             )
+    return found
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -186,45 +194,84 @@ def _check_columns(schema: pa.Schema, file: Path) -> None:
         )
 
 
+class StoredReader:
+    """Makes problems of a data set's rows (`tasks.rows.Reader`); all must be of `task`."""
+
+    picture_columns = frozenset(("image", "images"))
+    asks = ""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.fingerprint = f"stored {task}"
+
+    def read(self, row: Mapping[str, Any], with_images: bool = True) -> Example:
+        """The problem of a row. Raises DataError naming the field."""
+        example = _example(row, with_images)
+        if example.problem.task != self.task:
+            raise DataError(f"task: is {example.problem.task!r}, not {self.task!r}; name that task")
+        return example
+
+    def column(self, field: str) -> str:
+        """A field of the problem is the column of that name."""
+        return field
+
+    def split_of(self, row: Mapping[str, Any]) -> str:
+        """The file says it."""
+        return ""
+
+    def touched(self) -> dict[str, Any]:
+        """No other file is read."""
+        return {}
+
+    def untouched(self, touched: Mapping[str, Any]) -> bool:
+        """As no other file was read."""
+        return True
+
+
 def _examples(parquet: pq.ParquetFile, file: Path, check_images: bool) -> Iterator[Example]:
     ids: set[str] = set()
     columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
     for number, row in parquet_rows(parquet, file, columns):
-        place = f"{file}: row {number}"
-        if isinstance(row, DataError):
-            raise DataError(f"{place}: {row}")
-        texts = {name: as_text(row[name], f"{place}: {name}") for name in OUR_COLUMNS}
-        prompt, images = as_text(row["query"], f"{place}: query"), tuple(_images(row, place))
-        check_placed(prompt, images, f"{place}: query")
-        if check_images:
-            for image in images:
-                check_image(image, f"{place}: image")
-        if texts["id"] in ids:
-            raise DataError(f"{place}: id: {texts['id']!r} occurs twice; make ids unique")
-        ids.add(texts["id"])
-        problem = Problem(
-            id=texts["id"],
-            task=texts["task"],
-            prompt=prompt,
-            perception=texts["perception"],
-            truth=_json_object(texts["truth"], f"{place}: truth"),
-            knobs=_json_object(texts["knobs"], f"{place}: knobs"),
-            symmetry_key=texts["symmetry_key"],
-            images=images,
-            extra=_json_object(row.get("extra") or "{}", f"{place}: extra"),
-        )
-        response = row["response"]
-        yield Example(problem, "" if response is None else as_text(response, f"{place}: response"))
+        try:
+            if isinstance(row, DataError):
+                raise row
+            example = _example(row)
+            for image in example.problem.images if check_images else ():
+                check_image(image, "image")
+            if example.problem.id in ids:
+                raise DataError(f"id: {example.problem.id!r} occurs twice; make ids unique")
+        except DataError as error:
+            raise DataError(f"{file}: row {number}: {error}") from error
+        ids.add(example.problem.id)
+        yield example
 
 
-def _images(row: dict[str, Any], place: str) -> Iterator[bytes]:
+def _example(row: Mapping[str, Any], with_images: bool = True) -> Example:
+    texts = {name: as_text(row[name], name) for name in OUR_COLUMNS}
+    prompt, images = as_text(row["query"], "query"), tuple(_images(row)) if with_images else ()
+    if with_images:
+        check_placed(prompt, images, "query")
+    problem = Problem(
+        id=texts["id"],
+        task=texts["task"],
+        prompt=prompt,
+        perception=texts["perception"],
+        truth=_json_object(texts["truth"], "truth"),
+        knobs=_json_object(texts["knobs"], "knobs"),
+        symmetry_key=texts["symmetry_key"],
+        images=images,
+        extra=_json_object(row.get("extra") or "{}", "extra"),
+    )
+    response = row["response"]
+    return Example(problem, "" if response is None else as_text(response, "response"))
+
+
+def _images(row: Mapping[str, Any]) -> Iterator[bytes]:
     several = row.get("images")
     for stored in [row["image"]] if several is None else several:
         image = (stored or {}).get("bytes")
         if not isinstance(image, bytes):
-            raise DataError(
-                f"{place}: image: has no bytes; `equipoise tasks import` takes images by path"
-            )
+            raise DataError("image: has no bytes; `equipoise tasks import` takes images by path")
         yield image
 
 

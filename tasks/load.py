@@ -1,4 +1,4 @@
-"""From the name a recipe writes to the task object: `sudoku`, `graph_coloring`, `module:Class`."""
+"""From the name a recipe writes to the task object: `sudoku`, `vqa`, `module:Class`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ BUILT_IN = {
     "sudoku": "tasks.sudoku:Sudoku",
     "graph_coloring": "tasks.graph_coloring:GraphColoring",
     "scenes": "tasks.scenes:Scenes",
+    "vqa": "tasks.vqa.task:Vqa",
+    "vqa/think_answer": "tasks.vqa.task:ThinkAnswer",
+    "vqa/boxed": "tasks.vqa.task:Boxed",
 }
 
 

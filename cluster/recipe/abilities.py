@@ -32,7 +32,7 @@ ORACLE = ("oracle", "oracle_blank")
 
 def ask_tasks(recipe: Recipe, command: Command) -> None:
     """Raise DataError for a task that lacks what the recipe or the command asks of it."""
-    tasks = [load_task(config.name) for config in recipe.tasks]
+    tasks = [load_task(config.task_name) for config in recipe.tasks]
     for index, (config, task) in enumerate(zip(recipe.tasks, tasks, strict=True)):
         at = f"tasks[{index}]"
         if config.data is None:
@@ -73,8 +73,9 @@ def ask_labels(
         if ScoresPerception not in facts.needs or entry.on_failure != "abort":
             continue
         for index, source in enumerate(sources):
-            rows = (row.problem for row in source.train)
-            if bare := next((p.id for p in rows if not labelled(source.task, p)), None):
+            rows = source.train
+            unlabelled = (at for at in range(len(rows)) if not rows.fact(at).labelled)
+            if (bare := next((rows.id(at) for at in unlabelled), None)) is not None:
                 raise DataError(
                     f"{where} needs a perception label of every problem, and problem {bare} of "
                     f"tasks[{index}].data has none; {_remedy(entry, True)}"

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster.recipe.abilities import ask_labels, ask_tasks
 from cluster.recipe.context import Context, Fault, Taken
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models
-from cluster.recipe.problems import ProblemSource, open_sources, require_folder
+from cluster.recipe.problems import ProblemSource, open_sources, require_data
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.rows import row_takes
 from cluster.recipe.strategies import make_strategy
@@ -31,7 +32,6 @@ from rollout.models import require_model
 from rollout.tokens import load_processor, load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
-from tasks.datasets import Example
 from tasks.load import BUILT_IN
 from tasks.splits import SPLITS, Split
 
@@ -67,7 +67,7 @@ def preflight(
     draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
     ModelError or UserError, a line a fault.
     """
-    measured = not dry_run or _is_here(recipe.model.path)
+    measured = not dry_run or is_here(recipe.model.path)
     glance(recipe, command, measured)
     for line in settle_environment(os.environ):
         say(line)
@@ -78,9 +78,11 @@ def preflight(
         if not dry_run:  # which may be of a recipe for another machine
             raise
         say(str(error))
-    # Measuring decodes the images.
-    sources = [] if command == "replay" else open_sources(recipe.tasks, check_images=not measured)
+    sources = [] if command == "replay" else open_sources(recipe.tasks)
     for index, source in enumerate(sources):
+        for line in source.notes:
+            say(line)
+        source.require_rows(("test",) if command == "eval" else SPLITS, index)
         if source.spec is not None:
             _ask_contract(index, source)
     for source in sources if command != "sample" else ():
@@ -91,7 +93,7 @@ def preflight(
         return Ready(sources, None)
     processor = load_processor(recipe.model.path)
     for model in frozen_models(recipe, command):
-        if _is_here(model) or not dry_run:
+        if is_here(model) or not dry_run:
             load_reader(model)
     context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
     fitting = [
@@ -123,7 +125,7 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
         require_model(recipe.model.path)
     _ask_context(recipe)
     for index, config in enumerate(recipe.tasks if command != "replay" else ()):
-        require_folder(config, index)
+        require_data(config, index)
     if command in ("train", "sample"):
         _ask_terms(recipe)
     if command != "replay":
@@ -164,34 +166,33 @@ def _fitting_rows(
     Both splits are measured whole, so that no row ends a run when its turn comes.
     """
     config, task = recipe.tasks[index], source.task
-    kept: dict[Split, list[Example]] = {"train": [], "test": []}
+    kept: dict[Split, list[int]] = {"train": [], "test": []}
     taking: list[Taken] = []
     bad: list[tuple[Split, str, bool]] = []
     for split in SPLITS:
-        examples = source.rows(split)
-        file = Path(str(config.data)) / f"{split}.parquet"
+        rows = source.rows(split)
         learns = command == "sft" and split == "train"
-        if learns and not any(example.response for example in examples):
+        if learns and not any(rows.fact(at).responds for at in range(len(rows))):
             raise DataError(
-                f"tasks[{index}].data: {config.data}: no row of split train has a response to "
-                "learn from; SFT needs demonstrations (column `response`)"
+                f"tasks[{index}].data: {config.data_named}: no row of split train has a response "
+                "to learn from; SFT needs demonstrations (column `response`)"
             )
-        takes = row_takes(file, examples, context)
-        for row, (example, taken) in enumerate(zip(examples, takes, strict=True)):
+        told = rows.told() if learns or (split == "test" and rows.labelled) else repeat(None)
+        for row, (taken, example) in enumerate(zip(row_takes(rows, context), told, strict=False)):
             if not learns:
                 prefix = ""
-                if split == "test" and labelled(task, example.problem):
+                if example and split == "test" and labelled(task, example.problem):
                     prefix = task.oracle_prefix(example.problem)
                 fault = context.lack(taken, prefix)
-            elif example.response:
+            elif example and example.response:
                 fault = _response_fault(recipe.sft, task, example.response, context, taken)
             else:
                 continue
             if fault is not None:
-                line = f"{file}: row {row}: {fault.field}: {fault.reason}"
+                line = f"{rows.where(row, fault.field)}: {fault.reason}"
                 bad.append((split, line, fault.damaged))
                 continue
-            kept[split].append(example)
+            kept[split].append(row)
             if split == "train":
                 taking.append(taken)
     if command in ("train", "sample"):
@@ -202,9 +203,9 @@ def _fitting_rows(
     shown = lines[:SHOWN]
     if len(lines) > SHOWN:
         shown.append(f"... and {len(lines) - SHOWN:,} more")
-    rows = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
-    where = f"tasks[{index}].data: {rows} {config.data}"
-    empty = next((split for split, examples in kept.items() if not examples), None)
+    count = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
+    where = f"tasks[{index}].data: {count} {config.data_named}"
+    empty = next((split for split, fitting in kept.items() if not fitting), None)
     wrong = ""
     if any(damaged for _, _, damaged in bad):
         wrong = "cannot be used; mend or remove them"
@@ -220,7 +221,8 @@ def _fitting_rows(
     for line in (*shown, f"{where} do not fit the policy and are left out"):
         say(line)
     left_out = Counter(split for split, _, _ in bad)
-    return replace(source, train=tuple(kept["train"]), test=tuple(kept["test"]), left_out=left_out)
+    train, test = source.train.chosen(kept["train"]), source.test.chosen(kept["test"])
+    return replace(source, train=train, test=test, left_out=left_out)
 
 
 def _ask_swapped(recipe: Recipe, taking: Sequence[Taken], context: Context) -> None:
@@ -305,7 +307,7 @@ def _ask_context(recipe: Recipe) -> None:
         )
 
 
-def _is_here(model: str) -> bool:
+def is_here(model: str) -> bool:
     """Whether a model is on this machine; what is no name of the hub's cannot be elsewhere."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

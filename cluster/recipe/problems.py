@@ -12,11 +12,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from cluster.recipe.context import Context
+from cluster.recipe.rows import watched
 from tasks.core import DataError, Generates, Problem, Task, need
-from tasks.datasets import Example, read_examples
 from tasks.load import load_task
+from tasks.rows import Rows
 from tasks.settings import TaskConfig
 from tasks.splits import Split, draw_problem
+from tasks.vqa.opening import Opened, bad_rows_message, open_data, open_stored, row_reader
 
 PATIENCE = 200
 """Draws in a row without a new test problem before there are taken to be no more."""
@@ -26,22 +28,23 @@ REDRAWS = 20
 
 @dataclass(frozen=True)
 class ProblemSource:
-    """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored examples.
+    """One `[[tasks]]` entry, ready to draw from: a task with knobs, or stored rows.
 
     `label` names the entry in tables and metrics: the task's name, with a number from the
     second entry of one task on. Stored rows fit the policy; of a task with knobs each problem is
     held against `context` when it is drawn, and with `redraws` another takes its place. `left_out`
-    counts those that did not fit.
+    counts those that did not fit. `notes` is what a user is to hear of the data.
     """
 
     label: str
     task: Task
     weight: float
     spec: BaseModel | None
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Rows = field(default_factory=Rows)
+    test: Rows = field(default_factory=Rows)
     context: Context | None = None
     redraws: bool = False
+    notes: Sequence[str] = ()
     left_out: Counter[Split] = field(default_factory=Counter)
     drawn: dict[tuple[int, int], list[Problem]] = field(
         default_factory=dict, repr=False, compare=False
@@ -49,43 +52,38 @@ class ProblemSource:
     """Held-out problems by (seed, count): drawn once, for all evaluations of a run."""
 
     @classmethod
-    def open(
-        cls, config: TaskConfig, index: int, label: str, check_images: bool = True
-    ) -> ProblemSource:
+    def open(cls, config: TaskConfig, index: int, label: str) -> ProblemSource:
         """Load the task and, where the recipe names a data set, its splits.
 
         Raises DataError naming file and field for data that cannot be used.
         """
-        task = load_task(config.name)
+        task = load_task(config.task_name)
+        at = f"tasks[{index}].data"
         if config.data is None:
-            task = need(task, Generates, f"tasks[{index}].data: without a data set it", "name one")
-            spec = task.spec.model_validate(config.knobs)
-            return cls(label, task, config.weight, spec, (), ())
-        require_folder(config, index)
-        train = tuple(read_examples(config.data, "train", check_images=check_images))
-        test = tuple(read_examples(config.data, "test", check_images=check_images))
-        for split, rows in (("train", train), ("test", test)):
-            if not rows:
-                raise DataError(f"tasks[{index}].data: {config.data}: split {split} has no rows")
-            other = next((e.problem for e in rows if e.problem.task != config.name), None)
-            if other is not None:
-                raise DataError(
-                    f"tasks[{index}].data: {config.data}: split {split} holds problem {other.id} "
-                    f"of task {other.task!r}, but tasks[{index}].name is {config.name!r}"
-                )
-        held_out = {e.problem.symmetry_key: e.problem.id for e in test}
-        for problem in (e.problem for e in train):
-            if problem.symmetry_key in held_out:
-                raise DataError(
-                    f"tasks[{index}].data: {config.data}: problem {problem.id} of split train is, "
-                    f"up to symmetry, {held_out[problem.symmetry_key]} of split test; take it out "
-                    "of one of them (`equipoise tasks import --skip-bad` does)"
-                )
-        return cls(label, task, config.weight, None, train, test)
+            task = need(task, Generates, f"{at}: without a data set it", "name one")
+            return cls(label, task, config.weight, task.spec.model_validate(config.knobs))
+        opened = opened_rows(config, index)
+        notes = [f"{at}: {note}" for note in opened.notes]
+        if opened.bad:
+            of = f"of {at}: {config.data_named}"
+            if config.bad_rows == "error":
+                mend = "mend or remove them"
+                skip = f', or leave them out by tasks[{index}].bad_rows = "skip"'
+                mend += skip if config.name == "vqa" else ""
+                raise DataError(bad_rows_message(opened.bad, f"{of} cannot be used; {mend}"))
+            notes += bad_rows_message(opened.bad, f"{of} are left out").splitlines()
+        rows = opened.rows
+        return cls(label, task, config.weight, None, rows["train"], rows["test"], notes=notes)
 
-    def rows(self, split: Split) -> tuple[Example, ...]:
-        """The stored examples of a split."""
+    def rows(self, split: Split) -> Rows:
+        """The stored rows of a split."""
         return self.train if split == "train" else self.test
+
+    def require_rows(self, splits: Sequence[Split], index: int) -> None:
+        """Raise DataError where a split that is to be drawn from has no rows."""
+        for split in splits if self.spec is None else ():
+            if not self.rows(split):
+                raise DataError(f"tasks[{index}].data: split {split} has no rows")
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem `index` of a split; stored rows come in an order shuffled anew each epoch."""
@@ -116,10 +114,22 @@ class ProblemSource:
         return problem
 
 
-def require_folder(config: TaskConfig, index: int) -> None:
-    """Raise DataError where what an entry names as stored problems is no folder."""
-    folder = Path(config.data or ".")
-    if not folder.is_dir():
+def opened_rows(config: TaskConfig, index: int) -> Opened:
+    """The rows of an entry with data, bad ones too. Raises DataError for data that is not there."""
+    require_data(config, index)
+    assert config.data is not None
+    try:
+        if config.name == "vqa":
+            return open_data(config.data, row_reader(config), watched)
+        return open_stored(config.data_named, config.name, watched)
+    except DataError as error:
+        raise DataError(f"tasks[{index}].data: {error}") from error
+
+
+def require_data(config: TaskConfig, index: int) -> None:
+    """Raise DataError where what an entry names as stored problems is not of the right kind."""
+    folder = Path(config.data_named)
+    if config.data is not None and config.name != "vqa" and not folder.is_dir():
         found = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
         raise DataError(
             f"tasks[{index}].data: {config.data}: {found}; give the folder of a data set, with "
@@ -136,16 +146,13 @@ def left_out(sources: Sequence[ProblemSource]) -> dict[str, float]:
     }
 
 
-def open_sources(configs: Sequence[TaskConfig], check_images: bool = True) -> list[ProblemSource]:
-    """All task entries of a recipe, in order.
-
-    `check_images`: decode all that is stored; `preflight` does so where it measures.
-    """
+def open_sources(configs: Sequence[TaskConfig]) -> list[ProblemSource]:
+    """All task entries of a recipe, in order."""
     sources: list[ProblemSource] = []
     for index, config in enumerate(configs):
         before = sum(other.name == config.name for other in configs[:index])
         label = f"{config.name}-{before + 1}" if before else config.name
-        sources.append(ProblemSource.open(config, index, label, check_images))
+        sources.append(ProblemSource.open(config, index, label))
     return sources
 
 

@@ -238,13 +238,32 @@ def task_of(name: str, settings: Sequence[str] = ()) -> TaskConfig:
     Raises RecipeError, its message one line for each thing wrong.
     """
     knobs = dict(map(parse_setting, settings))
+    return _named_task({"name": name, "knobs": knobs})
+
+
+def data_task(
+    data: str, name: str = "", settings: Sequence[str] = (), like: Recipe | None = None
+) -> TaskConfig:
+    """Questions of a user's own, all of them held out, as the `vqa` entry of `like` reads its own.
+
+    `settings`: fields of the entry (`"form=boxed"`, `"columns.answer=gold"`). Raises RecipeError.
+    """
+    own = next((c for c in like.tasks if c.name == "vqa"), None) if like else None
+    told = own.model_dump(exclude_defaults=True) if own else {}
+    told |= {"name": name or "vqa", "data": {"test": data}}
+    for setting in settings:
+        _apply_override(told, setting)
+    return _named_task(told)
+
+
+def _named_task(told: dict[str, Any]) -> TaskConfig:
     try:
-        return TaskConfig.model_validate({"name": name, "knobs": knobs})
+        return TaskConfig.model_validate(told)
     except ValidationError as error:
         lines = []
         for loc, message in explain(error.errors(include_url=False), TaskConfig):
-            flag = "--task" if loc[0] == "name" else f"--set {dotted(loc[1:])}"
-            lines.append(f"{flag}: {message}")
+            at = dotted(loc[1:] if loc[0] == "knobs" else loc)
+            lines.append(f"{'--task' if loc[0] == 'name' else f'--set {at}'}: {message}")
         raise RecipeError("\n".join(lines)) from None
 
 

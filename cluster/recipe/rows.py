@@ -1,70 +1,45 @@
-"""The rows of stored data, measured once: what was found is kept by content, beside no run."""
+"""What stored rows take of a policy's context, measured once and kept by content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from cluster.recipe.context import Context, Fault, Size, Taken
-from tasks.core import DataError
-from tasks.datasets import Example, file_hash
+from cluster.recipe.context import Context, Fault, Taken
 from tasks.files import user_cache
-from tasks.images import check_image
+from tasks.rows import Rows
 
-MEASURING = 3
+MEASURING = 4
 """Raise it when rows are measured differently: what was kept before counts no more."""
 MANY = 2000
-"""Rows from which on measuring them shows its progress."""
+"""Rows from which on going through them shows its progress."""
 
 
-def row_takes(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
-    """What prompt and images of each row of a split take; its file tells what was kept of it."""
-    whole = f"{MEASURING} {file_hash(file)} {context.fingerprint}"
+def watched(items: Iterable[Any], doing: str, rows: int) -> Iterable[Any]:
+    """Items that are gone through under a bar on standard error, of many rows."""
+    console = Console(stderr=True)
+    return track(items, doing, console=console, transient=True, disable=rows < MANY)
+
+
+def row_takes(rows: Rows, context: Context) -> list[Taken]:
+    """What prompt and images of each row take."""
+    whole = f"{MEASURING} {rows.fingerprint} {context.fingerprint}"
     folder = _cache_folder()
     kept = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
-    found = _read(kept, len(examples)) if kept else None
+    found = _read(kept, len(rows)) if kept else None
     if found is None:
-        found = _measured(file, examples, context)
+        prompts = (example.problem.prompt for example in rows.told())
+        found = context.taken([(p, rows.fact(at).sizes) for at, p in enumerate(prompts)])
         if kept:
             _write(kept, found)
     return found
-
-
-def _measured(file: Path, examples: Sequence[Example], context: Context) -> list[Taken]:
-    sizes: list[tuple[Size, ...] | Fault] = []
-    with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
-        sizes.extend(
-            track(
-                threads.map(_sizes, examples),
-                f"measuring {file}",
-                len(examples),
-                console=Console(stderr=True),
-                transient=True,
-                disable=len(examples) < MANY,
-            )
-        )
-    asked = [
-        (example.problem.prompt, size)
-        for example, size in zip(examples, sizes, strict=True)
-        if not isinstance(size, Fault)
-    ]
-    takes = iter(context.taken(asked))
-    return [Taken(fault=size) if isinstance(size, Fault) else next(takes) for size in sizes]
-
-
-def _sizes(example: Example) -> tuple[Size, ...] | Fault:
-    """Pixels of a row's images, which are decoded whole."""
-    try:
-        return tuple(check_image(image, "image").size for image in example.problem.images)
-    except DataError as error:
-        return Fault("image", str(error).removeprefix("image: "), damaged=True)
 
 
 def _cache_folder() -> Path | None:

@@ -18,7 +18,7 @@ from rewards.diagnosis import diagnose
 from rewards.intervals import mean_interval
 from rewards.reader import Reading, refused
 from rollout.record import Group
-from tasks.core import Task
+from tasks.core import ComparesAnswers, Problem, Task
 
 EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
 """`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
@@ -182,6 +182,33 @@ def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
     )
 
 
+def parts_of(table: EvalTable, values: Mapping[str, str]) -> dict[str, EvalTable]:
+    """The table of each value's problems; `values`: problem id -> what its row has in a column."""
+    found = {}
+    for value in sorted(set(values.values())):
+        own = {
+            metric: part
+            for metric, numbers in table.per_problem.items()
+            if (part := {i: n for i, n in numbers.items() if values.get(i) == value})
+        }
+        found[value] = EvalTable(own, table.puzzles)
+    return found
+
+
+def columns_table(parts: Mapping[str, EvalTable], column: str) -> Table:
+    """To be read: a row a value of a column, its accuracies beside one another."""
+    metrics = dict.fromkeys(m for t in parts.values() for m in t.per_problem if "defect/" not in m)
+    shown = [m for m in metrics if m.startswith(("a", "blind"))]
+    rows = []
+    for value, table in parts.items():
+        cells = []
+        for metric in shown:
+            row = table[metric] if metric in table.per_problem else None
+            cells.append(f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row else "")
+        rows.append((value, str(table["a"].n), *cells))
+    return Table(f"by {column}", (column, "n", *shown), tuple(rows))
+
+
 def _pass_values(
     task: Task, name: EvalPass, groups: Sequence[Group]
 ) -> dict[str, dict[str, float]]:
@@ -199,6 +226,8 @@ def _pass_values(
         elif name == "sampled":
             n, right = len(d.a), {"a": d.a} | ({} if d.a_p is None else {"a_p": d.a_p})
             metrics = {f"{skill} avg@{n}": truth.mean() for skill, truth in right.items()}
+            if n > 1:
+                metrics[f"a maj@{n}"] = majority(task, group, d.a)
             for k in _powers_of_two(n):
                 for skill, truth in right.items():
                     metrics[f"{skill} pass@{k}"] = pass_at_k(n, int(truth.sum()), k)
@@ -213,6 +242,34 @@ def _pass_values(
             for problem, lists in defects.items()
         }
     return found
+
+
+def majority(task: Task, group: Group, right: np.ndarray) -> float:
+    """The chance that the answer which most of G responses give is right (bool [G]).
+
+    Answers are the same by the task's own word, or as they are parsed; ties are broken by chance.
+    A response without an answer has no vote.
+    """
+    votes: list[list[int]] = []
+    answers = [rollout.parsed.answer for rollout in group.rollouts]
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        like = (v for v in votes if _same(task, group.problem, answers[v[0]], answer))
+        found = next(like, None)
+        if found is None:
+            votes.append([i])
+        else:
+            found.append(i)
+    most = max(map(len, votes), default=0)
+    first = [right[same[0]] for same in votes if len(same) == most]
+    return float(np.mean(first)) if first else 0.0
+
+
+def _same(task: Task, problem: Problem, one: Any, other: Any) -> bool:
+    if isinstance(task, ComparesAnswers):
+        return task.same_answer(problem, one, other)
+    return bool(one == other)
 
 
 def _powers_of_two(n: int) -> list[int]:

@@ -8,7 +8,7 @@ image at all. Every number comes with its n and a 95% interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -33,6 +33,9 @@ from tasks.settings import TaskConfig
 
 PASSES: tuple[EvalPass, ...] = get_args(EvalPass)
 
+Found = dict[str, dict[EvalPass, list[Group]]]
+"""Entry's label -> pass -> a group a problem."""
+
 _REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
     "greedy": ("free", "shown"),
     "sampled": ("free", "shown"),
@@ -47,6 +50,7 @@ def evaluate_all(
     sources: Sequence[ProblemSource],
     recipe: Recipe,
     frozen: Mapping[str, Answerer] | None = None,
+    keep: Callable[[Found], object] | None = None,
 ) -> dict[str, EvalTable]:
     """The recipe's own evaluation: a table a task, on its held-out problems.
 
@@ -54,7 +58,7 @@ def evaluate_all(
     response; those of one problem together, whose image an engine then has at hand. What starts
     from `p*` is asked again where the free responses show that the policy writes a perception in
     another form than the task's own. `frozen`: engines by checkpoint, that of `eval.reader` among
-    them where the recipe has one.
+    them where the recipe has one. `keep` is given all responses.
     """
     asked = [
         (source, name, pass_request(recipe, source, name, problem))
@@ -69,11 +73,11 @@ def evaluate_all(
         again, samplers.sample([*again.values()]) if again else (), strict=True
     ):
         groups[place] = group
-    found: dict[str, dict[EvalPass, list[Group]]] = {
-        source.label: {name: [] for name in recipe.eval.asked} for source in sources
-    }
+    found: Found = {source.label: {name: [] for name in recipe.eval.asked} for source in sources}
     for (source, name, _), group in zip(asked, groups, strict=True):
         found[source.label][name].append(group)
+    if keep is not None:
+        keep(found)
     tables = {source.label: eval_table(source.task, found[source.label]) for source in sources}
     if recipe.eval.reader:
         assert frozen is not None

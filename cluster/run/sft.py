@@ -218,7 +218,9 @@ def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> li
     """The recipe's tasks as sources of demonstrations; of stored rows those with a response."""
     sources = []
     for config, source in zip(recipe.tasks, opened, strict=True):
-        rows = tuple((e.problem, e.response) for e in source.train if e.response)
+        rows = source.train.chosen(
+            at for at in range(len(source.train)) if source.train.fact(at).responds
+        )
         sources.append(Source(source.task, source.weight, config.style, source.spec, rows))
     return sources
 

@@ -247,7 +247,7 @@ def test_what_was_generated_imports_again(tmp_path: Path, name: str, knobs: dict
     manifest = import_rows(made, task, again)
     for split in splits:
         first, second = (
-            [replace(e, problem=replace(e.problem, knobs={})) for e in read_examples(f, split)]
+            [e._replace(problem=replace(e.problem, knobs={})) for e in read_examples(f, split)]
             for f in (made, again)
         )
         assert first == second  # but for the knobs, which a public row does not tell

@@ -28,7 +28,9 @@ from cluster.run.train import run_training
 from rollout.tokens import load_processor
 from tasks.core import DataError, Problem
 from tasks.datasets import read_examples
+from tasks.rows import Rows
 from tasks.sudoku import Sudoku
+from tasks.vqa.opening import open_stored
 from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file, stored, write_problems
 from tests.support.terminal import run
 
@@ -287,27 +289,28 @@ def test_rows_are_measured_once_and_again_when_data_or_processor_change(
     data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = load_processor(str(TINY_POLICY))
-    file = data / "train.parquet"
-    examples = list(read_examples(data, "train", check_images=False))
-    found = row_takes(file, examples, Context(processor, 256, 128))
-    (kept,) = cache.rglob("*.json")
+
+    def rows() -> Rows:
+        return open_stored(str(data), "sudoku").rows["train"]
+
+    found = row_takes(rows(), Context(processor, 256, 128))
+    (kept,) = cache.rglob("rows/*.json")
     # What is kept is believed, so a mark in it shows who reads it.
-    rows = json.loads(kept.read_text())
-    rows[0][0] += 1000
-    kept.write_text(json.dumps(rows))
-    assert row_takes(file, examples, Context(processor, 999, 9))[0].prompt == found[0].prompt + 1000
+    takes = json.loads(kept.read_text())
+    takes[0][0] += 1000
+    kept.write_text(json.dumps(takes))
+    assert row_takes(rows(), Context(processor, 999, 9))[0].prompt == found[0].prompt + 1000
     kept.write_text("[[")
-    assert row_takes(file, examples, Context(processor, 256, 128)) == found
-    rows[0][0] += 1000
-    kept.write_text(json.dumps(rows))
+    assert row_takes(rows(), Context(processor, 256, 128)) == found
+    takes[0][0] += 1000
+    kept.write_text(json.dumps(takes))
     other = load_processor(str(TINY_POLICY))
     other.chat_template += "{# another #}"
-    assert row_takes(file, examples, Context(other, 256, 128))[0].prompt < 1000
+    assert row_takes(rows(), Context(other, 256, 128))[0].prompt < 1000
     change(data, "train", 1, image=LONG)
-    changed = list(read_examples(data, "train", check_images=False))
-    assert row_takes(file, changed, Context(processor, 256, 128))[1].image > 900
+    assert row_takes(rows(), Context(processor, 256, 128))[1].image > 900
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert len(row_takes(file, changed, Context(processor, 256, 128))) == 8
+    assert len(row_takes(rows(), Context(processor, 256, 128))) == 8
 
 
 class WordySudoku(Sudoku):

@@ -61,7 +61,7 @@ def test_all_passes_of_all_entries_are_asked_for_at_once(recipe: Recipe) -> None
         assert values == {
             **{name: (1.0, 2) for name in ("a", "a_p", "a_p_graded", "self_consistency")},
             **{name: (1.0, 2) for name in ("a avg@3", "a_p avg@3", "a pass@2", "a_p pass@2")},
-            **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a_r")},
+            **{name: (1.0, 2) for name in ("a pass@3", "a_p pass@3", "a maj@3", "a_r")},
             **{name: (0.0, 2) for name in ("leak", "a_r_blank", "blind")},
         }
 

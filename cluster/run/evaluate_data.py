@@ -1,0 +1,191 @@
+"""`equipoise eval CHECKPOINT --data FILE`: a policy on people's own questions, every response kept.
+
+The folder it leaves is that of a run of no steps: evaluation, rollouts, images, report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from cluster.recipe.machine import new_run_folder
+from cluster.recipe.problems import held_out
+from cluster.recipe.recipe import Recipe, UserError, resolved_toml
+from cluster.recipe.sections import EvalConfig
+from cluster.record.evaluation import (
+    EvalTable,
+    before_after,
+    change_table,
+    columns_table,
+    parts_of,
+)
+from cluster.record.tracker import Tracker
+from cluster.run.evaluate import PASSES, Found, evaluate_all
+from rewards.advantages import CREDIT_COLUMNS
+from rewards.diagnosis import diagnose
+from rewards.scored import ScoredGroup
+from rewards.settings import Place
+from rollout.record import Group
+from rollout.settings import ModelConfig, SamplerConfig
+from tasks.core import Problem, Task
+from tasks.files import put, put_text
+from tasks.settings import TaskConfig
+
+
+def run_data_eval(
+    checkpoint: str,
+    task: TaskConfig,
+    *,
+    problems: int | None,
+    samples: int,
+    seed: int,
+    by: Sequence[str] = (),
+    against: Path | None = None,
+    output: Path | None = None,
+    as_json: bool = False,
+    address: str | None = None,
+    like: Recipe | None = None,
+    reader: str = "",
+    reader_place: Place = "prompt",
+) -> Path:
+    """Measure, print and keep; returns the folder.
+
+    Args:
+        task: whose held-out rows are the questions.
+        problems: how many of them, drawn by `seed`; None for all.
+        samples: responses a problem at the sampler's temperature, beside the greedy one.
+        by: columns of the data; each value's numbers are given apart.
+        against: the folder of another such evaluation, compared problem by problem.
+        like: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
+        reader, reader_place: as in [eval].
+
+    Raises DataError, UserError or ModelError for input that cannot be used, RunFailed where the
+    engine ends the evaluation.
+    """
+    from cluster.run.runtime import sampling_from
+    from cluster.run.session import session
+
+    model = like.model.model_copy(update={"path": checkpoint}) if like else None
+    recipe = Recipe(
+        name=f"eval-{Path(checkpoint).resolve().parent.name or 'policy'}",
+        model=model or ModelConfig(path=checkpoint),
+        tasks=(task,),
+        sampler=like.sampler if like else SamplerConfig(),
+        eval=EvalConfig(
+            samples=samples, seed=seed, passes=PASSES, reader=reader, reader_place=reader_place
+        ),
+    )
+    earlier = read_evaluation(against) if against else None
+    folder = new_run_folder(recipe, output)
+    console = Console(stderr=as_json)
+    found: Found = {}
+    with session(recipe, "eval", address, folder, console.print) as ready:
+        (source,) = ready.sources
+        count = min(problems or len(source.test), len(source.test))
+        chosen = recipe.eval.model_copy(update={"problems": count})
+        recipe = recipe.model_copy(update={"eval": chosen})
+        extra = {p.id: p for p in held_out(source, seed, count)}
+        _require_columns(by, [*extra.values()])
+        console.print(f"{count} problems; starting the sampler (vLLM) ...")
+        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
+            tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=found.update)
+    table = tables[source.label]
+    told: dict[str, Any] = table.to_dict()
+    parts = {column: parts_of(table, _values(extra, column)) for column in by}
+    told["by"] = {
+        column: {value: [asdict(row) for row in part.rows] for value, part in split.items()}
+        for column, split in parts.items()
+    }
+    kept: dict[str, Any] = told
+    changes = before_after(earlier, table) if earlier else []
+    if earlier:
+        kept = {"before": earlier.to_dict(), "after": told}
+        kept["change"] = {"rows": [asdict(row) for row in changes]}
+        _put_pairs(folder / "compared.parquet", earlier, table, extra, by)
+    with Tracker(folder, resolved_toml(recipe)) as tracker:
+        tracker.log_evaluation(0, {source.label: table})
+        groups = [g for passes in found[source.label].values() for g in passes]
+        tracker.log_rollouts(0, [_unscored(source.task, group) for group in groups])
+    put_text(folder / "evaluation.json", json.dumps({source.label: kept}, indent=1))
+    if as_json:
+        print(json.dumps({"checkpoint": checkpoint, "folder": str(folder)} | kept, indent=2))
+        return folder
+    console.print(table.table(f"{checkpoint} on {task.data_named}").to_rich())
+    for column, split in parts.items():
+        console.print(columns_table(split, column).to_rich())
+    if earlier:
+        console.print(change_table(changes, f"{against} and {folder}").to_rich())
+    return folder
+
+
+def read_evaluation(folder: Path) -> EvalTable:
+    """The one table that an evaluation of data left in its folder. Raises UserError."""
+    file = folder / "evaluation.json" if folder.is_dir() else folder
+    try:
+        (kept,) = json.loads(file.read_text(encoding="utf-8")).values()
+        return EvalTable.from_dict(kept.get("after", kept))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--against {folder}: no evaluation of data there ({type(error).__name__}: {error}); "
+            "give a folder that `equipoise eval --data` left"
+        ) from error
+
+
+def _require_columns(by: Sequence[str], problems: Sequence[Problem]) -> None:
+    known = dict.fromkeys(name for problem in problems for name in problem.extra)
+    for column in by:
+        if column.partition(".")[0] not in known:
+            raise UserError(
+                f"--by {column}: the data has no such column beside question, images and answer; "
+                f"there are {', '.join(known) or 'none'}"
+            )
+
+
+def _values(problems: Mapping[str, Problem], column: str) -> dict[str, str]:
+    """Problem id -> what its row has in a column (`a.b`: in a struct's field), as text."""
+    found = {}
+    for name, problem in problems.items():
+        value: Any = problem.extra
+        for part in [column] if column in problem.extra else column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        found[name] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
+def _put_pairs(
+    file: Path,
+    before: EvalTable,
+    after: EvalTable,
+    problems: Mapping[str, Problem],
+    by: Sequence[str],
+) -> None:
+    """A row a problem that both evaluations have: each metric before and after."""
+    shared = [m for m in after.per_problem if m in before.per_problem and "defect/" not in m]
+    columns = {column: _values(problems, column) for column in by}
+    rows = [
+        {"problem_id": name, **{column: values[name] for column, values in columns.items()}}
+        | {
+            f"{metric} {when}": table.per_problem[metric].get(name)
+            for metric in shared
+            for when, table in (("before", before), ("after", after))
+        }
+        for name in after.per_problem["a"]
+        if name in before.per_problem["a"]
+    ]
+    put(file, lambda path: pq.write_table(pa.Table.from_pylist(rows), path))
+
+
+def _unscored(task: Task, group: Group) -> ScoredGroup:
+    """A group as it is stored where nothing is rewarded: its total is whether it was right."""
+    found = diagnose(task, group)
+    advantages = np.zeros((len(group.rollouts), len(CREDIT_COLUMNS)))
+    right = found.a.astype(float)
+    return ScoredGroup(group, {}, right, advantages, False, False, (), {}, found)
