@@ -45,7 +45,7 @@ def ask_tasks(recipe: Recipe, command: Command) -> None:
     for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
         for ability in facts.needs:
             without = [task for task in tasks if not isinstance(task, ability)]
-            if without and (entry.on_failure == "abort" or len(without) == len(tasks)):
+            if without and (_of_all(recipe, entry) or len(without) == len(tasks)):
                 missing = ", ".join(lacking(without[0], ability))
                 raise DataError(
                     f'{where} needs {missing}, which task "{without[0].name}" lacks; '
@@ -70,7 +70,7 @@ def ask_labels(
         for task in {source.task.name: source.task for source in sources}.values():
             if facts.leak_checked and not isinstance(task, CanLeak):
                 say(f'{where}: task "{task.name}" {WITHOUT}')
-        if ScoresPerception not in facts.needs or entry.on_failure != "abort":
+        if ScoresPerception not in facts.needs or not _of_all(recipe, entry):
             continue
         for index, source in enumerate(sources):
             rows = source.train
@@ -116,7 +116,15 @@ def _terms(recipe: Recipe) -> Iterator[tuple[str, RewardTermConfig, TermFacts]]:
         yield f'{at}: "{entry.name}"', entry, facts
 
 
+def _of_all(recipe: Recipe, entry: RewardTermConfig) -> bool:
+    """Whether a term must be able to tell of every problem; as a gate, 0 would shut it."""
+    gates = [other.gate for other in recipe.reward.effective_terms()]
+    return entry.on_failure == "abort" or (entry.on_failure == "zero" and entry.entry in gates)
+
+
 def _remedy(entry: RewardTermConfig, some: bool) -> str:
     """`some`: of other problems it can tell."""
     leave = "remove the term, or take another (docs/rewards.md lists what needs no labels)"
-    return f'{leave}; on_failure = "zero" leaves it to the others' if some else leave
+    if some and entry.on_failure == "abort":
+        return f'{leave}; on_failure = "zero" leaves it to the others'
+    return f"{leave}; as a gate it would be shut for these problems" if some else leave

@@ -92,7 +92,13 @@ def test_a_term_may_be_left_to_those_tasks_that_have_labels(tmp_path: Path) -> N
     both = f"{SUDOKU}, {stored(data)}"
     with pytest.raises(DataError, match=r'which task ".*Prose" lacks; .* on_failure = "zero"'):
         told(recipe(tmp_path, both, TERMS % ("perception", "")))
-    assert told(recipe(tmp_path, both, TERMS % ("perception", ', on_failure="zero"')))
+    left = TERMS % ("perception", ', on_failure="zero"')
+    assert told(recipe(tmp_path, both, left))
+    # A gate of 0 would be shut: what it guards would earn nothing without a label.
+    gate = left.replace('"outcome"', '"outcome", gate="perception"')
+    with pytest.raises(DataError, match="as a gate it would be shut for these problems"):
+        told(recipe(tmp_path, both, gate))
+    assert told(recipe(tmp_path, both, gate.replace("zero", "drop_group")))
 
 
 def test_a_column_labelled_on_some_rows_is_told_and_refused_where_all_are_needed(
