@@ -37,6 +37,9 @@ _ALTERNATIVES = re.compile(
 )
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-z]\))?|(?:\\angle|∠|m\\angle)\s*\w+")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
+_WORD = re.compile(r"(?<![\\a-z])[a-z]{3,}")
+_LATEX_NAMES = ("sin", "cos", "tan", "cot", "log", "ln", "exp", "min", "max", "gcd")
+_FUNCTIONS = frozenset((*_LATEX_NAMES, "sqrt", "lcm", "mod"))
 _UNIT_BEHIND = re.compile(r"(?<=[\w)}\]°])\s+([^\W\d_]+(?:\s*/\s*[^\W\d_]+)?(?:\^?\{?[23]\}?)?)$")
 _SAME = (
     (re.compile(r"[²]"), "^2"),
@@ -45,6 +48,7 @@ _SAME = (
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π"), r"\\pi "),
     (re.compile(r"√\s*(\d+|\w)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(rf"(?<![\\A-Za-z])({'|'.join(_LATEX_NAMES)})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"×"), r"\\times "),
     (re.compile(r"∞"), r"\\infty "),
     (re.compile(r"≤|<="), r"\\le "),
@@ -171,9 +175,22 @@ def _as_numbers(said: str, gold: str) -> bool | None:
     return kind == own_kind and len(parts) == len(own_parts) and all(verdicts)
 
 
+def _at_once(said: str, gold: str) -> bool | None:
+    """The verdict where it needs no process. Words are no products of their letters."""
+    if gold == said and gold:
+        return True
+    if _spelled_out(said) != _spelled_out(gold):
+        return False
+    return _as_numbers(said, gold)
+
+
+def _spelled_out(text: str) -> list[str]:
+    return [word for word in _WORD.findall(normal(text)) if word not in _FUNCTIONS]
+
+
 def _alike(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """A verdict a pair, (gold, said), of expressions that are no lists."""
-    known = [True if gold == said and gold else _as_numbers(said, gold) for gold, said in pairs]
+    known = [_at_once(said, gold) for gold, said in pairs]
     asked = [pair for pair, verdict in zip(pairs, known, strict=True) if verdict is None]
     told = iter(
         equivalent(tuple((_for_process(gold), _for_process(said)) for gold, said in asked))
