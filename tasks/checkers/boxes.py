@@ -24,6 +24,8 @@ Box = tuple[float, float, float, float]
 _BOX_KEYS = ("bbox_2d", "bbox", "box")
 _POINT_KEYS = ("point_2d", "point")
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{0,9})?)\s*"
+_LONG = re.compile(r"\b\d{1,9}(?:\.\d{1,20})?e-\d\d?\b|\b\d{1,9}\.\d{10,20}\b", re.I)
+"""As computers write shares of an image: 0.016666666666666666, 5.2e-05."""
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S)
 _MARKS = re.compile(r"<\|?/?(?:box|point)(?:_start|_end)?\|?>")
 
@@ -125,7 +127,8 @@ def _boxes(text: str) -> list[Box]:
 
 def _read(text: str, size: int, keys: Sequence[str]) -> list[tuple[float, ...]]:
     """Tuples of `size` numbers, at most `MAX_BOXES`; [] where the text is anything else."""
-    text = _MARKS.sub("", tidy(text) or "").strip()
+    text = _LONG.sub(lambda long: f"{float(long[0]):.9f}", tidy(text) or "")
+    text = _MARKS.sub("", text).strip()
     if (fence := _FENCE.fullmatch(text)) is not None:
         text = fence[1]
     value, defects = read_json(text)
