@@ -92,10 +92,13 @@ def verdict(tables: Mapping[str, Any]) -> str:
     """Whether seeing, thinking, both or neither was learnt, and which of them more.
 
     A change counts where the exact test of paired problems gives p < 0.05, or, without pairs, where
-    the two 95 % intervals are apart.
+    the two 95 % intervals are apart. Without labels it is what a text-only reader tells, if asked.
     """
     rows = {row["metric"]: row for row in tables["change"]["rows"]}
     names = {"see": ("a_p", "seeing"), "think": ("a_r", "thinking")}
+    by_reader = "sufficiency" in rows and not {"a_p", "a_r"} & set(rows)
+    if by_reader:
+        names = {"see": ("sufficiency", "seeing"), "think": ("used", "thinking")}
     moves = {
         word: math.copysign(1, rows[metric]["difference"]) if _counts(rows[metric]) else 0
         for word, (metric, _) in names.items()
@@ -106,7 +109,8 @@ def verdict(tables: Mapping[str, Any]) -> str:
     lacking = [
         f" ({doing}, {m}, was not measured)" for w, (m, doing) in names.items() if w not in moves
     ]
-    return learnt("It", moves, "".join(lacking), asymmetry_of(tables))
+    aside = ", by what a text-only reader makes of its perceptions" if by_reader else ""
+    return learnt("It", moves, aside + "".join(lacking), asymmetry_of(tables))
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

@@ -17,6 +17,10 @@ METRIC_NAMES = {
     "a_r": "a_r: thinking, given p*",
     "a_r_blank": "a_r_blank: the same, image blank",
     "blind": "blind: no image",
+    "sufficiency": "sufficiency: enough seen for a text-only reader",
+    "used": "used: right where that is so",
+    "reader_blind": "reader_blind: that reader, given nothing",
+    "reader_ceiling": "reader_ceiling: that reader, given p*",
     "leak": "leak: seen wrong, answered right",
     "self_consistency": "self-consistency: answer fits own perception",
 }

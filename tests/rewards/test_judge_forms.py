@@ -61,6 +61,7 @@ def test_numbers_are_precision_recall_and_their_harmonic_mean() -> None:
         # Said twice counts once, whatever the case and the spaces; said both ways it is made up.
         (claims(["a dot", " A  Dot "], ["b"], ["c", "C"]), [1, 1, 1]),
         (claims(["a"], ["A"]), [0, 1, 0]),
+        ({**claims(), "claims": claims(["a"], ["a"])["claims"][::-1]}, [0, 1, 0]),
         ({"claims": []}, None),
         ({"claims": [], "missed": [], "score": 10}, None),
         ({"claims": {}, "missed": []}, None),

@@ -26,6 +26,8 @@ import torch
 
 from learner.actor import LearnerGroup
 from learner.weights import stored
+from rewards.questions import BlindQuestions
+from rewards.reader import Reader, readings
 from rollout.dispatch import SamplerLost
 from rollout.engine import EngineDied, SamplerError
 from rollout.pool import SamplerPool
@@ -37,7 +39,9 @@ from rollout.transfer import fetched
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
+from tests.rewards.test_surrogates import rollout_of
 from tests.support.pretend import group as pretended
+from tests.support.prose import LabelledProse, prose, says
 
 ROOT = Path(__file__).parents[2]
 TASK = load_task("graph_coloring")
@@ -358,6 +362,21 @@ def test_a_text_only_model_answers_without_an_image(
     for score, (_, rollout) in zip(scores, rollouts, strict=True):
         assert isinstance(score, np.ndarray)
         assert np.abs(score[len(forced) :] - rollout.logprobs).max() < 1e-4
+
+
+@pytest.mark.parametrize("place", ["prompt", "prefix"])
+def test_a_text_only_model_reads_what_others_wrote(frozen: SamplerPool, place: Any) -> None:
+    task, problem = load_task(LabelledProse.name), prose(7, LabelledProse, lambda n: f"{n} dots")
+    texts = (says("7 <image> dots<|im_end|>", 14), says("8", 16), "unreadable")
+    rollouts = tuple(rollout_of(task, text, i) for i, text in enumerate(texts))
+    (found,) = readings(Reader("reader", place, 8), frozen, [(task, Group("g", problem, rollouts))])
+    # A random model answers nothing right, and was asked all the same.
+    assert found is not None and found.sufficient.tolist() == [False] * 3
+    assert (found.blind, found.ceiling) == (False, False)
+    term = BlindQuestions(place=place, max_tokens=8, floor="keep")
+    group = Group("g", problem, rollouts)
+    replies = frozen.answer(term.ask(task, group, None), 120)
+    assert term.score(task, group, replies) == {"value": [0.0] * 3}  # type: ignore[arg-type]
 
 
 def test_a_text_only_model_refuses_images_and_a_frozen_one_updates(frozen: SamplerPool) -> None:

@@ -113,6 +113,7 @@ def test_a_stored_run_is_read_and_told(
         [r.sufficient for _, r in known],
         [s.diagnosis.a_p for s, _ in known],  # type: ignore[union-attr,misc]
         [s.symmetry_key for s, _ in known],
+        graded=[s.diagnosis.a_p_graded for s, _ in known],  # type: ignore[union-attr,misc]
     )
     assert judged.within.value == pytest.approx(1.0) and report.drifts[label] is not None
 

@@ -418,6 +418,16 @@ def test_the_verdict(see: tuple[float, float], think: tuple[float, float], words
     assert verdict(tables).startswith(words)
 
 
+def test_without_labels_the_verdict_is_a_readers() -> None:
+    was = table_of(a=coins(0.3), sufficiency=coins(0.3), used=coins(0.5), reader_blind=coins(0.2))
+    now = table_of(a=coins(0.3), sufficiency=coins(0.8), used=coins(0.5), reader_blind=coins(0.2))
+    told = "It learnt to see, by what a text-only reader makes of its perceptions."
+    assert verdict(evaluation(was, now)) == told
+    # A label is worth more than a reader.
+    labelled = [table_of(a_p=coins(0.3), sufficiency=coins(share)) for share in (0.3, 0.8)]
+    assert verdict(evaluation(*labelled)).startswith("It learnt nothing")
+
+
 def test_the_asymmetry_interval_is_the_paired_one_of_ablations() -> None:
     rng = np.random.default_rng(1)
     draws = {name: rng.integers(0, 2, 300).astype(float) for name in "abcd"}

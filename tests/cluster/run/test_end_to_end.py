@@ -50,6 +50,8 @@ terms = [
     {{ name = "blind_solver", weight = 0.0, gate = "perception" }},
     {{ name = "blind_policy", weight = 0.1, args = {{ max_tokens = 8 }} }},
     {{ name = "image_dependence", weight = 0.1, final_weight = 0.0, schedule = "linear" }},
+    {{ name = "blind_questions", weight = 0.0, args = {{ place = "prefix", max_tokens = 8 }} }},
+    {{ name = "view_agreement", weight = 0.0, args = {{ readings = 2, max_tokens = 8 }} }},
 ]
 
 [algorithm]
@@ -229,7 +231,10 @@ def test_sampler_and_learner_are_one_policy_and_each_term_gives_its_number(
         assert metrics[step, "learner/grad_norm"] > 0
         assert metrics[step, "reward/wordiness/std"] > 0
         assert metrics[step, "transfer/bytes"] > 1e6
-        for term in ("blind_policy", "image_dependence", "blind_solver", "group_agreement"):
+        for term in (
+            *("blind_policy", "image_dependence", "blind_solver", "group_agreement"),
+            *("blind_questions", "view_agreement"),
+        ):
             assert metrics[step, f"reward/{term}/failures"] == 0
             assert metrics[step, f"reward/{term}/mean"] >= 0
     for name in ("acc/a", "acc/a_p", "group/zero_variance", "idle/sampler", "time/step"):
