@@ -33,11 +33,11 @@ from tasks.free_text import instructions
 class BlindQuestions(Blind):
     """Share of questions that a reader answers right from the own perception and no image.
 
-    The questions are those of the problem's bank, `problem.extra[column]`, or without one the
-    problem's own. An item of a bank is {"question", "answer"} with a text, a number or a list of
-    accepted texts as its answer, and may have "choices" (then the answer is one of them or its
-    letter), "checker" and "options" of it. Of more than `k` items as many are drawn, anew in every
-    step but the same for all of a group.
+    The questions are those of the problem's bank, `problem.extra["questions"]` or the column that
+    is named, or where there is none the problem's own. An item of a bank is {"question", "answer"}
+    with a text, a number or a list of accepted texts as its answer, and may have "choices" (then
+    the answer is one of them or its letter), "checker" and "options" of it. Of more than `k` items
+    as many are drawn, anew in every step but the same for all of a group.
 
     With right_q for question q from the own perception, floor_q from none, and d the decay:
 
@@ -57,8 +57,9 @@ class BlindQuestions(Blind):
 
     Args:
         model: checkpoint of the frozen reader; "" is the current policy.
-        place: where the reader finds the perception, see `rewards.settings.Place`.
-        column: of `problem.extra`.
+        place: where the reader finds the perception, see `rewards.settings.Place`; by default
+            `prefix` for the policy, `prompt` for a frozen model.
+        column: of `problem.extra`; one that is named every problem must have.
         k: questions at most.
         checker: of bank items that name none and have no choices.
         floor: see above.
@@ -71,8 +72,8 @@ class BlindQuestions(Blind):
 
     name = "blind_questions"
     model: Annotated[str, AfterValidator(expanded)] = ""
-    place: Place = "prompt"
-    column: str = "questions"
+    place: Place | None = None
+    column: str = ""
     k: Positive = 4
     checker: str = "text"
     floor: Literal["condition", "subtract", "keep"] = "condition"
@@ -83,6 +84,7 @@ class BlindQuestions(Blind):
     def __post_init__(self) -> None:
         if self.checker not in CHECKERS:
             raise ValueError(f"checker = {self.checker!r}: there is {', '.join(CHECKERS)}")
+        self.at: Place = self.place or ("prompt" if self.model else "prefix")
 
     def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
         """Every question, with no perception and with each one that may earn something."""
@@ -90,7 +92,7 @@ class BlindQuestions(Blind):
         sampling = Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
         questions = self._questions(group) if texts else []
         name = f"{group.group_id}/{self.name}"
-        return reader_requests(name, questions, texts, self.place, sampling)
+        return reader_requests(name, questions, texts, self.at, sampling)
 
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> Values:
         """float [G] in [−1, 1], in [0, 1] but for `subtract`, and the part `floor`."""
@@ -120,7 +122,7 @@ class BlindQuestions(Blind):
         return [
             None
             if self.usable(task, group.problem, rollout) is None or not self._decay(rollout)
-            else written(task, rollout, self.place)
+            else written(task, rollout, self.at)
             for rollout in group.rollouts
         ]
 
@@ -131,10 +133,13 @@ class BlindQuestions(Blind):
 
     def _questions(self, group: Group) -> list[Problem]:
         """The same for both halves: what is drawn hangs on the group's id alone."""
-        bank = group.problem.extra.get(self.column)
+        column = self.column or "questions"
+        bank = group.problem.extra.get(column)
+        where = f"problem {group.problem.id}: extra column {column!r}"
+        if bank is None and self.column:
+            raise ValueError(f"{where}: missing; leave `column` out to ask the problem's question")
         if bank is None:
-            return [own_question(group.problem, self.place)]
-        where = f"problem {group.problem.id}: extra column {self.column!r}"
+            return [own_question(group.problem, self.at)]
         if not isinstance(bank, list) or not bank:
             raise ValueError(
                 f"{where}: expected a list of questions with answers, not {bank!r:.60}"
@@ -158,7 +163,7 @@ class BlindQuestions(Blind):
         if answer is None or fault:
             raise ValueError(f"{where}: {fault or 'it has no answer'}")
         listed = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        form = "boxed" if self.place == "prompt" else "segments"
+        form = "boxed" if self.at == "prompt" else "segments"
         return Problem(
             id=f"{problem.id}/{where.rpartition(' ')[2]}",
             task="vqa/boxed" if form == "boxed" else "vqa",

@@ -78,6 +78,11 @@ def replies(requests: Sequence[SampleRequest], known: Mapping[str, str] = {}) ->
     return made
 
 
+def asks(**args: Any) -> BlindQuestions:
+    """Of a frozen reader that is given perceptions in its prompt."""
+    return BlindQuestions(**({"place": "prompt"} | args))
+
+
 def scored(term: BlindQuestions, one: Group, known: Mapping[str, str] = {}) -> Any:
     requests = term.ask(VQA, one, None)
     return term.score(VQA, one, replies(requests, known))
@@ -86,23 +91,23 @@ def scored(term: BlindQuestions, one: Group, known: Mapping[str, str] = {}) -> A
 def test_the_three_floors_by_hand() -> None:
     one = group(problem(), "red=3 blue=12 pet=cat left=yes", "red=3 blue=9", None, "nothing")
     known = {"left": "yes"}
-    assert scored(BlindQuestions(floor="condition"), one, known) == {
+    assert scored(asks(floor="condition"), one, known) == {
         "value": [1.0, 1 / 3, 0.0, 0.0],
         "floor": [0.25] * 4,
     }
-    assert scored(BlindQuestions(floor="subtract"), one, known) == {
+    assert scored(asks(floor="subtract"), one, known) == {
         "value": [0.75, 0.25, -0.25, 0.0],  # nothing suffices for what is known anyway
         "floor": [0.25] * 4,
     }
-    assert scored(BlindQuestions(floor="keep"), one, known) == {"value": [1.0, 0.5, 0.0, 0.25]}
+    assert scored(asks(floor="keep"), one, known) == {"value": [1.0, 0.5, 0.0, 0.25]}
     everything = dict(TRUE)
-    assert scored(BlindQuestions(), one, everything)["value"] == [0.0] * 4
-    assert scored(BlindQuestions(), one, everything)["floor"] == [1.0] * 4
+    assert scored(asks(), one, everything)["value"] == [0.0] * 4
+    assert scored(asks(), one, everything)["floor"] == [1.0] * 4
 
 
 def test_what_is_asked() -> None:
     one = group(problem(), "red=3", "blue=1", "red=3", None)
-    requests = BlindQuestions(model="m", max_tokens=9, temperature=0.5).ask(VQA, one, None)
+    requests = asks(model="m", max_tokens=9, temperature=0.5).ask(VQA, one, None)
     assert len(requests) == len({r.group_id for r in requests}) == 4 * 3
     for place, request in enumerate(requests):
         assert request.problem.images == () and (request.kind, request.view) == ("blind", "none")
@@ -114,29 +119,35 @@ def test_what_is_asked() -> None:
         # The answer is for the checker alone, and the other questions for themselves.
         assert "dozen" not in request.problem.prompt and "in all" not in request.problem.prompt
     assert "\n(A) dog\n(B) cat\n(C) newt\n" in requests[6].problem.prompt
-    prefixed = BlindQuestions(place="prefix", floor="keep").ask(VQA, one, None)
+    prefixed = asks(place="prefix", floor="keep").ask(VQA, one, None)
     assert [r.prefix for r in prefixed[:2]] == [
         f"<perception>\n{said}\n</perception>\n" for said in ("red=3", "blue=1")
     ]
     assert {r.problem.task for r in prefixed} == {"vqa"}
-    assert scored(BlindQuestions(place="prefix"), one)["value"] == [0.25, 0.0, 0.25, 0.0]
-    assert BlindQuestions().ask(VQA, group(problem(), None), None) == []
-    assert BlindQuestions().score(VQA, group(problem(), None), []) == [0.0]
+    assert scored(asks(place="prefix"), one)["value"] == [0.25, 0.0, 0.25, 0.0]
+    assert asks().ask(VQA, group(problem(), None), None) == []
+    assert asks().score(VQA, group(problem(), None), []) == [0.0]
 
 
 def test_without_a_bank_it_is_the_problems_own_question() -> None:
     one = group(problem(None), "red=3 blue=12", "red=3 blue=13", "The answer is 15.")
-    requests = BlindQuestions().ask(VQA, one, None)
+    requests = asks().ask(VQA, one, None)
     assert len(requests) == 3  # of the one that states the answer nobody is asked
     for request in requests:
         # The form is the reader's, and the image is gone.
         assert request.problem.prompt.endswith(f"How many in all?\n\n{instructions('boxed')}")
-    assert scored(BlindQuestions(), one)["value"] == [1.0, 0.0, 0.0]
-    stating = scored(BlindQuestions(leakage_check=False), one, {"in all": "15"})
+    assert scored(asks(), one)["value"] == [1.0, 0.0, 0.0]
+    stating = scored(asks(leakage_check=False), one, {"in all": "15"})
     assert stating["value"] == [0.0] * 3 and stating["floor"] == [1.0] * 3
-    sudoku = load_term("blind_questions", {"column": "elsewhere"})
-    assert isinstance(sudoku, BlindQuestions)
-    assert len(sudoku.ask(VQA, group(problem(), "red=3"), None)) == 2
+    with pytest.raises(ValueError, match="p7: extra column 'elsewhere': missing"):
+        asks(column="elsewhere").ask(VQA, one, None)
+    assert len(asks(column="questions").ask(VQA, group(problem(), "red=3"), None)) == 8
+    # Without a word about it a frozen model is prompted, and the policy begins with a perception.
+    for model, prefix in (("m", ""), ("", "<perception>\nred=3\n</perception>\n")):
+        term = load_term("blind_questions", {"model": model, "floor": "keep"})
+        assert isinstance(term, BlindQuestions)
+        (request,) = term.ask(VQA, group(problem(None), "red=3"), None)
+        assert request.prefix == prefix
 
 
 def test_length_decays_from_n_to_twice_n() -> None:
@@ -146,7 +157,7 @@ def test_length_decays_from_n_to_twice_n() -> None:
     one = group(problem(BANK[:1]), short, long)
 
     def values(length_tokens: int, floor: Any = "condition") -> list[float]:
-        term = BlindQuestions(length_tokens=length_tokens, floor=floor)
+        term = asks(length_tokens=length_tokens, floor=floor)
         found = scored(term, one)
         return found["value"]
 
@@ -154,10 +165,10 @@ def test_length_decays_from_n_to_twice_n() -> None:
     assert values(n) == [1.0, 0.0]
     assert values(m // 2 + 20) == [1.0, pytest.approx(2 - m / (m // 2 + 20))]
     # A length at which nothing is earned is not asked about.
-    assert len(BlindQuestions(length_tokens=n).ask(VQA, one, None)) == 2
+    assert len(asks(length_tokens=n).ask(VQA, one, None)) == 2
     assert values(n, "subtract") == [1.0, 0.0]
     # What is known anyway is taken off in full, however little is left of the rest.
-    decayed = BlindQuestions(length_tokens=m * 2 // 3, floor="subtract")
+    decayed = asks(length_tokens=m * 2 // 3, floor="subtract")
     two = group(problem([BANK[0], BANK[3]]), short, long)
     found = scored(decayed, two, {"left": "yes"})["value"]
     assert found == [0.5, pytest.approx(2 - m / (m * 2 // 3) - 0.5)]
@@ -177,7 +188,7 @@ def test_random_groups_equal_another_implementation() -> None:
             None if f is None else "; ".join(f"{k}={v}" for k, v in f.items()) or "-" for f in told
         ]
         one = group(problem(), *texts, name=f"s{number}")
-        found = scored(BlindQuestions(floor=floor), one, known)  # type: ignore[arg-type]
+        found = scored(asks(floor=floor), one, known)  # type: ignore[arg-type]
         found = found if isinstance(found, list) else found["value"]
         expected = []
         for facts in told:
@@ -197,7 +208,7 @@ def test_k_questions_are_drawn_for_a_group_and_anew_in_every_step() -> None:
 
     def drawn(name: str) -> list[str]:
         one = group(problem(bank), "red=3", "x", name=name)
-        requests = BlindQuestions(k=3, floor="keep").ask(VQA, one, None)
+        requests = asks(k=3, floor="keep").ask(VQA, one, None)
         return [r.problem.prompt.partition("Q")[2].partition("?")[0] for r in requests]
 
     first = drawn("s1-p7")
@@ -223,7 +234,7 @@ def test_k_questions_are_drawn_for_a_group_and_anew_in_every_step() -> None:
 )
 def test_a_bank_that_cannot_be_used_names_problem_column_and_item(bank: Any, words: str) -> None:
     with pytest.raises(ValueError, match=r"p7.*'questions'") as caught:
-        BlindQuestions().ask(VQA, group(problem(bank), "red=3"), None)
+        asks().ask(VQA, group(problem(bank), "red=3"), None)
     assert words in str(caught.value)
 
 
@@ -234,5 +245,5 @@ def test_arguments_and_hostile_perceptions() -> None:
         group(problem(), "red=3"),
         rollouts=tuple(rollout_of(VQA, text, i) for i, text in enumerate(HOSTILE)),
     )
-    found = np.array(scored(BlindQuestions(), one)["value"])
+    found = np.array(scored(asks(), one)["value"])
     assert found.shape == (len(HOSTILE),) and not found.any()
