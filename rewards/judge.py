@@ -107,6 +107,7 @@ class Judge:
     """
 
     name = "judge"
+    reads_perception = True
 
     def __init__(self, **args: Any) -> None:
         self.settings = settings = _settings(args)

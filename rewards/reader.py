@@ -19,8 +19,7 @@ from rewards.scored import Answerer, RewardError
 from rewards.settings import Place
 from rewards.surrogates import blind_prefix, different
 from rollout.record import Group, ReplyError, Rollout, SampleRequest, Sampling
-from tasks import free_text
-from tasks.core import Problem, Task, labelled
+from tasks.core import Problem, Task, labelled, perceives
 from tasks.free_text import instructions
 from tasks.load import load_task
 from tasks.placeholders import escaped, removed
@@ -95,12 +94,6 @@ def _prompt(question: Problem, text: str | None, place: Place) -> str:
     if text is None:
         return _NOTHING.format(question=prompt)
     return _GIVEN.format(seen=escaped(text), question=prompt)
-
-
-def has_perception(task: str) -> bool:
-    """Whether responses to a task, by its name, have a perception segment."""
-    base, _, form = task.partition("/")
-    return base != "vqa" or not form or free_text.has_perception(form)
 
 
 def own_question(problem: Problem, place: Place) -> Problem:
@@ -218,7 +211,7 @@ def readings(
 
     Everything is asked at once. Raises RewardError where nothing at all was answered.
     """
-    asked = [reader.ask(task, g) if has_perception(g.problem.task) else [] for task, g in groups]
+    asked = [reader.ask(task, g) if perceives(task) else [] for task, g in groups]
     replies = iter(answerer.answer([request for of in asked for request in of], SECONDS))
     found, lost = [], ""
     for (task, group), requests in zip(groups, asked, strict=True):

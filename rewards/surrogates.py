@@ -47,6 +47,7 @@ class Capped:
         max_perception_tokens: a longer perception earns 0; 0 is no cap.
     """
 
+    reads_perception = True
     max_perception_tokens: Count = 0
 
     def seen(self, rollout: Rollout) -> Any | None:

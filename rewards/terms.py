@@ -216,7 +216,7 @@ class TermFacts:
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
     `function`: whether it can be called with the rows of a whole step. `needs`: the abilities
     (`tasks.core.ABILITIES`) that it needs of a task. `leak_checked`: whether a perception that
-    states the answer earns nothing.
+    states the answer earns nothing. `reads`: whether it is paid for perceptions.
     """
 
     name: str
@@ -225,6 +225,7 @@ class TermFacts:
     function: bool = False
     needs: tuple[type, ...] = ()
     leak_checked: bool = False
+    reads: bool = False
 
 
 Named = TypeVar("Named", "Term", TermFacts)
@@ -241,8 +242,10 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
         term = load_term(name, args)
         model = term.model if isinstance(term, AskingTerm) else None
         function, needs = isinstance(term, FunctionTerm), needs_of(term)
-        checked = bool(getattr(term, "leakage_check", False))
-        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs, checked)
+        checked, reads = (
+            bool(getattr(term, name, False)) for name in ("leakage_check", "reads_perception")
+        )
+        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs, checked, reads)
     return _KNOWN[key]
 
 

@@ -264,6 +264,14 @@ def need(task: Task, ability: type[Able], what: str, remedy: str) -> Able:
     raise DataError(f'{what} needs {missing}, which task "{task.name}" lacks; {remedy}')
 
 
+def perceives(task: Task) -> bool:
+    """Whether its responses have a perception segment; one that has none says `perceives = False`.
+
+    Nothing that is made of perceptions exists for such a task.
+    """
+    return bool(getattr(task, "perceives", True))
+
+
 def labelled(task: Task, problem: Problem) -> TypeGuard[ScoresPerception]:
     """Whether it is known what is to be seen: without, `a_p`, `a_r` and `leak` do not exist."""
     return bool(problem.perception) and isinstance(task, ScoresPerception)

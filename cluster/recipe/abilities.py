@@ -23,6 +23,7 @@ from tasks.core import (
     labelled,
     lacking,
     need,
+    perceives,
 )
 from tasks.load import load_task
 
@@ -43,6 +44,12 @@ def ask_tasks(recipe: Recipe, command: Command) -> None:
         if command == "sft" and recipe.sft and recipe.sft.vision_warmup_steps:
             need(task, HasVisionLabels, "sft.vision_warmup_steps", "set it to 0")
     for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
+        for task in tasks if facts.reads else ():
+            if not perceives(task):
+                raise DataError(
+                    f'{where} is paid for perceptions, and responses to task "{task.name}" have '
+                    'none; remove the term, or let them have one (of vqa: form = "segments")'
+                )
         for ability in facts.needs:
             without = [task for task in tasks if not isinstance(task, ability)]
             if without and (_of_all(recipe, entry) or len(without) == len(tasks)):
@@ -93,7 +100,12 @@ def ask_labels(
         count = sum(labelled(source.task, problem) for problem in problems)
         known += count or (able and not problems)
         if not able or (problems and not count):
-            say(f"{source.label}: no perception labels, so no a_p, a_r, leak or reliability")
+            none = "no perception labels, so no a_p, a_r, leak or reliability"
+            if not perceives(source.task):
+                none = (
+                    "responses have no perception, so no a_p, a_r, leak, sufficiency, reliability"
+                )
+            say(f"{source.label}: {none}")
         elif count < len(problems):
             say(
                 f"{source.label}: {count} of {len(problems)} held-out problems have a perception "

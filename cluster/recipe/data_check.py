@@ -14,7 +14,7 @@ from cluster.recipe.recipe import Recipe
 from cluster.recipe.rows import row_takes
 from rollout.tokens import load_processor
 from tasks.checkers import CHECKERS
-from tasks.core import CanLeak, Problem, ScoresPerception
+from tasks.core import Problem, ScoresPerception, perceives
 from tasks.load import load_task
 from tasks.rows import Rows
 from tasks.settings import TaskConfig
@@ -77,7 +77,7 @@ def _rows(opened: Opened, config: TaskConfig) -> Iterator[str]:
     task = load_task(config.task_name)
     if isinstance(task, ScoresPerception):
         yield f"labels     {labels:,} rows say what is to be seen; of these a_p and a_r are known"
-    elif not isinstance(task, CanLeak):
+    elif not perceives(task):
         yield f'labels     form = "{config.form}" has no perception: no a_p, a_r, leak, sufficiency'
 
 

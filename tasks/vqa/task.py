@@ -13,7 +13,7 @@ from rapidfuzz import fuzz
 
 from tasks.checkers import CHECKERS, Gold
 from tasks.core import Parsed, Problem
-from tasks.free_text import parse_free
+from tasks.free_text import has_perception, parse_free
 from tasks.responses import oracle_prefix
 
 
@@ -22,6 +22,11 @@ class ThinkAnswer:
 
     name = "vqa/think_answer"
     form = "think_answer"
+
+    @property
+    def perceives(self) -> bool:
+        """Whether this form has a perception segment (`tasks.core.perceives`)."""
+        return has_perception(self.form)
 
     def parse(self, text: str) -> Parsed:
         """See `tasks.free_text`."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.reader import Reader, has_perception, readings
+from rewards.reader import Reader, readings
 from rewards.scored import RewardError
 from rollout.record import Group, ReplyError, SampleRequest
-from tasks.core import Problem
+from tasks.core import Problem, perceives
 from tasks.load import load_task
 from tasks.placeholders import escaped, placed, removed
 from tests.rewards.test_surrogates import (
@@ -132,8 +132,8 @@ def test_a_reply_that_did_not_come_leaves_its_group_out_and_none_at_all_is_an_er
 
 
 def test_tasks_whose_responses_have_no_perception_are_not_read() -> None:
-    assert has_perception("sudoku") and has_perception("vqa") and has_perception("my/own:Task")
-    assert not has_perception("vqa/boxed") and not has_perception("vqa/think_answer")
+    assert all(perceives(load_task(name)) for name in ("sudoku", "vqa", Prose.name))
+    assert not any(perceives(load_task(f"vqa/{form}")) for form in ("boxed", "think_answer"))
 
 
 @pytest.mark.parametrize("replies", [[], [np.zeros(3)], [Group("g", prose(7), ())] * 2])

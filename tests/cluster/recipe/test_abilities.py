@@ -15,6 +15,7 @@ from tasks.core import DataError
 from tasks.load import load_task
 from tests.support.prose import GuardedProse, LabelledProse, Prose, says, stored, write_prose
 from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file
+from tests.support.vqa_files import cell, write_parquet
 
 SMALL = "model.max_model_len = 512\nsampler.max_tokens = 128\neval.problems = 4\n"
 
@@ -147,6 +148,26 @@ def test_sft_learns_from_responses_and_says_where_there_are_none(tmp_path: Path)
     warm = recipe(tmp_path, stored(taught), "sft.steps=1", "sft.vision_warmup_steps=3")
     with pytest.raises(DataError, match=r"sft.vision_warmup_steps needs vision_labels, .* to 0"):
         glance(warm, "sft")
+
+
+def test_a_form_without_perceptions_loses_what_reads_them(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"How many bars? {n}", "image": cell(n), "answer": str(n)} for n in range(12)
+    ]
+    for split, part in (("train", rows[:8]), ("test", rows[8:])):
+        write_parquet(tmp_path / "data" / f"{split}.parquet", part)
+    data = f'name = "vqa", data = "{tmp_path / "data"}", checker = "number"'
+    boxed, segments = f'{{ {data}, form = "boxed" }}', f"{{ {data} }}"
+    for term in ("group_agreement", "blind_policy", "image_dependence"):
+        wanted = recipe(tmp_path, boxed, TERMS % (term, ""))
+        with pytest.raises(DataError, match=r'"vqa/boxed" have none; .* form = "segments"'):
+            glance(wanted, "train")
+    (line,) = told(recipe(tmp_path, boxed))
+    assert line.endswith(
+        "responses have no perception, so no a_p, a_r, leak, sufficiency, reliability"
+    )
+    said = told(recipe(tmp_path, segments, TERMS % ("blind_policy", "")))
+    assert said == ["vqa: no perception labels, so no a_p, a_r, leak or reliability"]
 
 
 def test_the_test_tasks_are_what_they_say() -> None:
