@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from cluster.recipe.recipe import load_recipe
@@ -21,7 +22,7 @@ def read_run(
 
     The engine is that of a frozen model of the run's own recipe. Raises DataError for a folder that
     holds no readable run, ModelError for a checkpoint that cannot be used, RunFailed where the
-    engine ends it.
+    engine ends it. How far it is goes to stderr.
     """
     steps, recipe = stored_steps(run), load_recipe(run / "recipe.toml")
     require_model(model, "--reader")
@@ -30,6 +31,7 @@ def read_run(
     with actor_errors(None), connected(address):
         pool = sampler_pool(recipe, model, "reader", frozen=True)
         try:
+            _say(f"starting the reader {model} (vLLM) ...")
             pool.wait_ready(recipe.sampler.start_timeout_seconds)
             for step in steps:
                 groups = [stored.group for stored in read_groups(run, step)]
@@ -37,6 +39,11 @@ def read_run(
                 for group, reading in zip(groups, readings(reader, pool, named), strict=True):
                     if reading is not None:
                         found[step, group.group_id] = reading
+                _say(f"step {step}: read {len(groups)} groups")
         finally:
             pool.stop()
     return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
