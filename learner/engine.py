@@ -80,6 +80,7 @@ class DeepSpeedLearner(Trainer):
             setup.temperature,
             model.lm_head_float32,
             learner.logits_mib,
+            model,
         )
         self._adapters = Adapters(policy, learner.lora, start) if learner.lora else None
         if self._adapters and setup.resume:

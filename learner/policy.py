@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learner.batch import MicroBatch
 from learner.families import family_of
+from rollout.settings import ModelConfig
 from rollout.tokens import ModelError, load_processor
 
 LOGITS_MIB = 256.0
@@ -155,15 +156,16 @@ def load_policy(
     temperature: float = 1.0,
     head_float32: bool = True,
     logits_mib: float = LOGITS_MIB,
+    reading: ModelConfig | None = None,
 ) -> tuple[Policy, Any]:
-    """(policy, processor) of a checkpoint folder or hub name.
+    """(policy, processor) of a checkpoint folder or hub name; `reading`: see `load_processor`.
 
     Raises ModelError when the weights or the processor cannot be loaded, or the model lacks what
     the learner needs.
     """
     from transformers import AutoModelForImageTextToText
 
-    processor = load_processor(path)
+    processor = load_processor(path, reading=reading)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=attention

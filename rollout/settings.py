@@ -24,6 +24,20 @@ class ModelConfig(Section):
     """How the learner computes attention; `flash_attention_2` needs GPUs."""
     lm_head_float32: bool = True
     """Compute logits in float32 whatever `dtype` is: then sampler and learner agree."""
+    min_pixels: Count = 0
+    """An image of fewer pixels is enlarged, by a family that scales images so; 0: the processor's
+    own. What a checkpoint's processor has is saved with it."""
+    max_pixels: Count = 0
+    """An image of more pixels is scaled down, which bounds its tokens; 0: the processor's own."""
+    system_prompt: str = ""
+    """What the policy is told before the user's turn: in training, evaluation and SFT. Frozen
+    models of reward terms are not told."""
+
+    @model_validator(mode="after")
+    def _pixels_fit(self) -> ModelConfig:
+        least, most = self.min_pixels, self.max_pixels
+        refuse(0 < most < least, "max_pixels", f"got {most}, which is below min_pixels = {least}")
+        return self
 
 
 class SamplerConfig(Section):

@@ -64,10 +64,14 @@ def start_engine(
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    processor = (load_reader if frozen else load_processor)(model.path)
+    processor = load_reader(model.path) if frozen else load_processor(model.path, reading=model)
     chosen: dict[str, Any] = {}
     if tokenizer_of(processor) is not processor:
         chosen["limit_mm_per_prompt"] = {"video": 0}
+        if not frozen and (model.min_pixels or model.max_pixels):
+            size = processor.image_processor.size
+            edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
+            chosen["mm_processor_kwargs"] = {"images_kwargs": {"size": edges}}
     if not frozen:
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])

@@ -6,9 +6,7 @@ text are the same tokens. Nothing here imports an engine.
 
 from __future__ import annotations
 
-import codecs
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
+from rollout.decoding import Decoder, encode, special_tokens
 from rollout.models import (
     NO_TEMPLATE,
     ModelError,
@@ -25,14 +24,18 @@ from rollout.models import (
     require_model,
     token_ids,
 )
+from rollout.settings import ModelConfig
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
 
 
-def load_processor(path: str, field: str = "model.path") -> Any:
+def load_processor(path: str, field: str = "model.path", reading: ModelConfig | None = None) -> Any:
     """The Hugging Face processor of a checkpoint folder or hub name.
 
+    `reading` says how images and prompts are read (`min_pixels`, `max_pixels`, `system_prompt`);
+    the processor carries it wherever it goes, so sampler, learner and SFT read alike.
+
     Raises ModelError naming `field` and the folder when it holds none, none that reads images, or
-    one that `Chat` cannot use.
+    one that `Chat` cannot use or that cannot be told so.
     """
     require_model(path, field)
     from transformers import AutoProcessor
@@ -49,7 +52,31 @@ def load_processor(path: str, field: str = "model.path") -> Any:
             f"{field}: {path}: has no image processor; Equipoise trains vision-language models"
         )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if reading:
+        _bound_pixels(processor, path, reading)
+        processor.system_prompt = reading.system_prompt
     return _usable(processor, field, path)
+
+
+def _bound_pixels(processor: Any, path: str, reading: ModelConfig) -> None:
+    """Set the area that images are scaled to. Of others `size` is an edge, or tiles are cut."""
+    images = processor.image_processor
+    asked = [name for name in ("min_pixels", "max_pixels") if getattr(reading, name)]
+    if not asked:
+        return
+    if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", ()):
+        raise ModelError(
+            f"model.{asked[0]}: {path}: a {type(images).__name__} knows no limit of pixels; leave "
+            "it out, or set the size of images in the folder's preprocessor_config.json"
+        )
+    least = reading.min_pixels or images.size["shortest_edge"]
+    most = reading.max_pixels or images.size["longest_edge"]
+    if least > most:
+        raise ModelError(
+            f"model.{asked[0]}: {path}: its own limits are {images.size['shortest_edge']} to "
+            f"{images.size['longest_edge']} pixels; set both min_pixels and max_pixels"
+        )
+    images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def load_reader(path: str, field: str = "frozen model") -> Any:
@@ -90,20 +117,6 @@ def tokenizer_of(reader: Any) -> Any:
     return getattr(reader, "tokenizer", reader)
 
 
-def encode(tokenizer: Any, text: str, literal: bool = False) -> list[int]:
-    """Token ids of text, adding nothing; `literal`: special tokens spelled out are not read."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=literal)[
-        "input_ids"
-    ]
-    return ids
-
-
-def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every special token by id, named in the tokenizer's config or only added to it."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {index: token.content for index, token in added if token.special}
-
-
 class Chat:
     """How one checkpoint writes a conversation in tokens, and what ends a turn of it.
 
@@ -114,6 +127,7 @@ class Chat:
         tokenizer: see `tokenizer_of`.
         decoder: from its tokens back to text.
         image_token: the id that stands for an image; None for a text-only model.
+        system: the text that a conversation begins with, before the user's turn, or nothing.
         end: what the template closes an assistant's turn with; SFT teaches it.
         ends: every id that ends a response: `end`, the tokenizer's own end, and those that the
             folder's generation_config.json and config.json name.
@@ -127,6 +141,8 @@ class Chat:
         self._reader, self.tokenizer = reader, tokenizer_of(reader)
         if not reader.chat_template:
             raise ModelError(NO_TEMPLATE)
+        self.system: list[str] = []
+        self._plain: tuple[str, ...] = ()
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
         config = json_beside(self.tokenizer, "config.json")
@@ -139,7 +155,7 @@ class Chat:
             )
         self.image_block = lru_cache(maxsize=256)(self._make_image_block)
         self._frame = lru_cache(maxsize=256)(self._make_frame)
-        self._frame((True,))
+        self._frame(0, (True,))
         self.end, self.ends = self._find_ends(config)
         specials = set(special_tokens(self.tokenizer))
         self.placeholders = sorted(specials - self.ends - {self.tokenizer.pad_token_id})
@@ -148,11 +164,13 @@ class Chat:
         added = set(self.tokenizer.added_tokens_decoder)
         self._control = specials | (self.ends & added) | {self.image_token}
         self._check_vocabulary(config)
+        if prompt := getattr(reader, "system_prompt", ""):
+            self._instruct(prompt)
         if shows and self.image_token not in self.image_block((64, 64)):
             raise ModelError("its processor makes no image tokens of an image")
 
     def prompt(self, parts: Sequence[Any]) -> list[int]:
-        """Ids of a one-turn conversation, ending where the response begins.
+        """Ids of a conversation of one user's turn, ending where the response begins.
 
         `parts`: what the user says in order, each a text or anything else for an image (see
         `tasks.placeholders`), which becomes one `image_token`, not yet expanded. Raises DataError
@@ -160,8 +178,8 @@ class Chat:
         does not write such a turn.
         """
         parts = parts or [""]
-        frame = self._frame(tuple(isinstance(part, str) for part in parts))
-        said = (part for part in parts if isinstance(part, str))
+        frame = self._frame(len(self.system), tuple(isinstance(part, str) for part in parts))
+        said = [*self.system, *(part for part in parts if isinstance(part, str))]
         texts = [cut(text) for cut, text in zip(frame.cuts, said, strict=True)]
         ids = encode(self.tokenizer, _between(frame.around, texts))
         around = [encode(self.tokenizer, text) for text in frame.around]
@@ -215,7 +233,8 @@ class Chat:
                 {"type": "image"} if part is None else {"type": "text", "text": part}
                 for part in parts
             ]
-            messages.append({"role": role, "content": parts[0] if alone else content})
+            if content:
+                messages.append({"role": role, "content": parts[0] if alone else content})
         try:
             rendered: str = self._reader.apply_chat_template(
                 messages, add_generation_prompt="assistant" not in said, tokenize=False
@@ -224,15 +243,20 @@ class Chat:
             raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
         return rendered
 
-    def _make_frame(self, kinds: tuple[bool, ...]) -> _Frame:
-        """How the template writes a user's turn of these parts; True is a text."""
-        said = [_MARK if text else None for text in kinds]
-        around = self._render({"user": said}).split(_MARK)
+    def _make_frame(self, told: int, kinds: tuple[bool, ...]) -> _Frame:
+        """How the template writes a user's turn of these parts (True is a text), told something
+        before by the system or nothing."""
+        said = [*[_MARK] * told, *(_MARK if text else None for text in kinds)]
+
+        def rendered(said: Sequence[str | None]) -> str:
+            return self._render({"system": said[:told], "user": said[told:]}, self._plain)
+
+        around = rendered(said).split(_MARK)
         padded, cuts = f" \n{_MARK}\n ", list[Callable[[str], str]]()
-        for at in (at for at, text in enumerate(kinds) if text):
-            found = self._render({"user": [*said[:at], padded, *said[at + 1 :]]})
+        for at in (at for at, part in enumerate(said) if part):
+            found = rendered([*said[:at], padded, *said[at + 1 :]])
             for cut in (str, str.strip, str.lstrip, str.rstrip):
-                texts = [_MARK] * kinds.count(True)
+                texts = [_MARK] * said.count(_MARK)
                 texts[len(cuts)] = cut(padded)
                 if len(around) == len(texts) + 1 and found == _between(around, texts):
                     cuts.append(cut)
@@ -242,14 +266,28 @@ class Chat:
                     "its chat template does not write a user's text once, as it is; mend it"
                 )
         ids = itertools.chain.from_iterable(encode(self.tokenizer, text) for text in around)
-        written, images = list(ids).count(self.image_token), kinds.count(False)
-        if self.image_token is not None and written != images:
+        written, images = [*ids].count(self.image_token or -1), kinds.count(False)
+        if written != images:
             token = self.tokenizer.convert_ids_to_tokens(self.image_token)
             raise ModelError(
                 f"its chat template writes {written} image placeholders ({token!r}) for "
                 f"{images} images; take the template that belongs to the checkpoint"
             )
         return _Frame(self._start(around[0]), around, cuts)
+
+    def _instruct(self, prompt: str) -> None:
+        """Begin every conversation with this; some templates take it as a string only."""
+        self.system = [prompt]
+        try:
+            self._frame(1, (True,))
+        except ModelError:
+            self._plain = ("system",)
+            try:
+                self._frame(1, (True,))
+            except ModelError as error:
+                raise ModelError(
+                    f"model.system_prompt: no place for it: {error}, or leave it empty"
+                ) from error
 
     def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
         tokenizer = self.tokenizer
@@ -305,63 +343,6 @@ _MARK = "sphinxofblackquartz"
 """Text that occurs in no chat template."""
 
 
-class Decoder:
-    """Decodes token ids to text and says which characters each token made.
-
-    Works on bytes, so a character split over tokens and invalid UTF-8 (shown as U+FFFD) are
-    placed exactly. Reads byte-level BPE (Qwen, InternVL, Llama 3 and most others) and
-    SentencePiece's way to write spaces and bytes (LLaVA, Mistral, Gemma), whose tokenizers may
-    put a space before a text; it stays, as a policy writes it too.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises ModelError where a sample text does not come back from the tokenizer's ids."""
-        self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        whole = {index: token.content.encode("utf-8", "replace") for index, token in added}
-        ids = encode(tokenizer, _SAMPLE, literal=True)
-        same = 0
-        for self._bytes_of in (_byte_level, _sentencepiece):
-            self._cache = dict(whole)
-            text = self.decode(ids)[0]
-            if text in (_SAMPLE, f" {_SAMPLE}"):
-                return
-            pairs = zip(text, _SAMPLE, strict=False)
-            same = max(
-                same, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            )
-        raise ModelError(
-            f"its tokenizer loses {_SAMPLE[same:][:12]!r} of a sample text; take a "
-            "checkpoint with a byte-level or byte-fallback tokenizer"
-        )
-
-    def piece(self, token_id: int) -> bytes:
-        """The bytes a token stands for; unknown ids (padding of the vocabulary) are empty."""
-        known = self._cache.get(token_id)
-        if known is None:
-            token = self._tokenizer.convert_ids_to_tokens(token_id)
-            known = b"" if token is None else self._bytes_of(token)
-            self._cache[token_id] = known
-        return known
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> tuple[str, np.ndarray]:
-        """(text, int32 [T+1] character offsets): token i made text[offsets[i]:offsets[i+1]]."""
-        stream = codecs.getincrementaldecoder("utf-8")("replace")
-        parts: list[str] = []
-        offsets = np.zeros(len(ids) + 1, np.int32)
-        length = 0
-        for index, token_id in enumerate(ids):
-            part = stream.decode(self.piece(int(token_id)))
-            parts.append(part)
-            length += len(part)
-            offsets[index + 1] = length
-        rest = stream.decode(b"", final=True)
-        if rest and len(ids):
-            parts.append(rest)
-            offsets[-1] += len(rest)
-        return "".join(parts), offsets
-
-
 def label_segments(
     offsets: np.ndarray, spans: Mapping[Segment, tuple[int, int]], shift: int = 0
 ) -> np.ndarray:
@@ -380,35 +361,3 @@ def label_segments(
             start, end = spans[segment]
             segments[(starts >= start) & (starts < end)] = index
     return segments
-
-
-def _byte_level(token: str) -> bytes:
-    """The bytes of a token of byte-level BPE."""
-    if all(c in _BYTE_OF for c in token):
-        return bytes(_BYTE_OF[c] for c in token)
-    return token.encode("utf-8", "replace")
-
-
-def _sentencepiece(token: str) -> bytes:
-    """The bytes of a token of SentencePiece, whose U+2581 is a space and `<0x0A>` a byte."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode("utf-8", "replace")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE vocabularies, inverted."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in set(printable)]
-    alphabet = {chr(b): b for b in printable}
-    alphabet |= {chr(256 + i): b for i, b in enumerate(rest)}
-    return alphabet
-
-
-_BYTE_OF = _byte_level_alphabet()
-
-_SAMPLE = (
-    '<perception>\n1 - 3\n0-1  7\n\n</perception>\n{"a": [[0, 12]]}\tIt\'s é, ß, 漢字, 🙂. '
-    "Two  blanks.\n\n<answer>\nr1c2=3\n</answer>"
-)
-"""What no tokenizer may change: tags, digits, white space, characters of one to four bytes."""

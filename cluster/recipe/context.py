@@ -124,6 +124,7 @@ class Context:
             transformers.__version__,
             json.dumps(self.processor.to_dict(), sort_keys=True, default=str),
             str(self.processor.chat_template or tokenizer.chat_template),
+            *self._chat.system,
             backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -91,7 +91,7 @@ def preflight(
     if not measured:
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None)
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, reading=recipe.model)
     for model in frozen_models(recipe, command):
         if is_here(model) or not dry_run:
             load_reader(model)

@@ -273,7 +273,9 @@ def warm_up(
     log: RunLog,
 ) -> None:
     """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
-    policy, processor = load_policy(recipe.model.path, "float32", recipe.model.attention)
+    policy, processor = load_policy(
+        recipe.model.path, "float32", recipe.model.attention, reading=recipe.model
+    )
 
     def batches() -> Iterator[list[tuple[str, Problem, np.ndarray]]]:
         index = WARMUP_STREAM

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from learner.batch import TrainSequence
 from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
-from rollout.tokens import Chat, Decoder, encode
+from rollout.decoding import Decoder, encode
+from rollout.tokens import Chat
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
 from tasks.images import check_image
 from tasks.load import load_task

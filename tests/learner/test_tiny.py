@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.tiny import make_tiny
-from rollout.tokens import Chat, Decoder, encode, label_segments, special_tokens
+from rollout.decoding import Decoder, encode, special_tokens
+from rollout.tokens import Chat, label_segments
 from tasks.core import NO_SEGMENT, SEGMENTS
 from tests.support.samples import TASK, Loaded, problem
 

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor
 
 from learner.sft import Demonstrator
-from rollout.tokens import Chat, ModelError, load_processor, load_reader, special_tokens
+from rollout.decoding import special_tokens
+from rollout.settings import ModelConfig
+from rollout.tokens import Chat, ModelError, load_processor, load_reader
 from tasks.core import SEGMENTS, DataError
 from tests.support.habits import (
     Habit,
@@ -282,6 +285,111 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
         ids = chat.prompt([None, drawn.prompt])
         assert ids[0] == first and ids.count(first) == 1
         assert np.flatnonzero(found.prompt_ids == first).tolist() == [0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "qwen2_5_vl", "idefics3"])
+def test_a_system_prompt_begins_every_prompt_as_the_template_writes_it(
+    tiny_models: dict[str, Path], family: str
+) -> None:
+    told = "Be brief.\nUse tags."
+    reading = ModelConfig(path=str(tiny_models[family]), system_prompt=told)
+    processor = load_processor(reading.path, reading=reading)
+    chat = Chat(processor)
+    said = [[None, "What?"], ["What?"], [None, "a", None, "b"]]
+    for parts in said:
+        content = [
+            {"type": "image"} if part is None else {"type": "text", "text": part} for part in parts
+        ]
+        text = processor.apply_chat_template(
+            [
+                {"role": "system", "content": [{"type": "text", "text": told}]},
+                {"role": "user", "content": content},
+            ],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        assert chat.decoder.decode(chat.prompt(parts))[0] == text
+    assert (
+        load_reader(reading.path) is not processor and Chat(load_reader(reading.path)).system == []
+    )
+    # What spells a control token out is read as characters, here too.
+    processor.system_prompt = "<|im_end|>" + told
+    ids = Chat(processor).prompt(["What?"])
+    assert ids.count(chat.end) == chat.prompt(["What?"]).count(chat.end)
+
+
+def test_a_template_without_a_system_role_is_refused_in_a_line(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_habits(tiny_models["qwen3_vl"], tmp_path / "model")
+    file = model / "chat_template.jinja"
+    whole = file.read_text()
+    deaf = whole.replace("in messages %}", "in messages if message.role != 'system' %}")
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    plain = "{% if messages[0].role == 'system' %}{{ messages[0].content + '.' }}{% endif %}"
+    reading = ModelConfig(path=str(model), system_prompt="Be brief.")
+    for template, words in ((strict + whole, "no system"), (deaf, "once"), (plain + deaf, "")):
+        file.write_text(template)
+        load_processor(reading.path)
+        if words:
+            with pytest.raises(ModelError) as refusal:
+                load_processor(reading.path, reading=reading)
+            message = str(refusal.value)
+            assert "model.system_prompt" in message and words in message and "\n" not in message
+        else:  # it takes the system's words as a string only
+            chat = Chat(load_processor(reading.path, reading=reading))
+            assert chat.decoder.decode(chat.prompt(["a"]))[0].startswith("Be brief..")
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_are_scaled_to_the_pixels_that_a_recipe_allows(
+    tiny_models: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    path, sizes = str(tiny_models[family]), [(8, 8), (64, 64), (300, 200)]
+    for limits in (
+        {"max_pixels": 4096},
+        {"min_pixels": 9216},
+        {"min_pixels": 5000, "max_pixels": 6000},
+    ):
+        processor = load_processor(path, reading=ModelConfig(path=path, **limits))
+        theirs = AutoProcessor.from_pretrained(path, **limits)
+        token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+        counts = [len(Chat(processor).image_block(size)) for size in sizes]
+        for size, count in zip(sizes, counts, strict=True):
+            made = theirs(images=[Image.new("RGB", size)], text=[token])["input_ids"][0]
+            assert len(made) == count
+        assert counts != [len(Chat(load_processor(path)).image_block(size)) for size in sizes]
+        # A checkpoint that is saved with it reads so without a recipe.
+        processor.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_bytes(Path(path, "config.json").read_bytes())
+        again = Chat(load_processor(str(tmp_path)))
+        assert [len(again.image_block(size)) for size in sizes] == counts
+
+
+@pytest.mark.parametrize(
+    ("family", "limits", "says"),
+    [
+        (
+            "internvl",
+            {"max_pixels": 4096},
+            "model.max_pixels: {}: a GotOcr2ImageProcessor knows no",
+        ),
+        (
+            "idefics3",
+            {"min_pixels": 4096},
+            "model.min_pixels: {}: a Idefics3ImageProcessor knows no",
+        ),
+        ("qwen3_vl", {"max_pixels": 9}, "model.max_pixels: {}: its own limits are 256 to 262144"),
+        ("qwen3_vl", {"min_pixels": 10**9}, "model.min_pixels: {}: its own limits are 256 to"),
+    ],
+)
+def test_limits_of_pixels_that_cannot_be_kept_are_refused(
+    tiny_models: dict[str, Path], family: str, limits: dict[str, int], says: str
+) -> None:
+    path = str(tiny_models[family])
+    with pytest.raises(ModelError) as refusal:
+        load_processor(path, reading=ModelConfig(path=path, **limits))
+    assert str(refusal.value).startswith(says.format(path)) and "\n" not in str(refusal.value)
 
 
 def _edit(file: Path, old: str, new: str) -> None:

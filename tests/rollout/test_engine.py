@@ -3,7 +3,8 @@
 One engine a family serves the whole module; it is started from *perturbed* weights, so that a
 transfer of the original ones has something to change and a way back to compare with. Idefics3 is
 started with images in tiles: a square one is 2 x 2 tiles and the whole of it. Qwen2.5-VL's folder
-is one as other people leave them (see `tests.support.habits`).
+is one as other people leave them (see `tests.support.habits`), with a system prompt and a limit of
+pixels below that of some images.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from learner.parts import freeze
 from learner.policy import load_policy
 from learner.settings import LoraConfig
 from learner.weights import GatheredWeights
+from rollout.decoding import special_tokens
 from rollout.engine import EngineDied, SamplerError
 from rollout.record import SampleRequest, Sampling, ScoreRequest
-from rollout.tokens import Chat, special_tokens
+from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS
 from tests.support.habits import no_pad, sentencepiece, several_ends, with_habits
@@ -62,12 +64,14 @@ def live(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
     folder, tiles = tiny_models[request.param], None
+    reading: dict[str, Any] = {}
     if request.param == "idefics3":
         tiles = {"longest_edge": 128}
     if request.param == "qwen2_5_vl":
+        reading = {"system_prompt": "Look <|im_end|> twice.", "max_pixels": 64 * 80}
         made = tmp_path_factory.mktemp("habits") / request.param
         folder = with_habits(folder, made, sentencepiece, several_ends, no_pad)
-    yield from perturbed_engine(folder, tmp_path_factory, tiles)
+    yield from perturbed_engine(folder, tmp_path_factory, tiles, **reading)
 
 
 @every_family

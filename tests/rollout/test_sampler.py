@@ -28,13 +28,14 @@ from learner.actor import LearnerGroup
 from learner.weights import stored
 from rewards.questions import BlindQuestions
 from rewards.reader import Reader, readings
+from rollout.decoding import encode
 from rollout.dispatch import SamplerLost
 from rollout.engine import EngineDied, SamplerError
 from rollout.pool import SamplerPool
 from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest, Weights
 from rollout.sampler import RaySamplerClient, ray_samplers
 from rollout.settings import ModelConfig, SamplerConfig
-from rollout.tokens import Chat, ModelError, encode, load_processor, load_reader
+from rollout.tokens import Chat, ModelError, load_processor, load_reader
 from rollout.transfer import fetched
 from tasks.core import Problem
 from tasks.load import load_task

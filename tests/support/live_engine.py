@@ -29,6 +29,7 @@ from rollout.record import (
     Weights,
 )
 from rollout.settings import ModelConfig, SamplerConfig
+from rollout.tokens import load_processor
 from rollout.transfer import TransferReport, fetched
 from tasks.core import Problem
 from tasks.images import blank_like
@@ -44,12 +45,13 @@ class Live:
 
     name = "sampler-0"
 
-    def __init__(self, folder: Path, original: Policy, perturbed: Policy, processor: Any) -> None:
+    def __init__(
+        self, model: ModelConfig, original: Policy, perturbed: Policy, processor: Any
+    ) -> None:
         self.weights = {"original": original, "perturbed": perturbed}
-        self.processor, self.folder = processor, folder
+        self.processor, self.folder = processor, Path(model.path)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        model = ModelConfig(path=str(folder), max_model_len=512)
 
         async def start() -> Engine:
             return Engine.start(model, SamplerConfig(max_num_seqs=64))
@@ -156,25 +158,31 @@ def gaps(
 
 
 def perturbed_engine(
-    policy: Path, folders: pytest.TempPathFactory, image_size: dict[str, int] | None = None
+    policy: Path,
+    folders: pytest.TempPathFactory,
+    image_size: dict[str, int] | None = None,
+    **reading: Any,
 ) -> Iterator[Live]:
     """An engine of a policy with noise on its weights; shut down after the one item.
 
-    `image_size`: what the image processor is started with in place of its own `size`.
+    `image_size`: what the folder's image processor has in place of its own `size`. `reading`: of
+    the recipe's [model].
     """
     torch.set_num_threads(1)  # tiny matrices: threads that wait for each other only cost time
-    original, processor = load_policy(str(policy))
+    original, plain = load_policy(str(policy))
     perturbed, _ = load_policy(str(policy))
     if image_size:
-        processor.image_processor.size = image_size
+        plain.image_processor.size = image_size
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in perturbed.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     start_from = folders.mktemp("perturbed") / policy.name
     perturbed.model.save_pretrained(start_from)  # type: ignore[operator]
-    processor.save_pretrained(start_from)
-    live = Live(start_from, original, perturbed, processor)
+    plain.save_pretrained(start_from)
+    model = ModelConfig(path=str(start_from), max_model_len=512, **reading)
+    processor = load_processor(model.path, reading=model)
+    live = Live(model, original, perturbed, processor)
     yield live
     live.engine.shutdown()
     live.loop.call_soon_threadsafe(live.loop.stop)

@@ -13,7 +13,8 @@ from learner.batch import Tokens, TrainBatch, TrainSequence
 from learner.losses import Loss, Terms, View
 from learner.policy import Policy
 from learner.sft import Demonstrator
-from rollout.tokens import Chat, encode
+from rollout.decoding import encode
+from rollout.tokens import Chat
 from tasks.core import Problem
 from tasks.load import load_task
 
