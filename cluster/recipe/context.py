@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rollout.tokens import Chat
+from cluster.recipe.recipe import Recipe
+from rollout.tokens import Chat, load_processor
 from tasks.core import DataError, Problem
 from tasks.images import check_image
 from tasks.placeholders import placed
@@ -55,6 +56,12 @@ class Context:
     answer: int
     _texts: dict[tuple[str, int], int | Fault] = field(default_factory=dict, repr=False)
     _blocks: dict[Size, int | Fault] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Context:
+        """That of a recipe's policy, which is on this machine. Raises ModelError."""
+        processor = load_processor(recipe.model.path, reading=recipe.model)
+        return cls(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
 
     def taken(self, asked: Sequence[tuple[str, tuple[Size, ...]]]) -> list[Taken]:
         """What each prompt with images of those sizes takes."""

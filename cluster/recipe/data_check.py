@@ -12,7 +12,6 @@ from cluster.recipe.preflight import is_here
 from cluster.recipe.problems import opened_rows
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.rows import row_takes
-from rollout.tokens import load_processor
 from tasks.checkers import CHECKERS
 from tasks.core import Problem, ScoresPerception, perceives
 from tasks.load import load_task
@@ -27,10 +26,7 @@ Say = Callable[[str], None]
 
 def check_data(recipe: Recipe, say: Say) -> list[str]:
     """Tell of each data set of a recipe; returns what a run would refuse, a line each."""
-    context = None
-    if is_here(recipe.model.path):
-        processor = load_processor(recipe.model.path)
-        context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
+    context = Context.of(recipe) if is_here(recipe.model.path) else None
     wrong: list[str] = []
     for index, config in enumerate(recipe.tasks):
         if config.data is None:

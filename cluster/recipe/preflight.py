@@ -29,7 +29,7 @@ from rewards.advantages import find_advantage
 from rewards.scored import RewardError, TermError
 from rewards.terms import facts_of
 from rollout.models import require_model
-from rollout.tokens import load_processor, load_reader
+from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
 from tasks.load import BUILT_IN
@@ -91,11 +91,10 @@ def preflight(
     if not measured:
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None)
-    processor = load_processor(recipe.model.path, reading=recipe.model)
+    context = Context.of(recipe)
     for model in frozen_models(recipe, command):
         if is_here(model) or not dry_run:
             load_reader(model)
-    context = Context(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
     fitting = [
         _fitting_rows(recipe, command, index, source, context, say)
         if source.spec is None
@@ -112,7 +111,7 @@ def preflight(
                 f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "
                 "so far, and others were drawn"
             )
-    return Ready(fitting, processor)
+    return Ready(fitting, context.processor)
 
 
 def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
