@@ -191,7 +191,8 @@ def evaluate(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="A recipe whose [model] and [sampler] to run with; with --data its vqa entry too"
+            help="A recipe whose [model], [sampler] and [eval.sampling] to run with; with --data "
+            "its vqa entry too"
         ),
     ] = None,
     by: Annotated[

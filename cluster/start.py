@@ -78,8 +78,7 @@ def ready(
         raise RecipeError(f"{source}: {error}") from error
     if dry_run:
         notes: list[str] = []
-        preflight(recipe, command, notes.append, dry_run=True)
-        print(resolved_toml(recipe))
+        print(resolved_toml(preflight(recipe, command, notes.append, dry_run=True).recipe))
         lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
         print("\n".join(f"# {line}".rstrip() for line in lines))
         return False

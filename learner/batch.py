@@ -69,7 +69,8 @@ class Tokens:
     """The response tokens of a micro-batch, flat; every tensor is [N], each as in `TrainSequence`.
 
     `sequences` is int64: which sequence of the micro-batch a token belongs to, from 0. A sequence
-    is whole within its micro-batch, so a loss may look at all tokens of one.
+    is whole within its micro-batch, so a loss may look at all tokens of one. `reference_logprobs`
+    are there where the loss asked for them (`learner.reference`).
     """
 
     ids: torch.Tensor
@@ -78,6 +79,7 @@ class Tokens:
     advantages: torch.Tensor
     sequences: torch.Tensor
     old_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
         """The same with `function` of every tensor."""

@@ -32,6 +32,7 @@ from learner.metrics import Mean, Metric, Total, combined, values
 from learner.micro_batches import count_costs, deal_micro_batches, describe
 from learner.parts import freeze, parameter_groups
 from learner.policy import Policy, keep_no_activations, load_policy
+from learner.reference import Reference
 from learner.settings import LearnerConfig
 from learner.state import (
     OptimizerState,
@@ -91,6 +92,8 @@ class DeepSpeedLearner(Trainer):
         self._setup, self._place, self._writer = setup, place, Writer()
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._start(policy, learner)
+        device = self._engine.device
+        self._reference = Reference(setup, self._adapters, device) if setup.reference else None
         if setup.resume:
             self._resume(Path(setup.start) / TRAINING)
 
@@ -147,8 +150,12 @@ class DeepSpeedLearner(Trainer):
         for index, indices in enumerate(share):
             self._engine.set_gradient_accumulation_boundary(index == len(share) - 1)
             micro = self._micro_batch(batch, indices, view)
-            seen: View = self._engine(micro, entropy_gradient=loss.uses_entropy)
             tokens, second = micro.tokens, None
+            if self._reference and loss.uses_reference:
+                plain = self._micro_batch(batch, indices) if view else micro
+                known = self._reference.logprobs(self._engine.module, plain)
+                tokens = replace(tokens, reference_logprobs=known)
+            seen: View = self._engine(micro, entropy_gradient=loss.uses_entropy)
             if view:
                 seen, second = zip(*(both.chunk(2) for both in seen), strict=True)
                 tokens = tokens.first(len(seen[0]))

@@ -8,6 +8,7 @@ and a way to the samplers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ class Adapters:
         for layer in self.layers:
             for matrix in self.matrices(layer):
                 matrix.requires_grad_(True)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within, the policy is what it was without adapters.
+
+        They count zero times instead of being left out: under ZeRO-3 the ranks gather the same
+        parameters in the same order as ever.
+        """
+        modules: list[Any] = [self._model.get_submodule(layer) for layer in self.layers]
+        for module in modules:
+            module.scaling["default"] = 0.0
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.scaling["default"] = self.scale
 
     def merged(
         self, names: Iterable[str], tensors: Iterable[torch.Tensor]

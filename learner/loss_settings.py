@@ -127,6 +127,12 @@ class LossConfig(Section):
     """Of the KL to the policy that sampled."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL term."""
+    reference_kl_weight: Amount = 0.0
+    """Of the KL to `model.path` as it was before training. Above 0 each learner rank holds a second
+    whole model; with [learner.lora] it costs no memory, as that is the policy without adapters."""
+    reference_kl_estimator: Literal["k2", "k3"] = "k3"
+    """`k2` has the exact gradient of KL(policy ‖ reference), `k3` (GRPO's) that of KL(reference ‖
+    policy). The gradient of `k1` would be 0 on average."""
     entropy_weight: Weight = 0.0
     """Of a bonus on the mean entropy of all response tokens."""
     entropy_weights: EntropyWeights = EntropyWeights()

@@ -32,6 +32,11 @@ class Loss(ABC):
         """Whether `sums` needs the gradient of the entropies."""
         return False
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether `sums` needs `Tokens.reference_logprobs`."""
+        return False
+
     def second_view(self) -> Callable[[bytes], bytes] | None:
         """What makes a second view of an image, if every sequence is to be read under one too."""
         return None

@@ -79,7 +79,10 @@ class PolicyLoss(Loss):
     `kl`: `kl_weight` times the KL to the sampler's policy: of tokens drawn from q = the sampler,
     with the learner as the trained p in `k1`, `k2` or `k3`.
 
-    `aggregation` says how these two become one number, over the whole update:
+    `reference_kl`: `reference_kl_weight` times the KL to `model.path` as it was before training, of
+    tokens drawn from q = the learner, which is trained, by `k2` or `k3` (GRPO, eq. 4).
+
+    `aggregation` says how these three become one number, over the whole update:
     - `token_mean`: Σ_t / response tokens (DAPO, eq. 8).
     - `sequence_mean`: the mean over sequences of each sequence's mean (GRPO, eq. 3).
     - `constant`: Σ_t / (sequences × `max_tokens`), so that length earns nothing (Dr. GRPO,
@@ -108,6 +111,10 @@ class PolicyLoss(Loss):
         weights = (self.config.entropy_weight, *self._entropy_weights().values())
         return any(weights) or bool(papo and papo.entropy_weight)
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.config.reference_kl_weight > 0
+
     def second_view(self) -> Callable[[bytes], bytes] | None:
         """Images with some patches black, each made once."""
         papo = self.config.papo
@@ -127,6 +134,8 @@ class PolicyLoss(Loss):
         found = {"policy": counts[config.aggregation]}
         if config.kl_weight:
             found["kl"] = counts[config.aggregation]
+        if self.uses_reference:
+            found["reference_kl"] = counts[config.aggregation]
         if config.entropy_weight:
             found["entropy"] = tokens
         of_segment = batch.segment_tokens()
@@ -144,6 +153,11 @@ class PolicyLoss(Loss):
         if config.kl_weight:
             kl = KL_ESTIMATORS[config.kl_estimator](tokens.sampler_logprobs, logprobs)
             terms["kl"] = config.kl_weight * self._sum(kl, tokens)
+        if self.uses_reference:
+            assert tokens.reference_logprobs is not None
+            estimate = KL_ESTIMATORS[config.reference_kl_estimator]
+            kl = estimate(logprobs, tokens.reference_logprobs)
+            terms["reference_kl"] = config.reference_kl_weight * self._sum(kl, tokens)
         if config.entropy_weight:
             terms["entropy"] = -config.entropy_weight * entropy.sum()
         for index, weight in self._entropy_weights().items():
@@ -163,6 +177,9 @@ class PolicyLoss(Loss):
         count, ratio = float(len(gap)), torch.exp(gap)
         found = super().metrics(seen, tokens)
         found |= mismatch_metrics(logprobs, tokens, self.config.correction)
+        if tokens.reference_logprobs is not None:
+            moved = float(k3(logprobs, tokens.reference_logprobs).sum())
+            found["reference_kl"] = Mean(moved, count)
         if self.config.loss in LOSS_DEFAULTS:
             found["clip_fraction"] = Mean(float(self.clipped(logprobs, tokens).sum()), count)
         return found | {

@@ -27,6 +27,7 @@ class LearnerSetup:
     folder: where weights and processor are read from; empty: `model.path`.
     resume: `folder` is a training checkpoint, whose optimizer and random streams to go on with.
     temperature: that of the sampler, so log-probs are of the same distribution.
+    reference: whether a loss will ask for the log-probs of `model.path` (`learner.reference`).
     """
 
     model: ModelConfig
@@ -37,6 +38,7 @@ class LearnerSetup:
     resume: bool = False
     temperature: float = 1.0
     seed: int = 0
+    reference: bool = False
 
     @property
     def start(self) -> str:

@@ -26,6 +26,7 @@ BUILT_IN = {
     "view_agreement": "rewards.view_agreement:ViewAgreement",
     "blind_questions": "rewards.questions:BlindQuestions",
     "judge": "rewards.judge:Judge",
+    "reward_model": "rewards.reward_model:RewardModel",
 }
 """The reward terms a recipe can name without giving `module:Class`."""
 

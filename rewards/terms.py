@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from rewards.diagnosis import diagnose, seen, solved
 from rewards.functions import FunctionTerm, function_term
+from rewards.reward_model import RewardModel
 from rewards.scored import (
     DIAGNOSIS,
     ModelRequest,
@@ -216,7 +217,8 @@ class TermFacts:
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
     `function`: whether it can be called with the rows of a whole step. `needs`: the abilities
     (`tasks.core.ABILITIES`) that it needs of a task. `leak_checked`: whether a perception that
-    states the answer earns nothing. `reads`: whether it is paid for perceptions.
+    states the answer earns nothing. `reads`: whether it is paid for perceptions. `weights`, `cpus`,
+    `gpus`: of a remote term that runs a model: which, and what its actor takes.
     """
 
     name: str
@@ -226,6 +228,9 @@ class TermFacts:
     needs: tuple[type, ...] = ()
     leak_checked: bool = False
     reads: bool = False
+    weights: str = ""
+    cpus: float = 0.0
+    gpus: float = 0.0
 
 
 Named = TypeVar("Named", "Term", TermFacts)
@@ -245,7 +250,10 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
         checked, reads = (
             bool(getattr(term, name, False)) for name in ("leakage_check", "reads_perception")
         )
-        _KNOWN[key] = TermFacts(term.name, model, is_remote(term), function, needs, checked, reads)
+        takes = (term.model, term.cpus, term.gpus) if isinstance(term, RewardModel) else ()
+        _KNOWN[key] = TermFacts(
+            term.name, model, is_remote(term), function, needs, checked, reads, *takes
+        )
     return _KNOWN[key]
 
 

@@ -85,8 +85,10 @@ class RemoteWorker:
     """One term that waits for others; its calls share an event loop."""
 
     def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
+        """`memory_gib` 0: no limit."""
         self.entries = entries
-        limit_memory(memory_gib)
+        if memory_gib:
+            limit_memory(memory_gib)
 
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:

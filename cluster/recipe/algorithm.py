@@ -53,7 +53,10 @@ class AlgorithmConfig(LossConfig, StalenessConfig):
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses to one problem."""
     steps: Positive = 40
-    """Of the run."""
+    """Of the run; worked out where `epochs` is given."""
+    epochs: Positive | None = None
+    """How often each row of the data set comes, in an order of its own each time; the last step is
+    filled up from the next epoch. For one [[tasks]] entry with `data`."""
     budget: SpendConfig | None = None
     """Ends the run before `steps` when it is spent, and is what schedules go by."""
     drop_zero_variance: bool = True

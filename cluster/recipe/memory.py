@@ -109,8 +109,11 @@ def learner_memory(
     learner: LearnerConfig,
     size: PolicySize | None,
     trained: Trained | None = None,
+    reference: bool = False,
 ) -> dict[str, int]:
     """Bytes on one learner rank, by part; `trained` None: all parameters are.
+
+    `reference`: with the frozen copy that a KL to it takes (`learner.reference`), whole on a rank.
 
     Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
     the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
@@ -136,13 +139,18 @@ def learner_memory(
     copied = model.lm_head_float32 and model.dtype != "float32"
     copies = 1 if learner.lora or "head" in learner.freeze else 3
     head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
-    return head | {
-        "weights": shard(width(model) * held, 3),
-        "gradients": shard(width(model) * stepped, 2),
-        "optimizer": shard((8 if no_master else 12) * stepped, 1),
-        "activations": width(model) * tokens * size.hidden * per_token
-        + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
-    }
+    copy = {"reference": width(model) * size.parameters} if reference and not learner.lora else {}
+    return (
+        head
+        | {
+            "weights": shard(width(model) * held, 3),
+            "gradients": shard(width(model) * stepped, 2),
+            "optimizer": shard((8 if no_master else 12) * stepped, 1),
+            "activations": width(model) * tokens * size.hidden * per_token
+            + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
+        }
+        | copy
+    )
 
 
 def sampler_memory(

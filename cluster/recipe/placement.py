@@ -21,12 +21,12 @@ from cluster.recipe.memory import (
 )
 from cluster.recipe.recipe import Recipe, UserError
 from rewards.scored import TermError
-from rewards.terms import find_term, term_facts
+from rewards.terms import TermFacts, find_term, term_facts
 
 Command = Literal["train", "sft", "eval", "replay", "sample"]
-Role = Literal["sampler", "frozen model", "learner", "reward worker", "driver"]
+Role = Literal["sampler", "frozen model", "learner", "reward worker", "reward model", "driver"]
 
-UNKNOWN_SIZES = ("sampler", "frozen model", "learner")
+UNKNOWN_SIZES = ("sampler", "frozen model", "learner", "reward model")
 """Roles whose memory may be unknown; the others take little."""
 
 
@@ -101,6 +101,10 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     if command in ("train", "sample"):
         # Scoring is short and comes while the engines wait, so it reserves no core.
         others = [Actor("reward worker", i) for i in range(recipe.reward.workers)]
+        others += [
+            Actor("reward model", i, facts.cpus, facts.gpus)
+            for i, facts in enumerate(reward_models(recipe))
+        ]
     frozen = [policy_size(path) for path in frozen_models(recipe, command)] if samplers else []
     samplers += [engine("frozen model", i, its) for i, its in enumerate(frozen)]
     actors = (Actor("driver", 0), *samplers, *learners, *others)
@@ -112,7 +116,8 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
 
 def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list[Actor]:
     learner, trained = recipe.learner, trained_of(recipe.model.path, recipe.learner)
-    memory = learner_memory(recipe.model, learner, size, trained)
+    reference = command != "sft" and recipe.algorithm.reference_kl_weight > 0
+    memory = learner_memory(recipe.model, learner, size, trained, reference)
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
     away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
     there = {name: memory.pop(name) for name in away}
@@ -222,6 +227,15 @@ def frozen_models(recipe: Recipe, command: Command) -> list[str]:
     return [model for model in found if model]
 
 
+def reward_models(recipe: Recipe) -> list[TermFacts]:
+    """The recipe's terms that run a model of their own. Raises UserError as `frozen_models`."""
+    entries = [e for e in recipe.reward.effective_terms() if e.name == "reward_model"]
+    try:
+        return [term_facts(entry.name, entry.args) for entry in entries]
+    except TermError as error:
+        raise UserError(f"reward.terms: {error}") from error
+
+
 def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Command) -> None:
     """Raise PlacementError where a Ray cluster lacks what a recipe asks for.
 
@@ -242,6 +256,10 @@ def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
         sample = {f"sampler.count × sampler.{taken}": sampler.count * getattr(sampler, taken)}
         if models:
             sample[f"{models} frozen model(s) × sampler.{taken}"] = models * getattr(sampler, taken)
+        rewarding = reward_models(recipe) if command in ("train", "sample") else []
+        for facts in rewarding:
+            field = f"reward.terms {facts.name} args.{taken}"
+            sample[field] = sample.get(field, 0) + getattr(facts, taken)
         learn = {f"learner.ranks × learner.{taken}": learner.ranks * getattr(learner, taken)}
         if command == "sft" and not recipe.eval.every:  # one after the other
             found[unit] = max(learn, sample, key=lambda product: sum(product.values()))

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.recipe.abilities import ask_labels, ask_tasks
 from cluster.recipe.context import Context, Fault, Taken
 from cluster.recipe.machine import require_room, settle_environment
-from cluster.recipe.placement import Command, frozen_models
+from cluster.recipe.placement import Command, frozen_models, reward_models
 from cluster.recipe.problems import ProblemSource, open_sources, require_data
 from cluster.recipe.recipe import Recipe, UserError
 from cluster.recipe.rows import row_takes
@@ -28,7 +28,7 @@ from learner.settings import SftConfig
 from rewards.advantages import find_advantage
 from rewards.scored import RewardError, TermError
 from rewards.terms import facts_of
-from rollout.models import require_model
+from rollout.models import require_model, why_missing
 from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
@@ -47,10 +47,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Ready:
-    """What a command goes on with: problems that fit the policy, and the policy's processor."""
+    """What a command goes on with: problems that fit the policy, and the policy's processor.
+
+    recipe: with the steps that its epochs come to.
+    """
 
     sources: list[ProblemSource]
     processor: Any
+    recipe: Recipe
 
 
 def preflight(
@@ -90,11 +94,14 @@ def preflight(
             say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
     if not measured:
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
-        return Ready(sources, None)
+        return Ready(sources, None, _in_steps(recipe, sources, say))
     context = Context.of(recipe)
     for model in frozen_models(recipe, command):
         if is_here(model) or not dry_run:
             load_reader(model)
+    for facts in reward_models(recipe) if command in ("train", "sample") else ():
+        if (is_here(facts.weights) or not dry_run) and (wrong := why_missing(facts.weights)):
+            raise UserError(f"reward.terms: reward_model: args.model: {facts.weights}: {wrong}")
     fitting = [
         _fitting_rows(recipe, command, index, source, context, say)
         if source.spec is None
@@ -111,7 +118,21 @@ def preflight(
                 f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "
                 "so far, and others were drawn"
             )
-    return Ready(fitting, context.processor)
+    return Ready(fitting, context.processor, _in_steps(recipe, fitting, say))
+
+
+def _in_steps(recipe: Recipe, sources: Sequence[ProblemSource], say: Say) -> Recipe:
+    """The recipe with `algorithm.steps` worked out where it says how many epochs."""
+    algorithm = recipe.algorithm
+    if algorithm.epochs is None or not sources:
+        return recipe
+    rows = len(sources[0].rows("train"))
+    steps = -(-algorithm.epochs * rows // algorithm.problems_per_step)
+    say(
+        f"algorithm.epochs = {algorithm.epochs}: {rows:,} rows, {algorithm.problems_per_step} a "
+        f"step, are {steps:,} steps"
+    )
+    return recipe.model_copy(update={"algorithm": algorithm.model_copy(update={"steps": steps})})
 
 
 def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:

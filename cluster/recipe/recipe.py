@@ -104,6 +104,12 @@ class Recipe(Section):
                 'algorithm.dynamic_sampling are scored after the others; use "group"',
                 *("reward", "terms", of_step[0], "scope"),
             )
+        refuse(
+            algorithm.epochs and (len(self.tasks) > 1 or self.tasks[0].data is None),
+            "algorithm.epochs",
+            f"got {algorithm.epochs}, and epochs are those of one data set: give one [[tasks]] "
+            "entry with `data`, or say how many steps",
+        )
         strategy = algorithm.curriculum.strategy
         refuse(
             strategy != "uniform" and len(self.tasks) < 2,
@@ -116,6 +122,13 @@ class Recipe(Section):
             "sampler.max_tokens",
             f"got {sampler.max_tokens}, which leaves no room for the prompt in "
             f"model.max_model_len = {model.max_model_len}; lower it or raise that",
+        )
+        longest = self.eval.sampling.max_tokens or 0
+        refuse(
+            longest > sampler.max_tokens,
+            "eval.sampling.max_tokens",
+            f"got {longest}, above sampler.max_tokens = {sampler.max_tokens}, which problems are "
+            "measured for; raise that, or lower this",
         )
         refuse(
             learner.lora and transfer.transport != "host",

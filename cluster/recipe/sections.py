@@ -7,8 +7,22 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rewards.settings import Place
-from tasks.fields import Count, PathText, Positive, Section, refusal
+from tasks.fields import Amount, Count, PathText, Positive, Section, refusal
 from tasks.files import expanded
+
+
+class EvalSampling(Section):
+    """[eval.sampling] How tokens are drawn in an evaluation; what is left out is as in training."""
+
+    temperature: Amount | None = None
+    """Of the pass `sampled`; the others are greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the pass `sampled`: only the likeliest tokens that together have this probability."""
+    top_k: Count = 0
+    """Of the pass `sampled`: only so many of the likeliest tokens; 0: all."""
+    max_tokens: Positive | None = None
+    """Of a response in any pass; not above `sampler.max_tokens`, which problems were measured
+    for."""
 
 
 class EvalConfig(Section):
@@ -20,6 +34,8 @@ class EvalConfig(Section):
     """Of these problems."""
     samples: Positive = 1
     """Sampled responses a problem, for avg@k and pass@k."""
+    sampling: EvalSampling = EvalSampling()
+    """How tokens are drawn."""
     every: Count = 0
     """Steps between measurements; 0: only before and after."""
     passes: (

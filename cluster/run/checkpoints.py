@@ -22,9 +22,10 @@ from learner.checkpoint import STATE, CheckpointError, check, checkpoint_folders
 from rollout.buffer import BufferState
 
 MAY_CHANGE = (
-    "name", "question", "tasks.too_long",
-    "algorithm.steps", "algorithm.budget.kind", "algorithm.budget.amount", "algorithm.on_mismatch",
-    "sft.steps", "sft.save_every", "eval.every",
+    "name", "question", "tasks.too_long", "tasks.bad_rows",
+    "algorithm.steps", "algorithm.epochs", "algorithm.budget.kind", "algorithm.budget.amount",
+    "algorithm.on_mismatch",
+    "sft.steps", "sft.save_every", "eval.every", "eval.reader_place",
     "model.attention",
     "learner.ranks", "learner.zero_stage", "learner.cpus", "learner.gpus", "learner.threads",
     "learner.micro_batch_tokens", "learner.logits_mib", "learner.layout",
@@ -129,6 +130,8 @@ def resume(
             f"--resume {run}: a run of `equipoise {at.command}`; go on with it by "
             f"equipoise {at.command} --resume {run}"
         )
+    if "algorithm.epochs" in changed:
+        return recipe, resumed  # how many steps they are is known once the data is read
     counted, steps = "algorithm.steps", recipe.algorithm.steps
     over, budget = is_over(recipe.algorithm, at.step, at.spent), recipe.algorithm.budget
     if command == "sft" and recipe.sft is not None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
-from cluster.recipe.sections import EvalConfig
+from cluster.recipe.sections import EvalConfig, EvalSampling
 from cluster.record.evaluation import EvalPass, EvalTable, eval_table, with_readings
 from cluster.run.standstill import unread_tables
 from rewards.reader import Reader, readings
@@ -118,18 +118,18 @@ def _in_the_policys_form(
 def pass_request(
     recipe: Recipe, source: ProblemSource, name: EvalPass, problem: Problem
 ) -> SampleRequest:
-    """What a pass asks about a problem; only `sampled` draws as training does, all else is greedy.
+    """What a pass asks about a problem; only `sampled` draws, all else is greedy.
 
     What is drawn hangs on the id, which names the entry from the second one of its task on.
     """
     kind, view = _REQUEST[name]
-    sampling = training_sampling(recipe)
+    sampling = eval_sampling(recipe)
     entry = source.label.removeprefix(source.task.name)
     return SampleRequest(
         group_id=f"eval/{name}/{problem.id}{entry}",
         problem=problem,
         n=recipe.eval.samples if name == "sampled" else 1,
-        sampling=sampling if name == "sampled" else replace(sampling, temperature=0.0),
+        sampling=sampling if name == "sampled" else Sampling(0.0, max_tokens=sampling.max_tokens),
         kind=kind,
         view=view,
     )
@@ -139,6 +139,11 @@ def training_sampling(recipe: Recipe) -> Sampling:
     """How a recipe draws tokens."""
     sampler = recipe.sampler
     return Sampling(temperature=sampler.temperature, max_tokens=sampler.max_tokens)
+
+
+def eval_sampling(recipe: Recipe) -> Sampling:
+    """How its evaluations do: as in training, but for what [eval.sampling] says."""
+    return replace(training_sampling(recipe), **recipe.eval.sampling.model_dump(exclude_none=True))
 
 
 def run_eval(
@@ -158,7 +163,7 @@ def run_eval(
 
     `output`: a file for the JSON. `reader`, `reader_place`: as in [eval].
 
-    `like`: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
+    `like`: a recipe whose [model], [sampler] and [eval.sampling] say how the checkpoint is run.
 
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.
@@ -180,6 +185,7 @@ def run_eval(
             passes=PASSES,
             reader=reader,
             reader_place=reader_place,
+            sampling=like.eval.sampling if like else EvalSampling(),
         ),
     )
     console = Console(stderr=as_json)

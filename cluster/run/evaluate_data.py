@@ -19,7 +19,7 @@ from rich.console import Console
 from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import held_out
 from cluster.recipe.recipe import Recipe, UserError, resolved_toml
-from cluster.recipe.sections import EvalConfig
+from cluster.recipe.sections import EvalConfig, EvalSampling
 from cluster.record.evaluation import (
     EvalTable,
     before_after,
@@ -64,7 +64,7 @@ def run_data_eval(
         samples: responses a problem at the sampler's temperature, beside the greedy one.
         by: columns of the data; each value's numbers are given apart.
         against: the folder of another such evaluation, compared problem by problem.
-        like: a recipe whose [model] and [sampler] sections say how the checkpoint is run.
+        like: a recipe whose [model], [sampler] and [eval.sampling] say how the checkpoint is run.
         reader, reader_place: as in [eval].
 
     Raises DataError, UserError or ModelError for input that cannot be used, RunFailed where the
@@ -80,7 +80,12 @@ def run_data_eval(
         tasks=(task,),
         sampler=like.sampler if like else SamplerConfig(),
         eval=EvalConfig(
-            samples=samples, seed=seed, passes=PASSES, reader=reader, reader_place=reader_place
+            samples=samples,
+            seed=seed,
+            passes=PASSES,
+            sampling=like.eval.sampling if like else EvalSampling(),
+            reader=reader,
+            reader_place=reader_place,
         ),
     )
     earlier = read_evaluation(against) if against else None

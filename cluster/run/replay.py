@@ -81,7 +81,7 @@ def run_replay(
     folder, progress = new_run_folder(recipe, output), Progress(len(source.steps))
     with session(recipe, "replay", address, folder, progress.say):
         progress.say("starting learner (DeepSpeed) ...")
-        setup = learner_setup(recipe, temperature=recipe.sampler.temperature)
+        setup = learner_setup(recipe)
         with (
             learning(setup) as learner,
             run_log(recipe, folder, progress, source.steps[-1]) as log,

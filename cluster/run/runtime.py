@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.recipe.placement import Command, frozen_models
@@ -31,10 +32,17 @@ from rollout.sampler import ray_samplers
 from rollout.transfer import TransferReport
 
 
-def learner_setup(
-    recipe: Recipe, folder: str = "", temperature: float = 1.0, resume: bool = False
-) -> LearnerSetup:
-    """What a recipe's learner ranks are started with (see `LearnerSetup`)."""
+def learner_setup(recipe: Recipe, folder: str = "", resume: bool = False) -> LearnerSetup:
+    """What a recipe's ranks of RL are started with (see `LearnerSetup`)."""
+    return replace(
+        sft_setup(recipe, folder, resume),
+        temperature=recipe.sampler.temperature,
+        reference=recipe.algorithm.reference_kl_weight > 0,
+    )
+
+
+def sft_setup(recipe: Recipe, folder: str = "", resume: bool = False) -> LearnerSetup:
+    """What its ranks of SFT are started with."""
     return LearnerSetup(
         recipe.model,
         recipe.learner,
@@ -42,8 +50,7 @@ def learner_setup(
         recipe.checkpoint,
         folder,
         resume,
-        temperature,
-        recipe.seed,
+        seed=recipe.seed,
     )
 
 
@@ -223,7 +230,7 @@ class Run(LivePolicy):
         start = time.perf_counter()
         say.say("starting samplers (vLLM), learner (DeepSpeed) and reward workers ...")
         folder, resume = str(checkpoint or ""), checkpoint is not None
-        setup = learner_setup(recipe, folder, recipe.sampler.temperature, resume)
+        setup = learner_setup(recipe, folder, resume)
         super().__init__(recipe, sources, setup, "train")
         self.scoring = Scoring(recipe, self.samplers, self.frozen)
         self.wait_ready()
@@ -254,7 +261,8 @@ def running(
 ) -> Iterator[Run]:
     """A run's actors, or those of a run that goes on; ended whatever happens (see `session`)."""
     with session(recipe, "train", address, folder, say.say, resumed) as ready:
-        run = Run(recipe, ready.sources, say, resumed.checkpoint if resumed else None)
+        say.steps = ready.recipe.algorithm.steps
+        run = Run(ready.recipe, ready.sources, say, resumed.checkpoint if resumed else None)
         try:
             yield run
         finally:

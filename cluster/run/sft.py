@@ -29,7 +29,7 @@ from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.evaluate import PASSES, evaluate_all
 from cluster.run.run_log import Metrics, RunLog, run_log
-from cluster.run.runtime import LivePolicy, learner_setup, learning, sampling_from
+from cluster.run.runtime import LivePolicy, learning, sampling_from, sft_setup
 from cluster.run.session import session
 from cluster.run.train import conclude, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
@@ -87,7 +87,7 @@ def run_sft(
             elif sft.vision_warmup_steps:
                 start = scratch
                 warm_up(recipe, sft, sources, Path(scratch), log)
-            setup = learner_setup(recipe, start, resume=resumed is not None)
+            setup = sft_setup(recipe, start, resume=resumed is not None)
             batches = demonstrations(sources, ready.processor, sft, recipe.seed, log.at.step)
             with tuning(recipe, ready.sources, setup, progress) as (learner, live):
                 tables = fine_tune(sft, learner, live, batches, log)

@@ -58,9 +58,10 @@ def run_training(
     progress = Progress(recipe.algorithm.steps)
     with (
         running(recipe, address, folder, progress, resumed) as run,
-        run_log(recipe, folder, progress, resumed=resumed) as log,
+        run_log(run.recipe, folder, progress, resumed=resumed) as log,
         log.keeping(run.learner),
     ):
+        recipe = run.recipe
         verify_transfer(run, log.at.version)
         log.begin(run.evaluate)
         curriculum = Curriculum(recipe, run.sources, log.at.curriculum)

@@ -38,6 +38,7 @@ EVERY_TERM = PolicyLoss(
         clip_high=0.08,
         kl_weight=0.1,
         kl_estimator="k2",
+        reference_kl_weight=0.2,
         entropy_weights=EntropyWeights(perception=0.5, reasoning=0.2),
         papo=PapoConfig(weight=0.5, entropy_weight=0.3, patch_size=8, share=0.6),
     )
@@ -105,7 +106,7 @@ class Ranks:
     """Outcomes by `<ranks>/<family>/<stage and split>`, and what they started from."""
 
     def __init__(self, folder: Path, tiny_models: dict[str, Path]) -> None:
-        self.folder, self.paths = folder, {}
+        self.folder, self.paths, self.bases = folder, {}, tiny_models
         self.batches: dict[str, tuple[TrainBatch, ...]] = {}
         for family in FAMILIES:
             policy, processor = load_policy(str(tiny_models[family]))
@@ -138,7 +139,7 @@ class Ranks:
         family = group if group in FAMILIES else "qwen3_vl"
         frozen = "frozen" in case
         chosen = setup(
-            str(self.paths[family]),
+            str(self.bases[family]),
             zero_stage=int(case[0]),
             micro_batch_tokens=10_000 if "whole" in case else 600 if group == "options" else 1,
             max_grad_norm=CLIP,
@@ -150,12 +151,15 @@ class Ranks:
             activation_checkpointing="recompute" in case,
             offload="optimizer" if "optimizer" in case else "all" if "all" in case else "none",
         )
+        # Training starts elsewhere than at the reference.
+        every_term = "every term" in case
+        chosen = replace(chosen, folder=str(self.paths[family]), reference=every_term)
         batches = self.batches[family]
         if group == "balanced":
             updates = tuple((batch, BalancedLoss(0.3)) for batch in reversed(batches))
             return Job(chosen, updates, RATE, measure=() if "plain" in case else ("all", "head"))
         save = str(self.folder / name.replace("/", "-")) if name in SAVED else None
-        loss = EVERY_TERM if "every term" in case else LOSS
+        loss = EVERY_TERM if every_term else LOSS
         return Job(chosen, tuple((b, loss) for b in batches), RATE, save)
 
     def refused(self, stage: int) -> Job:
@@ -173,6 +177,8 @@ class Ranks:
         """Loss and float64 gradients of the first update: plain model, a sequence at a time."""
         policy, processor = load_policy(str(self.paths[family]))
         policy.double()
+        base, _ = load_policy(str(self.bases[family]))
+        base.double()
         batch = self.batches[family][0]
         total = torch.zeros(())
         for s in batch.sequences:
@@ -180,7 +186,9 @@ class Ranks:
             if every_term:
                 images = tuple(mask_patches(image, 8, 0.6) for image in s.images)
                 masked = plain_logprobs(policy, processor, replace(s, images=images))
-                total = total + every_term_reference(s, logprobs, entropies, *masked, batch)
+                with torch.no_grad():
+                    known, _ = plain_logprobs(base, processor, s)
+                total = total + every_term_reference(s, logprobs, entropies, *masked, known, batch)
                 continue
             ratio = (logprobs - torch.from_numpy(s.sampler_logprobs)).exp()
             gain = torch.minimum(
@@ -202,6 +210,7 @@ def every_term_reference(
     entropies: torch.Tensor,
     masked: torch.Tensor,
     masked_entropies: torch.Tensor,
+    known: torch.Tensor,
     batch: TrainBatch,
 ) -> torch.Tensor:
     """A sequence's share of `EVERY_TERM`."""
@@ -216,6 +225,8 @@ def every_term_reference(
         else:
             found = found - min(max(ratio, 0.95), 1.08) * a
         found = found + 0.1 * gap[t] ** 2 / 2
+        away = known[t] - logprobs[t]
+        found = found + 0.2 * (away.exp() - away - 1)
     found = found / len(gap) / len(batch.sequences)
     for index, weight in ((0, 0.5), (1, 0.2)):
         count = sum(int((other.segments == index).sum()) for other in batch.sequences)

@@ -60,7 +60,11 @@ def test_the_layer_computes_what_the_paper_says_and_so_does_the_merged_one(model
     plain = load_policy(model_path)[0]
     start = dict(plain.model.named_parameters())
     assert merged.keys() == start.keys()
+    batch = Collator(policy, processor)(mixed_batch(processor).sequences)
     with torch.no_grad():
+        base = plain.eval().run(batch)[0]
+        with adapters.silent():
+            assert torch.equal(policy.eval().run(batch)[0], base)
         for name, parameter in start.items():
             layer = name.removesuffix(".weight")
             expected = parameter.double()
@@ -70,8 +74,8 @@ def test_the_layer_computes_what_the_paper_says_and_so_does_the_merged_one(model
                 assert (merged[name] - parameter).abs().max() > 0.1
             torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-5)
             parameter.copy_(merged[name])
-        batch = Collator(policy, processor)(mixed_batch(processor).sequences)
         found, expected = policy.eval().run(batch)[0], plain.eval().run(batch)[0]
+    assert (found - base).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from learner.batch import TrainBatch
 from learner.collate import Collator
@@ -176,15 +177,22 @@ def test_where_the_policies_are_equal_only_k1_pulls() -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", ["kl", "reference_kl"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_kl_term_is_aggregated_like_the_policy_term(estimator: str, aggregation: str) -> None:
+def test_a_kl_term_is_aggregated_like_the_policy_term(
+    estimator: str, name: str, aggregation: str
+) -> None:
     drawn = draw(3)
-    old = drawn.tokens.sampler_logprobs.tolist()
+    tokens = drawn.tokens
+    other = tokens.sampler_logprobs if name == "kl" else tokens.reference_logprobs
+    assert other is not None
 
     def reference(logprobs: np.ndarray) -> float:
         values = []
-        for lp, lq in zip(logprobs, old, strict=True):
-            r = math.exp(lp) / math.exp(lq)
+        for learner, fixed in zip(logprobs, other.tolist(), strict=True):
+            # Drawn from q: the sampler's tokens, or (nearly) those of the policy that is trained.
+            q, p = (fixed, learner) if name == "kl" else (learner, fixed)
+            r = math.exp(p) / math.exp(q)
             values.append(
                 {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": r - 1 - math.log(r)}[
                     estimator
@@ -192,12 +200,19 @@ def test_the_kl_term_is_aggregated_like_the_policy_term(estimator: str, aggregat
             )
         return 0.3 * aggregated(values, aggregation)
 
-    loss = loss_of(aggregation=aggregation, kl_weight=0.3, kl_estimator=estimator)
+    kind = {f"{name}_weight": 0.3, f"{name}_estimator": estimator}
+    if name == "reference_kl" and estimator == "k1":
+        with pytest.raises(ValidationError, match="k2"):  # its gradient is 0 on average
+            loss_of(aggregation=aggregation, **kind)
+        return
+    loss = loss_of(aggregation=aggregation, **kind)
     x = torch.from_numpy(drawn.logprobs).requires_grad_()
     batch = TrainBatch(sequences_of(drawn))
-    value = loss.sums((x, x), drawn.tokens)["kl"] / loss.denominators(batch)["kl"]
+    value = loss.sums((x, x), tokens)[name] / loss.denominators(batch)[name]
     assert float(value.detach()) == pytest.approx(reference(drawn.logprobs), rel=1e-12)
     assert_gradient(gradient(value, x), reference, drawn.logprobs)
+    assert loss.uses_reference == (name == "reference_kl")
+    assert loss_of(reference_kl_weight=0.0).sums((x, x), tokens).keys() == {"policy"}
 
 
 def test_entropies_are_means_over_their_own_tokens() -> None:
@@ -239,6 +254,7 @@ def test_no_split_into_micro_batches_changes_a_term(
     drawn = draw(8)
     loss = loss_of(
         objective, aggregation=aggregation, entropy_weight=0.1, kl_weight=0.1,
+        reference_kl_weight=0.2,
         entropy_weights=dict.fromkeys(SEGMENTS, 0.2), papo={"weight": 0.5, "entropy_weight": 0.3},
     )  # fmt: skip
     views = [drawn.logprobs, drawn.entropy, drawn.masked, drawn.masked_entropy]

@@ -29,7 +29,7 @@ RANKS = 2
 FURTHER = 3
 """Updates after the checkpoint."""
 RATE, DECAY = 1e-3, 0.1
-LOSS = PolicyLoss(LossConfig(entropy_weight=0.01))
+LOSS = PolicyLoss(LossConfig(entropy_weight=0.01, reference_kl_weight=0.05))
 SAVED_AFTER = 2
 KILLED = f"{RANKS}/3"
 """Goes on from what a life that was killed left behind."""
@@ -116,7 +116,8 @@ class Lives:
             lora=LORA if lora else None,
             rates={"vision": 0.5} if lora else {},
         )
-        chosen = replace(chosen, checkpoint=CheckpointConfig(background=name in BACKGROUND))
+        background = CheckpointConfig(background=name in BACKGROUND)
+        chosen = replace(chosen, checkpoint=background, reference=True)
         at = (SAVED_AFTER, str(self.checkpoint(name)))
         updates = tuple((batch, LOSS) for batch in self.batches[: 4 if lora else None])
         save = str(self.saved(name)) if lora else None
@@ -139,7 +140,7 @@ def assert_alike(
 ) -> None:
     """`found` is as `expected` from its update `first` on: relative, and the weights at the end."""
     for new, old in zip(found.metrics, expected.metrics[first:], strict=True):
-        for name in ("loss", "grad_norm", "entropy/perception"):
+        for name in ("loss", "grad_norm", "entropy/perception", "reference_kl"):
             assert new[name] == pytest.approx(old[name], rel=loose, abs=min(1e-5, loose)), name
     assert found.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
@@ -260,6 +261,15 @@ def test_optimizer_state_and_gradients_are_of_adapters_only(lives: Lives) -> Non
         ranks = int(name[0])
         assert all(".lora_" in parameter for parameter in outcome.gradients)
         assert elements / ranks <= outcome.state_elements < 1.1 * elements / ranks + 1000, name
+
+
+@pytest.mark.parametrize("name", RESUMING)
+def test_the_reference_is_the_policy_before_the_first_update(lives: Lives, name: str) -> None:
+    # That resumed lives tell the same KL to it as uninterrupted ones is in `assert_alike`.
+    first, *others = (m["reference_kl"] for m in lives.whole[name].metrics)
+    assert abs(first) < 1e-6 and min(others) > 1e-5
+    total = lives.whole[name].metrics[-1]
+    assert total["loss/reference_kl"] == pytest.approx(0.05 * total["reference_kl"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("start", "end"), ADAPTED)

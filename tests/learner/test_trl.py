@@ -73,8 +73,10 @@ def trl_loss(
     loss_type: str,
     level: str,
     weights: torch.Tensor | None = None,
+    beta: float = 0.0,
 ) -> torch.Tensor:
     low, high = CLIP[objective]
+    assert drawn.tokens.reference_logprobs is not None
     mask = padded(torch.ones(len(x), dtype=torch.long))
     drawn_by = drawn.tokens.sampler_logprobs if weights is None else drawn.tokens.old_logprobs
     assert drawn_by is not None
@@ -94,7 +96,7 @@ def trl_loss(
         ),
         _metrics={"train": defaultdict(list)},
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=level, beta=0.0, loss_type=loss_type,
+        importance_sampling_level=level, beta=beta, loss_type=loss_type,
         epsilon_low=low, epsilon_high=1 + high if objective == "cispo" else high,
         use_vllm=weights is not None, vllm_importance_sampling_correction=weights is not None,
         current_gradient_accumulation_steps=1, max_completion_length=MAX_TOKENS,
@@ -110,22 +112,25 @@ def trl_loss(
             "completion_mask": mask,
             "advantages": advantages,
             "old_per_token_logps": old,
+            "ref_per_token_logps": padded(drawn.tokens.reference_logprobs),
             "importance_sampling_ratio": weights,
             "num_items_in_batch": mask.sum(),
         },
     )
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("name", SAME)
-def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
+def test_losses_and_gradients_are_those_of_trl(name: str, beta: float) -> None:
     objective, aggregation, loss_type, level = SAME[name]
     for seed in range(4):
         drawn = draw(seed, one_advantage=True)
         ours = torch.from_numpy(drawn.logprobs).requires_grad_()
         theirs = torch.from_numpy(drawn.logprobs).requires_grad_()
-        loss = loss_of(objective, aggregation=aggregation, **AS_TRL.get(objective, {}))
+        how = {"reference_kl_weight": beta} | AS_TRL.get(objective, {})
+        loss = loss_of(objective, aggregation=aggregation, **how)
         value = total(loss, ours, torch.from_numpy(drawn.entropy), drawn)
-        expected = trl_loss(drawn, theirs, objective, loss_type, level)
+        expected = trl_loss(drawn, theirs, objective, loss_type, level, beta=beta)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
         value.backward()
         expected.backward()

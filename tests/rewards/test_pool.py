@@ -13,11 +13,14 @@ import pytest
 import ray
 
 from rewards.compose import Composition, compose_groups
-from rewards.pool import CHUNK, RewardPool
+from rewards.pool import RewardPool
+from rewards.processes import CHUNK
+from rewards.reward_model import RewardModel
 from rewards.scored import RewardError
 from rewards.settings import RewardConfig, RewardTermConfig
 from rewards.terms import Outcome, Perception
 from rollout.record import ReplyError, SampleRequest
+from tests.rewards.test_reward_model import classifier
 from tests.support.toys import Length, Misbehaves, group, score
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +159,20 @@ def test_a_function_scores_a_group_or_the_whole_step_and_fails_for_all_of_it(poo
             assert scored.terms["later"].tolist() == mine.tolist()
             failed = [("hang", "deadline"), ("short", "wrong_length")] if more else []
             assert sorted(failures(scored)) == failed
+
+
+def test_a_reward_model_has_a_process_of_its_own_beside_the_other_terms(
+    pool: Any, tmp_path: Path
+) -> None:
+    args = {"model": str(classifier(tmp_path / "m"))}
+    groups = [group(i, f"{i};{2 * i};", "9;9;") for i in range(3)]
+    made = pool(term("outcome"), RewardTermConfig(name="reward_model", args=args))
+    alone = RewardModel(**args)
+    for scored in made.score(groups):
+        texts = [rollout.text for rollout in scored.group.rollouts]
+        expected = alone.scores(scored.group.problem.prompt, texts)
+        np.testing.assert_allclose(scored.terms["reward_model"], expected, atol=1e-5)
+        assert not scored.failures and scored.terms["outcome"][1] == 0
 
 
 def test_a_pool_that_cannot_start_says_why(pool: Any) -> None:

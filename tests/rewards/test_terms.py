@@ -195,6 +195,7 @@ def test_integers_and_booleans_count_as_numbers() -> None:
 USABLE: dict[str, dict[str, Any]] = {
     "length": {"max_tokens": 64, "buffer": 16},
     "judge": {"base_url": "http://localhost:8000/v1", "model": "m"},
+    "reward_model": {"model": "a/classifier"},
 }
 """Arguments of the built-in terms that need some."""
 

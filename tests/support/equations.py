@@ -60,6 +60,9 @@ def draw(seed: int, one_advantage: bool = False) -> Draw:
         sampler_logprobs=torch.from_numpy(logprobs - drift - rng.normal(0, 0.3, N)),
         advantages=torch.from_numpy(advantages[rows] if one_advantage else advantages),
         sequences=torch.from_numpy(rows),
+        reference_logprobs=torch.from_numpy(
+            logprobs - np.random.default_rng([seed, 1]).normal(0.1, 0.4, N)
+        ),
     )
     entropies = rng.exponential(1.0, (2, N))
     return Draw(logprobs, entropies[0], logprobs - rng.normal(0.5, 1, N), entropies[1], tokens)

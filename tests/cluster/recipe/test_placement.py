@@ -69,6 +69,19 @@ def test_too_many_gpus_name_the_fields_and_dry_run_only() -> None:
     assert "dry run only" not in describe(plan(gpu(), EIGHT_GPUS))
 
 
+def test_a_reference_is_a_second_whole_model_on_each_rank_but_not_with_adapters() -> None:
+    weight, sharded = "algorithm.reference_kl_weight=0.01", ("learner.ranks=2",)
+    without, kept = (plan(tiny(*sharded, *more), TWO_CORES) for more in ((), (weight,)))
+    policy = policy_size(tiny().model.path)
+    assert policy is not None
+    for before, after in zip(without.actors, kept.actors, strict=True):
+        extra = {"reference": 4 * policy.parameters} if before.role == "learner" else {}
+        assert after.memory == before.memory | extra
+    for recipe, command in ((tiny(weight, "learner.lora={}"), "train"), (tiny(weight), "sft")):
+        placed = plan(recipe, TWO_CORES, command)  # type: ignore[arg-type]
+        assert not any("reference" in actor.memory for actor in placed.actors)
+
+
 def test_sft_places_the_learner_alone() -> None:
     recipe = load_recipe(ROOT / "recipes/tiny/cold_start.toml", ["learner.ranks=2"])
     placed = plan(recipe, TWO_CORES, "sft")

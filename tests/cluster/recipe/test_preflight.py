@@ -169,6 +169,29 @@ def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
     assert code == 2 and "asked for 5" in message and "has 4" in message
 
 
+def test_epochs_are_of_the_rows_that_fit_and_each_comes_once_in_each(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [e.problem.id for e in read_examples(data, "train")]
+    change(data, "train", 3, image=LONG)
+    settings = ['tasks[0].too_long="drop"', "algorithm.epochs=2", "algorithm.problems_per_step=4"]
+    told: list[str] = []
+    found = preflight(recipe(tmp_path, data, *settings), "train", told.append)
+    assert found.recipe.algorithm.steps == 4  # of 2 * 7 rows, 4 a step
+    assert told[-1] == "algorithm.epochs = 2: 7 rows, 4 a step, are 4 steps"
+    drawn = [p.id for step in range(4) for p in step_problems(found.sources, 0, step, 4)]
+    first, second, rest = drawn[:7], drawn[7:14], drawn[14:]
+    assert sorted(first) == sorted(second) == sorted({*rows} - {rows[3]})
+    assert first != second and len({*rest}) == 2
+    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    assert code == 0 and "\nsteps = 4\nepochs = 2\n" in printed
+    plain = recipe(tmp_path, data, 'tasks[0].too_long="drop"')
+    assert preflight(plain, "train", told.append).recipe == plain
+
+
 def test_images_that_are_swapped_fit_behind_every_query(data: Path, tmp_path: Path) -> None:
     change(data, "train", 2, query="Solve.", image=(160, 128))
     change(data, "train", 5, query="Solve the 4x4 Sudoku." + " Solve this." * 8)

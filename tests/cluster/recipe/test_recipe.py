@@ -182,6 +182,19 @@ def test_a_loss_brings_its_own_clip_and_aggregation(recipe: Path) -> None:
     assert "algorithm.loss: " in error(recipe, "algorithm.loss=[]")
 
 
+def test_epochs_are_of_one_data_set_and_an_evaluation_fits_what_was_measured(recipe: Path) -> None:
+    assert "algorithm.epochs: got 2, and epochs are those of one data set" in error(
+        recipe, "algorithm.epochs=2"
+    )
+    entry = '{name="sudoku", data="somewhere"}'
+    assert load_recipe(recipe, [f"tasks=[{entry}]", "algorithm.epochs=2"]).algorithm.epochs == 2
+    assert "algorithm.epochs: " in error(recipe, f"tasks=[{entry}, {entry}]", "algorithm.epochs=2")
+    longest = load_recipe(recipe).sampler.max_tokens
+    load_recipe(recipe, [f"eval.sampling.max_tokens={longest}"])
+    line = error(recipe, f"eval.sampling.max_tokens={longest + 1}")
+    assert f"eval.sampling.max_tokens: got {longest + 1}, above sampler.max_tokens" in line
+
+
 def test_a_correction_brings_its_own_bounds_and_refuses_those_it_has_not(recipe: Path) -> None:
     assert load_recipe(recipe).algorithm.correction.kind == "none"
     for kind, bounds in CORRECTION_BOUNDS.items():

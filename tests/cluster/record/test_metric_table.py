@@ -100,11 +100,15 @@ def made_by_the_learner() -> set[str]:
     """Names of an update's metrics under every loss, on one hand-made micro-batch."""
     values = torch.linspace(-2, -1, 4)
     one = torch.zeros(4, dtype=torch.long)
-    tokens = Tokens(torch.arange(4), torch.tensor([0, 1, 2, -1]), values, torch.ones(4), one)
+    segments = torch.tensor([0, 1, 2, -1])
+    tokens = Tokens(
+        torch.arange(4), segments, values, torch.ones(4), one, reference_logprobs=values
+    )
     config = LossConfig.model_validate(
         {
-            "entropy_weight": 1, "kl_weight": 1, "entropy_weights": dict.fromkeys(SEGMENTS, 1.0),
-            "papo": {"entropy_weight": 1}, "correction": {"kind": "icepop"},
+            "entropy_weight": 1, "kl_weight": 1, "reference_kl_weight": 1,
+            "entropy_weights": dict.fromkeys(SEGMENTS, 1.0), "papo": {"entropy_weight": 1},
+            "correction": {"kind": "icepop"},
         }
     )  # fmt: skip
     of_update = ("loss", "seconds", "grad_norm", "padding_share", "shared_share")

@@ -12,13 +12,30 @@ from pydantic import BaseModel
 
 from cluster.recipe.problems import open_sources
 from cluster.recipe.recipe import Recipe, RecipeError
-from cluster.run.evaluate import PASSES, evaluate_all
-from rollout.record import Group, SampleRequest
+from cluster.run.evaluate import PASSES, evaluate_all, pass_request, training_sampling
+from rollout.record import Group, SampleRequest, Sampling
 from tasks.core import Problem
 from tasks.load import load_task
 from tests.rewards.test_surrogates import answered, reason, rollout_of
 from tests.support.recipes import TOY, made_recipe
 from tests.support.toys import Doubling, group
+
+
+def test_an_evaluation_draws_as_training_does_or_as_it_is_told() -> None:
+    how = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_tokens": 40}
+    told = ", ".join(f"{name} = {value}" for name, value in how.items())
+    trained = ("sampler.temperature=0.8", "sampler.max_tokens=64")
+    for more, sampled in (
+        ("seed=1", Sampling(0.8, max_tokens=64)),
+        (f"eval.sampling={{ {told} }}", Sampling(**how)),  # type: ignore[arg-type]
+    ):
+        recipe = made_recipe(*trained, more, tasks=TOY)
+        (source,) = open_sources(recipe.tasks)
+        problem = source.problem("test", 0, 0)
+        asked = {name: pass_request(recipe, source, name, problem).sampling for name in PASSES}
+        greedy = Sampling(0.0, max_tokens=sampled.max_tokens)
+        assert asked == dict.fromkeys(PASSES, greedy) | {"sampled": sampled}
+        assert training_sampling(recipe) == Sampling(0.8, max_tokens=64)
 
 
 class Samplers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -99,15 +100,18 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
 
 
 DECIDES = """
-    seed tasks.name tasks.weight tasks.data tasks.knobs tasks.style
+    seed tasks.name tasks.weight tasks.data tasks.knobs tasks.style tasks.form tasks.prompt
+    tasks.checker tasks.columns
     model.path model.dtype model.max_model_len model.lm_head_float32
     sampler.temperature sampler.max_tokens reward.alpha reward.compose
     reward.terms.name reward.terms.label reward.terms.weight reward.terms.final_weight
     reward.terms.schedule reward.terms.schedule_share reward.terms.segments reward.terms.gate
-    reward.terms.gate_threshold reward.terms.args reward.terms.on_failure
-    algorithm.advantage algorithm.group_size algorithm.problems_per_step algorithm.loss
+    reward.terms.gate_threshold reward.terms.args reward.terms.on_failure reward.terms.scope
+    algorithm.advantage algorithm.advantage_args algorithm.group_size
+    algorithm.problems_per_step algorithm.loss algorithm.loss_args
     algorithm.aggregation algorithm.clip_low algorithm.clip_high algorithm.kl_weight
-    algorithm.kl_estimator algorithm.entropy_weight algorithm.drop_zero_variance
+    algorithm.kl_estimator algorithm.reference_kl_weight algorithm.reference_kl_estimator
+    algorithm.entropy_weight algorithm.drop_zero_variance
     algorithm.max_staleness algorithm.too_old algorithm.order algorithm.updates_per_step
     algorithm.segment_weights.perception algorithm.segment_weights.reasoning
     algorithm.segment_weights.answer algorithm.entropy_weights.perception
@@ -120,7 +124,8 @@ DECIDES = """
     learner.learning_rate learner.weight_decay learner.betas learner.warmup_steps
     learner.max_grad_norm learner.freeze learner.rates learner.lora.rank learner.lora.alpha
     learner.lora.targets learner.lora.dropout
-    transfer.in_flight eval.problems eval.seed eval.samples eval.passes
+    transfer.in_flight eval.problems eval.seed eval.samples eval.passes eval.reader
+    eval.sampling.temperature eval.sampling.top_p eval.sampling.top_k eval.sampling.max_tokens
     sft.batch_size sft.learning_rate sft.warmup_steps sft.schedule sft.balance
     sft.perception_weight sft.blind_share sft.norm_every sft.norm_of sft.norm_smoothing
     sft.curriculum sft.curriculum_share sft.curriculum_weight sft.vision_warmup_steps
@@ -143,6 +148,19 @@ def fields(section: type[Section], at: str = "") -> Iterator[str]:
 def test_each_field_of_a_recipe_may_change_on_resuming_or_decides_what_is_learnt() -> None:
     every = list(fields(Recipe))
     assert sorted([*MAY_CHANGE, *DECIDES.split()]) == sorted(every)
+
+
+def test_more_epochs_go_on_beyond_the_steps_of_the_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3)
+    stored = (run / "recipe.toml").read_text()
+    of_data = re.sub(r"\[tasks.knobs\].*?\n\n", "\n\n", stored, flags=re.S)
+    of_data = of_data.replace('\nname = "sudoku"\n', '\nname = "sudoku"\ndata = "mine"\n', 1)
+    steps = "steps = 3\nepochs = 1\n"
+    (run / "recipe.toml").write_text(re.sub(r"\nsteps = \d+\n", f"\n{steps}", of_data, count=1))
+    (run / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="all 3 steps are done"):
+        resume(run)
+    assert resume(run, ["algorithm.epochs=2"])[0].algorithm.epochs == 2
 
 
 def test_only_what_leaves_the_experiment_alone_may_change(tmp_path: Path) -> None:
