@@ -9,8 +9,9 @@ from cluster.ablation.statistics import Estimate, PairedTest, Reach
 from cluster.record.table import finite
 
 ALL_TASKS = "all tasks"
-COMPARED = ("a", "a_p", "a_r")
-"""Accuracies that arms are compared by; others are in the table to compare by hand."""
+COMPARED = ("a", "a_p", "a_r", "sufficiency")
+"""Accuracies that arms are compared by; others are in the table to compare by hand. Not `used`: it
+is of other problems in each arm."""
 COUPLINGS = ("outcome_perception", "outcome_reasoning")
 SHARES = {
     "tokens": "sft/share/tokens/perception",

@@ -23,6 +23,8 @@ ACCURACIES: dict[str, tuple[str, Role]] = {
     "a": ("end to end", "answer"),
     "a_p": ("seeing", "perception"),
     "a_r": ("thinking, given p*", "reasoning"),
+    "sufficiency": ("seeing, by a text-only reader", "perception"),
+    "used": ("thinking, where enough is seen", "reasoning"),
 }
 CELLS = ("saw right, thought right", "saw right, thought wrong", "saw wrong, thought right",
          "saw wrong, thought wrong", "not judged")  # fmt: skip
@@ -196,7 +198,7 @@ def plane(metrics: Metrics, evaluation: Mapping[str, Any]) -> Chart:
 
 
 def change_chart(evaluation: Mapping[str, Any]) -> Chart:
-    """a, a_p and a_r of each task before and after, with intervals."""
+    """The accuracies of each task before and after, with intervals."""
     lines = [
         Line.of(
             metric if len(evaluation) == 1 else f"{task}  {metric}",

@@ -223,3 +223,23 @@ def _leaves(value: object) -> list[object]:
     if isinstance(value, list):
         return [leaf for below in value for leaf in _leaves(below)]
     return [value]
+
+
+def test_arms_are_compared_by_sufficiency_where_nobody_has_labels() -> None:
+    rng = np.random.default_rng(0)
+    rows, after = [], {}
+    for arm, share in (("outcome", 0.4), ("seeing", 0.7)):
+        after[arm] = (rng.random((3, 50)) < share).astype(float)
+        for seed, values in enumerate(after[arm]):
+            for step, answers in ((0, np.zeros(50)), (10, values)):
+                rows += [
+                    (f"{arm}-{seed}", arm, "", seed, step, "vqa", metric, f"q{i:02}", value, "")
+                    for metric in ("a", "sufficiency", "used")
+                    for i, value in enumerate(answers)
+                ]
+    found = summarise(as_results(rows), "?", ["outcome", "seeing"], None)
+    (compared,) = [c for c in found.comparisons if c.metric == "sufficiency"]
+    assert compared.difference == crossed_interval(after["seeing"] - after["outcome"], (-1, 1))
+    # Of `used` every arm has other problems.
+    assert {c.metric for c in found.comparisons} == {"a", "sufficiency"}
+    assert found.asymmetries == ()
