@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.core import DataError
-from tasks.files import user_cache
+from tasks.files import put_text, user_cache
 
 KINDS = (".parquet", ".arrow", ".jsonl", ".json")
 BATCH_ROWS = 256
@@ -40,7 +40,7 @@ class DataFile:
         """`sha256`: of its content, as `file_hash` tells."""
         self.file, self.sha256 = file, sha256
         self._is_json = file.suffix.lower() in (".json", ".jsonl")
-        self._arrow_files = _converted(file, sha256, self._is_json)
+        self._arrow_files = _arrow_files(file, sha256, self._is_json)
         self._table = self._mapped()
         self._touched = 0
 
@@ -90,9 +90,23 @@ class DataFile:
         return pa.concat_tables(tables)
 
 
-def _converted(file: Path, sha256: str, is_json: bool) -> list[str]:
+def _arrow_files(file: Path, sha256: str, is_json: bool) -> list[str]:
     """The Arrow files of a data file's rows, made where they are not there yet."""
-    import datasets  # over a second of imports, for those who have data
+    # As `datasets` would tell; asking it takes over a second and 70 MB of imports.
+    known = _cache_folder() / f"{sha256}{file.suffix.lower()}.json"
+    try:
+        found: list[str] = json.loads(known.read_text(encoding="utf-8"))
+        if all(Path(name).is_file() for name in found):
+            return found
+    except (OSError, ValueError):
+        pass
+    found = _converted(file, sha256, is_json)
+    put_text(known, json.dumps(found))
+    return found
+
+
+def _converted(file: Path, sha256: str, is_json: bool) -> list[str]:
+    import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.exceptions import DatasetGenerationError
     from datasets.packaged_modules.arrow.arrow import Arrow

@@ -113,6 +113,11 @@ def preflight(
             _ask_contract(index, source)
     ask_labels(recipe, command, fitting, say, draw=not dry_run)
     for source in fitting if command in ("train", "sft") else ():
+        if source.spec is None and len(source.test) < recipe.eval.problems:  # of `vqa` alone
+            say(
+                f"{source.label}: eval.problems = {recipe.eval.problems}, and {len(source.test)} "
+                "rows are held out: all are taken"
+            )
         if source.spec is not None and source.left_out:
             say(
                 f"task {source.label}: {source.left_out.total():,} problems did not fit the policy "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from cluster.recipe.machine import new_run_folder
-from cluster.recipe.problems import held_out
+from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe, UserError, resolved_toml
 from cluster.recipe.sections import EvalConfig, EvalSampling
 from cluster.record.evaluation import (
+    Change,
     EvalTable,
     before_after,
     change_table,
@@ -97,14 +98,47 @@ def run_data_eval(
         count = min(problems or len(source.test), len(source.test))
         chosen = recipe.eval.model_copy(update={"problems": count})
         recipe = recipe.model_copy(update={"eval": chosen})
-        extra = {p.id: p for p in held_out(source, seed, count)}
-        _require_columns(by, [*extra.values()])
+        _require_columns(by, held_out(source, seed, count))
         console.print(f"{count} problems; starting the sampler (vLLM) ...")
         with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
             tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=found.update)
-    table = tables[source.label]
+    made = keep(folder, recipe, source, tables[source.label], found, by, earlier)
+    if as_json:
+        kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        told = {"checkpoint": checkpoint, "folder": str(folder)} | kept[source.label]
+        print(json.dumps(told, indent=2))
+        return folder
+    console.print(made.table.table(f"{checkpoint} on {task.data_named}").to_rich())
+    for column, split in made.parts.items():
+        console.print(columns_table(split, column).to_rich())
+    if earlier:
+        console.print(change_table(made.changes, f"{against} and {folder}").to_rich())
+    return folder
+
+
+@dataclass(frozen=True)
+class Made:
+    """An evaluation, its parts by column and value, and what is other than in an earlier one."""
+
+    table: EvalTable
+    parts: Mapping[str, Mapping[str, EvalTable]]
+    changes: Sequence[Change]
+
+
+def keep(
+    folder: Path,
+    recipe: Recipe,
+    source: ProblemSource,
+    table: EvalTable,
+    found: Found,
+    by: Sequence[str] = (),
+    earlier: EvalTable | None = None,
+) -> Made:
+    """Write evaluation, responses and images, and what was compared, into a folder."""
+    problems = {g.problem.id: g.problem for g in found[source.label]["greedy"]}
+    values = {column: _values(problems, column) for column in by}
+    parts = {column: parts_of(table, of) for column, of in values.items()}
     told: dict[str, Any] = table.to_dict()
-    parts = {column: parts_of(table, _values(extra, column)) for column in by}
     told["by"] = {
         column: {value: [asdict(row) for row in part.rows] for value, part in split.items()}
         for column, split in parts.items()
@@ -114,21 +148,14 @@ def run_data_eval(
     if earlier:
         kept = {"before": earlier.to_dict(), "after": told}
         kept["change"] = {"rows": [asdict(row) for row in changes]}
-        _put_pairs(folder / "compared.parquet", earlier, table, extra, by)
     with Tracker(folder, resolved_toml(recipe)) as tracker:
         tracker.log_evaluation(0, {source.label: table})
         groups = [g for passes in found[source.label].values() for g in passes]
         tracker.log_rollouts(0, [_unscored(source.task, group) for group in groups])
-    put_text(folder / "evaluation.json", json.dumps({source.label: kept}, indent=1))
-    if as_json:
-        print(json.dumps({"checkpoint": checkpoint, "folder": str(folder)} | kept, indent=2))
-        return folder
-    console.print(table.table(f"{checkpoint} on {task.data_named}").to_rich())
-    for column, split in parts.items():
-        console.print(columns_table(split, column).to_rich())
     if earlier:
-        console.print(change_table(changes, f"{against} and {folder}").to_rich())
-    return folder
+        _put_pairs(folder / "compared.parquet", earlier, table, values)
+    put_text(folder / "evaluation.json", json.dumps({source.label: kept}, indent=1))
+    return Made(table, parts, changes)
 
 
 def read_evaluation(folder: Path) -> EvalTable:
@@ -166,17 +193,12 @@ def _values(problems: Mapping[str, Problem], column: str) -> dict[str, str]:
 
 
 def _put_pairs(
-    file: Path,
-    before: EvalTable,
-    after: EvalTable,
-    problems: Mapping[str, Problem],
-    by: Sequence[str],
+    file: Path, before: EvalTable, after: EvalTable, values: Mapping[str, Mapping[str, str]]
 ) -> None:
     """A row a problem that both evaluations have: each metric before and after."""
     shared = [m for m in after.per_problem if m in before.per_problem and "defect/" not in m]
-    columns = {column: _values(problems, column) for column in by}
     rows = [
-        {"problem_id": name, **{column: values[name] for column, values in columns.items()}}
+        {"problem_id": name, **{column: of[name] for column, of in values.items()}}
         | {
             f"{metric} {when}": table.per_problem[metric].get(name)
             for metric in shared

@@ -201,3 +201,10 @@ def test_a_dry_run_tells_what_is_held_out(
     assert run(monkeypatch, "train", str(tmp_path / "x.toml"), "--dry-run", *settings) == 0
     printed = capsys.readouterr().out
     assert "# note: tasks[0].data: nothing is held out by name" in printed
+
+
+def test_fewer_held_out_rows_than_asked_for_are_all_taken(data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    (ready,) = preflight(wanted(tmp_path, data, "eval.problems=512"), "train", told.append).sources
+    assert len(held_out(ready, 0, 512)) == 4
+    assert "vqa: eval.problems = 512, and 4 rows are held out: all are taken" in told
