@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cluster.measure_cli import Address, AsJson, diagnose, evaluate
 from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
 from cluster.record.terminal import as_written
@@ -42,10 +43,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one field: learner.ranks=2"),
 ]
-Address = Annotated[
-    str | None,
-    typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster; without it, one of its own"),
-]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -53,17 +50,6 @@ DryRun = Annotated[
     ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
-AskReader = Annotated[
-    str,
-    typer.Option(
-        "--reader", metavar="CHECKPOINT", help="A text-only model to ask: sufficiency and used"
-    ),
-]
-ReaderPlace = Annotated[
-    Literal["prompt", "prefix"],
-    typer.Option(help="Where --reader finds a perception (eval.reader_place)"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -165,134 +151,8 @@ def sft(
     run_sft(wanted, address=address, output=output, resumed=resumed)
 
 
-@app.command(name="eval")
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A folder with a policy, or a hub name")],
-    task: Annotated[
-        str, typer.Option(help="sudoku, graph_coloring or module:Class; with --data, vqa")
-    ] = "",
-    data: Annotated[
-        str,
-        typer.Option(help="A file, folder or hub name: questions of your own, all by default"),
-    ] = "",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A knob: blanks=8; with --data a field: form=boxed"
-        ),
-    ] = None,
-    problems: Annotated[
-        int | None, typer.Option(min=1, help="How many held-out problems [512; of --data all]")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Responses a problem for avg@k, pass@k and maj@k")
-    ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems")] = 1234567,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="A recipe whose [model], [sampler] and [eval.sampling] to run with; with --data "
-            "its vqa entry too"
-        ),
-    ] = None,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="With --data: numbers by what rows say; repeatable"),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(help="With --data: another evaluation's folder, compared by problem"),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="A file for the JSON; with --data the folder")
-    ] = None,
-    reader: AskReader = "",
-    reader_place: ReaderPlace = "prompt",
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """Measure end-to-end, perception and reasoning accuracy on held-out problems, or on a file."""
-    from cluster.recipe.machine import require_free
-    from cluster.recipe.recipe import data_task, load_recipe, task_of
-    from cluster.start import refuse
-    from rollout.models import require_model
-
-    refuse(not (task or data), "eval: give --task, or --data with questions of your own")
-    refuse(not data and bool(by or against), "--by, --against: they go with --data")
-    if output:
-        require_free(output, "--output")
-        output.parent.mkdir(parents=True, exist_ok=True)  # now, not after the evaluation
-    like = load_recipe(recipe) if recipe else None
-    chosen = data_task(data, task, set_ or (), like) if data else task_of(task, set_ or ())
-    require_model(checkpoint)
-    if data:
-        from cluster.report.run_report import draw_report
-        from cluster.run.evaluate_data import run_data_eval
-
-        folder = run_data_eval(
-            checkpoint,
-            chosen,
-            problems=problems,
-            samples=samples,
-            seed=seed,
-            by=by or (),
-            against=against,
-            output=output,
-            as_json=as_json,
-            address=address,
-            like=like,
-            reader=reader,
-            reader_place=reader_place,
-        )
-        draw_report(folder)
-        return
-    from cluster.run.evaluate import run_eval
-
-    run_eval(
-        checkpoint,
-        task=chosen,
-        problems=problems or 512,
-        samples=samples,
-        seed=seed,
-        as_json=as_json,
-        output=output,
-        address=address,
-        like=like,
-        reader=reader,
-        reader_place=reader_place,
-    )
-
-
-@app.command()
-def diagnose(
-    run: Annotated[Path, typer.Argument(help="A run folder, as `equipoise train` printed it")],
-    rescore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TERM[={JSON}]",
-            help='Judge a further term on the stored rollouts: format={"default": 0.5}; repeatable',
-        ),
-    ] = None,
-    reader: AskReader = "",
-    reader_place: ReaderPlace = "prompt",
-    as_json: AsJson = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown tables and nothing else")
-    ] = False,
-    address: Address = None,
-) -> None:
-    """Say what a stored run's rewards taught, and which reward terms can be trusted."""
-    from cluster.start import refuse
-
-    refuse(as_json and markdown, "--json and --markdown: choose one")
-    from cluster.report.diagnose import run_diagnose
-
-    readings = None
-    if reader:
-        from cluster.run.reading import read_run
-
-        readings = read_run(run, expanded(reader), reader_place, address)
-    run_diagnose(run, rescore or (), as_json, markdown, reader, readings)
+app.command(name="eval")(evaluate)
+app.command()(diagnose)
 
 
 @app.command()
