@@ -185,7 +185,7 @@ def _at_once(said: str, gold: str) -> bool | None:
 
 
 def _spelled_out(text: str) -> list[str]:
-    return [word for word in _WORD.findall(normal(text)) if word not in _FUNCTIONS]
+    return sorted(word for word in _WORD.findall(normal(text)) if word not in _FUNCTIONS)
 
 
 def _alike(pairs: Sequence[tuple[str, str]]) -> list[bool]:
