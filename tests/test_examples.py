@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 from tasks.checkers import CHECKERS, Gold
+from tasks.free_text import parse_free
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "charts"
 COLOURS = {"red": (208, 48, 48), "green": (48, 160, 48), "blue": (48, 80, 208),
@@ -36,6 +37,11 @@ def made() -> Any:
 def rows_of(made: Any, kind: str, count: int = 40) -> list[Any]:
     rng = np.random.default_rng(1)
     return [made[kind](rng) for _ in range(count)]
+
+
+def is_right(row: Any, said: str) -> bool:
+    gold = Gold((row.question.gold,), row.question.choices)
+    return CHECKERS[row.question.verifier].right(said, gold)
 
 
 def coloured(image: bytes, name: str) -> np.ndarray:
@@ -61,7 +67,7 @@ def test_scenes_hold_what_their_labels_and_answers_say(made: Any) -> None:
     asked = set()
     for row in rows_of(made, "scene", 150):
         found = counted(row.images[0])
-        told = dict(line.rsplit(" ", 1) for line in row.perception.split("\n"))
+        told = dict(line.rsplit(" ", 1) for line in row.seen.split("\n"))
         assert {f"{c} {s}": str(len(cells)) for (c, s), cells in found.items()} == told
         by_colour = Counter({c: 0 for c in COLOURS})
         for (colour, _), cells in found.items():
@@ -76,47 +82,51 @@ def test_scenes_hold_what_their_labels_and_answers_say(made: Any) -> None:
             (row_at, column_at), = (
                 cell for (c, _), cells in found.items() if c == colour for cell in cells
             )  # fmt: skip
-            answer = row.answer
+            answer = row.question.gold
             truth = [column_at * 16, row_at * 16, column_at * 16 + 16, row_at * 16 + 16]
             assert CHECKERS["box"].graded(str(truth), Gold((answer,))) > 0.5
             continue
         if words.startswith("Are there"):
             truth_text = "yes" if discs > total - discs else "no"
         elif words.startswith("Which colour"):
-            truth_text = "ABCD"[row.choices.index(by_colour.most_common(1)[0][0])]
+            truth_text = "ABCD"[row.question.choices.index(by_colour.most_common(1)[0][0])]
         elif words.startswith("What share"):
             truth_text = str(Fraction(by_colour[colour], total))
         elif "discs" in words or "squares" in words:
             truth_text = str(discs if "discs" in words else total - discs)
         else:
             truth_text = str(by_colour[colour] if colour else total)
-        assert CHECKERS[row.verifier].right(truth_text, Gold((row.answer,), row.choices)), row
+        assert CHECKERS[row.question.verifier].right(
+            truth_text, Gold((row.question.gold,), row.question.choices)
+        ), row
     assert len(asked) >= 5
 
 
 def test_bars_are_as_high_as_they_say(made: Any) -> None:
     for row in rows_of(made, "bars", 20):
-        told = dict(line.split() for line in row.perception.split("\n"))
+        told = dict(line.split() for line in row.seen.split("\n"))
         high = {name: round(coloured(row.images[0], name).any(axis=1).sum() / 6.4) for name in told}
         assert high == {name: int(height) for name, height in told.items()}
         names = re.findall("|".join(COLOURS), row.problem.partition("?")[0])
-        if row.verifier == "number":
-            assert int(row.answer) == sum(high[name] for name in names)
-        elif row.verifier == "choice":
-            assert row.choices["ABCD".index(row.answer)] == max(high, key=high.__getitem__)
+        if row.question.verifier == "number":
+            assert int(row.question.gold) == sum(high[name] for name in names)
+        elif row.question.verifier == "choice":
+            assert row.question.choices["ABCD".index(row.question.gold)] == max(
+                high, key=high.__getitem__
+            )
         else:
-            assert row.answer == min(high, key=high.__getitem__)
+            assert row.question.gold == min(high, key=high.__getitem__)
 
 
 def test_shares_of_a_pie_are_shares_of_its_pixels(made: Any) -> None:
     for row in rows_of(made, "pie", 20):
-        told = dict(line.split() for line in row.perception.split("\n"))
+        told = dict(line.split() for line in row.seen.split("\n"))
         areas = {name: coloured(row.images[0], name).sum() for name in told}
         for name, share in told.items():
             assert abs(areas[name] / sum(areas.values()) - int(share) / 8) < 0.03
         name = re.findall("|".join(COLOURS), row.problem)[0]
         asked = Fraction(int(told[name]), 8) * (8 if "eighths" in row.problem else 1)
-        assert CHECKERS[row.verifier].right(str(asked), Gold((row.answer,)))
+        assert is_right(row, str(asked))
 
 
 def test_the_highest_point_of_a_line_is_where_its_highest_pixel_is(made: Any) -> None:
@@ -124,17 +134,17 @@ def test_the_highest_point_of_a_line_is_where_its_highest_pixel_is(made: Any) ->
     for row in rows_of(made, "line", 20):
         pixels = np.asarray(Image.open(io.BytesIO(row.images[0])).convert("L"))
         y, x = np.argwhere(pixels < 100)[0]
-        kinds.add(row.verifier)
-        if row.verifier == "point":
-            assert CHECKERS["point"].right(f"({x}, {y})", Gold((row.answer,)))
-        elif row.verifier == "number":
-            assert int(row.answer) == x // (64 / 5) + 1
+        kinds.add(row.question.verifier)
+        if row.question.verifier == "point":
+            assert CHECKERS["point"].right(f"({x}, {y})", Gold((row.question.gold,)))
+        elif row.question.verifier == "number":
+            assert int(row.question.gold) == x // (64 / 5) + 1
     assert kinds == {"point", "number", "text"}
 
 
 def test_tables_and_pairs_of_them_answer_from_what_they_show(made: Any) -> None:
     for row in rows_of(made, "table"):
-        cells = [[int(cell) for cell in line.split()] for line in row.perception.split("\n")]
+        cells = [[int(cell) for cell in line.split()] for line in row.seen.split("\n")]
         asked = [int(n) - 1 for n in re.findall(r"\d+", row.problem.partition("?")[0])]
         if "column" in row.problem:
             truth = str(cells[asked[0]][asked[1]])
@@ -146,14 +156,16 @@ def test_tables_and_pairs_of_them_answer_from_what_they_show(made: Any) -> None:
             truth = str(Fraction(sum(cells[asked[0]]), 4))
         else:
             best = max(range(4), key=lambda n: sum(cells[n]))
-            truth = "ABCD"[row.choices.index(f"row {best + 1}")]
-        assert CHECKERS[row.verifier].right(truth, Gold((row.answer,), row.choices)), row
+            truth = "ABCD"[row.question.choices.index(f"row {best + 1}")]
+        assert CHECKERS[row.question.verifier].right(
+            truth, Gold((row.question.gold,), row.question.choices)
+        ), row
     for row in rows_of(made, "pair"):
         assert row.problem.count("<image>") == len(row.images) == 2
         if "changed" in row.problem:
             one, other = (np.asarray(Image.open(io.BytesIO(i)).convert("L")) for i in row.images)
             cells = (one != other).reshape(4, 16, 4, 16).any(axis=(1, 3))
-            assert int(row.answer) == cells.sum()
+            assert int(row.question.gold) == cells.sum()
 
 
 def test_the_files_are_as_people_have_them_and_the_same_for_a_seed(
@@ -197,7 +209,15 @@ def test_a_whole_data_set_has_all_kinds_and_checkers_and_no_picture_twice(made: 
     finally:
         made["draw"].__globals__["KINDS"] = whole
     assert sum(weight for _, weight in whole) == pytest.approx(1)
-    assert {row.verifier for row in rows} == {"number", "expression", "choice", "text", "box"}
+    assert {row.question.verifier for row in rows} == {
+        "number",
+        "expression",
+        "choice",
+        "text",
+        "box",
+    }
     shown = [row.images or row.problem for row in rows]
     assert len(set(shown)) == len(shown) == 1500
     assert {len(row.images) for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert is_right(row, parse_free(row.response, "segments").answer), row

@@ -13,8 +13,17 @@
 | `verifier` | the checker: number, expression, choice, text, box or point |
 | `choices` | the options' texts, where the question has some |
 | `category` | bars, line, pie, table, scene, geometry, pair or text |
-| `perception` | what a perfect reader of the image would write down; "" in most rows |
+| `perception` | what a perfect reader of the images would write down; "" in most rows |
+| `response` | a whole right response in Equipoise's tags, for SFT |
 | `id` | |
+
+A recipe reads them with
+
+    [[tasks]]
+    name = "vqa"
+    data = "examples/charts/data"
+    checker = { column = "verifier" }
+    columns = { choices = "choices" }
 
 No picture is in both files. The pictures are small and plain, so that a tiny policy, whose vision
 tower sees 16 tokens of each, can learn to read them; the same seed draws the same rows.
@@ -25,11 +34,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pictures import CELL, CELLS, COLOURS, SIDE, Scene, digits, painted, plotted, sketched
@@ -45,21 +54,41 @@ HERE = Path(__file__).resolve().parent
 Rng = np.random.Generator
 
 
+class Question(NamedTuple):
+    """What is asked, the gold, its checker, how one gets there, and what a right answer writes."""
+
+    words: str
+    gold: str
+    verifier: str
+    why: str
+    choices: tuple[str, ...] = ()
+    said: str = ""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One problem."""
+    """One problem; `seen` is what a perfect reader of the images would write down."""
 
     category: str
-    problem: str
-    answer: str
-    verifier: str
+    question: Question
+    seen: str
     images: tuple[bytes, ...] = ()
-    perception: str = ""
-    choices: tuple[str, ...] = ()
+    labelled: bool = True
 
+    @property
+    def problem(self) -> str:
+        """The words, with the images before them unless they say where."""
+        words = self.question.words
+        return words if "<image>" in words else "<image>" * len(self.images) + words
 
-# What a question asks: its words, the gold, the checker and the options.
-Question = tuple[str, str, str, tuple[str, ...]]
+    @property
+    def response(self) -> str:
+        """A whole right one."""
+        said = self.question.said or self.question.gold
+        return (
+            f"<perception>\n{self.seen}\n</perception>\n<reasoning>\n{self.question.why}\n"
+            f"</reasoning>\n<answer>\n{said}\n</answer>"
+        )
 
 
 def bars(rng: Rng) -> Row:
@@ -68,13 +97,15 @@ def bars(rng: Rng) -> Row:
     heights = (rng.permutation(9)[: len(names)] + 1).tolist()
     high = dict(zip(names, heights, strict=True))
     one, other = pick(rng, names, 2)
-    ordered = sorted(names, key=high.__getitem__)
+    low, *_, top = sorted(names, key=high.__getitem__)
+    both = high[one] + high[other]
+    sum_of_both = f"{high[one]} + {high[other]} = {both}"
     question = choose(
         rng,
-        (f"How high is the {one} bar?", str(high[one]), "number", ()),
-        (f"How high are {one} and {other} together?", str(high[one] + high[other]), "number", ()),
-        choice(rng, "Which bar is the highest?", names, ordered[-1]),
-        ("What colour is the lowest bar?", ordered[0], "text", ()),
+        Question(f"How high is the {one} bar?", str(high[one]), "number", f"{one} {high[one]}"),
+        Question(f"How high are {one} and {other} together?", str(both), "number", sum_of_both),
+        choice(rng, "Which bar is the highest?", names, top, f"{top} {high[top]}"),
+        Question("What colour is the lowest bar?", low, "text", f"{low} {high[low]}"),
     )
     picture = plotted(
         lambda axes: axes.bar(
@@ -82,30 +113,29 @@ def bars(rng: Rng) -> Row:
         ),
         (-0.5, len(names) - 0.5),
     )
-    return row("bars", question, (picture,), "\n".join(f"{n} {high[n]}" for n in names))
+    return Row("bars", question, "\n".join(f"{n} {high[n]}" for n in names), (picture,))
 
 
 def line(rng: Rng) -> Row:
     """A line over five steps, with one highest and one lowest point."""
-    heights = (rng.permutation(9)[:5] + 0.5).tolist()
-    top = int(np.argmax(heights))
+    heights = (rng.permutation(9)[:5] + 1).tolist()
+    top = heights.index(max(heights))
     # Pixels: the axes fill the picture, from -0.5 to 4.5 and from 0 to 10.
-    x, y = (top + 0.5) * SIDE / 5, SIDE - heights[top] * SIDE / 10
-    near = [round(edge) for edge in (x - 6, y - 6, x + 6, y + 6)]
+    x, y = round((top + 0.5) * SIDE / 5), round(SIDE - heights[top] * SIDE / 10)
+    near = listed((x - 6, y - 6, x + 6, y + 6))
     step = int(rng.integers(1, 5))
+    turn = "rise" if heights[step] > heights[step - 1] else "fall"
+    why = f"step {top + 1} is {heights[top]}"
+    asked = f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?"
+    where = "Where is the highest point? Answer (x, y) in pixels of 64."
     question = choose(
         rng,
-        ("The line has steps 1 to 5. At which is it highest?", str(top + 1), "number", ()),
-        ("Where is the highest point? Answer (x, y) in pixels of 64.", listed(near), "point", ()),
-        (
-            f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?",
-            "rise" if heights[step] > heights[step - 1] else "fall",
-            "text",
-            (),
-        ),
+        Question("The line has steps 1 to 5. At which is it highest?", str(top + 1), "number", why),
+        Question(where, near, "point", why, said=f"({x}, {y})"),
+        Question(asked, turn, "text", f"from {heights[step - 1]} to {heights[step]}"),
     )
     picture = plotted(lambda axes: axes.plot(heights, color="#202020", linewidth=2), (-0.5, 4.5))
-    return row("line", question, (picture,))
+    return Row("line", question, spaced(heights), (picture,))
 
 
 def pie(rng: Rng) -> Row:
@@ -113,18 +143,19 @@ def pie(rng: Rng) -> Row:
     names = pick(rng, NAMES, int(rng.integers(2, 4)))
     cuts = np.sort(rng.permutation(7)[: len(names) - 1] + 1).tolist()
     shares = [b - a for a, b in zip([0, *cuts], [*cuts, 8], strict=True)]
-    one = int(rng.integers(len(names)))
+    name, share = choose(rng, *zip(names, shares, strict=True))
+    why = f"{name} {share} of 8"
     question = choose(
         rng,
-        (f"What share of the pie is {names[one]}?", fraction(shares[one], 8), "expression", ()),
-        (f"How many eighths of the pie are {names[one]}?", str(shares[one]), "number", ()),
+        Question(f"What share of the pie is {name}?", fraction(share, 8), "expression", why),
+        Question(f"How many eighths of the pie are {name}?", str(share), "number", why),
     )
     colours = [COLOURS[name] for name in names]
     picture = plotted(
         lambda axes: axes.pie(shares, colors=colours, radius=1.2, startangle=90), None
     )
     seen = "\n".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
-    return row("pie", question, (picture,), seen)
+    return Row("pie", question, seen, (picture,))
 
 
 def table(rng: Rng) -> Row:
@@ -133,17 +164,19 @@ def table(rng: Rng) -> Row:
     r, c = (int(place) for place in rng.integers(CELLS, size=2))
     sums = cells.sum(axis=1).tolist()
     rows = tuple(f"row {n + 1}" for n in range(CELLS))
+    shown, added = spaced(cells[r]), f"{' + '.join(map(str, cells[r]))} = {sums[r]}"
+    what, mean = f"What is in row {r + 1}, column {c + 1}?", fraction(sums[r], CELLS)
+    largest = f"What is the largest number in row {r + 1}?"
     questions = [
-        (f"What is in row {r + 1}, column {c + 1}?", str(cells[r, c]), "number", ()),
-        (f"What do the numbers of row {r + 1} add up to?", str(sums[r]), "number", ()),
-        (f"What is the largest number in row {r + 1}?", str(cells[r].max()), "number", ()),
-        (f"What is the mean of row {r + 1}?", fraction(sums[r], CELLS), "expression", ()),
+        Question(what, str(cells[r, c]), "number", shown),
+        Question(f"What do the numbers of row {r + 1} add up to?", str(sums[r]), "number", added),
+        Question(largest, str(cells[r].max()), "number", shown),
+        Question(f"What is the mean of row {r + 1}?", mean, "expression", f"{added}\n{sums[r]}/4"),
     ]
     if sums.count(max(sums)) == 1:
         best = rows[sums.index(max(sums))]
-        questions.append(choice(rng, "Which row has the largest sum?", rows, best))
-    seen = "\n".join(" ".join(map(str, line)) for line in cells.tolist())
-    return row("table", choose(rng, *questions), (digits(cells),), seen)
+        questions.append(choice(rng, "Which row has the largest sum?", rows, best, spaced(sums)))
+    return Row("table", choose(rng, *questions), grid(cells), (digits(cells),))
 
 
 def scene(rng: Rng) -> Row:
@@ -153,95 +186,90 @@ def scene(rng: Rng) -> Row:
     shapes = [shape for _, shape in shown.values()]
     one, shape = choose(rng, *NAMES), choose(rng, *SHAPES)
     counts = {name: colours.count(name) for name in NAMES}
-    questions: list[Question] = [
-        (f"How many {one} shapes are there?", str(counts[one]), "number", ()),
-        (f"How many {shape}s are there?", str(shapes.count(shape)), "number", ()),
-        ("How many shapes are there?", str(len(shown)), "number", ()),
-        (
-            f"What share of the shapes is {one}?",
-            fraction(counts[one], len(shown)),
-            "expression",
-            (),
-        ),
-        (
-            "Are there more discs than squares?",
-            "yes" if shapes.count("disc") > shapes.count("square") else "no",
-            "text",
-            (),
-        ),
+    discs, total = shapes.count("disc"), len(shown)
+    compared = f"disc {discs}, square {total - discs}"
+    more = "yes" if discs > total - discs else "no"
+    share, of = fraction(counts[one], total), f"{one} {counts[one]} of {total}"
+    shaped = str(shapes.count(shape))
+    questions = [
+        Question(f"How many {one} shapes are there?", str(counts[one]), "number", of),
+        Question(f"How many {shape}s are there?", shaped, "number", compared),
+        Question("How many shapes are there?", str(total), "number", compared),
+        Question(f"What share of them is {one}?", share, "expression", of),
+        Question("Are there more discs than squares?", more, "text", compared),
     ]
     most = [name for name in NAMES if counts[name] == max(counts.values())]
     if len(most) == 1:
-        questions.append(choice(rng, "Which colour is there most of?", NAMES, most[0]))
+        why = f"{most[0]} {counts[most[0]]}"
+        questions.append(choice(rng, "Which colour is there most of?", NAMES, most[0], why))
     if places := [place for place, (colour, _) in shown.items() if counts[colour] == 1]:
         r, c = choose(rng, *places)
-        edges = [c * CELL + 2, r * CELL + 2, (c + 1) * CELL - 2, (r + 1) * CELL - 2]
+        box = listed((c * CELL + 2, r * CELL + 2, (c + 1) * CELL - 2, (r + 1) * CELL - 2))
         words = f"Where is the {shown[r, c][0]} shape? Answer [x1, y1, x2, y2] in pixels of 64."
-        questions.append((words, listed(edges), "box", ()))
-    return row("scene", choose(rng, *questions), (painted(shown),), told(shown))
+        questions.append(Question(words, box, "box", f"row {r + 1}, column {c + 1}"))
+    return Row("scene", choose(rng, *questions), told(shown), (painted(shown),))
 
 
 def geometry(rng: Rng) -> Row:
     """A right triangle or a rectangle with its sides written beside it."""
     a, b = (int(side) for side in rng.integers(2, 10, size=2))
-    triangle = bool(rng.integers(2))
-    long = math.isqrt(a * a + b * b)
-    slant = str(long) if long**2 == a * a + b * b else rf"\sqrt{{{a * a + b * b}}}"
-    if triangle:
-        question = choose(
-            rng,
-            ("What is the area of the triangle?", fraction(a * b, 2), "expression", ()),
-            ("How long is the longest side of the triangle?", slant, "expression", ()),
-        )
-    else:
-        question = choose(
-            rng,
-            ("What is the area of the rectangle?", str(a * b), "number", ()),
-            ("What is the perimeter of the rectangle?", str(2 * (a + b)), "number", ()),
-            ("How long is the diagonal of the rectangle?", slant, "expression", ()),
-        )
-    seen = f"{'triangle' if triangle else 'rectangle'} {a} {b}"
-    return row("geometry", question, (sketched(a, b, triangle, choose(rng, *NAMES)),), seen)
+    figure = choose(rng, "triangle", "rectangle")
+    square = a * a + b * b
+    slant = str(math.isqrt(square)) if math.isqrt(square) ** 2 == square else rf"\sqrt{{{square}}}"
+    squares, around = f"{a}*{a} + {b}*{b} = {square}", str(2 * (a + b))
+    triangle = (
+        Question("What is the area?", fraction(a * b, 2), "expression", f"{a}*{b} = {a * b}, half"),
+        Question("How long is the longest side?", slant, "expression", squares),
+    )
+    rectangle = (
+        Question("What is the area?", str(a * b), "number", f"{a}*{b} = {a * b}"),
+        Question("What is the perimeter?", around, "number", f"{a} + {b} = {a + b}, twice"),
+        Question("How long is the diagonal?", slant, "expression", squares),
+    )
+    question = choose(rng, *(triangle if figure == "triangle" else rectangle))
+    picture = sketched(a, b, figure == "triangle", choose(rng, *NAMES))
+    return Row("geometry", question, f"{figure} {a} {b}", (picture,))
 
 
 def pair(rng: Rng) -> Row:
     """Two scenes, or two tables that differ in some cells."""
     if rng.integers(2):
-        first, second = scattered(rng), scattered(rng)
+        scenes = scattered(rng), scattered(rng)
         shape, one = choose(rng, *SHAPES), choose(rng, *NAMES)
-        here, there = (sum(s == shape for _, s in shown.values()) for shown in (first, second))
-        both = sum(c == one for shown in (first, second) for c, _ in shown.values())
-        questions: list[Question] = [
-            (f"<image><image>How many {one} shapes are in both pictures?", str(both), "number", ())
-        ]
+        here, there = (sum(s == shape for _, s in shown.values()) for shown in scenes)
+        reds = [sum(c == one for c, _ in shown.values()) for shown in scenes]
+        words, both = f"<image><image>How many {one} shapes are in both pictures?", sum(reds)
+        questions = [Question(words, str(both), "number", f"{reds[0]} + {reds[1]} = {both}")]
         if here != there:
-            more = "first" if here > there else "second"
             words = f"<image><image>Which picture has more {shape}s?"
-            questions.append(choice(rng, words, ("first", "second"), more))
-        return row("pair", choose(rng, *questions), (painted(first), painted(second)))
+            more, why = "first" if here > there else "second", f"{here} and {there}"
+            questions.append(choice(rng, words, ("first", "second"), more, why))
+        seen, pictures = "\nthen\n".join(map(told, scenes)), tuple(map(painted, scenes))
+        return Row("pair", choose(rng, *questions), seen, pictures)
     cells = rng.integers(1, 10, size=(CELLS, CELLS))
     changed, count = cells.copy(), int(rng.integers(1, 5))
     for place in rng.permutation(CELLS**2)[:count]:
         changed.flat[place] = cells.flat[place] % 9 + 1
     words = "Before: <image> After: <image> How many numbers have changed?"
-    return row("pair", (words, str(count), "number", ()), (digits(cells), digits(changed)))
+    by_row = spaced((cells != changed).sum(axis=1))
+    seen = f"{grid(cells)}\nthen\n{grid(changed)}"
+    pictures = digits(cells), digits(changed)
+    return Row("pair", Question(words, str(count), "number", f"by row {by_row}"), seen, pictures)
 
 
 def text(rng: Rng) -> Row:
-    """A question without an image."""
+    """A question without an image, and so without a label of what is seen."""
     a, b = (int(n) for n in rng.permutation(60)[:2] + 2)
-    over, under = sorted((a, b))
-    return row(
-        "text",
-        choose(
-            rng,
-            (f"What is {a} + {b}?", str(a + b), "number", ()),
-            (f"What is {under} - {over}?", str(under - over), "number", ()),
-            (f"Reduce {over}/{under}.", fraction(over, under), "expression", ()),
-            choice(rng, "Which number is larger?", (str(a), str(b)), str(under)),
-        ),
-        (),
+    low, high = sorted((a, b))
+    reduced = fraction(low, high)
+    question = choose(
+        rng,
+        Question(f"What is {a} + {b}?", str(a + b), "number", f"{a} + {b} = {a + b}"),
+        Question(f"What is {high} - {low}?", str(high - low), "number", f"{low} from {high}"),
+        Question(f"Reduce {low}/{high}.", reduced, "expression", f"by {math.gcd(low, high)}"),
+        choice(rng, "Which number is larger?", (str(a), str(b)), str(high), f"{low} and {high}"),
     )
+    return Row("text", question, "no image", labelled=False)
 
 
 KINDS: tuple[tuple[Callable[[Rng], Row], float], ...] = (
@@ -265,7 +293,7 @@ def draw(count: int, seed: int) -> list[Row]:
         else:
             raise SystemExit(f"make.py: no {count} rows that differ; ask for fewer")
         labelled = rng.random() < LABELLED
-        found[key] = made if labelled else replace(made, perception="")
+        found[key] = replace(made, labelled=made.labelled and labelled)
     return list(found.values())
 
 
@@ -275,39 +303,32 @@ def write(rows: Sequence[Row], path: Path, first: int) -> None:
 
     disable_progress_bars()
 
-    words = {name: Value("string") for name in ("problem", "answer", "verifier", "category")}
-    features = Features(
-        {"id": Value("string"), "images": Sequence(Image()), **words,
-         "choices": Sequence(Value("string")), "perception": Value("string")}
-    )  # fmt: skip
     records = [
         {
             "id": f"charts-{first + n:05}",
-            "images": [{"bytes": image, "path": None} for image in made.images],
-            "choices": list(made.choices),
-            "perception": made.perception,
-            **{name: getattr(made, name) for name in words},
+            "images": [{"bytes": image, "path": None} for image in row.images],
+            "problem": row.problem,
+            "answer": row.question.gold,
+            "verifier": row.question.verifier,
+            "choices": list(row.question.choices),
+            "category": row.category,
+            "perception": row.seen if row.labelled else "",
+            "response": row.response,
         }
-        for n, made in enumerate(rows)
+        for n, row in enumerate(rows)
     ]
+    lists = {"images": Sequence(Image()), "choices": Sequence(Value("string"))}
+    features = Features({name: lists.get(name, Value("string")) for name in records[0]})
     path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records, features=features).to_parquet(path)
 
 
-def row(category: str, question: Question, images: tuple[bytes, ...], perception: str = "") -> Row:
-    """A question about images, which stand before it unless it says where."""
-    words, answer, verifier, choices = question
-    if "<image>" not in words:
-        words = "<image>" * len(images) + words
-    return Row(category, words, answer, verifier, images, perception, choices)
-
-
-def choice(rng: Rng, words: str, options: Sequence[str], right: str) -> Question:
+def choice(rng: Rng, words: str, options: Sequence[str], right: str, why: str) -> Question:
     """A question with its options in any order, whose gold is a letter."""
     shown = pick(rng, options, len(options))
     letters = "ABCD"[: len(shown)]
     listing = " ".join(f"({a}) {option}" for a, option in zip(letters, shown, strict=True))
-    return f"{words} {listing}", letters[shown.index(right)], "choice", shown
+    return Question(f"{words} {listing}", letters[shown.index(right)], "choice", why, shown)
 
 
 def choose(rng: Rng, *options: Any) -> Any:
@@ -328,9 +349,19 @@ def fraction(over: int, under: int) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def listed(numbers: Sequence[float]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     """A JSON list."""
-    return f"[{', '.join(f'{number:g}' for number in numbers)}]"
+    return f"[{', '.join(map(str, numbers))}]"
+
+
+def spaced(numbers: Iterable[int]) -> str:
+    """Numbers as in a row of a table."""
+    return " ".join(map(str, numbers))
+
+
+def grid(cells: np.ndarray) -> str:
+    """A table as text."""
+    return "\n".join(map(spaced, cells.tolist()))
 
 
 def scattered(rng: Rng) -> Scene:
