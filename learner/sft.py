@@ -45,7 +45,7 @@ class Demonstrator:
             )
         field = "prompt"
         where = f"image of problem {problem.id}"
-        sizes = tuple(check_image(image, where).size for image in problem.images)
+        sizes = tuple((0, 0) if blind else check_image(i, where).size for i in problem.images)
         try:
             prompt, field = self._prompt(problem.prompt, sizes, blind), "response"
             ids = self._chat.text(response)
