@@ -63,7 +63,7 @@ def graft(
     from learner.graft import graft
 
     _tell(out, graft(language, tower, out, seed))
-    print("language stays as it was; vision and merger are in README.md: what is new has to learn")
+    print("the language model is as it was; what is new is untrained, and is listed in README.md")
 
 
 def _require_free(out: Path) -> None:

@@ -146,6 +146,19 @@ def test_a_recipe_takes_it(grafted: Any, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
 
 
+def test_the_command_says_what_is_new(tmp_path: Path) -> None:
+    source, out = write_text_model("qwen3", tmp_path / "text"), tmp_path / "vlm"
+    command = ["models", "graft", "--language", str(source), "--tower", "tiny", "--out", str(out)]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
+    sizes = graft(str(source), "tiny", tmp_path / "again")
+    for name, size in sizes.items():
+        assert f"{name.replace('_', ' ')} {size:,}" in ran.output
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+    assert CliRunner().invoke(app, command).exit_code != 0  # the folder is taken
+
+
 @pytest.mark.parametrize(("kind", "seer"), [("llama", "siglip"), ("qwen2", "internvl")])
 def test_a_tower_of_a_folder_is_taken_over(
     kind: str, seer: str, tmp_path: Path, tiny_models: dict[str, Path]
