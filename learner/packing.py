@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -152,7 +153,7 @@ def attend_within_stretches(model: Any) -> None:
     if kernel not in KERNELS:
         raise ModelError(
             f"{kernel} attention does not take packed rows; write learner.layout = "
-            f'"padded", or model.attention = "sdpa" or "flash_attention_2"'
+            f'"padded", or model.attention = "sdpa" or "flash"'
         )
     config._attn_implementation = KERNELS[kernel]
 
@@ -203,27 +204,30 @@ def _flash(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same in one call of FlashAttention-2's varlen kernel. Not run: no GPU was at hand.
+    """The same in one call of torch's own FlashAttention kernel. Not run: no GPU was at hand.
 
     The kernel aligns the causal mask to the last key, so a stretch sees all of its prefix.
     """
-    from flash_attn import flash_attn_varlen_func
-
     batch, _, length, _ = query.shape
     if stretches is None:
         stretches = Stretches(tuple(Stretch(i * length, (i + 1) * length) for i in range(batch)))
     rows, queries, keys, most_queries, most_keys = stretches.varlen(query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B*L, heads, D]
-    found = flash_attn_varlen_func(
+    found: Any = varlen.varlen_attn(
         q, k[rows], v[rows], queries, keys, most_queries, most_keys,
-        softmax_scale=scaling, causal=True,
+        scale=scaling, window_size=CAUSAL, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return found.unflatten(0, (batch, length)), None
 
 
+FLASH = "flash"
+"""Our name of a language model's attention by `_flash`, whatever its rows hold."""
+CAUSAL = (-1, 0)
+"""As a window: all keys before a query, none after it."""
 KERNELS: dict[str, str] = {}
 """transformers' name of a kernel, and that of the one which takes stretches."""
 
-for _name, _attend in (("sdpa", _sdpa), ("flash_attention_2", _flash)):
+for _name, _attend in (("sdpa", _sdpa), (FLASH, _flash)):
     KERNELS[_name] = f"stretches_{_name}"
     AttentionInterface.register(KERNELS[_name], _attend)
+AttentionInterface.register(FLASH, _flash)

@@ -168,9 +168,11 @@ def load_policy(
     processor = load_processor(path, reading=reading)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=attention
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa" if attention == "flash" else attention,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"model.path: {path}: could not be loaded as an image-text-to-text model "
             f"({str(error).splitlines()[0]})"
@@ -179,6 +181,10 @@ def load_policy(
         family_of(model)
     except ModelError as error:
         raise ModelError(f"model.path: {path}: {error}") from error
+    if attention == "flash":
+        from learner.packing import FLASH  # transformers' attention is seconds to import
+
+        model.get_decoder().config._attn_implementation = FLASH
     _make_savable(model)
     return Policy(model, temperature, head_float32, logits_mib), processor
 

@@ -111,16 +111,20 @@ class RaySamplerClient:
 
 
 def ray_samplers(
-    model: ModelConfig, sampler: SamplerConfig, **options: Any
+    model: ModelConfig,
+    sampler: SamplerConfig,
+    placed: Callable[[int], dict[str, Any]] = lambda place: {},
+    **options: Any,
 ) -> Callable[[str], RaySamplerClient]:
-    """What starts a `Sampler` actor under a name, with cores and GPUs of its own.
+    """What starts a `Sampler` actor under a name ("sampler-3"), with cores and GPUs of its own.
 
-    `options`: of `Engine.start`.
+    `placed`: where its number is to run, as options of the actor. `options`: of `Engine.start`.
     """
     resources = {"num_cpus": sampler.cpus, "num_gpus": sampler.gpus}
 
     def start(name: str) -> RaySamplerClient:
-        actor = Sampler.options(**resources).remote(  # type: ignore[attr-defined]
+        where = placed(int(name.rpartition("-")[-1]))
+        actor = Sampler.options(**resources, **where).remote(  # type: ignore[attr-defined]
             model, sampler, name, **options
         )
         return RaySamplerClient(name, actor)

@@ -20,8 +20,9 @@ class ModelConfig(Section):
     """Of the weights, in the samplers and in the learner."""
     max_model_len: Positive = 1024
     """Prompt and response together, in tokens, image placeholders included."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How the learner computes attention; `flash_attention_2` needs GPUs."""
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    """How the learner computes attention. `flash`: the language model's by torch's own
+    FlashAttention, on GPUs and in bfloat16."""
     lm_head_float32: bool = True
     """Compute logits in float32 whatever `dtype` is: then sampler and learner agree."""
     min_pixels: Count = 0
@@ -61,8 +62,9 @@ class SamplerConfig(Section):
     """Responses that one engine samples at a time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Of a GPU's memory, the share that an engine fills."""
-    enforce_eager: bool = True
-    """Run the model without CUDA graphs and compilation: starts sooner, samples slower."""
+    enforce_eager: bool | None = None
+    """Run the model without CUDA graphs and compilation: starts sooner, samples slower. By default
+    on CPUs only."""
     temperature: Rate = 1.0
     """Training samples from the whole distribution at this temperature: a cut-off (top-p, top-k)
     would give the sampler log-probs that the learner cannot have. Evaluation is greedy."""
@@ -82,6 +84,11 @@ class SamplerConfig(Section):
     """The time that `max_restarts` are counted in."""
 
     @property
+    def eager(self) -> bool:
+        """Whether an engine runs without graphs and compilation."""
+        return self.gpus == 0 if self.enforce_eager is None else self.enforce_eager
+
+    @property
     def engine_threads(self) -> int:
         """Intra-op threads of an engine."""
         return self.threads or max(1, int(self.cpus))
@@ -94,6 +101,17 @@ class SamplerConfig(Section):
                 f"one GPU a tensor-parallel rank: write gpus = {self.tensor_parallel}",
                 "gpus",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fills_its_own_part_of_a_gpu(self) -> SamplerConfig:
+        share = self.gpu_memory_utilization
+        refuse(
+            0 < self.gpus < 1 and share > self.gpus,
+            "gpu_memory_utilization",
+            f"got {share:g} with gpus = {self.gpus:g}: the rest of that GPU belongs to another "
+            f"actor; write {self.gpus:g} or less",
+        )
         return self
 
     def _shares_one_gpu(self) -> bool:

@@ -72,11 +72,13 @@ def start_engine(
             size = processor.image_processor.size
             edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
             chosen["mm_processor_kwargs"] = {"images_kwargs": {"size": edges}}
+    if model.dtype != "float32" and model.lm_head_float32:
+        chosen["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
     if not frozen:
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
-        if sampler.enforce_eager:
+        if sampler.eager:
             # A few small functions would be compiled all the same, at the first request: that
             # takes a C++ compiler longer than a CPU run can ever win back.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -86,7 +88,8 @@ def start_engine(
     args = AsyncEngineArgs(
         model=model.path,
         **model.model_dump(include={"dtype", "max_model_len"}),
-        **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization", "enforce_eager"}),
+        **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization"}),
+        enforce_eager=sampler.eager,
         tensor_parallel_size=sampler.tensor_parallel,
         # One rank needs no worker process of its own beside the engine core's.
         distributed_executor_backend="uni" if sampler.tensor_parallel == 1 else "mp",

@@ -116,8 +116,8 @@ def learner_memory(
     `reference`: with the frozen copy that a KL to it takes (`learner.reference`), whole on a rank.
 
     Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
-    the recipe's dtype, a float32 master copy and two Adam moments, divided over the ranks from
-    the stage that shards them. What is frozen has weights only. At stage 0 float32 weights
+    the recipe's dtype (from stage 2 gradients are added up in float32), a float32 master copy and
+    two Adam moments, divided over the ranks from the stage that shards them. What is frozen has weights only. At stage 0 float32 weights
     are stepped on themselves, with no master copy beside them. Activations follow arXiv 2205.05198,
     equation 1 without its attention term: 34 bytes a token, hidden unit and layer at 2-byte
     precision. With activation checkpointing one layer has them, and of the others the input is kept
@@ -144,7 +144,7 @@ def learner_memory(
         head
         | {
             "weights": shard(width(model) * held, 3),
-            "gradients": shard(width(model) * stepped, 2),
+            "gradients": shard((4 if learner.zero_stage >= 2 else width(model)) * stepped, 2),
             "optimizer": shard((8 if no_master else 12) * stepped, 1),
             "activations": width(model) * tokens * size.hidden * per_token
             + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),

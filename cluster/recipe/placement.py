@@ -171,7 +171,8 @@ def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[st
     main += sum(sum(a.offloaded.values()) for a in actors)
     totals = [("main memory", main, machine.memory)]
     if machine.gpus:
-        on_one = [sum(a.memory.values()) for a in actors if a.gpus >= 1]
+        # An actor that has a part of a GPU has that part of its memory.
+        on_one = [int(sum(a.memory.values()) / min(a.gpus, 1)) for a in actors if a.gpus]
         totals.append(("GPU memory", max(on_one, default=0), min(g.memory for g in machine.gpus)))
     return totals
 

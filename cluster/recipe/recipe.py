@@ -154,6 +154,23 @@ class Recipe(Section):
             'learner.gpus is 0; use "host"',
         )
         refuse(
+            transfer.transport == "ipc"
+            and not (sampler.gpus < 1 and learner.gpus < 1 and sampler.count == learner.ranks),
+            "transfer.transport",
+            '"ipc" hands memory over within a GPU, so each sampler shares that of a learner rank: '
+            "write as many samplers (sampler.count) as ranks (learner.ranks), and parts of a GPU "
+            'for both (sampler.gpus + learner.gpus at most 1); between GPUs use "nccl"',
+        )
+        refuse(
+            0 < sampler.gpus < 1
+            and 0 < learner.gpus < 1
+            and sampler.gpus + learner.gpus > 1
+            and transfer.transport == "ipc",
+            "sampler.gpus",
+            f"got {sampler.gpus:g} beside learner.gpus = {learner.gpus:g}, and a sampler shares a "
+            "GPU with a rank; together they are at most 1",
+        )
+        refuse(
             transfer.overlap and not algorithm.max_staleness,
             "transfer.overlap",
             "got true with algorithm.max_staleness = 0, where the learner waits for samples of "
@@ -166,9 +183,10 @@ class Recipe(Section):
             'learner\'s own memory while it stands still; use false, or transport "host"',
         )
         refuse(
-            model.attention == "flash_attention_2" and not learner.gpus,
+            model.attention == "flash" and (not learner.gpus or model.dtype == "float32"),
             "model.attention",
-            '"flash_attention_2" needs a GPU, and learner.gpus is 0; use "sdpa"',
+            f'"flash" needs a GPU and bfloat16; learner.gpus is {learner.gpus:g} and model.dtype '
+            f'"{model.dtype}"; use "sdpa"',
         )
         refuse(
             model.attention == "eager" and learner.layout != "padded",

@@ -286,7 +286,8 @@ def warnings(recipe: Mapping[str, Any], metrics: Metrics) -> list[str]:
             f"{np.mean(labelled):.0%} of the rollouts are of problems with a perception label: "
             "a_p, leaks and the reliability of rewards are of these alone."
         )
-    limit = MISMATCH_LIMIT.get(recipe.get("model", {}).get("dtype", ""), math.inf)
+    on_gpu = recipe.get("sampler", {}).get("gpus", 0) > 0
+    limit = MISMATCH_LIMIT.get((recipe.get("model", {}).get("dtype", ""), on_gpu), math.inf)
     gaps = metrics.get("learner/logprob_gap", NOTHING).values
     if over := sum(gap > limit for gap in gaps):
         found.append(

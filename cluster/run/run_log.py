@@ -216,7 +216,7 @@ def tell_mismatch(recipe: Recipe, metrics: Mapping[str, float], progress: Progre
 
     Raises RunFailed under `algorithm.on_mismatch = "stop"`.
     """
-    wrong = mismatch(metrics, recipe.model.dtype)
+    wrong = mismatch(metrics, recipe.model.dtype, recipe.sampler.gpus > 0)
     if wrong and recipe.algorithm.on_mismatch == "stop":
         raise RunFailed(f'{wrong}; algorithm.on_mismatch = "stop" ends the run')
     if wrong:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.recipe.placement import Command, frozen_models
 from cluster.recipe.problems import ProblemSource
@@ -20,6 +21,7 @@ from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.delivery import Delivery, GpuDelivery
 from cluster.run.evaluate import evaluate_all
+from cluster.run.pairs import GpuPairs
 from cluster.run.session import session
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
@@ -55,16 +57,21 @@ def sft_setup(recipe: Recipe, folder: str = "", resume: bool = False) -> Learner
 
 
 def sampler_pool(
-    recipe: Recipe, model: str | None = None, name: str = "sampler", frozen: bool = False
+    recipe: Recipe,
+    model: str | None = None,
+    name: str = "sampler",
+    frozen: bool = False,
+    placed: Callable[[int], dict[str, Any]] = lambda place: {},
 ) -> SamplerPool:
     """The recipe's samplers on the policy or another checkpoint, or the one of a frozen model.
 
-    They are not yet waited for.
+    They are not yet waited for. `placed`: see `ray_samplers`.
     """
     policy = recipe.model.model_copy(update={"path": model or recipe.model.path})
     start = ray_samplers(
         policy,
         recipe.sampler,
+        placed,
         transport=recipe.transfer.transport,
         frozen=frozen,
         seed=recipe.seed,
@@ -176,9 +183,16 @@ class LivePolicy:
     ) -> None:
         self.recipe, self.sources = recipe, sources
         self.frozen = frozen_pools(recipe, command)
-        self.samplers = sampler_pool(recipe, None if learner.resume else learner.start)
-        self.learner = LearnerGroup(learner)
+        on_one_gpu = recipe.transfer.transport == "ipc"
+        self._pairs = GpuPairs(recipe) if on_one_gpu else None
+        placed = self._pairs.options if self._pairs else lambda place: {}
+        self.learner = LearnerGroup(learner, placed)
         self._starting = self.learner.start_async()
+        if on_one_gpu:
+            # An engine measures the memory that is free while it starts.
+            self.learner.wait(self._starting)
+        start = None if learner.resume else learner.start
+        self.samplers = sampler_pool(recipe, start, placed=placed)
         self._delivery = (
             Delivery(self.samplers, self.learner)
             if recipe.transfer.transport == "host"
@@ -215,6 +229,8 @@ class LivePolicy:
         for pool in (self.samplers, *self.frozen.values()):
             pool.stop()
         self.learner.stop()
+        if self._pairs:
+            self._pairs.release()
 
 
 class Run(LivePolicy):

@@ -12,6 +12,7 @@ import pytest
 
 from cluster import doctor
 from cluster.doctor import Finding, check_start, check_version, pinned_versions, run_probe
+from cluster.recipe.hardware import Gpu
 
 
 def test_a_probe_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -62,6 +63,16 @@ def test_both_pinned_sets_agree_on_what_they_share() -> None:
     assert "vllm" in cuda and "vllm" not in cpu
     for package in ("torch", "torchvision", "transformers", "ray", "deepspeed", "pyarrow"):
         assert cpu[package] == cuda[package]
+
+
+def test_the_cuda_set_without_a_gpu_is_named_with_a_way_out() -> None:
+    none = doctor.Machine(cores=2, memory=1)
+    found = doctor.check_accelerator(none, cuda_set=True)
+    assert found.status == "fail" and "make setup" in found.remedy
+    assert doctor.check_accelerator(none, cuda_set=False).status == "ok"
+    card = doctor.Machine(2, 1, (Gpu("card", 80 * 2**30),))
+    assert doctor.check_accelerator(card, cuda_set=True).status == "ok"
+    assert "SET=cuda" in doctor.check_accelerator(card, cuda_set=False).remedy
 
 
 def test_a_folder_without_pins_compares_nothing(tmp_path: Path) -> None:

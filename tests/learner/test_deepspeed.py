@@ -489,3 +489,29 @@ def test_buckets_join_neighbours_within_their_size_and_lose_none() -> None:
             if following:
                 assert size(bucket) + size(following[:2]) > limit
                 assert following[0].split(".")[0] != bucket[-1].split(".")[0]
+
+
+def test_bfloat16_gradients_of_many_micro_batches_add_up_in_float32(
+    model_path: str, tmp_path: Path
+) -> None:
+    """64 equal parts of a mean add up to any of them, if nothing is rounded on the way."""
+    policy, processor = load_policy(model_path)
+    assert policy
+    one = mixed_batch(processor).sequences[0]
+    jobs = {
+        f"{stage} {count}": Job(
+            setup(model_path, "bfloat16", zero_stage=stage, micro_batch_tokens=1),
+            ((TrainBatch((one,) * count), LOSS),),
+            RATE,
+        )
+        for stage in (2, 3)
+        for count in (1, 64)
+    }
+    found = run_ranks(1, jobs, tmp_path, 300)
+    for stage in (2, 3):
+        whole, parts = (found[f"{stage} {count}"].gradients for count in (1, 64))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in whole.values()))
+        gap = math.sqrt(
+            sum(float((parts[n] - g).double().square().sum()) for n, g in whole.items())
+        )
+        assert gap < 1e-5 * norm

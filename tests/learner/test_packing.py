@@ -130,6 +130,45 @@ def test_a_packed_row_gives_the_plain_models_log_probs(own: Loaded, layout: Layo
     torch.testing.assert_close(found.double(), torch.cat(expected), rtol=0, atol=2e-5)
 
 
+def varlen_by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, which CPUs have not: a causal window aligned to the
+    last key, in stretches that end where `queries` and `keys` say."""
+    assert window_size == (-1, 0) and q.dtype == k.dtype == v.dtype
+    assert most_queries == int(queries.diff().max()) and most_keys == int(keys.diff().max())
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    parts = []
+    for a, b, c, d in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
+        mine, before, values = q[a:b], k[c:d], v[c:d]
+        share = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", mine, before.repeat_interleave(share, 1)) * scale
+        offset = len(before) - len(mine)
+        scores = scores + torch.full_like(scores, -math.inf).triu(offset + 1)
+        read = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(share, 1))
+        parts.append(read)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_torchs_flash_kernel_is_asked_for_what_sdpa_computes(
+    model_path: str, padded: Any, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.packing.varlen.varlen_attn", varlen_by_hand)
+    flash = load_policy(model_path, attention="flash")
+    assert_equal(learnt(flash, all_kinds(flash[1]), layout), padded)
+
+
 def test_what_is_shared_is_there_once(own: Loaded) -> None:
     policy, processor = own
     sequences = all_kinds(processor).sequences

@@ -129,10 +129,23 @@ def test_each_zero_stage_divides_one_more_part(stage: int, shared: set[str]) -> 
         assert four[part] == whole, part
 
 
-def test_bfloat16_states_are_sixteen_bytes_a_parameter() -> None:
-    parts = memory_of(tiny("model.dtype=bfloat16"), SIZE)
+@pytest.mark.parametrize(("stage", "bytes_each"), [(1, 16), (2, 18)])
+def test_bfloat16_states_are_sixteen_bytes_a_parameter(stage: int, bytes_each: int) -> None:
+    parts = memory_of(tiny("model.dtype=bfloat16", f"learner.zero_stage={stage}"), SIZE)
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    assert states == 16 * SIZE.parameters  # arXiv 1910.02054, section 3.1
+    # arXiv 1910.02054, section 3.1, and two bytes more where gradients add up in float32
+    assert states == bytes_each * SIZE.parameters
+
+
+def test_what_shares_a_gpu_is_held_against_its_part_of_the_memory() -> None:
+    half = ("sampler.gpus=0.5", "sampler.gpu_memory_utilization=0.5", "learner.gpus=0.5")
+    machine = Machine(8, 64 * GIB, (Gpu("card", 8 * GIB),))
+    fits, over = (
+        plan(tiny(*half, f"learner.micro_batch_tokens={tokens}"), machine).notes
+        for tokens in (1024, 2**21)
+    )
+    assert not any("GPU memory may not suffice" in note for note in fits)
+    assert any("GPU memory may not suffice" in note for note in over)
 
 
 def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(

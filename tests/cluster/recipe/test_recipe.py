@@ -122,6 +122,10 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
     assert line.startswith(f"{recipe}: tasks[0].knobs.blanks: 16 leave no unique solution")
 
 
+SHARED = ["sampler.gpus=0.5", "sampler.gpu_memory_utilization=0.4", "learner.gpus=0.5"]
+"""A sampler and a learner rank on one GPU."""
+
+
 @pytest.mark.parametrize(
     ("override", "field"),
     [
@@ -131,7 +135,8 @@ def test_what_a_task_says_of_its_own_knobs_is_placed_at_the_knob(recipe: Path) -
         ('learner={freeze=["vision"], lora={rank=8}}', "learner.freeze"),
         ("learner.lora={rank=0}", "learner.lora.rank"),
         ("learner.rates={vision=0.0}", "learner.rates.vision"),
-        ('model.attention="flash_attention_2"', "model.attention"),
+        ('model.attention="flash"', "model.attention"),
+        ("sampler.gpus=0.5", "sampler.gpu_memory_utilization"),
         ("sampler.max_tokens=1024", "sampler.max_tokens"),
         ("sampler.gpus=2", "sampler.gpus"),
         ("algorithm.updates_per_step=17", "algorithm.updates_per_step"),
@@ -161,6 +166,29 @@ def test_only_the_host_transport_sends_beside_an_update(recipe: Path) -> None:
     gpus = ["sampler.gpus=1", "learner.gpus=1", 'transfer.transport="nccl"']
     line = error(recipe, *ahead, *gpus)
     assert line.startswith(f'{recipe}: transfer.overlap: got true with transport "nccl"')
+
+
+def test_ipc_needs_a_sampler_and_a_rank_on_each_gpu(recipe: Path) -> None:
+    ipc = 'transfer.transport="ipc"'
+    for gpus in (["sampler.gpus=1", "learner.gpus=1"], [*SHARED, "sampler.count=2"]):
+        assert error(recipe, ipc, *gpus).startswith(f"{recipe}: transfer.transport: ")
+    line = error(recipe, ipc, *SHARED, "learner.gpus=0.6")
+    assert line.startswith(f"{recipe}: sampler.gpus: got 0.5 beside learner.gpus = 0.6")
+    assert load_recipe(recipe, [ipc, *SHARED]).sampler.gpus == 0.5
+
+
+def test_flash_attention_needs_a_gpu_and_bfloat16(recipe: Path) -> None:
+    gpu, half = "learner.gpus=1", "model.dtype=bfloat16"
+    for alone in (gpu, half):
+        line = error(recipe, 'model.attention="flash"', alone)
+        assert line.startswith(f'{recipe}: model.attention: "flash" needs a GPU and bfloat16')
+    load_recipe(recipe, ['model.attention="flash"', gpu, half])
+
+
+def test_graphs_are_on_where_there_is_a_gpu(recipe: Path) -> None:
+    assert load_recipe(recipe).sampler.eager
+    assert not load_recipe(recipe, ["sampler.gpus=1"]).sampler.eager
+    assert load_recipe(recipe, ["sampler.gpus=1", "sampler.enforce_eager=true"]).sampler.eager
 
 
 def test_eager_attention_takes_no_packed_rows(recipe: Path) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from cluster.recipe.problems import held_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, RunFailed, load_recipe
 from cluster.record.evaluation import EvalTable
+from cluster.record.mismatch import mismatch
 from cluster.record.terminal import Progress
 from cluster.run.budget import Spent, is_over, run_share
 from cluster.run.keeping import Keeper
@@ -186,6 +187,17 @@ def test_a_mismatch_is_told_or_ends_the_run(recipe: Recipe) -> None:
         assert len(said) == 1 and said[0].startswith("warning: sampler and learner")
         with pytest.raises(RunFailed, match=r"sampler and learner.*on_mismatch"):
             tell_mismatch(strict, metrics, progress)
+
+
+def test_what_rounding_explains_depends_on_type_and_device() -> None:
+    # Seen on CPUs with a pretrained model in bfloat16, and no mismatch.
+    rounding = {"learner/logprob_gap": 0.79, "learner/mismatch/k3": 6e-4}
+    assert mismatch(rounding, "bfloat16") is None
+    assert mismatch(rounding, "float32") and mismatch(rounding, "float32", on_gpu=True)
+    assert mismatch({"learner/logprob_gap": 0.02}, "float32", on_gpu=True) is None
+    wrong = {"learner/logprob_gap": 0.79, "learner/mismatch/k3": 0.05}
+    assert mismatch(wrong, "bfloat16", on_gpu=True)
+    assert mismatch(wrong | {"policy/lag_max": 1.0}, "bfloat16") is None
 
 
 def test_the_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:
