@@ -115,14 +115,15 @@ def learner_memory(
 
     `reference`: with the frozen copy that a KL to it takes (`learner.reference`), whole on a rank.
 
-    Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients in
-    the recipe's dtype (from stage 2 gradients are added up in float32), a float32 master copy and
-    two Adam moments, divided over the ranks from the stage that shards them. What is frozen has weights only. At stage 0 float32 weights
-    are stepped on themselves, with no master copy beside them. Activations follow arXiv 2205.05198,
-    equation 1 without its attention term: 34 bytes a token, hidden unit and layer at 2-byte
-    precision. With activation checkpointing one layer has them, and of the others the input is kept
-    (the same paper, section 5). To them comes one table of float32 logits (`learner.logits_mib`)
-    and its gradient. A float32 head of bfloat16 weights is a copy, whole on every rank, with its
+    Model states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): weights and gradients
+    in the recipe's dtype (from stage 2 gradients are added up in float32), a float32 master
+    copy and two Adam moments, divided over the ranks from the stage that shards them. What is
+    frozen has weights only. At stage 0 float32 weights are stepped on themselves, with no
+    master copy beside them. Activations follow arXiv 2205.05198, equation 1 without its
+    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision. With activation
+    checkpointing one layer has them, and of the others the input is kept (the same paper,
+    section 5). To them comes one table of float32 logits (`learner.logits_mib`) and its
+    gradient. A float32 head of bfloat16 weights is a copy, whole on every rank, with its
     gradient and that of one turn beside it where it is trained.
     """
     if size is None:
