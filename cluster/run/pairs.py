@@ -25,9 +25,7 @@ class GpuPairs:
 
     def options(self, place: int) -> dict[str, Any]:
         """Of the Ray actor that is sampler, or rank, number `place`."""
-        strategy = PlacementGroupSchedulingStrategy(
-            self._group, placement_group_bundle_index=place
-        )
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place)
         return {"scheduling_strategy": strategy}
 
     def release(self) -> None:
