@@ -193,6 +193,31 @@ def test_numbers_are_read_back_however_they_are_written(value: Fraction, power: 
     assert scaled == value * Fraction(10) ** power
 
 
+LISTS = st.tuples(
+    st.lists(st.integers(-3, 5), min_size=2, max_size=4),
+    st.sampled_from(["", "{}", "()", "[]", "(]"]),
+)
+
+
+@given(LISTS, LISTS, st.booleans())
+def test_lists_are_sets_or_tuples_by_their_brackets(
+    said: tuple[list[int], str], true: tuple[list[int], str], same: bool
+) -> None:
+    (mine, kind), (own, own_kind) = said, true
+    mine = sorted(own) if same else mine
+    texts = [
+        f"{brackets[:1]}{', '.join(map(str, numbers))}{brackets[1:]}"
+        for numbers, brackets in ((mine, kind), (own, own_kind))
+    ]
+    if kind and own_kind and kind != own_kind:
+        expected = False
+    elif {kind, own_kind} <= {"", "{}"}:
+        expected = sorted(mine) == sorted(own)
+    else:
+        expected = mine == own
+    assert CHECKERS["expression"].right(texts[0], Gold((texts[1],))) is expected
+
+
 @given(st.text(alphabet="a{}\\b ", max_size=30))
 def test_a_box_holds_what_was_put_in_it(inside: str) -> None:
     balanced = list(boxes(f"\\boxed{{{inside}}}"))
