@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,12 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
     _ask_context(recipe)
     for index, config in enumerate(recipe.tasks if command != "replay" else ()):
         require_data(config, index)
+    for tracker in recipe.output.trackers if command != "eval" else ():
+        if find_spec(tracker) is None:
+            raise UserError(
+                f'output.trackers: "{tracker}" is not installed; pip install '
+                f'"equipoise[{tracker}]", or leave it out'
+            )
     if command in ("train", "sample"):
         _ask_terms(recipe)
     if command != "replay":

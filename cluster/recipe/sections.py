@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rewards.settings import Place
-from tasks.fields import Amount, Count, PathText, Positive, Section, refusal
+from tasks.fields import Amount, Count, PathText, Positive, Section, Text, refusal
 from tasks.files import expanded
 
 
@@ -80,3 +80,13 @@ class OutputConfig(Section):
     rollout_tokens: bool = True
     """With the token arrays (ids, log-probs, versions, segments), which `train --replay` and
     `diagnose --rescore` need."""
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow", "swanlab", "trackio"], ...], Field(strict=False)
+    ] = ()
+    """Where the numbers of docs/metrics.md go beside the run folder and its TensorBoard; each is an
+    optional extra: `pip install "equipoise[wandb]"`. Nothing else leaves."""
+    project: Text = "equipoise"
+    """What the trackers file the run under."""
+    tracked_rollouts: Count = 0
+    """How many rollouts of each stored step the trackers get too: task, prompt, response, reward
+    and terms, as text."""

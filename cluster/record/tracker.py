@@ -30,6 +30,7 @@ from cluster.record.folder import (
     step_file,
 )
 from cluster.record.metric_table import unlisted
+from cluster.record.outside import Outside
 from cluster.record.stored import read_metrics
 from cluster.record.versions import environment
 from rewards.advantages import CREDIT_COLUMNS
@@ -78,6 +79,8 @@ class Tracker:
         self._output = output or OutputConfig()
         self._first_step = (after_step or 0) + 1
         self._known: set[str] = set()
+        of_recipe = self._output
+        self._outside = [Outside(k, of_recipe.project, self.run_dir) for k in of_recipe.trackers]
 
     def __enter__(self) -> Tracker:
         return self
@@ -120,6 +123,8 @@ class Tracker:
         values = [Summary.Value(tag=name, simple_value=value) for _, name, value, _ in rows]
         self._events.add_event(Event(step=step, wall_time=now, summary=Summary(value=values)))
         self._events.flush()
+        for tracker in self._outside:
+            tracker.send(step, {name: value for _, name, value, _ in rows})
 
     def log_evaluation(self, step: int, tables: Mapping[str, EvalTable]) -> None:
         """Write an evaluation, a table a task, whole; then its numbers under `eval/<task>/`."""
@@ -139,6 +144,9 @@ class Tracker:
         for scored in groups:
             images = [self._save_image(image) for image in scored.group.problem.images]
             rows += [_rollout_row(step, scored, i, images) for i in range(len(scored.totals))]
+        if told := [_told_outside(row) for row in rows[: self._output.tracked_rollouts]]:
+            for tracker in self._outside:
+                tracker.send(step, {}, told)
         if not self._output.rollout_tokens:
             rows = [row | dict.fromkeys(TOKEN_ARRAYS) for row in rows]
         self._put_table("rollouts", step, rows, ROLLOUT_SCHEMA)
@@ -161,6 +169,8 @@ class Tracker:
     def close(self) -> None:
         """Join the metric parts into one table. Safe to call twice."""
         self._events.close()
+        while self._outside:
+            self._outside.pop().close()
         if metric_parts(self.run_dir):
             self._join(read_metrics(self.run_dir))
 
@@ -277,6 +287,12 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, images: list[str]) -> d
         told = {name: getattr(truth, name) for name in TRUTH_COLUMNS}
         row |= {name: values[i].item() for name, values in told.items() if values is not None}
     return {name: _storable(value) for name, value in row.items()}
+
+
+def _told_outside(row: Mapping[str, Any]) -> dict[str, str | float]:
+    """What leaves of a stored rollout."""
+    told = {name: row[name] for name in ("task", "prompt", "text", "total")}
+    return told | {f"reward/{each['name']}": each["value"] for each in row["terms"]}
 
 
 def _storable(value: Any) -> Any:

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "reward.remote_in_flight", "reward.memory_gib",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",
     "output.folder", "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
+    "output.trackers", "output.project", "output.tracked_rollouts",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs, how long and in what memory, not what
 it learns or measures. A test holds every other field to be one that decides."""

@@ -263,6 +263,10 @@ def test_a_response_that_cannot_be_learnt_from_is_found_before_the_learner_start
         ),
         (["model.max_model_len=1000000"], "model.max_model_len"),
         (['reward.terms=[{{name="outcome", scope="step"}}]'], 'scope = "step" is for a plain'),
+        (
+            ['output.trackers=["trackio"]'],
+            'output.trackers: "trackio" is not installed; pip install "equipoise[trackio]"',
+        ),
         (['algorithm.advantage="no/file.py:own"'], 'algorithm.advantage: no file "no/file.py"'),
         (['algorithm.loss="json:loads"'], 'algorithm.loss: "json:loads": TypeError: '),
     ],
