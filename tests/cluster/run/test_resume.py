@@ -102,7 +102,8 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
 DECIDES = """
     seed tasks.name tasks.weight tasks.data tasks.knobs tasks.style tasks.form tasks.prompt
     tasks.checker tasks.columns
-    model.path model.dtype model.max_model_len model.lm_head_float32
+    model.path model.dtype model.max_model_len model.lm_head_float32 model.min_pixels
+    model.max_pixels model.system_prompt
     sampler.temperature sampler.max_tokens reward.alpha reward.compose
     reward.terms.name reward.terms.label reward.terms.weight reward.terms.final_weight
     reward.terms.schedule reward.terms.schedule_share reward.terms.segments reward.terms.gate
