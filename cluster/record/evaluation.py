@@ -201,11 +201,12 @@ def columns_table(parts: Mapping[str, EvalTable], column: str) -> Table:
     shown = [m for m in metrics if m.startswith(("a", "blind"))]
     rows = []
     for value, table in parts.items():
-        cells = []
+        whole, cells = table["a"].n, []
         for metric in shown:
             row = table[metric] if metric in table.per_problem else None
-            cells.append(f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row else "")
-        rows.append((value, str(table["a"].n), *cells))
+            cell = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row else "-"
+            cells.append(cell if row is None or row.n == whole else f"{cell} (n {row.n})")
+        rows.append((value, str(whole), *cells))
     return Table(f"by {column}", (column, "n", *shown), tuple(rows))
 
 

@@ -94,6 +94,7 @@ def test_the_evaluation_table_on_groups_worked_out_by_hand() -> None:
         "defect/x": (0.5, 4),
         "defect/y": (0.25, 4),
         "a avg@3": (pytest.approx(1 / 3), 2),
+        "a maj@3": (0.5, 2),  # 2 of 2, 3, 2 is right; 1 of 1, 1, 3 is wrong
         "a_p avg@3": (pytest.approx((1 + 2 / 3) / 2), 2),
         "a pass@2": (0.5, 2),
         "a_p pass@2": (1.0, 2),
