@@ -1,6 +1,6 @@
 """What opening a data set costs the driver: seconds and resident memory, the first time and again.
 
-    python benchmarks/open_data.py --rows 20000 --image-bytes 52000
+    python -m benchmarks.open_data --rows 20000 --image-bytes 52000
 
 Draws a Parquet file of photo-like JPEGs in a temporary folder, which also takes the place of the
 user's cache, then opens it as a run does in fresh processes and draws problems from it. Resident

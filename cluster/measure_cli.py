@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,7 +106,7 @@ def evaluate(
             reader=reader,
             reader_place=reader_place,
         )
-        draw_report(folder)
+        draw_report(folder, partial(print, file=sys.stderr) if as_json else print)
         return
     from cluster.run.evaluate import run_eval
 

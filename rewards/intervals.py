@@ -96,7 +96,9 @@ def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[floa
     the number of puzzles (Korn and Graubard 1998).
     """
     scores = by_puzzle(values, puzzles)
-    n, variance = len(scores), float(values.var()) / len(values)
+    n = len(scores)
+    # Of equal values the mean, and with it the variance, is off by rounding.
+    variance = 0.0 if is_constant(values) else float(values.var()) / len(values)
     if n == 1 < len(values):
         return 0.0, 1.0
     if n < len(values) and not is_constant(values):

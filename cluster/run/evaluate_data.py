@@ -6,6 +6,7 @@ The folder it leaves is that of a run of no steps: evaluation, rollouts, images,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def run_data_eval(
 
     model = like.model.model_copy(update={"path": checkpoint}) if like else None
     recipe = Recipe(
-        name=f"eval-{Path(checkpoint).resolve().parent.name or 'policy'}",
+        name=f"eval-{_named(checkpoint)}",
         model=model or ModelConfig(path=checkpoint),
         tasks=(task,),
         sampler=like.sampler if like else SamplerConfig(),
@@ -169,6 +170,13 @@ def read_evaluation(folder: Path) -> EvalTable:
             f"--against {folder}: no evaluation of data there ({type(error).__name__}: {error}); "
             "give a folder that `equipoise eval --data` left"
         ) from error
+
+
+def _named(checkpoint: str) -> str:
+    """A checkpoint as a folder's name: that of its run, or its own."""
+    path = Path(checkpoint)
+    own = path.parent.name if path.name.startswith("checkpoint") else path.name
+    return re.sub(r"[^\w.-]+", "-", own).strip("-.") or "policy"
 
 
 def _require_columns(by: Sequence[str], problems: Sequence[Problem]) -> None:

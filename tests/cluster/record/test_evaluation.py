@@ -51,6 +51,9 @@ def test_mean_interval_covers_and_never_claims_certainty() -> None:
     low, high = mean_interval(np.ones(20))
     assert low < 1.0 == high
     assert mean_interval(np.full(6, 0.9))[0] < 0.9
+    for value in (1 / 3, 5 / 6, 0.1):  # whose sums are rounded
+        low, high = mean_interval(np.full(60, value))
+        assert low < value - 0.01 and high > value + 0.01
 
 
 def test_pass_at_k_equals_drawing_every_subset() -> None:
