@@ -8,6 +8,7 @@ import torch
 
 from learner.batch import MicroBatch
 from learner.lora import Adapters
+from learner.packing import attend_within_stretches
 from learner.policy import Policy, load_policy
 from learner.trainer import LearnerSetup
 
@@ -33,6 +34,8 @@ class Reference:
                 setup.learner.logits_mib,
             )
             self._copy.requires_grad_(False).eval().to(device)
+            if setup.learner.layout != "padded":
+                attend_within_stretches(self._copy.model)
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, micro: MicroBatch) -> torch.Tensor:

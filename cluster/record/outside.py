@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for what is still on its way."""
@@ -57,7 +57,7 @@ class Wandb:
         self._run.log(dict(metrics), step=step)
 
     def rollouts(self, step: int, rows: Sequence[Row]) -> None:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
         cells = [[row.get(name) for name in columns] for row in rows]
         table = self._wandb.Table(columns, cells, allow_mixed_types=True)
         self._run.log({"rollouts": table}, step=step)
