@@ -22,7 +22,7 @@ from tasks.placeholders import check_placed
 from tasks.vqa.chat import Chat, as_chat, read_chat
 from tasks.vqa.layouts import VERIFIERS, Layout
 
-READING = 1
+READING = 2
 """Raise it when rows are read differently: what was kept of them counts no more."""
 
 _PLACEHOLDER = re.compile(r"<image(_\d+)?>")
@@ -87,9 +87,11 @@ class RowReader:
             raise DataError("is_video: a video; only images are read")
         chat = self._chat(row)
         images = self._images(row, chat) if with_images else ()
-        choices = _choices(row, layout)
+        names = self._checkers(row)
+        # A set may have options in a column and ask for the value all the same (geometry3k).
+        choices = _choices(row, layout.choices or ("choices" if names == ("choice",) else ""))
         golds = self._golds(row, chat, choices)
-        checker, gold = self._checked(row, golds, choices)
+        checker, gold = self._checked(names, golds, choices)
         question = _with_choices(chat.question, choices)
         prompt = self.prompt.replace("{question}", question)
         if with_images:
@@ -165,21 +167,25 @@ class RowReader:
             raise DataError(f"{name}: is empty; a row needs a right answer")
         return golds
 
-    def _checked(
-        self, row: Row, golds: tuple[str, ...], choices: tuple[str, ...]
-    ) -> tuple[str, Gold]:
-        """The checker of a row and what it judges by; the first that can use the gold."""
+    def _checkers(self, row: Row) -> tuple[str, ...]:
+        """The checkers of a row, in order."""
         layout = self.layout
-        names = (self.checker,) if self.checker else layout.checkers
-        if layout.checker_column and not self.checker:
-            said = cell(row, layout.checker_column)
-            name = VERIFIERS.get(str(said).lower(), str(said))
-            if name not in CHECKERS:
-                raise DataError(
-                    f"{layout.checker_column}: {shown(said)} names no checker; there are "
-                    f"{', '.join(CHECKERS)}"
-                )
-            names = (name,)
+        if self.checker or not layout.checker_column:
+            return (self.checker,) if self.checker else layout.checkers
+        said = cell(row, layout.checker_column)
+        name = VERIFIERS.get(str(said).lower(), str(said))
+        if name not in CHECKERS:
+            raise DataError(
+                f"{layout.checker_column}: {shown(said)} names no checker; there are "
+                f"{', '.join(CHECKERS)}"
+            )
+        return (name,)
+
+    def _checked(
+        self, names: tuple[str, ...], golds: tuple[str, ...], choices: tuple[str, ...]
+    ) -> tuple[str, Gold]:
+        """The first checker that can use the gold, and what it judges by."""
+        layout = self.layout
         faults = []
         for name in names:
             if name == "box":
@@ -250,10 +256,8 @@ def _gold_text(value: Any, name: str) -> str:
         raise DataError(f"{name}: {shown(value)}: neither text nor a JSON value") from error
 
 
-def _choices(row: Row, layout: Layout) -> tuple[str, ...]:
-    if not layout.choices:
-        return ()
-    value = cell(row, layout.choices)
+def _choices(row: Row, name: str) -> tuple[str, ...]:
+    value = cell(row, name) if name else None
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
             value = json.loads(value)
@@ -262,7 +266,7 @@ def _choices(row: Row, layout: Layout) -> tuple[str, ...]:
     if isinstance(value, dict):  # letter -> text
         value = [value[letter] for letter in sorted(value) if value[letter] is not None]
     if not isinstance(value, list) or not all(isinstance(v, str | int | float) for v in value):
-        raise DataError(f"{layout.choices}: {shown(value)}; choices are a list of texts")
+        raise DataError(f"{name}: {shown(value)}; choices are a list of texts")
     return tuple(str(v) for v in value)
 
 

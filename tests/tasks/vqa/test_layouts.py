@@ -11,6 +11,8 @@ import pytest
 
 from tasks.checkers import CHECKERS, Gold
 from tasks.core import DataError
+from tasks.settings import TaskConfig
+from tasks.vqa.opening import open_data, row_reader
 from tests.support.vqa_files import opened, picture, problems, write_parquet, write_pictures
 from tests.support.vqa_layouts import CASES, Case
 
@@ -60,6 +62,17 @@ def test_images_by_url_are_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert [row.images for row in problems(first)] == [(picture(1),)]
     assert ["cannot be fetched" in bad.reason for bad in first.bad] == [True]
     assert [row.images for row in problems(opened(str(file)))] == [(picture(1),)]
+
+
+def test_options_are_shown_where_an_option_is_asked_for(tmp_path: Path) -> None:
+    row = {"problem": "Which is more?", "answer": "B", "choices": ["one bar", "two bars"]}
+    rows = [row | {"verifier": "choice"}, row | {"verifier": "text"}]
+    write_parquet(tmp_path / "train.parquet", rows)
+    reader = row_reader(TaskConfig(name="vqa", data="x", checker={"column": "verifier"}))
+    found = open_data(str(tmp_path), reader)
+    asked, plain = (p.prompt.partition("\n\n")[0] for p in problems(found))
+    assert asked == "Which is more?\n(A) one bar\n(B) two bars" and plain == "Which is more?"
+    assert [p.truth["choices"] for p in problems(found)] == [["one bar", "two bars"], []]
 
 
 def test_named_columns_go_before_what_is_known(tmp_path: Path) -> None:
