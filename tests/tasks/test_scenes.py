@@ -23,7 +23,7 @@ from tasks.scenes_puzzle import Scene, draw_puzzle, named
 from tasks.scenes_render import render
 from tasks.scenes_things import OPENMOJI, counted, drawn, groups, plural, singular
 from tasks.scenes_words import question_text, scene_text
-from tests.support.puzzles import draw, pixels
+from tests.support.puzzles import SUDOKU, draw, pixels
 
 TASK = Scenes()
 WORDS = sorted(set(singular().values()))
@@ -75,7 +75,11 @@ MIXED = [
 )
 def test_they_keep_the_contract(openmoji: None, knobs: dict[str, Any]) -> None:
     assert check_task(TASK, TASK.spec(**knobs), problems=4) == []
-    assert all(isinstance(TASK, ability) for ability in ABILITIES)
+
+
+def test_they_can_what_sudoku_can() -> None:
+    able, other = ([isinstance(t, a) for a in ABILITIES] for t in (TASK, SUDOKU))
+    assert able == other
 
 
 def test_every_word_is_one_thing() -> None:
