@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.ipc
 import pytest
 
 from tasks.core import DataError
+from tasks.datasets import file_hash
 from tasks.splits import split_of_key
 from tasks.vqa.opening import bad_rows_message
 from tests.support.vqa_files import (
@@ -212,3 +214,17 @@ def test_a_name_of_the_hub_is_found_in_its_cache(
     assert len(problems(opened("owner/bars:hard"))) == 1
     with pytest.raises(DataError, match="there are: data, hard"):
         opened("owner/bars:easy")
+
+
+def test_what_was_read_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import data_files
+
+    file = write_parquet(tmp_path / "rows.parquet", [row(n) for n in range(20)])
+    data = data_files.DataFile(file, file_hash(file))
+    once = [data.row(n) for n in range(20)]
+    monkeypatch.setattr(data_files, "RESIDENT_BYTES", 4 * data_files.AROUND_BYTES)
+    first = weakref.ref(data._table)
+    assert [data.row(n) for n in range(20)] == once
+    assert first() is None  # and with it went its mapping
