@@ -108,6 +108,9 @@ class SftConfig(Section):
     """Updates."""
     batch_size: Positive = 64
     """Demonstrations an update."""
+    untagged: Literal["error", "whole"] = "error"
+    """Of a response without any tag that its task cannot read (a chat of another kind): refused, or
+    learnt as a whole, without segments; `balance = "token_mean"` then weighs every token alike."""
     learning_rate: Rate = 2e-3
     """In place of `learner.learning_rate`."""
     warmup_steps: Count = 20

@@ -16,14 +16,16 @@ from rollout.tokens import Chat, label_segments
 from tasks.core import NO_SEGMENT, DataError, Demonstrates, Parsed, Problem, Style, Task
 from tasks.images import check_image
 from tasks.placeholders import as_shown, placed, text_alone
+from tasks.responses import TAG
 from tasks.splits import draw_problem
 
 
 class Demonstrator:
     """Turns problems and response texts into training sequences for one processor."""
 
-    def __init__(self, processor: Any) -> None:
-        self._chat = Chat(processor)
+    def __init__(self, processor: Any, untagged: bool = False) -> None:
+        """`untagged`: a response without any tag is learnt whole where its task cannot read it."""
+        self._chat, self._untagged = Chat(processor), untagged
         self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
     def sequence(
@@ -38,7 +40,8 @@ class Demonstrator:
         that is taught is a defect that is learnt), or no perception in one to be given.
         """
         parsed = task.parse(response)
-        if parsed.defects:
+        whole = bool(self._untagged and parsed.defects and not TAG.search(response))
+        if parsed.defects and not whole:
             raise DataError(
                 f"response of problem {problem.id}: has defect {parsed.defects[0]!r}; "
                 "demonstrations must parse without defects (drop the row or mend its tags)"
@@ -56,7 +59,7 @@ class Demonstrator:
             parsed = task.parse(text)
         # A whole response is tokenised, as a policy writes it, and then cut.
         given = _given(problem, text, parsed, offsets) if blind else 0
-        segments = label_segments(offsets[given:], parsed.spans)
+        segments = label_segments(offsets[given:], {} if whole else parsed.spans)
         return demonstration(
             np.asarray([*prompt, *ids[:given]], np.int32),
             np.asarray([*ids[given:], self._chat.end], np.int32),
@@ -125,7 +128,9 @@ class DemonstrationStream(IterableDataset[list[TrainSequence]]):
         seed: int,
         start: int = 0,
         blind_share: float = 0.0,
+        untagged: bool = False,
     ) -> None:
+        self._untagged = untagged
         self._sources, self._processor = tuple(sources), processor
         self._blind_share = blind_share
         self._batch_size, self._seed, self._start = batch_size, seed, start
@@ -133,7 +138,7 @@ class DemonstrationStream(IterableDataset[list[TrainSequence]]):
     def __iter__(self) -> Iterator[list[TrainSequence]]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        demonstrator = Demonstrator(self._processor)
+        demonstrator = Demonstrator(self._processor, self._untagged)
         step = self._start + offset
         while True:
             batch = []

@@ -34,6 +34,7 @@ from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
 from tasks.load import BUILT_IN
+from tasks.responses import TAG
 from tasks.splits import SPLITS, Split
 
 FRESH = 3
@@ -278,7 +279,8 @@ def _response_fault(
     if taken.fault:
         return taken.fault
     parsed = task.parse(response)
-    if parsed.defects:
+    whole = sft and sft.untagged == "whole" and not TAG.search(response)
+    if parsed.defects and not whole:
         defect = parsed.defects[0]
         reason = f"has defect {defect!r}; demonstrations must parse without defects"
         return Fault("response", reason, damaged=True)

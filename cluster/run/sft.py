@@ -230,7 +230,7 @@ def demonstrations(
 ) -> Iterator[list[TrainSequence]]:
     """Endless batches after the first `done`, made ahead of the learner by one worker process."""
     stream = DemonstrationStream(
-        sources, processor, sft.batch_size, seed, done, blind_share=sft.blind_share
+        sources, processor, sft.batch_size, seed, done, sft.blind_share, sft.untagged == "whole"
     )
     return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
 

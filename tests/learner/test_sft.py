@@ -168,3 +168,17 @@ def test_the_learning_rate_rises_to_its_peak_and_never_again(
         assert fall[0] == pytest.approx(2.0)
     if len(fall) > 1:
         assert fall[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+
+
+def test_a_response_without_tags_is_learnt_whole_where_that_is_asked_for(loaded: Loaded) -> None:
+    _, processor = loaded
+    task, drawn = load_task("vqa"), replace(problem(0), task="vqa")
+    tagged = "<perception>a cat</perception><reasoning>so</reasoning><answer>cat</answer>"
+    whole = Demonstrator(processor, untagged=True)
+    with pytest.raises(DataError, match="defect"):
+        Demonstrator(processor).sequence(task, drawn, "It is a cat.")
+    learnt = whole.sequence(task, drawn, "It is a cat.")
+    assert set(learnt.segments.tolist()) == {NO_SEGMENT} and len(learnt.response_ids) > 3
+    assert set(whole.sequence(task, drawn, tagged).segments.tolist()) == {0, 1, 2, NO_SEGMENT}
+    with pytest.raises(DataError, match="defect"):  # tags that are there must be whole
+        whole.sequence(task, drawn, tagged.removesuffix("</answer>"))
