@@ -196,18 +196,16 @@ def parts_of(table: EvalTable, values: Mapping[str, str]) -> dict[str, EvalTable
 
 
 def columns_table(parts: Mapping[str, EvalTable], column: str) -> Table:
-    """To be read: a row a value of a column, its accuracies beside one another."""
+    """To be read: each accuracy, with a row a value of the column that has it."""
     metrics = dict.fromkeys(m for t in parts.values() for m in t.per_problem if "defect/" not in m)
-    shown = [m for m in metrics if m.startswith(("a", "blind"))]
     rows = []
-    for value, table in parts.items():
-        whole, cells = table["a"].n, []
-        for metric in shown:
-            row = table[metric] if metric in table.per_problem else None
-            cell = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row else "-"
-            cells.append(cell if row is None or row.n == whole else f"{cell} (n {row.n})")
-        rows.append((value, str(whole), *cells))
-    return Table(f"by {column}", (column, "n", *shown), tuple(rows))
+    for metric in (m for m in metrics if m.startswith(("a", "blind"))):
+        for value, table in parts.items():
+            if metric in table.per_problem:
+                row = table[metric]
+                interval = f"{row.low:.3f} – {row.high:.3f}"
+                rows.append((metric, value, f"{row.value:.3f}", interval, str(row.n)))
+    return Table(f"by {column}", ("metric", column, "value", "95% interval", "n"), tuple(rows))
 
 
 def _pass_values(
