@@ -44,6 +44,7 @@ from learner.state import (
 )
 from learner.trainer import LearnerSetup, NonFiniteLoss, Trainer, WorldPlace
 from learner.weights import GatheredWeights, OfferedWeights, layer_groups
+from learner.zero import gradient_dtype, zero_optimization
 from rollout.tokens import ModelError
 from tasks.files import replacing
 
@@ -367,31 +368,6 @@ class DeepSpeedLearner(Trainer):
         if view:
             chosen += [replace(s, images=tuple(map(view, s.images))) for s in chosen]
         return self._collate(chosen, weight=1.0 if indices else 0.0).to(self._engine.device)
-
-
-def zero_optimization(learner: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's section `zero_optimization`.
-
-    With offload the optimizer is torch's fused AdamW on the host's cores. `DeepSpeedCPUAdam` gave
-    the same numbers (2e-7 after 5 steps) in the same time (25 against 27 ms for 20 M parameters on
-    one core), but took two minutes to compile.
-    """
-    found: dict[str, Any] = {"stage": learner.zero_stage}
-    on_host = {"device": "cpu", "pin_memory": learner.gpus > 0}
-    if learner.offload != "none":
-        found["offload_optimizer"] = on_host
-    if learner.offload == "all":
-        found["offload_param"] = on_host
-    return found
-
-
-def gradient_dtype(learner: LearnerConfig, dtype: torch.dtype) -> str | None:
-    """In what gradients of many micro-batches are added up; None: as the weights are.
-
-    Sums in bfloat16 are off by percents after some hundred micro-batches. DeepSpeed adds up in
-    float32 where it shards gradients; stage 1 would take another optimizer for it, and 0 refuses.
-    """
-    return "fp32" if dtype == torch.bfloat16 and learner.zero_stage >= 2 else None
 
 
 def _layout_metrics(micro: MicroBatch) -> dict[str, Metric]:

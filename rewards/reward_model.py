@@ -112,7 +112,9 @@ class RewardModel:
             padding = self._tokenizer.pad_token_id or 0
             text.pad_token_id = padding
         self._padding = padding
-        device = "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
+        if self.gpus and not torch.cuda.is_available():
+            raise ValueError(f"gpus: {self.gpus:g}, and torch {torch.__version__} sees no GPU")
+        device = "cuda" if self.gpus else "cpu"
         self._classifier = classifier.eval().requires_grad_(False).to(device)
 
     def _require_label(self, count: int) -> None:

@@ -59,10 +59,21 @@ def start_engine(
         # The CPU platform gives an engine core a worker process of its own unless told not
         # to; AsyncLLM keeps its core in a process either way.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    args, processor = engine_args(model, sampler, transport, frozen, seed)
+    with own_errors(model.path):
+        llm = AsyncLLM.from_engine_args(args)
+    return llm, processor
+
+
+def engine_args(
+    model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
+) -> tuple[Any, Any]:
+    """What vLLM is told of an engine, and what reads prompts for it."""
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     processor = load_reader(model.path) if frozen else load_processor(model.path, reading=model)
     chosen: dict[str, Any] = {}
@@ -72,9 +83,9 @@ def start_engine(
             size = processor.image_processor.size
             edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
             chosen["mm_processor_kwargs"] = {"images_kwargs": {"size": edges}}
-    if model.dtype != "float32" and model.lm_head_float32:
-        chosen["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
     if not frozen:
+        if model.dtype != "float32" and model.lm_head_float32:
+            chosen["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
@@ -99,9 +110,7 @@ def start_engine(
         **chosen,
     )
     args.model = plain_path(model.path)
-    with own_errors(model.path):
-        llm = AsyncLLM.from_engine_args(args)
-    return llm, processor
+    return args, processor
 
 
 @contextmanager

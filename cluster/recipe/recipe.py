@@ -162,10 +162,7 @@ class Recipe(Section):
             'for both (sampler.gpus + learner.gpus at most 1); between GPUs use "nccl"',
         )
         refuse(
-            0 < sampler.gpus < 1
-            and 0 < learner.gpus < 1
-            and sampler.gpus + learner.gpus > 1
-            and transfer.transport == "ipc",
+            transfer.transport == "ipc" and sampler.gpus + learner.gpus > 1,
             "sampler.gpus",
             f"got {sampler.gpus:g} beside learner.gpus = {learner.gpus:g}, and a sampler shares a "
             "GPU with a rank; together they are at most 1",

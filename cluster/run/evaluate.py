@@ -146,6 +146,22 @@ def eval_sampling(recipe: Recipe) -> Sampling:
     return replace(training_sampling(recipe), **recipe.eval.sampling.model_dump(exclude_none=True))
 
 
+def eval_recipe(
+    name: str, checkpoint: str, task: TaskConfig, asked: EvalConfig, like: Recipe | None
+) -> Recipe:
+    """Of an evaluation by all passes; `like` says how the checkpoint is run, if it is there."""
+    sampling = like.eval.sampling if like else EvalSampling()
+    return Recipe(
+        name=name,
+        model=like.model.model_copy(update={"path": checkpoint})
+        if like
+        else ModelConfig(path=checkpoint),
+        tasks=(task,),
+        sampler=like.sampler if like else SamplerConfig(),
+        eval=asked.model_copy(update={"passes": PASSES, "sampling": sampling}),
+    )
+
+
 def run_eval(
     checkpoint: str,
     task: TaskConfig,
@@ -171,23 +187,10 @@ def run_eval(
     from cluster.run.runtime import sampling_from
     from cluster.run.session import session
 
-    recipe = Recipe(
-        name="eval",
-        model=like.model.model_copy(update={"path": checkpoint})
-        if like
-        else ModelConfig(path=checkpoint),
-        tasks=(task,),
-        sampler=like.sampler if like else SamplerConfig(),
-        eval=EvalConfig(
-            problems=problems,
-            samples=samples,
-            seed=seed,
-            passes=PASSES,
-            reader=reader,
-            reader_place=reader_place,
-            sampling=like.eval.sampling if like else EvalSampling(),
-        ),
+    asked = EvalConfig(
+        problems=problems, samples=samples, seed=seed, reader=reader, reader_place=reader_place
     )
+    recipe = eval_recipe("eval", checkpoint, task, asked, like)
     console = Console(stderr=as_json)
     with session(recipe, "eval", address, None, console.print) as ready:
         count = len(held_out(ready.sources[0], seed, problems))

@@ -20,7 +20,7 @@ from rich.console import Console
 from cluster.recipe.machine import new_run_folder
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe, UserError, resolved_toml
-from cluster.recipe.sections import EvalConfig, EvalSampling
+from cluster.recipe.sections import EvalConfig
 from cluster.record.evaluation import (
     Change,
     EvalTable,
@@ -30,13 +30,12 @@ from cluster.record.evaluation import (
     parts_of,
 )
 from cluster.record.tracker import Tracker
-from cluster.run.evaluate import PASSES, Found, evaluate_all
+from cluster.run.evaluate import Found, eval_recipe, evaluate_all
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.diagnosis import diagnose
 from rewards.scored import ScoredGroup
 from rewards.settings import Place
 from rollout.record import Group
-from rollout.settings import ModelConfig, SamplerConfig
 from tasks.core import Problem, Task
 from tasks.files import put, put_text
 from tasks.settings import TaskConfig
@@ -75,21 +74,8 @@ def run_data_eval(
     from cluster.run.runtime import sampling_from
     from cluster.run.session import session
 
-    model = like.model.model_copy(update={"path": checkpoint}) if like else None
-    recipe = Recipe(
-        name=f"eval-{_named(checkpoint)}",
-        model=model or ModelConfig(path=checkpoint),
-        tasks=(task,),
-        sampler=like.sampler if like else SamplerConfig(),
-        eval=EvalConfig(
-            samples=samples,
-            seed=seed,
-            passes=PASSES,
-            sampling=like.eval.sampling if like else EvalSampling(),
-            reader=reader,
-            reader_place=reader_place,
-        ),
-    )
+    asked = EvalConfig(samples=samples, seed=seed, reader=reader, reader_place=reader_place)
+    recipe = eval_recipe(f"eval-{_named(checkpoint)}", checkpoint, task, asked, like)
     earlier = read_evaluation(against) if against else None
     folder = new_run_folder(recipe, output)
     console = Console(stderr=as_json)

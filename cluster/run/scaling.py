@@ -63,6 +63,8 @@ def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
         samplers = asked(run)
         if samplers is None or samplers == live.samplers.size():
             return
+        if live.recipe.transfer.transport == "ipc":
+            raise UserError('transfer.transport = "ipc" has a sampler a learner rank, no more')
         sampler = live.recipe.sampler.model_copy(update={"count": samplers})
         wanted = live.recipe.model_copy(update={"sampler": sampler})
         require_cluster(wanted, ray.cluster_resources(), "train")

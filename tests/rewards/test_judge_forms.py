@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,9 @@ import pytest
 
 from rewards.judge_client import JudgeError
 from rewards.judge_forms import CLAIMS, FORMS, MOST, SCORE
-from tests.support.judge_server import HOSTILE, FakeClock, Reply, Server, make, run, says, seen
+from tests.support.judge_server import HOSTILE, Reply, Server, make, run, says, seen
 
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    one = Server()
-    yield one
-    one.stop()
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyio.sleep", lambda seconds: FakeClock.latest.sleep(seconds))
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 def claims(supported: Any = (), made_up: Any = (), missed: Any = ()) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
 from rewards.judge import Judge
+from rewards.judge_client import JudgeError
 from rewards.rate import Clock
 from rollout.record import Group
 from tasks.core import Parsed
@@ -174,3 +176,10 @@ def seen(*perceptions: str | None, n: int = 1, tokens: int = 5) -> Group:
         segments = np.array([0] * tokens + [1, 2], np.int8)
         rollouts.append(replace(rollout, text=text, parsed=parsed, segments=segments))
     return replace(made, rollouts=tuple(rollouts))
+
+
+def error_of(judge: Judge, *groups: Group) -> JudgeError:
+    """What a judge raises."""
+    with pytest.raises(JudgeError) as caught:
+        run(judge, *groups)
+    return caught.value
