@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import re
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -75,6 +79,8 @@ def engine_args(
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
+    from rollout.executors import executor
+
     processor = load_reader(model.path) if frozen else load_processor(model.path, reading=model)
     chosen: dict[str, Any] = {}
     if tokenizer_of(processor) is not processor:
@@ -102,8 +108,7 @@ def engine_args(
         **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization"}),
         enforce_eager=sampler.eager,
         tensor_parallel_size=sampler.tensor_parallel,
-        # One rank needs no worker process of its own beside the engine core's.
-        distributed_executor_backend="uni" if sampler.tensor_parallel == 1 else "mp",
+        distributed_executor_backend=executor(sampler.tensor_parallel),
         seed=seed,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
@@ -111,6 +116,23 @@ def engine_args(
     )
     args.model = plain_path(model.path)
     return args, processor
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it has ended, however that was.
+
+    vLLM ends an engine's core from its parent, on the way out. A parent that is gone at once has
+    no such way: killed, out of memory, or a Ray worker that met its node's end in the middle of a
+    call. The core would wait for requests for ever, with the GPU's memory.
+    """
+
+    def end(parent: BaseProcess) -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # else the core lives in the process that asked for it
+        threading.Thread(target=end, args=[parent], daemon=True, name="parent's end").start()
 
 
 @contextmanager

@@ -122,15 +122,16 @@ class Driver:
 
     def samplers(self) -> list[psutil.Process]:
         """Sampler actors whose engine has a process."""
-        return [p for p in self.below("ray::Sampler") if self._engine_of(p)]
+        return [p for p in self.below("ray::Sampler") if self.engine_of(p)]
 
     def engines(self) -> list[psutil.Process]:
         """The engines' processes, oldest first."""
-        found = [self._engine_of(sampler)[0] for sampler in self.samplers()]
+        found = [self.engine_of(sampler)[0] for sampler in self.samplers()]
         self._engines = sorted(found, key=lambda process: process.create_time())
         return self._engines
 
-    def _engine_of(self, sampler: psutil.Process) -> list[psutil.Process]:
+    def engine_of(self, sampler: psutil.Process) -> list[psutil.Process]:
+        """The process of a sampler's engine; none where it has none yet."""
         # It is spawned, and names itself later, if it gets to it.
         return self.below("EngineCore", sampler) or self.below("spawn_main", sampler)
 
