@@ -1,15 +1,16 @@
 """The one file that drives vLLM: prompts in, groups of rollouts out, weights in.
 
-Relies on this vLLM surface and nothing else: `AsyncEngineArgs`, `AsyncLLM.from_engine_args` (both
-in `rollout/starting.py`), `generate`, `pause_generation`, `start_weight_update`, `update_weights`,
-`finish_weight_update`, `resume_generation`, `is_paused`, `model_config`,
-`compute_weight_checksums`, `reset_prefix_cache`, `reset_encoder_cache`, `shutdown`;
+Relies on this vLLM surface and nothing else: `EngineArgs` (in `rollout/starting.py`); `LLMEngine`
+with `from_engine_args`, `add_request`, `abort_request`, `step`, `has_unfinished_requests`,
+`collective_rpc`, `set_weight_version`, `reset_prefix_cache`, `reset_encoder_cache`, `model_config`
+and, of its core, `pause_scheduler`, `resume_scheduler`, `batch_queue`, `shutdown` (in
+`rollout/engine_thread.py`); the workers' `start_weight_update`, `update_weights`,
+`finish_weight_update`, `init_weight_transfer_engine` and `compute_weight_checksums`;
 `SamplingParams` with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`,
 `detokenize=False`, FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading
 of the prefix cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids,
 prompt_logprobs}`, `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`;
-`VLLMError` above all its errors, `EngineDeadError` and `errored`; `worker_extension_cls` and the
-weight-transfer registry.
+`worker_extension_cls` and the weight-transfer registry.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from rollout.engine_thread import EngineFailed, EngineThread
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import start_engine
@@ -33,9 +35,8 @@ from tasks.placeholders import placed, text_alone
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-# Seconds between looks at whether the engine still lives while something waits for it.
-LOOK_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -44,14 +45,19 @@ class SamplerError(RuntimeError):
 
 
 class EngineDied(SamplerError):
-    """The engine's process ended; no later request will be answered."""
+    """The engine failed; no later request will be answered."""
 
 
 class Engine:
     """A live vLLM engine holding one policy version at a time."""
 
     def __init__(
-        self, llm: Any, processor: Any, name: str, frozen: bool = False, seed: int = 0
+        self,
+        llm: EngineThread,
+        processor: Any,
+        name: str,
+        frozen: bool = False,
+        seed: int = 0,
     ) -> None:
         self._llm = llm
         self._frozen = frozen
@@ -73,7 +79,7 @@ class Engine:
         frozen: bool = False,
         seed: int = 0,
     ) -> Engine:
-        """Load the model and start the engine's processes (10-40 s on a CPU).
+        """Load the model and start the engine (10-30 s on a CPU).
 
         `frozen`: it takes no weight updates, and its model may be a text-only language model.
         Raises ModelError when the folder has no processor, and EngineNotStarted with the
@@ -153,18 +159,15 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """How many token ids the model can draw from."""
-        return int(self._llm.model_config.get_vocab_size())
+        return self._llm.vocabulary
 
     async def ping(self) -> None:
-        """Return when the engine's core has looked at its queue; raises EngineDied without it."""
-        await self._answered(self._llm.is_paused())
+        """Return between two steps of the engine; raises EngineDied where it takes none."""
+        await self._answered(self._llm.do(lambda llm: None))
 
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        request = WeightTransferInitRequest(init_info=info)
-        await self._answered(self._llm.init_weight_transfer_engine(request))
+        await self._workers("init_weight_transfer_engine", init_info=info)
 
     async def begin_weight_update(self) -> None:
         """Freeze generation and open a weight update; running requests keep their place.
@@ -177,31 +180,31 @@ class Engine:
         """
         if self._frozen:
             raise SamplerError(f"{self._name}: a frozen model takes no weight updates")
-        # Clearing here would take vLLM's cache of processed images with it, on one side of the
-        # engine's queue and then on the other: a request in between would lose its image.
-        await self._answered(self._llm.pause_generation(mode="keep", clear_cache=False))
+        await self._answered(self._llm.pause())
         if self._updating:
-            await self._answered(self._llm.finish_weight_update())
+            await self._workers("finish_weight_update")
         self._updating = True
-        await self._answered(self._llm.start_weight_update())
+        await self._workers("start_weight_update")
 
     async def load_weights(self, update: dict[str, Any]) -> None:
         """Load one bucket of weights (the transport's own update info)."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        request = WeightTransferUpdateRequest(update_info=update)
-        await self._answered(self._llm.update_weights(request))
+        await self._workers("update_weights", update_info=update)
 
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update as `version`, drop every cache made by older weights, go on."""
-        await self._answered(self._llm.finish_weight_update(weight_version=str(version)))
+
+        def commit(llm: LLMEngine) -> None:
+            llm.set_weight_version(str(version))
+            # What a trained vision tower made lives in two places; a stale one is silent. The
+            # cache of processed images holds pixels, which no weight changes.
+            llm.reset_prefix_cache(reset_running_requests=True)
+            llm.reset_encoder_cache()
+
+        await self._workers("finish_weight_update")
         self._updating = False
-        # What a trained vision tower made lives in two places; a stale one is silent. The cache
-        # of processed images holds pixels, which no weight changes.
-        await self._answered(self._llm.reset_prefix_cache(reset_running_requests=True))
-        await self._answered(self._llm.reset_encoder_cache())
+        await self._answered(self._llm.do(commit))
         self._version = version
-        await self._answered(self._llm.resume_generation())
+        await self._answered(self._llm.resume())
 
     async def renew(self, version: int, buckets: AsyncIterator[tuple[int, dict[str, Any]]]) -> None:
         """Load a version of the weights (`rollout.transfer.fetched`); generation is paused.
@@ -227,36 +230,27 @@ class Engine:
 
     async def weight_checksums(self) -> dict[str, str]:
         """Digest of every parameter as the engine holds it, keyed by rank and name."""
-        per_rank = await self._answered(self._llm.compute_weight_checksums())
+        per_rank = await self._workers("compute_weight_checksums")
         return {
             f"{rank}/{name}": digest
             for rank, digests in enumerate(per_rank)
             for name, digest in digests.items()
         }
 
-    async def _answered(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the engine answers; raises EngineDied when its process is gone or goes.
+    async def _workers(self, method: str, **given: Any) -> list[Any]:
+        """What the model's ranks return, called between two steps."""
+        work = self._llm.do(lambda llm: llm.collective_rpc(method, kwargs=given))
+        return await self._answered(work)
 
-        vLLM fails the requests that it knows to be running when its process dies, but a command
-        already sent, or a request registered in that moment, would be waited for without end.
-        """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        task = asyncio.ensure_future(work)
+    async def _answered(self, work: Awaitable[T]) -> T:
+        """What the engine answers; raises EngineDied where it has failed or fails."""
         try:
-            while not task.done():
-                gone = self._llm.errored
-                await asyncio.wait({task}, timeout=LOOK_SECONDS)
-                if gone and not task.done():
-                    raise EngineDied(f"{self._name}: the engine's process died")
-            return task.result()
-        except EngineDeadError as error:
-            raise EngineDied(f"{self._name}: the engine's process died: {error}") from error
-        finally:
-            task.cancel()
+            return await work
+        except EngineFailed as error:
+            raise EngineDied(f"{self._name}: the engine failed: {error}") from error
 
     def shutdown(self) -> None:
-        """Stop the engine's processes."""
+        """Stop the engine, and its processes where it has some."""
         self._llm.shutdown()
 
     def _prompt(
@@ -285,21 +279,18 @@ class Engine:
         self, problem: Problem, prompt: dict[str, Any], params: Any, count: int
     ) -> RequestOutput:
         """The finished output of one engine request, with `count` responses."""
-        from vllm.exceptions import VLLMError
-
         self._requests += 1
         request_id = f"{self._name}-{self._requests}"
         try:
-            outputs = self._llm.generate(prompt, params, request_id=request_id)
-            final = await self._answered(_last(outputs))
-        except VLLMError as error:
-            # What is neither a refusal nor a dead engine comes wrapped in an empty error.
-            own = error.__cause__ or error
-            raise SamplerError(f"problem {problem.id}: {own}") from error
-        made = 0 if final is None else len(final.outputs)
-        if final is None or made != count:
+            final = await self._answered(self._llm.generate(request_id, prompt, params))
+        except EngineDied:
+            raise
+        except Exception as error:  # of the request: vLLM's own, or its processor's
+            raise SamplerError(f"problem {problem.id}: {error}") from error
+        if len(final.outputs) != count:
             raise SamplerError(
-                f"problem {problem.id}: the engine returned {made} of {count} responses"
+                f"problem {problem.id}: the engine returned {len(final.outputs)} of {count} "
+                "responses"
             )
         return final
 
@@ -378,14 +369,6 @@ def request_seed(seed: int, group_id: str) -> int:
     """
     digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
-
-
-async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
-    """The last of a request's outputs; with FINAL_ONLY there is one."""
-    final = None
-    async for output in outputs:
-        final = output
-    return final
 
 
 def _view(problem: Problem, view: ImageView) -> tuple[bytes, ...]:

@@ -41,7 +41,7 @@ class Sampler:
         return weights.version
 
     async def ping(self) -> None:
-        """Comes back when the engine's core has looked at its queue."""
+        """Comes back between two steps of the engine."""
         await self._engine.ping()
 
     async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
@@ -93,7 +93,7 @@ class RaySamplerClient:
         ray.cancel(future)
 
     def kill(self) -> None:
-        """SIGKILL in the end; the engine's processes go with it."""
+        """SIGKILL in the end; the engine goes with it."""
         ray.kill(self.actor)
 
     def _outcome(self, done: Any) -> Any:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+import torch
+
+from rollout.engine_thread import EngineThread
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor, load_reader, tokenizer_of
 
@@ -24,7 +23,8 @@ _PREFIX = re.compile(r"^(\(\S+ pid=\d+\)\s*)?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
 ENGINE_BACKENDS = {"host": "host", "nccl": "watched_nccl", "ipc": "plain_ipc"}
 """Transport -> the engine's end of it, as `rollout.transports` registers it."""
-_EMPTY = "See root cause above"
+_EMPTY = "root cause"
+"""In what vLLM says for an error that it only printed, that of a rank in a process of its own."""
 
 
 class EngineNotStarted(RuntimeError):
@@ -51,35 +51,31 @@ def plain_path(model: str) -> str:
 
 def start_engine(
     model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
-) -> tuple[Any, Any]:
-    """A started AsyncLLM, and what reads prompts for it; see `Engine.start`."""
+) -> tuple[EngineThread, Any]:
+    """A started engine, and what reads prompts for it; see `Engine.start`."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(sampler.kv_cache_gib)))
     # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(sampler.engine_threads)
-    if sampler.tensor_parallel == 1:
-        # The CPU platform gives an engine core a worker process of its own unless told not
-        # to; AsyncLLM keeps its core in a process either way.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm.v1.engine.async_llm import AsyncLLM
-
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or the core gets a process of its own
+    if sampler.eager and not torch.accelerator.is_available():
+        # A few small functions would be compiled all the same, at the first request: that takes a
+        # C++ compiler longer than a CPU run can ever win back. Read when torch._dynamo is imported.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     args, processor = engine_args(model, sampler, transport, frozen, seed)
     with own_errors(model.path):
-        llm = AsyncLLM.from_engine_args(args)
-    return llm, processor
+        return EngineThread(args, sampler.engine_threads), processor
 
 
 def engine_args(
     model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
 ) -> tuple[Any, Any]:
     """What vLLM is told of an engine, and what reads prompts for it."""
-    from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
-
-    from rollout.executors import executor
 
     processor = load_reader(model.path) if frozen else load_processor(model.path, reading=model)
     chosen: dict[str, Any] = {}
@@ -95,20 +91,16 @@ def engine_args(
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
-        if sampler.eager:
-            # A few small functions would be compiled all the same, at the first request: that
-            # takes a C++ compiler longer than a CPU run can ever win back.
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         # A prompt read in pieces throws the token drawn after each piece away and takes its
         # seed's stream back by an offset, which a CPU's generator does not have.
         chosen["enable_chunked_prefill"] = False
-    args = AsyncEngineArgs(
+    args = EngineArgs(
         model=model.path,
         **model.model_dump(include={"dtype", "max_model_len"}),
         **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization"}),
         enforce_eager=sampler.eager,
         tensor_parallel_size=sampler.tensor_parallel,
-        distributed_executor_backend=executor(sampler.tensor_parallel),
+        distributed_executor_backend="uni" if sampler.tensor_parallel == 1 else "mp",
         seed=seed,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
@@ -118,29 +110,12 @@ def engine_args(
     return args, processor
 
 
-def end_with_parent() -> None:
-    """From now on this process ends when the one that started it has ended, however that was.
-
-    vLLM ends an engine's core from its parent, on the way out. A parent that is gone at once has
-    no such way: killed, out of memory, or a Ray worker that met its node's end in the middle of a
-    call. The core would wait for requests for ever, with the GPU's memory.
-    """
-
-    def end(parent: BaseProcess) -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # else the core lives in the process that asked for it
-        threading.Thread(target=end, args=[parent], daemon=True, name="parent's end").start()
-
-
 @contextmanager
 def own_errors(model: str) -> Iterator[None]:
     """Within, an engine that does not start raises EngineNotStarted with its own last error.
 
-    It starts in a process of its own, and tells why it does not on the output that it shares with
-    this one; that of an actor is a file.
+    A rank in a process of its own tells why on the output that it shares with this one; that of an
+    actor is a file.
     """
     before = {descriptor: _length(descriptor) for descriptor in (1, 2)}
     try:

@@ -1,4 +1,6 @@
-"""Real handwritten digits: the 1,797 8x8 images in scikit-learn (UCI; Alpaydin and Kaynak 1998).
+"""Real handwritten digits: 1,797 images of 8x8 (UCI; Alpaydin and Kaynak 1998; CC BY 4.0).
+
+`digits.csv.gz` is the file that scikit-learn ships: rows of 64 cells and a label.
 
 The set has no writer ids. Its labels repeat one order of about 130 digits, the form that each
 person filled in: 14 runs, each of one hand. Its documentation says 13 people, so one of them
@@ -10,6 +12,7 @@ kept on one side, which makes it less likely and does not rule it out.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -32,7 +35,7 @@ def indices(split: Split, digit: int) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def glyph(index: int, size: int) -> np.ndarray:
     """float32 [h, w]: an image's ink coverage (0..255), `size` pixels square before it is cut."""
-    cells = _data()[0][index]
+    cells = digits()[0][index]
     image = Image.fromarray(np.rint(cells * (255.0 / FULL)).astype(np.uint8))
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     rows, columns = (np.flatnonzero(pixels.max(axis) > FULL) for axis in (1, 0))
@@ -40,17 +43,15 @@ def glyph(index: int, size: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _data() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
     """(images float64 [1797, 8, 8] in 0..16, labels int64 [1797])."""
-    from sklearn.datasets import load_digits  # over a second, for who draws handwriting only
-
-    digits = load_digits()
-    return digits.images, digits.target
+    rows = np.loadtxt(Path(__file__).with_name("digits.csv.gz"), delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
 
 
 @lru_cache(maxsize=2)
 def _indices(split: Split) -> list[np.ndarray]:
-    labels = _data()[1]
+    labels = digits()[1]
     runs = np.searchsorted(RUNS, np.arange(len(labels)), side="right") - 1
     held_out = np.isin(runs, TEST_RUNS)
     side = held_out if split == "test" else ~held_out

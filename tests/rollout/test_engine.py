@@ -9,7 +9,10 @@ pixels below that of some images.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -450,30 +452,56 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
 
 
 @two_families
-def test_a_dead_engine_is_told_to_all_who_wait_for_it(live: Live) -> None:
+def test_a_request_that_nobody_waits_for_any_more_is_dropped(live: Live) -> None:
+    def do(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, live.loop).result(60)
+
+    def unfinished() -> int:
+        return int(do(live.engine._llm.do(lambda llm: llm.get_num_unfinished_requests())))
+
+    problem = mixed_sizes(1)[0]
+    do(live.engine._llm.pause())  # it would end by itself
+    future = live.call("sample", SampleRequest("g0", problem, 4, Sampling(max_tokens=8)), TASK)
+    until = time.monotonic() + 60
+    while unfinished() != 4:
+        assert time.monotonic() < until
+    future.cancel()
+    while unfinished():
+        assert time.monotonic() < until
+    do(live.engine._llm.resume())
+    assert live.sample([problem])
+
+
+@two_families
+def test_a_failed_engine_is_told_to_all_who_wait_for_it(live: Live) -> None:
     """Ends the family's engine, so it is this module's last test."""
     problem = mixed_sizes(1)[0]
-    cores = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "VLLM::EngineCore" in " ".join(process.cmdline())
-    ]
-    assert len(cores) == 1
-    # Stopped, it cannot answer: what follows is in flight for certain when it dies.
-    cores[0].suspend()
+    held = threading.Event()
+
+    def broken() -> None:
+        raise MemoryError("no room for the next step")
+
+    def hold(llm: Any) -> None:
+        llm.engine_core.engine_core.step_fn = broken
+        held.wait(60)
+
+    # Held between two steps, it cannot answer: what follows is in flight for certain when it fails.
+    holding = asyncio.run_coroutine_threadsafe(live.engine._llm.do(hold), live.loop)
     request = SampleRequest("g0", problem, 2, Sampling(max_tokens=8))
     waiting = [
-        live.call("weight_checksums"),
         live.call("sample", request, TASK),
         live.call("score", ScoreRequest("s0", problem, np.asarray([300, 301]), problem.images)),
-        live.call("begin_weight_update"),
     ]
     with pytest.raises(TimeoutError):
-        waiting[0].result(2)
-    cores[0].kill()
+        waiting[0].result(1)
+    held.set()
+    holding.result(60)
     for future in waiting:
-        with pytest.raises(EngineDied, match="sampler-0: the engine's process died"):
+        with pytest.raises(EngineDied, match="sampler-0: the engine failed: MemoryError: no room"):
             future.result(60)
-    for method, args in (("weight_checksums", ()), ("sample", (request, TASK))):
-        with pytest.raises(EngineDied):
+    calls: list[tuple[Any, ...]] = [
+        ("weight_checksums",), ("sample", request, TASK), ("begin_weight_update",), ("ping",)
+    ]  # fmt: skip
+    for method, *args in calls:
+        with pytest.raises(EngineDied, match="MemoryError"):
             live.call(method, *args).result(60)

@@ -425,20 +425,22 @@ def test_readers_of_policies_and_of_frozen_models(
         load_reader(str(tmp_path))
 
 
-def test_an_engine_whose_process_is_killed_says_so(frozen: SamplerPool) -> None:
+def test_a_sampler_that_is_killed_takes_its_engine_along(frozen: SamplerPool) -> None:
     """The last test with this engine. Only processes below this one are looked at."""
     (problem,) = problems(1)
-    cores = []
+    samplers = []
     for process in psutil.Process().children(recursive=True):
         # One that has ended meanwhile is not the one looked for.
         with contextlib.suppress(psutil.Error):
-            if "EngineCore" in " ".join(process.cmdline()):
-                cores.append(process)
-    assert len(cores) == 1
+            if "ray::Sampler" in " ".join(process.cmdline()):
+                samplers.append(process)
+    (sampler,) = samplers
+    below = sampler.children(recursive=True)
     slow = SampleRequest("slow", problem, 64, Sampling(max_tokens=180), view="none")
-    cores[0].kill()
+    sampler.kill()
     replies = frozen.answer(
         [slow, ScoreRequest("s", problem, np.array([70, 71], np.int32), ())], 60
     )
     assert [getattr(reply, "kind", "answered") for reply in replies] == ["sampler_died"] * 2
-    assert "frozen-0: the engine's process died" in replies[1].message  # type: ignore[union-attr]
+    assert "frozen-0: ActorDiedError" in replies[1].message  # type: ignore[union-attr]
+    assert not psutil.wait_procs([sampler, *below], timeout=60)[1]

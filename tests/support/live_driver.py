@@ -38,7 +38,6 @@ class Driver:
         self.run, self.before = folder / "run", folder / "before"
         self.extensions = folder / "extensions"
         self._log, self._command = folder / "out.log", command
-        self._engines: list[psutil.Process] = []
         self._start([str(file), "--output", str(self.run)], overrides)
 
     def resume(self, *overrides: str) -> None:
@@ -78,9 +77,6 @@ class Driver:
         """Nothing of it is left, whatever a test met."""
         self.process.kill()
         self.process.wait()
-        for engine in self._engines:
-            with suppress(psutil.Error):
-                engine.kill()
 
     def keep_and_tear(self) -> Path:
         """Keep the folder's copy in `before`; tear its last checkpoint; returns the torn file."""
@@ -121,19 +117,8 @@ class Driver:
         return found
 
     def samplers(self) -> list[psutil.Process]:
-        """Sampler actors whose engine has a process."""
-        return [p for p in self.below("ray::Sampler") if self.engine_of(p)]
-
-    def engines(self) -> list[psutil.Process]:
-        """The engines' processes, oldest first."""
-        found = [self.engine_of(sampler)[0] for sampler in self.samplers()]
-        self._engines = sorted(found, key=lambda process: process.create_time())
-        return self._engines
-
-    def engine_of(self, sampler: psutil.Process) -> list[psutil.Process]:
-        """The process of a sampler's engine; none where it has none yet."""
-        # It is spawned, and names itself later, if it gets to it.
-        return self.below("EngineCore", sampler) or self.below("spawn_main", sampler)
+        """Sampler actors, oldest first; some may still start."""
+        return sorted(self.below("ray::Sampler"), key=lambda process: process.create_time())
 
     def metric(self, name: str) -> float:
         """Its value in the last step that logged it; 0 where none did."""

@@ -8,33 +8,32 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from tasks import handwriting, sudoku_render
-from tasks.handwriting import RUNS, TEST_RUNS, indices
+from tasks.handwriting import RUNS, TEST_RUNS, digits, indices
 from tasks.load import load_task
 from tasks.splits import SPLITS, Split, draw_problem, split_of
 
 TASK = load_task("sudoku")
 KNOBS = {"size": 4, "blanks": 8, "cell_size": 16, "font_size": 14, "margin": 0}
-DIGITS = load_digits()
+IMAGES, LABELS = digits()
 
 
 def test_every_image_is_on_one_side_and_every_digit_on_both() -> None:
     sides = {split: [indices(split, digit) for digit in range(10)] for split in SPLITS}
     both = [set(np.concatenate(sides[split]).tolist()) for split in SPLITS]
-    assert not both[0] & both[1] and both[0] | both[1] == set(range(len(DIGITS.target)))
+    assert not both[0] & both[1] and both[0] | both[1] == set(range(len(LABELS)))
     for digit in range(10):
         assert len(sides["train"][digit]) > 100 and len(sides["test"][digit]) > 30
-        assert {DIGITS.target[i] for split in SPLITS for i in sides[split][digit]} == {digit}
+        assert {LABELS[i] for split in SPLITS for i in sides[split][digit]} == {digit}
 
 
 def test_a_run_is_the_same_form_filled_in_once_and_never_split() -> None:
-    form = DIGITS.target[: RUNS[1]].tolist()
+    form = LABELS[: RUNS[1]].tolist()
     for start, end in pairwise(RUNS):
-        run = DIGITS.target[start:end].tolist()
+        run = LABELS[start:end].tolist()
         assert len(form) - 8 <= len(run) <= len(form)
-        held = [i for i in range(start, end) if i in {*indices("test", DIGITS.target[i]).tolist()}]
+        held = [i for i in range(start, end) if i in {*indices("test", LABELS[i]).tolist()}]
         assert held in ([], list(range(start, end)))
         rest = iter(form)  # a few images are missing, none is out of order
         assert sum(digit not in rest for digit in run) <= 1
@@ -43,10 +42,7 @@ def test_a_run_is_the_same_form_filled_in_once_and_never_split() -> None:
 def test_runs_that_look_most_alike_are_on_one_side() -> None:
     pairs = list(pairwise(RUNS))
     means = np.array(
-        [
-            [DIGITS.images[a:b][DIGITS.target[a:b] == digit].mean(0) for digit in range(10)]
-            for a, b in pairs
-        ]
+        [[IMAGES[a:b][LABELS[a:b] == digit].mean(0) for digit in range(10)] for a, b in pairs]
     )
     apart = {
         (i, j): np.linalg.norm(means[i] - means[j], axis=(1, 2)).mean()
@@ -74,7 +70,7 @@ def test_a_problem_is_drawn_in_the_hands_of_its_own_split(
         problem = draw_problem(TASK, spec, split, 3, index)
         assert split_of(problem) == split
         clues = [cell for row in problem.truth["puzzle"] for cell in row if cell]
-        assert [DIGITS.target[i] for i in shown] == clues
+        assert [LABELS[i] for i in shown] == clues
         assert all(i in indices(split, digit) for i, digit in zip(shown, clues, strict=True))
 
 
@@ -95,7 +91,7 @@ def test_a_glyph_is_the_image_that_it_was_made_from() -> None:
     for index in range(0, 1797, 97):
         glyph = handwriting.glyph(index, 32)
         small = Image.fromarray(glyph.astype(np.uint8))
-        own = DIGITS.images[index]
+        own = IMAGES[index]
         rows, columns = (np.flatnonzero(own.max(axis) > 0) for axis in (1, 0))
         cut = own[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         back = np.asarray(small.resize(cut.shape[::-1], Image.Resampling.BOX), dtype=float)

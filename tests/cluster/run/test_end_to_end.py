@@ -103,9 +103,8 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     driver = Driver(folder, recipe_text(RECIPE, model=model, tasks=f"{SUDOKU}, {GRAPH}"))
     try:
         driver.wait("a step beyond a checkpoint", lambda: driver.steps() >= KILLED_AT, pause=0.05)
-        engines = driver.engines()
-        assert len(engines) == 1
-        engines[0].kill()
+        (sampler,) = driver.samplers()
+        sampler.kill()
         # Far below every time-out of the recipe: the death is seen, not waited for.
         code = driver.process.wait(120)
     finally:
@@ -138,7 +137,7 @@ def steps(metrics: dict[tuple[int, str], float]) -> range:
     return range(1, max(step for step, _ in metrics) + 1)
 
 
-def test_a_killed_engine_that_may_not_start_again_ends_the_run_with_its_own_error(
+def test_a_killed_sampler_that_may_not_start_again_ends_the_run_with_its_own_error(
     lived: Lived,
 ) -> None:
     assert lived.code == 1
@@ -146,7 +145,7 @@ def test_a_killed_engine_that_may_not_start_again_ends_the_run_with_its_own_erro
     assert "the run failed: " in lived.printed[0]
     first = (lived.before / "error.txt").read_text().splitlines()[0]
     assert "SamplerLost: sampler 'sampler-0' failed 1 times" in first
-    assert "EngineDied: sampler-0: the engine's process died" in first
+    assert "sampler-0: ActorDiedError: " in first
     # What was finished before is there to debug with.
     assert read_metrics(lived.before).num_rows > 0
 

@@ -2,7 +2,7 @@
 
 One run proves it all, since engines are slow to start. It samples a step ahead
 (`max_staleness = 1`), learns while its weights travel (`overlap`) and replaces groups without
-variance (dynamic sampling). It gets a second sampler and gives it back; its engine is killed, a
+variance (dynamic sampling). It gets a second sampler and gives it back; a sampler is killed, a
 reward worker, and in the end the driver; a sampler hangs. What it leaves behind must be what its
 seed says, each group once, each token under the weights it names.
 """
@@ -100,7 +100,7 @@ class Lived:
     killed_at: int
     saved: Position
     outlived: list[int]
-    engines: list[int]
+    samplers: list[int]
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +116,14 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         ask(driver.run, 2)
         driver.wait("one more", lambda: "samplers: 1 -> 2" in driver.printed(), pause=0.1)
         # While it starts, the only one there is dies in the middle of its groups.
-        engines = driver.engines()[:1]
+        sampler = driver.samplers()[0]
         driver.wait_steps(1)
-        used = cpu_seconds(engines[0])
+        used = cpu_seconds(sampler)
         # More than fetching the step's weights takes it: by now it samples.
-        driver.wait("its work", lambda: cpu_seconds(engines[0]) > used + 0.6, pause=0.05)
-        with stopped(engines):
-            engines[0].kill()
-        driver.wait("an engine's loss", lambda: driver.metric("sampler/restarts/engine") >= 1)
+        driver.wait("its work", lambda: cpu_seconds(sampler) > used + 0.6, pause=0.05)
+        with stopped([sampler]):
+            sampler.kill()
+        driver.wait("a sampler's loss", lambda: driver.metric("sampler/restarts/actor") >= 1)
         samplers(2)
         (worker,) = driver.below("ray::RewardWorker")
         with stopped([worker]):
@@ -131,17 +131,14 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         # Steps of both, after a checkpoint and of groups that were begun under it.
         start = driver.steps()
         driver.wait("both at work", lambda: shared_steps(driver.run, start) >= 4)
-        hanging = driver.samplers()[0]
-        ended = driver.engine_of(hanging)
-        hanging.suspend()
+        driver.samplers()[0].suspend()
         # Met by its silence, or by the deadline of a transfer where it had no time to sample.
         driver.wait("a hanging one", lambda: sum(map(driver.metric, HANGING)) >= 1)
         ask(driver.run, 1)
         driver.wait("its wish", lambda: driver.metric("sampler/asked") == 1)
         samplers(1)
         driver.wait("the other's end", lambda: len(driver.samplers()) == 1)
-        driver.wait("its engine's end", lambda: not any(map(alive, ended)))
-        engines = driver.engines()
+        samplers_left = driver.samplers()
         # A step that was never saved is done, and the groups of others are in flight.
         while driver.process.send_signal(signal.SIGSTOP) or driver.steps() % EVERY == 0:
             driver.process.send_signal(signal.SIGCONT)
@@ -154,7 +151,7 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         driver.stop()
     finally:
         driver.clean_up()
-    pids = ([p.pid for p in outlived], [p.pid for p in engines])
+    pids = ([p.pid for p in outlived], [p.pid for p in samplers_left])
     return Lived(driver.run, driver.before, killed_at, saved, *pids)
 
 
@@ -175,10 +172,10 @@ def saved(lived: Lived) -> list[Position]:
 
 def test_all_of_it_happened(lived: Lived, metrics: dict[str, dict[int, float]]) -> None:
     assert set(metrics["sampler/asked"].values()) == {1, 2}
-    assert max(metrics["sampler/restarts/engine"].values()) >= 1
+    assert max(metrics["sampler/restarts/actor"].values()) >= 1
     assert max(metrics["sampler/resampled"].values()) >= 1
     assert max(metrics["reward/worker_restarts"].values()) >= 1
-    assert not set(lived.engines) & set(lived.outlived), "an engine ends with its driver"
+    assert lived.samplers and not set(lived.samplers) & set(lived.outlived)
 
 
 def test_no_step_is_lost_and_what_was_done_and_lost_comes_again(
@@ -204,10 +201,6 @@ def test_sampler_and_learner_stay_one_policy(metrics: dict[str, dict[int, float]
 def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def shared_steps(run: Path, after: int) -> int:
