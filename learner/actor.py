@@ -13,6 +13,7 @@ import ray
 from learner.trainer import LearnerSetup, Trainer, WorldPlace
 from learner.weights import stored
 from rollout.record import Weights
+from tasks.collector import importing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +39,8 @@ class LearnerRank:
 
     def start(self, setup: LearnerSetup, master: str) -> None:
         # Here, so that the driver, which knows this class too, does without DeepSpeed.
-        from learner.engine import DeepSpeedLearner
+        with importing():
+            from learner.engine import DeepSpeedLearner
 
         self._trainer = DeepSpeedLearner(setup, WorldPlace(self._rank, self._size, master))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from rollout.engine_thread import EngineThread
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor, load_reader, tokenizer_of
+from tasks.collector import importing
 
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\)\s*)?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
@@ -64,7 +66,9 @@ def start_engine(
         # A few small functions would be compiled all the same, at the first request: that takes a
         # C++ compiler longer than a CPU run can ever win back. Read when torch._dynamo is imported.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    args, processor = engine_args(model, sampler, transport, frozen, seed)
+    with importing():
+        args, processor = engine_args(model, sampler, transport, frozen, seed)
+        importlib.import_module("vllm.v1.engine.llm_engine")
     with own_errors(model.path):
         return EngineThread(args, sampler.engine_threads), processor
 
