@@ -228,3 +228,18 @@ def test_what_was_read_does_not_stay_in_memory(
     first = weakref.ref(data._table)
     assert [data.row(n) for n in range(20)] == once
     assert first() is None  # and with it went its mapping
+
+
+def test_a_large_file_is_converted_by_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import data_files
+
+    file = write_parquet(tmp_path / "rows.parquet", [row(n) for n in range(20)])
+    here = list(data_files.DataFile(file, "0" * 64).rows())
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(file.read_bytes()[:-50])
+    monkeypatch.setattr(data_files, "APART_BYTES", 0)
+    assert list(data_files.DataFile(file, "1" * 64).rows()) == here
+    with pytest.raises(DataError, match=rf"{torn}: cannot be read \(.*; copy or write it again"):
+        data_files.DataFile(torn, "2" * 64)
