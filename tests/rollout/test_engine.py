@@ -13,8 +13,9 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +34,7 @@ from learner.settings import LoraConfig
 from learner.weights import GatheredWeights
 from rollout.decoding import special_tokens
 from rollout.engine import EngineDied, SamplerError
-from rollout.record import SampleRequest, Sampling, ScoreRequest
+from rollout.record import Group, SampleRequest, Sampling, ScoreRequest
 from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS
@@ -340,11 +341,8 @@ def test_scores_under_another_image_and_under_none(live: Live) -> None:
     assert live.gap("perturbed", inputs, found) < 1e-4
 
 
-@two_families
-def test_tokens_of_a_response_that_weights_came_into_are_of_the_weights_they_name(
-    live: Live,
-) -> None:
-    live.send("perturbed", 0)
+def renewed_while_sampling(live: Live) -> list[Group]:
+    """The original weights come while long responses are drawn under the perturbed ones."""
     problems, long = mixed_sizes(3), Sampling(max_tokens=300)
     waiting = [
         live.call("sample", SampleRequest(f"g{i}", p, 8, long), TASK)
@@ -352,7 +350,34 @@ def test_tokens_of_a_response_that_weights_came_into_are_of_the_weights_they_nam
     ]
     live.sample(problems[:1], sampling=Sampling(max_tokens=4))  # by then the others have begun
     live.send("original", 1)
-    groups = [live.wait(future, 300) for future in waiting]
+    return [live.wait(future, 300) for future in waiting]
+
+
+@contextmanager
+def steps_in_flight(live: Live) -> Iterator[None]:
+    """Within, vLLM keeps a step in flight, as it does on accelerators."""
+
+    def keep(queue: deque[Any] | None) -> Any:
+        def change(llm: Any) -> None:
+            core = llm.engine_core.engine_core
+            core.batch_queue, core.batch_queue_size = queue, 1 if queue is None else 2
+            core.step_fn = core.step if queue is None else core.step_with_batch_queue
+
+        return asyncio.run_coroutine_threadsafe(live.engine._llm.do(change), live.loop).result(60)
+
+    keep(deque(maxlen=2))
+    yield
+    keep(None)
+
+
+@two_families
+@pytest.mark.parametrize("around", [nullcontext, steps_in_flight])
+def test_tokens_of_a_response_that_weights_came_into_are_of_the_weights_they_name(
+    live: Live, around: Callable[..., AbstractContextManager[None]]
+) -> None:
+    live.send("perturbed", 0)
+    with around(live):
+        groups = renewed_while_sampling(live)
     assert any(len(set(r.versions.tolist())) > 1 for g in groups for r in g.rollouts)
     found = [(r, g.problem.images) for g in groups for r in g.rollouts]
     inputs = [(r.prompt_ids, r.response_ids, image) for r, image in found]
