@@ -248,6 +248,9 @@ def tasks_command(context: typer.Context) -> None:
 
 @app.command()
 def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="What is to be run: says what shared memory it takes")
+    ] = None,
     as_json: AsJson = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Import Ray, vLLM and DeepSpeed without a start")
@@ -256,7 +259,7 @@ def doctor(
     """Say what this machine has, whether the engines start, and what would fail."""
     from cluster.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(as_json=as_json, quick=quick))
+    raise typer.Exit(run_doctor(as_json=as_json, quick=quick, recipe=recipe))
 
 
 @app.command()

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.names import other_than_ours
-from cluster.recipe.hardware import GIB, Machine
+from cluster.recipe.hardware import GIB, Machine, gib
 from cluster.recipe.machine import can_write, settle_environment
-from cluster.recipe.recipe import UserError
+from cluster.recipe.memory import policy_size, stored_weights
+from cluster.recipe.recipe import Recipe, UserError, load_recipe
 from rollout.starting import last_error
 
 Status = Literal["ok", "warn", "fail"]
@@ -46,6 +47,8 @@ KEY_PACKAGES = (
     "pyarrow",
     "pydantic",
 )
+ROOM = GIB // 2
+"""Of shared memory, beside weights: rollouts and images on their way, and Ray's own buffers."""
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 
 _PROBES = {
@@ -114,10 +117,14 @@ class Finding:
     remedy: str = ""
 
 
-def run_doctor(as_json: bool = False, quick: bool = False) -> int:
-    """Print every finding as it is made (or all as JSON at the end); 1 if one failed, else 0."""
+def run_doctor(as_json: bool = False, quick: bool = False, recipe: Path | None = None) -> int:
+    """Print every finding as it is made (or all as JSON at the end); 1 if one failed, else 0.
+
+    `recipe`: what is to be run here. Raises RecipeError for one that cannot be read.
+    """
+    wanted = load_recipe(recipe) if recipe else None
     found = []
-    for finding in examine(quick):
+    for finding in examine(quick, wanted):
         found.append(finding)
         if not as_json:
             remedy = f"\n{'':6}{finding.remedy}" if finding.remedy else ""
@@ -132,13 +139,13 @@ def run_doctor(as_json: bool = False, quick: bool = False) -> int:
     return 1 if failed else 0
 
 
-def examine(quick: bool = False) -> Iterator[Finding]:
+def examine(quick: bool = False, recipe: Recipe | None = None) -> Iterator[Finding]:
     """Every finding, cheap ones first; `quick` imports the engines without starting them."""
     machine = Machine.detect()
     yield check_python(sys.version_info[:2])
     yield check_cores(machine)
     yield check_memory(machine)
-    yield check_shared_memory(Path("/dev/shm"))
+    yield check_shared_memory(Path("/dev/shm"), recipe)
     yield check_disk(Path.cwd())
     yield check_places(os.environ)
     yield check_names(os.getcwd())
@@ -187,19 +194,32 @@ def check_memory(machine: Machine) -> Finding:
     return Finding("memory", "ok", detail)
 
 
-def check_shared_memory(folder: Path) -> Finding:
-    """/dev/shm: Ray's objects and the `host` transport's weights live there."""
+def check_shared_memory(folder: Path, recipe: Recipe | None = None) -> Finding:
+    """/dev/shm: Ray keeps there what samplers fetch, and in its folder for temporary files what
+    does not fit. How much that is hangs on the recipe's policy."""
+    name = "shared memory"
     if not folder.is_dir():
-        return Finding(
-            "shared memory", "warn", f"no {folder}", "weights go through the disk instead: slower"
-        )
+        remedy = "what samplers fetch goes through the disk instead: slower"
+        return Finding(name, "warn", f"no {folder}", remedy)
     size = shutil.disk_usage(folder).total
-    detail = f"{folder} {size / GIB:.1f} GiB"
-    if size < GIB:
-        return Finding(
-            "shared memory", "warn", detail, "start the container with --shm-size=4g or more"
-        )
-    return Finding("shared memory", "ok", detail)
+    has, larger = f"{folder} {gib(size)}", "start the container with --shm-size={}g or more"
+    if recipe is None:
+        detail = f"{has}; how much a policy takes is not known without its recipe (doctor RECIPE)"
+        short = size < GIB
+        return Finding(name, "warn" if short else "ok", detail, larger.format(4) if short else "")
+    if recipe.transfer.transport != "host":
+        transport = recipe.transfer.transport
+        detail = f"{has}; weights do not go through it (transfer.transport = {transport})"
+        return Finding(name, "ok", detail)
+    path = recipe.model.path
+    if policy_size(path) is None:
+        detail = f"{has}; the size of {path} is not known here, nor how much of this it takes"
+        return Finding(name, "ok", detail)
+    needed = stored_weights(recipe, "sft" if recipe.sft else "train")
+    detail = f"{has}; two versions of {path} take {gib(needed)} on the first learner rank's node"
+    if size < needed + ROOM:
+        return Finding(name, "warn", detail, larger.format((needed + ROOM) // GIB + 1))
+    return Finding(name, "ok", detail)
 
 
 def check_disk(folder: Path) -> Finding:

@@ -27,8 +27,8 @@ import numpy as np
 from rollout.engine_thread import EngineFailed, EngineThread
 from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
 from rollout.settings import ModelConfig, SamplerConfig
-from rollout.starting import start_engine
-from rollout.tokens import Chat, label_segments
+from rollout.starting import scaled_to, start_engine
+from rollout.tokens import Chat, label_segments, pixel_limits
 from tasks.core import DataError, Problem, Task, labelled
 from tasks.images import blank_like, check_image
 from tasks.placeholders import placed, text_alone
@@ -63,6 +63,8 @@ class Engine:
         self._frozen = frozen
         self._seed = seed
         self._chat = Chat(processor)
+        limits = pixel_limits(processor)
+        self._reading = scaled_to(limits) if limits else None
         self._name = name
         self._version = 0
         self._updating = False
@@ -273,6 +275,8 @@ class Engine:
             where = f"image of problem {problem.id}"
             shown = [check_image(part, where) for part in parts if isinstance(part, bytes)]
             prompt["multi_modal_data"] = {"image": shown}
+            if self._reading:
+                prompt["mm_processor_kwargs"] = self._reading
         return prompt
 
     async def _generate(

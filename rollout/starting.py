@@ -17,7 +17,7 @@ import torch
 
 from rollout.engine_thread import EngineThread
 from rollout.settings import ModelConfig, SamplerConfig
-from rollout.tokens import load_processor, load_reader, tokenizer_of
+from rollout.tokens import load_processor, load_reader, pixel_limits, tokenizer_of
 from tasks.collector import importing
 
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
@@ -85,10 +85,11 @@ def engine_args(
     chosen: dict[str, Any] = {}
     if tokenizer_of(processor) is not processor:
         chosen["limit_mm_per_prompt"] = {"video": 0}
-        if not frozen and (model.min_pixels or model.max_pixels):
-            size = processor.image_processor.size
-            edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
-            chosen["mm_processor_kwargs"] = {"images_kwargs": {"size": edges}}
+        if limits := pixel_limits(processor):
+            images = processor.image_processor
+            fitting = model.max_model_len * (images.patch_size * images.merge_size) ** 2
+            most = max(limits["shortest_edge"], min(limits["longest_edge"], fitting))
+            chosen["mm_processor_kwargs"] = scaled_to(limits | {"longest_edge": most})
     if not frozen:
         if model.dtype != "float32" and model.lm_head_float32:
             chosen["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
@@ -112,6 +113,16 @@ def engine_args(
     )
     args.model = plain_path(model.path)
     return args, processor
+
+
+def scaled_to(limits: dict[str, int]) -> dict[str, Any]:
+    """What vLLM is told of the pixels that images are scaled to (see `pixel_limits`).
+
+    An engine is told of no larger image than fits the context: it sets memory aside for one of the
+    largest (16,384 tokens by the processor of Qwen3-VL). A request is told of the processor's own
+    limits, which count: so no image is scaled down because the engine had not thought of it.
+    """
+    return {"images_kwargs": {"size": limits}}
 
 
 @contextmanager

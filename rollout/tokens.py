@@ -64,7 +64,7 @@ def _bound_pixels(processor: Any, path: str, reading: ModelConfig) -> None:
     asked = [name for name in ("min_pixels", "max_pixels") if getattr(reading, name)]
     if not asked:
         return
-    if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", ()):
+    if pixel_limits(processor) is None:
         raise ModelError(
             f"model.{asked[0]}: {path}: a {type(images).__name__} knows no limit of pixels; leave "
             "it out, or set the size of images in the folder's preprocessor_config.json"
@@ -77,6 +77,17 @@ def _bound_pixels(processor: Any, path: str, reading: ModelConfig) -> None:
             f"{images.size['longest_edge']} pixels; set both min_pixels and max_pixels"
         )
     images.size = type(images.size)(shortest_edge=least, longest_edge=most)
+
+
+def pixel_limits(processor: Any) -> dict[str, int] | None:
+    """The least and the most pixels that a processor scales images to, as its `size` names them.
+
+    None for one that scales to an edge or cuts tiles, and for a text-only model's reader.
+    """
+    images = getattr(processor, "image_processor", None)
+    if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", ()):
+        return None
+    return {edge: images.size[edge] for edge in ("shortest_edge", "longest_edge")}
 
 
 def load_reader(path: str, field: str = "frozen model") -> Any:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import doctor
 from cluster.doctor import Finding, check_start, check_version, pinned_versions, run_probe
-from cluster.recipe.hardware import Gpu
+from cluster.recipe.hardware import GIB, Gpu, gib
+from cluster.recipe.memory import KNOWN_POLICIES
+from cluster.recipe.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_probe_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -86,6 +93,30 @@ def test_missing_shared_memory_and_few_cores_have_remedies(tmp_path: Path) -> No
     assert doctor.check_python((3, 11)).status == "ok"
 
 
+def test_a_recipe_says_how_much_shared_memory_its_policy_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = "Qwen/Qwen3-VL-4B-Instruct"
+    two_versions = 2 * 2 * KNOWN_POLICIES[policy].parameters
+
+    def found(there: int, *fields: str) -> Finding:
+        read = load_recipe(ROOT / "recipes/gpu/qwen3_vl_4b_sudoku.toml", fields)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=there))
+        return doctor.check_shared_memory(tmp_path, read)
+
+    host = "transfer.transport=host"
+    for there, status in ((two_versions + doctor.ROOM, "ok"), (two_versions, "warn")):
+        told = found(there, host)
+        assert told.status == status and f"take {gib(two_versions)}" in told.detail
+    size = re.search(r"--shm-size=(\d+)g", told.remedy)
+    assert size and found(int(size[1]) * GIB, host).status == "ok"  # the remedy is one
+    less = found(GIB, host, "model.dtype=float32")
+    assert f"take {gib(2 * two_versions)}" in less.detail
+    assert "do not go through it" in found(GIB).detail
+    assert "is not known here" in found(GIB, host, "model.path=nobody/nothing").detail
+    assert "without its recipe" in doctor.check_shared_memory(tmp_path).detail
+
+
 def test_what_a_run_would_be_refused_for_is_told_here_too(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").touch()
     names = doctor.check_names(str(tmp_path))
@@ -105,7 +136,7 @@ def test_the_exit_code_is_1_when_something_needed_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def one(quick: bool) -> Iterator[Finding]:
+    def one(*asked: object) -> Iterator[Finding]:
         yield Finding("disk", status, "detail", "remedy")
 
     monkeypatch.setattr(doctor, "examine", one)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
+from rollout.engine import Engine
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import engine_args
+from rollout.tokens import Chat
+from tests.support.habits import with_habits
+from tests.support.samples import problem
 
 
 @pytest.mark.parametrize(
@@ -30,3 +36,69 @@ def test_the_head_is_of_the_learners_type(
     assert made.dtype == getattr(torch, model.dtype)
     assert made.max_model_len == model.max_model_len and made.enforce_eager
     assert (args.weight_transfer_config is None) == frozen
+
+
+LARGEST = {
+    "qwen3_vl": ({"size": {"shortest_edge": 256, "longest_edge": 16_384 * 256}}, 16_384),
+    "qwen2_5_vl": ({"size": {"shortest_edge": 256, "longest_edge": 16_384 * 256}}, 16_384),
+    "internvl": ({"crop_to_patches": True, "min_patches": 1, "max_patches": 12}, 13 * 16),
+    "idefics3": ({"size": {"longest_edge": 4 * 64}}, 17 * 16),
+}
+"""family -> its processor's limit as published checkpoints have it, in pixels of the tiny one, and
+how many tokens the largest image is by it: a token is 16 pixels square, a tile has 16 of them."""
+
+
+@pytest.mark.parametrize("family", LARGEST)
+def test_vllm_sets_memory_aside_for_no_larger_image_than_fits_the_context(
+    tiny_models: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """By vLLM's own arithmetic, and an image of any size is read as the processor reads it."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    fields, largest = LARGEST[family]
+
+    def published(folder: Path) -> None:
+        processor = AutoProcessor.from_pretrained(folder)
+        images = processor.image_processor
+        for name, value in fields.items():
+            setattr(images, name, type(images.size)(**value) if name == "size" else value)
+        processor.save_pretrained(folder)
+
+    path = str(with_habits(tiny_models[family], tmp_path / family, published))
+    args, processor = engine_args(
+        ModelConfig(path=path, max_model_len=512), SamplerConfig(), "host", False, 0
+    )
+
+    def profiled() -> tuple[int, int]:
+        """Tokens of the largest image, and those that the vision tower is run for at a time."""
+        budget = MultiModalBudget(args.create_engine_config(), MULTIMODAL_REGISTRY)
+        images = budget.get_dummy_encoder_profile_inputs()
+        tokens = budget.mm_max_toks_per_item["image"]
+        assert len(images) == max(1, budget.get_encoder_budget() // tokens)
+        return tokens, budget.get_encoder_budget()
+
+    scales = family.startswith("qwen")
+    assert profiled() == ((512, 2048) if scales else (largest, 2048))
+    read = MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+    engine = Engine(None, processor, "sampler-0")  # type: ignore[arg-type]
+    expected, found, by_the_engine_alone = [], [], []
+    for size in ((64, 64), (512, 256), (528, 256), (4096, 32), (1024, 1024)):
+        shown = problem(0, size)
+        asked = engine._prompt(shown, shown.images)
+
+        def counted(given: Any, asked: Any = asked) -> int:
+            made = read(
+                asked["prompt_token_ids"],
+                read.info.parse_mm_data(asked["multi_modal_data"]),
+                hf_processor_mm_kwargs=given,
+            )
+            return made["prompt_token_ids"].count(Chat(processor).image_token)
+
+        expected.append(Chat(processor).image_block(size).count(engine._chat.image_token))
+        found.append(counted(asked.get("mm_processor_kwargs")))
+        by_the_engine_alone.append(counted(None))
+    assert found == expected
+    assert (found != by_the_engine_alone) == scales  # or nothing was asked of the requests here
+    args.mm_processor_kwargs = None
+    assert profiled() == ((16_384, 16_384) if scales else (largest, 2048))  # what it would be
