@@ -2,10 +2,13 @@
 
     python -m benchmarks.learner_memory                  # stages 0, 2 and 3 on two ranks
     python -m benchmarks.learner_memory --lora 16        # the same with adapters only
+    python -m benchmarks.learner_memory --activations    # what a layer keeps for its gradient
 
 A random Qwen3-VL of about 30 M parameters learns a few updates, in processes of their own for each
 stage. Printed for rank 0: the bytes of parameters, gradients and optimizer state that it holds
 after an update, and how far its resident memory rose at most, from the model loaded to the end.
+With `--activations`: layers of Qwen3-VL in several shapes, none larger than those of its 2 B, and
+what autograd keeps of a token in a layer, beside the dry run's estimate.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.larger import larger_model
+from cluster.recipe.memory import PolicySize
 from learner.batch import TrainBatch
 from learner.losses import TokenMeanLoss
 from learner.settings import CheckpointConfig, LearnerConfig, LoraConfig
@@ -37,6 +41,8 @@ from tasks.load import load_task
 
 MIB = 2**20
 UPDATES = 3
+TOKENS, HEAD = 64, 128
+"""Of what a layer is measured with: tokens, and the width of an attention head."""
 SEQUENCES = 16
 
 
@@ -57,7 +63,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--activations", action="store_true", help="of a layer, and no learner")
     given = parser.parse_args()
+    if given.activations:
+        print_activations()
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "policy"
         count = make_policy(folder)
@@ -79,6 +89,62 @@ def main() -> None:
             held = measure(setup, given.ranks)
             row = (held.parameters, held.gradients, held.optimizer, held.resident)
             print(f"| {stage} | " + " | ".join(f"{size / MIB:,.0f}" for size in row) + " |")
+
+
+def print_activations() -> None:
+    """Print what a layer keeps, in bytes a token and unit of width."""
+    print("| width, MLP, queries, keys | weights | kept | estimate | recomputed |")
+    print("|---|---|---:|---:|---:|")
+    for shape in ((512, 1536, 512, 256), (512, 2048, 1024, 256), (2048, 6144, 2048, 1024)):
+        size = PolicySize(0, shape[0], 1, 0, *shape[1:])
+        for name in ("bfloat16", "float32"):
+            dtype = getattr(torch, name)
+            told = dtype.itemsize * size.kept_by_a_layer(exact=name == "float32")
+            rest = (kept_by_a_layer(size, dtype), told, kept_by_a_layer(size, dtype, again=True))
+            cells = " | ".join(f"{value / size.hidden:.1f}" for value in rest)
+            print(f"| {', '.join(map(str, shape))} | {name} | {cells} |")
+
+
+def kept_by_a_layer(size: PolicySize, dtype: torch.dtype, again: bool = False) -> float:
+    """Bytes a token that autograd keeps for one more layer of Qwen3-VL's text model.
+
+    `again`: with activation checkpointing. Weights do not count, and none are looked at.
+    """
+    one, two = (_kept(size, layers, dtype, again) for layers in (1, 2))
+    return (two - one) / TOKENS
+
+
+def _kept(size: PolicySize, layers: int, dtype: torch.dtype, again: bool) -> int:
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+    sections = [HEAD // 2 - 2 * (HEAD // 6), HEAD // 6, HEAD // 6]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    config = Qwen3VLTextConfig(
+        vocab_size=8,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=layers,
+        num_attention_heads=size.queries // HEAD,
+        num_key_value_heads=size.keys // HEAD,
+        head_dim=HEAD,
+        rope_parameters=rope | {"mrope_interleaved": True},
+    )
+    model = Qwen3VLTextModel._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    states = torch.randn(1, TOKENS, size.hidden, dtype=dtype, requires_grad=True)
+    places = torch.arange(TOKENS).expand(3, 1, TOKENS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs_embeds=states, position_ids=places, use_cache=False)
+    return storage(kept)
 
 
 def make_policy(folder: Path) -> int:

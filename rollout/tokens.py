@@ -84,7 +84,7 @@ def pixel_limits(processor: Any) -> dict[str, int] | None:
 
     None for one that scales to an edge or cuts tiles, and for a text-only model's reader.
     """
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", ()):
         return None
     return {edge: images.size[edge] for edge in ("shortest_edge", "longest_edge")}

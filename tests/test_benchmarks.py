@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.driver_ceiling import Driver
-from benchmarks.learner_memory import storage, tensors_in
+from benchmarks.learner_memory import kept_by_a_layer, storage, tensors_in
+from benchmarks.memory_that_fits import configs, folders, parameters, row
 from benchmarks.score_rollouts import GROUP, TASKS, made_up
+from cluster.recipe.memory import KNOWN_POLICIES, PolicySize
 from rewards.diagnosis import diagnose
 from rollout.record import Group
 from tasks.load import load_task
@@ -57,3 +61,37 @@ def test_memory_behind_tensors_is_counted_once_however_many_look_at_it() -> None
     held = {"a": [flat[:400], flat[400:].view(20, 30)], "b": {"c": (other, 3, "x")}}
     assert len(list(tensors_in(held))) == 3
     assert storage(tensors_in(held)) == 4 * 1000 + 2 * 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_what_the_dry_run_counts(dtype: torch.dtype) -> None:
+    """In every shape, so that each of its terms counts: width, MLP, queries, keys."""
+    exact = dtype == torch.float32
+    for shape in ((256, 512, 256, 128), (256, 1024, 256, 128), (256, 512, 512, 256), (512,) * 4):
+        size = PolicySize(0, shape[0], 1, 0, *shape[1:])
+        told = dtype.itemsize * size.kept_by_a_layer(exact)
+        assert kept_by_a_layer(size, dtype) == pytest.approx(told, rel=0.01)
+        assert kept_by_a_layer(size, dtype, again=True) == dtype.itemsize * size.hidden
+
+
+def test_known_policies_are_of_the_shapes_that_were_published() -> None:
+    made = configs()
+    assert made.keys() == KNOWN_POLICIES.keys()
+    for name, size in KNOWN_POLICIES.items():
+        text = made[name].text_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        assert size == PolicySize(
+            parameters=parameters(made[name]),
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            vocabulary=text.vocab_size,
+            inner=text.intermediate_size,
+            queries=text.num_attention_heads * head,
+            keys=text.num_key_value_heads * head,
+        ), name
+
+
+def test_the_table_of_what_fits_is_of_todays_estimate() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "capacity.md").read_text("utf-8")
+    with folders():
+        assert row("Qwen/Qwen3-VL-2B-Instruct", 2) in text.splitlines()

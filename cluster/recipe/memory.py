@@ -25,21 +25,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicySize:
-    """What memory depends on: parameters, and the text model's width, depth and vocabulary."""
+    """What memory depends on: all parameters, and the text model's shape.
+
+    inner: of an MLP; queries, keys: of all attention heads together, and of those of the keys.
+    """
 
     parameters: int
     hidden: int
     layers: int
     vocabulary: int
+    inner: int
+    queries: int
+    keys: int
+
+    def kept_by_a_layer(self, exact: bool) -> int:
+        """Values that a layer keeps of a token for its gradient, in the weights' type.
+
+        Counted on Qwen3's layer as transformers 5.19 runs it (`benchmarks/learner_memory.py
+        --activations`; other layers keep less): inputs and outputs of its products, gate, product
+        and their like, and unless the weights are `exact` (float32) what the norms widen to it.
+        """
+        norms, attention = (6, 4) if exact else (8, 5)
+        return norms * self.hidden + 4 * self.inner + attention * (self.queries + self.keys)
 
 
 KNOWN_POLICIES = {
-    "Qwen/Qwen3-VL-4B-Instruct": PolicySize(4_438_000_000, 2560, 36, 151_936),
-    "OpenGVLab/InternVL3_5-4B-HF": PolicySize(4_700_000_000, 2560, 36, 151_936),
-    "Qwen/Qwen2.5-VL-3B-Instruct": PolicySize(3_755_000_000, 2048, 36, 151_936),
+    "Qwen/Qwen3-VL-2B-Instruct": PolicySize(
+        2_127_532_032, 2048, 28, 151_936, inner=6144, queries=2048, keys=1024
+    ),
+    "Qwen/Qwen3-VL-4B-Instruct": PolicySize(
+        4_437_815_808, 2560, 36, 151_936, inner=9728, queries=4096, keys=1024
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": PolicySize(
+        8_767_123_696, 4096, 36, 151_936, inner=12_288, queries=4096, keys=1024
+    ),
+    "Qwen/Qwen3-VL-32B-Instruct": PolicySize(
+        33_357_390_064, 5120, 64, 151_936, inner=25_600, queries=8192, keys=1024
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": PolicySize(
+        3_754_622_976, 2048, 36, 151_936, inner=11_008, queries=2048, keys=256
+    ),
+    "OpenGVLab/InternVL3_5-4B-HF": PolicySize(
+        4_732_489_216, 2560, 36, 151_936, inner=9728, queries=4096, keys=1024
+    ),
+    "OpenGVLab/InternVL3_5-8B-HF": PolicySize(
+        8_528_318_464, 4096, 36, 151_936, inner=12_288, queries=4096, keys=1024
+    ),
 }
-"""Hub names that recipes here use, so that they can be placed offline. Parameter counts as
-their model cards round them, the last one counted on its config class."""
+"""Hub names that can be placed offline, counted on their config classes with the shapes that were
+published (`benchmarks/memory_that_fits.py`)."""
 
 
 def policy_size(path: str) -> PolicySize | None:
@@ -54,11 +88,16 @@ def policy_size(path: str) -> PolicySize | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config", config)
+        hidden, heads = text["hidden_size"], text.get("num_attention_heads", 1)
+        head = text.get("head_dim") or hidden // heads
         return PolicySize(
             parameters=sum(map(_count_parameters, weights)),
-            hidden=text["hidden_size"],
+            hidden=hidden,
             layers=text["num_hidden_layers"],
             vocabulary=text["vocab_size"],
+            inner=text.get("intermediate_size") or 4 * hidden,
+            queries=heads * head,
+            keys=(text.get("num_key_value_heads") or heads) * head,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
@@ -119,12 +158,12 @@ def learner_memory(
     in the recipe's dtype (from stage 2 gradients are added up in float32), a float32 master
     copy and two Adam moments, divided over the ranks from the stage that shards them. What is
     frozen has weights only. At stage 0 float32 weights are stepped on themselves, with no
-    master copy beside them. Activations follow arXiv 2205.05198, equation 1 without its
-    attention term: 34 bytes a token, hidden unit and layer at 2-byte precision. With activation
-    checkpointing one layer has them, and of the others the input is kept (the same paper,
-    section 5). To them comes one table of float32 logits (`learner.logits_mib`) and its
-    gradient. A float32 head of bfloat16 weights is a copy, whole on every rank, with its
-    gradient and that of one turn beside it where it is trained.
+    master copy beside them. Activations are those of the language model's layers
+    (`PolicySize.kept_by_a_layer`), without the vision tower's; with activation checkpointing one
+    layer has them, and of the others the input is kept (arXiv 2205.05198, section 5). To them
+    comes one table of float32 logits (`learner.logits_mib`) and its gradient. A
+    float32 head of bfloat16 weights is a copy, whole on every rank, with its gradient and that of
+    one turn beside it where it is trained. What each stands on: docs/capacity.md.
     """
     if size is None:
         return {}
@@ -136,7 +175,9 @@ def learner_memory(
     stepped = trained.trained if trained else size.parameters
     no_master = learner.zero_stage == 0 and model.dtype == "float32"
     tokens = learner.micro_batch_tokens
-    per_token = 17 + size.layers if learner.activation_checkpointing else 17 * size.layers
+    kept = size.kept_by_a_layer(exact=model.dtype == "float32")
+    again = learner.activation_checkpointing
+    per_token = kept + size.layers * size.hidden if again else size.layers * kept
     copied = model.lm_head_float32 and model.dtype != "float32"
     copies = 1 if learner.lora or "head" in learner.freeze else 3
     head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
@@ -147,7 +188,7 @@ def learner_memory(
             "weights": shard(width(model) * held, 3),
             "gradients": shard((4 if learner.zero_stage >= 2 else width(model)) * stepped, 2),
             "optimizer": shard((8 if no_master else 12) * stepped, 1),
-            "activations": width(model) * tokens * size.hidden * per_token
+            "activations": width(model) * tokens * per_token
             + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
         }
         | copy

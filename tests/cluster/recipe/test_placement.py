@@ -26,7 +26,7 @@ from tests.learner.test_policy import peak_bytes
 ROOT = Path(__file__).resolve().parents[3]
 TWO_CORES = Machine(cores=2, memory=24 * GIB)
 EIGHT_GPUS = Machine(cores=64, memory=512 * GIB, gpus=(Gpu("test", 80 * GIB),) * 8)
-SIZE = PolicySize(parameters=1_000_003, hidden=128, layers=4, vocabulary=500)
+SIZE = PolicySize(1_000_003, 128, layers=4, vocabulary=500, inner=384, queries=128, keys=64)
 
 
 def tiny(*overrides: str) -> Recipe:
@@ -160,7 +160,7 @@ def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(
     model.logits_mib = table / 2**20
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
     found = peak_bytes(lambda: head(hidden, ids)[0].sum().backward())
-    size = PolicySize(0, width, 1, vocabulary)
+    size = PolicySize(0, width, 1, vocabulary, 1, 1, 1)
     parts = memory_of(tiny("model.dtype=bfloat16"), size)
     told = parts["head in float32"]
     assert told < found < told + 8 * table + 2 * 2 * hidden.numel()
@@ -180,7 +180,7 @@ def test_model_states_are_what_was_measured(stage: int, adapters: bool) -> None:
     measured = [float(value) for value in rows[adapters]]
     recipe = tiny(f"learner.zero_stage={stage}", "learner.ranks=2")
     trained = Trained(added, added) if adapters else None
-    parts = memory_of(recipe, PolicySize(every, 1, 1, 1), trained)
+    parts = memory_of(recipe, PolicySize(every, 1, 1, 1, 1, 1, 1), trained)
     states = [parts[name] / 2**20 for name in ("weights", "gradients", "optimizer")]
     assert states == pytest.approx(measured, abs=0.6)
 
@@ -277,7 +277,7 @@ def test_what_is_offloaded_is_in_main_memory() -> None:
 def test_what_samplers_fetch_is_in_main_memory_beside_the_first_rank() -> None:
     host = plan(gpu("transfer.transport=host"), EIGHT_GPUS)
     first, *others = (a for a in host.actors if a.role == "learner")
-    assert first.offloaded == {"two versions to fetch": 2 * 2 * 4_438_000_000} and others
+    assert first.offloaded == {"two versions to fetch": 2 * 2 * 4_437_815_808} and others
     assert not any(other.offloaded for other in others)
 
 
@@ -286,8 +286,10 @@ def test_a_local_policy_is_counted_from_its_own_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "np"})
     save_file({"c": np.zeros((), np.float32)}, tmp_path / "model-2.safetensors")
     text = {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 500}
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
-    assert policy_size(str(tmp_path)) == PolicySize(3 * 5 + 7 + 1, 128, 4, 500)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    for more, shape in (({}, (512, 128, 128)), ({"intermediate_size": 9} | heads, (9, 256, 128))):
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": text | more}))
+        assert policy_size(str(tmp_path)) == PolicySize(3 * 5 + 7 + 1, 128, 4, 500, *shape)
     (tmp_path / "model-2.safetensors").write_bytes(b"\x08")
     with pytest.raises(UserError, match="is the checkpoint whole"):
         policy_size(str(tmp_path))
