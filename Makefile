@@ -2,6 +2,7 @@
 #   make demo    RL from the shipped tiny policy, then the table before and after
 #   make test    all tests          make check   linters, formatter, types
 #   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
+#   make bench  against TRL, into docs/performance.md; on a machine that does nothing else
 #   make reference  docs/recipe.md and the JSON schema of recipes, from the sections
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test check models reference lock clean
+.PHONY: setup demo test check bench models reference lock clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,9 @@ check: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+bench: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN)/python -m benchmarks.race $(BENCH)
 
 models: $(STAMP)
 	rm -rf build/tiny-qwen3-vl-random build/cold-start build/cold-start-think

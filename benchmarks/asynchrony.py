@@ -16,13 +16,11 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from cluster.recipe.recipe import Recipe, load_recipe
+from benchmarks.turns import take_turn
+from cluster.recipe.recipe import load_recipe
 from cluster.record.terminal import Progress
-from cluster.run.run_log import StepLog
-from cluster.run.runtime import Run, running
-from cluster.run.step_metrics import step_metrics
-from cluster.run.stream import GroupStream
-from cluster.run.train import learn, renew
+from cluster.run.run_log import run_log
+from cluster.run.runtime import running
 
 DEFAULT = Path(__file__).parents[1] / "recipes" / "tiny" / "sudoku.toml"
 SETTINGS = (
@@ -58,38 +56,17 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         running(recipes[0], None, Path(folder) / "run", Progress(0)) as run,
+        run_log(run.recipe, Path(folder) / "run", Progress(0)) as log,
     ):
-        version = done = 0
-        run.send_weights(version)
-        for k in order:
-            steps, version = block(run, recipes[k], done, version, given.steps)
-            done += 2 * given.steps  # beyond all that the block before has drawn
+        run.send_weights(0)
+        for place, k in enumerate(order):
+            steps, _ = take_turn(run, log, recipes[k], 1 + 2 * place * given.steps, given.steps)
             for metrics in steps[1:]:
                 for name, value in metrics.items():
                     found[k][name].append(value)
             by_block[k].append(statistics.mean(m["time/step"] for m in steps[1:]))
             print(f"max_staleness {k}: {by_block[k][-1]:.2f} s a step", flush=True)
     show(found, by_block)
-
-
-def block(
-    run: Run, recipe: Recipe, done: int, version: int, steps: int
-) -> tuple[list[dict[str, float]], int]:
-    """Some steps of the driver's loop; their metrics, and the policy version after them."""
-    stream = GroupStream(recipe, lambda: run.sources, run.samplers, done)
-    found = []
-    for number in range(1, steps + 1):
-        step = StepLog(number, counts=run.counts)
-        groups = step.part("sample", stream.take(version))
-        scored = step.part("score", *run.scoring.score(groups, 0.0))
-        step.metrics |= step_metrics(scored, version)
-        updates = step.part("learn", *learn(recipe, number, scored, run.learner))
-        version += updates
-        step.part("transfer", *renew(stream, run, version))
-        step.close()
-        found.append(step.metrics)
-    stream.end()
-    return found, version
 
 
 def show(found: dict[int, dict[str, list[float]]], by_block: dict[int, list[float]]) -> None:

@@ -27,7 +27,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from benchmarks.larger import larger_model
+from benchmarks.policies import larger_model
 from learner.batch import Layout, TrainSequence
 from learner.collate import Collator
 from learner.micro_batches import count_costs, deal_micro_batches, describe

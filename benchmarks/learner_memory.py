@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.larger import larger_model
+from benchmarks.policies import larger_model
 from cluster.recipe.memory import PolicySize
 from learner.batch import TrainBatch
 from learner.losses import TokenMeanLoss

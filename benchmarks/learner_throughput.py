@@ -1,4 +1,4 @@
-"""How near does an update of the learner come to what the same cores multiply?
+"""How near does an update come to a bare PyTorch loop's, and to what the same cores multiply?
 
     python -m benchmarks.learner_throughput [--threads 2] [--repeats 5]
 
@@ -6,7 +6,8 @@ Rollout-like groups of the demo's tasks, terse and verbose, through a real `Deep
 one rank: forward, backward, AdamW. The shipped policy (1.8 M parameters) and the same family at
 about 30 M. Operations are counted by torch's own counter while an update runs, so padding counts
 as work done; the share of it is printed beside. Each update is timed between two float32 matrix
-products of 1024 x 1024, so that both meet the same noise; the ratio is the median over repeats.
+products of 1024 x 1024 and beside one of a bare loop on ready micro-batches of the same layout:
+forward, loss, backward, clipping, AdamW. So all meet the same noise; ratios are pair by pair.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.larger import larger_model
+from benchmarks import machine, tables
+from benchmarks.policies import SHIPPED, larger_model
 from cluster.recipe.recipe import load_recipe
 from learner.batch import Layout, TrainBatch, TrainSequence
+from learner.collate import Collator
 from learner.engine import DeepSpeedLearner
 from learner.loss_settings import LossConfig
+from learner.micro_batches import count_costs, deal_micro_batches, describe
+from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.settings import CheckpointConfig, LearnerConfig
 from learner.sft import Demonstrator
@@ -38,7 +44,6 @@ from tasks.load import load_task
 from tasks.splits import draw_problem
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "models" / "tiny-qwen3-vl"
 GROUP = 8
 PROBLEMS = (8, 2)
 """Groups in an update of the small and of the larger policy."""
@@ -58,17 +63,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sizes", nargs="+", default=["2M", "30M"], choices=["2M", "30M"])
+    parser.add_argument("--problems", type=int, help="groups an update, in place of the size's own")
+    parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
+    parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     given = parser.parse_args()
+    machine.refuse_if_busy(given.busy_ok)
     with tempfile.TemporaryDirectory(prefix="equipoise-bench-") as scratch:
         larger = Path(scratch) / "30m"
         model = larger_model(str(SHIPPED), given.seed)
         print(f"larger: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
         model.save_pretrained(larger)
         load_processor(str(SHIPPED)).save_pretrained(larger)
-        for place, path in enumerate((SHIPPED, larger)):
-            batch = groups(PROBLEMS[place], given.seed)
-            for layout, budget in WAYS:
-                measure(path, batch, layout, budget, given.threads, given.repeats, place)
+        for place, (size, path) in enumerate((("2M", SHIPPED), ("30M", larger))):
+            if size not in given.sizes:
+                continue
+            batch = groups(given.problems or PROBLEMS[place], given.seed)
+            rows = [
+                {"size": size, "layout": layout, "micro-batch": budget, "threads": given.threads}
+                | measure(path, batch, layout, budget, given.threads, given.repeats, place)
+                for layout, budget in WAYS
+            ]
+            tables.keep("learner", ("size", "layout", "micro-batch", "threads"), rows, given.to)
 
 
 def measure(
@@ -79,8 +95,8 @@ def measure(
     threads: int,
     repeats: int,
     place: int,
-) -> None:
-    """One line: an update with micro-batches of at most `budget` tokens."""
+) -> tables.Row:
+    """The columns of an update with micro-batches of at most `budget` tokens."""
     learning = LearnerConfig(
         zero_stage=0,
         learning_rate=1e-6,
@@ -103,21 +119,60 @@ def measure(
         metrics = learner.update(batch, PolicyLoss(LossConfig()))
     work = float(counter.get_total_flops())
     tokens = sum(len(s) for s in batch.sequences)
-    ratios, rates = [], []
-    for _ in range(repeats):
+    loop = BareLoop(path, batch, layout, budget)
+    loop.update()
+    shared, of_peak = machine.Shared(), []
+    ours: list[float] = []
+    bare: list[float] = []
+    for repeat in range(repeats):
         before = matmul_rate()
-        start = time.perf_counter()
-        learner.update(batch, PolicyLoss(LossConfig()))
-        seconds = time.perf_counter() - start
-        peak = (before + matmul_rate()) / 2
-        ratios.append(work / seconds / peak)
-        rates.append(tokens / seconds)
-    print(
-        f"{path.name:16} {layout:13} {budget:5}  {work / 1e9:8.1f} GFLOP  "
-        f"padding {metrics['padding_share']:.1%}  {statistics.median(rates):8,.0f} tokens/s  "
-        f"{statistics.median(ratios):.1%} of the matmul peak",
-        flush=True,
-    )
+        for found, update in ((ours, partial(learner.update, batch, PolicyLoss(LossConfig()))),
+                              (bare, loop.update))[:: 1 if repeat % 2 else -1]:  # fmt: skip
+            start = time.perf_counter()
+            update()
+            found.append(time.perf_counter() - start)
+        of_peak.append(work / ours[-1] / ((before + matmul_rate()) / 2))
+    learner.close()
+    return {
+        "ours over bare": tables.spread(tables.ratios(bare, ours)),
+        "of the matmul peak": tables.spread(of_peak),
+        "tokens/s: ours": f"{tokens / statistics.median(ours):,.0f}",
+        "bare": f"{tokens / statistics.median(bare):,.0f}",
+        "GFLOP": f"{work / 1e9:,.1f}",
+        "padding": f"{metrics['padding_share']:.1%}",
+        "pairs": repeats,
+        "foreign": f"{shared.foreign():.0%}",
+        "machine": machine.where(),
+        "command": machine.command("benchmarks.learner_throughput"),
+    }
+
+
+class BareLoop:
+    """What PyTorch takes for the same micro-batches, ready beforehand: no engine, no metrics."""
+
+    def __init__(self, path: Path, batch: TrainBatch, layout: Layout, budget: int) -> None:
+        self._policy, processor = load_policy(str(path))
+        self._policy.train()
+        collate = Collator(self._policy, processor, layout)
+        items = [describe(s, collate.image_token_id) for s in batch.sequences]
+        costs = count_costs(self._policy, collate.blank)
+        (dealt,) = deal_micro_batches(items, 1, budget, layout, costs)
+        self._micros = [collate([batch.sequences[i] for i in indices]) for indices in dealt]
+        self._tokens = batch.response_tokens()
+        self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def update(self) -> None:
+        """Forward and backward of all micro-batches, one optimizer step."""
+        for micro in self._micros:
+            logprobs, _ = self._policy.run(micro)
+            ratio = torch.exp(logprobs - micro.tokens.sampler_logprobs)
+            gain = torch.minimum(
+                ratio * micro.tokens.advantages, ratio.clamp(0.8, 1.28) * micro.tokens.advantages
+            )
+            (-gain.sum() / self._tokens).backward()
+        torch.nn.utils.clip_grad_norm_(self._policy.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 def matmul_rate(seconds: float = 0.5) -> float:

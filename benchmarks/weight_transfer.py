@@ -5,14 +5,13 @@
 A random Qwen3-VL of about 100 million parameters, from a learner's weight source in one process
 through Ray's object store into a sampler with a real vLLM engine on this machine, against a copy
 of the same bytes in memory, in turns. Extra memory of a process: the high-water mark of its
-resident memory during a transfer less what it held before. Linux only.
+resident memory during a transfer less what it held before; the engine is a thread of the sampler's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import ray
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from benchmarks import machine, tables
 from learner.tiny import make_tiny
 from learner.weights import GatheredWeights, stored
 from rollout.record import Weights
@@ -68,7 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the engine and of the learner")
+    parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
+    parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     given = parser.parse_args()
+    machine.refuse_if_busy(given.busy_ok)
     variables = {"PYTHONPATH": os.getcwd()}
     with tempfile.TemporaryDirectory() as folder:
         million = scaled_model(Path(folder)) / 1e6
@@ -85,11 +88,11 @@ def main() -> None:
         found: dict[str, list[float]] = {"publish": [], "fetch and load": [], "memcpy": []}
         below = [(p.pid, "".join(p.cmdline())) for p in psutil.Process().children(recursive=True)]
         watched = {"learner": ray.get(source.pid.remote())}
-        for name, title in (("sampler", "ray::Sampler"), ("engine", "VLLM")):
-            watched[name] = next(pid for pid, line in below if line.startswith(title))
+        watched["sampler"] = next(pid for pid, line in below if line.startswith("ray::Sampler"))
         extra: dict[str, list[float]] = {name: [] for name in watched}
         # What is done once is not timed: pages, vLLM's first reload.
         weights = transfer(source, sampler, 1, found)
+        shared = machine.Shared()
         for spent in found.values():
             spent.clear()
         for version in range(2, given.repeats + 2):
@@ -98,19 +101,26 @@ def main() -> None:
             weights = transfer(source, sampler, version, found)
             for name, pid in watched.items():
                 extra[name].append((high_water(pid) - before[name]) / 2**20)
+        foreign = shared.foreign()
         sampler.kill()
         ray.shutdown()
     report = TransferReport.of(weights, 0.0)
-    tensors = sum(map(len, weights.manifest))
-    print(f"{million:.1f} M parameters, {tensors} tensors, {report.bytes / 2**20:.0f} MiB")
-    print(f"buckets: {report.groups}, largest {report.largest_group_bytes / 2**20:.1f} MiB")
     whole = [p + f for p, f in zip(found["publish"], found["fetch and load"], strict=True)]
-    for name, spent in {"transfer": whole, **found}.items():
-        print(f"{name}: {spread(spent)} s")
-    ratios = [t / c for t, c in zip(whole, found["memcpy"], strict=True)]
-    print(f"transfer over memcpy, pair by pair: {spread(ratios)}")
-    for name, rises in extra.items():
-        print(f"{name}'s extra resident memory: {spread(rises)} MiB")
+    row = {
+        "parameters, M": f"{million:.1f}",
+        "threads": given.threads,
+        "times a memcpy": tables.spread(tables.ratios(whole, found["memcpy"]), 1),
+        "transfer, s": tables.spread(whole, 3),
+        **{f"{name}, s": tables.spread(spent, 3) for name, spent in found.items()},
+        "MiB": f"{report.bytes / 2**20:.0f}",
+        "tensors": sum(map(len, weights.manifest)),
+        "buckets": report.groups,
+        **{f"{name}'s extra MiB": tables.spread(rises, 0) for name, rises in extra.items()},
+        "foreign": f"{foreign:.0%}",
+        "machine": machine.where(),
+        "command": machine.command("benchmarks.weight_transfer"),
+    }
+    tables.keep("transfer", ("parameters, M", "threads"), [row], given.to)
 
 
 def transfer(source: Any, sampler: Any, version: int, found: dict[str, list[float]]) -> Weights:
@@ -123,11 +133,6 @@ def transfer(source: Any, sampler: Any, version: int, found: dict[str, list[floa
     found["publish"].append(published - start)
     found["fetch and load"].append(time.perf_counter() - published)
     return weights
-
-
-def spread(values: list[float]) -> str:
-    """Median, smallest and largest."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def scaled_model(folder: Path) -> int:

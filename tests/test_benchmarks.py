@@ -1,20 +1,28 @@
-"""What benchmarks make up: rollouts that are a mixture, samplers that a real pool can work with."""
+"""What benchmarks make up: rollouts that are a mixture, samplers that a real pool can work with,
+policies that never end; and that what they find lands where it is looked for."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import machine, tables
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import kept_by_a_layer, storage, tensors_in
 from benchmarks.memory_that_fits import configs, folders, parameters, row
+from benchmarks.policies import SHIPPED, never_end, sized_model
+from benchmarks.race import schedule
 from benchmarks.score_rollouts import GROUP, TASKS, made_up
 from cluster.recipe.memory import KNOWN_POLICIES, PolicySize
 from rewards.diagnosis import diagnose
 from rollout.record import Group
+from rollout.tokens import Chat, load_processor
 from tasks.load import load_task
 
 
@@ -95,3 +103,60 @@ def test_the_table_of_what_fits_is_of_todays_estimate() -> None:
     text = (Path(__file__).parents[1] / "docs" / "capacity.md").read_text("utf-8")
     with folders():
         assert row("Qwen/Qwen3-VL-2B-Instruct", 2) in text.splitlines()
+
+
+@torch.no_grad()
+def test_a_policy_that_never_ends_gives_special_tokens_no_chance() -> None:
+    chat, model = Chat(load_processor(str(SHIPPED))), sized_model(str(SHIPPED), "2M", seed=1)
+    special = sorted(chat.tokenizer.added_tokens_decoder)
+    assert {*chat.ends, *chat.placeholders} <= set(special)
+    ordinary = np.setdiff1d(np.arange(len(chat.tokenizer)), special)
+    ids = torch.tensor(np.random.default_rng(0).choice(ordinary, (4, 30)))
+    ids[:, :9] = torch.tensor(chat.prompt(["Say what you see."])[:9])
+
+    def chance() -> float:
+        return float(model(input_ids=ids).logits[:, -20:].softmax(-1)[..., special].sum(-1).max())
+
+    assert chance() > 1e-3
+    never_end(model, special)
+    assert chance() < 1e-7
+    # And it is no policy that says one thing only.
+    logprobs = model(input_ids=ids).logits[:, -1].log_softmax(-1)
+    assert -(logprobs.exp() * logprobs).sum(-1).min() > 2
+
+
+def test_no_two_turns_of_our_side_draw_the_same_step() -> None:
+    turns = [turn for pair in schedule(variants=3, pairs=4, steps=7) for turn in pair]
+    drawn = [turn.first + i for turn in turns for i in range(turn.steps + 2)]
+    assert len(turns) == 1 + 3 * 4 and len(drawn) == len(set(drawn)) and min(drawn) == 1
+
+
+def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    for name in ("race", "sampling", "learner", "startup", "transfer"):
+        assert "| new |" in tables.between_marks(page, name, "| new |")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "kept")
+    tables.PAGE.write_text(page, encoding="utf-8")
+
+    def cell(size: str, ratio: str) -> tables.Row:
+        return {"size": size, "ratio": ratio, "machine": "M", "command": "c"}
+
+    tables.keep("race", ["size"], [cell("2M", "1.10"), cell("30M", "1.20")])
+    tables.keep("race", ["size"], [cell("2M", "1.30")])
+    found = tables.PAGE.read_text(encoding="utf-8")
+    lines = [line for line in found.splitlines() if line.startswith(("| 2M", "| 30M", "(1)"))]
+    assert lines == ["| 2M | 1.30 | (1) |", "| 30M | 1.20 | (1) |", "(1) M; `c`."]
+    assert found.split("## Sampling")[1] == page.split("## Sampling")[1]
+    with pytest.raises(ValueError, match="no place"):
+        tables.between_marks(page, "unknown", "")
+
+
+def test_what_a_process_and_its_children_took_is_their_own() -> None:
+    before = machine.own_seconds([os.getpid()])
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert machine.own_seconds([os.getpid()]) - before > 0.2
+    assert machine.own_seconds([]) == 0 and 0 <= machine.Shared().foreign() <= 1

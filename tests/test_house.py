@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,18 @@ def test_the_driver_comes_up_without_the_libraries_of_its_actors() -> None:
     assert {"learner.actor.LearnerGroup", "ray"} <= loaded
     heavy = ("transformers", "deepspeed", "vllm", "peft", "accelerate", "scipy.stats")
     assert {name for name in loaded if within(name, heavy)} == set()
+
+
+def test_a_process_imports_what_it_works_with_and_no_more() -> None:
+    """What others' packages stand at the head of each actor's file, before it is asked anything."""
+    light = {"PIL", "jinja2", "numpy", "pydantic", "pydantic_core", "ray", "xxhash"}
+    for actor, allowed in {
+        "rewards.worker": light,
+        "rollout.sampler": light | {"torch"},
+        "learner.actor": light | {"torch"},
+    }.items():
+        packages = {name.split(".")[0] for name in imported_at_once(actor)}
+        assert packages - {*ROOMS, *sys.stdlib_module_names} <= allowed, actor
 
 
 def imported_at_once(module: str) -> set[str]:

@@ -284,6 +284,20 @@ def test_metrics_do_not_depend_on_the_split(ranks: Ranks, family: str, every_ter
     assert sum(tokens.values()) == ranks.batches[family][0].response_tokens()
 
 
+def test_an_update_sends_each_token_through_the_model_once(ranks: Ranks) -> None:
+    """Once more for a second view; padded to the longest of like length. No seconds: counts."""
+    batches = ranks.batches["qwen3_vl"]
+    lengths = [[len(s) - 1 for s in batch.sequences] for batch in batches]
+    prompt_twice = len(batches[0].sequences[0].prompt_ids)
+    for case, expected in {
+        "0": [sum(of) for of in lengths],
+        "0 every term": [2 * sum(of) for of in lengths],
+        "0 whole": [2 * lengths[0][3] + 3 * lengths[0][0], sum(lengths[1])],
+        "0 whole shared_prefix": [sum(lengths[0]) - prompt_twice, sum(lengths[1])],
+    }.items():
+        assert ranks.outcomes[f"1/qwen3_vl/{case}"].forwarded == expected, case
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_norm_is_that_of_this_update_before_clipping(
     ranks: Ranks, family: str

@@ -236,6 +236,39 @@ def test_adapters_alone_make_the_engine_the_learner_and_other_layers_stay(live: 
     assert live.checksums() == live.first_checksums
 
 
+@on("qwen3_vl")
+def test_an_engine_takes_a_step_a_token_and_computes_no_token_twice(live: Live) -> None:
+    """Counts that no busy machine changes: a group's rows go together, none is begun again."""
+    live.send("perturbed", 0)
+    tokens: list[int] = []
+
+    def count(llm: Any) -> None:
+        executor = llm.engine_core.engine_core.model_executor
+        execute = executor.execute_model
+
+        def counted(scheduled: Any, *given: Any, **more: Any) -> Any:
+            tokens.append(scheduled.total_num_scheduled_tokens)
+            return execute(scheduled, *given, **more)
+
+        executor.execute_model = counted
+
+    def stop(llm: Any) -> None:
+        del llm.engine_core.engine_core.model_executor.execute_model
+
+    def ask(work: Callable[[Any], None]) -> None:
+        asyncio.run_coroutine_threadsafe(live.engine._llm.do(work), live.loop).result(60)
+
+    ask(count)
+    groups = live.sample(mixed_sizes(2), n=4)
+    ask(stop)
+    rows = [rollout for group in groups for rollout in group.rollouts]
+    longest = max(len(r.response_ids) for r in rows)
+    steps = [count for count in tokens if count]
+    # The second group may come a step later than the first; the last token is no input.
+    assert longest <= len(steps) <= longest + len(groups)
+    assert sum(steps) <= sum(len(r.prompt_ids) + len(r.response_ids) - 1 for r in rows)
+
+
 @two_families
 def test_what_is_frozen_is_not_sent_and_the_engine_is_right_all_the_same(live: Live) -> None:
     policy, _ = load_policy(str(live.folder))

@@ -74,6 +74,7 @@ class Outcome:
         state_at_start, state_after_first: `OptimizerState.tensors` of everything, and the weights
             as `weights/<name>`.
         logprobs: of the first batch at the end; computed: how many of them this rank computed.
+        forwarded: tokens that this rank sent through the model in each update, padding included.
         errors: of updates that were refused.
         draw_at_start, draw_at_checkpoint: see `draws`.
         measured: gradients by segment before each update, one for each of `Job.measure`.
@@ -90,6 +91,7 @@ class Outcome:
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
     computed: int = 0
+    forwarded: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     draw_at_start: list[float] = field(default_factory=list)
     draw_at_checkpoint: list[float] = field(default_factory=list)
@@ -186,6 +188,10 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
     outcome.draw_at_start = draws()
     if job.setup.resume:
         outcome.state_at_start = whole_state(learner)
+    passes: list[int] = []
+    counting = learner._engine.module.register_forward_pre_hook(
+        lambda _, given: passes.append(given[0].inputs["input_ids"].numel())
+    )
     moved_on = threading.Event()
     for done, (batch, loss) in enumerate(job.updates):
         if job.checkpoint and job.checkpoint[0] == done:
@@ -197,11 +203,13 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
             if place.rank == 0:
                 assert Path(job.checkpoint[1]).exists() != job.setup.checkpoint.background
         outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
+        passes.clear()
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
             outcome.errors.append(str(error))
             continue
+        outcome.forwarded.append(sum(passes))
         if job.checkpoint and job.checkpoint[0] == done:
             moved_on.set()
             if job.killed:
@@ -216,6 +224,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
                     moment = learner._engine.optimizer.state[parameter]["exp_avg"]
                 outcome.moments[name] = moment.clone()
             outcome.after_first = {name: tensor.clone() for name, tensor in source}
+    counting.remove()
     states = learner._engine.optimizer.state.values()
     outcome.state_elements = sum(state["exp_avg"].numel() for state in states)
     outcome.metadata = [(m.name, m.dtype, m.shape) for m in source.metadata()]
