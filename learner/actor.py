@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
+import torch
 
 from learner.trainer import LearnerSetup, Trainer, WorldPlace
 from learner.weights import stored
 from rollout.record import Weights
-from tasks.collector import importing
+from tasks.importing import importing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +40,10 @@ class LearnerRank:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def start(self, setup: LearnerSetup, master: str) -> None:
+        if not torch.accelerator.is_available():
+            # Nothing is compiled, but DeepSpeed has functions that would be: the compiler of CPU
+            # code would be imported for them. Read when torch._dynamo is imported.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # Here, so that the driver, which knows this class too, does without DeepSpeed.
         with importing():
             from learner.engine import DeepSpeedLearner

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -211,6 +210,8 @@ def _flash(
     batch, _, length, _ = query.shape
     if stretches is None:
         stretches = Stretches(tuple(Stretch(i * length, (i + 1) * length) for i in range(batch)))
+    from torch.nn.attention import varlen  # which imports torch's compiler, for seconds
+
     rows, queries, keys, most_queries, most_keys = stretches.varlen(query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B*L, heads, D]
     found: Any = varlen.varlen_attn(

@@ -56,7 +56,7 @@ class SamplerConfig(Section):
     """Intra-op threads of an engine; 0: as many as `cpus`. With
     `algorithm.max_staleness` = 0 samplers and learner take turns, so on a small machine each may
     use all its cores."""
-    kv_cache_gib: Positive = 1
+    kv_cache_gib: Rate = 1.0
     """KV cache of one engine on a CPU; on a GPU `gpu_memory_utilization` decides instead."""
     max_num_seqs: Positive = 256
     """Responses that one engine samples at a time."""

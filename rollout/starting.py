@@ -18,7 +18,7 @@ import torch
 from rollout.engine_thread import EngineThread
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor, load_reader, pixel_limits, tokenizer_of
-from tasks.collector import importing
+from tasks.importing import hidden, importing
 
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\)\s*)?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
@@ -57,16 +57,17 @@ def start_engine(
     """A started engine, and what reads prompts for it; see `Engine.start`."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(sampler.kv_cache_gib)))
     # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(sampler.engine_threads)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or the core gets a process of its own
+    slow = ["scipy.signal", "cv2"]  # for speech and video
     if sampler.eager and not torch.accelerator.is_available():
         # A few small functions would be compiled all the same, at the first request: that takes a
         # C++ compiler longer than a CPU run can ever win back. Read when torch._dynamo is imported.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    with importing():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        slow.append("torch._inductor.lowering")
+    with importing(), hidden(*slow):  # vLLM does without them
         args, processor = engine_args(model, sampler, transport, frozen, seed)
         importlib.import_module("vllm.v1.engine.llm_engine")
     with own_errors(model.path):
@@ -96,6 +97,7 @@ def engine_args(
         chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
+        chosen["kv_cache_memory_bytes"] = round(sampler.kv_cache_gib * 2**30)
         # A prompt read in pieces throws the token drawn after each piece away and takes its
         # seed's stream back by an offset, which a CPU's generator does not have.
         chosen["enable_chunked_prefill"] = False

@@ -73,8 +73,20 @@ def preflight(
     draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
     ModelError or UserError, a line a fault.
     """
-    measured = not dry_run or is_here(recipe.model.path)
-    glance(recipe, command, measured)
+    ask_machine(recipe, command, say, dry_run=dry_run, folder=folder)
+    return ask_input(recipe, command, say, dry_run=dry_run)
+
+
+def ask_machine(
+    recipe: Recipe,
+    command: Command,
+    say: Say,
+    *,
+    dry_run: bool = False,
+    folder: Path | None = None,
+) -> None:
+    """The first half of `preflight`: what takes no time, and what Ray is started with."""
+    glance(recipe, command, _is_measured(recipe, dry_run))
     for line in settle_environment(os.environ):
         say(line)
     try:
@@ -84,6 +96,10 @@ def preflight(
         if not dry_run:  # which may be of a recipe for another machine
             raise
         say(str(error))
+
+
+def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = False) -> Ready:
+    """The second half: the policy's processor, and all rows by it."""
     sources = [] if command == "replay" else open_sources(recipe.tasks)
     for index, source in enumerate(sources):
         for line in source.notes:
@@ -94,7 +110,7 @@ def preflight(
     for source in sources if command != "sample" else ():
         if source.spec is not None and isinstance(source.task, TellsHeldOut):
             say(f"{source.label}: held out: {source.task.held_out(source.spec)}")
-    if not measured:
+    if not _is_measured(recipe, dry_run):
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None, _in_steps(recipe, sources, say))
     context = Context.of(recipe)
@@ -126,6 +142,10 @@ def preflight(
                 "so far, and others were drawn"
             )
     return Ready(fitting, context.processor, _in_steps(recipe, fitting, say))
+
+
+def _is_measured(recipe: Recipe, dry_run: bool) -> bool:
+    return not dry_run or is_here(recipe.model.path)
 
 
 def _in_steps(recipe: Recipe, sources: Sequence[ProblemSource], say: Say) -> Recipe:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.recipe.machine import claimed, require_answer, told
 from cluster.recipe.placement import Command, require_cluster
-from cluster.recipe.preflight import Ready, Say, preflight
+from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
@@ -30,17 +34,32 @@ LOCAL_RAY_TRIES = 3
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block."""
+def connected(address: str | None, meanwhile: Callable[[], Any] = lambda: None) -> Iterator[Any]:
+    """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block.
+
+    `meanwhile` is called on another thread, since a Ray that starts is mostly waited for; the
+    block gets what it returns, and what it raises is raised here. (Ray itself starts on this
+    thread: its processes end with the thread that began them.)
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is not None:
         print(f"connecting to {address} ...", file=sys.stderr, flush=True)
         require_answer(address)
+    asked: Future[Any] = Future()
+    # A daemon, so that Ctrl-C ends a command whatever is still being asked.
+    threading.Thread(target=_call, args=[meanwhile, asked], daemon=True).start()
     _attach(address)
     try:
-        yield
+        yield asked.result()
     finally:
         ray.shutdown()
+
+
+def _call(work: Callable[[], Any], outcome: Future[Any]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def _attach(address: str | None) -> None:
@@ -113,12 +132,13 @@ def session(
 ) -> Iterator[Ready]:
     """A command's folder, if it writes one, its input, and a Ray that has room for it.
 
-    Input that cannot be used is refused before anything is started or written. Raises RunFailed
-    with the failing actor's own error on top; it is also written to `<folder>/error.txt`.
+    Input that cannot be used is refused before more than Ray is started, or anything is written.
+    Raises RunFailed with the failing actor's own error on top, also in `<folder>/error.txt`.
     """
     with claimed(folder, new=resumed is None) if folder else nullcontext():
-        ready = preflight(recipe, command, say, folder=folder)
-        with actor_errors(folder), connected(address):
+        ask_machine(recipe, command, say, folder=folder)
+        asked = partial(ask_input, recipe, command, say)
+        with connected(address, asked) as ready, actor_errors(folder):
             require_cluster(recipe, ray.cluster_resources(), command)
             for reason in resumed.refused if resumed else ():
                 say(f"warning: checkpoint refused: {reason}")

@@ -164,7 +164,7 @@ def varlen_by_hand(
 def test_torchs_flash_kernel_is_asked_for_what_sdpa_computes(
     model_path: str, padded: Any, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.packing.varlen.varlen_attn", varlen_by_hand)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     flash = load_policy(model_path, attention="flash")
     assert_equal(learnt(flash, all_kinds(flash[1]), layout), padded)
 

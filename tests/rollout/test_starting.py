@@ -102,3 +102,9 @@ def test_vllm_sets_memory_aside_for_no_larger_image_than_fits_the_context(
     assert (found != by_the_engine_alone) == scales  # or nothing was asked of the requests here
     args.mm_processor_kwargs = None
     assert profiled() == ((16_384, 16_384) if scales else (largest, 2048))  # what it would be
+
+
+def test_on_a_cpu_the_cache_is_as_large_as_asked(tiny_models: dict[str, Path]) -> None:
+    model, sampler = ModelConfig(path=str(tiny_models["qwen3_vl"])), SamplerConfig(kv_cache_gib=0.2)
+    args, _ = engine_args(model, sampler, "host", False, 0)
+    assert args.kv_cache_memory_bytes == pytest.approx(0.2 * 2**30, abs=1)

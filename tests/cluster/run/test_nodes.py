@@ -81,6 +81,21 @@ def test_a_local_run_stays_out_of_a_cluster_that_runs_on_its_machine(cluster: Cl
     assert found["told"] == f"at {cluster.address}" != found["alone"]
 
 
+def test_what_is_asked_while_ray_starts_is_had_or_raised(cluster: Cluster) -> None:
+    code = (
+        "import ray; from cluster.run.session import connected\n"
+        "with connected(None, lambda: 7 * 6) as had: print('had', had, ray.is_initialized())\n"
+        "try:\n"
+        "    with connected(None, lambda: {}['rows']): print('not reached')\n"
+        "except KeyError as error: print('raised', error, ray.is_initialized())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": cluster.address},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["had 42 True", "raised 'rows' False"], done.stderr[-2000:]
+
+
 def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
     cluster: Cluster,
 ) -> None:

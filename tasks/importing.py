@@ -1,8 +1,9 @@
-"""Python's garbage collector, kept from walking libraries while they are imported."""
+"""What it takes to import the large libraries, kept down."""
 
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +23,18 @@ def importing() -> Iterator[None]:
         gc.freeze()
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def hidden(*modules: str) -> Iterator[None]:
+    """Within, an import of these raises ImportError, for who does without them and they are slow.
+
+    One that is imported already stays.
+    """
+    hiding = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hiding))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hiding:
+            del sys.modules[name]
