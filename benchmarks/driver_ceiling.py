@@ -1,6 +1,7 @@
 """How many rollouts a second can the driver handle, and does a step take the longer of two times?
 
     python -m benchmarks.driver_ceiling              # 8, 64 and 256 samplers
+    python -m benchmarks.driver_ceiling --samplers 8 64 256 1024 --orders    # the ceiling alone
     python -m benchmarks.driver_ceiling --samplers 256 --token-ms 20 --orders problem --tails
 
 Pool, buffer, stream and the driver's arithmetic are those of a run; samplers and learner only
@@ -26,6 +27,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from benchmarks import machine, tables
 from benchmarks.score_rollouts import made_up
 from cluster.recipe.recipe import Recipe
 from cluster.run.step_metrics import step_metrics
@@ -236,8 +238,11 @@ def main() -> None:
     parser.add_argument("--samplers", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--tails", action="store_true", help="spread the recorded lengths")
     parser.add_argument("--token-ms", type=float, default=5.0)
-    parser.add_argument("--orders", nargs="+", default=get_args(Order), choices=get_args(Order))
+    parser.add_argument("--orders", nargs="*", default=get_args(Order), choices=get_args(Order))
+    parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
+    parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     given = parser.parse_args()
+    machine.refuse_if_busy(given.busy_ok)
     rng = np.random.default_rng(0)
     recorded = np.loadtxt(LENGTHS, delimiter=",").max(axis=1)
     longest = recorded * (rng.lognormal(0.0, 0.7, len(recorded)) if given.tails else 1.0)
@@ -247,24 +252,29 @@ def main() -> None:
           f"the mean, {longest.max():.0f} at most; {given.token_ms:g} ms a token")  # fmt: skip
     for samplers in given.samplers:
         per_step = samplers * SLOTS * WAVES * GROUP
-        ceiling(samplers, per_step, templates)
+        tables.keep("driver", ["samplers"], [ceiling(samplers, per_step, templates)], given.to)
         for order in given.orders:
             overlap(samplers, order, seconds, templates)
 
 
-def ceiling(samplers: int, per_step: int, templates: Sequence[Group]) -> None:
+def ceiling(samplers: int, per_step: int, templates: Sequence[Group]) -> tables.Row:
     """Samplers that answer at once, a learner that takes no time: what is left is the driver."""
+    shared = machine.Shared()
     driver = Driver(samplers, 1, "problem", (), templates)
     steps = [(driver.step(0.0), driver.seconds) for _ in range(STEPS)][WARM_STEPS:]
     driver.stop()
-    step = statistics.median(seconds for seconds, _ in steps)
-    take = statistics.median(parts["take"] for _, parts in steps)
-    arithmetic = statistics.median(parts["arithmetic"] for _, parts in steps)
-    print(
-        f"\n{samplers} samplers, {per_step} rollouts a step: ceiling {per_step / step:,.0f} "
-        f"rollouts/s; a step {step:.3f} s: pool, buffer and the simulation {take:.3f}, "
-        f"metrics and batches {arithmetic:.3f}"
-    )
+    whole = [seconds for seconds, _ in steps]
+    return {
+        "samplers": samplers,
+        "rollouts a step": f"{per_step:,}",
+        "ceiling, rollouts/s": f"{per_step / statistics.median(whole):,.0f}",
+        "step, s": tables.spread(whole, 3),
+        "pool, buffer, simulation, s": tables.spread([p["take"] for _, p in steps], 3),
+        "metrics, batches, s": tables.spread([p["arithmetic"] for _, p in steps], 3),
+        "foreign": f"{shared.foreign():.0%}",
+        "machine": machine.where(),
+        "command": machine.command("benchmarks.driver_ceiling"),
+    }
 
 
 def overlap(
