@@ -27,8 +27,10 @@ MIDDLE = {
 }  # fmt: skip
 SIZES: dict[str, dict[str, dict[str, int]]] = {"2M": {}, "10M": MIDDLE, "30M": LARGER}
 """About so many parameters; `2M` is of the shipped policy's size."""
-HEIGHT = 1.0
-"""Of what all embeddings have in common, some times what tells them apart (0.2)."""
+HEIGHT = 4.0
+"""Of what all embeddings have in common: many times what tells them apart."""
+QUIET = 0.05
+"""What layers add to the residual stream is scaled by it, or in wide models it is most of it."""
 
 
 def larger_model(like: str, seed: int = 0) -> Any:
@@ -69,8 +71,11 @@ def never_end(model: Any, special: list[int]) -> None:
 
     All tokens' embeddings get a part in common, which the residual stream carries to the head:
     there it adds to the logits of the tokens that have it and takes from those that have its
-    opposite, 2 * HEIGHT * sqrt(hidden size) nats apart.
+    opposite, nearly 2 * HEIGHT * sqrt(hidden size) nats apart.
     """
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight *= QUIET
     embeddings = model.get_input_embeddings().weight
     common = torch.nn.functional.normalize(torch.randn(embeddings.shape[1]), dim=0)
     sign = torch.ones(len(embeddings), 1)
