@@ -1,6 +1,7 @@
 # Every target does what set-up is still missing first; a second call does none.
 #   make demo    RL from the shipped tiny policy, then the table before and after
 #   make test    all tests          make check   linters, formatter, types
+#   make test-gpu  those for a machine with a GPU (SET=cuda); REHEARSE=1: what a CPU can run of them
 #   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
 #   make bench  against TRL, into docs/performance.md; on a machine that does nothing else
 #   make reference  docs/recipe.md and the JSON schema of recipes, from the sections
@@ -16,7 +17,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test check bench models reference lock clean
+.PHONY: setup demo test test-gpu check bench models reference lock clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	# Two processes, a file's tests in one of them; in the order of tests/conftest.py.
 	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(STAMP)
+	# In one process: they share the cards. What they measured is printed at the end.
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -rsP --show-capture=stdout tests/gpu
 
 check: $(STAMP)
 	$(RUN)/ruff check .

@@ -212,6 +212,19 @@ def sampler_memory(
     return parts
 
 
+def cached_tokens(
+    model: ModelConfig, sampler: SamplerConfig, size: PolicySize, machine: Machine
+) -> int:
+    """How many tokens an engine's KV cache has room for; on a GPU at most, with no buffers beside.
+
+    A token has a key and a value of each layer, divided over tensor-parallel ranks.
+    """
+    token = 2 * size.layers * size.keys * width(model) / sampler.tensor_parallel
+    parts = sampler_memory(model, sampler, size, machine)
+    room = sum(memory for part, memory in parts.items() if part.startswith("KV cache"))
+    return int(room / token)
+
+
 def stored_weights(recipe: Recipe, command: str) -> int:
     """Bytes in Ray's object store on the first learner rank's node: the last two versions.
 

@@ -13,6 +13,7 @@ from typing import Literal
 from cluster.recipe.hardware import Machine, gib
 from cluster.recipe.memory import (
     PolicySize,
+    cached_tokens,
     learner_memory,
     policy_size,
     sampler_memory,
@@ -155,6 +156,8 @@ def _notes(
     if "sampler" in roles and recipe.sampler.gpus:
         share = recipe.sampler.gpu_memory_utilization
         notes.append(f"each engine fills {share:.0%} of its GPU with KV cache")
+    if "sampler" in roles and size and (machine.gpus or not recipe.sampler.gpus):
+        notes.append(_cache_note(recipe, size, machine))
     for where, estimate, present in _memory_totals(actors, machine):
         if estimate > present:
             notes.append(
@@ -163,6 +166,24 @@ def _notes(
                 "learner.zero_stage"
             )
     return notes
+
+
+def _cache_note(recipe: Recipe, size: PolicySize, machine: Machine) -> str:
+    model, sampler = recipe.model, recipe.sampler
+    tokens = cached_tokens(model, sampler, size, machine)
+    whole, longest = tokens // model.max_model_len, f"model.max_model_len = {model.max_model_len:,}"
+    most = " at most" if sampler.gpus else ""
+    if not whole:
+        field = "sampler.gpu_memory_utilization" if sampler.gpus else "sampler.kv_cache_gib"
+        return (
+            f"an engine's KV cache has room for {tokens:,} tokens{most}, less than {longest}, and "
+            f"will not start; raise {field} or sampler.tensor_parallel"
+        )
+    count = min(whole, sampler.max_num_seqs)
+    return (
+        f"an engine's KV cache has room for {tokens:,} tokens{most}: {count:,} "
+        f"response{'s' * (count > 1)} at a time if each grows to {longest}"
+    )
 
 
 def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[str, int, int]]:

@@ -25,6 +25,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.recipe.hardware import Machine
+from cluster.recipe.memory import cached_tokens, policy_size
 from learner.batch import Layout, TrainSequence
 from learner.collate import Collator
 from learner.lora import Adapters, AdapterWeights
@@ -35,6 +37,7 @@ from learner.weights import GatheredWeights
 from rollout.decoding import special_tokens
 from rollout.engine import EngineDied, SamplerError
 from rollout.record import Group, SampleRequest, Sampling, ScoreRequest
+from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS
@@ -99,6 +102,20 @@ def test_log_probs_agree_with_images_of_any_shape_and_without(live: Live) -> Non
         assert rollout.logprobs[0] != other.logprobs[0]
         assert rollout.prompt_ids.tolist() == other.prompt_ids.tolist()
         assert image in rollout.prompt_ids and image not in none.rollouts[0].prompt_ids
+
+
+@every_family
+def test_the_kv_cache_has_the_room_that_the_dry_run_tells(live: Live) -> None:
+    def ask(llm: Any) -> int:
+        cache = llm.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
+
+    there = asyncio.run_coroutine_threadsafe(live.engine._llm.do(ask), live.loop).result(60)
+    size = policy_size(str(live.folder))
+    assert size is not None
+    model = ModelConfig(path=str(live.folder), max_model_len=512)
+    told = cached_tokens(model, SamplerConfig(max_num_seqs=64), size, Machine(1, 1))
+    assert 0.99 * told <= there <= told
 
 
 @every_family

@@ -46,18 +46,28 @@ class Live:
     name = "sampler-0"
 
     def __init__(
-        self, model: ModelConfig, original: Policy, perturbed: Policy, processor: Any
+        self,
+        model: ModelConfig,
+        original: Policy,
+        perturbed: Policy,
+        processor: Any,
+        sampler: SamplerConfig | None = None,
     ) -> None:
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.weights = {"original": original, "perturbed": perturbed}
         self.processor, self.folder = processor, Path(model.path)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
         async def start() -> Engine:
-            return Engine.start(model, SamplerConfig(max_num_seqs=64))
+            return Engine.start(model, sampler or SamplerConfig(max_num_seqs=64))
 
         self.engine = asyncio.run_coroutine_threadsafe(start(), self.loop).result(400)
         self.first_checksums = self.checksums()
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def call(self, method: str, *args: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop)
@@ -71,7 +81,7 @@ class Live:
 
     def source(self, which: str) -> GatheredWeights:
         """These weights as a learner offers them."""
-        return GatheredWeights(self.weights[which].model, lambda _: nullcontext(), torch.float32)
+        return GatheredWeights(self.weights[which].model, lambda _: nullcontext(), self.dtype)
 
     def send(self, weights: str | OfferedWeights, version: int, spoilt: str = "") -> TransferReport:
         """Give the engine weights, or those of that name, as a sampler does; Ray is left out.
@@ -150,10 +160,10 @@ def gaps(
         TrainSequence(prompt, response, images, np.zeros_like(response), found, found)
         for (prompt, response, images), found in zip(inputs, logprobs, strict=True)
     ]
-    batch = Collator(policy, processor, layout)(sequences)
+    batch = Collator(policy, processor, layout)(sequences).to(next(policy.parameters()).device)
     with torch.no_grad():
         expected, _ = policy.eval().run(batch)
-    differences = (expected - batch.tokens.sampler_logprobs).abs().numpy()
+    differences = (expected - batch.tokens.sampler_logprobs).abs().cpu().numpy()
     return np.split(differences, np.cumsum([len(found) for found in logprobs])[:-1])
 
 
@@ -184,8 +194,7 @@ def perturbed_engine(
     processor = load_processor(model.path, reading=model)
     live = Live(model, original, perturbed, processor)
     yield live
-    live.engine.shutdown()
-    live.loop.call_soon_threadsafe(live.loop.stop)
+    live.close()
 
 
 def seen(problem: Problem, view: ImageView) -> tuple[bytes, ...]:

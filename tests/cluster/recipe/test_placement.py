@@ -260,6 +260,21 @@ def test_of_a_hub_name_it_is_said_that_all_is_counted_as_trained() -> None:
     assert told == [False, True, True]
 
 
+def test_the_dry_run_tells_how_many_tokens_an_engines_cache_has_room_for() -> None:
+    card = EIGHT_GPUS.gpus[0].memory
+    weights, token = 2 * 4_437_815_808, 2 * 36 * 1024 * 2  # a key and a value of each layer
+    for shape, ranks in (((), 1), (("sampler.tensor_parallel=2", "sampler.gpus=2"), 2)):
+        tokens = int((int(0.85 * card) - weights // ranks) / (token / ranks))
+        (said,) = (n for n in plan(gpu(*shape), EIGHT_GPUS).notes if "KV cache has" in n)
+        assert f"room for {tokens:,} tokens at most: {tokens // 6144} responses" in said
+    (said,) = (n for n in plan(tiny("sampler.kv_cache_gib=1"), TWO_CORES).notes if "KV" in n)
+    assert f"{GIB // (2 * 4 * 64 * 4):,} tokens: 256 responses" in said  # max_num_seqs
+    small = Machine(8, 64 * GIB, (Gpu("card", 10 * GIB),))
+    (said,) = (n for n in plan(gpu(), small).notes if "KV cache has" in n)
+    assert "will not start" in said and "gpu_memory_utilization" in said
+    assert not any("KV cache has" in n for n in plan(gpu(), TWO_CORES).notes)  # no GPU to fill
+
+
 def test_what_is_offloaded_is_in_main_memory() -> None:
     whole, away = (plan(gpu(*more), EIGHT_GPUS) for more in ((), ('learner.offload="optimizer"',)))
     for one, other in zip(whole.actors, away.actors, strict=True):
@@ -304,7 +319,7 @@ def test_an_unknown_policy_is_placed_without_an_estimate() -> None:
 def test_memory_that_will_not_suffice_is_a_note() -> None:
     small = Machine(cores=2, memory=GIB // 2)
     assert any("main memory may not suffice" in note for note in plan(tiny(), small).notes)
-    crowded = plan(gpu("learner.micro_batch_tokens=65536"), EIGHT_GPUS)
+    crowded = plan(gpu("learner.micro_batch_tokens=262144"), EIGHT_GPUS)
     assert any("GPU memory may not suffice" in note for note in crowded.notes)
 
 
