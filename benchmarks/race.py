@@ -41,6 +41,8 @@ ENGINES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "threads": (("sampler.threads=2",), {"on-policy, threads = 2": ()}),
 }
 """How our actors are started, and the variants that take turns with TRL on them."""
+KV_CACHE_GIB = {"shipped": 0.25, "2M": 0.25, "10M": 1.0, "30M": 2.0}
+"""For all responses of a step at once."""
 APART = 4
 """Steps that two turns lie apart at least: what is drawn ahead is never drawn twice."""
 
@@ -67,7 +69,8 @@ def main() -> None:
 
 def race(size: str, length: int, engine: str, given: argparse.Namespace) -> list[tables.Row]:
     """TRL against the variants of one way to start ours; a row each."""
-    settings, variants = ENGINES[engine]
+    threads, variants = ENGINES[engine]
+    settings = (*threads, f"sampler.kv_cache_gib={KV_CACHE_GIB[size]}")
     with tempfile.TemporaryDirectory(prefix="equipoise-race-") as scratch:
         folder = Path(scratch)
         model, parameters = policy(size, folder / "model")

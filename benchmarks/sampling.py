@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, tables
-from benchmarks.race import LENGTHS, SIZES, policy
+from benchmarks.race import KV_CACHE_GIB, LENGTHS, SIZES, policy
 from benchmarks.race_work import GROUP, KNOBS, PROBLEMS, TASK
 from benchmarks.sides import Racer, side
 from rollout.record import SampleRequest, Sampling
@@ -44,13 +44,16 @@ class Job:
     tokens: int
     threads: int
     problems: int
+    kv_cache_gib: float
     folder: str = ""
 
     @property
     def settings(self) -> tuple[ModelConfig, SamplerConfig]:
         """Of the engine, as a recipe would have them."""
         model = ModelConfig(path=self.model, max_model_len=self.tokens + 160)
-        return model, SamplerConfig(max_tokens=self.tokens, threads=self.threads)
+        return model, SamplerConfig(
+            max_tokens=self.tokens, threads=self.threads, kv_cache_gib=self.kv_cache_gib
+        )
 
     def requests(self, turn: int) -> list[SampleRequest]:
         """Those of a turn, each of a problem that no other turn has."""
@@ -116,11 +119,10 @@ def _vllm(connection: Any, job: Job, plain: bool) -> None:
     # As `rollout.starting.start_engine` has it, but for where the engine runs: LLM's own choice.
     os.environ |= {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(round(sampler.kv_cache_gib)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(sampler.engine_threads),
-        "TORCH_COMPILE_DISABLE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
     }
     import torch
     from vllm import LLM
@@ -224,7 +226,8 @@ def compare(size: str, length: int, given: argparse.Namespace) -> tables.Row:
     foreign, tokens = [0.0], dict.fromkeys(SIDES, 0)
     with tempfile.TemporaryDirectory(prefix="equipoise-sampling-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        job = Job(policy(size, folder / "model")[0], length, given.threads, given.problems)
+        model, _ = policy(size, folder / "model")
+        job = Job(model, length, given.threads, given.problems, KV_CACHE_GIB[size])
         racers: dict[str, Racer] = {}
         for name, function in SIDES.items():
             target = f"benchmarks.sampling:{function}"

@@ -51,21 +51,18 @@ def start(connection: Any, asked: Start) -> None:
         last = now
 
     from benchmarks.turns import take_turn
-    from cluster.recipe.preflight import preflight
     from cluster.recipe.recipe import load_recipe
     from cluster.record.terminal import Progress
     from cluster.run.run_log import run_log
     from cluster.run.runtime import Run
-    from cluster.run.session import connected
+    from cluster.run.session import session
 
     over("import of the driver")
     progress, folder = Progress(0), Path(asked.folder) / "run"
     recipe = load_recipe(asked.recipe, asked.settings)
-    ready = preflight(recipe, "train", progress.say, folder=folder)
-    over("checks before anything is started")
     with ExitStack() as stack:
-        stack.enter_context(connected(None))
-        over("Ray up")
+        ready = stack.enter_context(session(recipe, "train", None, folder, progress.say))
+        over("machine and data asked, Ray up")
 
         class Watched(Run):
             def wait_ready(self) -> None:
