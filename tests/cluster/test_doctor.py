@@ -31,7 +31,10 @@ def test_a_probe_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None
         "print('waiting', flush=True)\n"
         "time.sleep(600)\n"
     )
-    status, output = run_probe(code, on_gpu=False, deadline=3)
+    for deadline in (3, 30, 300):  # a busy machine takes its time to come to the second sleep
+        status, output = run_probe(code, on_gpu=False, deadline=deadline)
+        if "waiting" in output:
+            break
     assert status is None and "waiting" in output
     assert _gone(int(pid_file.read_text()))
 
@@ -150,7 +153,8 @@ def test_the_exit_code_is_1_when_something_needed_fails(
 
 
 def _gone(pid: int) -> bool:
-    for _ in range(50):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
         try:
             os.kill(pid, 0)
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
