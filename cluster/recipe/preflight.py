@@ -131,7 +131,7 @@ def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = Fal
             _ask_contract(index, source)
     ask_labels(recipe, command, fitting, say, draw=not dry_run)
     for source in fitting if command in ("train", "sft") else ():
-        if source.spec is None and len(source.test) < recipe.eval.problems:  # of `vqa` alone
+        if source.spec is None and len(source.test) < recipe.eval.problems:
             say(
                 f"{source.label}: eval.problems = {recipe.eval.problems}, and {len(source.test)} "
                 "rows are held out: all are taken"

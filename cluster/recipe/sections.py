@@ -29,7 +29,7 @@ class EvalConfig(Section):
     """[eval] The held-out measurement before, after and, if `every` > 0, between steps."""
 
     problems: Positive = 512
-    """Held-out problems of each `[[tasks]]` entry."""
+    """Held-out problems of each `[[tasks]]` entry; all of an entry whose data holds fewer rows."""
     seed: Count = 1234567
     """Of these problems."""
     samples: Positive = 1

@@ -165,8 +165,9 @@ def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
     assert code == 0 and all(f"# note: {line}\n" in printed for line in told)
     # What is held out is counted without them, too.
     settings = ['tasks[0].too_long="drop"', "eval.problems=5"]
-    code, _, message = dry_run(tmp_path, monkeypatch, capsys, *settings)
-    assert code == 2 and "asked for 5" in message and "has 4" in message
+    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    assert code == 0 and "eval.problems = 5, and 4 rows are held out: all are taken" in printed
+    assert {p.id for p in held_out(source, 1, 5)} == left["test"]
 
 
 def test_epochs_are_of_the_rows_that_fit_and_each_comes_once_in_each(
@@ -256,7 +257,6 @@ def test_a_response_that_cannot_be_learnt_from_is_found_before_the_learner_start
         (['tasks[0].data="nowhere"'], "tasks[0].data: nowhere: "),
         (['tasks[0].data="org/some-data"'], "tasks[0].data: org/some-data: "),
         (['tasks[0].data="{data}/train.parquet"'], "train.parquet: "),
-        (["eval.problems=7"], "eval.problems: asked for 7"),
         (
             ['reward.terms=[{{name="format", args={{penalty=3}}}}]'],
             "reward.terms: reward term 'format': args: ",
