@@ -54,8 +54,8 @@ def test_a_build_whose_builder_was_killed_is_taken_over_at_once(
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
     assert (tmp_path / "lock").exists()  # what torch alone would wait for without end
-    assert taken(tmp_path) < 5
-    assert taken(tmp_path) < 5
+    assert taken(tmp_path) < 60  # not FOREIGN_SECONDS, nor for ever
+    assert taken(tmp_path) < 60  # not FOREIGN_SECONDS, nor for ever
 
 
 def test_a_living_builder_is_waited_for_and_told(
@@ -90,7 +90,7 @@ def test_a_lock_without_an_flock_is_anothers_until_it_is_old(tmp_path: Path) -> 
     assert not HeldBaton(str(lock))._taken()
     long_ago = time.time() - 2 * builds.FOREIGN_SECONDS
     os.utime(lock, (long_ago, long_ago))
-    assert taken(tmp_path) < 5
+    assert taken(tmp_path) < 60  # not FOREIGN_SECONDS, nor for ever
 
 
 def test_torch_builds_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
