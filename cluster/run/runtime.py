@@ -187,12 +187,14 @@ class LivePolicy:
         self._pairs = GpuPairs(recipe) if on_one_gpu else None
         placed = self._pairs.options if self._pairs else lambda place: {}
         self.learner = LearnerGroup(learner, placed)
-        self._starting = self.learner.start_async()
         if on_one_gpu:
             # An engine measures the memory that is free while it starts.
+            self._starting = self.learner.start_async()
             self.learner.wait(self._starting)
         start = None if learner.resume else learner.start
         self.samplers = sampler_pool(recipe, start, placed=placed)
+        if not on_one_gpu:  # last, for it waits for the process of rank 0
+            self._starting = self.learner.start_async()
         self._delivery = (
             Delivery(self.samplers, self.learner)
             if recipe.transfer.transport == "host"
