@@ -9,3 +9,9 @@ from cluster.report import document
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are empty drawings, for tests of the rest of a page: drawing takes the longest."""
     monkeypatch.setattr(document, "to_svg", lambda chart: '<svg aria-hidden="true"></svg>')
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would start while input is asked that is refused then: nothing comes to need it."""
+    monkeypatch.setattr("cluster.run.session._attach", lambda address: None)
