@@ -101,6 +101,8 @@ class Told:
             return pretended(request, self.name)
         self.begun.append(request.request_id)
         what, _, number = request.request_id.partition("-")
+        if what == "block":
+            return _blocked(Path(number))
         if number.startswith("/"):
             done = Path(number) / "done"
             what = "ok" if done.exists() else what
@@ -121,8 +123,6 @@ class Told:
                 await asyncio.sleep(0.5)
             if what == "hang":
                 await asyncio.sleep(3600)
-            if what == "block":
-                time.sleep(3.0)
         except asyncio.CancelledError:
             self.cancelled.append(request.request_id)
             raise
@@ -217,6 +217,20 @@ def told(count: int, limits: SamplerConfig = LIMITS) -> Iterator[SamplerPool]:
         pool.stop()
 
 
+def waits_for(file: Path) -> None:
+    until = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < until, f"{file.name} did not come"
+        time.sleep(0.01)
+
+
+def _blocked(folder: Path) -> np.ndarray:
+    """Keep the whole process from listening until the file `end` is there."""
+    (folder / "begun").touch()
+    waits_for(folder / "end")
+    return np.array([0.0], np.float32)
+
+
 def asked(*ids: str) -> list[ScoreRequest]:
     (problem,) = problems(1)
     return [ScoreRequest(name, problem, ONE, ()) for name in ids]
@@ -254,7 +268,10 @@ def test_replies_come_in_order_and_a_refusal_spoils_nothing() -> None:
 
 def test_what_hangs_is_late_and_is_cancelled() -> None:
     with told(1) as pool:
-        replies = pool.answer(asked("hang-0", "ok-1", "hang-2", "ok-3"), 2.0)
+        for seconds in (2.0, 20.0, 200.0):  # a busy machine may be late with all four
+            replies = pool.answer(asked("hang-0", "ok-1", "hang-2", "ok-3"), seconds)
+            if not any(isinstance(replies[i], ReplyError) for i in (1, 3)):
+                break
         assert kinds(replies) == ["deadline", 1, "deadline", 3]
         late = replies[0]
         assert isinstance(late, ReplyError) and late.message == "told-0: no answer in time"
@@ -262,13 +279,16 @@ def test_what_hangs_is_late_and_is_cancelled() -> None:
         assert kinds(pool.answer(asked("ok-4"), 60)) == [4]
 
 
-def test_a_sampler_that_does_not_listen_costs_the_deadline_and_then_drops_what_was_late() -> None:
+def test_a_sampler_that_does_not_listen_costs_the_deadline_and_then_drops_what_was_late(
+    tmp_path: Path,
+) -> None:
     with told(1) as pool:
-        busy = pool.clients[0].call("answer", asked("block-0")[0])
-        time.sleep(0.5)
+        busy = pool.clients[0].call("answer", asked(f"block-{tmp_path}")[0])
+        waits_for(tmp_path / "begun")
         replies = pool.answer(asked("hang-1", "hang-2"), 0.5)
         assert kinds(replies) == ["deadline", "deadline"]
         assert not ray.wait([busy], timeout=0)[0], "the answer came while the sampler was busy"
+        (tmp_path / "end").touch()
         assert kinds(pool.answer(asked("ok-3"), 60)) == [3]
         cancelled(pool, "hang-1", "hang-2")
 
@@ -299,14 +319,16 @@ def test_a_pool_past_hope_says_so_to_everyone_and_names_sampler_and_cause() -> N
 
 
 def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
-    with told(2, LIMITS.model_copy(update={"heartbeat_seconds": 4.0})) as pool:
+    # A busy machine may keep the other silent as well: it is then replaced too.
+    limits = LIMITS.model_copy(update={"heartbeat_seconds": 4.0, "max_restarts": 20})
+    with told(2, limits) as pool:
         pid = ray.get(pool.clients[0].call("pid"))
         requests = [SampleRequest(f"slow-{i}", problems(1)[0], 1, Sampling()) for i in range(6)]
+        os.kill(pid, signal.SIGSTOP)  # first, or all might be answered before it
         pool.submit(requests)
-        os.kill(pid, signal.SIGSTOP)
-        groups = pool.collect(6, 60)
+        groups = pool.collect(6, 120)
         assert sorted(g.group_id for g in groups) == [r.group_id for r in requests]
-        assert pool.counts()["restarts/silent"] == 1 and pool.pending() == 0
+        assert pool.counts()["restarts/silent"] >= 1 and pool.pending() == 0
         until = time.monotonic() + 30
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < until, "the stopped process was not ended"

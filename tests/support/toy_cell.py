@@ -23,7 +23,8 @@ shutil.copy(recipe, run / "recipe.toml")
 for folder in ("rollouts", "demonstrations"):
     if (made / folder).exists():
         shutil.copytree(made / folder, run / folder)
-time.sleep(random.uniform(0.02, float(os.environ.get("TOY_SLEEP", "0.2"))))
+longest = float(os.environ.get("TOY_SLEEP", "0.2"))
+time.sleep(random.uniform(longest / 2, longest))
 if name in os.environ.get("TOY_FAILS", "").split(","):
     print("warming up\nToyError: no luck today", file=sys.stderr)
     raise SystemExit(3)

@@ -256,7 +256,10 @@ class Asks:
 
 
 class Waits:
-    """A remote term: waits a moment, or does `what` on groups of the number 0."""
+    """A remote term: waits a moment, or does `what` on groups of the number 0.
+
+    "three": each waits until three were at it at once.
+    """
 
     name = "waits"
 
@@ -269,6 +272,8 @@ class Waits:
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0.05)
+        while self.what == "three" and self.most < 3:
+            await asyncio.sleep(0.01)
         self.now -= 1
         if group.problem.truth["n"] == 0:
             if self.what == "hang":

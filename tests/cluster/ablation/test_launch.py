@@ -156,7 +156,7 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
     chance = random.Random(4)
     finished: dict[Path, int] = {}
     for least in range(3):
-        launcher = Launcher(path, killed, TOY_SLEEP="0.6")
+        launcher = Launcher(path, killed, TOY_SLEEP="1.2")
         started = [f"[{done}/6] started" for done in range(least, 6)]
         wait_for(lambda: any(s in launcher.printed() for s in started), "none started")  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.5))
