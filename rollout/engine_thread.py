@@ -116,7 +116,7 @@ class EngineThread:
                 if llm.has_unfinished_requests() and not self._paused:
                     self._step(llm)
             self._failure = EngineFailed("it was shut down")
-        except Exception as error:
+        except BaseException as error:  # whatever ends the thread, who waits is told
             self._failure = error
         self._end()
         llm.engine_core.shutdown()

@@ -203,7 +203,8 @@ def _draw_held_out(source: ProblemSource, seed: int, count: int) -> list[Problem
     barren = 0
     if not count:
         raise DataError(
-            f"eval.problems: no row of task {source.task.name} is left in its test split"
+            f"{source.label}: data: no row is left in the test split to evaluate on; put some "
+            "there that fit the policy"
         )
     for index in itertools.count():
         problem = source.problem("test", seed, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,12 @@ def test_a_dry_run_tells_what_is_held_out(
     assert run(monkeypatch, "train", str(tmp_path / "x.toml"), "--dry-run", *settings) == 0
     printed = capsys.readouterr().out
     assert "# note: tasks[0].data: nothing is held out by name" in printed
+
+
+def test_a_test_split_of_no_row_is_named(data: Path) -> None:
+    opened = source(data)
+    with pytest.raises(DataError, match=r"^vqa: data: no row is left in the test split"):
+        held_out(replace(opened, test=opened.test.chosen([])), 0, 2)
 
 
 def test_fewer_held_out_rows_than_asked_for_are_all_taken(data: Path, tmp_path: Path) -> None:
