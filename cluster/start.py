@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from cluster.recipe.hardware import Machine
 from cluster.recipe.machine import require_free, told
-from cluster.recipe.placement import Command, describe, plan
+from cluster.recipe.nodes import describe_nodes, seated
+from cluster.recipe.placement import Command, Placement, describe, plan
 from cluster.recipe.preflight import glance, preflight
 from cluster.recipe.recipe import (
     Recipe,
@@ -63,7 +64,8 @@ def ready(
 ) -> bool:
     """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
 
-    The placement comes as comments, so that all that is printed is a recipe again. Raises
+    The placement comes as comments, so that all that is printed is a recipe again; with `address`
+    also which node of the cluster has room for whom. Raises
     PlacementError where this machine lacks what the recipe asks for and no cluster is given,
     RecipeError, which names `source`, where it names parts that the policy does not have, and what
     `glance` and `require_free` raise.
@@ -80,11 +82,24 @@ def ready(
         notes: list[str] = []
         print(resolved_toml(preflight(recipe, command, notes.append, dry_run=True).recipe))
         lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
+        if address is not None:
+            lines += ["", f"the cluster at {address}, if nobody else takes of it:"]
+            lines += _on_cluster(recipe, placement, address).splitlines()
         print("\n".join(f"# {line}".rstrip() for line in lines))
         return False
     if address is None:
         placement.require()
     return True
+
+
+def _on_cluster(recipe: Recipe, placement: Placement, address: str) -> str:
+    """Node by node of the cluster as it is now, who would go there, and who cannot."""
+    from cluster.run.nodes import live_nodes
+    from cluster.run.session import connected
+
+    with connected(address):
+        nodes = live_nodes()
+    return describe_nodes(seated(placement.actors, recipe.placement, nodes))
 
 
 def in_words(error: Exception) -> tuple[str, int]:

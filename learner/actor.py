@@ -116,7 +116,7 @@ class LearnerGroup:
 
     def start_async(self) -> list[Any]:
         """Begin `start`; pass the result to `wait`."""
-        master = ray.get(self._ranks[0].free_address.remote())
+        master = self.wait([self._ranks[0].free_address.remote()])
         return [rank.start.remote(self._setup, master) for rank in self._ranks]
 
     def on_ranks(self, name: str, *args: Any, **options: Any) -> Any:

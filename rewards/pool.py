@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from rewards.advantages import Advantages, Estimator
 from rewards.compose import Composition, compose_groups, raise_if_fatal
@@ -40,10 +41,12 @@ class RewardPool:
         config: RewardConfig,
         estimator: Estimator | Advantages = "grpo",
         answerers: Mapping[str, Answerer] | None = None,
+        where: Mapping[str, Any] | None = None,
     ) -> None:
         """Start the workers and wait until their terms are loaded.
 
         `answerers`: for asking terms, model -> samplers; "" is the current policy.
+        `where`: on which nodes the workers are to be, as options of their actors.
 
         Raises `RewardError` if a worker cannot start, with the reason (an unknown term, say),
         and ValueError for a composition that makes no sense.
@@ -65,9 +68,9 @@ class RewardPool:
         local = [name for name, term in terms.items() if not term.remote]
         self._of_step = tuple(n for n in local if self._entries[n].scope == "step")
         self._parts = (*(n for n in local if n not in self._of_step), DIAGNOSIS)
-        self._workers = Workers(config, [self._entries[name] for name in local])
+        self._workers = Workers(config, [self._entries[name] for name in local], where=where)
         self._remote = {
-            name: Workers(config, [self._entries[name]], name, term)
+            name: Workers(config, [self._entries[name]], name, term, where)
             for name, term in terms.items()
             if term.remote
         }

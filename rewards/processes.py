@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,12 @@ class Workers:
         entries: Sequence[RewardTermConfig],
         remote: str = "",
         facts: TermFacts | None = None,
+        where: Mapping[str, Any] | None = None,
     ) -> None:
-        """`remote`: the name of a remote term, whose `facts` say what its process takes."""
+        """`remote`: the name of a remote term, whose `facts` say what its process takes.
+
+        `where`: on which nodes, as options of the actors.
+        """
         self.restarts = 0
         self._remote, self._closed = remote, False
         self._who = f"reward term {remote!r}" if remote else "a reward worker"
@@ -86,6 +90,7 @@ class Workers:
             num_gpus=facts.gpus if facts else 0,
             max_restarts=-1,
             max_concurrency=self._places + 2 if remote else 1,
+            **(where or {}),
         )
         memory = 0.0 if facts and facts.weights else config.memory_gib
         count = 1 if remote else config.workers

@@ -154,8 +154,8 @@ class Seat:
 def not_up(sampler: str, seconds: float) -> TimeoutError:
     """The error of a sampler that did not come up."""
     return TimeoutError(
-        f"sampler {sampler!r} was not up after {seconds:g} s (sampler.start_timeout_seconds); see "
-        "its log in the Ray session folder"
+        f"sampler {sampler!r} was not up after {seconds:g} s (sampler.start_timeout_seconds); is "
+        "there a node with room for it (`ray status`)? else see its log in the Ray session folder"
     )
 
 

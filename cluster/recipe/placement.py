@@ -97,7 +97,7 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
         return Actor(role, index, sampler.cpus, sampler.gpus, memory)
 
     samplers, others = [], []
-    if command in ("train", "sample") or (command == "sft" and recipe.eval.every):
+    if command in ("train", "sample", "eval") or (command == "sft" and recipe.eval.every):
         samplers = [engine("sampler", i, size) for i in range(sampler.count)]
     if command in ("train", "sample"):
         # Scoring is short and comes while the engines wait, so it reserves no core.

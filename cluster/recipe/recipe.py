@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
-from cluster.recipe.sections import EvalConfig, OutputConfig
+from cluster.recipe.sections import EvalConfig, OutputConfig, PlacementConfig
 from cluster.recipe.toml_writer import table_lines
 from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
 from rewards.settings import RewardConfig
@@ -63,6 +63,8 @@ class Recipe(Section):
     """The ranks that learn."""
     transfer: TransferConfig = TransferConfig()
     """How weights reach the samplers."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes of a cluster."""
     eval: EvalConfig = EvalConfig()
     """What is measured, and when."""
     sft: SftConfig | None = None
@@ -160,6 +162,12 @@ class Recipe(Section):
             '"ipc" hands memory over within a GPU, so each sampler shares that of a learner rank: '
             "write as many samplers (sampler.count) as ranks (learner.ranks), and parts of a GPU "
             'for both (sampler.gpus + learner.gpus at most 1); between GPUs use "nccl"',
+        )
+        refuse(
+            transfer.transport == "ipc" and self.placement.samplers != self.placement.learner,
+            "placement.samplers",
+            'differs from placement.learner, and under transport "ipc" a sampler shares the GPU of '
+            "a learner rank; write the same labels",
         )
         refuse(
             transfer.transport == "ipc" and sampler.gpus + learner.gpus > 1,

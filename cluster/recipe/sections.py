@@ -1,4 +1,4 @@
-"""Recipe sections of the run itself: [eval] and [output]."""
+"""Recipe sections of the run itself: [placement], [eval] and [output]."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from pydantic import AfterValidator, Field, model_validator
 from rewards.settings import Place
 from tasks.fields import Amount, Count, PathText, Positive, Section, Text, refusal
 from tasks.files import expanded
+
+_Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")]
+Labels = dict[_Label, _Label]
+"""Name and value, as Ray takes them; not the operators that it takes in place of a value."""
+
+
+class PlacementConfig(Section):
+    """[placement] On which nodes of a cluster (`--address`) a run's actors are: those with all of
+    these labels. `ray start --labels=role=sampler` gives a node what `{ role = "sampler" }` asks.
+    """
+
+    learner: Labels = Field(default_factory=dict)
+    """Nodes that the learner's ranks may be on; {}: any."""
+    samplers: Labels = Field(default_factory=dict)
+    """Nodes that the engines may be on, those of frozen models too. An engine never straddles
+    nodes, however many GPUs it has."""
+    reward_workers: Labels = Field(default_factory=dict)
+    """Nodes that reward workers may be on; they are spread over these."""
+    spread_samplers: bool = False
+    """Rather an engine a node than a node full of them."""
+    wait_seconds: Amount = 120.0
+    """How long a run waits for nodes that are not there yet, before it is refused."""
 
 
 class EvalSampling(Section):

@@ -36,6 +36,8 @@ MAY_CHANGE = (
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
     "transfer.transport", "transfer.deadline_seconds", "transfer.bucket_mib", "transfer.checksum",
     "transfer.overlap",
+    "placement.learner", "placement.samplers", "placement.reward_workers",
+    "placement.spread_samplers", "placement.wait_seconds",
     "reward.workers", "reward.deadline_seconds", "reward.answer_seconds", "reward.remote_seconds",
     "reward.remote_in_flight", "reward.memory_gib",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",

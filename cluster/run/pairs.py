@@ -21,7 +21,11 @@ class GpuPairs:
         """Asks Ray for the GPUs; what is placed waits for them."""
         bundle = {"GPU": 1.0, "CPU": recipe.sampler.cpus + recipe.learner.cpus}
         taken = {name: amount for name, amount in bundle.items() if amount}
-        self._group = placement_group([dict(taken) for _ in range(recipe.learner.ranks)])
+        ranks, labels = recipe.learner.ranks, recipe.placement.learner
+        self._group = placement_group(
+            [dict(taken) for _ in range(ranks)],
+            bundle_label_selector=[dict(labels) for _ in range(ranks)] if labels else None,
+        )
 
     def options(self, place: int) -> dict[str, Any]:
         """Of the Ray actor that is sampler, or rank, number `place`."""

@@ -83,7 +83,7 @@ def run_replay(
         progress.say("starting learner (DeepSpeed) ...")
         setup = learner_setup(recipe)
         with (
-            learning(setup) as learner,
+            learning(recipe, setup) as learner,
             run_log(recipe, folder, progress, source.steps[-1]) as log,
         ):
             gaps = {}

@@ -21,6 +21,7 @@ from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.delivery import Delivery, GpuDelivery
 from cluster.run.evaluate import evaluate_all
+from cluster.run.nodes import on_nodes
 from cluster.run.pairs import GpuPairs
 from cluster.run.session import session
 from learner.actor import LearnerGroup
@@ -61,17 +62,18 @@ def sampler_pool(
     model: str | None = None,
     name: str = "sampler",
     frozen: bool = False,
-    placed: Callable[[int], dict[str, Any]] = lambda place: {},
+    placed: Callable[[int], dict[str, Any]] | None = None,
 ) -> SamplerPool:
     """The recipe's samplers on the policy or another checkpoint, or the one of a frozen model.
 
-    They are not yet waited for. `placed`: see `ray_samplers`.
+    They are not yet waited for. `placed`: see `ray_samplers`; by default as [placement] says.
     """
+    where = on_nodes(recipe.placement.samplers, recipe.placement.spread_samplers)
     policy = recipe.model.model_copy(update={"path": model or recipe.model.path})
     start = ray_samplers(
         policy,
         recipe.sampler,
-        placed,
+        placed or (lambda place: where),
         transport=recipe.transfer.transport,
         frozen=frozen,
         seed=recipe.seed,
@@ -81,9 +83,9 @@ def sampler_pool(
 
 
 @contextmanager
-def learning(setup: LearnerSetup) -> Iterator[LearnerGroup]:
+def learning(recipe: Recipe, setup: LearnerSetup) -> Iterator[LearnerGroup]:
     """A learner without samplers; Ray must be connected."""
-    learner = LearnerGroup(setup)
+    learner = LearnerGroup(setup, lambda rank: on_nodes(recipe.placement.learner))
     try:
         learner.start()
         yield learner
@@ -137,7 +139,8 @@ class Scoring:
         models = {"": policy, **frozen}
         algorithm = recipe.algorithm
         advantage = find_advantage(algorithm.advantage, algorithm.advantage_args)
-        self._rewards = RewardPool(recipe.reward, advantage, models)
+        where = on_nodes(recipe.placement.reward_workers, spread=True)
+        self._rewards = RewardPool(recipe.reward, advantage, models, where)
 
     def score(
         self, groups: Sequence[Group], share: float
@@ -185,8 +188,9 @@ class LivePolicy:
         self.frozen = frozen_pools(recipe, command)
         on_one_gpu = recipe.transfer.transport == "ipc"
         self._pairs = GpuPairs(recipe) if on_one_gpu else None
-        placed = self._pairs.options if self._pairs else lambda place: {}
-        self.learner = LearnerGroup(learner, placed)
+        placed = self._pairs.options if self._pairs else None
+        where = on_nodes(recipe.placement.learner)
+        self.learner = LearnerGroup(learner, placed or (lambda rank: where))
         if on_one_gpu:
             # An engine measures the memory that is free while it starts.
             self._starting = self.learner.start_async()

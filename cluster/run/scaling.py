@@ -10,11 +10,10 @@ import fcntl
 import json
 from pathlib import Path
 
-import ray
-
-from cluster.recipe.placement import require_cluster
+from cluster.recipe.nodes import lacking
 from cluster.recipe.recipe import UserError
 from cluster.record.terminal import Progress
+from cluster.run.nodes import live_nodes
 from cluster.run.runtime import LivePolicy
 from tasks.files import put_text
 
@@ -67,7 +66,8 @@ def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
             raise UserError('transfer.transport = "ipc" has a sampler a learner rank, no more')
         sampler = live.recipe.sampler.model_copy(update={"count": samplers})
         wanted = live.recipe.model_copy(update={"sampler": sampler})
-        require_cluster(wanted, ray.cluster_resources(), "train")
+        if missing := lacking(wanted, "train", live_nodes()):
+            raise UserError(missing)
     except UserError as error:
         progress.say(f"warning: not scaled: {error}")
         return

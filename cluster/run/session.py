@@ -20,11 +20,12 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.recipe.machine import claimed, require_answer, told
-from cluster.recipe.placement import Command, require_cluster
+from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
+from cluster.run.nodes import wait_for_nodes
 from rewards.scored import RewardError
 from rollout.dispatch import SamplerLost
 from rollout.transfer import WeightTransferError
@@ -70,7 +71,7 @@ def _attach(address: str | None) -> None:
     joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
     RAY_ADDRESS.
     """
-    own = address is None and not os.environ.get("RAY_ADDRESS")
+    own = address is None and not _told_by_job()
     job = address is None and not own
     for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
         try:
@@ -93,6 +94,11 @@ def _attach(address: str | None) -> None:
                 raise UserError(f"--address {address}: Ray cannot join it: {why}") from error
             if not tries_left or "timed out" not in str(error):
                 raise
+
+
+def _told_by_job() -> bool:
+    """Whether this is a job of a cluster, which says so itself."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 @contextmanager
@@ -139,7 +145,7 @@ def session(
         ask_machine(recipe, command, say, folder=folder)
         asked = partial(ask_input, recipe, command, say)
         with connected(address, asked) as ready, actor_errors(folder):
-            require_cluster(recipe, ray.cluster_resources(), command)
+            wait_for_nodes(recipe, command, say, own=address is None and not _told_by_job())
             for reason in resumed.refused if resumed else ():
                 say(f"warning: checkpoint refused: {reason}")
             if resumed:

@@ -195,7 +195,7 @@ def tuning(
         finally:
             live.stop()
         return
-    with learning(setup) as learner:
+    with learning(recipe, setup) as learner:
         yield learner, None
 
 

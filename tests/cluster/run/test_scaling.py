@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from cluster.cli import main
 from cluster.recipe.machine import claimed
+from cluster.recipe.nodes import Node
 from cluster.recipe.recipe import UserError, load_recipe
+from cluster.run import scaling
 from cluster.run.scaling import WISH, ask, asked, scale_as_asked
 from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request
@@ -63,7 +64,7 @@ def test_the_pool_grows_and_shrinks_and_keeps_within_the_cluster(
     run: Path, samplers: Samplers, monkeypatch: Any
 ) -> None:
     recipe = load_recipe(run / "recipe.toml", ["sampler.count=1", "learner.cpus=1.0"])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(scaling, "live_nodes", lambda: [Node("a", 3.0)])
     pool = samplers.pool(1, SamplerConfig())
     pool.wait_ready(60)
     live: Any = SimpleNamespace(recipe=recipe, samplers=pool)

@@ -1,0 +1,57 @@
+"""The nodes of the Ray that a run is connected to, and where on them its actors are put."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from cluster.recipe.nodes import Node, lacking
+from cluster.recipe.placement import Command, PlacementError
+from cluster.recipe.preflight import Say
+from cluster.recipe.recipe import Recipe
+
+LOOK_SECONDS = 1.0
+
+
+def live_nodes() -> list[Node]:
+    """The nodes that are alive, as they were started: what others have taken is not looked at."""
+    return [
+        Node(
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            node["Labels"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> None:
+    """Return once the cluster has nodes for all of a recipe's actors.
+
+    `own`: this is the run's own Ray, which no node will join. Raises PlacementError that names
+    what is missing, after `placement.wait_seconds`; Ray itself would wait for ever.
+    """
+    began, limit = time.monotonic(), 0.0 if own else recipe.placement.wait_seconds
+    told = ""
+    while True:
+        missing = lacking(recipe, command, live_nodes())
+        if not missing:
+            return
+        if time.monotonic() - began >= limit:
+            waited = f"\nwaited {limit:g} s (placement.wait_seconds) for it" if limit else ""
+            raise PlacementError(missing + waited)
+        if missing != told:
+            say(f"waiting for nodes, {limit:g} s at most (placement.wait_seconds): {missing}")
+            told = missing
+        time.sleep(LOOK_SECONDS)
+
+
+def on_nodes(labels: Mapping[str, str], spread: bool = False) -> dict[str, Any]:
+    """Options of a Ray actor that is to be on a node with these labels."""
+    found: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
+    return found | ({"scheduling_strategy": "SPREAD"} if spread else {})
