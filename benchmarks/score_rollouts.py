@@ -130,6 +130,7 @@ def group_of(task: Task, problem: Problem, texts: Sequence[str], index: int) -> 
                 view="shown",
                 prompt_ids=np.arange(256, dtype=np.int32),
                 response_ids=np.arange(tokens, dtype=np.int32),
+                images=(),
                 logprobs=np.full(tokens, -0.5, np.float32),
                 versions=np.zeros(tokens, np.int32),
                 segments=label_segments(offsets, parsed.spans),

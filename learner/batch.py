@@ -1,7 +1,7 @@
 """What an update learns from: sequences as they were sampled or written, micro-batches as read.
 
 Shapes: B sequences, P prompt tokens, T response tokens, L padded length, N response tokens of a
-whole micro-batch, laid end to end in sequence order.
+whole micro-batch that the policy wrote, laid end to end in sequence order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tasks.core import ENVIRONMENT
+
 Layout = Literal["padded", "packed", "shared_prefix"]
 """How the sequences of a micro-batch lie: a row each, padded on the right to the longest; end to
 end in one row; or so, and a prompt (with its images) that several begin with is there once."""
@@ -25,9 +27,10 @@ class TrainSequence:
 
     Attributes:
         prompt_ids: int32 [P], image placeholders expanded.
-        response_ids: int32 [T].
-        images: the encoded images that the prompt's placeholders stand for, in their order.
-        segments: int8 [T], index into `tasks.core.SEGMENTS` or `tasks.core.NO_SEGMENT`.
+        response_ids: int32 [T], of one turn or several; the last one is the policy's.
+        images: the encoded images that the placeholders of all tokens stand for, in their order.
+        segments: int8 [T], as in `rollout.record.Rollout`: an `ENVIRONMENT` token is never a
+            target.
         sampler_logprobs: float32 [T], nats; zeros where there was no sampler (SFT).
         advantages: float32 [T]; zeros in SFT.
         old_logprobs: float32 [T], those of the learner when the step began; None where this
@@ -45,6 +48,17 @@ class TrainSequence:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def known(self) -> np.ndarray:
+        """int32 [P + T - 1]: what goes through the model; the last token is only ever a target."""
+        return np.concatenate([self.prompt_ids, self.response_ids[:-1]])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """bool [T]: the tokens that the policy wrote; no loss sees another one."""
+        found: np.ndarray = self.segments != ENVIRONMENT
+        return found
+
 
 @dataclass(frozen=True)
 class TrainBatch:
@@ -53,20 +67,20 @@ class TrainBatch:
     sequences: tuple[TrainSequence, ...]
 
     def segment_tokens(self) -> dict[int, int]:
-        """How many response tokens each segment index has, `NO_SEGMENT` included."""
+        """How many of the policy's tokens each segment index has, `NO_SEGMENT` included."""
         counts: Counter[int] = Counter()
         for sequence in self.sequences:
-            counts.update(sequence.segments.tolist())
+            counts.update(sequence.segments[sequence.targets].tolist())
         return dict(counts)
 
     def response_tokens(self) -> int:
-        """Response tokens over all sequences."""
-        return sum(len(s.response_ids) for s in self.sequences)
+        """Tokens that the policy wrote, over all sequences."""
+        return sum(int(s.targets.sum()) for s in self.sequences)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The response tokens of a micro-batch, flat; every tensor is [N], each as in `TrainSequence`.
+    """The policy's tokens of a micro-batch, flat; every tensor is [N], each as in `TrainSequence`.
 
     `sequences` is int64: which sequence of the micro-batch a token belongs to, from 0. A sequence
     is whole within its micro-batch, so a loss may look at all tokens of one. `reference_logprobs`
@@ -129,7 +143,7 @@ class MicroBatch:
         vision: the images. A micro-batch without any carries one blank image that nothing uses:
             its features count zero times, so every rank runs the same modules in each step.
         rows, columns: int64 [N], the hidden state that predicts each response token.
-        tokens: the targets and their training signal.
+        tokens: the targets, all of them the policy's own, and their training signal.
         weight: 0.0 for a filler that only keeps ranks in step, else 1.0.
         real_tokens: how many of `input_ids` are not padding.
         shared_tokens: how many more there would be if every sequence had its own prompt.

@@ -1,6 +1,6 @@
 """From sequences to tensors: a micro-batch, padded or packed.
 
-Shapes: B sequences, P prompt tokens, T response tokens, N response tokens of a micro-batch.
+Shapes: B sequences, P prompt tokens, T response tokens, N of a micro-batch that are targets.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ class EncodedImage:
 
     Attributes:
         inputs: the model's image tensors.
-        placeholders: how many prompt tokens stand for it.
+        runs: how many tokens stand for it, run by run: one, or one a tile.
     """
 
     inputs: dict[str, torch.Tensor]
-    placeholders: int
+    runs: tuple[int, ...]
+
+    @property
+    def placeholders(self) -> int:
+        """How many tokens stand for it."""
+        return sum(self.runs)
 
 
-Laid = tuple[dict[str, Any], torch.Tensor, torch.Tensor, Sequence[TrainSequence]]
-"""Inputs of the model, rows and columns of what predicts, and whose prompts there are, in order."""
+Laid = tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[bytes]]
+"""Inputs of the model, rows and columns of what predicts, and the images in the tokens' order."""
 
 
 class Collator:
@@ -83,7 +88,7 @@ class Collator:
         out = self._processor(
             images=pictures, text=[self._image_token] * len(pictures), return_tensors="pt"
         )
-        placeholders = (out["input_ids"] == self.image_token_id).sum(-1).tolist()
+        written = [runs_of(ids == self.image_token_id) for ids in np.asarray(out["input_ids"])]
         made = {
             name: value
             for name, value in out.items()
@@ -91,7 +96,10 @@ class Collator:
             and name not in ("input_ids", "attention_mask", "mm_token_type_ids")
         }
         parts = self._family.split_images(made, len(pictures))
-        return [EncodedImage(*of) for of in zip(parts, placeholders, strict=True)]
+        return [
+            EncodedImage(part, tuple(runs.tolist()))
+            for part, runs in zip(parts, written, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drop encoded images (after each update, so memory stays that of one batch)."""
@@ -99,29 +107,29 @@ class Collator:
         self._placed.clear()
 
     def __call__(self, sequences: Sequence[TrainSequence], weight: float = 1.0) -> MicroBatch:
-        """Lay out. Raises ValueError when a prompt's placeholders do not fit its images."""
-        shown = _shown(sequences)
-        encoded = dict(zip(shown, self.encode_images(shown), strict=True))
+        """Lay out. Raises ValueError when a sequence's placeholders do not fit its images."""
+        used = [image for s in sequences for image in s.images]
+        encoded = dict(zip(used, self.encode_images(used), strict=True))
         self._check_placeholders(sequences, encoded)
         lay_out = self._padded if self._layout == "padded" else self._packed
-        inputs, rows, columns, written = lay_out(sequences, encoded)
+        inputs, rows, columns, shown = lay_out(sequences, encoded)
         tokens = Tokens(
             ids=_flat(sequences, "response_ids", torch.long),
             segments=_flat(sequences, "segments", torch.int8),
             sampler_logprobs=_flat(sequences, "sampler_logprobs", torch.float32),
             advantages=_flat(sequences, "advantages", torch.float32),
             sequences=torch.cat(
-                [torch.full((len(s.response_ids),), i) for i, s in enumerate(sequences)]
+                [torch.full((int(s.targets.sum()),), i) for i, s in enumerate(sequences)]
             ),
             old_logprobs=_flat(sequences, "old_logprobs", torch.float32)
             if all(s.old_logprobs is not None for s in sequences)
             else None,
         )
-        real = sum(map(_width, sequences))
+        real = sum(len(s.known) for s in sequences)
         shared = real - inputs["input_ids"].numel() if self._layout != "padded" else 0
         return MicroBatch(
             inputs=inputs,
-            vision=self._vision(encoded, _shown(written)),
+            vision=self._vision(encoded, shown),
             rows=rows,
             columns=columns,
             tokens=tokens,
@@ -134,14 +142,15 @@ class Collator:
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
     ) -> None:
         for index, sequence in enumerate(sequences):
-            # The last token is only ever a target.
-            known = np.concatenate([sequence.prompt_ids, sequence.response_ids[:-1]])
-            found = int((known == self.image_token_id).sum())
-            expected = sum(encoded[image].placeholders for image in sequence.images)
-            if found != expected:
+            found = np.cumsum(runs_of(sequence.known == self.image_token_id))
+            runs = [run for image in sequence.images for run in encoded[image].runs]
+            expected = np.cumsum(runs, dtype=int)
+            # Templates may write two images with nothing between them: one run of both.
+            if found[-1:].tolist() != expected[-1:].tolist() or not np.isin(found, expected).all():
                 raise ValueError(
-                    f"sequence {index}: {found} image placeholders before its last "
-                    f"token but {expected} visual features from its images; sampler and learner "
+                    f"sequence {index}: {found[-1:].sum()} image placeholders before its last "
+                    f"token but {sum(runs)} visual features from its images, or runs of them "
+                    f"that end after {found.tolist()} and {expected.tolist()}; sampler and learner "
                     "must load the same processor, and end a response at a sampled placeholder"
                 )
 
@@ -149,22 +158,24 @@ class Collator:
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
     ) -> Laid:
         """A row each. The padding is on the right, where any token but the image's will do."""
-        shape = (len(sequences), max(map(_width, sequences)))
+        shape = (len(sequences), max(len(s.known) for s in sequences))
         ids = torch.full(shape, int(self.image_token_id == 0), dtype=torch.long)
         is_image = torch.zeros(shape, dtype=torch.int32)
         rows, columns = [], []
         for row, s in enumerate(sequences):
-            known = torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids[:-1]]))
+            known = torch.from_numpy(s.known)
             ids[row, : len(known)] = known
             is_image[row, : len(known)] = known == self.image_token_id
-            rows.append(torch.full((len(s.response_ids),), row, dtype=torch.long))
-            columns.append(torch.arange(len(s.response_ids)) + len(s.prompt_ids) - 1)
+            predicted = torch.from_numpy(np.flatnonzero(s.targets))
+            rows.append(torch.full_like(predicted, row))
+            columns.append(predicted + len(s.prompt_ids) - 1)
         inputs: dict[str, Any] = {"input_ids": ids}
+        shown = [image for s in sequences for image in s.images]
         # Tensors that place image tokens (a grid, a size) go with every use of the image.
-        inputs |= self._placing([encoded[image] for image in _shown(sequences)])
+        inputs |= self._placing([encoded[image] for image in shown])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = is_image
-        return inputs, torch.cat(rows), torch.cat(columns), sequences
+        return inputs, torch.cat(rows), torch.cat(columns), shown
 
     def _packed(
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
@@ -172,14 +183,18 @@ class Collator:
         """End to end in one row, with the positions that each sequence has by itself."""
         from learner.packing import pack
 
-        prompts = [(s.prompt_ids.tobytes(), s.images) for s in sequences]
+        firsts = [self._prompt_images(s, encoded) for s in sequences]
+        prompts = [
+            (s.prompt_ids.tobytes(), s.images[:first])
+            for s, first in zip(sequences, firsts, strict=True)
+        ]
         shared = self._layout == "shared_prefix"
         row = pack(
             [s.prompt_ids for s in sequences],
             [s.response_ids for s in sequences],
             prompts if shared else range(len(sequences)),
         )
-        starts = [self._prompt_positions(s, encoded) for s in sequences]
+        starts = [self._start_positions(s, encoded) for s in sequences]
         planes = torch.cat(
             [
                 _go_on(starts[index], torch.from_numpy(row.place[row.sequence == index]))
@@ -192,17 +207,31 @@ class Collator:
             "position_ids": self._family.position_ids(planes[:, None]),
             "stretches": row.stretches,
         }
-        columns = torch.from_numpy(row.columns)
-        return inputs, torch.zeros_like(columns), columns, [sequences[i] for i in row.written]
+        columns = torch.from_numpy(row.columns[np.concatenate([s.targets for s in sequences])])
+        shown = [
+            image
+            for index, (s, first) in enumerate(zip(sequences, firsts, strict=True))
+            for image in s.images[0 if index in row.written else first :]
+        ]
+        return inputs, torch.zeros_like(columns), columns, shown
 
-    def _prompt_positions(
+    def _prompt_images(self, sequence: TrainSequence, encoded: Mapping[bytes, EncodedImage]) -> int:
+        """How many of a sequence's images stand in its prompt; the others came with later turns."""
+        ends = np.cumsum([encoded[image].placeholders for image in sequence.images])
+        there = (sequence.prompt_ids == self.image_token_id).sum()
+        return int(np.searchsorted(ends, there, side="right"))
+
+    def _start_positions(
         self, sequence: TrainSequence, encoded: Mapping[bytes, EncodedImage]
     ) -> torch.Tensor:
-        """int64 [planes, P], made once for each prompt of a batch."""
-        key = (sequence.prompt_ids.tobytes(), sequence.images)
+        """int64 [planes, n] up to the last image, or of the prompt; each made once in a batch."""
+        known = sequence.known.astype(np.int64)
+        last = np.flatnonzero(known == self.image_token_id)[-1:]
+        start = known[: max([len(sequence.prompt_ids), *(last + 1)])]
+        key = (start.tobytes(), sequence.images)
         if key not in self._placed:
-            ids = torch.from_numpy(sequence.prompt_ids.astype(np.int64))[None]
             placing = self._placing([encoded[image] for image in sequence.images])
+            ids = torch.from_numpy(start)[None]
             self._placed[key] = self._family.positions(self._model, ids, placing)
         return self._placed[key]
 
@@ -226,26 +255,23 @@ class Collator:
         )
 
 
-def _shown(sequences: Iterable[TrainSequence]) -> list[bytes]:
-    """The images of sequences, one for each place where one stands."""
-    return [image for sequence in sequences for image in sequence.images]
+def runs_of(chosen: np.ndarray) -> np.ndarray:
+    """int64: how long each run of True in bool [T] is."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen, [0]])))
+    return edges[1::2] - edges[::2]
 
 
-def _width(sequence: TrainSequence) -> int:
-    """Tokens that go through the model; the last one of a response is only a target."""
-    return len(sequence.prompt_ids) + max(0, len(sequence.response_ids) - 1)
+def _go_on(start: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Positions [planes, n] of tokens at `place` [n] of a sequence that begins at `start`.
 
-
-def _go_on(prompt: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Positions [planes, n] of tokens at `place` [n] of a sequence that begins with `prompt`.
-
-    What follows a prompt is text, which counts on from the largest position.
+    What follows it is text, which counts on from the largest position.
     """
-    length, following = prompt.shape[1], int(prompt.max()) + 1
-    after = (following + place - length).expand(len(prompt), -1)
-    within = prompt[:, place.clamp(max=length - 1)]
+    length, following = start.shape[1], int(start.max()) + 1
+    after = (following + place - length).expand(len(start), -1)
+    within = start[:, place.clamp(max=length - 1)]
     return torch.where(place < length, within, after)
 
 
 def _flat(sequences: Sequence[TrainSequence], name: str, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([getattr(s, name) for s in sequences])).to(dtype)
+    values = np.concatenate([getattr(s, name)[s.targets] for s in sequences])
+    return torch.from_numpy(values).to(dtype)

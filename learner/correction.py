@@ -95,9 +95,13 @@ def old_logprobs(logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
 
 
 def with_old_logprobs(batch: TrainBatch, logprobs: Sequence[np.ndarray]) -> TrainBatch:
-    """The batch with log π_old, float32 [T] a sequence in its order."""
-    paired = zip(batch.sequences, logprobs, strict=True)
-    return TrainBatch(tuple(replace(s, old_logprobs=found) for s, found in paired))
+    """The batch with log π_old, for each sequence in its order that of its targets, float32 [n]."""
+    found = []
+    for sequence, values in zip(batch.sequences, logprobs, strict=True):
+        old = np.zeros(len(sequence.response_ids), np.float32)
+        old[sequence.targets] = values
+        found.append(replace(sequence, old_logprobs=old))
+    return TrainBatch(tuple(found))
 
 
 def mismatch_metrics(

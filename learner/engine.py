@@ -228,7 +228,7 @@ class DeepSpeedLearner(Trainer):
         found: dict[int, np.ndarray] = {}
         for indices in self._share(batch):
             flat, _ = self._engine.module.run(self._micro_batch(batch, indices))
-            ends = np.cumsum([len(batch.sequences[i].response_ids) for i in indices], dtype=int)
+            ends = np.cumsum([batch.sequences[i].targets.sum() for i in indices], dtype=int)
             # A filler, which has no indices, is there for the other ranks' collectives only.
             found |= zip(indices, np.split(flat.float().cpu().numpy(), ends), strict=False)
         self._engine.module.train(was_training)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from learner.batch import Layout, TrainSequence
-from learner.collate import EncodedImage
+from learner.collate import EncodedImage, runs_of
 
 
 @dataclass(frozen=True)
@@ -72,30 +72,40 @@ class Item:
         tokens: of the sequence, its last one, which is only a target, left out.
         prompt_tokens: those that other sequences of an equal `prompt` begin with too.
         visual_tokens: placeholders of its images.
-        prompt, images: equal where prompt and images, or the images, are the same.
+        given_tokens: those of the response that are not to be predicted.
+        prompt: equal where the prompt and its images are the same.
+        images: a key of each image, in order; sequences of an equal prompt begin alike.
     """
 
     tokens: int
     prompt_tokens: int = 0
     visual_tokens: int = 0
+    given_tokens: int = 0
     prompt: Hashable = None
-    images: Hashable = None
+    images: tuple[Hashable, ...] = ()
 
     @property
     def response_tokens(self) -> int:
         """Tokens to predict."""
-        return self.tokens - self.prompt_tokens + 1
+        return self.tokens - self.prompt_tokens + 1 - self.given_tokens
+
+    @property
+    def visual(self) -> dict[Hashable, float]:
+        """The placeholders of each image, as if they were alike."""
+        return dict.fromkeys(self.images, self.visual_tokens / max(1, len(self.images)))
 
 
 def describe(sequence: TrainSequence, image_token_id: int) -> Item:
     """The item of a training sequence."""
     prompt = sequence.prompt_ids
+    shown = len(runs_of(prompt == image_token_id))  # an image in tiles is several
     return Item(
-        tokens=len(prompt) + max(0, len(sequence.response_ids) - 1),
+        tokens=len(sequence.known),
         prompt_tokens=len(prompt),
-        visual_tokens=int((prompt == image_token_id).sum()),
-        prompt=(prompt.tobytes(), sequence.images),
-        images=sequence.images or None,
+        visual_tokens=int((sequence.known == image_token_id).sum()),
+        given_tokens=int((~sequence.targets).sum()),
+        prompt=(prompt.tobytes(), sequence.images[:shown]),
+        images=sequence.images,
     )
 
 
@@ -108,7 +118,9 @@ def row_tokens(items: Sequence[Item], layout: Layout) -> int:
 
 def load(items: Sequence[Item], layout: Layout, costs: Costs) -> float:
     """What one micro-batch of these costs, in text tokens, without what every one costs."""
-    images = {item.images: item.visual_tokens for item in items if item.images is not None}
+    images: dict[Hashable, float] = {}
+    for item in items:
+        images |= item.visual
     if layout == "padded":
         squares = len(items) * max((item.tokens for item in items), default=0) ** 2
     else:
@@ -163,7 +175,7 @@ def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> li
     counted: Layout = "packed" if layout == "padded" else layout
     groups: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
-        key = item.images or (item.prompt if layout == "shared_prefix" else None) or index
+        key = item.images[:1] or (item.prompt if layout == "shared_prefix" else None) or index
         groups.setdefault(key, []).append(index)
     size = max((len(group) for group in groups.values()), default=1)
     best: tuple[float, list[list[list[int]]]] = (float("inf"), [[] for _ in range(ranks)])
@@ -189,16 +201,15 @@ def _cut_by_length(
     # least[k]: cost of the first k, and where the last of their micro-batches begins.
     least: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(order) + 1):
-        found, images, visual = (float("inf"), 0), set[Hashable](), 0
+        found, images = (float("inf"), 0), dict[Hashable, float]()
         for start in range(end - 1, -1, -1):
             item = items[order[start]]
             count, width = end - start, item.tokens
             if count > 1 and count * width > budget:
                 break
-            if item.images is not None and item.images not in images:
-                images.add(item.images)
-                visual += item.visual_tokens
-            cost = count * width * (1 + costs.pair * width / 2) + costs.visual * visual
+            images |= item.visual
+            visual = costs.visual * sum(images.values())
+            cost = count * width * (1 + costs.pair * width / 2) + visual
             found = min(found, (least[start][0] + cost + costs.micro_batch, start))
         least.append(found)
     batches, end = [], len(order)

@@ -125,7 +125,7 @@ class PolicyLoss(Loss):
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         config = self.config
         tokens = float(max(1, batch.response_tokens()))
-        sequences = float(max(1, sum(len(s.response_ids) > 0 for s in batch.sequences)))
+        sequences = float(max(1, sum(s.targets.any() for s in batch.sequences)))
         counts = {
             "token_mean": tokens,
             "sequence_mean": sequences,

@@ -84,7 +84,7 @@ class Trainer(Protocol):
         """
 
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
-        """float32 [T] log-probs of every sequence's response under the current weights."""
+        """float32 [n] log-probs of every sequence's targets under the current weights."""
 
     def weights(self) -> OfferedWeights:
         """What a sampler needs to hold the current policy."""

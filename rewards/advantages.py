@@ -141,10 +141,11 @@ def token_advantages(
 
     Args:
         advantages: float64 [C], one a credit column (see `CREDIT_COLUMNS`).
-        segments: int8 [T], as in `Rollout.segments`.
+        segments: int8 [T], as in `Rollout.segments`; tokens of the environment get 0.
         segment_weights: segments not named, and tokens outside every segment, weigh 1.
     """
-    # NO_SEGMENT is -1: the last credit column and the last entry of the table.
     table = np.array([*(segment_weights.get(s, 1.0) for s in SEGMENTS), 1.0], dtype=np.float64)
-    result: np.ndarray = (np.asarray(advantages) * table)[segments].astype(np.float32)
+    # NO_SEGMENT is -1, the last credit column, and ENVIRONMENT is -2.
+    weighted = np.insert(np.asarray(advantages) * table, len(SEGMENTS), 0.0)
+    result: np.ndarray = weighted[segments].astype(np.float32)
     return result

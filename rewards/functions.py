@@ -107,7 +107,7 @@ def _row(problem: Problem, rollout: Rollout) -> Row:
         gold=problem.truth,
         extra=problem.extra,
         finish_reason=rollout.finish_reason,
-        tokens=len(rollout.response_ids),
+        tokens=int(rollout.sampled.sum()),
         defects=rollout.parsed.defects,
         images=problem.images,
         task=problem.task,

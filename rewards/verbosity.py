@@ -45,7 +45,8 @@ class Length:
         """float [G] in [−1, 0]."""
         free = self.max_tokens - self.buffer
         return [
-            0.0 - min(1.0, max(0, len(r.response_ids) - free) / self.buffer) for r in group.rollouts
+            0.0 - min(1.0, max(0, int(r.sampled.sum()) - free) / self.buffer)
+            for r in group.rollouts
         ]
 
 
@@ -69,7 +70,10 @@ class Repetition:
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [−max_penalty, 0]."""
-        return [0.0 - self.max_penalty * self._repeated(r.response_ids) for r in group.rollouts]
+        return [
+            0.0 - self.max_penalty * self._repeated(r.response_ids[r.sampled])
+            for r in group.rollouts
+        ]
 
     def _repeated(self, ids: np.ndarray) -> float:
         count = len(ids) - self.n + 1

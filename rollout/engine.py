@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from rollout.engine_thread import EngineFailed, EngineThread
-from rollout.record import Group, ImageView, Rollout, SampleRequest, ScoreRequest
+from rollout.record import Group, Rollout, SampleRequest, ScoreRequest, viewed
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import scaled_to, start_engine
 from rollout.tokens import Chat, label_segments, pixel_limits
 from tasks.core import DataError, Problem, Task, labelled
-from tasks.images import blank_like, check_image
+from tasks.images import check_image
 from tasks.placeholders import placed, text_alone
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ class Engine:
                 raise SamplerError(f"problem {problem.id}: has no perception label to start from")
             prefix = task.oracle_prefix(problem)
         # Tokenised apart from the prompt, as a response would be.
-        prompt = self._prompt(problem, _view(problem, request.view), prefix)
+        prompt, images = self._prompt(problem, viewed(problem, request.view), prefix)
         start = time.perf_counter()
         final = await self._generate(problem, prompt, self._sampling(request), request.n)
         seconds = time.perf_counter() - start
         prompt_ids = np.asarray(final.prompt_token_ids, np.int32)
         rollouts = tuple(
-            self._rollout(request, task, output, prompt_ids, prefix, seconds)
+            self._rollout(request, task, output, prompt_ids, images, prefix, seconds)
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
         return Group(request.group_id, problem, rollouts)
@@ -133,7 +133,7 @@ class Engine:
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
                 "place: as an input it would announce an image, and no sampler makes one there"
             )
-        prompt = self._prompt(problem, request.images)
+        prompt, _ = self._prompt(problem, request.images)
         prompt["prompt_token_ids"] += given
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
@@ -257,8 +257,11 @@ class Engine:
 
     def _prompt(
         self, problem: Problem, images: Sequence[bytes], prefix: str = ""
-    ) -> dict[str, Any]:
-        """What the engine is asked: the problem's prompt with these images, or with none."""
+    ) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+        """What the engine is asked: the problem's prompt with these images, or with none.
+
+        With it the images in the order in which the prompt shows them.
+        """
         if images and self._chat.image_token is None:
             raise SamplerError(
                 f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
@@ -271,13 +274,13 @@ class Engine:
         except DataError as error:
             raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if images:
+        shown = tuple(part for part in parts if images and isinstance(part, bytes))
+        if shown:
             where = f"image of problem {problem.id}"
-            shown = [check_image(part, where) for part in parts if isinstance(part, bytes)]
-            prompt["multi_modal_data"] = {"image": shown}
+            prompt["multi_modal_data"] = {"image": [check_image(image, where) for image in shown]}
             if self._reading:
                 prompt["mm_processor_kwargs"] = self._reading
-        return prompt
+        return prompt, shown
 
     async def _generate(
         self, problem: Problem, prompt: dict[str, Any], params: Any, count: int
@@ -325,6 +328,7 @@ class Engine:
         task: Task,
         output: CompletionOutput,
         prompt_ids: np.ndarray,
+        images: tuple[bytes, ...],
         prefix: str,
         seconds: float,
     ) -> Rollout:
@@ -346,6 +350,7 @@ class Engine:
             view=request.view,
             prompt_ids=prompt_ids,
             response_ids=ids,
+            images=images,
             logprobs=logprobs,
             versions=self._versions(output, len(ids)),
             segments=label_segments(offsets, parsed.spans, shift=len(prefix)),
@@ -373,9 +378,3 @@ def request_seed(seed: int, group_id: str) -> int:
     """
     digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
-
-
-def _view(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
-    if view == "none":
-        return ()
-    return problem.images if view == "shown" else tuple(map(blank_like, problem.images))

@@ -178,7 +178,7 @@ def fault_of(reply: Any, request: Request, vocabulary: int) -> str:
         lengths = {len(ids), len(rollout.logprobs), len(rollout.versions), len(rollout.segments)}
         if rollout.group_id != request.group_id:
             return f"a response is of group {rollout.group_id!r}"
-        if len(lengths) != 1 or len(ids) > request.sampling.max_tokens:
+        if len(lengths) != 1 or rollout.sampled.sum() > request.sampling.max_tokens:
             return f"token ids, log-probs, versions and segments of lengths {sorted(lengths)}"
         if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary):
             return f"token ids from {ids.min()} to {ids.max()} in a vocabulary of {vocabulary}"

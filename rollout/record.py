@@ -6,13 +6,14 @@ again from text. Shapes: P prompt tokens (image placeholders expanded), T respon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from tasks.core import Parsed, Problem
+from tasks.core import ENVIRONMENT, Parsed, Problem
+from tasks.images import blank_like
 
 Kind = Literal["free", "oracle", "blind"]
 """`free`: image and prompt. `oracle`: `p*` forced as the perception prefix. `blind`: no image."""
@@ -72,15 +73,19 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response.
+    """One sampled response, of one turn or several with tokens of an environment between them.
 
     Attributes:
         prompt_ids: int32 [P], with the engine's expanded image placeholders and the forced
             prefix, if any, at the end.
-        response_ids: int32 [T], sampled tokens, the end-of-turn token included if reached.
-        logprobs: float32 [T], the sampler's processed log-probs (nats) of response_ids.
-        versions: int32 [T], policy version that sampled each token.
-        segments: int8 [T], index into `tasks.core.SEGMENTS`, or `NO_SEGMENT`.
+        response_ids: int32 [T], a turn's end-of-turn token included if reached; the first and
+            the last token are sampled.
+        images: the encoded images that the placeholders of all these tokens stand for, in order.
+        logprobs: float32 [T], the sampler's processed log-probs (nats) of the sampled tokens, 0 of
+            others.
+        versions: int32 [T], policy version that sampled each token, or the sampled one before it.
+        segments: int8 [T], index into `tasks.core.SEGMENTS`, `NO_SEGMENT`, or `ENVIRONMENT` where
+            the token is not sampled.
         prefix: all forced text before the sampled text: the request's, or the kind's own.
         text: sampled text, decoded; hostile input wherever it is shown.
         parsed: `prefix + text` read by the task's parser.
@@ -94,6 +99,7 @@ class Rollout:
     view: ImageView
     prompt_ids: np.ndarray
     response_ids: np.ndarray
+    images: tuple[bytes, ...] = field(repr=False)
     logprobs: np.ndarray
     versions: np.ndarray
     segments: np.ndarray
@@ -103,6 +109,12 @@ class Rollout:
     finish_reason: str
     seconds: float
     sampler: str
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """bool [T]: the tokens that the policy wrote."""
+        found: np.ndarray = self.segments != ENVIRONMENT
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,13 @@ class Weights:
     version: int
     manifest: tuple[tuple[Piece, ...], ...]
     buckets: tuple[Any, ...]
+
+
+def viewed(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
+    """What a request with this view shows of a problem's images, in the problem's order."""
+    if view == "none":
+        return ()
+    return problem.images if view == "shown" else tuple(map(blank_like, problem.images))
 
 
 def checksum(data: np.ndarray) -> str:

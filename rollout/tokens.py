@@ -188,9 +188,23 @@ class Chat:
         where the tokenizer cannot read a text as characters, ModelError where the chat template
         does not write such a turn.
         """
-        parts = parts or [""]
-        frame = self._frame(len(self.system), tuple(isinstance(part, str) for part in parts))
-        said = [*self.system, *(part for part in parts if isinstance(part, str))]
+        return self._written(self.system, parts or [""])
+
+    def turn(self, parts: Sequence[Any], last: int) -> list[int]:
+        """Ids that the template puts between a response and the next one of the conversation.
+
+        They close the response, as far as `last`, its last token, does not; say `parts` as a user;
+        and end where the next response begins. They do not depend on what was said before, which a
+        template may drop or write otherwise: that stays the tokens that were read and sampled.
+        Raises as `prompt`.
+        """
+        ids = self._written([], parts or [""], later=True)
+        return ids[1 + ids.index(self.end) :] if last == self.end in ids else ids
+
+    def _written(self, told: Sequence[str], parts: Sequence[Any], later: bool = False) -> list[int]:
+        """Ids of a user's turn, after what the system told or after a response."""
+        frame = self._frame(len(told), tuple(isinstance(part, str) for part in parts), later)
+        said = [*told, *(part for part in parts if isinstance(part, str))]
         texts = [cut(text) for cut, text in zip(frame.cuts, said, strict=True)]
         ids = encode(self.tokenizer, _between(frame.around, texts))
         around = [encode(self.tokenizer, text) for text in frame.around]
@@ -234,12 +248,12 @@ class Chat:
             return []
         return [first] if self.tokenizer("a")["input_ids"][0] == first else []
 
-    def _render(self, said: Mapping[str, Sequence[str | None]], plain: Sequence[str] = ()) -> str:
-        """The chat template's text of what each role says, one turn each; None is an image."""
+    def _render(self, *said: tuple[str, Sequence[str | None]]) -> str:
+        """The chat template's text of what each role says, turn by turn; None is an image."""
         messages: list[dict[str, Any]] = []
-        for role, parts in said.items():
+        for role, parts in said:
             # Templates of text-only models take a string.
-            alone = self._reader is self.tokenizer or role in plain
+            alone = self._reader is self.tokenizer or role in self._plain
             content = [
                 {"type": "image"} if part is None else {"type": "text", "text": part}
                 for part in parts
@@ -248,19 +262,25 @@ class Chat:
                 messages.append({"role": role, "content": parts[0] if alone else content})
         try:
             rendered: str = self._reader.apply_chat_template(
-                messages, add_generation_prompt="assistant" not in said, tokenize=False
+                messages, add_generation_prompt=said[-1][0] != "assistant", tokenize=False
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
         return rendered
 
-    def _make_frame(self, told: int, kinds: tuple[bool, ...]) -> _Frame:
+    def _make_frame(self, told: int, kinds: tuple[bool, ...], later: bool = False) -> _Frame:
         """How the template writes a user's turn of these parts (True is a text), told something
-        before by the system or nothing."""
+        before by the system or nothing; of a later turn what follows the response before it."""
         said = [*[_MARK] * told, *(_MARK if text else None for text in kinds)]
 
         def rendered(said: Sequence[str | None]) -> str:
-            return self._render({"system": said[:told], "user": said[told:]}, self._plain)
+            asked = ("system", said[:told]), ("user", said[told:])
+            if not later:
+                return self._render(*asked)
+            _, mark, text = self._render(*_ANSWERED, *asked).rpartition(_SAID)
+            if not mark:
+                raise ModelError("its chat template leaves an earlier response out; mend it")
+            return text
 
         around = rendered(said).split(_MARK)
         padded, cuts = f" \n{_MARK}\n ", list[Callable[[str], str]]()
@@ -284,7 +304,7 @@ class Chat:
                 f"its chat template writes {written} image placeholders ({token!r}) for "
                 f"{images} images; take the template that belongs to the checkpoint"
             )
-        return _Frame(self._start(around[0]), around, cuts)
+        return _Frame([] if later else self._start(around[0]), around, cuts)
 
     def _instruct(self, prompt: str) -> None:
         """Begin every conversation with this; some templates take it as a string only."""
@@ -292,7 +312,7 @@ class Chat:
         try:
             self._frame(1, (True,))
         except ModelError:
-            self._plain = ("system",)
+            self._plain = (*self._plain, "system")
             try:
                 self._frame(1, (True,))
             except ModelError as error:
@@ -303,11 +323,11 @@ class Chat:
     def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
         tokenizer = self.tokenizer
         added = set(tokenizer.added_tokens_decoder)
-        said = {"user": ["a"], "assistant": [_MARK]}
         try:
-            _, mark, closing = self._render(said).rpartition(_MARK)
+            _, mark, closing = self._render(*_ANSWERED).rpartition(_SAID)
         except ModelError:  # some take an assistant's words as a string only
-            _, mark, closing = self._render(said, ("assistant",)).rpartition(_MARK)
+            self._plain = ("assistant",)
+            _, mark, closing = self._render(*_ANSWERED).rpartition(_SAID)
         if not mark:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
@@ -350,8 +370,9 @@ def _between(around: Sequence[str], texts: Sequence[str]) -> str:
     return around[0] + "".join(map("".join, zip(texts, around[1:], strict=True)))
 
 
-_MARK = "sphinxofblackquartz"
-"""Text that occurs in no chat template."""
+_MARK, _SAID = "sphinxofblackquartz", "judgemyvowpacked"
+"""Texts that occur in no chat template, of a user and of a model."""
+_ANSWERED = ("user", ["a"]), ("assistant", [_SAID])
 
 
 def label_segments(

@@ -22,6 +22,8 @@ Segment = Literal["perception", "reasoning", "answer"]
 SEGMENTS: tuple[Segment, ...] = ("perception", "reasoning", "answer")
 """A token's segment is stored as its index here, or `NO_SEGMENT` outside every segment."""
 NO_SEGMENT = -1
+ENVIRONMENT = -2
+"""In the place of a segment: the token stands between two turns, and no policy wrote it."""
 
 Style = Literal["terse", "verbose"]
 

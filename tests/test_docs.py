@@ -201,8 +201,8 @@ def test_the_example_reward_and_recipes(dots: Any, tmp_path: Path) -> None:
     rollouts = tuple(
         Rollout(
             rollout_id=str(i), group_id="g", kind="free", view="shown", prompt_ids=none,
-            response_ids=none, logprobs=none, versions=none, segments=none, prefix="", text=text,
-            parsed=dots.parse(text), finish_reason="stop", seconds=0.0, sampler="s",
+            response_ids=none, images=(), logprobs=none, versions=none, segments=none, prefix="",
+            text=text, parsed=dots.parse(text), finish_reason="stop", seconds=0.0, sampler="s",
         )
         for i, text in enumerate([*texts, "nothing"])
     )  # fmt: skip

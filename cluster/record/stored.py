@@ -32,9 +32,10 @@ from cluster.record.folder import (
 )
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure, measured
-from rollout.record import Group, Rollout
+from rollout.record import Group, Rollout, viewed
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
+from tasks.placeholders import as_shown
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -238,7 +239,7 @@ def _groups(
         if name not in tasks:
             tasks[name] = _column(file, "task", load_task, name)
         problem = _problem(Path(run_dir), file, rows[0])
-        rollouts = tuple(_rollout(tasks[name], row) for row in rows)
+        rollouts = tuple(_rollout(tasks[name], problem, row) for row in rows)
         group = Group(rows[0]["group_id"], problem, rollouts)
         yield rows, StoredGroup(group, _scores(file, rows))
 
@@ -336,12 +337,13 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
     )
 
 
-def _rollout(task: Task, row: Row) -> Rollout:
+def _rollout(task: Task, problem: Problem, row: Row) -> Rollout:
     fields: dict[str, Any] = {name: row[name] for name in ROLLOUT_COLUMNS}
     for name in TOKEN_ARRAYS:
         dtype = ROLLOUT_SCHEMA.field(name).type.value_type.to_pandas_dtype()
         fields[name] = np.array(row[name], dtype)
-    return Rollout(**fields, parsed=task.parse(row["prefix"] + row["text"]))
+    images = as_shown(problem.prompt, viewed(problem, row["view"]))
+    return Rollout(**fields, images=images, parsed=task.parse(row["prefix"] + row["text"]))
 
 
 def _image(run_dir: Path, file: Path, sha: str) -> bytes:

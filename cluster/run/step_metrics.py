@@ -127,8 +127,8 @@ def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dic
     rollouts = [rollout for g in groups for rollout in g.group.rollouts]
     if not rollouts:
         return {}
-    lengths = np.array([len(r.response_ids) for r in rollouts])
-    segments = np.concatenate([r.segments for r in rollouts])
+    lengths = np.array([r.sampled.sum() for r in rollouts])
+    segments = np.concatenate([r.segments[r.sampled] for r in rollouts])
     versions = np.concatenate([r.versions for r in rollouts])
     metrics = {
         "response/tokens_mean": float(lengths.mean()),

@@ -39,7 +39,6 @@ from rewards.scored import ScoredGroup
 from rollout.transfer import TransferReport, WeightTransferError
 from tasks.core import SEGMENTS, Segment
 from tasks.files import put_text
-from tasks.placeholders import as_shown
 
 
 def run_training(
@@ -138,13 +137,12 @@ def train_batches(algorithm: AlgorithmConfig, scored: Sequence[ScoredGroup]) -> 
                 TrainSequence(
                     prompt_ids=rollout.prompt_ids,
                     response_ids=rollout.response_ids,
-                    images=shown if rollout.view == "shown" else (),
+                    images=rollout.images,
                     segments=rollout.segments,
                     sampler_logprobs=rollout.logprobs,
                     advantages=token_advantages(advantages, rollout.segments, weights),
                 )
                 for group in part
-                for shown in [as_shown(group.group.problem.prompt, group.group.problem.images)]
                 for rollout, advantages in zip(group.group.rollouts, group.advantages, strict=True)
             )
         )

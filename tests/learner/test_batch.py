@@ -69,6 +69,11 @@ def test_an_image_that_does_not_fit_its_prompt_is_named(loaded: Loaded) -> None:
     middle = replace(good, response_ids=np.full(9, placeholder(processor), np.int32))
     with pytest.raises(ValueError, match=r"sequence 0: 24 image placeholders"):
         collate([middle])
+    two = sequence(processor, 1, [(64, 64), (96, 64)], 9)
+    swapped = replace(two, images=two.images[::-1])
+    if len({encoded.placeholders for encoded in collate.encode_images(two.images)}) > 1:
+        with pytest.raises(ValueError, match=r"sequence 0: .*or runs of them that end after"):
+            collate([swapped])
     with pytest.raises(DataError, match="training image"):
         collate([replace(good, images=(b"not an image",))])
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batch import Tokens
+from learner.batch import Tokens, TrainBatch
 from learner.collate import Collator
 from learner.correction import (
     correction_weights,
@@ -37,7 +37,7 @@ from tests.support.equations import (
     of_part,
     total,
 )
-from tests.support.samples import Loaded, mixed_batch
+from tests.support.samples import Loaded, episode, mixed_batch
 
 BOUNDS = {
     "token_tis": (0.0, 1.3),
@@ -219,8 +219,9 @@ def test_metrics_tell_what_was_touched_and_what_the_sample_is_worth(kind: str) -
 
 def test_log_probs_of_the_old_policy_reach_the_loss_in_their_places(loaded: Loaded) -> None:
     policy, processor = loaded
-    batch = mixed_batch(processor)
-    old = [np.arange(len(s.response_ids), dtype=np.float32) + 100 * i
+    turns = episode(processor, 6, [(64, 64)], [(64, 96)], [])
+    batch = TrainBatch((turns, *mixed_batch(processor).sequences))
+    old = [np.arange(s.targets.sum(), dtype=np.float32) + 100 * i
            for i, s in enumerate(batch.sequences)]  # fmt: skip
     collate = Collator(policy, processor)
     assert collate(batch.sequences).tokens.old_logprobs is None

@@ -36,8 +36,8 @@ COSTS = Costs(pair=0.002, head=0.1, visual=2.5)
 
 def group(number: int, prompt: int, visual: int | None, responses: list[int]) -> list[Item]:
     """Items of one prompt, with an image of `visual` tokens or none."""
-    image = None if visual is None else f"image {number}"
-    make = partial(Item, prompt_tokens=prompt, prompt=number, images=image)
+    images = () if visual is None else (f"image {number}",)
+    make = partial(Item, prompt_tokens=prompt, prompt=number, images=images)
     return [make(tokens=prompt + t, visual_tokens=visual or 0) for t in responses]
 
 

@@ -25,7 +25,7 @@ from learner.policy import keep_no_activations, load_policy
 from learner.policy_loss import PolicyLoss
 from rollout.tokens import ModelError
 from tests.support.plain import learn, plain_logprobs, summed
-from tests.support.samples import Loaded, mixed_batch, off_policy, sequence
+from tests.support.samples import Loaded, episode, mixed_batch, off_policy, sequence
 
 PACKED: tuple[Layout, ...] = tuple(x for x in get_args(Layout) if x != "padded")
 GSPO = PolicyLoss(
@@ -44,7 +44,10 @@ LOSSES: dict[str, tuple[float, Loss]] = {
 
 
 def all_kinds(processor: Any) -> TrainBatch:
-    """`mixed_batch`, and of one group an empty response, one of a token and another image's."""
+    """`mixed_batch`; of one group an empty response, one of a token and another image's; episodes.
+
+    Two of these begin alike and were shown other pictures later.
+    """
     first, *others = mixed_batch(processor).sequences
     mates = [
         off_policy(
@@ -53,7 +56,10 @@ def all_kinds(processor: Any) -> TrainBatch:
         for n in (0, 1, 25)
     ]
     stranger = replace(first, images=sequence(processor, 5, (64, 64), 9).images)
-    return TrainBatch((mates[0], first, *others, *mates[1:], stranger))
+    one = episode(processor, 6, [(64, 64)], [(64, 96), (96, 64)], [], [(64, 64)])
+    other = episode(processor, 6, [(64, 64)], [(96, 96)], length=5)
+    assert one.prompt_ids.tobytes() == other.prompt_ids.tobytes()
+    return TrainBatch((mates[0], one, first, *others, *mates[1:], stranger, other))
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +183,45 @@ def test_what_is_shared_is_there_once(own: Loaded) -> None:
     shared = Collator(policy, processor, "shared_prefix")(sequences)
     assert packed.inputs["input_ids"].shape == (1, packed.real_tokens)
     assert packed.real_tokens == padded.real_tokens and not packed.shared_tokens
-    # Five sequences begin with one prompt and image; one of the same text has another image.
-    assert shared.shared_tokens == 4 * len(sequences[0].prompt_ids)
+    # Five sequences begin with one prompt and image; one of the same text has another image. Two
+    # episodes begin alike too.
+    once = 4 * len(sequences[0].prompt_ids) + len(sequences[-1].prompt_ids)
+    assert shared.shared_tokens == once
     assert shared.real_tokens + shared.shared_tokens == packed.real_tokens
-    assert len(shared.vision.images) == len(packed.vision.images) - 4
+    assert len(shared.vision.images) == len(packed.vision.images) - 5
     for name in ("ids", "segments", "advantages", "sampler_logprobs", "sequences"):
         assert torch.equal(getattr(shared.tokens, name), getattr(padded.tokens, name))
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_no_loss_has_a_gradient_on_the_logits_of_an_environments_token(
+    own: Loaded, layout: Layout
+) -> None:
+    """The body is cut off, so a hidden state's gradient is that of its own logits alone."""
+    policy, processor = own
+    batch = all_kinds(processor)
+    micro = Collator(policy, processor, layout)(batch.sequences)
+    leaves: list[torch.Tensor] = []
+
+    def cut(module: Any, given: Any, out: Any) -> Any:
+        out.last_hidden_state = out.last_hidden_state.detach().requires_grad_()
+        leaves.append(out.last_hidden_state)
+        return out
+
+    expected = set[tuple[int, int]](zip(micro.rows.tolist(), micro.columns.tolist(), strict=True))
+    handle = policy.model.model.register_forward_hook(cut)  # type: ignore[union-attr]
+    try:
+        for name, (_, loss) in LOSSES.items():
+            value = summed(loss, batch, micro, policy(micro, entropy_gradient=True))
+            value.backward()
+            touched = leaves.pop().grad.abs().sum(-1).nonzero().tolist()  # type: ignore[union-attr]
+            assert {(row, column) for row, column in touched} <= expected, name
+            assert len(touched) > 0.9 * len(expected), name
+    finally:
+        handle.remove()
+    said = [s.response_ids[s.targets] for s in batch.sequences]
+    assert micro.tokens.ids.tolist() == np.concatenate(said).tolist()
+    assert sum(len(s.response_ids) for s in batch.sequences) > 100 + len(micro.tokens.ids)
 
 
 def test_without_any_image_the_tower_runs_and_counts_for_nothing(own: Loaded) -> None:

@@ -26,7 +26,7 @@ from rewards.advantages import (
 from rewards.compose import Composition, compose_groups
 from rewards.scored import RewardError
 from rewards.terms import Outcome
-from tasks.core import NO_SEGMENT, SEGMENTS
+from tasks.core import ENVIRONMENT, NO_SEGMENT, SEGMENTS
 from tests.support import toys
 
 ESTIMATORS: tuple[GroupEstimator, ...] = ("grpo", "dr_grpo", "rloo")
@@ -146,7 +146,7 @@ def test_an_unknown_estimator_is_an_error() -> None:
 
 @given(
     advantage=st.floats(-5, 5),
-    segments=st.lists(st.integers(NO_SEGMENT, 2), max_size=40),
+    segments=st.lists(st.integers(ENVIRONMENT, 2), max_size=40),
     weights=st.dictionaries(st.sampled_from(SEGMENTS), st.floats(0, 4)),
 )
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -154,9 +154,9 @@ def test_token_advantages_equal_a_loop(
     advantage: float, segments: list[int], weights: dict
 ) -> None:
     found = token_advantages(advantage, np.array(segments, dtype=np.int8), weights)
-    expected = [
-        advantage * (weights.get(SEGMENTS[s], 1.0) if s != NO_SEGMENT else 1.0) for s in segments
-    ]
+    factor = {NO_SEGMENT: 1.0, ENVIRONMENT: 0.0}
+    factor |= {i: weights.get(name, 1.0) for i, name in enumerate(SEGMENTS)}
+    expected = [advantage * factor[s] for s in segments]
     assert found.dtype == np.float32
     assert found.tolist() == np.array(expected, dtype=np.float32).tolist()
 

@@ -7,16 +7,22 @@ from dataclasses import replace
 import numpy as np
 
 from rewards.verbosity import Length, Repetition
-from rollout.record import Group
+from rollout.record import Group, Rollout
+from tasks.core import ENVIRONMENT
 from tests.support.toys import TASK, group
 
 
 def with_tokens(*ids: list[int]) -> Group:
     one = group(1, *["1;2;"] * len(ids))
     rollouts = zip(one.rollouts, ids, strict=True)
-    return replace(
-        one, rollouts=tuple(replace(r, response_ids=np.array(i, np.int32)) for r, i in rollouts)
-    )
+    return replace(one, rollouts=tuple(with_turn(r, i) for r, i in rollouts))
+
+
+def with_turn(rollout: Rollout, ids: list[int]) -> Rollout:
+    """These tokens, with many equal ones of an environment after the second."""
+    said = np.array([*ids[:2], *[9] * 30, *ids[2:]], np.int32)
+    segments = np.array([0] * len(ids[:2]) + [ENVIRONMENT] * 30 + [0] * len(ids[2:]), np.int8)
+    return replace(rollout, response_ids=said, segments=segments)
 
 
 def test_overlong_responses_pay_along_the_buffer() -> None:

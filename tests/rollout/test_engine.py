@@ -429,10 +429,10 @@ def test_tokens_of_a_response_that_weights_came_into_are_of_the_weights_they_nam
     with around(live):
         groups = renewed_while_sampling(live)
     assert any(len(set(r.versions.tolist())) > 1 for g in groups for r in g.rollouts)
-    found = [(r, g.problem.images) for g in groups for r in g.rollouts]
-    inputs = [(r.prompt_ids, r.response_ids, image) for r, image in found]
+    found = [r for g in groups for r in g.rollouts]
+    inputs = [(r.prompt_ids, r.response_ids, r.images) for r in found]
     gaps = {
-        which: np.concatenate(live.gaps(which, inputs, [r.logprobs for r, _ in found]))
+        which: np.concatenate(live.gaps(which, inputs, [r.logprobs for r in found]))
         for which in ("perturbed", "original")
     }
     versions = np.concatenate([r.versions for g in groups for r in g.rollouts])
@@ -519,7 +519,7 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
         assert live.learner_gap("trained", groups) < 1e-4
         assert version == 3 or live.learner_gap("perturbed", groups) > 1e-2
         sequences = [
-            TrainSequence(r.prompt_ids, r.response_ids, g.problem.images, r.segments, r.logprobs, a)
+            TrainSequence(r.prompt_ids, r.response_ids, r.images, r.segments, r.logprobs, a)
             for g in groups
             for r in g.rollouts
             for a in [np.ones_like(r.logprobs)]

@@ -21,7 +21,6 @@ from learner.weights import GatheredWeights, OfferedWeights, stored
 from rollout.engine import Engine
 from rollout.record import (
     Group,
-    ImageView,
     Rollout,
     SampleRequest,
     Sampling,
@@ -32,9 +31,7 @@ from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor
 from rollout.transfer import TransferReport, fetched
 from tasks.core import Problem
-from tasks.images import blank_like
 from tasks.load import load_task
-from tasks.placeholders import as_shown
 from tasks.splits import draw_problem
 
 TASK = load_task("graph_coloring")
@@ -126,11 +123,7 @@ class Live:
 
     def learner_gap(self, which: str, groups: Sequence[Group], layout: Layout = "padded") -> float:
         """Largest |log-prob difference| between the engine and one micro-batch of the learner's."""
-        inputs = [
-            (r.prompt_ids, r.response_ids, seen(g.problem, r.view))
-            for g in groups
-            for r in g.rollouts
-        ]
+        inputs = [(r.prompt_ids, r.response_ids, r.images) for g in groups for r in g.rollouts]
         found = [r.logprobs for g in groups for r in g.rollouts]
         return float(
             np.concatenate(gaps(self.weights[which], self.processor, inputs, found, layout)).max()
@@ -203,12 +196,6 @@ def perturbed_engine(
     live = Live(model, original, perturbed, processor)
     yield live
     live.close()
-
-
-def seen(problem: Problem, view: ImageView) -> tuple[bytes, ...]:
-    """The images as a view shows them, in the prompt's order."""
-    shown = as_shown(problem.prompt, problem.images)
-    return {"shown": shown, "blank": tuple(map(blank_like, shown)), "none": ()}[view]
 
 
 def mixed_sizes(count: int) -> list[Problem]:

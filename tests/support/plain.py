@@ -18,7 +18,7 @@ from tests.support.samples import placeholder
 def plain_logprobs(
     policy: Policy, processor: Any, s: TrainSequence
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [T] by `model(...)` itself: a sequence, unpadded, its own images."""
+    """Log-probs and entropies [n] of a sequence's targets by `model(...)` itself, unpadded."""
     model: Any = policy.model
     ids = np.concatenate([s.prompt_ids, s.response_ids]).astype(np.int64)[:-1]
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
@@ -32,8 +32,9 @@ def plain_logprobs(
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder(processor)).int()
     logits = model(**inputs).logits[0].double()
-    table = torch.log_softmax(logits, -1)[len(s.prompt_ids) - 1 :]
-    logprobs = table.gather(-1, torch.from_numpy(s.response_ids.astype(np.int64))[:, None])
+    table = torch.log_softmax(logits, -1)[len(s.prompt_ids) - 1 :][s.targets]
+    ids = s.response_ids[s.targets].astype(np.int64)
+    logprobs = table.gather(-1, torch.from_numpy(ids)[:, None])
     return logprobs[:, 0], -(table.exp() * table).sum(-1)
 
 

@@ -53,6 +53,7 @@ def group(asked: SampleRequest, sampler: str = "sampler-0") -> Group:
                 view=asked.view,
                 prompt_ids=np.zeros(2, np.int32),
                 response_ids=rng.integers(0, VOCABULARY, length).astype(np.int32),
+                images=asked.problem.images,
                 logprobs=-rng.random(length).astype(np.float32),
                 versions=np.zeros(length, np.int32),
                 segments=np.zeros(length, np.int8),

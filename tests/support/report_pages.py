@@ -66,6 +66,7 @@ def rollouts(task: Task, problem: Problem, texts: Sequence[str], step: int) -> S
             view="shown",
             prompt_ids=np.arange(3, dtype=np.int32),
             response_ids=np.arange(4, dtype=np.int32),
+            images=(),
             logprobs=np.full(4, -0.5, dtype=np.float32),
             versions=np.full(4, step - 1, dtype=np.int32),
             segments=np.array([0, 1, 2, -1], dtype=np.int8),

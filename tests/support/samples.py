@@ -15,7 +15,7 @@ from learner.policy import Policy
 from learner.sft import Demonstrator
 from rollout.decoding import encode
 from rollout.tokens import Chat
-from tasks.core import Problem
+from tasks.core import ENVIRONMENT, NO_SEGMENT, Problem
 from tasks.load import load_task
 
 Loaded = tuple[Policy, Any]
@@ -76,6 +76,36 @@ def off_policy(found: TrainSequence, seed: int) -> TrainSequence:
         found,
         sampler_logprobs=(-np.log(640) + 0.3 * rng.normal(size=length)).astype(np.float32),
         advantages=rng.normal(size=length).astype(np.float32),
+    )
+
+
+def episode(processor: Any, seed: int, *turns: list[Size], length: int = 9) -> TrainSequence:
+    """A response of several turns of `length` tokens, with pictures of `turns` shown before each.
+
+    What a sampler says of the environment's tokens is NaN, which no loss may see.
+    """
+    chat = Chat(processor)
+    found = sequence(processor, seed, turns[0], length)
+    ids, segments, images = [found.response_ids], [found.segments], [*found.images]
+    for place, sizes in enumerate(turns[1:], 1):
+        later = sequence(processor, seed + 10 * place, sizes or (64, 64), length)
+        parts = [*(later.images if sizes else ()), f"Turn {place}. <image> <|im_end|>"]
+        between = chat.expanded(chat.turn(parts, chat.end), sizes)
+        ids += [np.array([chat.end, *between], np.int32), later.response_ids]
+        segments += [np.array([NO_SEGMENT, *[ENVIRONMENT] * len(between)], np.int8), later.segments]
+        images += later.images if sizes else ()
+    found = replace(
+        found,
+        response_ids=np.concatenate(ids),
+        segments=np.concatenate(segments),
+        images=tuple(images),
+    )
+    found = off_policy(found, seed)
+    nan = np.where(found.targets, np.float32(0), np.float32(np.nan))
+    return replace(
+        found,
+        sampler_logprobs=found.sampler_logprobs + nan,
+        advantages=found.advantages + nan,
     )
 
 

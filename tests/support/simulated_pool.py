@@ -152,6 +152,7 @@ class SimulatedPool:
                 view=request.view,
                 prompt_ids=none,
                 response_ids=none,
+                images=(),
                 logprobs=none.astype(np.float32),
                 versions=versions,
                 segments=none.astype(np.int8),

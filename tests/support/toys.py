@@ -122,7 +122,8 @@ def rollout(
         "sampler": "sampler-0",
     }
     told = {"rollout_id": name, "text": text, "parsed": parsed}
-    return Rollout(**made | told | {"response_ids": ids, "segments": segments} | fields)
+    tokens = {"response_ids": ids, "segments": segments, "images": ()}
+    return Rollout(**made | told | tokens | fields)
 
 
 def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **fields: Any) -> Group:
@@ -131,11 +132,13 @@ def group(n: int, *texts: str, tokens: int = 4, name: str | None = None, **field
     lengths = range(tokens, tokens + len(texts))
     ids = [np.arange(length, dtype=np.int32) for length in lengths]
     parts = [np.resize(np.array([0, 1, 2, -1], dtype=np.int8), length) for length in lengths]
+    asked = problem(n, name)
+    fields = {"images": asked.images} | fields
     rollouts = tuple(
         rollout(f"{group_id}-{i}", text, TASK.parse(text), ids[i], parts[i], **fields)
         for i, text in enumerate(texts)
     )
-    return Group(group_id, problem(n, name), rollouts)
+    return Group(group_id, asked, rollouts)
 
 
 def score(one: Group, *terms: Any) -> ScoredTerms:

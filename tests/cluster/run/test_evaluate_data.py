@@ -36,9 +36,9 @@ def response(problem_id: str, place: int, text: str, asked: SampleRequest) -> Ro
     whole = f"Bars. \\boxed{{{text}}}" if text else "Bars."
     return Rollout(
         rollout_id=f"{asked.group_id}/{place}", group_id=asked.group_id, kind=asked.kind,
-        view=asked.view, prompt_ids=NONE, response_ids=NONE, logprobs=NONE, versions=NONE,
-        segments=NONE, prefix="", text=whole, parsed=load_task("vqa/boxed").parse(whole),
-        finish_reason="stop", seconds=0.0, sampler="s",
+        view=asked.view, prompt_ids=NONE, response_ids=NONE, images=(), logprobs=NONE,
+        versions=NONE, segments=NONE, prefix="", text=whole,
+        parsed=load_task("vqa/boxed").parse(whole), finish_reason="stop", seconds=0.0, sampler="s",
     )  # fmt: skip
 
 

@@ -232,9 +232,9 @@ def check(groups: list[Group], folder: str, version: int) -> None:
         for parameter in policy.model.parameters():
             parameter.mul_(1 + version / 50)
     assert {int(v) for g in groups for r in g.rollouts for v in r.versions} == {version}
-    rollouts = [(r, g.problem.images) for g in groups for r in g.rollouts]
-    inputs = [(r.prompt_ids, r.response_ids, images) for r, images in rollouts]
-    logprobs: list[np.ndarray] = [r.logprobs for r, _ in rollouts]
+    rollouts = [r for g in groups for r in g.rollouts]
+    inputs = [(r.prompt_ids, r.response_ids, r.images) for r in rollouts]
+    logprobs: list[np.ndarray] = [r.logprobs for r in rollouts]
     assert np.concatenate(gaps(policy, processor, inputs, logprobs)).max() < 1e-3
     with torch.no_grad():
         for parameter in policy.model.parameters():

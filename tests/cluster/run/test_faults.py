@@ -279,10 +279,11 @@ def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
                 if (one.group.rollouts[0].versions == at.version).any()
             }
             for sampler, group in groups.items():
-                rollouts, images = group.rollouts, group.problem.images
+                rollouts = group.rollouts
                 sequences = [
                     TrainSequence(
-                        r.prompt_ids, r.response_ids, images, r.segments, r.logprobs, 0 * r.logprobs
+                        *(r.prompt_ids, r.response_ids, r.images),
+                        *(r.segments, r.logprobs, 0 * r.logprobs),
                     )
                     for r in rollouts
                 ]
