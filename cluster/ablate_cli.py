@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,12 +72,14 @@ def ablate_to_the_end(
     console = Console(soft_wrap=True)
     folder = output or Path(ablation.base.output.folder) / ablation.name
     machine = Machine.detect()
+    # Cells of a launcher that is a job itself join its cluster.
+    elsewhere = address or os.environ.get("RAY_ADDRESS")
     for cell in ablation.cells:
         try:
             trained_of(cell.recipe.model.path, cell.recipe.learner)
         except ModelError as error:
             raise UserError(f"{ablation.name}: cell {cell.id}: {error}") from error
-    slots = ablation.config.parallel if address else slots_for(ablation, machine)
+    slots = ablation.config.parallel if elsewhere else slots_for(ablation, machine)
     finished = {
         cell.id: float(read_result(folder, cell)["seconds"])
         for cell in ablation.cells
@@ -89,7 +92,7 @@ def ablate_to_the_end(
         if pilot or finished:
             print_power(ablation, pilot or folder, difference, console)
         return 0
-    if address is None:
+    if not elsewhere:
         for cell in ablation.cells:
             plan(cell.recipe, machine, cell.command).require()
     words = program(ablation.config.command)

@@ -20,6 +20,7 @@ from cluster.measure_cli import Address, AsJson, diagnose, evaluate
 from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
 from cluster.record.terminal import as_written
+from cluster.submit_cli import COMMANDS as JOB_COMMANDS
 from tasks.files import expanded
 
 app = typer.Typer(
@@ -215,6 +216,10 @@ def ablate(
         load_ablation(ablation), output, address, dry_run, pilot=pilot, difference=difference
     )
     raise typer.Exit(code)
+
+
+for _command in JOB_COMMANDS:
+    app.command()(_command)
 
 
 @recipes.command()

@@ -26,11 +26,12 @@ CLUSTER_MAY_IMPORT = {
     "run": ("recipe", "record"),
     "ablation": ("recipe", "record"),
     "report": ("recipe", "record", "ablation"),
+    "jobs": ("recipe", "ablation"),
 }
 """The rooms inside cluster/; the commands, its flat files, may import all of them."""
 COMMANDS = {
     "__init__", "__main__", "ablate_cli", "cli", "demo", "doctor", "measure_cli", "models_cli",
-    "names", "start", "tasks_cli",
+    "names", "start", "submit_cli", "tasks_cli",
 }  # fmt: skip
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 LONGEST_FILE = 700

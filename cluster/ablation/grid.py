@@ -77,7 +77,8 @@ class Ablation:
         if config["command"] == "train":  # as it was before there was a choice
             del config["command"]
         budget = self.config.budget.model_dump(mode="json", exclude={"expected_minutes"})
-        return config | {"budget": budget, "base": self.base.model_dump(mode="json")}
+        base = self.base.model_dump(mode="json", exclude={"job"})
+        return config | {"budget": budget, "base": base}
 
 
 def load_ablation(path: str | Path) -> Ablation:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
-from cluster.recipe.sections import EvalConfig, OutputConfig, PlacementConfig
+from cluster.recipe.sections import EvalConfig, JobConfig, OutputConfig, PlacementConfig
 from cluster.recipe.toml_writer import table_lines
 from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
 from rewards.settings import RewardConfig
@@ -73,6 +73,8 @@ class Recipe(Section):
     """When a run is saved."""
     output: OutputConfig = OutputConfig()
     """Where it is written."""
+    job: JobConfig = JobConfig()
+    """What a job of a Ray cluster takes along."""
 
     @field_validator("tasks")
     @classmethod

@@ -1,10 +1,11 @@
-"""Recipe sections of the run itself: [placement], [eval] and [output]."""
+"""Recipe sections of the run itself: [placement], [eval], [output] and [job]."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rewards.settings import Place
 from tasks.fields import Amount, Count, PathText, Positive, Section, Text, refusal
@@ -112,3 +113,58 @@ class OutputConfig(Section):
     tracked_rollouts: Count = 0
     """How many rollouts of each stored step the trackers get too: task, prompt, response, reward
     and terms, as text."""
+
+
+KEYS = {"key", "keys", "apikey", "token", "tokens", "secret", "secrets", "password", "passwd",
+        "credential", "credentials"}  # fmt: skip
+KEYS_STAY = (
+    "has the name of a key, and Ray keeps what goes along in the job's record and its logs; set it "
+    "in the environment of the cluster's nodes"
+)
+
+
+def is_key(name: str) -> bool:
+    """Whether a variable's name says that it holds a key: `HF_TOKEN`, `OPENAI_API_KEY`."""
+    return not KEYS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+class JobConfig(Section):
+    """[job] Of `equipoise submit` only: what a job of a Ray cluster takes along."""
+
+    include: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Files and folders, relative to the working folder, that travel beside what does by itself."""
+    travel_mib: Positive = 64
+    """How much may travel."""
+    env: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Names of environment variables whose values go along; no others do. No keys: Ray keeps the
+    values in the job's record and its logs."""
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    """Ray's runtime environment: `pip`, `conda`, `image_uri`, `env_vars`, ..., as Ray documents."""
+    python: Text = "python"
+    """The Python of the head that has what we need."""
+    stop_seconds: Positive = 600
+    """What `equipoise stop` gives a run to end its step and write a checkpoint."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_keys(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for i, name in enumerate(names):
+            if is_key(name):
+                raise refusal(f"{name} {KEYS_STAY}", i)
+        return names
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _files_are_chosen(cls, made: dict[str, Any]) -> dict[str, Any]:
+        for key in ("working_dir", "py_modules", "excludes"):
+            if key in made:
+                raise refusal("is made of what travels; name files in job.include", key)
+        variables = made.get("env_vars", {})
+        if not isinstance(variables, dict) or not all(
+            isinstance(value, str) for value in variables.values()
+        ):
+            raise refusal('expected a table of text, { NAME = "value" }', "env_vars")
+        for name in variables:
+            if is_key(name):
+                raise refusal(KEYS_STAY, "env_vars", name)
+        return made

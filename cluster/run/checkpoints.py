@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "checkpoint.every", "checkpoint.keep", "checkpoint.background",
     "output.folder", "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
     "output.trackers", "output.project", "output.tracked_rollouts",
+    "job.include", "job.travel_mib", "job.env", "job.runtime_env", "job.python", "job.stop_seconds",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs, how long and in what memory, not what
 it learns or measures. A test holds every other field to be one that decides."""

@@ -1,0 +1,157 @@
+"""A Ray head as its job server is reached: the thin part over Ray's job SDK, errors in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from cluster.jobs.request import Job, Request, latest, read_record
+from cluster.jobs.travel import Luggage
+from cluster.recipe.machine import require_answer
+from cluster.recipe.recipe import UserError
+
+POLL_SECONDS = 0.5
+SETTLES_SECONDS = 60.0
+"""After the end of a job's log, by when Ray says how it ended."""
+
+
+class Head:
+    """The job server of a Ray cluster. Every method raises UserError where it cannot be used."""
+
+    def __init__(self, address: str) -> None:
+        """`address`: of the dashboard, `http://HEAD:8265`."""
+        if not address.startswith(("http://", "https://")):
+            raise UserError(
+                f"--address {address}: expected the address of the cluster's dashboard, "
+                "http://HEAD:8265"
+            )
+        self.address = address
+        require_answer(address)
+        from ray.job_submission import JobSubmissionClient
+
+        with self._told(), _without("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            self._client: Any = JobSubmissionClient(address)
+
+    def submit(
+        self, request: Request, luggage: Luggage, runtime_env: Mapping[str, Any], words: str
+    ) -> None:
+        """Start a job under `request.id` with what travels."""
+        with tempfile.TemporaryDirectory(prefix="equipoise-job-") as made:
+            # In a folder of their own no .gitignore says which of them stay.
+            for place, file in luggage.files.items():
+                target = Path(made, place)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            with self._told():
+                self._client.submit_job(
+                    entrypoint=words,
+                    submission_id=request.id,
+                    runtime_env={**runtime_env, "working_dir": made},
+                    metadata=request.record(),
+                )
+
+    def jobs(self) -> list[Job]:
+        """The jobs of ours, each name's last life, by when they were started."""
+        with self._told():
+            listed = self._client.list_jobs()
+        return latest([job for job in map(_job, listed) if job is not None])
+
+    def job(self, name: str) -> Job:
+        """The last life of a job; `name` as `jobs` shows it."""
+        jobs = {job.request.name: job for job in self.jobs()}
+        if name in jobs:
+            return jobs[name]
+        near = get_close_matches(name, jobs, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`equipoise jobs` shows those of this head"
+        raise UserError(f"{name}: no such job at {self.address}; {hint}")
+
+    def log(self, job: Job) -> str:
+        """All that a job has printed."""
+        with self._told():
+            return str(self._client.get_job_logs(job.request.id))
+
+    def follow(self, request: Request, write: Callable[[str], object]) -> Job:
+        """Hand on what a job prints until it ends; how it ended."""
+
+        async def read() -> None:
+            async for part in self._client.tail_job_logs(request.id):
+                write(part)
+
+        with self._told():
+            asyncio.run(read())
+        return self.ended(request, SETTLES_SECONDS)
+
+    def stop(self, job: Job) -> None:
+        """Ask a job to end; it is given the time that it was submitted with."""
+        with self._told():
+            self._client.stop_job(job.request.id)
+
+    def ended(self, request: Request, seconds: float) -> Job:
+        """The job once it is over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with self._told():
+                found = _job(self._client.get_job_info(request.id))
+            if found is not None and found.over:
+                return found
+            if time.monotonic() > deadline:
+                state = found.status if found else "gone"
+                raise UserError(
+                    f"{request.name}: is {state} after {seconds:.0f} s; look again by "
+                    f"`equipoise jobs --address {self.address}`"
+                )
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Ray's SDK raises, as one line."""
+        from ray.exceptions import AuthenticationError
+
+        at = f"--address {self.address}"
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(
+                f"{at}: asks for the cluster's token, and it was not given or is another; set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file)"
+            ) from None
+        except OSError as error:  # ConnectionError, and all of requests'
+            raise UserError(f"{at}: cannot be reached: {_first_line(error)}") from None
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{at}: Ray refuses: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """What is wrong, without the traceback of Ray's server."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "Traceback" in lines[0]:
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__
+
+
+def _job(details: Any) -> Job | None:
+    """A job of ours out of Ray's own words for it."""
+    request = read_record(details.metadata)
+    if request is None:
+        return None
+    status = getattr(details.status, "value", details.status)
+    started, ended = ((stamp or 0) / 1000 for stamp in (details.start_time, details.end_time))
+    return Job(request, str(status), details.message or "", started, ended)
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Within, the environment lacks these: Ray would take them before any address given to it."""
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)

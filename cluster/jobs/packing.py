@@ -1,0 +1,98 @@
+"""From what was asked for to what is sent: the recipe is read, and what was left open chosen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.ablation.grid import load_ablation
+from cluster.jobs.request import Request, runtime_env
+from cluster.jobs.travel import ROOMS, Luggage, inside, pack
+from cluster.recipe.hardware import gib
+from cluster.recipe.recipe import Recipe, UserError, load_recipe, read_toml
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A whole request, the recipe whose [job] it follows, and what travels."""
+
+    request: Request
+    recipe: Recipe
+    luggage: Luggage
+
+    def again(self) -> Packed:
+        """The same for the job's next life."""
+        return replace(self, request=self.request.again())
+
+    def words(self, changed: Sequence[str] = ()) -> str:
+        """The shell command of the job."""
+        return self.request.words(self.recipe.job.python, changed)
+
+    def runtime_env(self, environ: Mapping[str, str]) -> dict[str, Any]:
+        """Ray's, but for the files. Raises UserError for a variable that cannot go along."""
+        return runtime_env(self.recipe.job, self.request.env, environ)
+
+    def described(self) -> Iterator[str]:
+        """What would travel and run, line by line."""
+        own = [place for place in self.luggage.files if place.partition("/")[0] in ROOMS]
+        for place, file in self.luggage.files.items():
+            if place not in own:
+                yield f"travels: {place} ({file.stat().st_size:,} bytes)"
+        size = gib(self.luggage.size)
+        yield f"travels: {len(own)} files of Equipoise itself; {size} in all"
+        yield f"variables: {', '.join(self.request.env) or 'none'}"
+        yield f"job {self.request.id}: {self.words()}"
+
+
+def packed(asked: Request, here: Path, search: Sequence[str]) -> Packed:
+    """All of a request whose name, place and output may be left open.
+
+    `here`: the folder whose paths are the recipe's; `search`: where modules are found after it.
+    Raises UserError for what cannot travel, and as reading a recipe or an ablation does.
+    """
+    file = here / asked.recipe
+    near = os.path.relpath(os.path.abspath(file), here)
+    place = file.name if near.partition("/")[0] == ".." else near
+    recipes = {place: file}
+    if asked.command == "ablate":
+        if asked.settings:
+            raise UserError("--set: of an ablation its own file says what is set; write it there")
+        ablation = load_ablation(file)
+        named = ablation.config.base
+        base = inside(f"{asked.recipe}: base", os.path.join(os.path.dirname(place), named))
+        recipes[base] = file.parent / named
+        read, name = [ablation.base, *(cell.recipe for cell in ablation.cells)], ablation.name
+    else:
+        read = [load_recipe(file, asked.settings)]
+        name = read[0].name
+    job = read[0].job
+    luggage = pack(recipes, read, (*job.include, *asked.include), here, search)
+    name = asked.name or f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
+        raise UserError(f"--name {name}: use at most 120 letters, digits, dots and dashes")
+    output = asked.output or f"{read[0].output.folder}/{name}"
+    if not os.path.isabs(output):
+        field = "--output" if asked.output else f"{asked.recipe}: output.folder"
+        raise UserError(
+            f"{field}: {asked.output or read[0].output.folder}: is relative, and a job's working "
+            "folder goes with it; give --output an absolute path that the cluster keeps"
+        )
+    whole = replace(
+        asked,
+        name=name,
+        place=place,
+        output=output,
+        env=tuple(dict.fromkeys((*job.env, *asked.env))),
+        stop_seconds=job.stop_seconds,
+    )
+    return Packed(whole, read[0], luggage)
+
+
+def is_ablation(file: Path) -> bool:
+    """Whether a file is an ablation and no recipe. Raises RecipeError for what is no TOML."""
+    return "arms" in read_toml(file)
