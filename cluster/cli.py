@@ -85,7 +85,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a policy with RL: sample, score, learn, send the weights back."""
-    from cluster.start import loaded, ready, refuse
+    from cluster.start import loaded, ready, refuse, supervised
 
     if replay is not None:
         refuse(
@@ -101,6 +101,9 @@ def train(
     wanted, resumed = loaded("train", recipe, set_, output, resume)
     if not ready(wanted, "train", address, dry_run, recipe or resume, output):
         return
+    ended = supervised("train", wanted, recipe, set_, address, output, resume)
+    if ended is not None:
+        raise typer.Exit(ended)
     from cluster.run.train import run_training
 
     folder = run_training(wanted, address=address, output=output, resumed=resumed)
@@ -137,7 +140,7 @@ def sft(
     resume: Resume = None,
 ) -> None:
     """Fine-tune a policy on generated demonstrations: the cold start."""
-    from cluster.start import loaded, ready, refuse
+    from cluster.start import loaded, ready, refuse, supervised
 
     wanted, resumed = loaded("sft", recipe, set_, output, resume)
     refuse(
@@ -147,6 +150,9 @@ def sft(
     )
     if not ready(wanted, "sft", address, dry_run, recipe or resume, output):
         return
+    ended = supervised("sft", wanted, recipe, set_, address, output, resume)
+    if ended is not None:
+        raise typer.Exit(ended)
     from cluster.run.sft import run_sft
 
     run_sft(wanted, address=address, output=output, resumed=resumed)
@@ -171,6 +177,22 @@ def report(
     from cluster.report.run_report import run_report
 
     print(f"report: {run_report(folder, form, output)}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, whatever became of it")],
+) -> None:
+    """Say how far a run is, how fast, who waits for whom, and what befell it."""
+    from rich.console import Console
+
+    from cluster.record.status import event_table, read_status, status_table
+
+    found = read_status(run)
+    console = Console()
+    console.print(status_table(run, found).to_rich())
+    if found.events:
+        console.print(event_table(found).to_rich())
 
 
 @app.command()

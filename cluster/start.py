@@ -3,11 +3,12 @@ what the user can put right is told."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.recipe.hardware import Machine
-from cluster.recipe.machine import require_free, told
+from cluster.recipe.machine import new_run_folder, require_free, told
 from cluster.recipe.nodes import describe_nodes, seated
 from cluster.recipe.placement import Command, Placement, describe, plan
 from cluster.recipe.preflight import glance, preflight
@@ -52,6 +53,29 @@ def loaded(
     if recipe is None:
         raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
     return load_recipe(recipe, overrides or ()), None
+
+
+def supervised(
+    command: Resumable,
+    recipe: Recipe,
+    file: Path | None,
+    overrides: list[str] | None,
+    address: str | None,
+    output: Path | None,
+    resume: Path | None,
+) -> int | None:
+    """Run it below a supervisor and return its exit code; None where this process is to run it."""
+    from cluster.run.supervise import SUPERVISED, supervise
+
+    budget = recipe.checkpoint.restarts
+    if not budget or os.environ.get(SUPERVISED):
+        return None
+    settings = [word for override in overrides or () for word in ("--set", override)]
+    where = ["--address", address] if address else []
+    run = resume or new_run_folder(recipe, output)
+    again = [command, "--resume", str(run), *where]
+    first = [*again, *settings] if resume else [command, str(file), "--output", str(run)]
+    return supervise(first if resume else [*first, *settings, *where], again, run, budget)
 
 
 def ready(

@@ -171,6 +171,19 @@ class CheckpointConfig(Section):
     """Steps between training checkpoints; 0: only when the run is told to stop."""
     keep: Positive = 2
     """How many of them stay."""
+    restarts: Count = 0
+    """How often a run whose driver, learner or node died is started again from the last of them, by
+    itself (docs/failures.md); needs `every`. 0: it ends."""
     background: bool = False
     """Go on with the next step while a checkpoint is written. Rank 0 then holds weights and
     optimizer state once more in host memory."""
+
+    @model_validator(mode="after")
+    def _restarts_from_something(self) -> CheckpointConfig:
+        if self.restarts and not self.every:
+            raise refusal(
+                f"got {self.restarts}, and checkpoint.every is 0, so there would be nothing to go "
+                "on from; set that",
+                "restarts",
+            )
+        return self

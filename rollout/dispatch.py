@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from rollout.jobs import Cause, Command, Died, Job, Refused, Seat, fault_of, not_up
+from rollout.jobs import Cause, Command, Died, Job, News, Refused, Seat, fault_of, not_up
 from rollout.record import ReplyError, SampleRequest
 from rollout.settings import SamplerConfig
 
@@ -56,7 +56,7 @@ class Dispatch:
         self.causes: Counter[Cause] = Counter()
         self.resampled: Counter[Cause] = Counter()
         self.refused = 0
-        self.news: list[str] = []
+        self.news: list[News] = []
         for name in names:
             self._open(name, now)
 
@@ -140,6 +140,7 @@ class Dispatch:
         for name, life in lives.items():
             if (reached := self._seat(name, life)) is not None:
                 reached.version = version
+                self._recovered(reached, now)
         self._deal(now)
 
     # What happens to samplers
@@ -204,7 +205,8 @@ class Dispatch:
         self.causes[cause] += 1
         self.resampled[cause] += sum(isinstance(job.request, SampleRequest) for job in jobs)
         first = message.strip().split("\n")[0]
-        self.news.append(f"sampler {name!r} is lost: {first}; {len(jobs)} requests are asked again")
+        self.news.append(News(name, "lost", first, f"{len(jobs)} requests"))
+        seat.lost_at = now if seat.lost_at is None else seat.lost_at
         if seat.idle_since is not None:
             seat.idle += now - seat.idle_since
         seat.idle_since, seat.pinged = None, None
@@ -328,7 +330,15 @@ class Dispatch:
         seat.version, seat.heard, seat.renewing = version, now, None
         if version != self.version and self.fetchable:
             self._fetch(seat, now)
+        else:
+            self._recovered(seat, now)
         self._deal(now)
+
+    def _recovered(self, seat: Seat, now: float) -> None:
+        """A sampler takes work: where it had been lost, that is news."""
+        if seat.lost_at is not None:
+            self.news.append(News(seat.name, "back", recovered_seconds=now - seat.lost_at))
+            seat.lost_at = None
 
     def _start(self, seat: Seat, now: float) -> None:
         seat.life, seat.started = seat.life + 1, now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -129,6 +129,7 @@ class Seat:
 
     version: of the weights that it holds; None: those of its checkpoint.
     renewing: since when it fetches a version.
+    lost_at: since when it is lost; None once it has taken work again.
     """
 
     name: str
@@ -149,6 +150,25 @@ class Seat:
     images: OrderedDict[int, None] = field(default_factory=OrderedDict)
     idle: float = 0.0
     idle_since: float | None = None
+    lost_at: float | None = None
+
+
+class News(NamedTuple):
+    """What befell a sampler, for the run's record; `str` of it for a person.
+
+    recovered_seconds: of one that takes work again, since it was lost.
+    """
+
+    who: str
+    what: Literal["lost", "back"]
+    why: str = ""
+    lost: str = ""
+    recovered_seconds: float | None = None
+
+    def __str__(self) -> str:
+        if self.what == "back":
+            return f"sampler {self.who!r} is back after {self.recovered_seconds:.0f} s"
+        return f"sampler {self.who!r} is lost: {self.why}; {self.lost} are asked again"
 
 
 def not_up(sampler: str, seconds: float) -> TimeoutError:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rollout.dispatch import Dispatch, SamplerLost
-from rollout.jobs import Cause, Command, Died, Job, PoolClient, Refused, not_up
+from rollout.jobs import Cause, Command, Died, Job, News, PoolClient, Refused, not_up
 from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest, Weights
 from rollout.settings import SamplerConfig
 
@@ -212,8 +212,8 @@ class SamplerPool:
         with self._changed:
             return self._dispatch.counts(time.monotonic())
 
-    def news(self) -> list[str]:
-        """Which samplers were lost since the last call, and why: sentences for the user."""
+    def news(self) -> list[News]:
+        """Which samplers were lost since the last call, why, and which came back."""
         with self._changed:
             news, self._dispatch.news = self._dispatch.news, []
         return news

@@ -9,6 +9,7 @@
     RUN/images/<sha256>.png              every image once
     RUN/evaluations/step-000000.json     what an evaluation measured, by task and problem
     RUN/tensorboard/                     the same metrics
+    RUN/events.parquet                   what befell it (see `events.py`)
 
 Each file is written whole under another name and then renamed, so a crash costs no more than
 the step it happened in. `tracker.py` writes, `stored.py` reads.

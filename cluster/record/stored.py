@@ -110,6 +110,16 @@ def read_metrics(run_dir: Path | str) -> pa.Table:
     return pa.Table.from_pylist(list(rows.values()), schema=METRIC_SCHEMA)
 
 
+def last_step(run_dir: Path) -> int:
+    """The last step that a run logged, ended or crashed; 0 where it logged none."""
+    try:
+        rows = read_metrics(run_dir).to_pylist()
+    except FileNotFoundError:
+        return 0
+    # The warm-up of vision counts steps of its own.
+    return max((row["step"] for row in rows if not row["name"].startswith("warmup/")), default=0)
+
+
 def last_logged_step(run_dir: Path) -> int:
     """The step that a run which goes on logged last; 0 where it logged none yet.
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from cluster.recipe.recipe import Recipe, RunFailed, resolved_toml
 from cluster.record.evaluation import EvalTable
+from cluster.record.events import Event, add_events, seconds_down
 from cluster.record.mismatch import mismatch
+from cluster.record.stored import last_step
 from cluster.record.terminal import Progress
 from cluster.record.tracker import Tracker
 from cluster.run.budget import Spent, is_over, run_share
@@ -21,6 +23,7 @@ from cluster.run.standstill import Standstill
 from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
 from rewards.scored import ScoredGroup
+from rollout.jobs import News
 
 T = TypeVar("T")
 Metrics = dict[str, float]
@@ -173,10 +176,16 @@ class RunLog:
         self.tracker.log_evaluation(self.at.step, tables)
         return tables
 
-    def warn(self, lines: Iterable[str]) -> None:
-        """Say what the user should look at."""
-        for line in lines:
-            self.say(f"warning: {line}")
+    def tell(self, news: Iterable[News]) -> None:
+        """Say what befell samplers, and keep it among the run's events."""
+        news = list(news)
+        for one in news:
+            self.say(str(one) if one.what == "back" else f"warning: {one}")
+        add_events(self.folder, *(Event(**one._asdict()) for one in news))
+
+    def note(self, what: str, why: str = "", lost: str = "", seconds: float | None = None) -> None:
+        """Keep what the driver itself did among the run's events."""
+        add_events(self.folder, Event("driver", what, why, lost, seconds))
 
     def save_if_due(self, learner: LearnerGroup, state: Callable[[], dict[str, Any]]) -> None:
         """Write a checkpoint to go on from where one is due, or the run is to stop; keep the last.
@@ -192,6 +201,7 @@ class RunLog:
         """All is done; raises RunFailed where the run folder did not take all of it."""
         self.keeper.end()
         self._standstill.end()
+        self.note("ended")
 
 
 @contextmanager
@@ -206,9 +216,18 @@ def run_log(
     """The log of a run, or of one that goes on; it ends after `steps`, or as [algorithm] says."""
     at = resumed.position if resumed else Position(command=command)
     after = at.step if resumed else None
+    # Before the tracker forgets what came after the checkpoint.
+    last = last_step(folder) if resumed else 0
+    lost = f"steps {at.step + 1} to {last}, done again" if last > at.step else ""
     with Tracker(folder, resolved_toml(recipe), after, recipe.output) as tracker:
         progress.say(f"run folder: {folder}")
-        yield RunLog(recipe, tracker, progress, at, steps)
+        log = RunLog(recipe, tracker, progress, at, steps)
+        if resumed is None:
+            log.note("began")
+        else:
+            down = seconds_down(folder, time.time())
+            log.note("went on", f"from {resumed.checkpoint.name}", lost, down)
+        yield log
 
 
 def tell_mismatch(recipe: Recipe, metrics: Mapping[str, float], progress: Progress) -> None:

@@ -29,6 +29,7 @@ from learner.trainer import LearnerSetup
 from rewards.advantages import find_advantage
 from rewards.pool import RewardPool
 from rewards.scored import ScoredGroup
+from rollout.jobs import News
 from rollout.pool import SamplerPool
 from rollout.record import Group
 from rollout.sampler import ray_samplers
@@ -262,10 +263,10 @@ class Run(LivePolicy):
         """See `sampler_metrics`."""
         return sampler_metrics(self.samplers, self.frozen)
 
-    def news(self) -> list[str]:
-        """Which samplers, and engines of frozen models, were lost since the last call, and why."""
+    def news(self) -> list[News]:
+        """Which samplers, and engines of frozen models, were lost or came back since last asked."""
         pools = (self.samplers, *self.frozen.values())
-        return [loss for pool in pools for loss in pool.news()]
+        return [one for pool in pools for one in pool.news()]
 
     def stop(self) -> None:
         """End every actor."""

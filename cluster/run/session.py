@@ -23,6 +23,7 @@ from cluster.recipe.machine import claimed, require_answer, told
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
+from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.nodes import wait_for_nodes
@@ -169,12 +170,23 @@ def actor_errors(folder: Path | None) -> Iterator[None]:
     ) as error:
         message = explain(error)
         if folder is not None:
-            with suppress(OSError):  # a full disk may be what ended the run
+            # A full disk may be what ended the run.
+            with suppress(OSError, ValueError):
                 folder.mkdir(parents=True, exist_ok=True)
                 put_text(folder / "error.txt", message + "\n")
+                what = FOR_GOOD if comes_again(error) else "failed"
+                add_events(folder, Event("driver", what, message.partition("\n")[0]))
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error
+
+
+def comes_again(error: BaseException) -> bool:
+    """Whether a run that goes on would only meet the same error: not one of a process or a node.
+
+    What a rank raised may be a peer's death; the same at the same step tells (`again`).
+    """
+    return isinstance(error, RunFailed | RewardError) or disk_error(error) is not None
 
 
 def explain(error: BaseException) -> str:

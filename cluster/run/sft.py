@@ -141,10 +141,12 @@ def fine_tune(
             log.save_if_due(learner, lambda: {"balance": balance.state()})
         if log.stopped:
             log.say(f"stopped after update {log.at.step}; equipoise sft --resume {log.folder}")
+            log.note("stopped", "it was asked to stop")
             return None
         if not live:
             log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
             log.keeper.end()
+            log.note("ended")
             return {}
         costs: list[TransferReport] = []
 

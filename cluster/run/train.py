@@ -75,7 +75,7 @@ def run_training(
             updates = step.part("learn", *learn(recipe, step.number, scored, run.learner))
             step.part("transfer", *renew(stream, run, log.at.version + updates))
             log.end(step, scored, updates)
-            log.warn(run.news())
+            log.tell(run.news())
             if log.is_due(recipe.eval.every):
                 log.measured(run.evaluate())
             log.save_if_due(
@@ -85,6 +85,7 @@ def run_training(
             run.settle_weights()
             run.learner.finish_saving()
             log.say(f"stopped after step {log.at.step}; equipoise train --resume {folder}")
+            log.note("stopped", "it was asked to stop")
             return folder
         stream.end()
         conclude(log, run.learner, run.evaluate)

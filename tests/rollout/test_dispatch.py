@@ -266,7 +266,9 @@ def test_a_lost_sampler_waits_for_the_weights_and_then_has_its_work_again_in_ord
     assert d.renewed_at == 5.0
     assert sends(d) == [("s-0", "g-0"), ("s-0", "g-1"), ("s-0", "g-2")]
     counts = d.counts(9.0)
-    assert d.news == ["sampler 's-0' is lost: gone; 3 requests are asked again"]
+    lost, back = d.news
+    assert str(lost) == "sampler 's-0' is lost: gone; 3 requests are asked again"
+    assert (back.who, back.what, back.recovered_seconds) == ("s-0", "back", 4.0)  # lost at 1.0
     assert counts["restarts/engine"] == 1 and counts["resampled/engine"] == 3
     assert counts["idle_seconds/s-0"] == 2  # from 3 to 5
 

@@ -1,0 +1,70 @@
+"""`equipoise status`: what a run folder tells of a run, whatever became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.recipe.recipe import UserError, load_recipe, resolved_toml
+from cluster.record.events import Event, add_events
+from cluster.record.status import read_status
+from cluster.record.tracker import Tracker
+from tests.support.recipes import recipe_file
+from tests.support.terminal import run as equipoise
+
+RECIPE = "algorithm.steps = 20\nreward.terms = [{ name = 'outcome' }]\ncheckpoint.every = 3\n"
+
+
+def make_run(folder: Path, monkeypatch: pytest.MonkeyPatch, ends: list[float]) -> Path:
+    """A run whose step n was logged at `ends[n - 1]`."""
+    recipe = load_recipe(recipe_file(folder, RECIPE))
+    clock = iter(ends)
+    run = folder / "run"
+    with Tracker(run, resolved_toml(recipe)) as log, monkeypatch.context() as patched:
+        for step in range(1, len(ends) + 1):
+            now = next(clock)
+            patched.setattr("cluster.record.tracker.time.time", lambda now=now: now)
+            log.log(step, {"idle/sampler": 0.7, "idle/learner": 0.2, "time/step": 1.0})
+    return run
+
+
+def test_step_pace_and_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, monkeypatch, [100.0, 190.0, 200.0, 210.0, 220.0, 230.0, 240.0])
+    found = read_status(run, now=247.0)
+    assert (found.state, found.step, found.steps, found.silent) == ("runs", 7, 20, 7.0)
+    assert found.step_seconds == 10.0 and found.left_seconds == 130.0
+    assert found.next_checkpoint == 9
+    assert found.waits().startswith("samplers for the learner")
+    # Of a driver that went on, only its own steps tell how fast it goes.
+    add_events(run, Event("driver", "went on", wall_seconds=225.0))
+    assert read_status(run, now=247.0).step_seconds == 10.0
+    add_events(run, Event("driver", "went on", wall_seconds=235.0))
+    found = read_status(run, now=247.0)
+    assert found.step_seconds is None and found.left_seconds is None
+
+
+def test_a_run_that_is_over_has_no_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, monkeypatch, [100.0, 110.0])
+    add_events(run, Event("driver", "failed", "gone", wall_seconds=111.0))
+    found = read_status(run, now=120.0)
+    assert (found.state, found.left_seconds, found.silent) == ("failed", None, 9.0)
+    add_events(run, Event("supervisor", "restart", wall_seconds=112.0))
+    assert read_status(run, now=120.0).state == "runs"
+
+
+def test_as_a_user_types_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, monkeypatch, [100.0, 110.0])
+    add_events(run, Event("sampler-0", "lost", "\x1b[2Jevil [red]text", "3 requests"))
+    add_events(run, Event("sampler-0", "back", recovered_seconds=12.0))
+    monkeypatch.setenv("COLUMNS", "300")
+    assert equipoise(monkeypatch, "status", run) == 0
+    said = capsys.readouterr().out
+    assert "2 of 20" in said and "after step 3" in said and "12 s" in said
+    assert "\x1b[2J" not in said and "evil [red]text" in said
+    with pytest.raises(UserError, match="no run folder"):
+        read_status(tmp_path / "none")
