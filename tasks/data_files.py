@@ -35,6 +35,9 @@ APART_BYTES = 64 * 2**20
 AROUND_BYTES = 2**20
 """What the system maps at least where one row is touched (with large pages; seen: 0.8 MB)."""
 
+OUTPUT_MARKS = (("recipe.toml", "versions.json"), ("ablation.json",))
+"""Files that a folder written by a run, an evaluation or an ablation has (`cluster.record`)."""
+
 Row = dict[str, Any]
 
 
@@ -229,3 +232,20 @@ def _json_row(text: str) -> Row | DataError:
     except (ValueError, RecursionError) as error:
         return DataError(f"not JSON ({error}); write one object a line")
     return row if isinstance(row, dict) else DataError("not a JSON object; write one object a line")
+
+
+def files_below(folder: Path, kinds: Collection[str]) -> list[Path]:
+    """Files with one of these suffixes, in order, that somebody may have put there as data.
+
+    Left out are hidden files and folders, and what runs and ablations wrote below this folder.
+    """
+    found: list[Path] = []
+    for name, below, files in os.walk(folder):
+        here = Path(name)
+        below[:] = [n for n in below if n[0] != "." and not _is_output(here / n)]
+        found += [here / n for n in files if n[0] != "." and Path(n).suffix.lower() in kinds]
+    return sorted(found)
+
+
+def _is_output(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in marks) for marks in OUTPUT_MARKS)

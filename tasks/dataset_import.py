@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core import DataError, Problem, ReadsRows, Task, need
+from tasks.data_files import files_below
 from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
 from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
 from tasks.image_cells import Beside, image_bytes, shown
@@ -106,8 +107,7 @@ def _source_files(source: Path) -> dict[str, dict[str, Path]]:
     home = source if source.is_dir() else source.parent
     files = [source]
     if source.is_dir():
-        below = (p for p in source.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl"))
-        files = [p for p in below if not any(n[0] == "." for n in p.relative_to(source).parts)]
+        files = files_below(source, (".parquet", ".jsonl"))
     splits: dict[str, dict[str, Path]] = {}
     for file in sorted(files):
         if not file.is_file():

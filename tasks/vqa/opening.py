@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.core import DataError
-from tasks.data_files import KINDS, DataFile
+from tasks.data_files import KINDS, DataFile, files_below
 from tasks.datasets import StoredReader, file_hash, split_file
 from tasks.free_text import instructions
 from tasks.image_cells import Beside
@@ -229,8 +229,7 @@ def _files(source: str) -> dict[str, list[tuple[Path, list[Path]]]]:
     if not path.is_dir():
         path = _fetched(source, path)
     found: dict[str, list[tuple[Path, list[Path]]]] = {}
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
-    files = [p for p in files if not any(n[0] == "." for n in p.relative_to(path).parts)]
+    files = files_below(path, KINDS)
     # `datasets` writes further .json files beside rows, and arrow files of what was made of them.
     files = [p for p in files if p.suffix.lower() != ".json"] or files
     for file in files:

@@ -53,6 +53,22 @@ def test_splits_are_told_by_names_of_files_folders_and_the_recipe(tmp_path: Path
     assert (answers(found, "train"), answers(found, "test")) == (["2"], ["4", "3"])
 
 
+def test_what_runs_and_ablations_wrote_beside_the_data_is_no_data(tmp_path: Path) -> None:
+    """`data = "."` with the runs in `runs/` reads the same rows before and after a run."""
+    write_parquet(tmp_path / "train.parquet", [row(1), row(2)])
+    write_parquet(tmp_path / "more/test.parquet", [row(3)])
+    for mark in ("runs/a/recipe.toml", "runs/a/versions.json", "runs/grid/ablation.json"):
+        (tmp_path / mark).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / mark).write_text("")
+    for name in ("runs/a/metrics", "runs/a/rollouts/step-1", "runs/grid/results", ".kept/train"):
+        write_parquet(tmp_path / f"{name}.parquet", [row(4)])
+    found = opened(str(tmp_path))
+    assert [answers(found, side) for side in ("train", "test")] == [["1", "2"], ["3"]]
+    # A recipe beside data makes no run of its folder.
+    (tmp_path / "more/recipe.toml").write_text("")
+    assert answers(opened(str(tmp_path)), "test") == ["3"]
+
+
 def test_one_split_is_cut_by_content_whatever_the_order(tmp_path: Path) -> None:
     rows = [row(number) for number in range(40)] + [row(3, answer="three")]
     one = opened(str(write_parquet(tmp_path / "one.parquet", rows)))
