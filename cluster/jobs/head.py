@@ -125,7 +125,7 @@ class Head:
             ) from None
         except OSError as error:  # ConnectionError, and all of requests'
             raise UserError(f"{at}: cannot be reached: {_first_line(error)}") from None
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{at}: Ray refuses: {_first_line(error)}") from None
 
 
