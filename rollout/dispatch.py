@@ -205,7 +205,7 @@ class Dispatch:
         self.causes[cause] += 1
         self.resampled[cause] += sum(isinstance(job.request, SampleRequest) for job in jobs)
         first = message.strip().split("\n")[0]
-        self.news.append(News(name, "lost", first, f"{len(jobs)} requests"))
+        self.news.append(News(now, name, "lost", first, f"{len(jobs)} requests"))
         seat.lost_at = now if seat.lost_at is None else seat.lost_at
         if seat.idle_since is not None:
             seat.idle += now - seat.idle_since
@@ -337,7 +337,7 @@ class Dispatch:
     def _recovered(self, seat: Seat, now: float) -> None:
         """A sampler takes work: where it had been lost, that is news."""
         if seat.lost_at is not None:
-            self.news.append(News(seat.name, "back", recovered_seconds=now - seat.lost_at))
+            self.news.append(News(now, seat.name, "back", recovered_seconds=now - seat.lost_at))
             seat.lost_at = None
 
     def _start(self, seat: Seat, now: float) -> None:

@@ -156,9 +156,10 @@ class Seat:
 class News(NamedTuple):
     """What befell a sampler, for the run's record; `str` of it for a person.
 
-    recovered_seconds: of one that takes work again, since it was lost.
+    at: by the clock of the pool. recovered_seconds: of one that is back, since it was lost.
     """
 
+    at: float
     who: str
     what: Literal["lost", "back"]
     why: str = ""

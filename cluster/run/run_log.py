@@ -181,7 +181,9 @@ class RunLog:
         news = list(news)
         for one in news:
             self.say(str(one) if one.what == "back" else f"warning: {one}")
-        add_events(self.folder, *(Event(**one._asdict()) for one in news))
+        since = time.time() - time.monotonic()  # of the pool's clock
+        events = (Event(*one[1:], wall_seconds=since + one.at) for one in news)
+        add_events(self.folder, *events)
 
     def note(self, what: str, why: str = "", lost: str = "", seconds: float | None = None) -> None:
         """Keep what the driver itself did among the run's events."""
@@ -218,7 +220,7 @@ def run_log(
     after = at.step if resumed else None
     # Before the tracker forgets what came after the checkpoint.
     last = last_step(folder) if resumed else 0
-    lost = f"steps {at.step + 1} to {last}, done again" if last > at.step else ""
+    lost = f"{last - at.step} steps after step {at.step}, done again" if last > at.step else ""
     with Tracker(folder, resolved_toml(recipe), after, recipe.output) as tracker:
         progress.say(f"run folder: {folder}")
         log = RunLog(recipe, tracker, progress, at, steps)

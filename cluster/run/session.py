@@ -7,6 +7,7 @@ run folder, and ends the run.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -175,10 +176,16 @@ def actor_errors(folder: Path | None) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 put_text(folder / "error.txt", message + "\n")
                 what = FOR_GOOD if comes_again(error) else "failed"
-                add_events(folder, Event("driver", what, message.partition("\n")[0]))
+                add_events(folder, Event("driver", what, _in_a_line(message)))
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error
+
+
+def _in_a_line(message: str) -> str:
+    """The first line of an error, with whose process died, which Ray tells further down."""
+    first, actor = message.partition("\n")[0], re.search(r"^\s*class_name: (\S+)", message, re.M)
+    return f"{first} ({actor[1]})" if actor else first
 
 
 def comes_again(error: BaseException) -> bool:

@@ -268,9 +268,13 @@ def test_a_lost_sampler_waits_for_the_weights_and_then_has_its_work_again_in_ord
     counts = d.counts(9.0)
     lost, back = d.news
     assert str(lost) == "sampler 's-0' is lost: gone; 3 requests are asked again"
-    assert (back.who, back.what, back.recovered_seconds) == ("s-0", "back", 4.0)  # lost at 1.0
+    assert (back.who, back.what, back.recovered_seconds) == ("s-0", "back", 4.0)
+    assert (lost.at, back.at) == (1.0, 5.0)
     assert counts["restarts/engine"] == 1 and counts["resampled/engine"] == 3
     assert counts["idle_seconds/s-0"] == 2  # from 3 to 5
+    d.renew(7, 10.0)
+    d.renewed("s-0", 1, 7, 11.0)
+    assert d.news == [lost, back], "a sampler comes back once"
 
 
 def test_one_loss_too_many_is_an_error_that_names_sampler_and_cause() -> None:

@@ -3,8 +3,8 @@
 One run proves it all, since engines are slow to start. It samples a step ahead
 (`max_staleness = 1`), learns while its weights travel (`overlap`) and replaces groups without
 variance (dynamic sampling). It gets a second sampler and gives it back; a sampler is killed, a
-reward worker, and in the end the driver; a sampler hangs. What it leaves behind must be what its
-seed says, each group once, each token under the weights it names.
+reward worker, the driver, and in the end the learner; a sampler hangs. What it leaves behind must
+be what its seed says, each group once, each token under the weights it names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from cluster.recipe.problems import open_sources, step_problems
 from cluster.recipe.recipe import load_recipe
+from cluster.record.events import read_events
 from cluster.record.mismatch import MISMATCH_LIMIT
 from cluster.record.stored import read_metrics, read_rollouts, read_scored, stored_steps
 from cluster.run.checkpoints import Position, newest
@@ -146,8 +147,13 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         outlived = driver.kill()
         saved, killed_at = newest(driver.run).position, driver.steps()
         shutil.copytree(driver.run, driver.before)
-        driver.resume()
+        # From here on below a supervisor: the learner's death costs a restart and nobody's help.
+        driver.resume("checkpoint.restarts=1")
         driver.wait("new steps", lambda: driver.steps() >= killed_at + 2, pause=0.05)
+        driver.below("ray::LearnerRank")[0].kill()
+        driver.wait("its next life", lambda: told(driver.run)[-1] == ("driver", "went on"))
+        again = driver.steps()
+        driver.wait("steps of it", lambda: driver.steps() >= again + 1, pause=0.05)
         driver.stop()
     finally:
         driver.clean_up()
@@ -196,6 +202,25 @@ def test_sampler_and_learner_stay_one_policy(metrics: dict[str, dict[int, float]
     """Up to the version between them; whoever sampled had the weights of its time."""
     for step, gap in metrics["learner/logprob_gap"].items():
         assert metrics["policy/lag_max"][step] or gap < MISMATCH_LIMIT["float32", False]
+
+
+def told(run: Path) -> list[tuple[str, str]]:
+    """Who did what, as far as it was told."""
+    return [(event.who, event.what) for event in read_events(run)]
+
+
+def test_the_run_tells_what_befell_it_and_goes_on_when_its_learner_dies(lived: Lived) -> None:
+    """That no group is lost by it is what the tests of the whole run below say."""
+    events = [event for event in told(lived.run) if event[0] in ("driver", "supervisor")]
+    assert events == [
+        *[("driver", "began"), ("driver", "went on"), ("driver", "failed")],
+        *[("supervisor", "restart"), ("driver", "went on"), ("driver", "stopped")],
+    ]
+    by = {event[:2]: event for event in read_events(lived.run)}  # the last of each
+    restart, went_on = by["supervisor", "restart"], by["driver", "went on"]
+    assert restart.why.endswith("(LearnerRank)")
+    assert (went_on.recovered_seconds or 0) > 0
+    assert {("sampler-0", "lost"), ("sampler-0", "back")} <= set(told(lived.run))
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -279,11 +304,10 @@ def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
                 if (one.group.rollouts[0].versions == at.version).any()
             }
             for sampler, group in groups.items():
-                rollouts = group.rollouts
+                rollouts, images = group.rollouts, group.problem.images
                 sequences = [
                     TrainSequence(
-                        *(r.prompt_ids, r.response_ids, r.images),
-                        *(r.segments, r.logprobs, 0 * r.logprobs),
+                        r.prompt_ids, r.response_ids, images, r.segments, r.logprobs, 0 * r.logprobs
                     )
                     for r in rollouts
                 ]

@@ -129,16 +129,16 @@ def test_a_failure_for_good_is_not_tried_again(
     assert told(tmp_path) == [("driver", FOR_GOOD), ("supervisor", "gave up")]
 
 
-def test_sigterm_reaches_the_driver_which_ends_in_order(
+def test_a_driver_that_was_told_to_stop_is_not_started_again_however_it_ends(
     supervised: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    code = "signal.signal(signal.SIGTERM, lambda *_: end(0, 'stopped', 'asked'))\n"
-    code += "print('up', flush=True); time.sleep(300); end(1, 'failed', 'late')"
+    code = "signal.signal(signal.SIGTERM, lambda *_: end(1, 'failed', 'on its way to the end'))\n"
+    code += "print('up', flush=True); time.sleep(300); end(0, 'ended', '')"
     process = supervised(code)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 0
-    assert told(tmp_path) == [("driver", "stopped")]
+    assert process.wait(300) == 1
+    assert told(tmp_path) == [("driver", "failed")]
 
 
 def test_a_driver_ends_in_order_with_its_supervisor(
