@@ -38,8 +38,12 @@ class RewardWorker:
 
     def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
         self.entries = entries
-        self.terms: dict[str, Term] = {}
         limit_memory(memory_gib)
+
+    @functools.cached_property
+    def terms(self) -> dict[str, Term]:
+        """Loaded when first asked for: a process that Ray has started again was told nothing."""
+        return load_terms(self.entries)
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:
@@ -47,7 +51,7 @@ class RewardWorker:
 
         Not done in `__init__`: an error there costs the actor and arrives as a wall of text.
         """
-        self.terms = load_terms(self.entries)
+        assert self.terms is not None
 
     def score(
         self, chunk: Sequence[tuple[Group, Problem | None]], parts: Sequence[str]
@@ -93,7 +97,21 @@ class RemoteWorker:
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:
         """Load the term in this process; the first call after any start."""
-        ((self.name, self.term),) = load_terms(self.entries).items()
+        assert self.term is not None
+
+    @functools.cached_property
+    def _named(self) -> tuple[str, Term]:
+        """As `RewardWorker.terms`."""
+        ((name, term),) = load_terms(self.entries).items()
+        return name, term
+
+    @property
+    def name(self) -> str:
+        return self._named[0]
+
+    @property
+    def term(self) -> Term:
+        return self._named[1]
 
     async def score(self, chunk: Sequence[Group], parts: Sequence[str]) -> list[ScoredTerms]:
         """The term on each group: values or a typed failure."""

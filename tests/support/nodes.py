@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,8 +114,9 @@ class Node:
         return found
 
     def kill(self) -> None:
-        """The power goes."""
-        self._first.kill()
+        """The power goes, if it has not."""
+        with suppress(psutil.NoSuchProcess):
+            self._first.kill()
         self._holder.wait(60)
         for pipe in (self._holder.stdin, self._holder.stdout, self._holder.stderr):
             assert pipe is not None
