@@ -174,7 +174,9 @@ def _followed(head: Head, request: Request) -> int:
             f"`equipoise stop {request.name}` ends it"
         )
         return 0
-    print(printable(f"job {request.id}: {job.status}{f': {job.message}' if job.failed else ''}"))
+    # Ray's message goes on with the end of the log, which stands above.
+    why = f": {job.message.splitlines()[0]}" if job.failed and job.message else ""
+    print(printable(f"job {request.id}: {job.status}{why}"))
     return int(job.failed)
 
 

@@ -59,6 +59,37 @@ def test_every_file_and_link_that_is_named_exists() -> None:
     assert sorted(link for link in links if not (ROOT / "docs" / link).exists()) == []
 
 
+def test_every_heading_that_a_link_leads_to_exists() -> None:
+    """A section that is lost, or named anew, is missed by those who link to it."""
+    pages = {
+        path: path.read_text("utf-8")
+        for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    }
+    known = {page: {anchor(heading) for heading in headings(text)} for page, text in pages.items()}
+    links = [
+        (page, (page.parent / target).resolve() if target else page, place)
+        for page, text in pages.items()
+        for target, place in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", text)
+    ]
+    assert links
+    lost = [
+        f"{page.name}: {target.name}#{place}"
+        for page, target, place in links
+        if place not in known.get(target, ())
+    ]
+    assert lost == []
+
+
+def headings(text: str) -> list[str]:
+    """Without what stands in blocks of code."""
+    return re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+
+
+def anchor(heading: str) -> str:
+    """GitHub's: small letters and digits, dashes for spaces, all else left out."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def test_every_reward_term_is_in_the_guide_and_its_recipes_load() -> None:
     terms = DOCS["rewards.md"].split("\n\n| term |")[1].split("\n\n")[0]
     assert set(first_column(terms.replace("|---", ""))) == set(BUILT_IN)

@@ -26,6 +26,8 @@ from learner.checkpoint import checkpoint_folder, checkpoint_folders
 from tests.support.live_driver import Driver
 from tests.support.ray_heads import RAY, environment, ray_head
 from tests.support.recipes import GRAPH, ROOT, SUDOKU, recipe_text
+from tests.support.submitter import PLANTED, WANTED, Said
+from tests.support.submitter import submitted as at_the_head
 from tests.support.terminal import run
 
 PLACES, SIZE, TOKENS, EVERY, KILLED_AT = 4, 4, 24, 2, 5
@@ -86,6 +88,7 @@ class Lived:
     Attributes:
         model: what it started from; code: how its first life ended.
         torn: a file of its last checkpoint, cut short between the two.
+        submitted: what a user of `equipoise submit` was told at the head of its second life.
         printed: in its first life, and in its second.
     """
 
@@ -94,6 +97,7 @@ class Lived:
     run: Path
     code: int
     torn: Path
+    submitted: Said
     printed: tuple[str, str]
 
 
@@ -111,6 +115,7 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         driver.clean_up()
     torn = driver.keep_and_tear()
     with ray_head(folder / "head.log") as address:
+        submitted = at_the_head(address, folder / "elsewhere")
         command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
         command += [sys.executable, "-m", "cluster", "train", "--resume", str(driver.run)]
         command += ["--set", "checkpoint.background=true"]
@@ -118,7 +123,8 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             command, env=environment(), capture_output=True, text=True, timeout=1200
         )
     assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
-    return Lived(model, driver.before, driver.run, code, torn, (driver.printed(), job.stdout))
+    printed = (driver.printed(), job.stdout)
+    return Lived(model, driver.before, driver.run, code, torn, submitted, printed)
 
 
 def metrics_of(run: Path) -> dict[tuple[int, str], float]:
@@ -299,3 +305,41 @@ def test_the_samplers_alone_draw_what_a_run_drew_under_the_same_weights(
         assert {t["name"] for r in again for t in r["terms"]} == {
             t["name"] for r in asked for t in r["terms"]
         }
+
+
+def test_a_job_is_submitted_from_any_folder_and_takes_along_what_was_chosen(lived: Lived) -> None:
+    code, log = lived.submitted["logs"]
+    assert lived.submitted["submit"][0] == code == 0
+    words = "words: -m cluster train x.toml --output "
+    assert words in log
+    for place in ("./mine.py", "./cluster/__main__.py", "./rollout/engine.py", "the small data"):
+        assert f"{place}\n" in log
+    assert f"\nWANTED={WANTED}\n" in log and "RAY_JOB_STOP_WAIT_TIME_S=600" in log
+    assert PLANTED not in "".join(said for _, said in lived.submitted.values())
+    # What is printed cannot steer the terminal.
+    assert "training \\x1b[31m" in log and "\x1b" not in log
+    # The program itself, as it travelled; its refusal is the job's.
+    code, log = lived.submitted["real"]
+    assert code == 1 and "code that travelled: True" in log
+    assert ": FAILED: " in log.splitlines()[-1]
+
+
+def test_a_job_is_found_stopped_and_gone_on_with_by_its_name(lived: Lived) -> None:
+    told = lived.submitted
+    assert "job  RUNNING  train x.toml  " in told["jobs"][1]
+    assert told["busy"] == (2, "job: is RUNNING; stop it first: equipoise stop job\n")
+    assert told["unknown"][0] == 2 and "no such job at " in told["unknown"][1]
+    assert told["unknown"][1].endswith("; did you mean job?\n")
+    assert told["stop"][0] == 0 and told["stop"][1].endswith("\njob: STOPPED\n")
+    assert "checkpoint written" in told["logs"][1]
+    code, again = told["resume"]
+    assert code == 0 and again.endswith("job job.2: SUCCEEDED\n")
+    assert "words: -m cluster train --resume " in again
+    assert "--set algorithm.steps=9\n" in again and "going on\n" in again
+    assert "job  SUCCEEDED  train x.toml (life 2)  " in told["over"][1]
+
+
+def test_a_head_that_wants_a_token_refuses_who_has_none_in_one_line(lived: Lived) -> None:
+    code, line = lived.submitted["no token"]
+    assert code == 2 and len(line.splitlines()) == 1
+    assert "asks for the cluster's token" in line and "set RAY_AUTH_MODE=token and" in line
