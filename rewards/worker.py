@@ -51,7 +51,7 @@ class RewardWorker:
 
         Not done in `__init__`: an error there costs the actor and arrives as a wall of text.
         """
-        assert self.terms is not None
+        _ = self.terms
 
     def score(
         self, chunk: Sequence[tuple[Group, Problem | None]], parts: Sequence[str]
@@ -97,7 +97,7 @@ class RemoteWorker:
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:
         """Load the term in this process; the first call after any start."""
-        assert self.term is not None
+        _ = self.term
 
     @functools.cached_property
     def _named(self) -> tuple[str, Term]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.recipe.recipe import UserError
 from tasks.files import put
 
 EVENT_SCHEMA = pa.schema(
@@ -43,11 +44,18 @@ class Event(NamedTuple):
 
 
 def read_events(run: Path) -> list[Event]:
-    """The events of a run, oldest first; none of a run that has no such file."""
+    """The events of a run, oldest first; none of a run that has no such file.
+
+    Raises UserError for a file that holds no events: nothing is written over it.
+    """
     file = run / "events.parquet"
     if not file.exists():
         return []
-    rows = pq.read_table(file, schema=EVENT_SCHEMA).to_pylist()
+    try:
+        rows = pq.read_table(file, schema=EVENT_SCHEMA).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{file}: holds no events that can be read; move it away: {why}") from None
     return [Event(**row) for row in rows]
 
 

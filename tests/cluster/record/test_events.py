@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cluster.record.events as events
+from cluster.recipe.recipe import UserError
 from cluster.record.events import ENDINGS, Event, add_events, read_events, seconds_down
 
 TEXT = st.text(st.characters(), max_size=20)
@@ -53,6 +54,16 @@ def test_a_crash_while_one_is_written_leaves_those_before(
         patched.setattr(events.pq, "write_table", torn)
         add_events(tmp_path, Event("driver", "ended"))
     assert read_events(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 half", b"who,what\n"])
+def test_a_damaged_file_is_one_line_and_stays(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "events.parquet"
+    file.write_bytes(content)
+    for use in (read_events, lambda run: add_events(run, Event("driver", "ended"))):
+        with pytest.raises(UserError, match=r"events\.parquet: holds no events.*move it away"):
+            use(tmp_path)
+    assert file.read_bytes() == content
 
 
 @settings(deadline=None, max_examples=30)
