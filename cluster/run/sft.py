@@ -8,6 +8,7 @@ pool lives beside the learner and measures on the way; otherwise the samplers co
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,7 +235,17 @@ def demonstrations(
     stream = DemonstrationStream(
         sources, processor, sft.batch_size, seed, done, sft.blind_share, sft.untagged == "whole"
     )
-    return iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=1, prefetch_factor=4, worker_init_fn=_leave_signals
+    )
+    return iter(loader)
+
+
+def _leave_signals(_: int) -> None:
+    """A terminal, Slurm and `kill` signal the whole group: the driver still needs its batches for
+    the step it lets end, and a worker ends with its driver anyway."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def balance_metrics(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +21,17 @@ from cluster.record.terminal import Progress
 from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import Position, newest, resume
 from cluster.run.evaluate import PASSES
-from cluster.run.sft import measure_checkpoint, past_shares
+from cluster.run.sft import demonstrations, measure_checkpoint, past_shares
 from learner.balance import Balance, SegmentGradients
 from learner.checkpoint import checkpoint_folder, seal, write_json
 from learner.settings import SftConfig
+from learner.sft import Source
+from rollout.tokens import load_processor
 from tasks.files import replacing
 from tests.cluster.run.test_resume import TABLE
 from tests.support.live_driver import Driver
 from tests.support.recipes import GRAPH, SUDOKU, made_recipe, recipe_file, recipe_text
+from tests.support.samples import SPEC, TASK
 
 STEPS, SAVED = 12, 5
 RECIPE = f"""
@@ -88,6 +94,21 @@ def test_a_position_keeps_the_balance_and_whose_run_it_is(tmp_path: Path) -> Non
     rl = stored(tmp_path / "rl", Position(6, 6))
     with pytest.raises(UserError, match="a run of `equipoise train`"):
         resume(rl, (), "sft")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_batches_that_the_driver_still_needs(
+    tiny_models: dict[str, Path], number: signal.Signals
+) -> None:
+    sft = SftConfig(steps=20, batch_size=2)
+    processor = load_processor(str(tiny_models["qwen3_vl"]))
+    batches = demonstrations([Source(TASK, 1.0, "terse", SPEC)], processor, sft, seed=1)
+    first = next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, number)
+    later = [next(batches) for _ in range(8)]  # more than were made ahead
+    assert {len(batch) for batch in [first, *later]} == {2}
+    assert worker.is_alive()
 
 
 def test_a_balance_goes_on_from_what_it_measured() -> None:
