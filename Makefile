@@ -4,6 +4,7 @@
 #   make test-gpu  those for a machine with a GPU (SET=cuda); REHEARSE=1: what a CPU can run of them
 #   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
 #   make bench  against TRL, into docs/performance.md; on a machine that does nothing else
+#   make audit  a bill of materials of the pinned set, and its known vulnerabilities
 #   make reference  docs/recipe.md and the JSON schema of recipes, from the sections
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test test-gpu check bench models reference lock clean
+.PHONY: setup demo test test-gpu check audit bench models reference lock clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,14 @@ check: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+audit: $(STAMP)
+	$(RUN)/uv venv -q --allow-existing build/audit
+	$(RUN)/uv pip install -q --python build/audit pip-audit cyclonedx-bom
+	build/audit/bin/cyclonedx-py requirements requirements/$(SET).txt -o build/sbom-$(SET).json
+	echo "build/sbom-$(SET).json: the bill of materials"
+	# Strict: a package that the index has no advisories for is not one without any.
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/$(SET).txt
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN)/python -m benchmarks.race $(BENCH)
