@@ -5,6 +5,7 @@
 #   make models  rebuild the shipped checkpoint     make lock   resolve the pinned sets
 #   make bench  against TRL, into docs/performance.md; on a machine that does nothing else
 #   make audit  a bill of materials of the pinned set, and its known vulnerabilities
+#   make results  the pages of docs/results/, from the raw tables beside them
 #   make reference  docs/recipe.md and the JSON schema of recipes, from the sections
 
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test test-gpu check audit bench models reference lock clean
+.PHONY: setup demo test test-gpu check audit bench models results reference lock clean
 
 setup: $(STAMP)
 
@@ -86,6 +87,9 @@ models: $(STAMP)
 	rm -rf models/tiny-qwen3-vl
 	cp -r build/cold-start-think/checkpoint models/tiny-qwen3-vl
 	cp build/cold-start/checkpoint/README.md models/tiny-qwen3-vl/cold_start.md
+
+results: $(STAMP)
+	$(RUN)/python -m benchmarks.results
 
 reference: $(STAMP)
 	$(RUN)/equipoise recipe reference > docs/recipe.md
