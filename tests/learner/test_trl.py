@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tests.learner.test_correction import BOUNDS, correction, stale
 from tests.support.equations import (
@@ -75,6 +74,8 @@ def trl_loss(
     weights: torch.Tensor | None = None,
     beta: float = 0.0,
 ) -> torch.Tensor:
+    from trl.trainer.grpo_trainer import GRPOTrainer  # seconds, with vLLM among them
+
     low, high = CLIP[objective]
     assert drawn.tokens.reference_logprobs is not None
     mask = padded(torch.ones(len(x), dtype=torch.long))

@@ -12,15 +12,12 @@ from typing import Any
 import pytest
 import torch
 from ray.exceptions import RayTaskError
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-import rollout.transports  # noqa: F401  (registers the engines)
 from rollout.settings import TransferConfig
 from rollout.starting import ENGINE_BACKENDS
 from rollout.transfer import WeightTransferError
 from rollout.transports_gpu import GpuSender, plain_handles, with_classes
-from tests.support.stand_in_gpu import Group, Model, Source, stand_in_gpu
+from tests.support.stand_in_gpu import UUID, Group, Model, Source, stand_in_gpu
 
 pytestmark = pytest.mark.usefixtures("stand_in_gpu")
 assert stand_in_gpu  # the fixture
@@ -34,6 +31,8 @@ class Sampler:
     """As a learner rank sees one: vLLM's engine on a thread, behind vLLM's own encoder."""
 
     def __init__(self, name: str, transport: str, hangs_in: str = "", dies_in: str = "") -> None:
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
         self.name, self._hangs_in, self._dies_in = name, hangs_in, dies_in
         self.model, self.versions = Model(), list[int]()
         parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
@@ -46,6 +45,8 @@ class Sampler:
         self._thread = ThreadPoolExecutor(1)
 
     def call(self, method: str, *args: Any) -> Future[None]:
+        from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
         sent = MsgpackDecoder().decode(MsgpackEncoder().encode([method, *args]))
         return self._thread.submit(self._run, *sent)
 
@@ -109,7 +110,8 @@ def test_weights_arrive_at_all_samplers_version_after_version(transport: str) ->
 
 
 def test_handles_pass_the_encoder_that_refuses_them_as_they_are() -> None:
-    from tests.support.stand_in_gpu import UUID, packed
+    from vllm.distributed.weight_transfer import packed_tensor as packed
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     (chunk,) = packed.packed_ipc_producer(iter(tensors(0).items()), UUID, lambda item: item[1])
     with pytest.raises(TypeError, match="not serializable"):

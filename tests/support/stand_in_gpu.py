@@ -15,11 +15,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import vllm.distributed.weight_transfer.base as base
-import vllm.distributed.weight_transfer.ipc_engine as ipc
-import vllm.distributed.weight_transfer.nccl_common as nccl_common
-import vllm.distributed.weight_transfer.nccl_engine as nccl
-import vllm.distributed.weight_transfer.packed_tensor as packed
 from torch.multiprocessing.reductions import rebuild_cuda_tensor as real_rebuild
 
 UUID = "GPU-0"
@@ -101,6 +96,15 @@ class Source:
 @pytest.fixture
 def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within, vLLM's transfer engines run between threads of this process."""
+    # Not at the top: vLLM takes seconds, and every worker of pytest imports all modules of tests.
+    import vllm.distributed.weight_transfer.base as base
+    import vllm.distributed.weight_transfer.ipc_engine as ipc
+    import vllm.distributed.weight_transfer.nccl_common as nccl_common
+    import vllm.distributed.weight_transfer.nccl_engine as nccl
+    import vllm.distributed.weight_transfer.packed_tensor as packed
+
+    import rollout.transports  # noqa: F401  (registers the engines)
+
     exported: dict[bytes, torch.Tensor] = {}
 
     def reduce_tensor(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
