@@ -56,8 +56,9 @@ demo: $(STAMP)
 	$(RUN)/equipoise demo
 
 test: $(STAMP)
-	# Two processes, a file's tests in one of them; in the order of tests/conftest.py.
-	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	# Three processes for two cores, since live tests wait a lot; a file's tests in one of them, in
+	# the order of tests/conftest.py. Each takes up to 5 GB.
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)
 	# In one process: they share the cards. What they measured is printed at the end.

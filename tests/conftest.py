@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +12,30 @@ import pytest
 if TYPE_CHECKING:
     from tests.support.pretend import Samplers
 
+# Tiny matrices on a shared machine: threads that wait for each other only cost time. Before torch
+# and NumPy are imported; what tests start inherits it, and what has threads of its own sets them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 LONGEST = (
     "tests/cluster/run/test_end_to_end.py",
-    "tests/cluster/run/test_faults.py",
     "tests/rollout/test_engine.py",
-    "tests/cluster/run/test_sft.py",
     "tests/learner/test_deepspeed.py",
+    "tests/cluster/run/test_faults.py",
     "tests/learner/test_resume.py",
+    "tests/cluster/run/test_sft.py",
+    "tests/cluster/run/test_far_sampler.py",
+    "tests/cluster/ablation/test_launch.py",
+    "tests/rewards/test_judge_vllm.py",
     "tests/rollout/test_sampler.py",
     "tests/cluster/run/test_nodes.py",
-    "tests/rewards/test_judge_vllm.py",
+    "tests/rewards/test_pool.py",
+    "tests/cluster/run/test_pairs.py",
+    "tests/cluster/run/test_supervise.py",
 )
-"""Files that take minutes, in the order in which they are begun; all others come after them."""
+"""Files that start processes and take long, in the order in which they are begun; all others come
+after them. The two whole runs with the most processes are not begun side by side: each takes some
+5 GB."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

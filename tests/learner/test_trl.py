@@ -6,7 +6,9 @@ are no twins of ours: it divides by the sample standard deviation plus 1e-4.
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,17 @@ SAME: dict[str, tuple[str, str, str, str]] = {
 
 AS_TRL: dict[str, Any] = {"cispo": {"clip_low": 1.0}}
 """TRL clips the weight from above only."""
+
+
+@cache
+def trainer_class() -> Any:
+    """TRL's, as where vLLM is not installed: its loss needs none, and to import it takes long."""
+    asked = importlib.import_module("trl.import_utils")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked, "is_vllm_available", lambda *a, **k: False)
+        from trl.trainer.grpo_trainer import GRPOTrainer
+
+    return GRPOTrainer
 
 
 def padded(flat: torch.Tensor) -> torch.Tensor:
@@ -74,8 +87,6 @@ def trl_loss(
     weights: torch.Tensor | None = None,
     beta: float = 0.0,
 ) -> torch.Tensor:
-    from trl.trainer.grpo_trainer import GRPOTrainer  # seconds, with vLLM among them
-
     low, high = CLIP[objective]
     assert drawn.tokens.reference_logprobs is not None
     mask = padded(torch.ones(len(x), dtype=torch.long))
@@ -83,7 +94,7 @@ def trl_loss(
     assert drawn_by is not None
     logprobs, old = padded(x), padded(drawn_by)
     entropies = torch.zeros_like(logprobs)
-    trainer: Any = GRPOTrainer.__new__(GRPOTrainer)
+    trainer: Any = object.__new__(trainer_class())
     vars(trainer).update(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, entropies, None),
         args=SimpleNamespace(

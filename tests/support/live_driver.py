@@ -23,6 +23,10 @@ PATIENCE = 900
 """Seconds; for what takes a few on a quiet machine."""
 
 
+ACTORS = ("ray::Sampler", "ray::LearnerRank", "ray::RewardWorker")
+"""Titles of what must not outlive its driver."""
+
+
 class Driver:
     """A run's driver, through all its lives, and the processes below it."""
 
@@ -64,11 +68,13 @@ class Driver:
         assert self.process.wait(300) == 0, self.printed()
 
     def kill(self) -> list[psutil.Process]:
-        """SIGKILL; returns which processes of it live on for a while."""
+        """SIGKILL; returns what lives on when its actors have ended, or for a while at most."""
         below = self.below("")
+        actors = [p for title in ACTORS for p in self.below(title)]
         self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(below, timeout=20)
+        psutil.wait_procs(actors, timeout=20)
+        _, alive = psutil.wait_procs(below, timeout=0)
         for process in alive:  # Ray's agents may take minutes to see it
             process.kill()
         return alive
