@@ -144,8 +144,15 @@ def test_a_driver_that_was_told_to_stop_is_not_started_again_however_it_ends(
 def test_a_driver_ends_in_order_with_its_supervisor(
     supervised: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    code = "signal.signal(signal.SIGTERM, lambda *_: end(0, 'stopped', 'asked'))\n"
-    code += "print('up', flush=True); time.sleep(300); end(1, 'failed', 'late')"
+    code = """
+def stopped(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one comes for each thread of the supervisor's
+    end(0, "stopped", "asked")
+signal.signal(signal.SIGTERM, stopped)
+print("up", flush=True)
+time.sleep(300)
+end(1, "failed", "late")
+"""
     process = supervised(code)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.kill()
