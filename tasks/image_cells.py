@@ -161,6 +161,8 @@ def image_bytes(value: Any, beside: Beside) -> bytes:
         raise DataError(f"a list of {len(value)}, {shown(found)}; a row has one image")
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str | bytes) and len(value) > MAX_FILE_BYTES * 4 // 3 + 4:  # as base64
+        raise DataError(f"a cell of {len(value)} bytes; scale the image down")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:

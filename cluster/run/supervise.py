@@ -75,11 +75,11 @@ def supervise(first: Sequence[str], again: Sequence[str], run: Path, budget: int
     with nurse:
         command = first
         while True:
-            began = time.time()
+            before = len(read_events(run))
             code = nurse.run(command)
             if code == 0 or nurse.asked or not run.is_dir():
                 return _exit_code(code)
-            end = end_of(run, code, began)
+            end = end_of(run, code, before)
             ends.append(end)
             reason = why_not(ends, budget, bool(checkpoint_folders(run)))
             what = "gave up" if reason else "restart"
@@ -92,9 +92,12 @@ def supervise(first: Sequence[str], again: Sequence[str], run: Path, budget: int
             command = again
 
 
-def end_of(run: Path, code: int, began: float) -> End:
-    """How a driver that began then ended; one that could not tell is told of in the events."""
-    own = [e for e in read_events(run) if e.who == "driver" and e.wall_seconds >= began]
+def end_of(run: Path, code: int, before: int) -> End:
+    """How a driver ended that began after so many events, whatever the clock said since.
+
+    One that could not tell is told of in the events.
+    """
+    own = [event for event in read_events(run)[before:] if event.who == "driver"]
     step = last_step(run)
     if own and own[-1].what in ENDINGS:
         return End(code, own[-1].why, step, own[-1].what == FOR_GOOD)

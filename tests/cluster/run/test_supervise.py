@@ -129,6 +129,17 @@ def test_a_failure_for_good_is_not_tried_again(
     assert told(tmp_path) == [("driver", FOR_GOOD), ("supervisor", "gave up")]
 
 
+def test_a_clock_that_jumps_back_an_hour_hides_no_reason(
+    supervised: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    code = f"""
+now, time.time = time.time, lambda: now() - 3600
+end(1, {FOR_GOOD!r}, "a reward term fails")
+"""
+    assert supervised(code).wait(300) == 1
+    assert told(tmp_path) == [("driver", FOR_GOOD), ("supervisor", "gave up")]
+
+
 def test_a_driver_that_was_told_to_stop_is_not_started_again_however_it_ends(
     supervised: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

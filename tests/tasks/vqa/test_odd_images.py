@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -70,10 +71,24 @@ def test_odd_pictures_are_read_or_refused_by_name(tmp_path: Path) -> None:
         assert reason.startswith("image: ") and said in reason
 
 
+@pytest.mark.parametrize("kind", ["base64", "bytes"])
+def test_a_cell_that_is_far_too_large_is_not_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.image_cells.MAX_FILE_BYTES", 3000)
+    rows = []
+    for size in (20, 60):
+        data = encoded(noise(size, size))
+        cell = data if kind == "bytes" else base64.b64encode(data).decode()
+        rows.append({"image": cell, "problem": f"{size}?", "answer": "1"})
+    found = opened({"test": str(write_parquet(tmp_path / "rows.parquet", rows))})
+    assert [example.problem.prompt for example in found.rows["test"]] == ["20?"]
+    (bad,) = found.bad
+    assert "bytes; scale the image down" in bad.reason
+
+
 @pytest.mark.parametrize("kind", ["base64", "data URI", "list of paths", "bytes"])
 def test_every_form_of_a_cell_is_the_same_picture(kind: str, tmp_path: Path) -> None:
-    import base64
-
     data = encoded(noise(8, 9))
     (tmp_path / "a.png").write_bytes(data)
     text = base64.b64encode(data).decode()
