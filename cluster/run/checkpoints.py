@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -185,15 +186,26 @@ class StopSignal:
     asked = False
 
 
+ONE_SIGNAL_SECONDS = 1.0
+"""Signals this near to the first are the same one: of a supervisor's death the kernel tells its
+driver once for each thread that it had, and a terminal or Slurm may signal group and process."""
+
+
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Turn the first SIGTERM or Ctrl-C into a wish to stop; the next one ends the run at once."""
+def stop_signal(now: Callable[[], float] = time.monotonic) -> Iterator[StopSignal]:
+    """Turn the first SIGTERM or Ctrl-C into a wish to stop; a later one ends the run at once."""
     stop = StopSignal()
     before = {int(n): signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    first: dict[int, float] = {}
 
     def note(number: int, _: FrameType | None) -> None:
+        if number in first:
+            if now() - first[number] >= ONE_SIGNAL_SECONDS:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+            return
+        first[number] = now()
         stop.asked = True
-        signal.signal(number, before[number])
         name = signal.Signals(number).name
         # Not by print: the signal may have come in the middle of one.
         os.write(2, f"{name}: finishing this step, then a checkpoint ...\n".encode())
