@@ -16,6 +16,7 @@ from learner.trainer import LearnerSetup, Trainer, WorldPlace
 from learner.weights import stored
 from rollout.record import Weights
 from tasks.importing import importing
+from tasks.liveness import beat, listen
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,7 @@ class LearnerRank:
     _trainer: Trainer
 
     def __init__(self, rank: int, size: int) -> None:
+        listen()
         self._rank, self._size = rank, size
 
     def free_address(self) -> str:
@@ -134,6 +136,8 @@ class LearnerGroup:
         while pending:
             done, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()))
             ray.get(done)
+            if done:
+                beat()
             if then is not None:
                 then(done)
             if pending and not done:

@@ -15,6 +15,7 @@ from rewards.scored import FailureKind, RewardError, ScoredTerms, TermFailure
 from rewards.settings import RewardConfig, RewardTermConfig
 from rewards.terms import TermFacts
 from rewards.worker import RemoteWorker, RewardWorker
+from tasks.liveness import beat
 
 CHUNK = 8
 """Groups a call: enough to make a call's overhead small, few enough to retry cheaply."""
@@ -165,6 +166,7 @@ class Workers:
         why: tuple[FailureKind, str] = ("worker_died", "")
         for call in [call for call in worker.calls if call in ended]:
             job, _ = worker.calls.pop(call)
+            beat()
             try:
                 result = ray.get(call)
             except RayTaskError as error:

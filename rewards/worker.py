@@ -25,6 +25,7 @@ from rewards.terms import (
 )
 from rollout.record import Group
 from tasks.core import Problem
+from tasks.liveness import listen
 from tasks.load import load_task
 
 Replies = Mapping[str, Sequence[Reply]]
@@ -37,6 +38,7 @@ class RewardWorker:
     """Terms that compute, the tasks their groups name, and nothing else."""
 
     def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
+        listen()
         self.entries = entries
         limit_memory(memory_gib)
 
@@ -90,6 +92,7 @@ class RemoteWorker:
 
     def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
         """`memory_gib` 0: no limit."""
+        listen()
         self.entries = entries
         if memory_gib:
             limit_memory(memory_gib)

@@ -21,6 +21,7 @@ from rollout.dispatch import Dispatch, SamplerLost
 from rollout.jobs import Cause, Command, Died, Job, News, PoolClient, Refused, not_up
 from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest, Weights
 from rollout.settings import SamplerConfig
+from tasks.liveness import beat
 
 TICK_SECONDS = 0.5
 """How often the pool looks at the clock when nothing happens."""
@@ -133,9 +134,8 @@ class SamplerPool:
 
         self._wait(lambda: bool(self._dispatch.seats) and not late(), time.monotonic() + seconds)
         with self._changed:
-            missing = late()
-        if missing:
-            raise not_up(missing[0], seconds)
+            if missing := late():
+                raise not_up(missing[0], seconds)
 
     def renew(self, weights: Weights) -> None:
         """Have all samplers fetch a version of the weights, as those do that start from now on.
@@ -305,6 +305,8 @@ class SamplerPool:
 
     def _hear(self, what: str, name: str, life: int, ticket: int, result: Any) -> None:
         now, dispatch = time.monotonic(), self._dispatch
+        if what != "ping":  # an engine that only lives does not get on
+            beat()
         if what == "send":
             self._calls.pop(ticket, None)
             dispatch.replied(name, life, ticket, result, now)

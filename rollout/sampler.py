@@ -15,6 +15,7 @@ from rollout.record import Group, SampleRequest, ScoreRequest, Weights
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import own_words
 from rollout.transfer import fetched
+from tasks.liveness import listen
 from tasks.load import load_task
 
 
@@ -26,6 +27,7 @@ class Sampler:
         self, model: ModelConfig, sampler: SamplerConfig, name: str, **options: Any
     ) -> None:
         """`options`: of `Engine.start`."""
+        listen()
         self._engine = Engine.start(model, sampler, name, **options)
         self._name = name
 

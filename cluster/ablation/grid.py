@@ -77,7 +77,7 @@ class Ablation:
         if config["command"] == "train":  # as it was before there was a choice
             del config["command"]
         budget = self.config.budget.model_dump(mode="json", exclude={"expected_minutes"})
-        base = self.base.model_dump(mode="json", exclude={"job"})
+        base = self.base.model_dump(mode="json", exclude={"job", "watch"})
         return config | {"budget": budget, "base": base}
 
 

@@ -22,6 +22,7 @@ NOT_AN_ARMS = {
     "question": "the ablation's question stands in every cell",
     "output": "cells write below the ablation's folder",
     "job": "the cells of an ablation are one job's",
+    "watch": "it decides no result",
     "algorithm.steps": "[budget] decides how long a run is",
     "algorithm.budget": "[budget] decides how long a run is",
     "sft.steps": "[budget] decides how long a run is",

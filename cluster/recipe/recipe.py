@@ -19,7 +19,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
-from cluster.recipe.sections import EvalConfig, JobConfig, OutputConfig, PlacementConfig
+from cluster.recipe.sections import (
+    EvalConfig,
+    JobConfig,
+    OutputConfig,
+    PlacementConfig,
+    WatchConfig,
+)
 from cluster.recipe.toml_writer import table_lines
 from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
 from rewards.settings import RewardConfig
@@ -65,6 +71,8 @@ class Recipe(Section):
     """How weights reach the samplers."""
     placement: PlacementConfig = PlacementConfig()
     """On which nodes of a cluster."""
+    watch: WatchConfig = WatchConfig()
+    """What is done about a run that hangs."""
     eval: EvalConfig = EvalConfig()
     """What is measured, and when."""
     sft: SftConfig | None = None

@@ -1,4 +1,4 @@
-"""Recipe sections of the run itself: [placement], [eval], [output] and [job]."""
+"""Recipe sections of the run itself: [placement], [watch], [eval], [output] and [job]."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ class PlacementConfig(Section):
     """Rather an engine a node than a node full of them."""
     wait_seconds: Amount = 120.0
     """How long a run waits for nodes that are not there yet, before it is refused."""
+
+
+class WatchConfig(Section):
+    """[watch] What is done about a run that does not get on: none of its actors answers."""
+
+    stall_seconds: Amount = 1800.0
+    """After so long the stacks of the driver and of all actors are written to the run's folder,
+    below `stacks/`; longer than the longest single call takes, an update of the learner say.
+    0: never."""
+    on_stall: Literal["warn", "stop"] = "warn"
+    """`warn`: it is also said, and the deadlines of what is waited for decide. `stop`: the run
+    fails, and goes on from its last checkpoint under `checkpoint.restarts`."""
 
 
 class EvalSampling(Section):

@@ -5,6 +5,7 @@ One process writes at a time: the driver while it lives, whoever supervises it b
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ ENDINGS = ("ended", "stopped", "failed", "failed for good", "died", "gave up")
 FOR_GOOD = "failed for good"
 """A failure that would come again: of the recipe, a reward, the data or the disk."""
 _LONGEST = 2000
+_one_at_a_time = threading.Lock()
 
 
 class Event(NamedTuple):
@@ -63,13 +65,14 @@ def add_events(run: Path, *events: Event) -> None:
     """Write events below those of a run, at the time that they name or else now; raises OSError."""
     if not events:
         return
-    rows = [event._asdict() for event in read_events(run)]
-    for event in events:
-        row = event._asdict() | {"wall_seconds": event.wall_seconds or time.time()}
-        # A message may quote a model, or bytes that are no text.
-        rows.append({n: _stored(v) if isinstance(v, str) else v for n, v in row.items()})
-    table = pa.Table.from_pylist(rows, schema=EVENT_SCHEMA)
-    put(run / "events.parquet", lambda path: pq.write_table(table, path))
+    with _one_at_a_time:
+        rows = [event._asdict() for event in read_events(run)]
+        for event in events:
+            row = event._asdict() | {"wall_seconds": event.wall_seconds or time.time()}
+            # A message may quote a model, or bytes that are no text.
+            rows.append({n: _stored(v) if isinstance(v, str) else v for n, v in row.items()})
+        table = pa.Table.from_pylist(rows, schema=EVENT_SCHEMA)
+        put(run / "events.parquet", lambda path: pq.write_table(table, path))
 
 
 def seconds_down(run: Path, now: float) -> float | None:
@@ -77,7 +80,7 @@ def seconds_down(run: Path, now: float) -> float | None:
     for event in reversed(read_events(run)):
         if event.what in ENDINGS:
             return max(0.0, now - event.wall_seconds)
-        if event.what != "restart":
+        if event.what not in ("restart", "stalled"):
             break
     return None
 

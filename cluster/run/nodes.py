@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private.state import state
 
 from cluster.recipe.nodes import Node, lacking
 from cluster.recipe.placement import Command, PlacementError
@@ -49,6 +50,14 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> Non
             say(f"waiting for nodes, {limit:g} s at most (placement.wait_seconds): {missing}")
             told = missing
         time.sleep(LOOK_SECONDS)
+
+
+def own_actors() -> list[dict[str, Any]]:
+    """The actors of this driver that live, as Ray tells of them: `Name`, `ActorClassName`, `Pid`,
+    `Address`; asked of its head, no dashboard is needed."""
+    job = ray.get_runtime_context().get_job_id()
+    living = state.actor_table(None, actor_state_name="ALIVE").values()
+    return [actor for actor in living if actor["JobID"] == job]
 
 
 def on_nodes(labels: Mapping[str, str], spread: bool = False) -> dict[str, Any]:

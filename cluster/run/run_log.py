@@ -24,6 +24,7 @@ from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
 from rewards.scored import ScoredGroup
 from rollout.jobs import News
+from tasks.liveness import beat
 
 T = TypeVar("T")
 Metrics = dict[str, float]
@@ -50,6 +51,7 @@ class StepLog:
 
     def part(self, name: str, value: T, metrics: Mapping[str, float] | None = None) -> T:
         """What a part of the step made; the time since the part before is booked under its name."""
+        beat()
         now = time.perf_counter()
         self.metrics[f"time/{name}"] = now - self._last
         self.metrics |= metrics or {}

@@ -28,6 +28,7 @@ from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.nodes import wait_for_nodes
+from cluster.run.stall import watched
 from rewards.scored import RewardError
 from rollout.dispatch import SamplerLost
 from rollout.transfer import WeightTransferError
@@ -146,7 +147,11 @@ def session(
     with claimed(folder, new=resumed is None) if folder else nullcontext():
         ask_machine(recipe, command, say, folder=folder)
         asked = partial(ask_input, recipe, command, say)
-        with connected(address, asked) as ready, actor_errors(folder):
+        with (
+            connected(address, asked) as ready,
+            actor_errors(folder),
+            watched(recipe.watch, folder, say),
+        ):
             wait_for_nodes(recipe, command, say, own=address is None and not _told_by_job())
             for reason in resumed.refused if resumed else ():
                 say(f"warning: checkpoint refused: {reason}")

@@ -76,4 +76,5 @@ def test_down_is_since_the_last_driver_ended(
     add_events(run, Event("driver", what, wall_seconds=5.0))
     if restart:
         add_events(run, Event("supervisor", "restart", wall_seconds=6.0))
+        add_events(run, Event("driver", "stalled", wall_seconds=7.0))
     assert seconds_down(run, 9.0) == (4.0 if what in ENDINGS else None)
