@@ -7,7 +7,6 @@ that waits for others, many groups at once on one event loop.
 from __future__ import annotations
 
 import functools
-import resource
 from collections.abc import Mapping, Sequence
 
 import ray
@@ -27,6 +26,7 @@ from rollout.record import Group
 from tasks.core import Problem
 from tasks.liveness import listen
 from tasks.load import load_task
+from tasks.memory import limit_memory
 
 Replies = Mapping[str, Sequence[Reply]]
 """Asking term -> a reply a request."""
@@ -131,17 +131,3 @@ class RemoteWorker:
         """What the term counts of its own calls (requests, retries, ...), since it was loaded."""
         counts = getattr(self.term, "counts", None)
         return {name: float(value) for name, value in counts().items()} if counts else {}
-
-
-def limit_memory(gib: float) -> None:
-    """Let this process allocate `gib` more than it holds now; past that it gets a MemoryError.
-
-    The limit is on private writable memory (RLIMIT_DATA): Ray's shared object store is not in it.
-    """
-    with open("/proc/self/statm") as statm:
-        held = int(statm.read().split()[5]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = held + int(gib * 2**30)
-    # A machine's own limit may be lower already, and only root could raise it.
-    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

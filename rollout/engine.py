@@ -20,28 +20,29 @@ import hashlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rollout.engine_thread import EngineFailed, EngineThread
+from rollout.environments import EnvironmentPool
+from rollout.episode import Budgets
+from rollout.episodes import Answers, Asked, EpisodeError, Written, converse
+from rollout.prompts import Prompts, SamplerError
 from rollout.record import Group, Rollout, SampleRequest, ScoreRequest, viewed
 from rollout.settings import ModelConfig, SamplerConfig
-from rollout.starting import scaled_to, start_engine
-from rollout.tokens import Chat, label_segments, pixel_limits
-from tasks.core import DataError, Problem, Task, labelled
+from rollout.starting import start_engine
+from rollout.tokens import Chat, label_segments
+from tasks.core import Problem, Task, labelled
+from tasks.environments import Observation
 from tasks.images import check_image
-from tasks.placeholders import placed, text_alone
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 T = TypeVar("T")
-
-
-class SamplerError(RuntimeError):
-    """A request the engine refused or lost; names the problem and the remedy."""
 
 
 class EngineDied(SamplerError):
@@ -63,8 +64,7 @@ class Engine:
         self._frozen = frozen
         self._seed = seed
         self._chat = Chat(processor)
-        limits = pixel_limits(processor)
-        self._reading = scaled_to(limits) if limits else None
+        self._prompts = Prompts(self._chat, processor, name)
         self._name = name
         self._version = 0
         self._updating = False
@@ -103,7 +103,7 @@ class Engine:
                 raise SamplerError(f"problem {problem.id}: has no perception label to start from")
             prefix = task.oracle_prefix(problem)
         # Tokenised apart from the prompt, as a response would be.
-        prompt, images = self._prompt(problem, viewed(problem, request.view), prefix)
+        prompt, images = self._prompts.of(problem, viewed(problem, request.view), prefix)
         start = time.perf_counter()
         final = await self._generate(problem, prompt, self._sampling(request), request.n)
         seconds = time.perf_counter() - start
@@ -113,6 +113,49 @@ class Engine:
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
         return Group(request.group_id, problem, rollouts)
+
+    async def converse(
+        self, request: SampleRequest, task: Task, environments: EnvironmentPool
+    ) -> Group:
+        """Sample `request.n` episodes of one problem with the environment that it names.
+
+        A turn is an engine request whose prompt is everything so far: the engine's prefix cache
+        serves it. Raises as `sample`.
+        """
+        assert request.environment is not None
+        problem, sampling = request.problem, request.sampling
+        budgets = Budgets.of(request.environment, sampling.max_tokens, self._llm.context)
+
+        def asked(opening: Observation | None) -> Asked:
+            ids, images = self._prompts.asked(
+                problem, viewed(problem, request.view), request.prefix, opening
+            )
+            sizes = [check_image(image, f"image of problem {problem.id}").size for image in images]
+            return Asked(ids, self._chat.expanded(ids, sizes), images)
+
+        async def write(
+            turn: str, ids: Sequence[int], images: Sequence[bytes], room: int
+        ) -> Written:
+            of_turn = replace(
+                request, group_id=turn, n=1, sampling=replace(sampling, max_tokens=room)
+            )
+            prompt = self._prompts.request(problem, ids, images)
+            final = await self._generate(problem, prompt, self._sampling(of_turn), 1)
+            (output,) = final.outputs
+            said = [int(token) for token in output.token_ids]
+            logprobs, versions = list(output.logprobs.logprobs), self._versions(output, len(said))
+            return Written([*final.prompt_token_ids], said, logprobs, versions.tolist())
+
+        def environment(index: int) -> Answers:
+            name = f"{request.group_id}/{index}"
+            return environments.open(name, problem, request_seed(self._seed, f"{name}/environment"))
+
+        try:
+            return await converse(
+                self._chat, request, task, budgets, asked, write, environment, self._name
+            )
+        except EpisodeError as error:
+            raise SamplerError(f"problem {problem.id}: {error}") from error
 
     async def score(self, request: ScoreRequest) -> np.ndarray:
         """float32 [T]: log-probs (nats, temperature 1) of the response's tokens under the policy.
@@ -133,7 +176,7 @@ class Engine:
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
                 "place: as an input it would announce an image, and no sampler makes one there"
             )
-        prompt, _ = self._prompt(problem, request.images)
+        prompt, _ = self._prompts.of(problem, request.images)
         prompt["prompt_token_ids"] += given
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
@@ -254,33 +297,6 @@ class Engine:
     def shutdown(self) -> None:
         """Stop the engine, and its processes where it has some."""
         self._llm.shutdown()
-
-    def _prompt(
-        self, problem: Problem, images: Sequence[bytes], prefix: str = ""
-    ) -> tuple[dict[str, Any], tuple[bytes, ...]]:
-        """What the engine is asked: the problem's prompt with these images, or with none.
-
-        With it the images in the order in which the prompt shows them.
-        """
-        if images and self._chat.image_token is None:
-            raise SamplerError(
-                f"problem {problem.id}: {self._name} holds a text-only model and cannot be shown "
-                'an image; ask it with view "none", or to score with no image'
-            )
-        try:
-            parts = placed(problem.prompt, images or problem.images)
-            ids = self._chat.prompt(parts if images else text_alone(parts))
-            ids += self._chat.text(prefix) if prefix else []
-        except DataError as error:
-            raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        shown = tuple(part for part in parts if images and isinstance(part, bytes))
-        if shown:
-            where = f"image of problem {problem.id}"
-            prompt["multi_modal_data"] = {"image": [check_image(image, where) for image in shown]}
-            if self._reading:
-                prompt["mm_processor_kwargs"] = self._reading
-        return prompt, shown
 
     async def _generate(
         self, problem: Problem, prompt: dict[str, Any], params: Any, count: int

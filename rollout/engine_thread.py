@@ -41,13 +41,13 @@ class EngineThread:
         self._running: dict[str, Future[RequestOutput]] = {}
         self._paused = False
         self._failure: BaseException | None = None
-        started: Future[int] = Future()
+        started: Future[tuple[int, int]] = Future()
         self._thread = threading.Thread(
             target=self._run, args=[args, threads, started], name="engine", daemon=True
         )
         self._thread.start()
-        self.vocabulary = started.result()
-        """How many token ids the model can draw from."""
+        self.vocabulary, self.context = started.result()
+        """How many token ids the model can draw from, and of how many a sequence may be."""
 
     async def do(self, work: Callable[[LLMEngine], T]) -> T:
         """What `work` returns, called on the engine's thread between two steps.
@@ -100,7 +100,7 @@ class EngineThread:
         self._work.put(None)
         self._thread.join()
 
-    def _run(self, args: Any, threads: int, started: Future[int]) -> None:
+    def _run(self, args: Any, threads: int, started: Future[tuple[int, int]]) -> None:
         try:
             # Of this thread's own pool; vLLM leaves it alone where threads are not bound to cores.
             torch.set_num_threads(threads)
@@ -110,7 +110,8 @@ class EngineThread:
         except BaseException as error:
             started.set_exception(error)
             return
-        started.set_result(int(llm.model_config.get_vocab_size()))
+        config = llm.model_config
+        started.set_result((int(config.get_vocab_size()), int(config.max_model_len)))
         try:
             while self._work_off(llm):
                 if llm.has_unfinished_requests() and not self._paused:

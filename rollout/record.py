@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from rollout.settings import EnvironmentConfig
 from tasks.core import ENVIRONMENT, Parsed, Problem
 from tasks.images import blank_like
 
@@ -47,6 +48,8 @@ class SampleRequest:
 
     It may come from a model: a special token spelled out in it is read as plain characters.
     """
+    environment: EnvironmentConfig | None = None
+    """What answers between turns; without it a response is one turn."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,25 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A turn of the policy, and what an environment answered.
+
+    Attributes:
+        text: what the policy wrote; hostile input wherever it is shown.
+        called: it was a call, understood or not; the last turn mostly is none.
+        said, images: the answer's text and how many images, as far as they were shown.
+        reward, defects: see `tasks.environments.Observation`.
+    """
+
+    text: str
+    called: bool = False
+    said: str = ""
+    images: int = 0
+    reward: float = 0.0
+    defects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response, of one turn or several with tokens of an environment between them.
 
@@ -89,8 +111,11 @@ class Rollout:
         prefix: all forced text before the sampled text: the request's, or the kind's own.
         text: sampled text, decoded; hostile input wherever it is shown.
         parsed: `prefix + text` read by the task's parser.
-        finish_reason: the engine's word: `stop`, `length`, or `abort`.
+        finish_reason: the engine's word: `stop`, `length`, or `abort`; of an episode see
+            `rollout.episode.End`.
         seconds: wall time from submission to completion of the group.
+        turns: where an environment was there; else none.
+        failure: of the environment, "kind: message"; "" where it did not fail.
     """
 
     rollout_id: str
@@ -109,6 +134,8 @@ class Rollout:
     finish_reason: str
     seconds: float
     sampler: str
+    turns: tuple[Turn, ...] = ()
+    failure: str = ""
 
     @property
     def sampled(self) -> np.ndarray:

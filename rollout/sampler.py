@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rollout.engine import Engine, EngineDied
+from rollout.environments import EnvironmentPool
 from rollout.jobs import Cause, Died, Refused
 from rollout.record import Group, SampleRequest, ScoreRequest, Weights
 from rollout.settings import ModelConfig, SamplerConfig
@@ -30,6 +31,7 @@ class Sampler:
         listen()
         self._engine = Engine.start(model, sampler, name, **options)
         self._name = name
+        self._environments: EnvironmentPool | None = None
 
     async def ready(self, weights: Weights | None) -> tuple[int, int | None]:
         """How many token ids the model has, and the version that it holds: `weights` by then."""
@@ -50,7 +52,13 @@ class Sampler:
         """A group for a SampleRequest, float32 [T] log-probs for a ScoreRequest."""
         if isinstance(request, ScoreRequest):
             return await self._engine.score(request)
-        return await self._engine.sample(request, load_task(request.problem.task))
+        task = load_task(request.problem.task)
+        if request.environment is None:
+            return await self._engine.sample(request, task)
+        if self._environments is None or self._environments.config != request.environment:
+            self._close_environments()
+            self._environments = EnvironmentPool(request.environment)
+        return await self._engine.converse(request, task, self._environments)
 
     async def init_weight_transfer(self, info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer(info)
@@ -68,7 +76,12 @@ class Sampler:
         return await self._engine.weight_checksums()
 
     async def shutdown(self) -> None:
+        self._close_environments()
         self._engine.shutdown()
+
+    def _close_environments(self) -> None:
+        if self._environments is not None:
+            self._environments.close()
 
 
 class RaySamplerClient:

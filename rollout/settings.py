@@ -1,12 +1,13 @@
-"""Recipe sections on what is sampled: [model], [sampler], [transfer], of [algorithm] staleness."""
+"""Recipe sections on what is sampled: [model], [sampler], [environment], [transfer], staleness."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.fields import Amount, Count, PathText, Positive, Rate, Section, refusal, refuse
+from tasks.environments import BUILT_IN as ENVIRONMENTS
+from tasks.fields import Amount, Count, OneOf, PathText, Positive, Rate, Section, refusal, refuse
 
 Order = Literal["problem", "completion"]
 
@@ -116,6 +117,35 @@ class SamplerConfig(Section):
 
     def _shares_one_gpu(self) -> bool:
         return self.gpus < 1 and self.tensor_parallel == 1
+
+
+class EnvironmentConfig(Section):
+    """[environment] What answers the policy between its turns; without it a response is one turn.
+
+    What does not fit a budget whole is not added, and the response ends there.
+    """
+
+    name: Annotated[str, OneOf(tuple(ENVIRONMENTS))]
+    """`zoom`, `mark`, or a class of your own (docs/environments.md)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of its class."""
+    turns: Positive = 3
+    """Of the policy, in one response. `sampler.max_tokens` is for all of them together."""
+    images: Count = 4
+    """That the environment shows in one response."""
+    image_tokens: Positive = 1024
+    """What these take together."""
+    step_seconds: Rate = 10.0
+    """How long it may take for one answer before its process is ended."""
+    seconds: Rate = 60.0
+    """How long for all answers in one response."""
+    workers: Positive = 2
+    """Processes beside each sampler; each answers one call at a time."""
+    memory_gib: Amount = 2.0
+    """What such a process may allocate."""
+    on_failure: Literal["score", "drop_group"] = "score"
+    """A response whose environment failed ends there, with `finish_reason` "environment". `score`:
+    it is scored as it stands; `drop_group`: nothing is learnt from its group."""
 
 
 class StalenessConfig(Section):

@@ -29,7 +29,7 @@ from cluster.recipe.sections import (
 from cluster.recipe.toml_writer import table_lines
 from learner.settings import CheckpointConfig, LearnerConfig, SftConfig
 from rewards.settings import RewardConfig
-from rollout.settings import ModelConfig, SamplerConfig, TransferConfig
+from rollout.settings import EnvironmentConfig, ModelConfig, SamplerConfig, TransferConfig
 from tasks.fields import Count, Name, Section, refusal, refuse
 from tasks.settings import TaskConfig
 
@@ -61,6 +61,8 @@ class Recipe(Section):
     """Where problems come from; at least one entry."""
     sampler: SamplerConfig = SamplerConfig()
     """The engines."""
+    environment: EnvironmentConfig | None = None
+    """What answers the policy between its turns."""
     reward: RewardConfig = RewardConfig()
     """What is rewarded."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -141,6 +143,13 @@ class Recipe(Section):
             "eval.sampling.max_tokens",
             f"got {longest}, above sampler.max_tokens = {sampler.max_tokens}, which problems are "
             "measured for; raise that, or lower this",
+        )
+        patience = sampler.request_timeout_seconds
+        refuse(
+            self.environment and self.environment.seconds >= patience,
+            "environment.seconds",
+            f"got {self.environment.seconds if self.environment else 0:g}, and a sampler counts as "
+            f"hanging after sampler.request_timeout_seconds = {patience:g}; lower it or raise that",
         )
         refuse(
             learner.lora and transfer.transport != "host",

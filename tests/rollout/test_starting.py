@@ -85,7 +85,7 @@ def test_vllm_sets_memory_aside_for_no_larger_image_than_fits_the_context(
     expected, found, by_the_engine_alone = [], [], []
     for size in ((64, 64), (512, 256), (528, 256), (4096, 32), (1024, 1024)):
         shown = problem(0, size)
-        asked, _ = engine._prompt(shown, shown.images)
+        asked, _ = engine._prompts.of(shown, shown.images)
 
         def counted(given: Any, asked: Any = asked) -> int:
             made = read(

@@ -123,7 +123,9 @@ class Live:
 
     def learner_gap(self, which: str, groups: Sequence[Group], layout: Layout = "padded") -> float:
         """Largest |log-prob difference| between the engine and one micro-batch of the learner's."""
-        inputs = [(r.prompt_ids, r.response_ids, r.images) for g in groups for r in g.rollouts]
+        inputs = [
+            (r.prompt_ids, r.response_ids, r.images, r.segments) for g in groups for r in g.rollouts
+        ]
         found = [r.logprobs for g in groups for r in g.rollouts]
         return float(
             np.concatenate(gaps(self.weights[which], self.processor, inputs, found, layout)).max()
@@ -156,16 +158,21 @@ def gaps(
     logprobs: Sequence[np.ndarray],
     layout: Layout = "padded",
 ) -> list[np.ndarray]:
-    """|difference| of log-probs of (prompt ids, response ids, images) to a policy's, a token."""
+    """|difference| of log-probs of (prompt ids, response ids, images) to a policy's, a token.
+
+    A fourth of each, its segments, says which tokens are the policy's.
+    """
     sequences = [
-        TrainSequence(prompt, response, images, np.zeros_like(response), found, found)
-        for (prompt, response, images), found in zip(inputs, logprobs, strict=True)
+        TrainSequence(
+            prompt, response, images, *(segments or [np.zeros_like(response)]), found, found
+        )
+        for (prompt, response, images, *segments), found in zip(inputs, logprobs, strict=True)
     ]
     batch = Collator(policy, processor, layout)(sequences).to(next(policy.parameters()).device)
     with torch.no_grad():
         expected, _ = policy.eval().run(batch)
     differences = (expected - batch.tokens.sampler_logprobs).abs().cpu().numpy()
-    return np.split(differences, np.cumsum([len(found) for found in logprobs])[:-1])
+    return np.split(differences, np.cumsum([s.targets.sum() for s in sequences])[:-1])
 
 
 def perturbed_engine(

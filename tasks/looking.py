@@ -1,0 +1,209 @@
+"""Two environments that let a policy look again: `zoom` into a picture, `mark` a box on it.
+
+A turn calls by a tag at its end, as plain text: `<look>x0 y0 x1 y1</look>`, or
+`<mark>x0 y0 x1 y1</mark>`, or for a point `<mark>x y</mark>`. Coordinates are whole numbers from 0
+to 1000 across and down the picture as it is shown, whatever its size. Where a problem has several
+pictures the picture's number comes first, from 1 in the order of the prompt. A turn without the tag
+is the last one.
+
+A call is read strictly and never repaired. What is wrong with it is named, and the policy is told
+in one line: `unclosed_call`, `unopened_call`, `several_calls`, `text_after_call`, `bad_number`,
+`wrong_count`, `out_of_range`, `empty_box`, `no_picture`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tasks.core import Problem
+from tasks.drawing import to_png
+from tasks.environments import DONE, Observation
+from tasks.images import check_image
+from tasks.placeholders import as_shown
+
+SIDE = 1000
+"""Coordinates go from 0 to this along either side."""
+_SAID = {
+    "unclosed_call": "the tag is not closed",
+    "unopened_call": "the tag is not opened",
+    "several_calls": "one call a turn",
+    "text_after_call": "nothing may follow the call",
+    "bad_number": f"whole numbers from 0 to {SIDE}, parted by spaces",
+    "wrong_count": "not as many numbers as a call has",
+    "out_of_range": f"numbers from 0 to {SIDE}",
+    "empty_box": "x0 < x1 and y0 < y1",
+    "no_picture": "no picture of that number",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as it was read: the picture's place from 0, and two or four numbers."""
+
+    picture: int
+    numbers: tuple[int, ...]
+
+
+def read_call(text: str, tag: str, pictures: int, counts: tuple[int, ...]) -> Call | str | None:
+    """The call that ends a turn, the name of what is wrong with it, or None where there is none.
+
+    `counts`: how many numbers it may have, the picture's own not counted.
+    """
+    opened, closed = f"<{tag}>", f"</{tag}>"
+    if opened not in text and closed not in text:
+        return None
+    head, _, rest = text.partition(opened)
+    inside, end, after = rest.partition(closed)
+    if opened not in text or closed in head:
+        return "unopened_call"
+    if not end:
+        return "unclosed_call"
+    if opened in inside or opened in after or closed in after:
+        return "several_calls"
+    if after.strip():
+        return "text_after_call"
+    words = inside.split()
+    if not all(re.fullmatch(r"[0-9]{1,4}", word) for word in words):
+        return "bad_number"
+    picture, numbers = 1, [int(word) for word in words]
+    if pictures > 1:
+        picture, numbers = (numbers or [0])[0], numbers[1:]
+    if len(numbers) not in counts:
+        return "wrong_count"
+    if not 1 <= picture <= pictures:
+        return "no_picture"
+    if max(numbers) > SIDE:
+        return "out_of_range"
+    if len(numbers) == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+        return "empty_box"
+    return Call(picture - 1, tuple(numbers))
+
+
+@dataclass
+class _Pictures:
+    """The problem's pictures, and what a turn's call says of them."""
+
+    pictures: list[Image.Image] = field(default_factory=list, init=False)
+
+    tell: bool = field(default=True, kw_only=True)
+    tag: ClassVar[str]
+    counts: ClassVar[tuple[int, ...]] = (4,)
+    told: ClassVar[str]
+
+    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation | None:
+        """How to call, where the policy is to be told; raises DataError for a bad picture."""
+        shown = as_shown(problem.prompt, problem.images)
+        self.pictures = [check_image(i, f"image of problem {problem.id}") for i in shown]
+        if not self.tell:
+            return None
+        number = "the picture's number, then " if len(self.pictures) > 1 else ""
+        return Observation(
+            f"{self.told.format(number=number)} Numbers go from 0 to {SIDE} across and down. "
+            "One call a turn; a turn without one is the last."
+        )
+
+    def step(self, text: str) -> Observation:
+        """A picture, or one line of what was wrong with the call."""
+        call = read_call(text, self.tag, len(self.pictures), self.counts)
+        if call is None:
+            return DONE
+        if isinstance(call, str):
+            said = f"<{self.tag}> was not understood: {_SAID[call]}."
+            return Observation(said, defects=(call,))
+        return Observation(images=(to_png(self.answer(self.pictures[call.picture], call)),))
+
+    def answer(self, picture: Image.Image, call: Call) -> Image.Image:
+        raise NotImplementedError
+
+
+@dataclass
+class Zoom(_Pictures):
+    """The box as a picture of its own, cut out of the original and enlarged.
+
+    A box that is too small, or too long for its width, grows about its middle within the picture.
+
+    Args:
+        smallest: pixels of the original that either side of a crop has at least.
+        aspect: at most so many times as long as wide.
+        side: pixels of the returned picture's longer side; a crop is never made smaller than it is.
+        tell: say behind the problem how to call; a policy that was taught need not be told.
+    """
+
+    smallest: int = 16
+    aspect: float = 4.0
+    side: int = 128
+
+    tag: ClassVar[str] = "look"
+    told: ClassVar[str] = (
+        "To see a part of the picture larger, end your turn with <look>{number}x0 y0 x1 y1</look>."
+    )
+
+    def __post_init__(self) -> None:
+        if self.smallest < 1 or self.aspect < 1 or not self.smallest <= self.side <= 4096:
+            raise ValueError("needs smallest >= 1, aspect >= 1, and side from smallest to 4096")
+
+    def answer(self, picture: Image.Image, call: Call) -> Image.Image:
+        width, height = picture.size
+        x0, y0, x1, y1 = call.numbers
+        across, down = (x1 - x0) * width / SIDE, (y1 - y0) * height / SIDE
+        least = max(self.smallest, max(across, down) / self.aspect)
+        left, right = _grown(x0 * width / SIDE, x1 * width / SIDE, least, width)
+        top, bottom = _grown(y0 * height / SIDE, y1 * height / SIDE, least, height)
+        crop = picture.crop((left, top, right, bottom))
+        scale = max(1.0, self.side / max(crop.size))
+        size = [max(1, round(side * scale)) for side in crop.size]
+        return crop.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+@dataclass
+class Mark(_Pictures):
+    """The whole picture with the box, or a cross at the point, drawn on it.
+
+    Args:
+        colour: of the lines, `#rrggbb`.
+        width: of the lines, in pixels.
+        tell: as of `Zoom`.
+    """
+
+    colour: str = "#ff00ff"
+    width: int = 2
+
+    tag: ClassVar[str] = "mark"
+    told: ClassVar[str] = (
+        "To mark a box or a point on the picture and see it, end your turn with "
+        "<mark>{number}x0 y0 x1 y1</mark> or <mark>{number}x y</mark>."
+    )
+    counts: ClassVar[tuple[int, ...]] = (2, 4)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.colour) or not 1 <= self.width <= 64:
+            raise ValueError('needs a colour "#rrggbb" and a width from 1 to 64')
+
+    def answer(self, picture: Image.Image, call: Call) -> Image.Image:
+        marked = picture.copy()
+        draw = ImageDraw.Draw(marked)
+        sides = (picture.width - 1, picture.height - 1)
+        at = [n * sides[i % 2] / SIDE for i, n in enumerate(call.numbers)]
+        if len(at) == 4:
+            draw.rectangle(at, outline=self.colour, width=self.width)
+            return marked
+        (x, y), arm = at, 4 * self.width
+        draw.line((x - arm, y, x + arm, y), fill=self.colour, width=self.width)
+        draw.line((x, y - arm, x, y + arm), fill=self.colour, width=self.width)
+        return marked
+
+
+def _grown(start: float, end: float, least: float, side: int) -> tuple[int, int]:
+    """Whole pixels [start, end) of a side, at least `least` of them where there are as many."""
+    length = min(side, max(1, round(max(end - start, least))))
+    first = min(max(0, round((start + end - length) / 2)), side - length)
+    return first, first + length
+
+
+CALLS = {made.tag: made.counts for made in (Zoom, Mark)}
+"""The tags of calls, and how many numbers each may have."""
