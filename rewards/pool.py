@@ -15,6 +15,7 @@ from typing import Any
 
 from rewards.advantages import Advantages, Estimator
 from rewards.compose import Composition, compose_groups, raise_if_fatal
+from rewards.episodes import environment_failures
 from rewards.processes import Keep, Workers
 from rewards.scored import (
     DIAGNOSIS,
@@ -42,16 +43,18 @@ class RewardPool:
         estimator: Estimator | Advantages = "grpo",
         answerers: Mapping[str, Answerer] | None = None,
         where: Mapping[str, Any] | None = None,
+        drops_failed_episodes: bool = False,
     ) -> None:
         """Start the workers and wait until their terms are loaded.
 
         `answerers`: for asking terms, model -> samplers; "" is the current policy.
         `where`: on which nodes the workers are to be, as options of their actors.
+        `drops_failed_episodes`: nothing is learnt from a group in which an environment failed.
 
         Raises `RewardError` if a worker cannot start, with the reason (an unknown term, say),
         and ValueError for a composition that makes no sense.
         """
-        self._config = config
+        self._config, self._drops = config, drops_failed_episodes
         self._estimator: Estimator | Advantages = estimator
         self._answerers = dict(answerers or {})
         entries = config.effective_terms()
@@ -90,7 +93,8 @@ class RewardPool:
             weights={name: entry.weight_at(progress) for name, entry in entries.items()},
             method=self._config.compose,
             estimator=self._estimator,
-            on_failure={name: entry.on_failure for name, entry in entries.items()},
+            on_failure={name: entry.on_failure for name, entry in entries.items()}
+            | ({"environment": "drop_group"} if self._drops else {}),
             credit={name: entry.segments for name, entry in entries.items()},
             gates={
                 name: (named[entry.gate], entry.gate_threshold)
@@ -106,7 +110,10 @@ class RewardPool:
         start again; the pool is closed then.
         """
         composition = self.composition_at(progress)
-        scored = [ScoredTerms() for _ in groups]
+        scored = [
+            ScoredTerms(failures=environment_failures(group) if self._drops else ())
+            for group in groups
+        ]
 
         def keep(index: int, found: ScoredTerms) -> None:
             raise_if_fatal(found.failures, groups[index], composition)

@@ -27,6 +27,7 @@ BUILT_IN = {
     "blind_questions": "rewards.questions:BlindQuestions",
     "judge": "rewards.judge:Judge",
     "reward_model": "rewards.reward_model:RewardModel",
+    "environment": "rewards.episodes:EnvironmentReward",
 }
 """The reward terms a recipe can name without giving `module:Class`."""
 

@@ -250,6 +250,8 @@ class ImageDependence(Capped):
     """
 
     name = "image_dependence"
+    one_turn = True
+    """It scores response tokens behind the problem's images alone."""
     model = ""
     view: Literal["masked", "blank", "swapped"] = "masked"
     cap: Rate = 1.0

@@ -217,8 +217,9 @@ class TermFacts:
     `model`: whom an asking term asks, "" for the policy; None for one that asks nobody.
     `function`: whether it can be called with the rows of a whole step. `needs`: the abilities
     (`tasks.core.ABILITIES`) that it needs of a task. `leak_checked`: whether a perception that
-    states the answer earns nothing. `reads`: whether it is paid for perceptions. `weights`, `cpus`,
-    `gpus`: of a remote term that runs a model: which, and what its actor takes.
+    states the answer earns nothing. `reads`: whether it is paid for perceptions. `one_turn`: it
+    cannot be had on responses of several turns. `weights`, `cpus`, `gpus`: of a remote term that
+    runs a model: which, and what its actor takes.
     """
 
     name: str
@@ -228,6 +229,7 @@ class TermFacts:
     needs: tuple[type, ...] = ()
     leak_checked: bool = False
     reads: bool = False
+    one_turn: bool = False
     weights: str = ""
     cpus: float = 0.0
     gpus: float = 0.0
@@ -247,12 +249,13 @@ def term_facts(name: str, args: Mapping[str, Any] | None = None) -> TermFacts:
         term = load_term(name, args)
         model = term.model if isinstance(term, AskingTerm) else None
         function, needs = isinstance(term, FunctionTerm), needs_of(term)
-        checked, reads = (
-            bool(getattr(term, name, False)) for name in ("leakage_check", "reads_perception")
+        checked, reads, one_turn = (
+            bool(getattr(term, name, False))
+            for name in ("leakage_check", "reads_perception", "one_turn")
         )
         takes = (term.model, term.cpus, term.gpus) if isinstance(term, RewardModel) else ()
         _KNOWN[key] = TermFacts(
-            term.name, model, is_remote(term), function, needs, checked, reads, *takes
+            term.name, model, is_remote(term), function, needs, checked, reads, one_turn, *takes
         )
     return _KNOWN[key]
 

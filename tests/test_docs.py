@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from rewards.judge import JudgeSettings
 from rewards.settings import BUILT_IN, RewardConfig
 from rewards.terms import load_term
 from rollout.record import Group, Rollout
-from tasks.contract import check_problems
+from tasks.contract import check_problems, check_task
 from tasks.core import DataError
 from tasks.dataset_import import import_rows
 from tasks.dataset_write import write_dataset
 from tasks.datasets import read_examples
+from tasks.environments import DONE, Observation, load_environment
 from tasks.load import load_task
 from tasks.splits import draw_problem, split_of
 from tests.support.shade import png
@@ -251,3 +253,36 @@ def test_the_example_reward_and_recipes(dots: Any, tmp_path: Path) -> None:
     model, stored = block("your_task.md", "toml", 3), block("your_task.md", "toml", 2)
     recipe.write_text(f'name = "x"\n{model}{stored}', encoding="utf-8")
     assert load_recipe(recipe).tasks[0].data == "data/mine"
+
+
+def test_the_environments_of_the_guide_and_of_the_example_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hints.py").write_text(block("environments.md", "python"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    rng = np.random.default_rng(0)
+    hint = load_environment("hints:Hint", {"most": 1})
+    asked = draw_problem(load_task("sudoku"), load_task("sudoku").spec(), "train", 0, 0)
+    hint.reset(replace(asked, truth={"answer": "seven"}), rng)
+    assert hint.step("<hint>") == Observation("It has 5 letters.", reward=-0.1)
+    assert hint.step("<hint>") == DONE
+
+    recipe = load_recipe(ROOT / "examples" / "maze" / "maze.toml")
+    assert recipe.environment is not None
+    maze = load_task(recipe.environment.name)
+    assert check_task(maze, maze.spec(side=3), 5) == []
+    for index in range(5):
+        problem = draw_problem(maze, maze.spec(side=3), "train", 5, index)
+        walk = load_environment(recipe.environment.name)
+        assert walk.reset(problem, rng) is None
+        assert walk.step("<go>away</go>").defects == ("bad_move",)
+        (x, y), (to_x, to_y) = problem.truth["at"], problem.truth["out"]
+        moves = ["right" if to_x > x else "left"] * abs(to_x - x)
+        moves += ["down" if to_y > y else "up"] * abs(to_y - y)
+        *on_the_way, last = [walk.step(f"I go <go>{move}</go>") for move in moves]
+        assert all(len(one.images) == 1 and not one.done for one in on_the_way)
+        assert (last.reward, last.done) == (1.0, True)
+        text = " ".join(f"<go>{move}</go>" for move in moves)
+        assert maze.check(problem, maze.parse(text).answer)
+        assert not maze.check(problem, [])

@@ -152,6 +152,8 @@ def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "eval.reader", recipe.eval.reader
     for i, term in enumerate(recipe.reward.terms):
         yield from texts(term.args, f"reward.terms[{i}].args")
+    if recipe.environment is not None:
+        yield from texts(recipe.environment.args, "environment.args")
 
 
 def texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:

@@ -44,6 +44,11 @@ def ask_tasks(recipe: Recipe, command: Command) -> None:
         if command == "sft" and recipe.sft and recipe.sft.vision_warmup_steps:
             need(task, HasVisionLabels, "sft.vision_warmup_steps", "set it to 0")
     for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
+        if facts.one_turn and recipe.environment is not None:
+            raise DataError(
+                f"{where} cannot be had on responses of several turns; remove the term, or "
+                "[environment]"
+            )
         for task in tasks if facts.reads else ():
             if not perceives(task):
                 raise DataError(

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.recipe.recipe import Recipe
 from rollout.tokens import Chat, load_processor
 from tasks.core import DataError, Problem
+from tasks.environments import Observation, opened
 from tasks.images import check_image
 from tasks.placeholders import placed
 
@@ -101,6 +102,16 @@ class Context:
         where = f"image of problem {problem.id}"
         sizes = tuple(check_image(image, where).size for image in problem.images)
         return self.taken([(problem.prompt, sizes)])[0]
+
+    def opened(self, problem: Problem, opening: Observation | None) -> int | str:
+        """Tokens of a prompt with what an environment says behind it; why it cannot be made."""
+        try:
+            parts = opened(placed(problem.prompt, problem.images), opening)
+            shown = [part for part in parts if isinstance(part, bytes)]
+            sizes = [check_image(image, "image").size for image in shown]
+            return len(self._chat.expanded(self._chat.prompt(parts), sizes))
+        except DataError as error:
+            return str(error)
 
     def response_lack(self, taken: Taken, response: str) -> Fault | None:
         """Why a response to learn from does not fit behind its prompt, where it does not."""

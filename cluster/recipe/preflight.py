@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.recipe.abilities import ask_labels, ask_tasks
 from cluster.recipe.context import Context, Fault, Taken
+from cluster.recipe.environment_check import glance_at_environment, try_environment
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models, reward_models
 from cluster.recipe.problems import ProblemSource, open_sources, require_data
@@ -129,6 +130,8 @@ def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = Fal
     for index, source in enumerate(fitting):
         if source.spec is None:
             _ask_contract(index, source)
+    if command != "replay":
+        try_environment(recipe, fitting, context, say)
     ask_labels(recipe, command, fitting, say, draw=not dry_run)
     for source in fitting if command in ("train", "sft") else ():
         if source.spec is None and len(source.test) < recipe.eval.problems:
@@ -183,6 +186,7 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
         _ask_terms(recipe)
     if command != "replay":
         ask_tasks(recipe, command)
+        glance_at_environment(recipe)
     if command in ("train", "replay"):
         _ask_loss(recipe)
 

@@ -65,6 +65,9 @@ ROLLOUT_SCHEMA = pa.schema(
         "answer": pa.string(),  # likewise
         "defects": pa.list_(pa.string()),
         "finish_reason": pa.string(),
+        # Of a response with an environment; null in others, whose images are the problem's.
+        "shown_sha256": pa.list_(pa.string()),  # of all images that it stands for, in order
+        "episode": pa.string(),  # JSON: its turns (`rollout.record.Turn`), how it failed
         "seconds": pa.float64(),
         "sampler": pa.string(),
         # What it earned.
@@ -97,6 +100,9 @@ TOKEN_ARRAYS = ("prompt_ids", "response_ids", "logprobs", "versions", "segments"
 
 TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
 """Fields of a `Diagnosis`, one value a rollout; null where there is none."""
+
+MAY_BE_ABSENT = ("extra", "shown_sha256", "episode")
+"""Columns that may be null, and that older runs do not have."""
 
 _ROLLOUT = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason", "seconds")
 ROLLOUT_COLUMNS = (*_ROLLOUT, "sampler", *TOKEN_ARRAYS)

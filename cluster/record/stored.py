@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.record.folder import (
+    MAY_BE_ABSENT,
     METRIC_SCHEMA,
     ROLLOUT_COLUMNS,
     ROLLOUT_SCHEMA,
@@ -32,7 +33,7 @@ from cluster.record.folder import (
 )
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure, measured
-from rollout.record import Group, Rollout, viewed
+from rollout.record import Group, Rollout, Turn, viewed
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
 from tasks.placeholders import as_shown
@@ -46,7 +47,7 @@ SCORE_COLUMNS = (
 )
 GROUP_COLUMNS = (
     *("problem_id", "prompt", "true_perception", "truth", "knobs", "image_sha256", "extra"),
-    *ROLLOUT_COLUMNS,
+    *("shown_sha256", "episode", *ROLLOUT_COLUMNS),
 )
 _STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 _FAILURE = re.compile(rf"(.*?): ({'|'.join(get_args(FailureKind))}): (.*)", re.DOTALL)
@@ -249,7 +250,7 @@ def _groups(
         if name not in tasks:
             tasks[name] = _column(file, "task", load_task, name)
         problem = _problem(Path(run_dir), file, rows[0])
-        rollouts = tuple(_rollout(tasks[name], problem, row) for row in rows)
+        rollouts = tuple(_rollout(Path(run_dir), file, tasks[name], problem, row) for row in rows)
         group = Group(rows[0]["group_id"], problem, rollouts)
         yield rows, StoredGroup(group, _scores(file, rows))
 
@@ -271,13 +272,12 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
     try:
         table = pq.ParquetFile(file)
         absent = [name for name in columns if name not in table.schema_arrow.names]
-        if needed := [name for name in absent if name != "extra"]:
+        if needed := [name for name in absent if name not in MAY_BE_ABSENT]:
             raise DataError(f"{file}: column {needed[0]!r} is missing; expected a run's rollouts")
         whole = image_lists(table.read(columns=list(columns)))
         for name in absent:
-            whole = whole.append_column(
-                ROLLOUT_SCHEMA.field(name), pa.nulls(len(whole), pa.string())
-            )
+            field = ROLLOUT_SCHEMA.field(name)
+            whole = whole.append_column(field, pa.nulls(len(whole), field.type))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; this run holds no rollouts of that step") from None
     except (pa.ArrowException, OSError) as error:
@@ -290,7 +290,7 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
                 f"{file}: without token arrays (output.rollout_tokens = false in the run's "
                 "recipe), so its groups cannot be scored or learnt from again"
             )
-        if column.null_count and name not in (*TRUTH_COLUMNS, "extra"):
+        if column.null_count and name not in (*TRUTH_COLUMNS, *MAY_BE_ABSENT):
             raise DataError(f"{file}: column {name!r} has empty cells; expected {field.type}")
         whole = whole.set_column(index, field, column)
     return whole
@@ -347,13 +347,27 @@ def _problem(run_dir: Path, file: Path, row: Row) -> Problem:
     )
 
 
-def _rollout(task: Task, problem: Problem, row: Row) -> Rollout:
+def _rollout(run_dir: Path, file: Path, task: Task, problem: Problem, row: Row) -> Rollout:
     fields: dict[str, Any] = {name: row[name] for name in ROLLOUT_COLUMNS}
     for name in TOKEN_ARRAYS:
         dtype = ROLLOUT_SCHEMA.field(name).type.value_type.to_pandas_dtype()
         fields[name] = np.array(row[name], dtype)
-    images = as_shown(problem.prompt, viewed(problem, row["view"]))
+    if row["shown_sha256"] is None:
+        images = as_shown(problem.prompt, viewed(problem, row["view"]))
+    else:
+        images = tuple(_image(run_dir, file, sha) for sha in row["shown_sha256"])
+    if row["episode"] is not None:
+        fields["turns"], fields["failure"] = _column(file, "episode", turns_of, row["episode"])
     return Rollout(**fields, images=images, parsed=task.parse(row["prefix"] + row["text"]))
+
+
+def turns_of(cell: str) -> tuple[tuple[Turn, ...], str]:
+    """The turns of a stored episode, and how its environment failed."""
+
+    def told(turns: list[dict[str, Any]], failure: str) -> tuple[tuple[Turn, ...], str]:
+        return tuple(Turn(**t | {"defects": tuple(t.get("defects", ()))}) for t in turns), failure
+
+    return told(**json.loads(cell))
 
 
 def _image(run_dir: Path, file: Path, sha: str) -> bytes:

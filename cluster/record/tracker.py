@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,14 @@ class Tracker:
         rows = []
         for scored in groups:
             images = [self._save_image(image) for image in scored.group.problem.images]
-            rows += [_rollout_row(step, scored, i, images) for i in range(len(scored.totals))]
+            for i, rollout in enumerate(scored.group.rollouts):
+                row = _rollout_row(step, scored, i, images)
+                if rollout.turns:
+                    row["shown_sha256"] = [self._save_image(image) for image in rollout.images]
+                    turns = [asdict(turn) for turn in rollout.turns]
+                    episode = _storable({"turns": turns, "failure": rollout.failure})
+                    row["episode"] = json.dumps(episode)
+                rows.append(row)
         if told := [_told_outside(row) for row in rows[: self._output.tracked_rollouts]]:
             for tracker in self._outside:
                 tracker.send(step, {}, told)
@@ -205,9 +213,11 @@ class Tracker:
         old, kept = files[:-keep], [first, *files[-keep:]]
 
         def images(of: Sequence[Path]) -> set[str]:
-            only = pa.schema([ROLLOUT_SCHEMA.field("image_sha256")])
-            columns = [read_rows(file, only)[0] for file in of]
-            return {sha for column in columns for images in column.to_pylist() for sha in images}
+            names = ("image_sha256", "shown_sha256")
+            only = pa.schema([ROLLOUT_SCHEMA.field(name) for name in names])
+            columns = [column for file in of for column in read_rows(file, only)]
+            lists = [images for column in columns for images in column.to_pylist()]
+            return {sha for images in lists for sha in images or ()}
 
         gone = images(old) - images(kept) if old else set()
         for file in old:

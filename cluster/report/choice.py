@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.record.folder import ROLLOUT_SCHEMA, read_rows
+from cluster.record.folder import MAY_BE_ABSENT, ROLLOUT_SCHEMA, read_rows
 
 MOST_ROLLOUTS = 500
 
@@ -107,7 +107,8 @@ def read_index(file: Path, whose: str, problems: list[str]) -> list[Entry]:
 
 
 def _index(file: Path) -> list[Entry]:
-    lacking = set(ROLLOUT_SCHEMA.names) - set(pq.read_schema(file).names) - set(_UNUSED_COLUMNS)
+    needed = set(ROLLOUT_SCHEMA.names) - {*_UNUSED_COLUMNS, *MAY_BE_ABSENT}
+    lacking = needed - set(pq.read_schema(file).names)
     if lacking:
         raise ValueError(f"columns {sorted(lacking)} are missing, as of another version")
     step = int(file.stem.removeprefix("step-"))

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.record.folder import by_name
+from cluster.record.stored import turns_of
 from cluster.report.charts import CELLS
 from cluster.report.choice import Entry, cell_of, choose, evenly, read_index, whole_rows
 from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
 from tasks.figures import compared_words, plain_words
 from tasks.images import check_image
 from tasks.load import load_task
+from tasks.looking import CALLS, Call, read_call
 
 MOST_STEPS = 250
 """Steps whose rollouts are read; of a longer run these, evenly spaced, its ends included."""
@@ -127,7 +129,10 @@ def _made(
     ]
     cap = _fit_texts(views)
     images, side = _images(
-        [run / "images" for run in runs], dict.fromkeys(sha for v in views for sha in v["images"])
+        [run / "images" for run in runs],
+        dict.fromkeys(
+            sha for view in views for part in (view, *view["turns"]) for sha in part["images"]
+        ),
     )
     if cap:
         how += f" Texts over {cap} characters are cut."
@@ -193,7 +198,36 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
         "version": _span(min(versions), max(versions)),
         "tokens": {name: segments[i] for i, name in [*enumerate(SEGMENTS), (-1, "outside")]},
         "finish": row["finish_reason"],
+        "turns": _turns(row),
     }
+
+
+def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a response with an environment: what was said, and where a call pointed."""
+    if not row["episode"]:
+        return []
+    try:
+        turns, _ = turns_of(row["episode"])
+    except (ValueError, TypeError):
+        return []  # the rest of the row is whole
+    shown = list(row["shown_sha256"] or ())
+    at, pictures = len(shown) - sum(turn.images for turn in turns), len(row["image_sha256"])
+    found = []
+    for turn in turns:
+        images, at = shown[at : at + turn.images], at + turn.images
+        calls = (read_call(turn.text, tag, pictures, counts) for tag, counts in CALLS.items())
+        call = next((call for call in calls if isinstance(call, Call)), None)
+        found.append(
+            {
+                "text": _cut(turn.text, 1000),
+                "said": _cut(turn.said, 400),
+                "images": images,
+                "defects": [_cut(defect, 80) for defect in turn.defects],
+                "reward": _number(turn.reward),
+                "call": [call.picture, *call.numbers] if call and images else None,
+            }
+        )
+    return found
 
 
 def _parse(task: Task | None, text: str) -> Parsed | None:
@@ -267,7 +301,7 @@ def _fit_texts(views: Sequence[dict[str, Any]]) -> int | None:
                 left = max(0, left - len(text))
             cut = cut or sum(len(text) for _, text in pieces) > cap or len(prompt + true) > cap
             if cap < TEXT_CAPS[1]:
-                view["figure"], view["answered"] = None, None
+                view["figure"], view["answered"], view["turns"] = None, None, []
         if len(embedded(views)) <= TEXT_BYTES:
             return cap if cut else None
     return TEXT_CAPS[-1]

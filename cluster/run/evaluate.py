@@ -2,7 +2,8 @@
 
 Each pass is a rollout kind on the same engines: `greedy` and `sampled` answer freely, `oracle`
 is forced to start from `p*`, `oracle_blank` the same with the image blanked, `blind` has no
-image at all. Every number comes with its n and a 95% interval.
+image at all. `greedy` and `sampled` have the recipe's environment, if it has one. Every number
+comes with its n and a 95% interval.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def pass_request(
         sampling=sampling if name == "sampled" else Sampling(0.0, max_tokens=sampling.max_tokens),
         kind=kind,
         view=view,
+        environment=recipe.environment if kind == "free" else None,
     )
 
 
@@ -158,6 +160,7 @@ def eval_recipe(
         else ModelConfig(path=checkpoint),
         tasks=(task,),
         sampler=like.sampler if like else SamplerConfig(),
+        environment=like.environment if like else None,
         eval=asked.model_copy(update={"passes": PASSES, "sampling": sampling}),
     )
 
@@ -179,7 +182,8 @@ def run_eval(
 
     `output`: a file for the JSON. `reader`, `reader_place`: as in [eval].
 
-    `like`: a recipe whose [model], [sampler] and [eval.sampling] say how the checkpoint is run.
+    `like`: a recipe whose [model], [sampler], [environment] and [eval.sampling] say how the
+    checkpoint is run.
 
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.

@@ -141,7 +141,8 @@ class Scoring:
         algorithm = recipe.algorithm
         advantage = find_advantage(algorithm.advantage, algorithm.advantage_args)
         where = on_nodes(recipe.placement.reward_workers, spread=True)
-        self._rewards = RewardPool(recipe.reward, advantage, models, where)
+        drops = recipe.environment is not None and recipe.environment.on_failure == "drop_group"
+        self._rewards = RewardPool(recipe.reward, advantage, models, where, drops)
 
     def score(
         self, groups: Sequence[Group], share: float

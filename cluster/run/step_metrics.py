@@ -15,6 +15,7 @@ from rewards.advantages import is_constant
 from rewards.coupling import Correlations, coupling, outcome_couplings
 from rewards.reliability import roc_auc
 from rewards.scored import ScoredGroup, known
+from rollout.record import Rollout
 from tasks.core import NO_SEGMENT, SEGMENTS
 
 
@@ -29,6 +30,7 @@ def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str
     metrics |= _truth_metrics(groups)
     metrics |= _reliability_metrics(groups)
     metrics |= _response_metrics(groups, policy_version)
+    metrics |= _episode_metrics([r for g in groups for r in g.group.rollouts if r.turns])
     return metrics
 
 
@@ -143,4 +145,26 @@ def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dic
         metrics["policy/lag_max"] = float(policy_version - versions.min())
         mixed = [len(r.versions) > 0 and r.versions.min() < r.versions.max() for r in rollouts]
         metrics["policy/mixed"] = sum(mixed) / len(mixed)
+    return metrics
+
+
+def _episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of responses that had an environment."""
+    if not rollouts:
+        return {}
+    count = len(rollouts)
+    calls = [sum(turn.called for turn in rollout.turns) for rollout in rollouts]
+    images = sum(turn.images for rollout in rollouts for turn in rollout.turns)
+    metrics = {
+        "episode/turns_mean": sum(len(rollout.turns) for rollout in rollouts) / count,
+        "episode/calls_mean": sum(calls) / count,
+        "episode/called": sum(map(bool, calls)) / count,
+        "episode/images_mean": images / count,
+    }
+    defects = Counter(d for r in rollouts for turn in r.turns for d in turn.defects)
+    failures = Counter(r.failure.partition(":")[0] for r in rollouts if r.failure)
+    ends = Counter(rollout.finish_reason for rollout in rollouts)
+    metrics |= {f"episode/finish/{end}": n / count for end, n in sorted(ends.items())}
+    metrics |= {f"episode/defects/{name}": float(n) for name, n in sorted(defects.items())}
+    metrics |= {f"episode/failures/{kind}": float(n) for kind, n in sorted(failures.items())}
     return metrics

@@ -156,6 +156,12 @@ def free_requests(
     """
     size, sampling = recipe.algorithm.group_size, training_sampling(recipe)
     return [
-        SampleRequest(f"step-{step}/{place}/{problem.id}", problem, size, sampling)
+        SampleRequest(
+            f"step-{step}/{place}/{problem.id}",
+            problem,
+            size,
+            sampling,
+            environment=recipe.environment,
+        )
         for place, problem in enumerate(problems, first)
     ]

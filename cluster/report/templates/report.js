@@ -203,6 +203,7 @@
       response.append(piece);
     }
     node.append(response);
+    if (r.turns.length) node.append(turns(r));
 
     const numbers = make("div", { class: "numbers" });
     numbers.append(
@@ -216,6 +217,44 @@
       pre.append(visible(text));
       node.append(make("details", {}, make("summary", {}, title), pre));
     }
+    return node;
+  }
+
+  // The turns of a response with an environment; a call's box on the picture that it points at.
+  function turns(r) {
+    const node = make("div", { class: "response" }, make("h4", {}, "Turn by turn"));
+    r.turns.forEach((turn, i) => {
+      const said = (name, text) => {
+        const piece = make("div", { class: "piece" }, make("div", { class: "name" }, name));
+        const pre = make("pre");
+        pre.append(visible(text));
+        piece.append(pre);
+        node.append(piece);
+      };
+      said(`Turn ${i + 1}: the policy`, turn.text);
+      for (const d of turn.defects) { const b = badge("", "bad"); b.append("call ", visible(d)); node.append(b); }
+      const views = make("div", { class: "views" });
+      const picture = (hash, alt) => {
+        const image = make("img", { alt });
+        image.src = data.images[hash];
+        return image;
+      };
+      if (turn.call) {
+        const [place, x0, y0, x1 = x0, y1 = y0] = turn.call;
+        if (data.images[r.images[place]]) {
+          const box = make("div", { class: "box" });
+          Object.assign(box.style, { left: `${x0 / 10}%`, top: `${y0 / 10}%`, width: `${(x1 - x0) / 10}%`, height: `${(y1 - y0) / 10}%` });
+          const where = make("div", { class: "boxed" }, picture(r.images[place], "The picture that the call points at"), box);
+          views.append(figure(`Called: ${turn.call.slice(1).join(" ")}`, where, ""));
+        }
+      }
+      turn.images.forEach((hash) => {
+        if (data.images[hash]) views.append(figure("Shown", picture(hash, "What the environment returned"), ""));
+      });
+      if (views.childNodes.length) node.append(views);
+      if (turn.said) said("The environment", turn.said);
+      if (turn.reward) node.append(make("p", { class: "meta" }, `reward ${number(turn.reward)}`));
+    });
     return node;
   }
 

@@ -389,3 +389,55 @@ def test_knobs_that_never_fit_are_refused(
         code, _, message = dry_run(tmp_path, monkeypatch, capsys, f'tasks[0].too_long="{setting}"')
         assert code == 2 and "do not fit in model.max_model_len = 130" in message
         assert message.count("\n") == 1
+
+
+BAD = "tests.support.bad_environments:Counting"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (['environment.name="zom"'], 'environment.name: got "zom"; known: zoom, mark'),
+        (["environment.turns=2"], "environment.name: "),
+        (
+            ['environment.name="zoom"', "environment.seconds=600"],
+            "environment.seconds: got 600, and a sampler counts as hanging after ",
+        ),
+        (['environment.name="zoom"', "environment.args.side=0"], "environment: "),
+        (['environment.name="no_such:Game"'], 'environment: environment "no_such:Game": no module'),
+        (
+            ['environment.name="tasks.looking:Call"'],
+            'environment: environment "tasks.looking:Call"',
+        ),
+        (
+            [f'environment.name="{BAD}"', 'environment.args.first="raises"'],
+            ": exception: KeyError: ",
+        ),
+        ([f'environment.name="{BAD}"', 'environment.args.first="dies"'], "(exit code 3)"),
+        (['environment.name="zoom"', "model.max_model_len=180"], "with what it says first, and "),
+        (
+            ['environment.name="zoom"', 'reward.terms=[{name="image_dependence"}]'],
+            'reward.terms[0]: "image_dependence" cannot be had on responses of several turns',
+        ),
+    ],
+)
+def test_an_environment_is_tried_before_anything_is_started(
+    settings: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
+    code, printed, message = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    assert (code, printed) == (2, "") and said in message, message
+    assert len(message.splitlines()) == 1
+
+
+def test_an_environment_that_can_be_had_says_what_may_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
+    wide, zoom = "model.max_model_len=600", 'environment.name="zoom"'
+    code, printed, told = dry_run(tmp_path, monkeypatch, capsys, wide, zoom)
+    assert code == 0 and "ends by its context_budget" in printed + told, told

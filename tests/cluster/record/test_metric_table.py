@@ -39,6 +39,7 @@ from rewards.reader import Reading
 from rewards.terms import Outcome
 from rollout.dispatch import Dispatch
 from rollout.jobs import Job
+from rollout.record import Turn
 from rollout.settings import SamplerConfig
 from rollout.transfer import TransferReport
 from tasks.core import SEGMENTS
@@ -87,6 +88,9 @@ def made_by_scoring() -> set[str]:
     without_label = group(4, "4;8;")
     bare = replace(without_label.problem, perception="")
     groups.append(replace(without_label, problem=bare))
+    looked: dict[str, Any] = {"turns": (Turn("a", True, defects=("x",)),), "failure": "died: so"}
+    first, *others = groups[0].rollouts
+    groups[0] = replace(groups[0], rollouts=(replace(first, **looked), *others))
     composition = Composition({"outcome": 1.0, "nan": 0.0}, on_failure={"nan": "drop_group"})
     terms = (Outcome(), Misbehaves("nan"))
     scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)

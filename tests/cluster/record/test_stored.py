@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cluster.ablation.results import RESULT_SCHEMA
 from cluster.recipe.sections import OutputConfig
@@ -29,8 +30,10 @@ from rewards.compose import Composition
 from rewards.diagnosis import diagnose
 from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, score_group
-from rollout.record import Group
+from rollout.record import Group, Turn
 from tasks.core import DataError
+from tasks.drawing import to_png
+from tasks.images import content_hash
 from tests.support.toys import TASK, Length, Misbehaves, group, scored
 
 
@@ -121,6 +124,58 @@ def test_several_images_or_none_and_other_columns_come_back(tmp_path: Path) -> N
     assert [len(rollout["images"]) for rollout in shown.rollouts] == [3, 3, 0, 0]
     assert shown.images.keys() == {sha for r in shown.rollouts for sha in r["images"]}
     assert len(shown.images) == 2
+
+
+def test_episodes_come_back_with_their_images_and_turns(tmp_path: Path) -> None:
+    own, crop, kept = (to_png(Image.new("RGB", (20, 20), c)) for c in ("red", "blue", "green"))
+    made = group(5, "5;10;", "4;10;")
+    turns = (
+        Turn("so <look>100 200 300 400</look>", True, "there\ud800", 1, 0.5, ("odd",)),
+        Turn("5;10;"),
+    )
+    asked = replace(made.problem, images=(own,))
+    looked = replace(made.rollouts[0], images=(own, kept, crop), turns=turns, failure="died: gone")
+    plain = replace(made.rollouts[1], images=(own,))
+    with Tracker(tmp_path) as tracker:
+        tracker.log_rollouts(1, scored(replace(made, problem=asked, rollouts=(looked, plain))))
+    other = replace(made, problem=asked, rollouts=(plain, plain))
+    found, also = read_groups(tmp_path, 1)[0].group.rollouts
+    stored = replace(turns[0], said="there\\ud800")
+    assert (found.turns, found.failure) == ((stored, turns[1]), "died: gone")
+    assert found.images == looked.images
+    assert (also.turns, also.failure, also.images) == ((), "", (own,))
+    # The report draws the call on the problem's picture and shows what came back.
+    one, none = read_shown(tmp_path).rollouts
+    (sha,) = one["turns"][0]["images"]
+    assert sha == content_hash(crop) and one["turns"][0]["call"] == [0, 100, 200, 300, 400]
+    assert [turn["images"] for turn in one["turns"]] == [[sha], []] and none["turns"] == []
+    assert sha in read_shown(tmp_path).images
+    folder = tmp_path / "rollouts"
+    with Tracker(tmp_path, output=OutputConfig(rollouts_keep=1), after_step=1) as tracker:
+        for step in (2, 3, 4):
+            tracker.log_rollouts(step, scored(other))
+    assert sorted(file.name[10:11] for file in folder.iterdir()) == ["1", "4"]
+    assert read_groups(tmp_path, 1)[0].group.rollouts[0].images == looked.images
+
+
+def test_a_run_of_when_no_response_had_turns_is_read(run: Path) -> None:
+    found, shown = read_groups(run, 2), read_shown(run)
+    rewrite(run, "shown_sha256", None)
+    rewrite(run, "episode", None)
+    again = read_groups(run, 2)
+    for old, new in zip(found, again, strict=True):
+        assert [r.images for r in new.group.rollouts] == [r.images for r in old.group.rollouts]
+    assert read_shown(run) == shown and not shown.problems
+    with Tracker(run, output=OutputConfig(rollouts_keep=1), after_step=11) as tracker:
+        tracker.log_rollouts(12, failing(group(0, "0;0;"), composition=ZERO))
+
+
+@pytest.mark.parametrize("cell", ["[]", "{", '{"turns": [{"word": 1}], "failure": ""}', "{}"])
+def test_an_episode_that_cannot_be_read_is_named(run: Path, cell: str) -> None:
+    rewrite(run, "episode", [cell] * len(read_rollouts(run, 2)))
+    with pytest.raises(DataError, match=r"step-000002\.parquet: column 'episode'"):
+        read_groups(run, 2)
+    assert not read_shown(run).rollouts[0]["turns"]
 
 
 def test_a_run_of_when_a_rollout_had_one_image_is_read(run: Path) -> None:

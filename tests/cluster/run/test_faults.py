@@ -2,9 +2,10 @@
 
 One run proves it all, since engines are slow to start. It samples a step ahead
 (`max_staleness = 1`), learns while its weights travel (`overlap`) and replaces groups without
-variance (dynamic sampling). It gets a second sampler and gives it back; a sampler is killed, a
-reward worker, the driver, and in the end the learner; a sampler hangs. What it leaves behind must
-be what its seed says, each group once, each token under the weights it names.
+variance (dynamic sampling); a turn that ends is answered with a picture. It gets a second sampler
+and gives it back; a sampler is killed, a reward worker, the driver, and in the end the learner; a
+sampler hangs. What it leaves behind must be what its seed says, each group once, each token under
+the weights it names.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from learner.checkpoint import check, checkpoint_folder, checkpoint_folders
 from learner.collate import Collator
 from learner.policy import load_policy
 from rollout.buffer import BufferState
+from tasks.images import check_image
 from tests.support.live_driver import Driver, stopped
 from tests.support.recipes import recipe_text
 from tests.support.wordiness import cares_for
@@ -44,7 +46,13 @@ CLOSE = 2e-3
 HANGING = ("sampler/restarts/silent", "sampler/restarts/transfer")
 RECIPE = f"""
 seed = 3
-model.max_model_len = 192
+model.max_model_len = 256
+
+[environment]
+name = "tests.support.again:Again"
+workers = 1
+step_seconds = 300.0  # a machine may have other work
+seconds = 500.0
 
 [sampler]
 max_tokens = 100
@@ -58,6 +66,7 @@ heartbeat_seconds = 60.0  # an engine's first tokens take long where other work 
 terms = [
     {{ name = "outcome", weight = 0.5 }},
     {{ name = "tests.support.wordiness:Moody", weight = 0.1, args = {{ seconds = 0.05 }} }},
+    {{ name = "environment", weight = 0.0 }},
 ]
 
 [algorithm]
@@ -276,6 +285,30 @@ def test_each_group_that_the_seed_asks_for_is_there_once_in_its_place_and_within
     assert budgets == {(False, False), (True, False), (True, True)}
 
 
+def test_responses_of_several_turns_are_whole_whatever_befell_their_sampler(
+    lived: Lived, metrics: dict[str, dict[int, float]]
+) -> None:
+    """Each picture is the one of the turns before it, which the environment alone knew."""
+    turns = list[int]()
+    for step in stored_steps(lived.run):
+        for one in read_scored(lived.run, step):
+            for rollout in one.group.rollouts:
+                turns.append(len(rollout.turns))
+                assert rollout.text == "".join(turn.text for turn in rollout.turns)
+                own = len(one.group.problem.images)
+                shown = [np.asarray(check_image(i, "shown"))[0, 0].tolist() for i in rollout.images]
+                changes = [len(turn.text) for turn in rollout.turns if turn.images]
+                assert len(shown) == own + len(changes) and not rollout.failure
+                for (red, _, _), (after, _, _), change in zip(
+                    shown[own:], shown[own + 1 :], changes[1:], strict=False
+                ):
+                    assert after == (red + change) % 256
+                assert [green for _, green, _ in shown[own:]] == [n % 256 for n in changes]
+    assert {1, 2} <= set(turns) and max(turns) <= 3
+    assert max(metrics["episode/images_mean"].values()) > 0
+    assert not [name for name in metrics if name.startswith("episode/failures")]
+
+
 def test_each_token_was_drawn_from_the_weights_that_it_names(
     lived: Lived, metrics: dict[str, dict[int, float]], saved: list[Position]
 ) -> None:
@@ -304,17 +337,18 @@ def check_weights(run: Path, after: Sequence[Position]) -> set[str]:
                 if (one.group.rollouts[0].versions == at.version).any()
             }
             for sampler, group in groups.items():
-                rollouts, images = group.rollouts, group.problem.images
+                rollouts = group.rollouts
                 sequences = [
                     TrainSequence(
-                        r.prompt_ids, r.response_ids, images, r.segments, r.logprobs, 0 * r.logprobs
+                        *(r.prompt_ids, r.response_ids, r.images, r.segments),
+                        *(r.logprobs, 0 * r.logprobs),
                     )
                     for r in rollouts
                 ]
                 with torch.no_grad():
                     own = policy.run(collate(sequences))[0].numpy()
-                theirs = np.concatenate([r.logprobs for r in rollouts])
-                drawn = np.concatenate([r.versions for r in rollouts]) == at.version
+                theirs = np.concatenate([r.logprobs[r.sampled] for r in rollouts])
+                drawn = np.concatenate([r.versions[r.sampled] for r in rollouts]) == at.version
                 assert np.abs(own - theirs)[drawn].max() < CLOSE, (step, sampler)
                 others += np.abs(own - theirs)[~drawn].tolist()
                 seen.add(sampler)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from cluster.record.metric_table import unlisted
 from cluster.run.step_metrics import step_metrics
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome, Perception
+from rollout.record import Rollout, Turn
 from tests.support.toys import Misbehaves, group, score
 
 
@@ -89,3 +93,32 @@ def test_a_step_tells_each_terms_reliability_where_it_is_defined() -> None:
     assert "reliability/nan/pooled" not in metrics
     assert "reliability/nan/within" not in metrics
     assert metrics["reliability/nan/auc"] == 0.5
+
+
+def test_what_episodes_did_is_counted_only_where_there_were_some() -> None:
+    made = group(1, "1;2;", "2;4;", "1;2;")
+    turns = (Turn("a", True, "so", 2, 0.5, ("odd",)), Turn("b", True, "", 0), Turn("c"))
+    first, second, plain = made.rollouts
+    rollouts = (
+        replace(first, turns=turns, finish_reason="turn_budget"),
+        replace(second, turns=turns[2:], failure="died: so", finish_reason="environment"),
+        plain,
+    )
+
+    def found(*chosen: Rollout) -> dict[str, float]:
+        one = replace(made, rollouts=chosen)
+        scored = compose_groups([one], [score(one, Outcome())], Composition({"outcome": 1.0}))
+        metrics = step_metrics(scored, 8)
+        return {name: value for name, value in metrics.items() if name.startswith("episode/")}
+
+    assert found(*rollouts) == {
+        "episode/turns_mean": 2.0,
+        "episode/calls_mean": 1.0,
+        "episode/called": 0.5,
+        "episode/images_mean": 1.0,
+        "episode/finish/environment": 0.5,
+        "episode/finish/turn_budget": 0.5,
+        "episode/defects/odd": 1.0,
+        "episode/failures/died": 1.0,
+    }
+    assert found(plain) == {} and not unlisted(found(*rollouts))
