@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import layouts
-from learner.batch import Layout
+from learner.batch import Layout, TrainSequence
 from learner.collate import Collator
 from learner.micro_batches import (
     Costs,
@@ -204,16 +204,21 @@ def shipped() -> Loaded:
     return load_policy(layouts.MODEL)
 
 
+@pytest.fixture(scope="module")
+def own_lengths(shipped: Loaded) -> dict[str, list[TrainSequence]]:
+    """Both tasks, terse and verbose, as rollouts of groups and as demonstrations."""
+    return layouts.batches(shipped[1], problems=16)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_is_under_5_percent_on_the_tasks_own_lengths(
-    shipped: Loaded, layout: Layout, ranks: int
+    shipped: Loaded, own_lengths: dict[str, list[TrainSequence]], layout: Layout, ranks: int
 ) -> None:
-    """Both tasks, terse and verbose, as rollouts of groups and as demonstrations."""
     policy, processor = shipped
     collate = Collator(policy, processor, layout)
     costs = count_costs(policy, collate.blank)
-    for name, batch in layouts.batches(processor, problems=16).items():
+    for name, batch in own_lengths.items():
         items = [describe(s, collate.image_token_id) for s in batch]
         plan = deal_micro_batches(items, ranks, 8192, layout, costs)
         made = [collate([batch[i] for i in b]) for share in plan for b in share if b]

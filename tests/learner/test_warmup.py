@@ -33,7 +33,7 @@ def test_a_few_steps_read_digits_better_and_leave_the_language_model_alone(
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     curve: list[dict[str, float]] = []
     last = warm_up_vision(
-        policy, processor, batches(32), 16, 1e-3, lambda step, m: curve.append(dict(m))
+        policy, processor, batches(16), 16, 1e-3, lambda step, m: curve.append(dict(m))
     )
     assert len(curve) == 16
     assert curve[-1] == last
