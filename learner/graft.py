@@ -26,6 +26,7 @@ from transformers import (
 from learner.families import TINY
 from learner.families.base import TINY_TOWER, NewFamily, Tower
 from rollout.tokens import (
+    NOT_ITS_CODE,
     ModelError,
     first_line,
     load_processor,
@@ -159,7 +160,7 @@ def _tower(named: str) -> tuple[Tower, Any]:
 def _opened(loader: Any, path: str, field: str, **options: Any) -> Any:
     """What a class of transformers makes of a checkpoint."""
     try:
-        return loader.from_pretrained(path, **options)
+        return loader.from_pretrained(path, **NOT_ITS_CODE, **options)
     except Exception as error:  # of files, of weights and of configs, each its own kinds
         raise ModelError(f"{field}: {path}: could not be loaded ({first_line(error)})") from error
 

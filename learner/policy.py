@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from learner.batch import MicroBatch
 from learner.families import family_of
 from rollout.settings import ModelConfig
-from rollout.tokens import ModelError, load_processor
+from rollout.tokens import NOT_ITS_CODE, ModelError, load_processor
 
 LOGITS_MIB = 256.0
 """Of one table of logits; a few of the same size live beside it."""
@@ -169,6 +169,7 @@ def load_policy(
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             path,
+            **NOT_ITS_CODE,
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa" if attention == "flash" else attention,
         )

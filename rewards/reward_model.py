@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from rewards.settings import ARGUMENTS
 from rollout.record import Group
-from rollout.tokens import encode
+from rollout.tokens import NOT_ITS_CODE, encode
 from tasks.core import Task
 from tasks.fields import Amount, Count, Positive, Share
 from tasks.files import expanded
@@ -98,9 +98,9 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         torch.set_num_threads(max(1, int(self.cpus)))
-        self._tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self._tokenizer = AutoTokenizer.from_pretrained(self.model, **NOT_ITS_CODE)
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            self.model, dtype=getattr(torch, self.dtype)
+            self.model, **NOT_ITS_CODE, dtype=getattr(torch, self.dtype)
         )
         config = classifier.config
         self._require_label(config.num_labels)

@@ -9,6 +9,9 @@ from typing import Any
 
 from tasks.files import recover
 
+NOT_ITS_CODE = {"trust_remote_code": False}
+"""For transformers: Python that lies in a checkpoint is never run. Not told so, it asks at the
+terminal, and runs it for a `y`."""
 ASK_SECONDS = 10.0
 """The hub's own client asks again and again, for minutes, where there is no network."""
 NO_TEMPLATE = (

@@ -18,6 +18,7 @@ from PIL import Image
 from rollout.decoding import Decoder, encode, special_tokens
 from rollout.models import (
     NO_TEMPLATE,
+    NOT_ITS_CODE,
     ModelError,
     first_line,
     json_beside,
@@ -41,7 +42,7 @@ def load_processor(path: str, field: str = "model.path", reading: ModelConfig | 
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **NOT_ITS_CODE)
     except Exception as error:  # tokenizers raises no narrower one
         raise ModelError(
             f"{field}: {path}: no processor could be loaded ({first_line(error)}); a "
@@ -100,10 +101,10 @@ def load_reader(path: str, field: str = "frozen model") -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **NOT_ITS_CODE)
         if hasattr(config, "vision_config"):
             return load_processor(path, field)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **NOT_ITS_CODE)
     except ModelError:
         raise
     except Exception as error:
