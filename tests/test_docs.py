@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.recipe.problems import held_out, open_sources
 from cluster.recipe.recipe import load_recipe
 from cluster.record.folder import METRIC_SCHEMA, ROLLOUT_SCHEMA
 from rewards.judge import JudgeSettings
@@ -270,6 +271,8 @@ def test_the_environments_of_the_guide_and_of_the_example_answer(
 
     recipe = load_recipe(ROOT / "examples" / "maze" / "maze.toml")
     assert recipe.environment is not None
+    (source,) = open_sources(recipe.tasks)
+    assert len(held_out(source, recipe.eval.seed, recipe.eval.problems)) == recipe.eval.problems
     maze = load_task(recipe.environment.name)
     assert check_task(maze, maze.spec(side=3), 5) == []
     for index in range(5):
