@@ -143,7 +143,7 @@ def _vllm(connection: Any, job: Job, plain: bool) -> None:
     asking: Any = Engine(None, processor, "bare")  # type: ignore[arg-type]
 
     def sample(requests: list[SampleRequest]) -> int:
-        prompts = [asking._prompt(r.problem, r.problem.images)[0] for r in requests]
+        prompts = [asking._prompts.of(r.problem, r.problem.images)[0] for r in requests]
         params = [asking._sampling(r) for r in requests]
         for chosen in params if plain else ():
             chosen.seed, chosen.logprobs = None, None
