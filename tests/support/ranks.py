@@ -72,7 +72,7 @@ class Outcome:
         state_elements: how many numbers this rank's optimizer keeps as first moments.
         after_first, weights: checkpoint names after the first update and at the end.
         state_at_start, state_after_first: `OptimizerState.tensors` of everything, and the weights
-            as `weights/<name>`.
+            as `weights/<name>`, of a learner that goes on from a checkpoint.
         logprobs: of the first batch at the end; computed: how many of them this rank computed.
         forwarded: tokens that this rank sent through the model in each update, padding included.
         errors: of updates that were refused.
@@ -115,6 +115,20 @@ def run_ranks(ranks: int, jobs: dict[str, Job], folder: Path, seconds: float) ->
     return found[0]
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: torch writes each one as a file of its own, which takes minutes here."""
+
+    def reducer_override(self, found: Any) -> Any:
+        if not isinstance(found, torch.Tensor):
+            return NotImplemented
+        array = found.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _tensor, (array, found.dtype, tuple(found.shape))
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(array).view(dtype).reshape(shape)
+
+
 def run_killed(ranks: int, job: Job, folder: Path, seconds: float) -> None:
     """Do a job that ends by SIGKILL."""
     out = [folder / f"rank-{rank}.pickle" for rank in range(ranks)]
@@ -155,11 +169,15 @@ def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> 
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # DeepSpeed calls collectives by their older names
+    found: Any = {}
     try:
-        found: Any = {name: _do(job, place) for name, job in jobs.items()}
+        for name, job in jobs.items():
+            outcome = _do(job, place)
+            found |= {name: outcome} if place.rank == 0 else {}
     except BaseException:
         found = f"rank {place.rank}:\n{traceback.format_exc()}"
-    Path(f"{out}.partial").write_bytes(pickle.dumps(found))
+    with open(f"{out}.partial", "wb") as file:
+        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(found)
     Path(f"{out}.partial").rename(out)
     if isinstance(found, str):
         os._exit(1)
@@ -215,7 +233,8 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
             if job.killed:
                 _die_in_the_middle_of(learner, Path(job.checkpoint[1]), done + 1)
         if not outcome.after_first:
-            outcome.state_after_first = whole_state(learner)
+            state = whole_state(learner)  # which DeepSpeed's own look below rests on
+            outcome.state_after_first = state if job.setup.resume else {}
             # Under bfloat16 AdamW steps on float32 twins of these.
             for name, parameter in named.items() if job.setup.model.dtype == "float32" else ():
                 if job.setup.learner.zero_stage:
