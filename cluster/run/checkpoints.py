@@ -40,6 +40,8 @@ MAY_CHANGE = (
     "placement.learner", "placement.samplers", "placement.reward_workers",
     "placement.spread_samplers", "placement.wait_seconds",
     "watch.stall_seconds", "watch.on_stall",
+    "environment.step_seconds", "environment.seconds", "environment.workers",
+    "environment.memory_gib",
     "reward.workers", "reward.deadline_seconds", "reward.answer_seconds", "reward.remote_seconds",
     "reward.remote_in_flight", "reward.memory_gib",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background", "checkpoint.restarts",
