@@ -37,10 +37,11 @@ from learner.weights import GatheredWeights
 from rollout.decoding import special_tokens
 from rollout.engine import EngineDied, SamplerError
 from rollout.record import Group, SampleRequest, Sampling, ScoreRequest
-from rollout.settings import ModelConfig, SamplerConfig
+from rollout.settings import EnvironmentConfig, ModelConfig, SamplerConfig
 from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
-from tasks.core import SEGMENTS
+from tasks.core import SEGMENTS, Problem
+from tasks.environments import Observation
 from tests.support.habits import no_pad, sentencepiece, several_ends, with_habits
 from tests.support.live_engine import (
     TASK,
@@ -142,6 +143,62 @@ def test_log_probs_agree_with_several_images_and_none_in_one_batch(live: Live) -
     assert worst(turned, rollouts[:2]) > 1e-3, "which image stands where makes a difference"
     for view in ("blank", "none"):
         assert live.learner_gap("perturbed", live.sample(several, kind="blind", view=view)) < 1e-4
+
+
+class Showing:
+    """Environments, as many as episodes, that each show another number of pictures a turn."""
+
+    place, spent = 0, 0.0
+
+    def open(self, name: str, problem: Problem, seed: int) -> Showing:
+        shown = Showing()
+        shown.place = int(name.rpartition("/")[-1])
+        return shown
+
+    async def answer(self, text: str | None) -> Observation | None:
+        sizes = [(96, 40), (64, 64), (40, 90), (128, 64)][self.place % 4 :][: self.place % 3]
+        if text is not None:
+            shown = picture(self.place, *sizes).images if sizes else ()
+            return Observation(f"So? {text[:9]} <|im_end|>", shown)
+        return Observation("Look.", picture(9, (48, 48)).images) if self.place == 5 else None
+
+
+@every_family
+def test_log_probs_agree_on_episodes_of_several_turns_with_returned_images(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random policy ends no turn, so a sixth of all tokens is taken for an end."""
+    live.send("perturbed", 0)
+    chat = live.engine._chat
+    monkeypatch.setattr(chat, "ends", frozenset({*chat.ends, *range(300, 400)}))
+    budgets = EnvironmentConfig(name="zoom", turns=4, images=4, image_tokens=480, seconds=600.0)
+    one, other = picture(7, (96, 40), (64, 64)).images
+    asked = mixed_sizes(3)
+    asked[1] = replace(asked[1], prompt="<image_2> or <image_1>?", images=(one, other))
+    asked[2] = replace(asked[2], images=())
+    sampling = Sampling(max_tokens=14)
+    requests = [
+        SampleRequest(f"g{i}", p, 6, sampling, environment=budgets) for i, p in enumerate(asked)
+    ]
+    groups, again = (
+        [live.wait(future, 300) for future in futures]
+        for futures in (
+            [live.call("converse", request, TASK, Showing()) for request in requests],
+            [live.call("converse", requests[0], TASK, Showing())],
+        )
+    )
+    rollouts = [r for g in groups for r in g.rollouts]
+    assert all(len(r.turns) == 1 + (np.diff(r.sampled.astype(int)) == 1).sum() for r in rollouts)
+    assert {len(r.turns) for r in rollouts} >= {1, 2, 3}
+    assert "length" in {r.finish_reason for r in rollouts}
+    assert {len(r.images) for r in rollouts} >= {0, 1, 2}
+    assert any(turn.images for r in rollouts for turn in r.turns[:1])
+    for layout in get_args(Layout):
+        assert live.learner_gap("perturbed", groups, layout) < 1e-4
+    assert live.learner_gap("original", groups) > 1e-2
+    # What is drawn hangs on the group's name alone.
+    for first, second in zip(groups[0].rollouts, again[0].rollouts, strict=True):
+        assert first.response_ids.tolist() == second.response_ids.tolist()
 
 
 @every_family
