@@ -201,7 +201,7 @@ def test_a_rank_that_fails_while_it_publishes_is_told_though_the_others_wait_for
 
 
 LIMITS = SamplerConfig(
-    max_num_seqs=8, start_timeout_seconds=60, request_timeout_seconds=60, max_restarts=2
+    max_num_seqs=8, start_timeout_seconds=300, request_timeout_seconds=300, max_restarts=2
 )
 
 
@@ -211,7 +211,7 @@ def told(count: int, limits: SamplerConfig = LIMITS) -> Iterator[SamplerPool]:
         lambda name: RaySamplerClient(name, Told.remote(name)), count, limits, "told"
     )
     try:
-        pool.wait_ready(60)
+        pool.wait_ready(300)
         yield pool
     finally:
         pool.stop()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
@@ -43,18 +44,28 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def pool_of_two() -> Iterator[SamplerPool]:
-    """Two actors of a core each; told to be late after a few seconds."""
+    """Two actors of a core each, on nodes that have a process ready; late after 40 seconds."""
+    ready = [
+        ray.remote(loaded).options(scheduling_strategy=NodeAffinitySchedulingStrategy(id_, False))
+        for id_ in (node["NodeID"] for node in ray.nodes() if node["Alive"])
+    ]
+    ray.get([task.remote() for task in ready], timeout=300)
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, Told.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
         2,
-        SamplerConfig(max_num_seqs=8, start_timeout_seconds=20.0),
+        SamplerConfig(max_num_seqs=8, start_timeout_seconds=40.0),
         "told",
     )
     try:
-        pool.wait_ready(60)
+        pool.wait_ready(120)
         yield pool
     finally:
         pool.stop()
+
+
+def loaded() -> bool:
+    """In a process that has imported what an actor of the pool needs."""
+    return Told is not None
 
 
 def until(what: Callable[[], object], seconds: float = 120) -> None:
