@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.ray_heads import TOKEN
+
 if TYPE_CHECKING:
     from tests.support.pretend import Samplers
 
@@ -36,6 +38,10 @@ LONGEST = (
 """Files that start processes and take long, in the order in which they are begun; all others come
 after them. The two whole runs with the most processes are not begun side by side: each takes some
 5 GB."""
+
+
+# Of all Rays that this process meets: what it has once read, Ray goes by to its end.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

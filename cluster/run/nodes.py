@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -50,6 +50,18 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> Non
             say(f"waiting for nodes, {limit:g} s at most (placement.wait_seconds): {missing}")
             told = missing
         time.sleep(LOOK_SECONDS)
+
+
+def leaving(roles: Sequence[str] = ("LearnerRank",)) -> str:
+    """Who is on a node that its cluster takes away soon, this driver or actors of these classes;
+    "" where nobody is. Losing a sampler's node, or a reward worker's, ends no run."""
+    if not ray.is_initialized() or not (nodes := state.get_draining_nodes()):
+        return ""
+    found = ["the driver"] if ray.get_runtime_context().get_node_id() in nodes else []
+    for actor in own_actors():
+        if actor["ActorClassName"] in roles and actor["Address"]["NodeID"] in nodes:
+            found.append(actor["ActorClassName"])
+    return ", ".join(dict.fromkeys(found))
 
 
 def own_actors() -> list[dict[str, Any]]:

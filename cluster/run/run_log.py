@@ -19,6 +19,7 @@ from cluster.record.tracker import Tracker
 from cluster.run.budget import Spent, is_over, run_share
 from cluster.run.checkpoints import Position, Resumable, Resumed, StopSignal, stop_signal
 from cluster.run.keeping import Keeper
+from cluster.run.nodes import leaving
 from cluster.run.standstill import Standstill
 from learner.actor import LearnerGroup
 from learner.checkpoint import checkpoint_folder
@@ -165,6 +166,9 @@ class RunLog:
         self.tracker.log(step.number, step.metrics)
         self.at = replace(self.at, step=step.number, version=version, spent=spent or self.at.spent)
         self.stopped = self._stop.asked
+        if not self.stopped and (who := leaving()):
+            self.stopped = True
+            self.say(f"the node of {who} is to be drained: a checkpoint, then the end")
 
     def begin(self, evaluate: Callable[[], dict[str, EvalTable]]) -> None:
         """Have the first evaluation, but for a run that goes on, which has it."""

@@ -28,6 +28,7 @@ from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.nodes import wait_for_nodes
+from cluster.run.own_ray import closed_to_others
 from cluster.run.stall import watched
 from rewards.scored import RewardError
 from rollout.dispatch import SamplerLost
@@ -80,7 +81,10 @@ def _attach(address: str | None) -> None:
         try:
             # A node of our own hands its environment on, so that the workers that it starts at
             # once are those that the actors get; asked for by each job, they would not fit.
-            with _environment(_worker_environment() if own else {}):
+            with (
+                _environment(_worker_environment() if own else {}),
+                closed_to_others() if own and not ray.is_initialized() else nullcontext(),
+            ):
                 ray.init(
                     address="local" if own else address,
                     include_dashboard=None if address else False,

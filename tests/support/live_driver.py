@@ -36,12 +36,14 @@ class Driver:
         recipe: str,
         *overrides: str,
         command: Literal["train", "sft"] = "train",
+        **variables: str,
     ) -> None:
+        """`variables`: of its environment, in all its lives."""
         file = folder / "recipe.toml"
         file.write_text(recipe, encoding="utf-8")
         self.run, self.before = folder / "run", folder / "before"
         self.extensions = folder / "extensions"
-        self._log, self._command = folder / "out.log", command
+        self._log, self._command, self._variables = folder / "out.log", command, variables
         self._start([str(file), "--output", str(self.run)], overrides)
 
     def resume(self, *overrides: str) -> None:
@@ -52,7 +54,9 @@ class Driver:
         command = [sys.executable, "-m", "cluster", self._command, *arguments]
         for override in overrides:
             command += ["--set", override]
-        own = environment(TORCH_EXTENSIONS_DIR=str(self.extensions))
+        own = environment(TORCH_EXTENSIONS_DIR=str(self.extensions), **self._variables)
+        # Its Ray makes a token of its own.
+        own = {name: value for name, value in own.items() if not name.startswith("RAY_AUTH")}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT

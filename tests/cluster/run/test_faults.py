@@ -10,6 +10,7 @@ the weights it names.
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ from learner.collate import Collator
 from learner.policy import load_policy
 from rollout.buffer import BufferState
 from tasks.images import check_image
+from tests.support.doors import guests, listening, ray_of, with_words
 from tests.support.live_driver import Driver, stopped
 from tests.support.recipes import recipe_text
 from tests.support.wordiness import cares_for
 
 EVERY, ROUNDS, EXTRA, PLACES, SIZE = 2, 2, 2, 4, 4
+PLANTED = "planted-3f9d27"
 CLOSE = 2e-3
 """Nats between a sampler's log-prob and the learner's own under the same weights."""
 HANGING = ("sampler/restarts/silent", "sampler/restarts/transfer")
@@ -85,6 +88,9 @@ cpus = 0.5
 overlap = true
 deadline_seconds = 60.0
 
+[watch]
+stall_seconds = 15.0  # well below the silence of a sampler that hangs
+
 [eval]
 problems = 4
 passes = ["greedy"]
@@ -103,6 +109,9 @@ class Lived:
     Attributes:
         before: its folder when it was killed; saved: where it then went on.
         outlived: processes below the driver that its death did not end.
+        doors, guests: `listening` and `guests` of its first Ray.
+        told_in: where a planted key, that Ray's token and a word of the recipe are: below the run,
+            in that Ray's session, in the last one's.
     """
 
     run: Path
@@ -111,18 +120,27 @@ class Lived:
     saved: Position
     outlived: list[int]
     samplers: list[int]
+    doors: set[str]
+    guests: dict[str, tuple[bool, str]]
+    told_in: list[dict[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
 def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
     folder = tmp_path_factory.mktemp("faults")
-    driver = Driver(folder, recipe_text(RECIPE, model=tiny_models["qwen3_vl"]))
+    text = recipe_text(RECIPE, model=tiny_models["qwen3_vl"])
+    driver = Driver(folder, text, command="train", HF_TOKEN=PLANTED, WANDB_API_KEY=PLANTED)
 
     def samplers(count: int) -> None:
         driver.wait(f"{count} samplers", lambda: driver.metric("sampler/count") == count)
 
     try:
         driver.wait("the first step", lambda: driver.steps() >= 1)
+        ours = driver.below("")
+        address, token, session = ray_of(ours)
+        # Torch, in ranks and engines, opens ports of its own to all.
+        torch_s = {*driver.below("ray::LearnerRank"), *driver.below("ray::Sampler")}
+        doors = (listening({*ours} - torch_s), guests(address, token))
         ask(driver.run, 2)
         driver.wait("one more", lambda: "samplers: 1 -> 2" in driver.printed(), pause=0.1)
         # While it starts, the only one there is dies in the middle of its groups.
@@ -163,11 +181,14 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         driver.wait("its next life", lambda: told(driver.run)[-1] == ("driver", "went on"))
         again = driver.steps()
         driver.wait("steps of it", lambda: driver.steps() >= again + 1, pause=0.05)
+        *_, last = ray_of(driver.below(""))
         driver.stop()
+        words = (PLANTED, token, "Moody", "RewardWorker")
+        told_in = [with_words(each, *words) for each in (folder, session, last)]
     finally:
         driver.clean_up()
     pids = ([p.pid for p in outlived], [p.pid for p in samplers_left])
-    return Lived(driver.run, driver.before, killed_at, saved, *pids)
+    return Lived(driver.run, driver.before, killed_at, saved, *pids, *doors, told_in)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +212,36 @@ def test_all_of_it_happened(lived: Lived, metrics: dict[str, dict[int, float]]) 
     assert max(metrics["sampler/resampled"].values()) >= 1
     assert max(metrics["reward/worker_restarts"].values()) >= 1
     assert lived.samplers and not set(lived.samplers) & set(lived.outlived)
+
+
+def test_its_ray_is_for_this_machine_and_for_who_has_its_token(lived: Lived) -> None:
+    assert "127.0.0.1" in lived.doors
+    assert lived.doors <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert {name: got_in for name, (got_in, _) in lived.guests.items()} == {
+        "nothing": False,
+        "another token": False,
+        "its token": True,
+    }, lived.guests
+
+
+def test_a_key_of_the_environment_is_in_no_file_and_a_token_of_ray_in_none(lived: Lived) -> None:
+    """Of the run's folder, what it printed, its tables, Ray's sessions and their logs."""
+    for found in lived.told_in:
+        assert [*found.values()][:2] == [[], []]
+    run, *rays = lived.told_in
+    assert run["Moody"] and all(found["RewardWorker"] for found in rays), "it finds what is there"
+
+
+def test_a_run_that_hangs_tells_where_each_of_its_processes_stands(lived: Lived) -> None:
+    """A sampler hung: its silence is longer than `watch.stall_seconds`; and nothing came of it."""
+    assert ("driver", "stalled") in told(lived.run)
+    files = [file.read_text() for file in (lived.before / "stacks").iterdir()]
+    hung = [text for text in files if re.search(r"== Sampler, process \d+\n.*T \(stopped\)", text)]
+    assert hung
+    for text in hung:
+        assert "== driver\n" in text and "in run_training" in text
+        assert re.search(r"== LearnerRank, process \d+\n(Thread|Current thread) 0x", text)
+        assert re.search(r"== RewardWorker, process \d+\n(Thread|Current thread) 0x", text)
 
 
 def test_no_step_is_lost_and_what_was_done_and_lost_comes_again(
@@ -220,7 +271,11 @@ def told(run: Path) -> list[tuple[str, str]]:
 
 def test_the_run_tells_what_befell_it_and_goes_on_when_its_learner_dies(lived: Lived) -> None:
     """That no group is lost by it is what the tests of the whole run below say."""
-    events = [event for event in told(lived.run) if event[0] in ("driver", "supervisor")]
+    events = [
+        event
+        for event in told(lived.run)
+        if event[0] in ("driver", "supervisor") and event[1] != "stalled"
+    ]
     assert events == [
         *[("driver", "began"), ("driver", "went on"), ("driver", "failed")],
         *[("supervisor", "restart"), ("driver", "went on"), ("driver", "stopped")],

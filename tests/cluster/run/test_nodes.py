@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+from cluster.run.nodes import leaving
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
 from rollout.settings import SamplerConfig
-from tests.rollout.test_sampler import Told
+from tests.support.light_sampler import LightSampler
 from tests.support.pretend import request
 
 ROOT = Path(__file__).parents[3]
@@ -44,31 +46,21 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def pool_of_two() -> Iterator[SamplerPool]:
-    """Two actors of a core each, on nodes that have a process ready; late after 40 seconds."""
-    ready = [
-        ray.remote(loaded).options(scheduling_strategy=NodeAffinitySchedulingStrategy(id_, False))
-        for id_ in (node["NodeID"] for node in ray.nodes() if node["Alive"])
-    ]
-    ray.get([task.remote() for task in ready], timeout=300)
+    """Two actors of a core each; told to be late after a minute."""
     pool = SamplerPool(
-        lambda name: RaySamplerClient(name, Told.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
+        lambda name: RaySamplerClient(name, LightSampler.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
         2,
-        SamplerConfig(max_num_seqs=8, start_timeout_seconds=40.0),
+        SamplerConfig(max_num_seqs=8, start_timeout_seconds=60.0),
         "told",
     )
     try:
-        pool.wait_ready(120)
+        pool.wait_ready(180)
         yield pool
     finally:
         pool.stop()
 
 
-def loaded() -> bool:
-    """In a process that has imported what an actor of the pool needs."""
-    return Told is not None
-
-
-def until(what: Callable[[], object], seconds: float = 120) -> None:
+def until(what: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
@@ -114,7 +106,7 @@ def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
     with pool_of_two() as pool:
         pool.submit([request(f"g-{i}") for i in range(12)])
         cluster.remove_node(other, allow_graceful=False)
-        found = pool.collect(12, 120)
+        found = pool.collect(12, 300)
         assert sorted(g.group_id for g in found) == sorted(f"g-{i}" for i in range(12))
         until(lambda: pool.counts()["absent"] == 1)
         assert pool.counts()["count"] == 1 and pool.counts()["restarts"] == 1
@@ -122,3 +114,25 @@ def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
         until(lambda: pool.counts()["count"] == 2)
         assert pool.counts()["absent"] == 0
         assert len(pool.sample([request(f"h-{i}") for i in range(12)])) == 12
+        # A notice that a node is taken away is one to whom it hosts.
+        told = "LightSampler"
+        others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != own_node()]
+        assert leaving((told,)) == ""
+        drain(others[0])
+        until(lambda: leaving((told,)) == told)
+        assert leaving(("LearnerRank",)) == ""
+        drain(own_node())
+        until(lambda: leaving(("LearnerRank",)) == "the driver")
+
+
+def own_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def drain(node: str) -> None:
+    """As a cluster's autoscaler does before a machine is preempted; nothing is ended yet."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    kept = int(time.time() * 1000) + 600_000
+    assert client.drain_node(node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "", kept)[
+        0
+    ]

@@ -1,6 +1,6 @@
 """A driver that waits in vain is told of and, where its recipe says so, ended; no Ray is needed.
 
-Not run: the stacks of the actors of a live run.
+The stacks of a live run's actors are in `test_faults.py`.
 """
 
 from __future__ import annotations
