@@ -20,7 +20,7 @@ from cluster.run.nodes import leaving
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
 from rollout.settings import SamplerConfig
-from tests.support.light_sampler import LightSampler
+from tests.support.light_sampler import LightSampler, wait_for_nodes
 from tests.support.pretend import request
 
 ROOT = Path(__file__).parents[3]
@@ -46,21 +46,23 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def pool_of_two() -> Iterator[SamplerPool]:
-    """Two actors of a core each; told to be late after a minute."""
+    """Two actors of a core each; on nodes that start processes by now. Late after 200 seconds:
+    beside whole runs on two cores one took 60."""
+    wait_for_nodes()
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, LightSampler.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
         2,
-        SamplerConfig(max_num_seqs=8, start_timeout_seconds=60.0),
+        SamplerConfig(max_num_seqs=8, start_timeout_seconds=200.0),
         "told",
     )
     try:
-        pool.wait_ready(180)
+        pool.wait_ready(300)
         yield pool
     finally:
         pool.stop()
 
 
-def until(what: Callable[[], object], seconds: float = 300) -> None:
+def until(what: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
