@@ -89,7 +89,10 @@ def checked(answer: Any) -> Observation:
     if not isinstance(answer.text, str) or len(answer.text) > MOST_TEXT:
         size = len(answer.text) if isinstance(answer.text, str) else type(answer.text).__name__
         raise EnvironmentFailed("unusable", f"text of at most {MOST_TEXT} characters, got {size}")
-    images = tuple(answer.images)
+    try:
+        images, defects = tuple(answer.images), tuple(str(one)[:80] for one in answer.defects)
+    except TypeError as error:
+        raise EnvironmentFailed("unusable", f"images and defects are tuples: {error}") from error
     if not all(isinstance(image, bytes) for image in images):
         raise EnvironmentFailed("unusable", "images are encoded files, as bytes")
     if sum(map(len, images)) > MOST_BYTES:
@@ -102,7 +105,6 @@ def checked(answer: Any) -> Observation:
         raise EnvironmentFailed("unusable", str(error)) from error
     if not np.isfinite(reward):
         raise EnvironmentFailed("unusable", f"a reward of {reward}")
-    defects = tuple(str(defect)[:80] for defect in answer.defects)
     # Half of a pair of surrogates is no text that a file could hold.
     text = answer.text.encode("utf-8", "replace").decode()
     return Observation(text, images, reward, bool(answer.done), defects)

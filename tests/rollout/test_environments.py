@@ -52,6 +52,7 @@ def words(answer: Observation | None) -> list[str]:
         ("huge", "unusable", "100"),
         ("reward", "unusable", "a reward of nan"),
         ("other", "unusable", "not an Observation: str"),
+        ("one image", "unusable", "images and defects are tuples"),
     ],
 )
 def test_what_an_environment_does_is_a_failure_of_its_own_episode(

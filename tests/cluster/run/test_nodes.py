@@ -46,8 +46,8 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def pool_of_two() -> Iterator[SamplerPool]:
-    """Two actors of a core each; on nodes that start processes by now. Late after 200 seconds:
-    beside whole runs on two cores one took 60."""
+    """Two actors of a core each, on nodes that start processes by now; late after 200 seconds, as
+    one took 60 where two cores had six processes more."""
     wait_for_nodes()
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, LightSampler.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
