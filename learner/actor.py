@@ -35,6 +35,9 @@ class LearnerRank:
         listen()
         self._rank, self._size = rank, size
 
+    def __repr__(self) -> str:
+        return f"learner-{self._rank}"  # Ray's dashboard and logs show it
+
     def free_address(self) -> str:
         """`host:port` free on this rank's node, for rank 0 to listen on."""
         with socket.socket() as probe:

@@ -97,6 +97,9 @@ class RemoteWorker:
         if memory_gib:
             limit_memory(memory_gib)
 
+    def __repr__(self) -> str:
+        return f"reward-{self.entries[0].name}"  # Ray's dashboard and logs show it
+
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:
         """Load the term in this process; the first call after any start."""

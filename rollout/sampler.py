@@ -33,6 +33,9 @@ class Sampler:
         self._name = name
         self._environments: EnvironmentPool | None = None
 
+    def __repr__(self) -> str:
+        return self._name  # Ray's dashboard and logs show it
+
     async def ready(self, weights: Weights | None) -> tuple[int, int | None]:
         """How many token ids the model has, and the version that it holds: `weights` by then."""
         if weights is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from cluster.cli import app
 from cluster.recipe.nodes import Node, lacking
 from cluster.recipe.recipe import load_recipe
+from cluster.record.metric_table import all_metrics
 from tests.support.recipes import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -160,3 +163,20 @@ def test_a_job_that_was_requeued_goes_on_and_a_failure_is_the_jobs(tmp_path: Pat
     job, told = under_slurm(tmp_path, "recipe.toml", str(run))
     assert ended(job) == 7
     assert f"equipoise train --resume {run} --address one:6379\n" in told.read_text()
+
+
+def test_each_panel_of_the_dashboard_asks_for_numbers_that_a_run_logs() -> None:
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    names = [row.name for row in all_metrics()]
+    for panel in dashboard["panels"]:
+        (target,) = panel["targets"]
+        asked = re.fullmatch(
+            r'ray_equipoise_metric\{run=~"\$run", metric=~"([^"]+)"\}', target["expr"]
+        )
+        assert asked
+        for wanted in asked[1].split("|"):
+            like = re.compile(wanted)
+            assert any(
+                like.fullmatch(re.sub("<learner>", "learner", re.sub("<task>", "vqa", name)))
+                for name in names
+            ), wanted

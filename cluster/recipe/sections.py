@@ -116,10 +116,11 @@ class OutputConfig(Section):
     """With the token arrays (ids, log-probs, versions, segments), which `train --replay` and
     `diagnose --rescore` need."""
     trackers: Annotated[
-        tuple[Literal["wandb", "mlflow", "swanlab", "trackio"], ...], Field(strict=False)
+        tuple[Literal["wandb", "mlflow", "swanlab", "trackio", "ray"], ...], Field(strict=False)
     ] = ()
-    """Where the numbers of docs/metrics.md go beside the run folder and its TensorBoard; each is an
-    optional extra: `pip install "equipoise[wandb]"`. Nothing else leaves."""
+    """Where the numbers of docs/metrics.md go beside the run folder and its TensorBoard. `ray`: the
+    metrics agents of the Ray cluster, for Prometheus and deploy/grafana.json. The others are
+    optional extras: `pip install "equipoise[wandb]"`. Nothing else leaves."""
     project: Text = "equipoise"
     """What the trackers file the run under."""
     tracked_rollouts: Count = 0

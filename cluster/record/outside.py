@@ -135,11 +135,39 @@ class Trackio:
         self._trackio.finish()
 
 
+class RayMetrics:
+    """The metrics agents of the Ray cluster, which Prometheus reads: the latest numbers as a gauge.
+
+    `ray_equipoise_metric{metric="acc/a", project="...", run="..."}`; rollouts are no numbers.
+    """
+
+    def __init__(self, project: str, name: str, folder: Path) -> None:
+        from ray.util.metrics import Gauge
+
+        self._gauge = Gauge(
+            "equipoise_metric",
+            description="The latest number of docs/metrics.md under its name there.",
+            tag_keys=("metric", "project", "run"),
+        )
+        self._gauge.set_default_tags({"project": project, "run": name})
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in {**metrics, "step": step}.items():
+            self._gauge.set(value, {"metric": name})
+
+    def rollouts(self, step: int, rows: Sequence[Row]) -> None:
+        """None leaves."""
+
+    def close(self) -> None:
+        """Ray's agents are sent the numbers as they are set."""
+
+
 SINKS: dict[str, Callable[[str, str, Path], Sink]] = {
     "wandb": Wandb,
     "mlflow": Mlflow,
     "swanlab": Swanlab,
     "trackio": Trackio,
+    "ray": RayMetrics,
 }
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import time
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import cluster.record.outside as outside
 from cluster.recipe.sections import OutputConfig
@@ -60,6 +64,36 @@ def test_wandb_gets_the_numbers_and_a_few_rollouts_and_nothing_else(
     assert told["columns"][:4] == ["task", "prompt", "text", "total"]
     assert [row[2] for row in told["data"]] == ["3;6;", "3;5;<b>"]
     assert b"kept-at-home" not in file.read_bytes() and b"not-told" not in table.read_bytes()
+
+
+def test_the_agents_of_a_ray_cluster_serve_the_latest_numbers(tmp_path: Path) -> None:
+    quick = {"metrics_report_interval_ms": 200}
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+             _system_config=quick)  # fmt: skip
+    try:
+        (node,) = ray.nodes()
+        page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        output = OutputConfig(trackers=("ray",), project="mine", tracked_rollouts=2)
+        with Tracker(tmp_path / "my-run", output=output) as tracker:
+            tracker.log(1, {"acc/a": 0.5, "reward/outcome/mean": 0.25})
+            tracker.log_rollouts(1, scored(group(3, "3;6;", "3;5;not-told")))
+            tracker.log(2, {"acc/a": 0.75})
+        wanted = {"acc/a": 0.75, "reward/outcome/mean": 0.25, "step": 2.0}
+        served, text = dict[str, float](), ""
+        until = time.monotonic() + 120
+        while served != wanted:
+            assert time.monotonic() < until, served
+            time.sleep(0.2)
+            with suppress(OSError), urllib.request.urlopen(page, timeout=5) as answer:
+                text = answer.read().decode()
+            lines = [x for x in text.splitlines() if x.startswith("ray_equipoise_metric{")]
+            assert all('project="mine"' in x and 'run="my-run"' in x for x in lines)
+            served = {
+                x.partition('metric="')[2].partition('"')[0]: float(x.split()[-1]) for x in lines
+            }
+        assert "not-told" not in text
+    finally:
+        ray.shutdown()
 
 
 class Recorded:
