@@ -26,6 +26,7 @@ LONGEST = (
     "tests/cluster/run/test_faults.py",
     "tests/learner/test_resume.py",
     "tests/cluster/run/test_sft.py",
+    "tests/cluster/run/test_two_nodes.py",
     "tests/cluster/run/test_far_sampler.py",
     "tests/cluster/ablation/test_launch.py",
     "tests/rewards/test_judge_vllm.py",
