@@ -176,10 +176,10 @@ def measure(setup: LearnerSetup, ranks: int) -> Held:
     return held
 
 
-def _rank(setup: LearnerSetup, place: WorldPlace, found: Any) -> None:
+def _rank(setup: LearnerSetup, world: WorldPlace, found: Any) -> None:
     from learner.engine import DeepSpeedLearner
 
-    learner = DeepSpeedLearner(setup, place)
+    learner = DeepSpeedLearner(setup, world)
     batch = make_batch(learner.processor)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -195,7 +195,7 @@ def _rank(setup: LearnerSetup, place: WorldPlace, found: Any) -> None:
     for _ in range(UPDATES):
         learner.update(batch, TokenMeanLoss(), 1e-4)
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    if place.rank == 0:
+    if world.rank == 0:
         engine = learner._engine
         found.put(Held(parameter_bytes(engine), gradients, optimizer_bytes(engine), rise))
     learner.close()

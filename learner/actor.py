@@ -81,8 +81,8 @@ def on_every_rank(
     @functools.wraps(method)
     def call(group: LearnerGroup, /, *args: P.args, **options: P.kwargs) -> R:
         once = [ray.put(value) for value in args]  # not once a rank
-        found: R = group.on_ranks("call", method.__name__, *once, **options)
-        return found
+        results: R = group.on_ranks("call", method.__name__, *once, **options)
+        return results
 
     return call
 

@@ -78,17 +78,17 @@ def segment_gradients(
 
     with torch.random.fork_rng():  # dropout in here must not change the update's
         for micro in micro_batches:
-            seen = micro.tokens.segments == PERCEPTION
+            is_perception = micro.tokens.segments == PERCEPTION
             logprobs = forward(micro)
-            for part, chosen in (("perception", seen), ("reasoning", ~seen)):
+            for part, chosen in (("perception", is_perception), ("reasoning", ~is_perception)):
                 first = part == "perception"
                 if not (first or keep_graph):
                     logprobs = forward(micro)
                 loss = -torch.where(chosen, logprobs, 0.0).sum() / counts[part] * micro.weight
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     loss, watched, retain_graph=first and keep_graph, allow_unused=True
                 )
-                for total, gradient in zip(sums[part], found, strict=True):
+                for total, gradient in zip(sums[part], gradients, strict=True):
                     if gradient is not None:
                         total += gradient
     if torch.distributed.is_initialized():
@@ -181,9 +181,9 @@ class Balance:
         weight = ngdiff_weight(gradients.perception, gradients.reasoning)
         pull = balanced_pull(gradients.perception, gradients.reasoning)
         if self._measured:
-            kept = self.sft.norm_smoothing
-            weight = kept * self._ngdiff + (1 - kept) * weight
-            pull = kept * self._pull + (1 - kept) * pull
+            decay = self.sft.norm_smoothing
+            weight = decay * self._ngdiff + (1 - decay) * weight
+            pull = decay * self._pull + (1 - decay) * pull
         self._ngdiff, self._pull, self._measured = weight, pull, True
 
     def weight_at(self, step: int, batch: TrainBatch) -> float:

@@ -56,8 +56,8 @@ class TrainSequence:
     @property
     def targets(self) -> np.ndarray:
         """bool [T]: the tokens that the policy wrote; no loss sees another one."""
-        found: np.ndarray = self.segments != ENVIRONMENT
-        return found
+        from_policy: np.ndarray = self.segments != ENVIRONMENT
+        return from_policy
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Vision:
     Attributes:
         inputs: what the tower reads, of the distinct images end to end (`pixel_values` and what
             else the family needs).
-        images: int64 [I], which of them each place of an image shows, sequence by sequence.
+        images: int64 [I], which of them each use of an image shows, sequence by sequence.
         rows: int64 [R], the same in rows of `pixel_values` (an image may be several tiles).
     """
 

@@ -29,10 +29,10 @@ class HeldBaton(file_baton.FileBaton):
 
         The build is then ours: what another has built by then, ninja leaves as it is.
         """
-        folder, begun, told = Path(self.lock_file_path).parent, time.monotonic(), False
+        folder, start, announced = Path(self.lock_file_path).parent, time.monotonic(), False
         while not self._taken():
-            if not told and time.monotonic() - begun > SILENT_SECONDS:
-                told = True
+            if not announced and time.monotonic() - start > SILENT_SECONDS:
+                announced = True
                 line = f"waiting for another process to compile {folder.name} in {folder}"
                 print(line, file=sys.stderr, flush=True)
             time.sleep(self.wait_seconds)
@@ -46,19 +46,19 @@ class HeldBaton(file_baton.FileBaton):
 
     def _taken(self) -> bool:
         """Whether both locks are ours now; what a builder that died left is removed at once."""
-        held = os.open(f"{self.lock_file_path}.held", os.O_CREAT | os.O_RDWR)
+        lock_fd = os.open(f"{self.lock_file_path}.held", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(held)
+            os.close(lock_fd)
             return False
-        if os.read(held, 1) or self._is_old():
+        if os.read(lock_fd, 1) or self._is_old():
             Path(self.lock_file_path).unlink(missing_ok=True)
         if not super().try_acquire():
-            os.close(held)
+            os.close(lock_fd)
             return False
-        os.pwrite(held, b"building", 0)
-        self._held = held
+        os.pwrite(lock_fd, b"building", 0)
+        self._held = lock_fd
         return True
 
     def _is_old(self) -> bool:

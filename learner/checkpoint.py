@@ -38,8 +38,8 @@ def checkpoint_folders(run: Path) -> list[Path]:
     """The training checkpoints of a run, oldest first, whole or not."""
     for aside in (run / "checkpoints").glob(".step-*.old"):
         recover(aside.with_name(aside.name[1:].removesuffix(".old")))
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((f for f in found if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+    candidates = (run / "checkpoints").glob("step-*")
+    return sorted((f for f in candidates if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
 
 
 def prune(newest: Path, keep: int) -> None:
@@ -49,8 +49,8 @@ def prune(newest: Path, keep: int) -> None:
     be used; they go too.
     """
     folders = checkpoint_folders(newest.parent.parent)
-    place = folders.index(newest)
-    for folder in folders[: max(0, place + 1 - keep)] + folders[place + 1 :]:
+    newest_index = folders.index(newest)
+    for folder in folders[: max(0, newest_index + 1 - keep)] + folders[newest_index + 1 :]:
         shutil.rmtree(folder)
 
 

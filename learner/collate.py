@@ -88,17 +88,19 @@ class Collator:
         out = self._processor(
             images=pictures, text=[self._image_token] * len(pictures), return_tensors="pt"
         )
-        written = [runs_of(ids == self.image_token_id) for ids in np.asarray(out["input_ids"])]
-        made = {
+        placeholder_runs = [
+            runs_of(ids == self.image_token_id) for ids in np.asarray(out["input_ids"])
+        ]
+        image_tensors = {
             name: value
             for name, value in out.items()
             if name in self._accepts
             and name not in ("input_ids", "attention_mask", "mm_token_type_ids")
         }
-        parts = self._family.split_images(made, len(pictures))
+        parts = self._family.split_images(image_tensors, len(pictures))
         return [
             EncodedImage(part, tuple(runs.tolist()))
-            for part, runs in zip(parts, written, strict=True)
+            for part, runs in zip(parts, placeholder_runs, strict=True)
         ]
 
     def forget(self) -> None:
@@ -112,7 +114,7 @@ class Collator:
         encoded = dict(zip(used, self.encode_images(used), strict=True))
         self._check_placeholders(sequences, encoded)
         lay_out = self._padded if self._layout == "padded" else self._packed
-        inputs, rows, columns, shown = lay_out(sequences, encoded)
+        inputs, rows, columns, image_uses = lay_out(sequences, encoded)
         tokens = Tokens(
             ids=_flat(sequences, "response_ids", torch.long),
             segments=_flat(sequences, "segments", torch.int8),
@@ -129,7 +131,7 @@ class Collator:
         shared = real - inputs["input_ids"].numel() if self._layout != "padded" else 0
         return MicroBatch(
             inputs=inputs,
-            vision=self._vision(encoded, shown),
+            vision=self._vision(encoded, image_uses),
             rows=rows,
             columns=columns,
             tokens=tokens,
@@ -142,16 +144,20 @@ class Collator:
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
     ) -> None:
         for index, sequence in enumerate(sequences):
-            found = np.cumsum(runs_of(sequence.known == self.image_token_id))
+            actual = np.cumsum(runs_of(sequence.known == self.image_token_id))
             runs = [run for image in sequence.images for run in encoded[image].runs]
             expected = np.cumsum(runs, dtype=int)
             # Templates may write two images with nothing between them: one run of both.
-            if found[-1:].tolist() != expected[-1:].tolist() or not np.isin(found, expected).all():
+            if (
+                actual[-1:].tolist() != expected[-1:].tolist()
+                or not np.isin(actual, expected).all()
+            ):
                 raise ValueError(
-                    f"sequence {index}: {found[-1:].sum()} image placeholders before its last "
+                    f"sequence {index}: {actual[-1:].sum()} image placeholders before its last "
                     f"token but {sum(runs)} visual features from its images, or runs of them "
-                    f"that end after {found.tolist()} and {expected.tolist()}; sampler and learner "
-                    "must load the same processor, and end a response at a sampled placeholder"
+                    f"that end after {actual.tolist()} and {expected.tolist()}; sampler and "
+                    "learner must load the same processor, and end a response at a sampled "
+                    "placeholder"
                 )
 
     def _padded(
@@ -170,12 +176,12 @@ class Collator:
             rows.append(torch.full_like(predicted, row))
             columns.append(predicted + len(s.prompt_ids) - 1)
         inputs: dict[str, Any] = {"input_ids": ids}
-        shown = [image for s in sequences for image in s.images]
+        image_uses = [image for s in sequences for image in s.images]
         # Tensors that place image tokens (a grid, a size) go with every use of the image.
-        inputs |= self._placing([encoded[image] for image in shown])
+        inputs |= self._placing([encoded[image] for image in image_uses])
         if "mm_token_type_ids" in self._accepts:
             inputs["mm_token_type_ids"] = is_image
-        return inputs, torch.cat(rows), torch.cat(columns), shown
+        return inputs, torch.cat(rows), torch.cat(columns), image_uses
 
     def _packed(
         self, sequences: Sequence[TrainSequence], encoded: Mapping[bytes, EncodedImage]
@@ -197,7 +203,7 @@ class Collator:
         starts = [self._start_positions(s, encoded) for s in sequences]
         planes = torch.cat(
             [
-                _go_on(starts[index], torch.from_numpy(row.place[row.sequence == index]))
+                _go_on(starts[index], torch.from_numpy(row.position[row.sequence == index]))
                 for index in dict.fromkeys(row.sequence.tolist())
             ],
             dim=1,
@@ -208,18 +214,18 @@ class Collator:
             "stretches": row.stretches,
         }
         columns = torch.from_numpy(row.columns[np.concatenate([s.targets for s in sequences])])
-        shown = [
+        image_uses = [
             image
             for index, (s, first) in enumerate(zip(sequences, firsts, strict=True))
-            for image in s.images[0 if index in row.written else first :]
+            for image in s.images[0 if index in row.with_prompt else first :]
         ]
-        return inputs, torch.zeros_like(columns), columns, shown
+        return inputs, torch.zeros_like(columns), columns, image_uses
 
     def _prompt_images(self, sequence: TrainSequence, encoded: Mapping[bytes, EncodedImage]) -> int:
         """How many of a sequence's images stand in its prompt; the others came with later turns."""
         ends = np.cumsum([encoded[image].placeholders for image in sequence.images])
-        there = (sequence.prompt_ids == self.image_token_id).sum()
-        return int(np.searchsorted(ends, there, side="right"))
+        placeholders = (sequence.prompt_ids == self.image_token_id).sum()
+        return int(np.searchsorted(ends, placeholders, side="right"))
 
     def _start_positions(
         self, sequence: TrainSequence, encoded: Mapping[bytes, EncodedImage]
@@ -240,13 +246,13 @@ class Collator:
         names = [name for name in self.blank.inputs if name not in self._family.tower_only]
         return {n: torch.cat([image.inputs[n] for image in images]) for n in names if images}
 
-    def _vision(self, encoded: Mapping[bytes, EncodedImage], shown: Sequence[bytes]) -> Vision:
+    def _vision(self, encoded: Mapping[bytes, EncodedImage], image_uses: Sequence[bytes]) -> Vision:
         """What the tower reads for `encoded` (or one blank), and which image each use shows."""
         distinct = list(encoded.values()) or [self.blank]
-        place = {image: index for index, image in enumerate(encoded)}
+        index_of = {image: index for index, image in enumerate(encoded)}
         heights = [len(image.inputs["pixel_values"]) for image in distinct]
         starts = np.cumsum([0, *heights])
-        images = [place[image] for image in shown]
+        images = [index_of[image] for image in image_uses]
         rows = [np.arange(starts[i], starts[i + 1]) for i in images]
         return Vision(
             {n: torch.cat([image.inputs[n] for image in distinct]) for n in self.blank.inputs},
@@ -261,15 +267,15 @@ def runs_of(chosen: np.ndarray) -> np.ndarray:
     return edges[1::2] - edges[::2]
 
 
-def _go_on(start: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Positions [planes, n] of tokens at `place` [n] of a sequence that begins at `start`.
+def _go_on(start: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Positions [planes, n] of tokens at `position` [n] of a sequence that begins at `start`.
 
     What follows it is text, which counts on from the largest position.
     """
     length, following = start.shape[1], int(start.max()) + 1
-    after = (following + place - length).expand(len(start), -1)
-    within = start[:, place.clamp(max=length - 1)]
-    return torch.where(place < length, within, after)
+    after = (following + position - length).expand(len(start), -1)
+    within = start[:, position.clamp(max=length - 1)]
+    return torch.where(position < length, within, after)
 
 
 def _flat(sequences: Sequence[TrainSequence], name: str, dtype: torch.dtype) -> torch.Tensor:

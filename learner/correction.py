@@ -57,13 +57,13 @@ def correction_weights(
     """w [N] of log ρ [N]; no gradient."""
     level = _level(correction, gap, tokens)
     if correction.kind == "geometric_mask":
-        kept = torch.ones_like(level)
+        weights = torch.ones_like(level)
     else:
         # In logarithms: the product of a long sequence overflows before it is cut.
-        kept = torch.exp(level.clamp(max=math.log(correction.high or math.inf)))
+        weights = torch.exp(level.clamp(max=math.log(correction.high or math.inf)))
     if correction.kind in ("token_tis", "sequence_tis"):
-        return kept
-    return torch.where(_inside(correction, level), kept, torch.zeros_like(kept))
+        return weights
+    return torch.where(_inside(correction, level), weights, torch.zeros_like(weights))
 
 
 def touched(correction: CorrectionConfig, gap: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -96,12 +96,12 @@ def old_logprobs(logprobs: torch.Tensor, tokens: Tokens) -> torch.Tensor:
 
 def with_old_logprobs(batch: TrainBatch, logprobs: Sequence[np.ndarray]) -> TrainBatch:
     """The batch with log π_old, for each sequence in its order that of its targets, float32 [n]."""
-    found = []
+    completed = []
     for sequence, values in zip(batch.sequences, logprobs, strict=True):
         old = np.zeros(len(sequence.response_ids), np.float32)
         old[sequence.targets] = values
-        found.append(replace(sequence, old_logprobs=old))
-    return TrainBatch(tuple(found))
+        completed.append(replace(sequence, old_logprobs=old))
+    return TrainBatch(tuple(completed))
 
 
 def mismatch_metrics(
@@ -115,21 +115,21 @@ def mismatch_metrics(
     gap = (old_logprobs(logprobs, tokens) - tokens.sampler_logprobs).double()
     count, ratio = float(len(gap)), torch.exp(gap)
     of_token = ratio - 1 - gap
-    found: dict[str, Metric] = {
+    metrics: dict[str, Metric] = {
         "mismatch/k1": Mean(float(-gap.sum()), count),
         "mismatch/k3": Mean(float(of_token.sum()), count),
         "mismatch/effective_share": _effective_share(ratio),
     }
     for index, segment in enumerate(SEGMENTS):
         chosen = of_token[tokens.segments == index]
-        found[f"mismatch/k3/{segment}"] = Mean(float(chosen.sum()), float(len(chosen)))
+        metrics[f"mismatch/k3/{segment}"] = Mean(float(chosen.sum()), float(len(chosen)))
     if correction.kind != "none":
         weights = correction_weights(correction, gap, tokens)
         changed = float(touched(correction, gap, tokens).sum())
-        found["correction/weight_mean"] = Mean(float(weights.sum()), count)
-        found["correction/touched_share"] = Mean(changed, count)
-        found["correction/effective_share"] = _effective_share(weights)
-    return found
+        metrics["correction/weight_mean"] = Mean(float(weights.sum()), count)
+        metrics["correction/touched_share"] = Mean(changed, count)
+        metrics["correction/effective_share"] = _effective_share(weights)
+    return metrics
 
 
 def _effective_share(weights: torch.Tensor) -> EffectiveShare:

@@ -60,13 +60,13 @@ class HostWeights:
 class DeepSpeedLearner(Trainer):
     """One rank of the learner: a `Trainer` on DeepSpeed's ZeRO 0 to 3."""
 
-    def __init__(self, setup: LearnerSetup, place: WorldPlace) -> None:
+    def __init__(self, setup: LearnerSetup, world: WorldPlace) -> None:
         os.environ.update(
-            RANK=str(place.rank),
+            RANK=str(world.rank),
             LOCAL_RANK="0",  # Ray shows a rank its own GPU and no other
-            WORLD_SIZE=str(place.size),
-            MASTER_ADDR=place.master.rsplit(":", 1)[0],
-            MASTER_PORT=place.master.rsplit(":", 1)[1],
+            WORLD_SIZE=str(world.size),
+            MASTER_ADDR=world.master.rsplit(":", 1)[0],
+            MASTER_PORT=world.master.rsplit(":", 1)[1],
         )
         on_gpu = setup.learner.gpus > 0
         if on_gpu and not torch.cuda.is_available():
@@ -97,7 +97,7 @@ class DeepSpeedLearner(Trainer):
         freeze(policy, learner.freeze)
         if learner.activation_checkpointing:
             keep_no_activations(policy)
-        self._setup, self._place, self._writer = setup, place, Writer()
+        self._setup, self._world, self._writer = setup, world, Writer()
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._start(policy, learner)
         device = self._engine.device
@@ -153,7 +153,7 @@ class DeepSpeedLearner(Trainer):
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = learning_rate * group["multiplier"]
         denominators, view = loss.denominators(batch), loss.second_view()
-        told: list[dict[str, Metric]] = []
+        metric_parts: list[dict[str, Metric]] = []
         # Two views of a sequence go through one forward pass, in half the budget each.
         share = self._share(batch, 2 if view else 1)
         for index, indices in enumerate(share):
@@ -162,29 +162,29 @@ class DeepSpeedLearner(Trainer):
             tokens, second = micro.tokens, None
             if self._reference and loss.uses_reference:
                 plain = self._micro_batch(batch, indices) if view else micro
-                known = self._reference.logprobs(self._engine.module, plain)
-                tokens = replace(tokens, reference_logprobs=known)
-            seen: View = self._engine(micro, entropy_gradient=loss.uses_entropy)
+                reference_logprobs = self._reference.logprobs(self._engine.module, plain)
+                tokens = replace(tokens, reference_logprobs=reference_logprobs)
+            outputs: View = self._engine(micro, entropy_gradient=loss.uses_entropy)
             if view:
-                seen, second = zip(*(both.chunk(2) for both in seen), strict=True)
-                tokens = tokens.first(len(seen[0]))
-            total = seen[0].new_zeros(())
-            for name, value in loss.sums(seen, tokens, second).items():
+                outputs, second = zip(*(both.chunk(2) for both in outputs), strict=True)
+                tokens = tokens.first(len(outputs[0]))
+            total = outputs[0].new_zeros(())
+            for name, value in loss.sums(outputs, tokens, second).items():
                 part = value / denominators[name] * micro.weight
                 total = total + part
-                told.append({f"loss/{name}": Total(float(part.detach()))})
+                metric_parts.append({f"loss/{name}": Total(float(part.detach()))})
             if not torch.isfinite(total):
                 raise NonFiniteLoss(
                     f"the loss of micro-batch {index} is {float(total)}; the update was not applied"
                 )
             # DeepSpeed averages over ranks; ours are shares of one sum.
-            self._engine.backward(total * self._place.size)
+            self._engine.backward(total * self._world.size)
             if micro.weight:
                 with torch.no_grad():
-                    told.append(loss.metrics(seen, tokens) | _layout_metrics(micro))
+                    metric_parts.append(loss.metrics(outputs, tokens) | _layout_metrics(micro))
         norm = self._step()
         self._collate.forget()
-        metrics = values(combined(_from_ranks(combined(told), self._place.size)))
+        metrics = values(combined(_from_ranks(combined(metric_parts), self._world.size)))
         metrics["loss"] = sum(v for name, v in metrics.items() if name.startswith("loss/"))
         metrics["grad_norm"] = norm
         metrics["seconds"] = time.perf_counter() - start
@@ -213,27 +213,27 @@ class DeepSpeedLearner(Trainer):
         # optimizer's.
         micros = (self._micro_batch(batch, indices) for indices in self._share(batch))
         keep_graph = self._setup.learner.zero_stage < 3
-        found = segment_gradients(self._engine.module, micros, batch, of, keep_graph)
-        if not math.isfinite(found.perception + found.reasoning):
+        norms = segment_gradients(self._engine.module, micros, batch, of, keep_graph)
+        if not math.isfinite(norms.perception + norms.reasoning):
             raise NonFiniteLoss(
-                f"the gradient norms are {found.perception} (perception) and {found.reasoning} "
+                f"the gradient norms are {norms.perception} (perception) and {norms.reasoning} "
                 "(reasoning); no update was applied"
             )
-        return found
+        return norms
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch) -> list[np.ndarray]:
         was_training = self._engine.module.training
         self._engine.module.eval()
-        found: dict[int, np.ndarray] = {}
+        by_index: dict[int, np.ndarray] = {}
         for indices in self._share(batch):
             flat, _ = self._engine.module.run(self._micro_batch(batch, indices))
             ends = np.cumsum([batch.sequences[i].targets.sum() for i in indices], dtype=int)
             # A filler, which has no indices, is there for the other ranks' collectives only.
-            found |= zip(indices, np.split(flat.float().cpu().numpy(), ends), strict=False)
+            by_index |= zip(indices, np.split(flat.float().cpu().numpy(), ends), strict=False)
         self._engine.module.train(was_training)
         self._collate.forget()
-        shares = _from_ranks(found, self._place.size)
+        shares = _from_ranks(by_index, self._world.size)
         return [share[i] for i in range(len(batch.sequences)) for share in shares if i in share]
 
     def weights(self) -> OfferedWeights:
@@ -253,16 +253,16 @@ class DeepSpeedLearner(Trainer):
     def save(self, folder: Path) -> None:
         self.finish_saving()
         weights = self._host_weights()
-        if self._place.rank == 0:
+        if self._world.rank == 0:
             with replacing(folder) as fresh:
                 self._write_model(fresh, weights)
 
     def save_training(self, folder: Path, state: dict[str, Any]) -> None:
         # The optimizer state is gathered and written by layer group: the extra memory is one.
         self.finish_saving()
-        randoms = _from_ranks(random_state(), self._place.size)
+        randoms = _from_ranks(random_state(), self._world.size)
         weights, optimizer = self._host_weights(), self._optimizer_groups()
-        if self._place.rank:
+        if self._world.rank:
             for _ in optimizer:
                 pass
         elif not self._setup.checkpoint.background:
@@ -285,10 +285,10 @@ class DeepSpeedLearner(Trainer):
         files = sorted(folder.glob("optimizer-*.safetensors"))
         steps = self._optimizer_state().load(files)
         randoms = read_random_states(folder / "random.json")
-        if len(randoms) == self._place.size:
-            set_random_state(randoms[self._place.rank])
+        if len(randoms) == self._world.size:
+            set_random_state(randoms[self._world.rank])
         else:
-            seed_all(self._setup.seed, steps, self._place.rank)
+            seed_all(self._setup.seed, steps, self._world.rank)
 
     def _optimizer_state(self) -> OptimizerState:
         return OptimizerState(self._engine, self._deepspeed, self._setup.learner.zero_stage)
@@ -302,22 +302,24 @@ class DeepSpeedLearner(Trainer):
 
     def _host_weights(self) -> HostWeights:
         """All weights in host memory on rank 0; nothing on others, which help to gather them."""
-        model, found = self._engine.module.model, HostWeights({}, {})
+        model, host = self._engine.module.model, HostWeights({}, {})
         source = GatheredWeights(model, self._gather, self._dtype)
         for names, tensors in source.parameter_groups():
-            if self._place.rank:
+            if self._world.rank:
                 continue
             copies = [t.detach().cpu().clone() for t in tensors]
             if self._adapters:
-                found.adapters.update(self._adapters.adapter_tensors(names, copies))
-                found.model.update(self._adapters.merged(names, copies))
+                host.adapters.update(self._adapters.adapter_tensors(names, copies))
+                host.model.update(self._adapters.merged(names, copies))
             else:
-                found.model.update(zip(names, copies, strict=True))
-        if self._place.rank == 0:
+                host.model.update(zip(names, copies, strict=True))
+        if self._world.rank == 0:
             buffers = dict(model.named_buffers())
-            kept = [name for name in model.state_dict() if name in buffers]
-            found.model.update((name, buffers[name].detach().cpu().clone()) for name in kept)
-        return found
+            saved_buffers = [name for name in model.state_dict() if name in buffers]
+            host.model.update(
+                (name, buffers[name].detach().cpu().clone()) for name in saved_buffers
+            )
+        return host
 
     def _write_training(
         self,
@@ -330,9 +332,9 @@ class DeepSpeedLearner(Trainer):
         with replacing(folder) as fresh:
             self._write_model(fresh, weights)
             (fresh / TRAINING).mkdir()
-            for place, tensors in enumerate(optimizer):
+            for group, tensors in enumerate(optimizer):
                 if tensors:
-                    save_file(tensors, fresh / TRAINING / f"optimizer-{place:04d}.safetensors")
+                    save_file(tensors, fresh / TRAINING / f"optimizer-{group:04d}.safetensors")
             write_json(fresh / TRAINING / "random.json", randoms)
             write_json(fresh / STATE, state)
             seal(fresh)
@@ -350,9 +352,9 @@ class DeepSpeedLearner(Trainer):
         """This rank's micro-batches, where every sequence comes in `views` views."""
         learner = self._setup.learner
         items = [describe(s, self._collate.image_token_id) for s in batch.sequences]
-        budget, ranks = learner.micro_batch_tokens // views, self._place.size
+        budget, ranks = learner.micro_batch_tokens // views, self._world.size
         dealt = deal_micro_batches(items, ranks, budget, learner.layout, self._costs)
-        return dealt[self._place.rank]
+        return dealt[self._world.rank]
 
     def _micro_batch(
         self,
@@ -371,10 +373,10 @@ class DeepSpeedLearner(Trainer):
 
 
 def _layout_metrics(micro: MicroBatch) -> dict[str, Metric]:
-    there, real = float(micro.inputs["input_ids"].numel()), float(micro.real_tokens)
+    slots, real = float(micro.inputs["input_ids"].numel()), float(micro.real_tokens)
     shared = float(micro.shared_tokens)
     return {
-        "padding_share": Mean(there - real, there),
+        "padding_share": Mean(slots - real, slots),
         "shared_share": Mean(shared, real + shared),
     }
 
@@ -387,7 +389,7 @@ def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:
 
 def _from_ranks(value: Any, ranks: int) -> list[Any]:
     """Every rank's `value`, by rank; all must call it."""
-    found: list[Any] = [value] * ranks
+    gathered: list[Any] = [value] * ranks
     if ranks > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found
+        torch.distributed.all_gather_object(gathered, value)
+    return gathered

@@ -98,7 +98,7 @@ def graft(language: str, tower: str, out: Path, seed: int = 0) -> dict[str, int]
     count = {part: 0 for part in ("language", "vision", "merger", "head")}
     for name, parameter in model.named_parameters():
         count[family.part_of(name)] += parameter.numel()
-    told = {
+    counts = {
         "parameters": sum(count.values()),
         "language": count["language"] + count["head"],
         "vision": count["vision"],
@@ -109,24 +109,24 @@ def graft(language: str, tower: str, out: Path, seed: int = 0) -> dict[str, int]
     with replacing(out) as fresh:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        put_text(fresh / "README.md", _card(language, tower, family, told, added, sizes.image))
+        put_text(fresh / "README.md", _card(language, tower, family, counts, added, sizes.image))
         load_processor(str(fresh), "--out")
-    return told
+    return counts
 
 
 def _serving(language: str) -> Any:
     """The family that is grafted onto a language model."""
     require_model(language, "--language")
-    found = _opened(AutoConfig, language, "--language")
+    config = _opened(AutoConfig, language, "--language")
     known = {name: family for family in TINY.values() for name in family.languages}
-    if hasattr(found, "vision_config"):
-        raise ModelError(f"--language: {language}: sees already ({found.model_type})")
-    if found.model_type not in known:
+    if hasattr(config, "vision_config"):
+        raise ModelError(f"--language: {language}: sees already ({config.model_type})")
+    if config.model_type not in known:
         raise ModelError(
             f"--language: {language}: no family of VLMs here has a language model of model_type "
-            f"{found.model_type!r}; take one of {', '.join(known)}"
+            f"{config.model_type!r}; take one of {', '.join(known)}"
         )
-    return known[found.model_type]
+    return known[config.model_type]
 
 
 def _tower(named: str) -> tuple[Tower, Any]:
@@ -138,8 +138,8 @@ def _tower(named: str) -> tuple[Tower, Any]:
             f"--tower: {named}: neither one of {', '.join(TOWERS)} nor a folder or hub name"
         )
     field = f"--tower: {named}"
-    whole = _opened(AutoConfig, named, "--tower")
-    config = getattr(whole, "vision_config", whole)
+    full_config = _opened(AutoConfig, named, "--tower")
+    config = getattr(full_config, "vision_config", full_config)
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sides = [fields.get("image_size"), fields.get("patch_size")]
@@ -148,8 +148,8 @@ def _tower(named: str) -> tuple[Tower, Any]:
         raise ModelError(f"{field}: its config names no vision tower (no {lacking[0]})")
     if not image or not patch:
         raise ModelError(f"{field}: its config gives no size of images or of patches")
-    ratio = getattr(whole, "downsample_ratio", None)
-    merge = getattr(whole, "scale_factor", None) or (round(1 / ratio) if ratio else None)
+    ratio = getattr(full_config, "downsample_ratio", None)
+    merge = getattr(full_config, "scale_factor", None) or (round(1 / ratio) if ratio else None)
     divides = [size for size in (4, 3, 2) if image // patch % size == 0]
     merge = merge or (divides or [1])[0]
     hidden, inner, layers, heads = (fields[name] for name in names)
@@ -195,21 +195,23 @@ def _lengthen(text: Any, rows: int) -> None:
 
 def _take_over(model: Any, seeing: Any, field: str, family: Any) -> None:
     """Copy the weights of a vision tower of others; it is found by the names of its parameters."""
-    own = next(
+    tower = next(
         getattr(model.model, name)
         for name in ("vision_model", "vision_tower")
         if hasattr(model.model, name)
     )
-    wanted, held = own.state_dict(), seeing.state_dict()
-    first = next(iter(wanted))
-    for prefix in [name.removesuffix(first) for name in held if name.endswith(first)]:
-        found = {name: held[prefix + name] for name in wanted if prefix + name in held}
-        if all(name in found and found[name].shape == wanted[name].shape for name in wanted):
-            own.load_state_dict(found)
+    expected, source = tower.state_dict(), seeing.state_dict()
+    first = next(iter(expected))
+    for prefix in [name.removesuffix(first) for name in source if name.endswith(first)]:
+        weights = {name: source[prefix + name] for name in expected if prefix + name in source}
+        if all(
+            name in weights and weights[name].shape == expected[name].shape for name in expected
+        ):
+            tower.load_state_dict(weights)
             return
     raise ModelError(
         f"{field}: holds no vision tower as {family.model_type} has it, whose parameters are "
-        f"{first} and {len(wanted) - 1} more"
+        f"{first} and {len(expected) - 1} more"
     )
 
 
@@ -217,24 +219,24 @@ def _card(
     language: str,
     tower: str,
     family: Any,
-    told: Mapping[str, int],
+    counts: Mapping[str, int],
     added: list[str],
     image: int,
 ) -> str:
-    kept = Path(language) / "README.md"
-    below = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    model_card = Path(language) / "README.md"
+    below = model_card.read_text(encoding="utf-8") if model_card.is_file() else ""
     head, below = below.split("---\n", 2)[1:] if below.startswith("---\n") else ("", below)
     front = f"---\n{head}---\n\n" if head else ""
     new = "new, untrained" if tower in TOWERS else f"taken from {tower}"
     return (
         f"{front}# {Path(language).name} that is to see\n\n"
         f"Made by `equipoise models graft`, as {family.model_type}.\n\n"
-        f"- Language model: {language}, {told['language']:,} parameters, unchanged but for "
-        f"{told['new_tokens']} new tokens, whose rows are the mean of the others: "
+        f"- Language model: {language}, {counts['language']:,} parameters, unchanged but for "
+        f"{counts['new_tokens']} new tokens, whose rows are the mean of the others: "
         f"{', '.join(f'`{name}`' for name in added) or 'none'}.\n"
-        f"- Vision tower: {tower}, {new}: {told['vision']:,} parameters. An image is scaled to "
-        f"{image} by {image} pixels and becomes {told['image_tokens']} tokens.\n"
-        f"- Connector: new, untrained: {told['merger']:,} parameters.\n"
+        f"- Vision tower: {tower}, {new}: {counts['vision']:,} parameters. An image is scaled to "
+        f"{image} by {image} pixels and becomes {counts['image_tokens']} tokens.\n"
+        f"- Connector: new, untrained: {counts['merger']:,} parameters.\n"
         "- Chat template: the language model's own; images in a message are written as "
         f"`{family.placeholder.strip()}`.\n"
         + (f"\nThe language model's card:\n\n{below.strip()}\n" if below else "")

@@ -78,18 +78,18 @@ class Adapters:
 
         `names` and `tensors` are those of whole layers of the module tree, adapters with them.
         """
-        given = dict(zip(names, tensors, strict=True))
-        found = {}
-        for name, tensor in given.items():
+        by_name = dict(zip(names, tensors, strict=True))
+        merged = {}
+        for name, tensor in by_name.items():
             layer, _, last = name.partition(".base_layer.")
             if last == "weight":
-                a, b = (given[f"{layer}.lora_{which}.default.weight"] for which in "AB")
-                found[f"{layer}.weight"] = merge(tensor, a, b * self.scale)
+                a, b = (by_name[f"{layer}.lora_{which}.default.weight"] for which in "AB")
+                merged[f"{layer}.weight"] = merge(tensor, a, b * self.scale)
             elif last:
-                found[f"{layer}.{last}"] = tensor
+                merged[f"{layer}.{last}"] = tensor
             elif ".lora_" not in name:
-                found[name] = tensor
-        return found
+                merged[name] = tensor
+        return merged
 
     @property
     def scale(self) -> float:
@@ -137,18 +137,18 @@ class Adapters:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
-        found = {}
+        checkpoint_names = {}
         for layer, shape in self.layers.items():
             empty = torch.empty(shape, device="meta")
-            kept = revert_weight_conversion(self._model, {f"{layer}.weight": empty})
-            ((name, tensor),) = kept.items() if len(kept) == 1 else (("", empty[:0]),)
+            reverted = revert_weight_conversion(self._model, {f"{layer}.weight": empty})
+            ((name, tensor),) = reverted.items() if len(reverted) == 1 else (("", empty[:0]),)
             if tensor.shape != shape or not name.endswith(".weight"):
                 raise ModelError(
                     f"learner.lora.targets: {layer} has another form in checkpoints than in "
                     "transformers, so its adapter cannot be sent; leave it out"
                 )
-            found[layer] = name.removesuffix(".weight")
-        return found
+            checkpoint_names[layer] = name.removesuffix(".weight")
+        return checkpoint_names
 
     def matrices(self, layer: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [rank, in] and B [out, rank] of a layer."""

@@ -46,23 +46,23 @@ class Loss(ABC):
         """Global token count of each term, over the whole update."""
 
     @abstractmethod
-    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
+    def sums(self, outputs: View, tokens: Tokens, second: View | None = None) -> Terms:
         """Each term's weighted sum over a micro-batch, to be divided by its denominator.
 
         `second`: the same tokens under `second_view`, where the loss has one.
         """
 
-    def metrics(self, seen: View, tokens: Tokens) -> dict[str, Metric]:
+    def metrics(self, outputs: View, tokens: Tokens) -> dict[str, Metric]:
         """What to log of a micro-batch, beside the terms: tokens, their loss and entropy."""
-        logprobs, entropy = seen
-        found: dict[str, Metric] = {}
+        logprobs, entropy = outputs
+        metrics: dict[str, Metric] = {}
         for index, segment in (*enumerate(SEGMENTS), (NO_SEGMENT, "other")):
             chosen = tokens.segments == index
             count = float(chosen.sum())
-            found[f"tokens/{segment}"] = Total(count)
-            found[f"nll/{segment}"] = Mean(float(-logprobs[chosen].sum()), count)
-            found[f"entropy/{segment}"] = Mean(float(entropy[chosen].sum()), count)
-        return found
+            metrics[f"tokens/{segment}"] = Total(count)
+            metrics[f"nll/{segment}"] = Mean(float(-logprobs[chosen].sum()), count)
+            metrics[f"entropy/{segment}"] = Mean(float(entropy[chosen].sum()), count)
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class TokenMeanLoss(Loss):
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         return {"cross_entropy": float(max(1, batch.response_tokens()))}
 
-    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
-        return {"cross_entropy": -seen[0].sum()}
+    def sums(self, outputs: View, tokens: Tokens, second: View | None = None) -> Terms:
+        return {"cross_entropy": -outputs[0].sum()}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class BalancedLoss(Loss):
         rest = batch.response_tokens() - perception
         return {"perception": float(max(1, perception)), "reasoning": float(max(1, rest))}
 
-    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
-        logprobs, _ = seen
+    def sums(self, outputs: View, tokens: Tokens, second: View | None = None) -> Terms:
+        logprobs, _ = outputs
         perception = tokens.segments == PERCEPTION
         zero = logprobs.new_zeros(())
         weight = self.scale * self.perception_weight

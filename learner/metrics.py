@@ -74,11 +74,11 @@ class EffectiveShare(Metric):
 
 def combined(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
     """The metrics of all parts together."""
-    found: dict[str, Metric] = {}
+    totals: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
-            found[name] = found[name] + metric if name in found else metric
-    return found
+            totals[name] = totals[name] + metric if name in totals else metric
+    return totals
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:

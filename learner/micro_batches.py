@@ -98,13 +98,13 @@ class Item:
 def describe(sequence: TrainSequence, image_token_id: int) -> Item:
     """The item of a training sequence."""
     prompt = sequence.prompt_ids
-    shown = len(runs_of(prompt == image_token_id))  # an image in tiles is several
+    prompt_images = len(runs_of(prompt == image_token_id))  # an image in tiles is several
     return Item(
         tokens=len(sequence.known),
         prompt_tokens=len(prompt),
         visual_tokens=int((sequence.known == image_token_id).sum()),
         given_tokens=int((~sequence.targets).sum()),
-        prompt=(prompt.tobytes(), sequence.images[:shown]),
+        prompt=(prompt.tobytes(), sequence.images[:prompt_images]),
         images=sequence.images,
     )
 
@@ -183,10 +183,10 @@ def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> li
         units = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
         cost = [load([items[i] for i in unit], counted, costs) for unit in units]
         loads, dealt = [0.0] * ranks, [list[list[int]]() for _ in range(ranks)]
-        for place in sorted(range(len(units)), key=lambda u: (-cost[u], units[u])):
+        for unit_index in sorted(range(len(units)), key=lambda u: (-cost[u], units[u])):
             rank = min(range(ranks), key=lambda r: (loads[r], r))
-            loads[rank] += cost[place]
-            dealt[rank].append(units[place])
+            loads[rank] += cost[unit_index]
+            dealt[rank].append(units[unit_index])
         if max(loads) < best[0]:
             best = (max(loads), dealt)
         size = 0 if ranks == 1 else size // 2
@@ -201,7 +201,7 @@ def _cut_by_length(
     # least[k]: cost of the first k, and where the last of their micro-batches begins.
     least: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(order) + 1):
-        found, images = (float("inf"), 0), dict[Hashable, float]()
+        cheapest, images = (float("inf"), 0), dict[Hashable, float]()
         for start in range(end - 1, -1, -1):
             item = items[order[start]]
             count, width = end - start, item.tokens
@@ -210,8 +210,8 @@ def _cut_by_length(
             images |= item.visual
             visual = costs.visual * sum(images.values())
             cost = count * width * (1 + costs.pair * width / 2) + visual
-            found = min(found, (least[start][0] + cost + costs.micro_batch, start))
-        least.append(found)
+            cheapest = min(cheapest, (least[start][0] + cost + costs.micro_batch, start))
+        least.append(cheapest)
     batches, end = [], len(order)
     while end:
         start = least[end][1]
@@ -234,11 +234,11 @@ def _fill(
     sizes = [row_tokens([items[i] for i in part], layout) for part in parts]
     rows: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(parts)), key=lambda p: (-sizes[p], parts[p])):
-        row = next((r for r, left in enumerate(room) if left >= sizes[place]), len(rows))
+    for part_index in sorted(range(len(parts)), key=lambda p: (-sizes[p], parts[p])):
+        row = next((r for r, free in enumerate(room) if free >= sizes[part_index]), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(budget)
-        rows[row] += parts[place]
-        room[row] -= sizes[place]
+        rows[row] += parts[part_index]
+        room[row] -= sizes[part_index]
     return rows

@@ -19,14 +19,14 @@ def own_loss(
     """
     where = f'algorithm.loss: "{config.loss}"'
     function = import_named("algorithm.loss", config.loss)
-    found = function(logprobs, old_logprobs, tokens.advantages, tokens, **config.loss_args)
-    if not isinstance(found, torch.Tensor) or found.shape != logprobs.shape:
-        gave = f"shape {tuple(found.shape)}" if hasattr(found, "shape") else type(found).__name__
+    losses = function(logprobs, old_logprobs, tokens.advantages, tokens, **config.loss_args)
+    if not isinstance(losses, torch.Tensor) or losses.shape != logprobs.shape:
+        gave = f"shape {tuple(losses.shape)}" if hasattr(losses, "shape") else type(losses).__name__
         raise ValueError(
             f"{where}: gave {gave}, expected a tensor of shape {tuple(logprobs.shape)}: the loss "
             "of each token, which algorithm.aggregation makes one number of"
         )
-    return found
+    return losses
 
 
 def try_loss(config: LossConfig) -> None:
@@ -46,17 +46,17 @@ def try_loss(config: LossConfig) -> None:
         sequences=torch.tensor([0, 0, 0, 0, 0, 1, 1]),
     )
     try:
-        found = own_loss(config, logprobs, old, tokens)
+        losses = own_loss(config, logprobs, old, tokens)
     except Exception as error:  # a user's own function may raise anything
         ours = str(error).startswith("algorithm.loss: ")
-        said = str(error) if ours else f"{where}: {type(error).__name__}: {error}"
-        raise ValueError(said) from error
-    if not found.requires_grad:
+        message = str(error) if ours else f"{where}: {type(error).__name__}: {error}"
+        raise ValueError(message) from error
+    if not losses.requires_grad:
         raise ValueError(f"{where}: its values do not depend on `logprobs`, so nothing is learnt")
-    found.sum().backward()
+    losses.sum().backward()
     gradient = logprobs.grad
-    if not found.isfinite().all() or gradient is None or not gradient.isfinite().all():
+    if not losses.isfinite().all() or gradient is None or not gradient.isfinite().all():
         raise ValueError(
-            f"{where}: on made-up tokens its values are {found.tolist()}, its gradient "
+            f"{where}: on made-up tokens its values are {losses.tolist()}, its gradient "
             f"{None if gradient is None else gradient.tolist()}; both must be finite"
         )

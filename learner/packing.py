@@ -56,8 +56,8 @@ class Stretches:
         if (queries, before) not in self._made:
             hidden = like.new_full((1, 1, queries, before + queries), -math.inf)
             self._made[queries, before] = hidden.triu(before + 1)
-        found: torch.Tensor = self._made[queries, before]
-        return found
+        mask: torch.Tensor = self._made[queries, before]
+        return mask
 
     def varlen(self, device: torch.device) -> Varlen:
         """What FlashAttention's kernel asks for."""
@@ -71,8 +71,8 @@ class Stretches:
                 max(queries),
                 max(keys),
             )
-        found: Varlen = self._made["varlen"]
-        return found
+        varlen: Varlen = self._made["varlen"]
+        return varlen
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,19 @@ class PackedRow:
 
     Attributes:
         ids: int64 [L].
-        sequence, place: int64 [L], which sequence a token was laid for and how many tokens come
+        sequence, position: int64 [L], which sequence a token was laid for and how many tokens come
             before it there.
         columns: int64 [N], the token that predicts each response token, in sequence order.
         stretches: they cover the row.
-        written: the sequences whose prompts are in the row, in its order; others share theirs.
+        with_prompt: the sequences whose prompts are in the row, in its order; others share theirs.
     """
 
     ids: np.ndarray
     sequence: np.ndarray
-    place: np.ndarray
+    position: np.ndarray
     columns: np.ndarray
     stretches: Stretches
-    written: tuple[int, ...]
+    with_prompt: tuple[int, ...]
 
 
 def pack(
@@ -103,34 +103,34 @@ def pack(
 
     The last token of a response is only ever a target and is left out.
     """
-    ids, sequence, place = [], [], []
-    columns, stretches, written = [], [], []
+    ids, sequence, position = [], [], []
+    columns, stretches, with_prompt = [], [], []
     prompt_at: dict[Hashable, tuple[int, int]] = {}
     end = 0
     for index, (prompt, response, key) in enumerate(zip(prompts, responses, keys, strict=True)):
-        said = response[:-1]
-        start, known = end, said
+        inputs = response[:-1]
+        start, row_tokens = end, inputs
         if key not in prompt_at:
             prompt_at[key] = (start, start + len(prompt))
-            written.append(index)
-            known = np.concatenate([prompt, said])
+            with_prompt.append(index)
+            row_tokens = np.concatenate([prompt, inputs])
         first, last = prompt_at[key]
-        end = start + len(known)
+        end = start + len(row_tokens)
         if end > start:
             shared = (first, last) if first != start else (0, 0)
             stretches.append(Stretch(start, end, *shared))
-        ids.append(known)
-        sequence.append(np.full(len(known), index))
-        place.append(np.arange(len(known)) + len(prompt) + len(said) - len(known))
+        ids.append(row_tokens)
+        sequence.append(np.full(len(row_tokens), index))
+        position.append(np.arange(len(row_tokens)) + len(prompt) + len(inputs) - len(row_tokens))
         if len(response):
-            columns.append(np.append(last - 1, np.arange(end - len(said), end)))
+            columns.append(np.append(last - 1, np.arange(end - len(inputs), end)))
     return PackedRow(
         np.concatenate(ids).astype(np.int64),
         np.concatenate(sequence),
-        np.concatenate(place),
+        np.concatenate(position),
         np.concatenate([np.zeros(0, np.int64), *columns]),
         Stretches(tuple(stretches)),
-        tuple(written),
+        tuple(with_prompt),
     )
 
 
@@ -172,12 +172,12 @@ def _sdpa(
     over the whole row would cost the square of the row.
     """
     if stretches is None:
-        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return found, None
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attended, None
     # Split, not sliced: the gradient of a slice is a whole row of zeros, one a sequence.
     lengths = [s.end - s.start for s in stretches.items]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    at = {s.start: place for place, s in enumerate(stretches.items)}
+    at = {s.start: index for index, s in enumerate(stretches.items)}
     prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     parts = []
     for s, q, k, v in zip(stretches.items, queries, keys, values, strict=True):
@@ -214,11 +214,11 @@ def _flash(
 
     rows, queries, keys, most_queries, most_keys = stretches.varlen(query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B*L, heads, D]
-    found: Any = varlen.varlen_attn(
+    attended: Any = varlen.varlen_attn(
         q, k[rows], v[rows], queries, keys, most_queries, most_keys,
         scale=scaling, window_size=CAUSAL, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return found.unflatten(0, (batch, length)), None
+    return attended.unflatten(0, (batch, length)), None
 
 
 FLASH = "flash"

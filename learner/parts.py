@@ -53,8 +53,8 @@ def parameter_groups(
     multipliers = dict.fromkeys(trained, 1.0)
     for pattern, multiplier in rates.items():
         fault = f"learner.rates: {pattern!r} matches no trained parameter"
-        found = require_matches(pattern, list(trained), policy.family, fault)
-        multipliers |= dict.fromkeys(found, multiplier)
+        matched = require_matches(pattern, list(trained), policy.family, fault)
+        multipliers |= dict.fromkeys(matched, multiplier)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         groups.setdefault(multipliers[name], []).append(parameter)
@@ -66,8 +66,8 @@ def parameter_groups(
 
 def require_matches(pattern: str, names: Sequence[str], family: Family, fault: str) -> list[str]:
     """`matching`; raises ModelError with `fault` and the nearest names where it is empty."""
-    if found := matching(pattern, names, family):
-        return found
+    if matches := matching(pattern, names, family):
+        return matches
     if pattern in PARTS:
         present = sorted({family.part_of(f"{name}.") for name in names})
         hint = f"its parts are {', '.join(present)}"

@@ -61,23 +61,23 @@ class Policy(nn.Module):
         if len(vision.images):
             laid_out = self.family.lay_out(features, vision.images.tolist(), vision.rows)
             inputs["mm_encoder_outputs"] = {"image": laid_out}
-            seen: AbstractContextManager[None] = nullcontext()
+            visual_inputs: AbstractContextManager[None] = nullcontext()
         else:
-            seen = _seen_by(model.get_input_embeddings(), self.family.total(features))
-        with seen:
+            visual_inputs = _seen_by(model.get_input_embeddings(), self.family.total(features))
+        with visual_inputs:
             hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
         chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
         # One call of the head however many turns it takes: under ZeRO-3 a call is a collective, and
         # ranks have other numbers of tokens.
-        found: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
+        logprobs_entropy: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
             chosen, batch.tokens.ids, entropy_gradient
         )
-        return found
+        return logprobs_entropy
 
     def run(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, typed."""
-        found: tuple[torch.Tensor, torch.Tensor] = self(batch)
-        return found
+        logprobs_entropy: tuple[torch.Tensor, torch.Tensor] = self(batch)
+        return logprobs_entropy
 
 
 @contextmanager
@@ -105,8 +105,12 @@ def _read_in_turns(head: Any, policy: Policy) -> None:
 
     def weight() -> torch.Tensor:
         """[V, hidden], possibly tied to the embeddings."""
-        own: torch.Tensor = head.weight
-        return own.to(torch.promote_types(own.dtype, torch.float32)) if policy.head_float32 else own
+        parameter: torch.Tensor = head.weight
+        return (
+            parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+            if policy.head_float32
+            else parameter
+        )
 
     def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
@@ -195,14 +199,14 @@ def _make_savable(model: Any) -> None:
 
     It does so where sampling flags stand without `do_sample`, which it ignores then.
     """
-    found = model.generation_config
+    config = model.generation_config
     try:
-        found.validate(strict=True)
+        config.validate(strict=True)
     except ValueError:
-        model.generation_config = type(found)(
-            bos_token_id=found.bos_token_id,
-            eos_token_id=found.eos_token_id,
-            pad_token_id=found.pad_token_id,
+        model.generation_config = type(config)(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
         )
 
 

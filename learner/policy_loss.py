@@ -131,24 +131,24 @@ class PolicyLoss(Loss):
             "sequence_mean": sequences,
             "constant": sequences * self.max_tokens,
         }
-        found = {"policy": counts[config.aggregation]}
+        denominators = {"policy": counts[config.aggregation]}
         if config.kl_weight:
-            found["kl"] = counts[config.aggregation]
+            denominators["kl"] = counts[config.aggregation]
         if self.uses_reference:
-            found["reference_kl"] = counts[config.aggregation]
+            denominators["reference_kl"] = counts[config.aggregation]
         if config.entropy_weight:
-            found["entropy"] = tokens
+            denominators["entropy"] = tokens
         of_segment = batch.segment_tokens()
         for index in self._entropy_weights():
-            found[f"entropy_{SEGMENTS[index]}"] = float(max(1, of_segment.get(index, 0)))
+            denominators[f"entropy_{SEGMENTS[index]}"] = float(max(1, of_segment.get(index, 0)))
         if config.papo:
-            found["papo_kl"] = tokens
+            denominators["papo_kl"] = tokens
             if config.papo.entropy_weight:
-                found |= {"papo_entropy": tokens, "papo_masked_entropy": tokens}
-        return found
+                denominators |= {"papo_entropy": tokens, "papo_masked_entropy": tokens}
+        return denominators
 
-    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
-        config, (logprobs, entropy) = self.config, seen
+    def sums(self, outputs: View, tokens: Tokens, second: View | None = None) -> Terms:
+        config, (logprobs, entropy) = self.config, outputs
         terms = {"policy": -self._sum(self._gain(logprobs, tokens), tokens)}
         if config.kl_weight:
             kl = KL_ESTIMATORS[config.kl_estimator](tokens.sampler_logprobs, logprobs)
@@ -171,18 +171,18 @@ class PolicyLoss(Loss):
                 terms["papo_masked_entropy"] = config.papo.entropy_weight * masked_entropy.sum()
         return terms
 
-    def metrics(self, seen: View, tokens: Tokens) -> dict[str, Metric]:
-        logprobs, _ = seen
+    def metrics(self, outputs: View, tokens: Tokens) -> dict[str, Metric]:
+        logprobs, _ = outputs
         gap = logprobs - tokens.sampler_logprobs
         count, ratio = float(len(gap)), torch.exp(gap)
-        found = super().metrics(seen, tokens)
-        found |= mismatch_metrics(logprobs, tokens, self.config.correction)
+        metrics = super().metrics(outputs, tokens)
+        metrics |= mismatch_metrics(logprobs, tokens, self.config.correction)
         if tokens.reference_logprobs is not None:
             moved = float(k3(logprobs, tokens.reference_logprobs).sum())
-            found["reference_kl"] = Mean(moved, count)
+            metrics["reference_kl"] = Mean(moved, count)
         if self.config.loss in LOSS_DEFAULTS:
-            found["clip_fraction"] = Mean(float(self.clipped(logprobs, tokens).sum()), count)
-        return found | {
+            metrics["clip_fraction"] = Mean(float(self.clipped(logprobs, tokens).sum()), count)
+        return metrics | {
             "kl": Mean(float(k3(tokens.sampler_logprobs, logprobs).sum()), count),
             "ratio_mean": Mean(float(ratio.sum()), count),
             "ratio_gap": Largest(float((ratio - 1).abs().max()) if count else 0.0),

@@ -49,16 +49,16 @@ class OptimizerState:
 
     def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         """`<kind>/<name>` -> whole float32 tensor; no moments before the first update."""
-        found = {}
+        tensors = {}
         for name in names:
             if name not in self._parameters:
                 continue
             parameter = self._parameters[name]
             if parameter.dtype != torch.float32:
-                found[f"{MASTER}/{name}"] = self._master(name)
+                tensors[f"{MASTER}/{name}"] = self._master(name)
             for kind, tensor in self._state(name).items():
-                found[f"{kind}/{name}"] = tensor
-        return {name: t.detach().float().cpu().contiguous() for name, t in found.items()}
+                tensors[f"{kind}/{name}"] = tensor
+        return {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
 
     def load(self, files: list[Path]) -> int:
         """Take over what `tensors` gave, from whatever stage and number of ranks.
@@ -98,14 +98,18 @@ class OptimizerState:
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         state = self._engine.optimizer.state
         if not self._stage:
-            own = state.get(self._masters[name], {})
-            return {kind: own[kind] for kind in MOMENTS} | {STEPS: own["step"]} if own else {}
+            moments = state.get(self._masters[name], {})
+            return (
+                {kind: moments[kind] for kind in MOMENTS} | {STEPS: moments["step"]}
+                if moments
+                else {}
+            )
         if not state:
             return {}
         parameter = self._parameters[name]
         get = self._access.safe_get_full_optimizer_state
-        found = {kind: get(parameter, kind) for kind in MOMENTS}
-        return found | {STEPS: next(iter(state.values()))["step"].clone()}
+        moments = {kind: get(parameter, kind) for kind in MOMENTS}
+        return moments | {STEPS: next(iter(state.values()))["step"].clone()}
 
     def _master(self, name: str) -> torch.Tensor:
         if self._stage:
@@ -198,13 +202,13 @@ class _Stored:
 
 def random_state() -> dict[str, Any]:
     """The random streams of this process (torch, its GPU, NumPy, Python) as JSON can hold them."""
-    name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, pending = random.getstate()
     cuda = torch.cuda.is_available()
     return {
         "torch": _text(torch.get_rng_state()),
         "cuda": _text(torch.cuda.get_rng_state()) if cuda else None,
-        "numpy": [name, np.asarray(keys).tolist(), place, has_gauss, gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "python": [version, list(numbers), pending],
     }
 

@@ -58,20 +58,22 @@ def make_tiny(family: str, out: Path, seed: int = 0) -> dict[str, int]:
     """
     if family not in FAMILIES:
         raise ValueError(f"models make: no family {family!r}; choose one of {', '.join(FAMILIES)}")
-    made = TINY[family]
+    blueprint = TINY[family]
     set_seed(seed)
-    tokenizer = _tokenizer(made.image_tokens, made.named_tokens, seed)
-    template = _TEMPLATE.replace("IMAGE_PLACEHOLDER", made.placeholder)
-    processor: Any = made.new_processor(tokenizer, template, TINY_TOWER)
-    token = {text: int(tokenizer.convert_tokens_to_ids(text)) for text in made.image_tokens}
-    model = made.new_model(_text_config(tokenizer), token, TINY_TOWER).to(torch.float32)
+    tokenizer = _tokenizer(blueprint.image_tokens, blueprint.named_tokens, seed)
+    template = _TEMPLATE.replace("IMAGE_PLACEHOLDER", blueprint.placeholder)
+    processor: Any = blueprint.new_processor(tokenizer, template, TINY_TOWER)
+    token = {text: int(tokenizer.convert_tokens_to_ids(text)) for text in blueprint.image_tokens}
+    model = blueprint.new_model(_text_config(tokenizer), token, TINY_TOWER).to(torch.float32)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     with replacing(out) as fresh:
         processor.save_pretrained(fresh)
         model.save_pretrained(fresh)
-    seeing = [p for n, p in model.named_parameters() if made.part_of(n) in ("vision", "merger")]
+    seeing = [
+        p for n, p in model.named_parameters() if blueprint.part_of(n) in ("vision", "merger")
+    ]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vision_parameters": sum(p.numel() for p in seeing),

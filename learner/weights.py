@@ -73,14 +73,14 @@ class GatheredWeights(OfferedWeights):
         self._trained = in_buckets(trained, self._bytes, bucket_bytes)
 
     def metadata(self) -> list[ParameterMeta]:
-        found = []
+        metadata = []
         for names in self._trained:
             parameters = [self._parameters[name] for name in names]
             shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
             empty = [torch.empty(shape, dtype=self._dtype, device="meta") for shape in shapes]
             for name, tensor in self._checkpoint_form(names, empty).items():
-                found.append(ParameterMeta(name, tensor.dtype, tuple(tensor.shape)))
-        return found
+                metadata.append(ParameterMeta(name, tensor.dtype, tuple(tensor.shape)))
+        return metadata
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         for names, tensors in self._gathered(self._trained):

@@ -2,7 +2,7 @@
 
 Shapes: G rollouts in a group, T response tokens, C credit columns; a batch is the groups of one
 step. Float64 up to the last step.
-A group whose values are all equal carries no signal. It is found by `max == min` before
+A group whose values are all equal carries no signal. It is detected by `max == min` before
 anything is normalised: the float mean of six 0.9s is not 0.9, so a test on the standard
 deviation would let rounding noise through as an advantage.
 """
@@ -103,23 +103,23 @@ def find_advantage(name: str, args: Mapping[str, Any]) -> Estimator | Advantages
     except ValueError as error:
         raise RewardError(str(error)) from error
 
-    def own(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def checked(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
         try:
             with np.errstate(all="ignore"):
-                given = list(function([group.copy() for group in rewards], **args))
-                found = [np.asarray(group, dtype=np.float64) for group in given]
+                returned = list(function([group.copy() for group in rewards], **args))
+                advantages = [np.asarray(group, dtype=np.float64) for group in returned]
         except Exception as error:
             raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
-        shapes, expected = [group.shape for group in found], [group.shape for group in rewards]
+        shapes, expected = [group.shape for group in advantages], [group.shape for group in rewards]
         if shapes != expected:
             raise RewardError(f"{where}: gave arrays of shapes {shapes} for rewards of {expected}")
-        for had, group in zip(rewards, found, strict=True):
+        for had, group in zip(rewards, advantages, strict=True):
             if not np.isfinite(group).all():
                 raise RewardError(f"{where}: gave {group.tolist()} for rewards {had.tolist()}")
-        return found
+        return advantages
 
-    own([np.array(group) for group in ([0.0, 1.0, 1.0, 0.0], [1.0] * 4, [0.5, -1.0, 2.0, 0.0])])
-    return own
+    checked([np.array(group) for group in ([0.0, 1.0, 1.0, 0.0], [1.0] * 4, [0.5, -1.0, 2.0, 0.0])])
+    return checked
 
 
 def whiten(batch: Sequence[np.ndarray]) -> list[np.ndarray]:

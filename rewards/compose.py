@@ -143,10 +143,10 @@ def compose_groups(
         values.append(filled)
         dropped.append("drop_group" in failed.values())
 
-    kept = [i for i, drop in enumerate(dropped) if not drop]
-    gated = {i: composition.gated(values[i]) for i in kept}
-    columns = _column_advantages([gated[i] for i in kept], composition)
-    advantages = dict(zip(kept, columns, strict=True))
+    retained = [i for i, drop in enumerate(dropped) if not drop]
+    gated = {i: composition.gated(values[i]) for i in retained}
+    columns = _column_advantages([gated[i] for i in retained], composition)
+    advantages = dict(zip(retained, columns, strict=True))
 
     result = []
     for i, (group, terms) in enumerate(zip(groups, scored, strict=True)):
@@ -174,18 +174,18 @@ def _column_advantages(
     batch: Sequence[Mapping[str, np.ndarray]], composition: Composition
 ) -> list[np.ndarray]:
     """float64 [G, C] of each group; columns credited with the same terms are worked out once."""
-    found: dict[tuple[str, ...], list[np.ndarray]] = {}
+    of_columns: dict[tuple[str, ...], list[np.ndarray]] = {}
     columns: list[list[np.ndarray]] = []
     for column in CREDIT_COLUMNS:
         weights = composition.credited(column)
         key = tuple(weights)
-        if key not in found:
+        if key not in of_columns:
             if composition.method == "normalize_then_sum":
-                found[key] = normalize_then_sum(batch, weights)
+                of_columns[key] = normalize_then_sum(batch, weights)
             else:
                 totals = [weighted_sum(values, weights) for values in batch]
-                found[key] = batch_advantages(totals, composition.estimator)
-        columns.append(found[key])
+                of_columns[key] = batch_advantages(totals, composition.estimator)
+        columns.append(of_columns[key])
     return [np.stack(of_group, axis=1) for of_group in zip(*columns, strict=True)]
 
 
@@ -197,9 +197,9 @@ def raise_if_fatal(failures: Sequence[TermFailure], group: Group, composition: C
     for failure in failures:
         if composition.consequence(failure) == "abort":
             head = f"{failure.traceback.rstrip()}\n\n" if failure.traceback else ""
-            what = "the task's own code" if failure.term == DIAGNOSIS else "reward term"
+            source = "the task's own code" if failure.term == DIAGNOSIS else "reward term"
             raise RewardError(
-                f"{head}{what} {failure.term!r} failed on group {group.group_id!r} "
+                f"{head}{source} {failure.term!r} failed on group {group.group_id!r} "
                 f"(problem {group.problem.id!r}), {failure.kind}: {failure.message}\n"
                 'Fix it, or set the term\'s on_failure to "drop_group" or "zero" in the recipe.'
             )

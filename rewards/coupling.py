@@ -97,7 +97,7 @@ def outcome_couplings(diagnoses: Sequence[Diagnosis]) -> tuple[Correlations, Cor
     """
     of_a_p, of_thinking = (known(diagnoses, name) for name in ("a_p", "self_consistency"))
     return (
-        coupling([a for a, _ in of_a_p], [seen for _, seen in of_a_p]),
+        coupling([a for a, _ in of_a_p], [perceived for _, perceived in of_a_p]),
         coupling([a for a, _ in of_thinking], [thought for _, thought in of_thinking]),
     )
 

@@ -67,7 +67,7 @@ def drift(
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.stack([late_r / late_n - r / n, late_s / late_n - s / n], axis=1)
 
-    reward, seen = group_bootstrap(statistics, len(rewards), puzzles, resamples, seed)
+    reward, perception = group_bootstrap(statistics, len(rewards), puzzles, resamples, seed)
     rose = reward.low is not None and reward.low > 0
-    fell = seen.high is not None and seen.high < 0
-    return Drift(reward, seen, rose and fell)
+    fell = perception.high is not None and perception.high < 0
+    return Drift(reward, perception, rose and fell)

@@ -81,11 +81,11 @@ def by_puzzle(values: np.ndarray, puzzles: Sequence[str]) -> np.ndarray:
     count = len(set(puzzles))
     if count in (0, values.shape[-1]):
         return values
-    place = np.unique(puzzles, return_inverse=True)[1]
+    puzzle_index = np.unique(puzzles, return_inverse=True)[1]
     mean = values.mean(axis=-1, keepdims=True)
-    member = place[:, None] == np.arange(count)  # [P, K]
-    found: np.ndarray = mean + (values - mean) @ member * (count / len(place))
-    return found
+    member = puzzle_index[:, None] == np.arange(count)  # [P, K]
+    clustered: np.ndarray = mean + (values - mean) @ member * (count / len(puzzle_index))
+    return clustered
 
 
 def mean_interval(values: np.ndarray, puzzles: Sequence[str] = ()) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def group_bootstrap(
     in every resample (an AUC of 1) has an interval of no width. The same seed gives the same.
     """
     values = statistics(np.ones((1, groups)))[0]
-    different, place = np.unique(puzzles or range(groups), return_inverse=True)
+    different, puzzle_index = np.unique(puzzles or range(groups), return_inverse=True)
     count = len(different)
     drawn = [np.full((1, len(values)), np.nan)]
     if count > 1 and resamples:
@@ -139,10 +139,10 @@ def group_bootstrap(
         rows = max(1, CHUNK // max(groups, size))
         chunks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
         weights = (rng.multinomial(count, np.full(count, 1 / count), size=n) for n in chunks)
-        drawn = [statistics(times[:, place].astype(np.float64)) for times in weights]
+        drawn = [statistics(times[:, puzzle_index].astype(np.float64)) for times in weights]
     tail = _expanded_tail(count)
-    found = np.concatenate(drawn).T
-    return tuple(_interval(float(v), one, tail) for v, one in zip(values, found, strict=True))
+    resampled = np.concatenate(drawn).T
+    return tuple(_interval(float(v), one, tail) for v, one in zip(values, resampled, strict=True))
 
 
 def _expanded_tail(puzzles: int) -> float:

@@ -157,8 +157,8 @@ class Judge:
                 raise verdict
             for i in rows:
                 numbers[i] = self.form.numbers(verdict)
-        found = {part: [of[part] for of in numbers] for part in self.form.numbers(None)}
-        return found if len(found) > 1 else found["value"]
+        values = {part: [of[part] for of in numbers] for part in self.form.numbers(None)}
+        return values if len(values) > 1 else values["value"]
 
     async def aclose(self) -> None:
         """Close connections; the term can be called again."""
@@ -186,8 +186,8 @@ class Judge:
         """The judge's verdict on one perception, from the cache if it is there."""
         images = problem.images if self.settings.send_image else ()
         hashes = [content_hash(image) for image in images]
-        asked = [self.settings.base_url, self._payload(problem, text, "", hashes)]
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        cached_request = [self.settings.base_url, self._payload(problem, text, "", hashes)]
+        key = hashlib.sha256(json.dumps(cached_request, sort_keys=True).encode()).hexdigest()
         known = self._read_cache(key)
         if known is not None:
             self.cache_hits += 1
@@ -220,8 +220,8 @@ class Judge:
         if settings.structured == "choice":
             payload["structured_outputs"] = {"choice": list(form.choices or ())}
         elif settings.structured:
-            held = {"name": form.gives, "strict": True, "schema": form.schema}
-            payload["response_format"] = {"type": "json_schema", "json_schema": held}
+            json_schema = {"name": form.gives, "strict": True, "schema": form.schema}
+            payload["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return payload
 
     def _read_reply(self, content: Any, finish: str) -> Any:
@@ -229,12 +229,12 @@ class Judge:
         again = self.settings.temperature > 0 or bool(self.settings.structured)
         if not isinstance(content, str) or not content.strip():
             raise Miss("empty_reply", finish, again, 200)
-        said = f"{finish}, the judge wrote: {content}"
+        detail = f"{finish}, the judge wrote: {content}"
         verdict = self.form.read(read_json(content)[0])
         if verdict is None:
-            raise Miss("malformed", said, again, 200)
+            raise Miss("malformed", detail, again, 200)
         if not self.form.in_range(verdict):
-            raise Miss("out_of_range", said, again, 200)
+            raise Miss("out_of_range", detail, again, 200)
         return verdict
 
     def _read_cache(self, key: str) -> Any | None:
@@ -273,8 +273,8 @@ def _settings(args: dict[str, Any]) -> JudgeSettings:
         return JudgeSettings(**args)
     except ValidationError as error:
         wrong = [
-            f"{'.'.join(map(str, found['loc']))}: {found['msg'].removeprefix('Value error, ')}"
-            for found in error.errors(include_url=False, include_input=False)
+            f"{'.'.join(map(str, defect['loc']))}: {defect['msg'].removeprefix('Value error, ')}"
+            for defect in error.errors(include_url=False, include_input=False)
         ]
     if "api_key" in args:
         wrong.insert(0, "api_key: the key is never an argument; name its variable in api_key_env")

@@ -97,7 +97,7 @@ class Endpoint(Section):
     requests_per_minute: Amount = 0.0
     """0: no limit. Tries count, cache hits do not."""
     timeout_seconds: Rate = 60.0
-    """For one whole request; the waits for a free place and for the rate are not counted."""
+    """For one whole request; the waits for a free slot and for the rate are not counted."""
     retries: Count = 4
 
     @field_validator("base_url")
@@ -146,7 +146,7 @@ class _Session:
 
     loop: asyncio.AbstractEventLoop
     client: AsyncOpenAI
-    places: asyncio.Semaphore
+    slots: asyncio.Semaphore
 
 
 class JudgeClient:
@@ -205,26 +205,26 @@ class JudgeClient:
     async def try_once(
         self, request: httpx2.Request, send: Callable[[], Awaitable[httpx2.Response]]
     ) -> httpx2.Response:
-        """One try, in a free place and at the rate: a reply whose extensions hold the verdict.
+        """One try, in a free slot and at the rate: a reply whose extensions hold the verdict.
 
         What the client shall try again is raised as `Miss`, or is a reply of 429 or 5xx, of which
         it reads how long to wait. Raises JudgeError for what it shall not.
         """
         self._sign(request)
-        async with self._open_session().places:
+        async with self._open_session().slots:
             await self.bucket.take()
             self._tally["requests"] += 1
             self._tally["retries"] += request.headers[_TRIES_BEFORE] != "0"
             start = self.clock.now()
             try:
                 async with asyncio.timeout(self.endpoint.timeout_seconds):
-                    found = {"verdict": await self._verdict_in(await send())}
-                return httpx2.Response(200, request=request, extensions=found)
+                    extensions = {"verdict": await self._verdict_in(await send())}
+                return httpx2.Response(200, request=request, extensions=extensions)
             except TimeoutError:
                 waited = f"no whole reply within {self.endpoint.timeout_seconds:g} s"
                 miss = Miss("timeout", waited, again=True)
-            except Miss as found:
-                miss = found
+            except Miss as error:
+                miss = error
             except httpx2.TransportError as error:
                 miss = Miss("connection", f"{type(error).__name__} {error}".strip(), again=True)
             finally:
@@ -263,16 +263,16 @@ class JudgeClient:
             raise Miss("huge_reply", f"more than {MAX_REPLY_BYTES} bytes", True, 200)
         try:
             choice = _json(body)["choices"][0]
-            written, finish = choice["message"]["content"], choice.get("finish_reason")
+            content, finish = choice["message"]["content"], choice.get("finish_reason")
         except (TypeError, KeyError, IndexError):
             text = body.decode("utf-8", "replace")
             raise Miss("no_completion", f"the body is {text or 'empty'}", True, 200) from None
-        return self._read(written, f"finish_reason {finish!r}")
+        return self._read(content, f"finish_reason {finish!r}")
 
     def _refusal(self, response: httpx2.Response, body: bytes) -> Miss:
         """What a status other than 200 means; the detail is the server's own message."""
-        found, status = _json(body), response.status_code
-        error = found.get("error", found) if isinstance(found, dict) else None
+        answer, status = _json(body), response.status_code
+        error = answer.get("error", answer) if isinstance(answer, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         text = body[:MAX_REPLY_BYTES].decode("utf-8", "replace")
         detail = message if isinstance(message, str) and message else text or "no message"
@@ -288,7 +288,7 @@ class JudgeClient:
         return miss
 
     def _open_session(self) -> _Session:
-        """Client and places of the running loop; connections do not outlive their loop."""
+        """Client and slots of the running loop; connections do not outlive their loop."""
         from openai import AsyncOpenAI
 
         loop = asyncio.get_running_loop()
@@ -374,5 +374,5 @@ def _json(body: bytes | bytearray) -> Any:
 
 def _printable(text: str) -> str:
     """The start of a text, on one line that cannot steer a terminal."""
-    shown = "".join(c if c.isprintable() else " " for c in text[:_MESSAGE_CHARS])
-    return shown + (" ..." if len(text) > _MESSAGE_CHARS else "")
+    printable = "".join(c if c.isprintable() else " " for c in text[:_MESSAGE_CHARS])
+    return printable + (" ..." if len(text) > _MESSAGE_CHARS else "")

@@ -101,19 +101,19 @@ def _read_claims(value: Any) -> list[int] | None:
         return None
     if not isinstance(value["claims"], list) or not isinstance(value["missed"], list):
         return None
-    found: dict[str, bool] = {}
+    support_of: dict[str, bool] = {}
     for entry in value["claims"]:
         if not isinstance(entry, dict) or set(entry) != {"claim", "supported"}:
             return None
         claim, supported = _said(entry["claim"]), entry["supported"]
         if not claim or type(supported) is not bool:
             return None
-        found[claim] = supported and found.get(claim, True)
-    missed = {_said(thing) for thing in value["missed"]}
+        support_of[claim] = supported and support_of.get(claim, True)
+    missed = {_said(claim_text) for claim_text in value["missed"]}
     if "" in missed:
         return None
-    supported = sum(found.values())
-    return [supported, len(found) - supported, len(missed)]
+    supported = sum(support_of.values())
+    return [supported, len(support_of) - supported, len(missed)]
 
 
 def _said(text: Any) -> str:

@@ -30,8 +30,8 @@ def leaks(task: Task, problem: Problem, perception: Any, answer: Any | None) -> 
     if answer is not None and bool(perception == answer):
         return True
 
-    def right(said: str) -> bool:
-        read = task.parse(compose_response("-", "-", said)).answer
+    def right(answer: str) -> bool:
+        read = task.parse(compose_response("-", "-", answer)).answer
         return read is not None and bool(task.check(problem, read))
 
     return isinstance(perception, str) and states(perception, right)

@@ -115,19 +115,19 @@ class RewardPool:
             for group in groups
         ]
 
-        def keep(index: int, found: ScoredTerms) -> None:
-            raise_if_fatal(found.failures, groups[index], composition)
-            scored[index].add(found)
+        def keep(index: int, terms: ScoredTerms) -> None:
+            raise_if_fatal(terms.failures, groups[index], composition)
+            scored[index].add(terms)
 
-        def keep_of_step(_: int, found: ScoredTerms) -> None:
-            for index, part in enumerate(found.parted([len(g.rollouts) for g in groups])):
+        def keep_of_step(_: int, terms: ScoredTerms) -> None:
+            for index, part in enumerate(terms.parted([len(g.rollouts) for g in groups])):
                 keep(index, part)
 
         def wait_for(name: str) -> list[tuple[int, ScoredTerms]]:
-            """What a remote term finds, to be kept by the caller's thread."""
-            found: list[tuple[int, ScoredTerms]] = []
-            self._remote[name].run("score", groups, (name,), lambda *each: found.append(each))
-            return found
+            """The results of a remote term, to be kept by the caller's thread."""
+            results: list[tuple[int, ScoredTerms]] = []
+            self._remote[name].run("score", groups, (name,), lambda *each: results.append(each))
+            return results
 
         with ThreadPoolExecutor(1 + len(self._remote)) as threads:
             remote = [threads.submit(wait_for, name) for name in self._remote]
@@ -164,8 +164,8 @@ class RewardPool:
     ) -> None:
         replies: list[dict[str, Sequence[Reply]]] = [{} for _ in groups]
         of_model: dict[str, list[tuple[int, str, Sequence[ModelRequest]]]] = {}
-        for index, found in enumerate(scored):
-            for name, requests in found.requests.items():
+        for index, terms in enumerate(scored):
+            for name, requests in terms.requests.items():
                 of_model.setdefault(self._asking[name], []).append((index, name, requests))
 
         def ask(model: str) -> tuple[Iterator[Reply | ReplyError], float]:
@@ -176,28 +176,30 @@ class RewardPool:
             return iter(answers), time.perf_counter() - start
 
         with ThreadPoolExecutor(max(1, len(of_model))) as threads:
-            told = list(threads.map(ask, of_model))
-        for mine, (answers, waited) in zip(of_model.values(), told, strict=True):
+            answers_of_models = list(threads.map(ask, of_model))
+        for mine, (answers, waited) in zip(of_model.values(), answers_of_models, strict=True):
             for index, name, requests in mine:
-                given = [next(answers) for _ in requests]
+                answers_of_term = [next(answers) for _ in requests]
                 failed = tuple(
                     TermFailure(
                         name,
                         "deadline" if reply.kind == "deadline" else "model",
                         f"{reply.request_id}: {reply.message}",
                     )
-                    for reply in given
+                    for reply in answers_of_term
                     if isinstance(reply, ReplyError)
                 )
                 keep(index, ScoredTerms(failures=failed[:1], seconds={name: waited}))
                 if not failed:
-                    replies[index][name] = [r for r in given if not isinstance(r, ReplyError)]
-        answered = [index for index, found in enumerate(replies) if found]
+                    replies[index][name] = [
+                        r for r in answers_of_term if not isinstance(r, ReplyError)
+                    ]
+        answered = [index for index, of_terms in enumerate(replies) if of_terms]
         self._workers.run(
             "read",
             [(groups[i], replies[i]) for i in answered],
             tuple(self._asking),
-            lambda place, found: keep(answered[place], found),
+            lambda index, terms: keep(answered[index], terms),
         )
 
 

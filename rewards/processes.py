@@ -25,7 +25,7 @@ LOOP_SECONDS = 3.0
 """How long a remote term's event loop may stand still once one of its groups is overdue."""
 
 Keep = Callable[[int, ScoredTerms], None]
-"""Takes what was found for the group at an index."""
+"""Takes the result for the group at an index."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class _Worker:
     def start(self) -> None:
         self.calls = {self.actor.ready.remote(): (None, time.monotonic() + START_SECONDS)}
 
-    def has_room(self, places: int, alone: bool) -> bool:
+    def has_room(self, slots: int, alone: bool) -> bool:
         if any(job is None or job.alone for job, _ in self.calls.values()):
             return False
-        return len(self.calls) < (1 if alone else places)
+        return len(self.calls) < (1 if alone else slots)
 
 
 class Workers:
@@ -84,13 +84,13 @@ class Workers:
         self.restarts = 0
         self._remote, self._closed = remote, False
         self._who = f"reward term {remote!r}" if remote else "a reward worker"
-        self._places = config.remote_in_flight if remote else 1
+        self._slots = config.remote_in_flight if remote else 1
         self._seconds = config.remote_seconds if remote else config.deadline_seconds
         actor = ray.remote(RemoteWorker if remote else RewardWorker).options(
             num_cpus=facts.cpus if facts else 0,
             num_gpus=facts.gpus if facts else 0,
             max_restarts=-1,
-            max_concurrency=self._places + 2 if remote else 1,
+            max_concurrency=self._slots + 2 if remote else 1,
             **(where or {}),
         )
         memory = 0.0 if facts and facts.weights else config.memory_gib
@@ -105,7 +105,7 @@ class Workers:
             list(self._ended())
 
     def run(self, method: str, inputs: Sequence[Any], parts: tuple[str, ...], keep: Keep) -> None:
-        """Call `method(chunk, parts)` over all inputs; `keep` gets what was found for each.
+        """Call `method(chunk, parts)` over all inputs; `keep` gets the result of each.
 
         Raises RewardError for a worker that does not start again, or was closed.
         """
@@ -115,7 +115,7 @@ class Workers:
         while jobs or suspects or any(job for w in self._workers for job, _ in w.calls.values()):
             for worker in self._workers:
                 queue = suspects or jobs
-                while queue and worker.has_room(self._places, alone=bool(suspects)):
+                while queue and worker.has_room(self._slots, alone=bool(suspects)):
                     job = queue.popleft()
                     call = getattr(worker.actor, method).remote(
                         [inputs[i] for i in job.inputs], job.parts
@@ -124,8 +124,8 @@ class Workers:
                     queue = suspects or jobs
             for job, result in self._ended():
                 if isinstance(result, list):
-                    for index, found in zip(job.inputs, result, strict=True):
-                        keep(index, found)
+                    for index, output in zip(job.inputs, result, strict=True):
+                        keep(index, output)
                 elif result is not None and len(job.inputs) * len(job.parts) == 1:
                     keep(job.inputs[0], ScoredTerms(failures=(result,)))
                 else:
@@ -135,10 +135,10 @@ class Workers:
         """A remote term's own counts (see `RemoteWorker`); none where it does not answer now."""
         try:
             actor = self._workers[0].actor
-            found: dict[str, float] = ray.get(actor.counts.remote(), timeout=LOOP_SECONDS)
+            counts: dict[str, float] = ray.get(actor.counts.remote(), timeout=LOOP_SECONDS)
         except (GetTimeoutError, RayActorError):
             return {}  # a term that hangs or died is met, and counted, by the next `score`
-        return found
+        return counts
 
     def close(self) -> None:
         self._closed = True

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
-from rewards.reader import own_question, reader_requests, right_answers, written
+from rewards.reader import own_question, perception_text, reader_requests, right_answers
 from rewards.scored import Values
 from rewards.settings import ARGUMENTS, Place
 from rewards.surrogates import PERCEPTION, Blind, different
@@ -96,10 +96,10 @@ class BlindQuestions(Blind):
 
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> Values:
         """float [G] in [−1, 1], in [0, 1] but for `subtract`, and the part `floor`."""
-        own = self._texts(task, group)
-        texts = self._asked(own)
+        of_rollout = self._texts(task, group)
+        texts = self._asked(of_rollout)
         if not texts:
-            return [0.0] * len(own)
+            return [0.0] * len(of_rollout)
         right = right_answers(self._questions(group), len(texts), replies)  # [Q, S]
         floor = np.zeros(len(right), bool) if self.floor == "keep" else right[:, 0]
         counted = right[~floor] if self.floor == "condition" else right
@@ -108,9 +108,9 @@ class BlindQuestions(Blind):
         off = float(floor.mean()) if self.floor == "subtract" else 0.0
         values = [
             self._decay(rollout) * share_of[text] - off
-            for rollout, text in zip(group.rollouts, own, strict=True)
+            for rollout, text in zip(group.rollouts, of_rollout, strict=True)
         ]
-        floors = {"floor": [float(floor.mean())] * len(own)} if self.floor != "keep" else {}
+        floors = {"floor": [float(floor.mean())] * len(of_rollout)} if self.floor != "keep" else {}
         return {"value": values, **floors}
 
     def _decay(self, rollout: Rollout) -> float:
@@ -122,14 +122,14 @@ class BlindQuestions(Blind):
         return [
             None
             if self.usable(task, group.problem, rollout) is None or not self._decay(rollout)
-            else written(task, rollout, self.at)
+            else perception_text(task, rollout, self.at)
             for rollout in group.rollouts
         ]
 
-    def _asked(self, own: Sequence[str | None]) -> list[str | None]:
+    def _asked(self, of_rollout: Sequence[str | None]) -> list[str | None]:
         """The texts to ask with, the floor's none first; none at all where nothing is earned."""
-        found: list[str | None] = list(different(own))
-        return [None, *found] if found and self.floor != "keep" else found
+        perceptions: list[str | None] = list(different(of_rollout))
+        return [None, *perceptions] if perceptions and self.floor != "keep" else perceptions
 
     def _questions(self, group: Group) -> list[Problem]:
         """The same for both halves: what is drawn hangs on the group's id alone."""

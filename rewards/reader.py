@@ -47,7 +47,7 @@ You cannot see the image that a question is about. Answer it all the same; give 
 {question}"""
 
 
-def written(task: Task, rollout: Rollout, place: Place) -> str:
+def perception_text(task: Task, rollout: Rollout, place: Place) -> str:
     """What a reader is given of a rollout: its readable perception, as it was written.
 
     Raises ValueError where the task's parser does not say where the perception lies.
@@ -113,17 +113,17 @@ def right_answers(
     Raises ValueError for replies that are not one rollout each, in that order.
     """
     if len(replies) != len(questions) * texts:
-        asked = len(questions) * texts
-        raise ValueError(f"a reader was asked {asked} requests and gave {len(replies)} replies")
+        expected = len(questions) * texts
+        raise ValueError(f"a reader was asked {expected} requests and gave {len(replies)} replies")
     tasks = {question.task: load_task(question.task) for question in questions}
-    found = np.zeros((len(questions), texts), dtype=bool)
-    for place, reply in enumerate(replies):
+    is_right = np.zeros((len(questions), texts), dtype=bool)
+    for index, reply in enumerate(replies):
         if not isinstance(reply, Group) or len(reply.rollouts) != 1:
             raise ValueError("expected a group of one rollout as a reader's reply")
-        question, answer = questions[place // texts], reply.rollouts[0].parsed.answer
+        question, answer = questions[index // texts], reply.rollouts[0].parsed.answer
         right = answer is not None and tasks[question.task].check(question, answer)
-        found[divmod(place, texts)] = bool(right)
-    return found
+        is_right[divmod(index, texts)] = bool(right)
+    return is_right
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Reader:
         texts = self._texts(task, group)
         (right,) = right_answers([own_question(group.problem, self.place)], len(texts), came)
         of = dict(zip(texts, right.tolist(), strict=True))
-        own = [r.parsed for r in group.rollouts]
+        parsed = [r.parsed for r in group.rollouts]
         return Reading(
             sufficient=np.array([t is not None and of[t] for t in self._own(task, group)], bool),
             blind=of[None],
@@ -183,7 +183,7 @@ class Reader:
             stated=np.array(
                 [
                     p.perception is not None and leaks(task, group.problem, p.perception, p.answer)
-                    for p in own
+                    for p in parsed
                 ],
                 bool,
             ),
@@ -191,7 +191,9 @@ class Reader:
 
     def _own(self, task: Task, group: Group) -> list[str | None]:
         return [
-            None if rollout.parsed.perception is None else written(task, rollout, self.place)
+            None
+            if rollout.parsed.perception is None
+            else perception_text(task, rollout, self.place)
             for rollout in group.rollouts
         ]
 
@@ -211,24 +213,26 @@ def readings(
 
     Everything is asked at once. Raises RewardError where nothing at all was answered.
     """
-    asked = [reader.ask(task, g) if perceives(task) else [] for task, g in groups]
-    replies = iter(answerer.answer([request for of in asked for request in of], SECONDS))
-    found, lost = [], ""
-    for (task, group), requests in zip(groups, asked, strict=True):
+    requests_of_groups = [reader.ask(task, g) if perceives(task) else [] for task, g in groups]
+    replies = iter(
+        answerer.answer([request for of in requests_of_groups for request in of], SECONDS)
+    )
+    results, lost = [], ""
+    for (task, group), requests in zip(groups, requests_of_groups, strict=True):
         came = [next(replies) for _ in requests]
         lost = lost or next((r.message for r in came if isinstance(r, ReplyError)), "")
-        found.append(reader.read(task, group, came) if came else None)
-    if lost and all(reading is None for reading in found):
+        results.append(reader.read(task, group, came) if came else None)
+    if lost and all(reading is None for reading in results):
         raise RewardError(f"the reader {reader.model} answered nothing: {lost}")
-    return found
+    return results
 
 
-def refused(found: Sequence[Reading]) -> str | None:
+def refused(results: Sequence[Reading]) -> str | None:
     """Why a reader is not to be believed on a task; None where `p*` helps it by `NEAR` or more.
 
     Where fewer than `LEAST` are labelled too little is known of its ceiling to refuse it.
     """
-    pairs = [(r.ceiling, r.blind) for r in found if r.ceiling is not None]
+    pairs = [(r.ceiling, r.blind) for r in results if r.ceiling is not None]
     if len(pairs) < LEAST:
         return None
     ceiling, floor = np.mean(pairs, axis=0).tolist()

@@ -137,8 +137,8 @@ def roc_auc(values: np.ndarray, truth: np.ndarray) -> float | None:
         return None
     from scipy import stats  # a second of imports that a run's start does without
 
-    found = stats.mannwhitneyu(values[truth], values[~truth], method="asymptotic")
-    return float(found.statistic) / pairs
+    test = stats.mannwhitneyu(values[truth], values[~truth], method="asymptotic")
+    return float(test.statistic) / pairs
 
 
 def auc_statistics(values: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> Statistics:
@@ -184,21 +184,21 @@ def calibration(
     """
     distinct = np.unique(values)
     if len(distinct) <= BINS:
-        place = np.searchsorted(distinct, values)
+        bin_of = np.searchsorted(distinct, values)
     else:
         edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]))
-        place = np.searchsorted(edges, values)
+        bin_of = np.searchsorted(edges, values)
     names = np.asarray(puzzles)
-    found = []
-    for index in np.unique(place):
-        here = place == index
-        inside, right = values[here], truth[here].astype(np.float64)
+    bins = []
+    for index in np.unique(bin_of):
+        in_bin = bin_of == index
+        inside, right = values[in_bin], truth[in_bin].astype(np.float64)
         share = Interval(
-            float(right.mean()), *mean_interval(right, list(names[here]) if len(names) else ())
+            float(right.mean()), *mean_interval(right, list(names[in_bin]) if len(names) else ())
         )
         low, high = float(inside.min()), float(inside.max())
-        found.append(Bin(low, high, float(inside.mean()), share, len(inside)))
-    return tuple(found)
+        bins.append(Bin(low, high, float(inside.mean()), share, len(inside)))
+    return tuple(bins)
 
 
 def _brier_statistics(values: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> Statistics:

@@ -74,24 +74,24 @@ class RewardModel:
         if self._classifier is None:
             self._load()
         ids = [self._ids(prompt, response) for response in responses]
-        found: list[float] = []
+        scores: list[float] = []
         for start in range(0, len(ids), self.batch_size):
             rows = ids[start : start + self.batch_size]
             longest = max(map(len, rows))
             shape = (len(rows), longest)
             tokens = torch.full(shape, self._padding, dtype=torch.long)
             mask = torch.zeros(shape, dtype=torch.long)
-            for row, own in enumerate(rows):
-                tokens[row, : len(own)] = torch.tensor(own)
-                mask[row, : len(own)] = 1
+            for row, row_ids in enumerate(rows):
+                tokens[row, : len(row_ids)] = torch.tensor(row_ids)
+                mask[row, : len(row_ids)] = 1
             device = self._classifier.device
             with torch.no_grad():
                 logits = self._classifier(
                     input_ids=tokens.to(device), attention_mask=mask.to(device)
                 ).logits.float()
             chosen = logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]
-            found += chosen.tolist()
-        return found
+            scores += chosen.tolist()
+        return scores
 
     def _load(self) -> None:
         import torch
@@ -127,11 +127,11 @@ class RewardModel:
         """Raises ValueError for a text that is too long."""
         tokenizer = self._tokenizer
         if tokenizer.chat_template:
-            said = [
+            messages = [
                 {"role": "user", "content": _USER},
                 {"role": "assistant", "content": _ASSISTANT},
             ]
-            rendered = tokenizer.apply_chat_template(said, tokenize=False)
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
             head, _, rest = rendered.partition(_USER)
             middle, _, tail = rest.partition(_ASSISTANT)
             ids = [

@@ -110,22 +110,22 @@ class ScoredTerms:
     diagnosis: Diagnosis | None = None
     requests: dict[str, Sequence[ModelRequest]] = field(default_factory=dict)
 
-    def add(self, more: ScoredTerms) -> None:
+    def add(self, part: ScoredTerms) -> None:
         """Take in what other calls gave for the same group."""
-        self.values |= more.values
-        self.failures += more.failures
-        for name, seconds in more.seconds.items():  # an asking term has two halves
+        self.values |= part.values
+        self.failures += part.failures
+        for name, seconds in part.seconds.items():  # an asking term has two halves
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.diagnosis = self.diagnosis or more.diagnosis
-        self.requests |= more.requests
+        self.diagnosis = self.diagnosis or part.diagnosis
+        self.requests |= part.requests
 
     def parted(self, sizes: Sequence[int]) -> list[ScoredTerms]:
-        """What was found for the rollouts of several groups together, by group.
+        """The terms of the rollouts of several groups together, by group.
 
         A failure is one of each group, and each took all the time.
         """
         cuts = np.cumsum(sizes)[:-1]
-        values = {name: np.split(found, cuts) for name, found in self.values.items()}
+        values = {name: np.split(column, cuts) for name, column in self.values.items()}
         return [
             ScoredTerms({n: v[i] for n, v in values.items()}, self.failures, dict(self.seconds))
             for i in range(len(sizes))

@@ -81,7 +81,7 @@ def sufficiency(
     of_rollouts = np.repeat(puzzles, sizes)
     a, enough = np.concatenate(right), np.concatenate([r.sufficient for r in readings])
     labelled = [k for k, r in enumerate(readings) if r.ceiling is not None]
-    found = {
+    intervals = {
         "stated": _share(np.concatenate([r.stated for r in readings]), of_rollouts),
         "blind": _share(np.repeat([r.blind for r in readings], sizes), of_rollouts),
         "ceiling": _share(
@@ -94,7 +94,7 @@ def sufficiency(
         gain, asymmetry = group_bootstrap(
             _statistics(_sums(right, readings)), len(right), puzzles, resamples, seed
         )
-        found |= {
+        intervals |= {
             "sufficiency": _share(enough, of_rollouts),
             "used": _share(a[enough], of_rollouts[enough]),
             "unused": _share(a[~enough], of_rollouts[~enough]),
@@ -103,7 +103,7 @@ def sufficiency(
         }
         outcome = coupling(right, [r.sufficient for r in readings], puzzles, resamples, seed)
     return Sufficiency(
-        **found,
+        **intervals,
         outcome=outcome,
         rollouts=len(a),
         groups=len(right),

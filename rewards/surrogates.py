@@ -50,7 +50,7 @@ class Capped:
     reads_perception = True
     max_perception_tokens: Count = 0
 
-    def seen(self, rollout: Rollout) -> Any | None:
+    def readable(self, rollout: Rollout) -> Any | None:
         """The own perception, None where it is unreadable or too long."""
         length = int((rollout.segments == PERCEPTION).sum())
         too_long = 0 < self.max_perception_tokens < length
@@ -69,7 +69,7 @@ class Blind(Capped):
 
     def usable(self, task: Task, problem: Problem, rollout: Rollout) -> Any | None:
         """The perception to answer from, None where it would earn nothing."""
-        perception = self.seen(rollout)
+        perception = self.readable(rollout)
         if perception is None or not self.leakage_check:
             return perception
         return None if leaks(task, problem, perception, rollout.parsed.answer) else perception
@@ -105,15 +105,17 @@ class GroupAgreement(Capped):
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         """float [G] in [0, 1]; perceptions must compare with `==`."""
-        seen = [rollout.parsed.perception for rollout in group.rollouts]
+        perceptions = [rollout.parsed.perception for rollout in group.rollouts]
         if self.mode == "soft":
-            what = 'group_agreement: mode = "soft"'
-            has_items = need(task, HasPerceptionItems, what, 'add it, or set mode = "plurality"')
-            agreement = _soft([None if p is None else has_items.perception_items(p) for p in seen])
+            feature = 'group_agreement: mode = "soft"'
+            has_items = need(task, HasPerceptionItems, feature, 'add it, or set mode = "plurality"')
+            agreement = _soft(
+                [None if p is None else has_items.perception_items(p) for p in perceptions]
+            )
         else:
-            agreement = _plurality(seen)
+            agreement = _plurality(perceptions)
         return [
-            0.0 if self.seen(rollout) is None else value
+            0.0 if self.readable(rollout) is None else value
             for rollout, value in zip(group.rollouts, agreement, strict=True)
         ]
 
@@ -135,7 +137,7 @@ class SelfConsistency(Capped):
         return [float(self._holds(judge, group.problem, rollout)) for rollout in group.rollouts]
 
     def _holds(self, task: Solves, problem: Problem, rollout: Rollout) -> bool:
-        perception, answer = self.seen(rollout), rollout.parsed.answer
+        perception, answer = self.readable(rollout), rollout.parsed.answer
         if perception is None or answer is None:
             return False
         return bool(task.consistent(problem, perception, answer))
@@ -211,10 +213,10 @@ class BlindPolicy(Blind):
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> list[float]:
         """float [G] in {0, 1}."""
         prefixes = self._prefixes(task, group)
-        asked = different(prefixes)
-        expect_replies(self.name, len(asked), replies)
+        distinct = different(prefixes)
+        expect_replies(self.name, len(distinct), replies)
         values: dict[str | None, float] = {None: 0.0}
-        for prefix, reply in zip(asked, replies, strict=True):
+        for prefix, reply in zip(distinct, replies, strict=True):
             if not isinstance(reply, Group) or len(reply.rollouts) != 1:
                 raise ValueError(f"{self.name}: expected a group of one rollout as a reply")
             answer = reply.rollouts[0].parsed.answer
@@ -285,14 +287,14 @@ class ImageDependence(Capped):
         runs = different(run_of)
         expect_replies(self.name, 2 * len(runs), replies)
         gains: dict[bytes, np.ndarray] = {}
-        for run, shown, altered in zip(runs, replies[::2], replies[1::2], strict=True):
-            gains[run] = self._logprobs(run, shown) - self._logprobs(run, altered)
+        for run, original, altered in zip(runs, replies[::2], replies[1::2], strict=True):
+            gains[run] = self._logprobs(run, original) - self._logprobs(run, altered)
         values = []
-        for rollout, own in zip(group.rollouts, run_of, strict=True):
-            if own is None:
+        for rollout, own_run in zip(group.rollouts, run_of, strict=True):
+            if own_run is None:
                 values.append(0.0)
                 continue
-            gain = gains[own][rollout.segments[: len(gains[own])] == PERCEPTION].mean()
+            gain = gains[own_run][rollout.segments[: len(gains[own_run])] == PERCEPTION].mean()
             values.append(float(np.clip(gain, 0.0, self.cap) / self.cap))
         return values
 
@@ -301,7 +303,7 @@ class ImageDependence(Capped):
         runs: list[bytes | None] = []
         for rollout in group.rollouts:
             seeing = np.flatnonzero(rollout.segments == PERCEPTION)
-            if not group.problem.images or self.seen(rollout) is None or not len(seeing):
+            if not group.problem.images or self.readable(rollout) is None or not len(seeing):
                 runs.append(None)
             else:
                 ids = rollout.response_ids[: seeing[-1] + 1]
@@ -347,9 +349,12 @@ def blind_prefix(task: Task, rollout: Rollout) -> str:
     return bare if task.parse(bare).perception == rollout.parsed.perception else segment + ending
 
 
-def _plurality(seen: Sequence[Any | None]) -> list[float]:
+def _plurality(perceptions: Sequence[Any | None]) -> list[float]:
     """1 for the members of the largest clusters with at least 2 members; [G]."""
-    sizes = [0 if own is None else sum(p is not None and p == own for p in seen) for own in seen]
+    sizes = [
+        0 if perception is None else sum(p is not None and p == perception for p in perceptions)
+        for perception in perceptions
+    ]
     largest = max(sizes, default=0)
     return [float(size == largest >= 2) for size in sizes]
 

@@ -63,8 +63,8 @@ class ViewAgreement(Capped):
             return []
         seed = int.from_bytes(hashlib.sha256(group.group_id.encode()).digest()[:8])
         images = tuple(
-            another_view(image, seed + place, self.changes)
-            for place, image in enumerate(problem.images)
+            another_view(image, seed + index, self.changes)
+            for index, image in enumerate(problem.images)
         )
         return [
             SampleRequest(
@@ -85,12 +85,14 @@ class ViewAgreement(Capped):
             raise ValueError(f"{self.name}: expected a group of {self.readings} as a reply")
         others = [rollout.parsed.perception for rollout in reply.rollouts]
         return [
-            sum(agreement(task, self.seen(rollout), q) for q in others) / self.readings
+            sum(agreement(task, self.readable(rollout), q) for q in others) / self.readings
             for rollout in group.rollouts
         ]
 
     def _asks(self, group: Group) -> bool:
-        return bool(group.problem.images) and any(self.seen(r) is not None for r in group.rollouts)
+        return bool(group.problem.images) and any(
+            self.readable(r) is not None for r in group.rollouts
+        )
 
 
 def agreement(task: Task, one: Any | None, other: Any | None) -> float:

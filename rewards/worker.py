@@ -81,7 +81,7 @@ class RewardWorker:
                 task_named(group.problem.task),
                 group,
                 self.terms,
-                {name: found for name, found in replies.items() if name in parts},
+                {name: of_term for name, of_term in replies.items() if name in parts},
             )
             for group, replies in chunk
         ]

@@ -141,11 +141,13 @@ class Family:
             "an output layer lm_head": hasattr(model, "lm_head"),
             "config.image_token_id": hasattr(model.config, "image_token_id"),
         }
-        return [name for name, there in need.items() if not there]
+        return [name for name, present in need.items() if not present]
 
-    def split_images(self, made: Mapping[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+    def split_images(
+        self, image_tensors: Mapping[str, torch.Tensor], count: int
+    ) -> list[dict[str, Any]]:
         """The processor's image tensors of `count` images of one size, image by image."""
-        parts = {name: value.chunk(count) for name, value in made.items()}
+        parts = {name: value.chunk(count) for name, value in image_tensors.items()}
         return [{name: chunks[i] for name, chunks in parts.items()} for i in range(count)]
 
     def image_features(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -215,21 +217,21 @@ class MRopeFamily(Family):
     planes = 3
 
     def lacks(self, model: Any) -> list[str]:
-        found = super().lacks(model)
+        missing = super().lacks(model)
         of = getattr(getattr(model, "model", None), "get_rope_index", None)
         if of is None or "mm_token_type_ids" not in inspect.signature(of).parameters:
-            found.append("positions from token types (get_rope_index with mm_token_type_ids)")
-        return found
+            missing.append("positions from token types (get_rope_index with mm_token_type_ids)")
+        return missing
 
     def positions(
         self, model: Any, input_ids: torch.Tensor, images: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         if not images:
             return super().positions(model, input_ids, images).expand(3, -1)
-        found, _ = model.model.get_rope_index(
+        rope_index, _ = model.model.get_rope_index(
             input_ids, (input_ids == model.config.image_token_id).int(), **images
         )
-        planes: torch.Tensor = found[:, 0]
+        planes: torch.Tensor = rope_index[:, 0]
         return planes
 
     def position_ids(self, planes: torch.Tensor) -> torch.Tensor:

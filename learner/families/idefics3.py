@@ -29,10 +29,12 @@ class Idefics3(Family, NewFamily):
     )
     placeholder = "<image>"
 
-    def split_images(self, made: Mapping[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+    def split_images(
+        self, image_tensors: Mapping[str, torch.Tensor], count: int
+    ) -> list[dict[str, Any]]:
         # [images, tiles, ...]: images of several sizes could be stacked only with blank tiles.
-        found = super().split_images(made, count)
-        return [{name: value[0] for name, value in image.items()} for image in found]
+        images = super().split_images(image_tensors, count)
+        return [{name: value[0] for name, value in image.items()} for image in images]
 
     def image_features(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         # All tiles as those of one sequence; the features are again a row a tile.

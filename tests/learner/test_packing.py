@@ -310,7 +310,7 @@ def test_every_sequence_can_be_read_back_from_the_row(
     row = pack(prompts, responses, keys)
     assert [s.start for s in row.stretches.items] == [0, *(s.end for s in row.stretches.items[:-1])]
     assert row.stretches.items[-1].end == len(row.ids)
-    assert len(row.written) == len(set(keys))
+    assert len(row.with_prompt) == len(set(keys))
     stretch_of = {t: s for s in row.stretches.items for t in range(s.start, s.end)}
     columns = iter(row.columns.tolist())
     for prompt, response in zip(prompts, responses, strict=True):
@@ -319,7 +319,7 @@ def test_every_sequence_can_be_read_back_from_the_row(
             s = stretch_of[column]
             seen = [*range(s.prefix_start, s.prefix_end), *range(s.start, column + 1)]
             assert row.ids[seen].tolist() == [*prompt, *response[:t]]
-            assert row.place[seen].tolist() == list(range(len(seen)))
+            assert row.position[seen].tolist() == list(range(len(seen)))
     assert next(columns, None) is None
 
 

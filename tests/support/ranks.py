@@ -164,7 +164,7 @@ def _run(ranks: int, jobs: dict[str, Job], out: list[Path], seconds: float) -> l
             process.kill()
 
 
-def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> None:
+def _rank(world: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds)  # where a rank that hangs stands
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
@@ -172,10 +172,10 @@ def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> 
     found: Any = {}
     try:
         for name, job in jobs.items():
-            outcome = _do(job, place)
-            found |= {name: outcome} if place.rank == 0 else {}
+            outcome = _do(job, world)
+            found |= {name: outcome} if world.rank == 0 else {}
     except BaseException:
-        found = f"rank {place.rank}:\n{traceback.format_exc()}"
+        found = f"rank {world.rank}:\n{traceback.format_exc()}"
     with open(f"{out}.partial", "wb") as file:
         _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(found)
     Path(f"{out}.partial").rename(out)
@@ -183,11 +183,11 @@ def _rank(place: WorldPlace, jobs: dict[str, Job], out: str, seconds: float) -> 
         os._exit(1)
 
 
-def _do(job: Job, place: WorldPlace) -> Outcome:
+def _do(job: Job, world: WorldPlace) -> Outcome:
     from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
-    seed_all(1, 0, place.rank)  # so that two lives of one job draw alike
-    learner = DeepSpeedLearner(job.setup, place)
+    seed_all(1, 0, world.rank)  # so that two lives of one job draw alike
+    learner = DeepSpeedLearner(job.setup, world)
     outcome = Outcome()
     parameters = learner._engine.module.model.named_parameters()
     named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
@@ -218,7 +218,7 @@ def _do(job: Job, place: WorldPlace) -> Outcome:
                 learner._writer._thread.submit(moved_on.wait, 60)
             learner.save_training(Path(job.checkpoint[1]), {"updates": done})
             outcome.draw_at_checkpoint = draws()
-            if place.rank == 0:
+            if world.rank == 0:
                 assert Path(job.checkpoint[1]).exists() != job.setup.checkpoint.background
         outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         passes.clear()

@@ -33,8 +33,8 @@ class CliffLoss(Loss):
     def denominators(self, batch: TrainBatch) -> dict[str, float]:
         return {"cliff": 1.0}
 
-    def sums(self, seen: View, tokens: Tokens, second: View | None = None) -> Terms:
-        logprobs, _ = seen
+    def sums(self, outputs: View, tokens: Tokens, second: View | None = None) -> Terms:
+        logprobs, _ = outputs
         return {"cliff": (logprobs - logprobs.detach()).sqrt().sum() + self.value}
 
 
