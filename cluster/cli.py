@@ -37,8 +37,10 @@ OptionalRecipe = Annotated[
     Path | None, typer.Argument(help="A TOML recipe, such as recipes/tiny/sudoku.toml")
 ]
 Resume = Annotated[
-    Path | None,
-    typer.Option(metavar="RUN", help="Go on with a run from its last training checkpoint"),
+    str | None,
+    typer.Option(
+        metavar="RUN", help="Go on with a run, or a copy at a URI, from its last checkpoint"
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -99,9 +101,9 @@ def train(
             run_replay(again, source, address=address, output=output)
         return
     wanted, resumed = loaded("train", recipe, set_, output, resume)
-    if not ready(wanted, "train", address, dry_run, recipe or resume, output):
+    if not ready(wanted, "train", address, dry_run, recipe or resume, None if resumed else output):
         return
-    ended = supervised("train", wanted, recipe, set_, address, output, resume)
+    ended = supervised("train", wanted, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.train import run_training
@@ -148,9 +150,9 @@ def sft(
         f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
         "with steps = 650, or see recipes/tiny/cold_start.toml",
     )
-    if not ready(wanted, "sft", address, dry_run, recipe or resume, output):
+    if not ready(wanted, "sft", address, dry_run, recipe or resume, None if resumed else output):
         return
-    ended = supervised("sft", wanted, recipe, set_, address, output, resume)
+    ended = supervised("sft", wanted, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.sft import run_sft

@@ -4,6 +4,7 @@ what the user can put right is told."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,27 @@ def loaded(
     recipe: Path | None,
     overrides: list[str] | None,
     output: Path | None,
-    resume: Path | None,
+    resume: str | None,
 ) -> tuple[Recipe, Resumed | None]:
-    """The recipe of a new run, or that of a run to go on with and where it goes on."""
+    """The recipe of a new run, or that of a run to go on with and where it goes on.
+
+    The copy of a run that `resume` names by URI is fetched first, into `output` or `runs/NAME`.
+    """
     if resume is not None:
+        copied = "://" in resume
         refuse(
-            recipe is not None or output is not None,
+            recipe is not None or (output is not None and not copied),
             "--resume RUN: the run has its recipe and its folder; give neither",
         )
         from cluster.run.checkpoints import resume as go_on
 
-        return go_on(resume, overrides or (), command)
+        folder = Path(resume)
+        if copied:
+            from cluster.record.mirror import fetch
+
+            folder = output or Path("runs") / folder.name
+            fetch(resume, folder, lambda text: print(text, file=sys.stderr))
+        return go_on(folder, overrides or (), command)
     if recipe is None:
         raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
     return load_recipe(recipe, overrides or ()), None
@@ -62,7 +73,7 @@ def supervised(
     overrides: list[str] | None,
     address: str | None,
     output: Path | None,
-    resume: Path | None,
+    resumed: Resumed | None,
 ) -> int | None:
     """Run it below a supervisor and return its exit code; None where this process is to run it."""
     from cluster.run.supervise import SUPERVISED, supervise
@@ -72,10 +83,10 @@ def supervised(
         return None
     settings = [word for override in overrides or () for word in ("--set", override)]
     where = ["--address", address] if address else []
-    run = resume or new_run_folder(recipe, output)
+    run = resumed.run if resumed else new_run_folder(recipe, output)
     again = [command, "--resume", str(run), *where]
-    first = [*again, *settings] if resume else [command, str(file), "--output", str(run)]
-    return supervise(first if resume else [*first, *settings, *where], again, run, budget)
+    first = [*again, *settings] if resumed else [command, str(file), "--output", str(run)]
+    return supervise(first if resumed else [*first, *settings, *where], again, run, budget)
 
 
 def ready(
@@ -83,7 +94,7 @@ def ready(
     command: Command,
     address: str | None,
     dry_run: bool,
-    source: Path | None,
+    source: Path | str | None,
     output: Path | None,
 ) -> bool:
     """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.

@@ -115,6 +115,10 @@ class OutputConfig(Section):
     rollout_tokens: bool = True
     """With the token arrays (ids, log-probs, versions, segments), which `train --replay` and
     `diagnose --rescore` need."""
+    mirror: Text | Literal[""] = ""
+    """URI of a folder (`s3://bucket/runs`, `gs://…`, `file:///…`) below which the run's folder is
+    copied after each step, by a thread; `--resume URI/NAME` goes on from there on any machine
+    (docs/runs.md). What `fsspec` reads: `pip install "equipoise[s3]"` for S3. "": none."""
     trackers: Annotated[
         tuple[Literal["wandb", "mlflow", "swanlab", "trackio", "ray"], ...], Field(strict=False)
     ] = ()

@@ -45,8 +45,8 @@ MAY_CHANGE = (
     "reward.workers", "reward.deadline_seconds", "reward.answer_seconds", "reward.remote_seconds",
     "reward.remote_in_flight", "reward.memory_gib",
     "checkpoint.every", "checkpoint.keep", "checkpoint.background", "checkpoint.restarts",
-    "output.folder", "output.rollouts_every", "output.rollouts_keep", "output.rollout_tokens",
-    "output.trackers", "output.project", "output.tracked_rollouts",
+    "output.folder", "output.mirror", "output.rollouts_every", "output.rollouts_keep",
+    "output.rollout_tokens", "output.trackers", "output.project", "output.tracked_rollouts",
     "job.include", "job.travel_mib", "job.env", "job.runtime_env", "job.python", "job.stop_seconds",
 )  # fmt: skip
 """Recipe fields that a resumed run may set: where it runs, how long and in what memory, not what

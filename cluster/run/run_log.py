@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from cluster.recipe.recipe import Recipe, RunFailed, resolved_toml
 from cluster.record.evaluation import EvalTable
 from cluster.record.events import Event, add_events, seconds_down
+from cluster.record.mirror import mirrored
 from cluster.record.mismatch import mismatch
 from cluster.record.stored import last_step
 from cluster.record.terminal import Progress
@@ -104,13 +105,15 @@ class RunLog:
         progress: Progress,
         at: Position,
         steps: int | None = None,
+        copy: Callable[[], None] = lambda: None,
     ) -> None:
-        """`steps`: after which the run is over; without it [algorithm] says."""
+        """`steps`: after which the run is over; without it [algorithm] says. `copy`: brings the
+        folder's copy up to date."""
         self.recipe, self.tracker, self.progress, self.at = recipe, tracker, progress, at
         self.folder, self.say = tracker.run_dir, progress.say
         self.keeper = Keeper(self.folder)
         self.stopped = False
-        self._steps, self._stop = steps, StopSignal()
+        self._steps, self._stop, self._copy = steps, StopSignal(), copy
         self._standstill = Standstill(progress.say)
 
     @contextmanager
@@ -165,6 +168,7 @@ class RunLog:
         """Write a step's metrics; the run is after it now."""
         self.tracker.log(step.number, step.metrics)
         self.at = replace(self.at, step=step.number, version=version, spent=spent or self.at.spent)
+        self._copy()
         self.stopped = self._stop.asked
         if not self.stopped and (who := leaving()):
             self.stopped = True
@@ -227,9 +231,12 @@ def run_log(
     # Before the tracker forgets what came after the checkpoint.
     last = last_step(folder) if resumed else 0
     lost = f"{last - at.step} steps after step {at.step}, done again" if last > at.step else ""
-    with Tracker(folder, resolved_toml(recipe), after, recipe.output) as tracker:
+    with (
+        mirrored(recipe.output.mirror, folder, progress.say) as copy,
+        Tracker(folder, resolved_toml(recipe), after, recipe.output) as tracker,
+    ):
         progress.say(f"run folder: {folder}")
-        log = RunLog(recipe, tracker, progress, at, steps)
+        log = RunLog(recipe, tracker, progress, at, steps, copy)
         if resumed is None:
             log.note("began")
         else:

@@ -25,6 +25,7 @@ from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
 from cluster.record.events import FOR_GOOD, Event, add_events
+from cluster.record.mirror import require_mirror
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.nodes import wait_for_nodes
@@ -150,6 +151,8 @@ def session(
     """
     with claimed(folder, new=resumed is None) if folder else nullcontext():
         ask_machine(recipe, command, say, folder=folder)
+        if recipe.output.mirror and folder and command != "eval":
+            require_mirror(recipe.output.mirror, folder, resumed is not None)
         asked = partial(ask_input, recipe, command, say)
         with (
             connected(address, asked) as ready,

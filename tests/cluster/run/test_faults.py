@@ -10,6 +10,7 @@ the weights it names.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ import torch
 from cluster.recipe.problems import open_sources, step_problems
 from cluster.recipe.recipe import load_recipe
 from cluster.record.events import read_events
+from cluster.record.mirror import fetch
 from cluster.record.mismatch import MISMATCH_LIMIT
 from cluster.record.stored import read_metrics, read_rollouts, read_scored, stored_steps
 from cluster.run.checkpoints import Position, newest
@@ -129,7 +131,8 @@ class Lived:
 def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
     folder = tmp_path_factory.mktemp("faults")
     text = recipe_text(RECIPE, model=tiny_models["qwen3_vl"])
-    driver = Driver(folder, text, command="train", HF_TOKEN=PLANTED, WANDB_API_KEY=PLANTED)
+    mirror = f'output.mirror="file://{folder}/copies"'
+    driver = Driver(folder, text, mirror, command="train", HF_TOKEN=PLANTED, WANDB_API_KEY=PLANTED)
 
     def samplers(count: int) -> None:
         driver.wait(f"{count} samplers", lambda: driver.metric("sampler/count") == count)
@@ -256,6 +259,23 @@ def test_no_step_is_lost_and_what_was_done_and_lost_comes_again(
     for at in saved:
         due = PLACES * at.step
         assert at.buffer == BufferState(due + PLACES, tuple(range(due, due + PLACES)))
+
+
+def test_the_copy_of_the_run_is_whole_after_all_that(lived: Lived, tmp_path: Path) -> None:
+    fetch(f"file://{lived.run.parent}/copies/run", tmp_path / "run", print)
+    at_home, fetched = contents(lived.run), contents(tmp_path / "run")
+    assert fetched.keys() == at_home.keys() - {"report.html"}  # drawn when all is over
+    assert all(at_home[name] == digest for name, digest in fetched.items())
+    assert newest(tmp_path / "run").position == newest(lived.run).position
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """name -> digest of each file, but for what `mirror.json` keeps of the copy."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name not in ("mirror.json", "lock") and file.name[0] != "."
+    }
 
 
 def test_sampler_and_learner_stay_one_policy(metrics: dict[str, dict[int, float]]) -> None:
