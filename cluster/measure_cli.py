@@ -136,6 +136,17 @@ def diagnose(
     ] = None,
     reader: AskReader = "",
     reader_place: ReaderPlace = "prompt",
+    tool: Annotated[
+        bool,
+        typer.Option(
+            "--tool",
+            help="Evaluate the run's last policy with its [environment] and without instead: what "
+            "the tool gives, what it takes, and whether what it shows is used",
+        ),
+    ] = False,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="With --tool: held-out problems [as in its recipe]")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown tables and nothing else")
@@ -146,6 +157,18 @@ def diagnose(
     from cluster.start import refuse
 
     refuse(as_json and markdown, "--json and --markdown: choose one")
+    refuse(tool and bool(reader or rescore), "--tool: goes with neither --reader nor --rescore")
+    refuse(problems is not None and not tool, "--problems: goes with --tool")
+    if tool:
+        from cluster.report.run_report import draw_report
+        from cluster.report.tool_use import print_tool
+        from cluster.run.tool_use import measure_tool, recipe_with_tool
+
+        say = partial(print, file=sys.stderr)
+        wanted = recipe_with_tool(run, problems)
+        print_tool(run.name, measure_tool(run, wanted, address, say), as_json, markdown)
+        draw_report(run, say)
+        return
     from cluster.report.diagnose import run_diagnose
 
     readings = None

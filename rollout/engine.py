@@ -148,7 +148,8 @@ class Engine:
 
         def environment(index: int) -> Answers:
             name = f"{request.group_id}/{index}"
-            return environments.open(name, problem, request_seed(self._seed, f"{name}/environment"))
+            seed = request_seed(self._seed, f"{name}/environment")
+            return environments.open(name, problem, seed, request.returns)
 
         try:
             return await converse(

@@ -14,6 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.core import DataError, Problem
 from tasks.environments import Environment, EnvironmentFailed, Observation, load_environment
 from tasks.images import check_image
 from tasks.memory import limit_memory
+from tasks.returns import Replaced, Returns
 
 MOST_TEXT = 20_000
 """Characters of one answer."""
@@ -52,6 +54,7 @@ class Call:
     seed: int
     turns: tuple[str, ...]
     seconds: float
+    returns: Returns | None = None
 
 
 class Episodes:
@@ -67,7 +70,8 @@ class Episodes:
         answer: Any = None
         try:
             if made is None or done != len(call.turns) - 1 or not call.turns:
-                made, done = load_environment(self._settings.name, self._settings.args), 0
+                make = partial(load_environment, self._settings.name, self._settings.args)
+                made, done = Replaced(make, call.returns) if call.returns else make(), 0
                 answer = made.reset(call.problem, np.random.default_rng(call.seed))
             for turn in call.turns[done:]:
                 answer = made.step(turn)

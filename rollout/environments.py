@@ -19,6 +19,7 @@ from rollout.environment_worker import Call, Settings
 from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
 from tasks.environments import EnvironmentFailed, Observation
+from tasks.returns import Returns
 
 START_SECONDS = 120.0
 """How long a process may take to come up."""
@@ -31,10 +32,15 @@ class EnvironmentPool:
         self.config = config
         self._workers = [_Worker(config) for _ in range(config.workers)]
 
-    def open(self, name: str, problem: Problem, seed: int) -> Conversation:
-        """The environment of a new episode, in the process that has the fewest calls to answer."""
+    def open(
+        self, name: str, problem: Problem, seed: int, returns: Returns | None = None
+    ) -> Conversation:
+        """The environment of a new episode, in the process that has the fewest calls to answer.
+
+        `returns`: what is shown in place of the pictures that it returns.
+        """
         worker = min(self._workers, key=lambda worker: worker.episodes)
-        return Conversation(worker, name, problem, seed)
+        return Conversation(worker, name, problem, seed, returns)
 
     def close(self) -> None:
         """End all processes."""
@@ -50,8 +56,11 @@ class Conversation:
         spent: for all so far, without what others' calls took before it was heard.
     """
 
-    def __init__(self, worker: _Worker, name: str, problem: Problem, seed: int) -> None:
+    def __init__(
+        self, worker: _Worker, name: str, problem: Problem, seed: int, returns: Returns | None
+    ) -> None:
         self._worker, self._name, self._problem, self._seed = worker, name, problem, seed
+        self._returns = returns
         self._turns: tuple[str, ...] = ()
         self.seconds, self.spent = worker.seconds, 0.0
         worker.episodes += 1
@@ -60,7 +69,8 @@ class Conversation:
         """To a turn; to None the reset. Raises EnvironmentFailed."""
         if text is not None:
             self._turns += (text,)
-        call = Call(self._name, self._problem, self._seed, self._turns, self.seconds)
+        problem, turns = self._problem, self._turns
+        call = Call(self._name, problem, self._seed, turns, self.seconds, self._returns)
         try:
             answer, seconds = await self._worker.ask(call)
         except EnvironmentFailed:

@@ -15,6 +15,7 @@ from xxhash import xxh3_128_hexdigest
 from rollout.settings import EnvironmentConfig
 from tasks.core import ENVIRONMENT, Parsed, Problem
 from tasks.images import blank_like
+from tasks.returns import Returns
 
 Kind = Literal["free", "oracle", "blind"]
 """`free`: image and prompt. `oracle`: `p*` forced as the perception prefix. `blind`: no image."""
@@ -50,6 +51,8 @@ class SampleRequest:
     """
     environment: EnvironmentConfig | None = None
     """What answers between turns; without it a response is one turn."""
+    returns: Returns | None = None
+    """What is shown in place of the pictures that it returns; None: these."""
 
 
 @dataclass(frozen=True)

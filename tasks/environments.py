@@ -75,6 +75,14 @@ class Environment(Protocol):
         """The answer to a turn. `text` is a model's and may be anything."""
 
 
+@runtime_checkable
+class LooksElsewhere(Protocol):
+    """An environment whose calls point at a place, so that a wrong one can be shown."""
+
+    def elsewhere(self, text: str) -> tuple[bytes, ...]:
+        """The pictures of the last step, had its turn `text` pointed at another place."""
+
+
 def load_environment(name: str, arguments: Mapping[str, Any] | None = None) -> Environment:
     """Make the environment that `name` stands for: `"zoom"`, `"mark"` or `"module:Class"`.
 

@@ -14,7 +14,8 @@ in one line: `unclosed_call`, `unopened_call`, `several_calls`, `text_after_call
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +29,8 @@ from tasks.placeholders import as_shown
 
 SIDE = 1000
 """Coordinates go from 0 to this along either side."""
+PLACES_TRIED = 64
+"""At random, before a wrong place is taken from a corner."""
 _SAID = {
     "unclosed_call": "the tag is not closed",
     "unopened_call": "the tag is not opened",
@@ -89,6 +92,7 @@ class _Pictures:
     """The problem's pictures, and what a turn's call says of them."""
 
     pictures: list[Image.Image] = field(default_factory=list, init=False)
+    _rng: np.random.Generator = field(default_factory=np.random.default_rng, init=False)
 
     tell: bool = field(default=True, kw_only=True)
     tag: ClassVar[str]
@@ -97,6 +101,7 @@ class _Pictures:
 
     def reset(self, problem: Problem, rng: np.random.Generator) -> Observation | None:
         """How to call, where the policy is to be told; raises DataError for a bad picture."""
+        self._rng = rng
         shown = as_shown(problem.prompt, problem.images)
         self.pictures = [check_image(i, f"image of problem {problem.id}") for i in shown]
         if not self.tell:
@@ -117,7 +122,22 @@ class _Pictures:
             return Observation(said, defects=(call,))
         return Observation(images=(to_png(self.answer(self.pictures[call.picture], call)),))
 
+    def elsewhere(self, text: str) -> tuple[bytes, ...]:
+        """The picture had the call pointed at another place (`tasks.environments`)."""
+        call = read_call(text, self.tag, len(self.pictures), self.counts)
+        if not isinstance(call, Call):
+            return ()
+        picture = self.pictures[call.picture]
+        least = self.least(picture, call)
+        across, down = least * SIDE / picture.width, least * SIDE / picture.height
+        there = replace(call, numbers=_moved(call.numbers, (across, down), self._rng))
+        return (to_png(self.answer(picture, there)),)
+
     def answer(self, picture: Image.Image, call: Call) -> Image.Image:
+        raise NotImplementedError
+
+    def least(self, picture: Image.Image, call: Call) -> float:
+        """Pixels across and down that what a call points at has at least."""
         raise NotImplementedError
 
 
@@ -150,14 +170,18 @@ class Zoom(_Pictures):
     def answer(self, picture: Image.Image, call: Call) -> Image.Image:
         width, height = picture.size
         x0, y0, x1, y1 = call.numbers
-        across, down = (x1 - x0) * width / SIDE, (y1 - y0) * height / SIDE
-        least = max(self.smallest, max(across, down) / self.aspect)
+        least = self.least(picture, call)
         left, right = _grown(x0 * width / SIDE, x1 * width / SIDE, least, width)
         top, bottom = _grown(y0 * height / SIDE, y1 * height / SIDE, least, height)
         crop = picture.crop((left, top, right, bottom))
         scale = max(1.0, self.side / max(crop.size))
         size = [max(1, round(side * scale)) for side in crop.size]
         return crop.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+    def least(self, picture: Image.Image, call: Call) -> float:
+        x0, y0, x1, y1 = call.numbers
+        across, down = (x1 - x0) * picture.width / SIDE, (y1 - y0) * picture.height / SIDE
+        return max(self.smallest, max(across, down) / self.aspect)
 
 
 @dataclass
@@ -197,12 +221,40 @@ class Mark(_Pictures):
         draw.line((x, y - arm, x, y + arm), fill=self.colour, width=self.width)
         return marked
 
+    def least(self, picture: Image.Image, call: Call) -> float:
+        return 8.0 * self.width
+
 
 def _grown(start: float, end: float, least: float, side: int) -> tuple[int, int]:
     """Whole pixels [start, end) of a side, at least `least` of them where there are as many."""
     length = min(side, max(1, round(max(end - start, least))))
     first = min(max(0, round((start + end - length) / 2)), side - length)
     return first, first + length
+
+
+def _moved(
+    numbers: tuple[int, ...], least: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, ...]:
+    """A box or a point of the same size elsewhere: drawn among the places that do not touch it.
+
+    Each takes `least` across and down. Where no place is free, as far off as there is room for.
+    """
+    start, size = numbers[:2], tuple(b - a for a, b in zip(numbers, numbers[2:], strict=False))
+    size = size or (0, 0)
+
+    def taken(corner: Sequence[int]) -> list[tuple[int, int]]:
+        sides = zip(corner, size, least, strict=True)
+        return [_grown(at, at + long, most, SIDE) for at, long, most in sides]
+
+    here = taken(start)
+    for _ in range(PLACES_TRIED):
+        corner = [int(rng.integers(SIDE - long + 1)) for long in size]
+        if any(a[0] >= b[1] or a[1] <= b[0] for a, b in zip(taken(corner), here, strict=True)):
+            break
+    else:
+        corner = [0 if 2 * a + s > SIDE else SIDE - s for a, s in zip(start, size, strict=True)]
+    ends = [a + s for a, s in zip(corner, size, strict=True)]
+    return (*corner, *ends)[: len(numbers)]
 
 
 CALLS = {made.tag: made.counts for made in (Zoom, Mark)}

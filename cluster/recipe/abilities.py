@@ -27,7 +27,7 @@ from tasks.core import (
 )
 from tasks.load import load_task
 
-ORACLE = ("oracle", "oracle_blank")
+ORACLE = ("oracle", "oracle_blank", "oracle_tool")
 """Passes of an evaluation that force `p*`."""
 
 

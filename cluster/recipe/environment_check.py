@@ -11,7 +11,12 @@ from cluster.recipe.recipe import Recipe, UserError
 from rollout.environments import EnvironmentPool
 from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
-from tasks.environments import EnvironmentFailed, Observation, load_environment
+from tasks.environments import (
+    EnvironmentFailed,
+    LooksElsewhere,
+    Observation,
+    load_environment,
+)
 
 TRIED = "I see nothing to call for."
 """The turn that an environment is tried with."""
@@ -22,9 +27,14 @@ def glance_at_environment(recipe: Recipe) -> None:
     if recipe.environment is None:
         return
     try:
-        load_environment(recipe.environment.name, recipe.environment.args)
+        made = load_environment(recipe.environment.name, recipe.environment.args)
     except ValueError as error:
         raise UserError(f"environment: {error}") from error
+    if "returns_elsewhere" in (recipe.eval.passes or ()) and not isinstance(made, LooksElsewhere):
+        raise UserError(
+            'eval.passes: "returns_elsewhere" shows a wrong place, and calls of environment '
+            f'"{recipe.environment.name}" point at none (it has no method elsewhere); leave it out'
+        )
 
 
 def try_environment(

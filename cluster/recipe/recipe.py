@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
 from cluster.recipe.sections import (
+    TOOL_PASSES,
     EvalConfig,
     JobConfig,
     OutputConfig,
@@ -143,6 +144,13 @@ class Recipe(Section):
             "eval.sampling.max_tokens",
             f"got {longest}, above sampler.max_tokens = {sampler.max_tokens}, which problems are "
             "measured for; raise that, or lower this",
+        )
+        compared = [name for name in self.eval.passes or () if name in TOOL_PASSES]
+        refuse(
+            compared and self.environment is None,
+            "eval.passes",
+            f'got "{"".join(compared[:1])}", which compares with [environment], and there is none; '
+            "leave it out, or add that section",
         )
         patience = sampler.request_timeout_seconds
         refuse(

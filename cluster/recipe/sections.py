@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -46,6 +46,23 @@ class WatchConfig(Section):
     fails, and goes on from its last checkpoint under `checkpoint.restarts`."""
 
 
+EvalPass = Literal[
+    "greedy",
+    "sampled",
+    "oracle",
+    "oracle_blank",
+    "blind",
+    "greedy_alone",
+    "oracle_tool",
+    "returns_blank",
+    "returns_other",
+    "returns_elsewhere",
+]
+"""`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
+and the image blanked; `blind`: prompt text only. Those below need [environment]."""
+TOOL_PASSES: tuple[EvalPass, ...] = get_args(EvalPass)[5:]
+
+
 class EvalSampling(Section):
     """[eval.sampling] How tokens are drawn in an evaluation; what is left out is as in training."""
 
@@ -75,13 +92,16 @@ class EvalConfig(Section):
     """Steps between measurements; 0: only before and after."""
     passes: (
         Annotated[
-            tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...],
+            tuple[EvalPass, ...],
             Field(strict=False, min_length=1),
         ]
         | None
     ) = None
     """`greedy` gives a and a_p, `oracle` a_r; `equipoise eval` always runs them all. Without it
-    `greedy`, and `oracle` of problems with a perception label."""
+    `greedy`, `oracle` of problems with a perception label, and beside [environment] `greedy_alone`.
+    What compares with [environment] (docs/diagnosis.md): `greedy_alone` is `greedy` without it,
+    `oracle_tool` is `oracle` with it; `returns_blank`, `returns_other` and `returns_elsewhere` show
+    other pictures than it returns."""
 
     reader: Annotated[str, AfterValidator(expanded)] = ""
     """Checkpoint of a frozen text-only reader that is asked the questions again, with the policy's
@@ -98,7 +118,7 @@ class EvalConfig(Section):
         return self
 
     @property
-    def asked(self) -> tuple[Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"], ...]:
+    def asked(self) -> tuple[EvalPass, ...]:
         """The passes, by default too; what forces `p*` is asked of problems with a label only."""
         return self.passes or ("greedy", "oracle")
 

@@ -9,29 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from cluster.recipe.sections import EvalPass
 from cluster.record.table import Table
+from cluster.record.tool_values import COMPARED, FREE, PerProblem, called, compared, looked
 from rewards.diagnosis import diagnose
 from rewards.intervals import mean_interval
 from rewards.reader import Reading, refused
+from rewards.tool_use import four
 from rollout.record import Group
 from tasks.core import ComparesAnswers, Problem, Task
-
-EvalPass = Literal["greedy", "sampled", "oracle", "oracle_blank", "blind"]
-"""`greedy` and `sampled` are free rollouts; the others are greedy. `oracle_blank`: `p*` forced
-and the image blanked; `blind`: prompt text only."""
 
 TRUTHS = ("a", "a_p", "a_p_graded", "leak", "self_consistency")
 """Of a `Diagnosis`, in the order of a table; a problem without a label has some of them only."""
 
 TRUNCATED = "truncated"
 """Stands among an evaluation's defects for a response that reached the token limit."""
-
-PerProblem = Mapping[str, Mapping[str, float]]
-"""metric -> problem id -> value in [0, 1]."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -140,6 +136,10 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
     values: dict[str, dict[str, float]] = {}
     for name, groups in passes.items():
         values |= _pass_values(task, name, groups)
+    for skill in COMPARED:
+        shared, told = compared(values, skill)
+        for term, true in four(*told).items() if shared else ():
+            values[f"{skill}_{term}"] = dict(zip(shared, true.astype(float).tolist(), strict=True))
     problems = [group.problem for groups in passes.values() for group in groups]
     return EvalTable(values, {p.id: f"{p.task}/{p.symmetry_key}" for p in problems})
 
@@ -214,6 +214,7 @@ def _pass_values(
     """metric -> problem id -> value for one pass."""
     found: dict[str, dict[str, float]] = {}
     defects: dict[str, list[tuple[str, ...]]] = {}
+    episodes = any(rollout.turns for group in groups for rollout in group.rollouts)
     for group in groups:
         problem = group.problem.id
         d = diagnose(task, group)
@@ -222,6 +223,7 @@ def _pass_values(
             metrics = {name: t.mean() for name, t in truths.items() if t is not None}
             cut = [(TRUNCATED,) if r.finish_reason == "length" else () for r in group.rollouts]
             defects[problem] = [(*ds, *c) for ds, c in zip(d.defects, cut, strict=True)]
+            metrics |= {"called": called(group), "looked": looked(group)} if episodes else {}
         elif name == "sampled":
             n, right = len(d.a), {"a": d.a} | ({} if d.a_p is None else {"a_p": d.a_p})
             metrics = {f"{skill} avg@{n}": truth.mean() for skill, truth in right.items()}
@@ -230,6 +232,11 @@ def _pass_values(
             for k in _powers_of_two(n):
                 for skill, truth in right.items():
                     metrics[f"{skill} pass@{k}"] = pass_at_k(n, int(truth.sum()), k)
+        elif name in FREE:
+            right = {"a": d.a} | ({} if d.a_p is None else {"a_p": d.a_p})
+            metrics = {f"{skill}{FREE[name]}": truth.mean() for skill, truth in right.items()}
+        elif name == "oracle_tool":
+            metrics = {"a_r_tool": d.a.mean(), "a_r_called": called(group)}
         else:
             label = {"oracle": "a_r", "oracle_blank": "a_r_blank", "blind": "blind"}[name]
             metrics = {label: d.a.mean()}

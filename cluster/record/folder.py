@@ -8,6 +8,7 @@
     RUN/demonstrations/step-000001.parquet   of SFT: the first update's demonstrations
     RUN/images/<sha256>.png              every image once
     RUN/evaluations/step-000000.json     what an evaluation measured, by task and problem
+    RUN/tool_use.json                    the same of `equipoise diagnose RUN --tool`
     RUN/tensorboard/                     the same metrics
     RUN/events.parquet                   what befell it (see `events.py`)
 
@@ -107,6 +108,9 @@ MAY_BE_ABSENT = ("extra", "shown_sha256", "episode")
 _ROLLOUT = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason", "seconds")
 ROLLOUT_COLUMNS = (*_ROLLOUT, "sampler", *TOKEN_ARRAYS)
 """Fields of a `Rollout` that are stored under their own names."""
+
+
+TOOL_FILE = "tool_use.json"
 
 
 def image_lists(table: pa.Table) -> pa.Table:

@@ -17,6 +17,8 @@ STANDS_FOR = {
     "segment": "(perception|reasoning|answer|other|none)",
     "pair": "(outcome_perception|outcome_reasoning)",
     "learner": "(learner|sft)",
+    "skill": "(a|a_p|a_r)",
+    "shown": "(blank|other|elsewhere)",
     "kind": "[^/]+",
     "k": r"\d+",
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box, table
+from rich.console import Console
 from rich.markup import escape
 
 from cluster.record.terminal import printable
@@ -67,6 +68,19 @@ class Table:
         lines = [f"### {inert(self.title)}", "", f"| {' | '.join(self.columns)} |", f"|{rules}|"]
         lines += ["| " + " | ".join(map(inert, row)) + " |" for row in self.rows]
         return "\n".join([*lines, *(["", inert(self.note)] if self.note else [])])
+
+
+def print_sheets(sheets: Iterable[Table], as_markdown: bool = False) -> None:
+    """To a terminal, or as Markdown and nothing else."""
+    if as_markdown:
+        print("\n\n".join(sheet.to_markdown() for sheet in sheets))
+        return
+    wide = Console()
+    # A log file has no width; its tables should not be squeezed into 80 columns.
+    console = wide if wide.is_terminal else Console(width=160)
+    for sheet in sheets:
+        console.print(sheet.to_rich())
+        console.print()
 
 
 def inert(text: str) -> str:

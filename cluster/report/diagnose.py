@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from cluster.record.stored import StoredScores, not_kept
-from cluster.record.table import Table
+from cluster.record.table import Table, print_sheets
 from cluster.report.reading import (
     ReadingReport,
     Readings,
@@ -118,16 +117,7 @@ def run_diagnose(
     if as_json:
         print(json.dumps({"run": run.name, "tasks": [asdict(r) for r in reports]}, indent=1))
         return reports
-    found = [sheet for report in reports for sheet in sheets(report)]
-    if as_markdown:
-        print("\n\n".join(sheet.to_markdown() for sheet in found))
-        return reports
-    wide = Console()
-    # A log file has no width; its tables should not be squeezed into 80 columns.
-    console = wide if wide.is_terminal else Console(width=160)
-    for sheet in found:
-        console.print(sheet.to_rich())
-        console.print()
+    print_sheets([sheet for report in reports for sheet in sheets(report)], as_markdown)
     return reports
 
 

@@ -12,7 +12,7 @@ import tomllib
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from cluster.recipe.machine import require_free
 from cluster.recipe.recipe import UserError
+from cluster.record.evaluation import EvalTable
+from cluster.record.folder import TOOL_FILE
 from cluster.record.stored import not_kept, read_metrics
 from cluster.report import charts, run_words
 from cluster.report.ablation_report import (
@@ -32,12 +34,13 @@ from cluster.report.ablation_report import (
 from cluster.report.charts import Metrics, Series
 from cluster.report.document import Document, Format, Part
 from cluster.report.rollouts import Shown, read_shown
+from cluster.report.tool_use import read_tables, tool_curves, tool_reports, tool_sheets
 from cluster.report.words import settings_table
 from tasks.files import put, put_text
 
 FLAT_SCHEMA = pa.schema(
     {
-        "source": pa.string(),  # metric, or evaluation
+        "source": pa.string(),  # metric, evaluation, or tool
         "task": pa.string(),
         "when": pa.string(),  # before, after; null for metrics
         "step": pa.int64(),
@@ -69,6 +72,8 @@ class RunRecord:
     ended: bool
     shown: Shown
     problems: tuple[str, ...]
+    tool: Mapping[str, EvalTable] = field(default_factory=dict)
+    """Of `equipoise diagnose --tool`, by task."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -162,6 +167,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
     recipe = read("recipe.toml", lambda path: tomllib.loads(path.read_text("utf-8")), {})
     evaluation = read("evaluation.json", of_json, {})
+    tool = read(TOOL_FILE, read_tables, {})
     measured = sorted((run_dir / "evaluations").glob("step-*.json"))
     if not evaluation and measured:
         name = f"evaluations/{measured[-1].name}"
@@ -188,6 +194,7 @@ def read_run(run_dir: Path) -> RunRecord:
         ended=not any((run_dir / "metrics").glob("part-*.parquet")),
         shown=shown,
         problems=(*problems, *shown.problems),
+        tool=tool,
     )
 
 
@@ -214,6 +221,7 @@ def build(record: RunRecord) -> Document:
             *run_words.evaluation_tables(evaluation),
             missing="Nothing was measured before and after, and training logged no accuracies.",
         ),
+        *_tool_parts(record),
         Part.of(
             "learning",
             "Learning curves",
@@ -256,6 +264,13 @@ def build(record: RunRecord) -> Document:
     )
 
 
+def _tool_parts(record: RunRecord) -> list[Part]:
+    """What its environment gives and takes; of a run that has none, nothing."""
+    sheets = [sheet for report in tool_reports(record.tool) for sheet in tool_sheets(report)]
+    part = Part.of("tool", "With the tool and without", *tool_curves(record.metrics), *sheets)
+    return [part] if part.charts or part.tables else []
+
+
 def to_parquet(record: RunRecord) -> pa.Table:
     """Metrics and evaluation as one flat table (`FLAT_SCHEMA`)."""
     logged = record.metric_rows.to_pylist() if record.metric_rows is not None else ()
@@ -269,6 +284,12 @@ def to_parquet(record: RunRecord) -> pa.Table:
             for when in ("before", "after")
             for row in measured.get(when, {}).get("rows", ())
         ]
+    rows += [
+        {"source": "tool", "task": task, "name": row.metric}
+        | {name: getattr(row, name) for name in ("value", "low", "high", "n")}
+        for task, table in record.tool.items()
+        for row in table.rows
+    ]
     return pa.Table.from_pylist(rows, schema=FLAT_SCHEMA)
 
 

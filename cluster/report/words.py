@@ -17,6 +17,11 @@ METRIC_NAMES = {
     "a_r": "a_r: thinking, given p*",
     "a_r_blank": "a_r_blank: the same, image blank",
     "blind": "blind: no image",
+    "called": "called: used the tool",
+    "looked": "looked: was shown a picture by it",
+    "a_alone": "a_alone: without the tool",
+    "a_p_alone": "a_p_alone: the same",
+    "a_r_tool": "a_r_tool: thinking, given p*, with the tool",
     "sufficiency": "sufficiency: enough seen for a text-only reader",
     "used": "used: right where that is so",
     "reader_blind": "reader_blind: that reader, given nothing",
@@ -151,11 +156,11 @@ def number_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def interval_cell(found: Interval, signed: bool = False) -> str:
+def interval_cell(found: Interval, signed: bool = False, digits: int = 2) -> str:
     """`0.25 [0.10, 0.40]`, or `-`."""
     if found.value is None:
         return "-"
-    form = "+.2f" if signed else ".2f"
+    form = f"{'+' if signed else ''}.{digits}f"
     if found.low is None or found.high is None:
         return f"{found.value:{form}} [too few]"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"

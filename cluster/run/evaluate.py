@@ -2,8 +2,9 @@
 
 Each pass is a rollout kind on the same engines: `greedy` and `sampled` answer freely, `oracle`
 is forced to start from `p*`, `oracle_blank` the same with the image blanked, `blind` has no
-image at all. `greedy` and `sampled` have the recipe's environment, if it has one. Every number
-comes with its n and a 95% interval.
+image at all. `greedy` and `sampled` have the recipe's environment, if it has one; what it is worth
+is told by `greedy_alone`, which has none, `oracle_tool`, which has it beside `p*`, and by returning
+other pictures than it returns. Every number comes with its n and a 95% interval.
 """
 
 from __future__ import annotations
@@ -12,38 +13,28 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
-from cluster.recipe.sections import EvalConfig, EvalSampling
-from cluster.record.evaluation import EvalPass, EvalTable, eval_table, with_readings
+from cluster.recipe.sections import EvalConfig, EvalPass, EvalSampling
+from cluster.record.evaluation import EvalTable, eval_table, with_readings
+from cluster.run.passes import asked_of, every_pass, passes_of
 from cluster.run.standstill import unread_tables
 from rewards.reader import Reader, readings
 from rewards.scored import Answerer
 from rewards.settings import Place
 from rollout.pool import SamplerPool
-from rollout.record import Group, ImageView, Kind, SampleRequest, Sampling
+from rollout.record import Group, SampleRequest
 from rollout.settings import ModelConfig, SamplerConfig
-from tasks.core import Problem, labelled
+from tasks.core import labelled
 from tasks.files import put_text
 from tasks.response_form import form_of, oracle_prefix_in
 from tasks.settings import TaskConfig
 
-PASSES: tuple[EvalPass, ...] = get_args(EvalPass)
-
 Found = dict[str, dict[EvalPass, list[Group]]]
 """Entry's label -> pass -> a group a problem."""
-
-_REQUEST: dict[EvalPass, tuple[Kind, ImageView]] = {
-    "greedy": ("free", "shown"),
-    "sampled": ("free", "shown"),
-    "oracle": ("oracle", "shown"),
-    "oracle_blank": ("oracle", "blank"),
-    "blind": ("blind", "none"),
-}
 
 
 def evaluate_all(
@@ -62,11 +53,7 @@ def evaluate_all(
     them where the recipe has one. `keep` is given all responses.
     """
     asked = [
-        (source, name, pass_request(recipe, source, name, problem))
-        for source in sources
-        for problem in held_out(source, recipe.eval.seed, recipe.eval.problems)
-        for name in recipe.eval.asked
-        if _REQUEST[name][0] != "oracle" or labelled(source.task, problem)
+        (source, name, request) for source in sources for name, request in asked_of(recipe, source)
     ]
     groups = samplers.sample([request for *_, request in asked])
     again = _in_the_policys_form([(source, request) for source, _, request in asked], groups)
@@ -74,7 +61,7 @@ def evaluate_all(
         again, samplers.sample([*again.values()]) if again else (), strict=True
     ):
         groups[place] = group
-    found: Found = {source.label: {name: [] for name in recipe.eval.asked} for source in sources}
+    found: Found = {source.label: {name: [] for name in passes_of(recipe)} for source in sources}
     for (source, name, _), group in zip(asked, groups, strict=True):
         found[source.label][name].append(group)
     if keep is not None:
@@ -116,43 +103,12 @@ def _in_the_policys_form(
     return again
 
 
-def pass_request(
-    recipe: Recipe, source: ProblemSource, name: EvalPass, problem: Problem
-) -> SampleRequest:
-    """What a pass asks about a problem; only `sampled` draws, all else is greedy.
-
-    What is drawn hangs on the id, which names the entry from the second one of its task on.
-    """
-    kind, view = _REQUEST[name]
-    sampling = eval_sampling(recipe)
-    entry = source.label.removeprefix(source.task.name)
-    return SampleRequest(
-        group_id=f"eval/{name}/{problem.id}{entry}",
-        problem=problem,
-        n=recipe.eval.samples if name == "sampled" else 1,
-        sampling=sampling if name == "sampled" else Sampling(0.0, max_tokens=sampling.max_tokens),
-        kind=kind,
-        view=view,
-        environment=recipe.environment if kind == "free" else None,
-    )
-
-
-def training_sampling(recipe: Recipe) -> Sampling:
-    """How a recipe draws tokens."""
-    sampler = recipe.sampler
-    return Sampling(temperature=sampler.temperature, max_tokens=sampler.max_tokens)
-
-
-def eval_sampling(recipe: Recipe) -> Sampling:
-    """How its evaluations do: as in training, but for what [eval.sampling] says."""
-    return replace(training_sampling(recipe), **recipe.eval.sampling.model_dump(exclude_none=True))
-
-
 def eval_recipe(
     name: str, checkpoint: str, task: TaskConfig, asked: EvalConfig, like: Recipe | None
 ) -> Recipe:
     """Of an evaluation by all passes; `like` says how the checkpoint is run, if it is there."""
     sampling = like.eval.sampling if like else EvalSampling()
+    passes = every_pass(like.environment if like else None)
     return Recipe(
         name=name,
         model=like.model.model_copy(update={"path": checkpoint})
@@ -161,7 +117,7 @@ def eval_recipe(
         tasks=(task,),
         sampler=like.sampler if like else SamplerConfig(),
         environment=like.environment if like else None,
-        eval=asked.model_copy(update={"passes": PASSES, "sampling": sampling}),
+        eval=asked.model_copy(update={"passes": passes, "sampling": sampling}),
     )
 
 

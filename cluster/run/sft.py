@@ -28,7 +28,8 @@ from cluster.record.evaluation import EvalTable
 from cluster.record.stored import read_metrics
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
-from cluster.run.evaluate import PASSES, evaluate_all
+from cluster.run.evaluate import evaluate_all
+from cluster.run.passes import every_pass
 from cluster.run.run_log import Metrics, RunLog, run_log
 from cluster.run.runtime import LivePolicy, learning, sampling_from, sft_setup
 from cluster.run.session import session
@@ -207,7 +208,8 @@ def measure_checkpoint(
 ) -> dict[str, EvalTable]:
     """All evaluation passes on the recipe's tasks; kept as `evaluation.json`, and printed."""
     progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
-    measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": PASSES})})
+    passes = every_pass(recipe.environment)
+    measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": passes})})
     with sampling_from(measured, str(folder / "checkpoint"), "sft") as (samplers, frozen):
         tables = evaluate_all(samplers, opened, measured, frozen)
     kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from cluster.recipe.problems import ProblemSource, step_problems
 from cluster.recipe.recipe import Recipe
-from cluster.run.evaluate import training_sampling
+from cluster.run.passes import training_sampling
 from rollout.buffer import BufferState, GroupBuffer, GroupBufferError
 from rollout.record import Group, SampleRequest
 from tasks.core import Problem

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -42,6 +42,7 @@ from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
 from tasks.core import SEGMENTS, Problem
 from tasks.environments import Observation
+from tasks.returns import Returns
 from tests.support.habits import no_pad, sentencepiece, several_ends, with_habits
 from tests.support.live_engine import (
     TASK,
@@ -149,8 +150,12 @@ class Showing:
     """Environments, as many as episodes, that each show another number of pictures a turn."""
 
     place, spent = 0, 0.0
+    returns: ClassVar[list[Returns | None]] = []
 
-    def open(self, name: str, problem: Problem, seed: int) -> Showing:
+    def open(
+        self, name: str, problem: Problem, seed: int, returns: Returns | None = None
+    ) -> Showing:
+        self.returns.append(returns)
         shown = Showing()
         shown.place = int(name.rpartition("/")[-1])
         return shown
@@ -180,6 +185,8 @@ def test_log_probs_agree_on_episodes_of_several_turns_with_returned_images(
     requests = [
         SampleRequest(f"g{i}", p, 6, sampling, environment=budgets) for i, p in enumerate(asked)
     ]
+    requests[1] = replace(requests[1], returns=Returns("blank"))
+    Showing.returns.clear()
     groups, again = (
         [live.wait(future, 300) for future in futures]
         for futures in (
@@ -189,6 +196,7 @@ def test_log_probs_agree_on_episodes_of_several_turns_with_returned_images(
     )
     rollouts = [r for g in groups for r in g.rollouts]
     assert all(len(r.turns) == 1 + (np.diff(r.sampled.astype(int)) == 1).sum() for r in rollouts)
+    assert Showing.returns == [*[None] * 6, *[Returns("blank")] * 6, *[None] * 12]
     assert {len(r.turns) for r in rollouts} >= {1, 2, 3}
     assert "length" in {r.finish_reason for r in rollouts}
     assert {len(r.images) for r in rollouts} >= {0, 1, 2}

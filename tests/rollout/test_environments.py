@@ -13,6 +13,8 @@ from rollout.environments import EnvironmentPool
 from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
 from tasks.environments import EnvironmentFailed, Observation
+from tasks.images import blank_like
+from tasks.returns import Returns
 from tests.support.samples import problem as drawn
 
 NAME = "tests.support.bad_environments:Counting"
@@ -115,6 +117,29 @@ def test_episodes_are_spread_over_the_processes() -> None:
         found = await asyncio.gather(*(one.answer(None) for one in episodes))
         places = [words(answer)[-1] for answer in found]
         assert sorted(places.count(place) for place in set(places)) == [3, 3]
+
+    try:
+        run(work)
+    finally:
+        pool.close()
+
+
+def test_a_process_shows_other_pictures_where_it_is_asked_to() -> None:
+    pool = EnvironmentPool(EnvironmentConfig(name="zoom", workers=1, step_seconds=60.0))
+    call = "<look>0 0 500 500</look>"
+
+    async def picture(returns: Returns | None) -> bytes:
+        one = pool.open(f"{returns}", problem(), 1, returns)
+        await one.answer(None)
+        answer = await one.answer(call)
+        assert answer is not None
+        return answer.images[0]
+
+    async def work() -> None:
+        true = await picture(None)
+        assert await picture(Returns("blank")) == blank_like(true)
+        assert await picture(Returns("elsewhere")) not in (true, blank_like(true))
+        assert await picture(Returns("other", problem())) == true
 
     try:
         run(work)

@@ -416,6 +416,10 @@ BAD = "tests.support.bad_environments:Counting"
         ([f'environment.name="{BAD}"', 'environment.args.first="dies"'], "(exit code 3)"),
         (['environment.name="zoom"', "model.max_model_len=180"], "with what it says first, and "),
         (
+            [f'environment.name="{BAD}"', 'eval.passes=["returns_elsewhere"]'],
+            'eval.passes: "returns_elsewhere" shows a wrong place, and calls of environment "',
+        ),
+        (
             ['environment.name="zoom"', 'reward.terms=[{name="image_dependence"}]'],
             'reward.terms[0]: "image_dependence" cannot be had on responses of several turns',
         ),

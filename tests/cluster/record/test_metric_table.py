@@ -21,7 +21,7 @@ from cluster.record.stored import read_metrics
 from cluster.record.tracker import Tracker, UnlistedMetric
 from cluster.run.budget import Spent
 from cluster.run.curriculum import Curriculum
-from cluster.run.evaluate import PASSES
+from cluster.run.passes import ASKS
 from cluster.run.refill import refill
 from cluster.run.run_log import StepLog
 from cluster.run.runtime import sampler_metrics
@@ -94,9 +94,10 @@ def made_by_scoring() -> set[str]:
     composition = Composition({"outcome": 1.0, "nan": 0.0}, on_failure={"nan": "drop_group"})
     terms = (Outcome(), Misbehaves("nan"))
     scored = compose_groups(groups, [score(g, *terms) for g in groups], composition)
-    sampled = {name: [group(1, "1;2;x", "1;3;")] for name in PASSES}
+    passes = {name: [group(1, "1;2;x", "1;3;")] for name in ASKS}
+    passes["greedy"] = [replace(groups[0], problem=passes["greedy"][0].problem)]
     reading = Reading(np.ones(1, bool), False, True, np.zeros(1, bool))
-    rows = with_readings(eval_table(TASK, sampled), {"n1": reading}).rows
+    rows = with_readings(eval_table(TASK, passes), {"n1": reading}).rows
     return set(step_metrics(scored, 7)) | {f"eval/{TASK.name}/{row.metric}" for row in rows}
 
 

@@ -12,13 +12,15 @@ from pydantic import BaseModel
 
 from cluster.recipe.problems import open_sources
 from cluster.recipe.recipe import Recipe, RecipeError
-from cluster.run.evaluate import PASSES, evaluate_all, pass_request, training_sampling
-from rollout.record import Group, SampleRequest, Sampling
+from cluster.run.evaluate import evaluate_all
+from cluster.run.passes import ASKS, PASSES, every_pass, pass_request, passes_of, training_sampling
+from rollout.record import Group, SampleRequest, Sampling, Turn
+from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
 from tasks.load import load_task
 from tests.rewards.test_surrogates import answered, reason, rollout_of
 from tests.support.recipes import TOY, made_recipe
-from tests.support.toys import Doubling, group
+from tests.support.toys import Doubling, group, problem
 
 
 def test_an_evaluation_draws_as_training_does_or_as_it_is_told() -> None:
@@ -172,3 +174,80 @@ def test_held_out_problems_are_drawn_once_a_run(
     assert drawn == once
     first, second = ([r.problem.id for r in call] for call in samplers.calls)
     assert first == second
+
+
+class WithTool(Samplers):
+    """Sees right after a true look, or a wrong one for even numbers; a look also misleads 7.
+
+    Without the tool it is right from 6 on, and the mere offer costs it 9.
+    """
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Group]:
+        self.calls.append(list(requests))
+        made = []
+        for asked in requests:
+            n, shown = asked.problem.truth["n"], asked.returns.kind if asked.returns else "true"
+            calls, right = n < 8, n >= 6
+            if asked.environment and calls:
+                right = n != 7 and (shown == "true" or (shown == "elsewhere" and n % 2 == 0))
+            elif asked.environment:
+                right = n != 9
+            found = group(n, f"{n if right else n + 1};{2 * n if right else 1};")
+            turn = Turn("<look>", calls, images=int(calls))
+            turns = (turn,) if asked.environment else ()
+            (plain,) = found.rollouts
+            made.append(
+                Group(asked.group_id, asked.problem, (replace(plain, turns=turns),) * asked.n)
+            )
+        return made
+
+
+ZOOM = 'environment={name="zoom", args={smallest=20}}'
+
+
+def test_the_passes_of_a_tool_and_what_they_tell() -> None:
+    passes = ", ".join(f'"{name}"' for name in every_pass(made_recipe(ZOOM).environment))
+    recipe = made_recipe(ZOOM, f"eval={{problems=10, passes=[{passes}]}}", tasks=TOY)
+    samplers, sources = WithTool(), open_sources(recipe.tasks)
+    sources[0].drawn[recipe.eval.seed, 10] = [problem(n) for n in range(10)]
+    (table,) = evaluate_all(samplers, sources, recipe).values()  # type: ignore[arg-type]
+    (asked,) = samplers.calls
+    by_pass = {name: [r for r in asked if f"/{name}/" in r.group_id] for name in ASKS}
+    assert {name: len(of) for name, of in by_pass.items()} == dict.fromkeys(ASKS, 10)
+    plain = {"oracle", "oracle_blank", "blind", "greedy_alone"}
+    for name, of in by_pass.items():
+        own = None if name in plain else recipe.environment
+        assert [r.environment for r in of] == [own] * 10
+        kind = name.removeprefix("returns_")
+        assert {r.returns.kind for r in of if r.returns} == ({kind} if kind != name else set())
+    # The pictures of another problem, and where `p*` is forced on an episode it is given.
+    for request in by_pass["returns_other"]:
+        assert request.returns and request.returns.other
+        assert request.returns.other.images != request.problem.images
+    assert all(r.prefix == r.problem.perception for r in by_pass["oracle_tool"])
+    values = {row.metric: row.value for row in table.rows}
+    expected = {
+        "called": 0.8, "looked": 0.8, "a": 0.8, "a_alone": 0.4, "a_p": 0.8, "a_p_alone": 0.4,
+        "a_call_gain": 0.6, "a_prompt_gain": 0.0, "a_call_harm": 0.1, "a_prompt_harm": 0.1,
+        "a_r": 0.4, "a_r_tool": 0.8, "a_r_called": 0.8,
+        "a_returns_blank": 0.1, "a_p_returns_other": 0.1, "a_returns_elsewhere": 0.5,
+    }  # fmt: skip
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    # A run with an environment has the four terms at each of its evaluations, unless told.
+    assert passes_of(made_recipe(ZOOM)) == ("greedy", "oracle", "greedy_alone")
+    assert passes_of(made_recipe(ZOOM, 'eval.passes=["greedy"]')) == ("greedy",)
+
+
+def test_a_wrong_place_is_asked_for_where_calls_point_at_one() -> None:
+    game = EnvironmentConfig(name="tests.support.bad_environments:Counting")
+    assert every_pass(None) == PASSES
+    assert set(ASKS) - set(every_pass(game)) == {"returns_elsewhere"}
+    with pytest.raises(RecipeError, match=r'eval\.passes: got "returns_blank", which .*leave it'):
+        made_recipe('eval.passes=["greedy", "returns_blank"]')
+
+
+def test_an_only_problem_has_no_other_to_show() -> None:
+    recipe = made_recipe(ZOOM, 'eval={problems=1, passes=["greedy", "returns_other"]}', tasks=TOY)
+    samplers = WithTool()
+    (table,) = evaluate_all(samplers, open_sources(recipe.tasks), recipe).values()  # type: ignore[arg-type]
+    assert len(samplers.calls[0]) == 1 and "a_returns_other" not in table.per_problem

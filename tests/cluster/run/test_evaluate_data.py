@@ -15,8 +15,9 @@ from cluster.recipe.recipe import Recipe, RecipeError, UserError, data_task
 from cluster.recipe.sections import EvalConfig
 from cluster.record.evaluation import EvalTable
 from cluster.report.run_report import run_report
-from cluster.run.evaluate import PASSES, Found, evaluate_all
+from cluster.run.evaluate import Found, evaluate_all
 from cluster.run.evaluate_data import Made, keep, read_evaluation
+from cluster.run.passes import PASSES
 from rollout.record import Group, Rollout, SampleRequest
 from rollout.settings import ModelConfig
 from tasks.load import load_task

@@ -20,7 +20,7 @@ from cluster.record.stored import read_metrics
 from cluster.record.terminal import Progress
 from cluster.record.tracker import Tracker
 from cluster.run.checkpoints import Position, newest, resume
-from cluster.run.evaluate import PASSES
+from cluster.run.passes import PASSES
 from cluster.run.sft import demonstrations, measure_checkpoint, past_shares
 from learner.balance import Balance, SegmentGradients
 from learner.checkpoint import checkpoint_folder, seal, write_json
