@@ -1,4 +1,4 @@
-"""What `equipoise ablate` does around the cells: the plan, the run, what it found at the end."""
+"""What `equipoise ablate` does around the cells: the plan, the run, the results at the end."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ INTERRUPTED = 130
 
 def _ask_all(ablation: Ablation, cells: Sequence[Cell], console: Console) -> None:
     """Ask for each cell what it would ask itself; cells that differ in other things ask once."""
-    asked: set[str] = set()
+    checked: set[str] = set()
     for cell in cells:
         recipe = cell.recipe
-        what = (recipe.model, recipe.tasks, recipe.sampler, recipe.reward, recipe.eval, recipe.sft)
-        if repr(what) in asked:
+        of = (recipe.model, recipe.tasks, recipe.sampler, recipe.reward, recipe.eval, recipe.sft)
+        if repr(of) in checked:
             continue
-        asked.add(repr(what))
+        checked.add(repr(of))
         notes: list[str] = []
         try:
             preflight(recipe, cell.command, notes.append, dry_run=True)
@@ -56,7 +56,7 @@ def ablate_to_the_end(
     pilot: Path | None = None,
     difference: float = 0.03,
 ) -> int:
-    """Print the plan, run what is not finished, write and print what was found; the exit code.
+    """Print the plan, run what is not finished, write and print the results; the exit code.
 
     `runner` stands in for the one that `address` chooses. What its cells would find before they
     start is asked first, but for a model that is not here. A dry run tells the power of the plan to
@@ -121,7 +121,7 @@ def print_power(ablation: Ablation, pilot: Path, difference: float, console: Con
 
     record = read_ablation(pilot)
     # The reference is the first arm, whether it has finished or not.
-    found, share = pilot_differences(
+    differences, share = pilot_differences(
         record.table, list(dict.fromkeys(cell.arm for cell in record.cells))
     )
     recipe = ablation.base
@@ -129,5 +129,5 @@ def print_power(ablation: Ablation, pilot: Path, difference: float, console: Con
     seeds = len({cell.seed for cell in ablation.cells})
     planned = max(2, round(recipe.eval.problems * len(recipe.tasks) * share))
     unit = "problems" if share == 1 else "puzzles"
-    for line in power_words(found, compared, seeds, planned, difference, unit):
+    for line in power_words(differences, compared, seeds, planned, difference, unit):
         console.print(line, markup=False, highlight=False)

@@ -55,8 +55,8 @@ DryRun = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Folder of this run instead of a new one")]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"equipoise {importlib.metadata.version('equipoise')}")
         raise typer.Exit
 
@@ -100,15 +100,15 @@ def train(
         if ready(again, "replay", address, dry_run, replay, output):
             run_replay(again, source, address=address, output=output)
         return
-    wanted, resumed = loaded("train", recipe, set_, output, resume)
-    if not ready(wanted, "train", address, dry_run, recipe or resume, None if resumed else output):
+    config, resumed = loaded("train", recipe, set_, output, resume)
+    if not ready(config, "train", address, dry_run, recipe or resume, None if resumed else output):
         return
-    ended = supervised("train", wanted, recipe, set_, address, output, resumed)
+    ended = supervised("train", config, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.train import run_training
 
-    folder = run_training(wanted, address=address, output=output, resumed=resumed)
+    folder = run_training(config, address=address, output=output, resumed=resumed)
     from cluster.report.run_report import draw_report
 
     draw_report(folder)
@@ -127,9 +127,9 @@ def sample(
     from cluster.run.replay import recipe_to_sample, run_sampling
     from cluster.start import ready
 
-    wanted = recipe_to_sample(where, set_ or ())
-    if ready(wanted, "sample", address, dry_run, where, output):
-        run_sampling(wanted, steps, address=address, output=output)
+    config = recipe_to_sample(where, set_ or ())
+    if ready(config, "sample", address, dry_run, where, output):
+        run_sampling(config, steps, address=address, output=output)
 
 
 @app.command()
@@ -144,20 +144,20 @@ def sft(
     """Fine-tune a policy on generated demonstrations: the cold start."""
     from cluster.start import loaded, ready, refuse, supervised
 
-    wanted, resumed = loaded("sft", recipe, set_, output, resume)
+    config, resumed = loaded("sft", recipe, set_, output, resume)
     refuse(
-        wanted.sft is None,
+        config.sft is None,
         f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
         "with steps = 650, or see recipes/tiny/cold_start.toml",
     )
-    if not ready(wanted, "sft", address, dry_run, recipe or resume, None if resumed else output):
+    if not ready(config, "sft", address, dry_run, recipe or resume, None if resumed else output):
         return
-    ended = supervised("sft", wanted, recipe, set_, address, output, resumed)
+    ended = supervised("sft", config, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.sft import run_sft
 
-    run_sft(wanted, address=address, output=output, resumed=resumed)
+    run_sft(config, address=address, output=output, resumed=resumed)
 
 
 app.command(name="eval")(evaluate)
@@ -190,11 +190,11 @@ def status(
 
     from cluster.record.status import event_table, read_status, status_table
 
-    found = read_status(run)
+    state = read_status(run)
     console = Console()
-    console.print(status_table(run, found).to_rich())
-    if found.events:
-        console.print(event_table(found).to_rich())
+    console.print(status_table(run, state).to_rich())
+    if state.events:
+        console.print(event_table(state).to_rich())
 
 
 @app.command()

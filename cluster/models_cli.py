@@ -73,5 +73,5 @@ def _require_free(out: Path) -> None:
 
 
 def _tell(out: Path, sizes: Mapping[str, int]) -> None:
-    shown = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
-    print(f"{out}: {shown}")
+    size_list = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
+    print(f"{out}: {size_list}")

@@ -24,23 +24,23 @@ def other_than_ours(folder: str, path: Sequence[str]) -> str:
     if Path(folder).resolve() == root:
         return ""
     for name in OWN:
-        found = PathFinder.find_spec(name, [folder, *path])
-        for place in (found.submodule_search_locations or [found.origin or ""]) if found else ():
-            if Path(place).resolve().parent != root:
-                return place
+        spec = PathFinder.find_spec(name, [folder, *path])
+        for location in (spec.submodule_search_locations or [spec.origin or ""]) if spec else ():
+            if Path(location).resolve().parent != root:
+                return location
     for name in NEEDED:
-        found = PathFinder.find_spec(name, [folder])
-        if found is not None and found.origin:
-            return found.origin
+        spec = PathFinder.find_spec(name, [folder])
+        if spec is not None and spec.origin:
+            return spec.origin
     return ""
 
 
 def require_own_names() -> None:
     """End the process with exit code 2, and one line, where `other_than_ours` finds something."""
-    if place := other_than_ours(os.getcwd(), sys.path):
+    if intruder := other_than_ours(os.getcwd(), sys.path):
         print(
-            f"{place}: has the name of a module that Equipoise is made of, and would be loaded in "
-            "its place; rename it, or run from another folder",
+            f"{intruder}: has the name of a module that Equipoise is made of, and would be loaded "
+            "in its place; rename it, or run from another folder",
             file=sys.stderr,
         )
         raise SystemExit(2)

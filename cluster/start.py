@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.recipe.hardware import Machine
-from cluster.recipe.machine import new_run_folder, require_free, told
+from cluster.recipe.machine import new_run_folder, os_error_text, require_free
 from cluster.recipe.nodes import describe_nodes, seated
 from cluster.recipe.placement import Command, Placement, describe, plan
 from cluster.recipe.preflight import glance, preflight
@@ -142,7 +142,7 @@ def in_words(error: Exception) -> tuple[str, int]:
     if isinstance(error, UserError | DataError | ModelError):
         return str(error), 2
     if isinstance(error, OSError):
-        return printable(told(error)), 2
+        return printable(os_error_text(error)), 2
     if isinstance(error, RunFailed):
         return f"the run failed: {error}", 1
     return "", 0

@@ -65,7 +65,7 @@ def submit(
     from cluster.jobs.packing import is_ablation, packed
     from cluster.jobs.request import Request
 
-    asked = Request(
+    request = Request(
         name=name or "",
         command=command or ("ablate" if is_ablation(recipe) else "train"),
         recipe=str(recipe),
@@ -75,27 +75,27 @@ def submit(
         env=tuple(env or ()),
         include=tuple(include or ()),
     )
-    made = packed(asked, Path.cwd(), sys.path)
-    made.runtime_env(os.environ)  # refused before anyone is asked
-    for note in made.luggage.notes:
+    packed_job = packed(request, Path.cwd(), sys.path)
+    packed_job.runtime_env(os.environ)  # refused before anyone is asked
+    for note in packed_job.luggage.notes:
         print(printable(note))
     if dry_run:
-        print(printable("\n".join(made.described())))
+        print(printable("\n".join(packed_job.described())))
         return
-    raise typer.Exit(_started(_head(address), made, made.words(), detach))
+    raise typer.Exit(_started(_head(address), packed_job, packed_job.words(), detach))
 
 
 def jobs(address: At = None) -> None:
     """List the jobs of a cluster that `equipoise submit` started, the newest last."""
-    found = _head(address).jobs()
-    for job in found:
+    known_jobs = _head(address).jobs()
+    for job in known_jobs:
         request = job.request
         seconds = (job.ended or time.time()) - job.started if job.started else 0.0
         start = datetime.fromtimestamp(job.started, UTC)
         life = f" (life {request.life})" if request.life > 1 else ""
         line = f"{request.name}  {job.status}  {request.command} {request.recipe}{life}"
         print(printable(f"{line}  {start:%Y-%m-%d %H:%M:%S} + {seconds:.0f} s  {request.output}"))
-    if not found:
+    if not known_jobs:
         print("no jobs of `equipoise submit`")
 
 
@@ -143,8 +143,8 @@ def resume(
             f"{name}: {job.request.recipe}: no such file here; run this in the folder that the "
             "job was submitted from"
         )
-    made = packed(job.request, Path.cwd(), sys.path).again()
-    raise typer.Exit(_started(head, made, made.words(set_ or ()), detach))
+    packed_job = packed(job.request, Path.cwd(), sys.path).again()
+    raise typer.Exit(_started(head, packed_job, packed_job.words(set_ or ()), detach))
 
 
 def _head(address: str | None) -> Head:
@@ -157,9 +157,9 @@ def _head(address: str | None) -> Head:
     return Head(address)
 
 
-def _started(head: Head, made: Packed, words: str, detach: bool) -> int:
-    request = made.request
-    head.submit(request, made.luggage, made.runtime_env(os.environ), words)
+def _started(head: Head, packed_job: Packed, words: str, detach: bool) -> int:
+    request = packed_job.request
+    head.submit(request, packed_job.luggage, packed_job.runtime_env(os.environ), words)
     print(f"job {request.id}: writes {request.output}", flush=True)
     return 0 if detach else _followed(head, request)
 

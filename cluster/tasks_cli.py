@@ -215,12 +215,12 @@ def _progress(splits: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
     """A bar a split on standard error; splits of unknown length are counted."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        shown: dict[str, TaskID] = {}
+        bar_of: dict[str, TaskID] = {}
 
         def on_row(split: str) -> None:
-            if split not in shown:
-                shown[split] = bars.add_task(split, total=splits.get(split))
-            bars.advance(shown[split])
+            if split not in bar_of:
+                bar_of[split] = bars.add_task(split, total=splits.get(split))
+            bars.advance(bar_of[split])
 
         yield on_row
 
@@ -252,8 +252,10 @@ def _summary(folder: Path, manifest: Mapping[str, Any]) -> str:
                 f"  responses: {entry['responses']}, {entry['responses_right']} right by the "
                 f"task's own checker; perception is {share:.1%} of their characters"
             )
-    if left := manifest.get("not_read"):
-        lines.append(f"not read, neither .parquet nor .jsonl: {', '.join(left[:5])} ({len(left)})")
+    if unread := manifest.get("not_read"):
+        lines.append(
+            f"not read, neither .parquet nor .jsonl: {', '.join(unread[:5])} ({len(unread)})"
+        )
     if manifest.get("skipped"):
         lines.append(f"bad rows left out: {len(manifest['skipped'])} (listed in the manifest)")
     lines.append(f"wrote {folder}")
@@ -303,16 +305,16 @@ def _verdict(problem: Problem, response: str, task: Task | None) -> str:
     if task is None:
         return f"not read: it is of {problem.task!r}; name its task with --task module:Class"
     parsed = task.parse(response)
-    seen = "no label"
+    perception = "no label"
     if labelled(task, problem):
         exact, graded = False, 0.0
         if parsed.perception is not None:
             exact, graded = task.score_perception(problem, parsed.perception)
-        seen = f"{'exact' if exact else 'wrong'} (graded {graded:.3f})"
+        perception = f"{'exact' if exact else 'wrong'} (graded {graded:.3f})"
     right = parsed.answer is not None and task.check(problem, parsed.answer)
     start, end = parsed.spans.get("perception", (0, 0))
     return (
-        f"perception    {seen}, {(end - start) / len(response):.1%} of the characters\n"
+        f"perception    {perception}, {(end - start) / len(response):.1%} of the characters\n"
         f"answer        {'right' if right else 'wrong'}\n"
         f"defects       {', '.join(parsed.defects) or 'none'}"
     )

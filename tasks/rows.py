@@ -113,7 +113,7 @@ class Rows(Sequence[Example]):
         file, row = self.places[at]
         return self._example(self.places[at], self.files[file].data.row(row))
 
-    def told(self) -> Iterator[Example]:
+    def without_images(self) -> Iterator[Example]:
         """All in order and in batches, but for their images: these are not read."""
         for (file, block), places in groupby(self.places, lambda p: (p[0], p[1] // BATCH_ROWS)):
             source = self.files[file]

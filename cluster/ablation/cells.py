@@ -85,7 +85,7 @@ def hash_first_batch(run: Path, command: CellCommand = "train") -> str:
 
     columns = ["group_id", "problem_id", "prompt", "image_sha256"]
     problems = {row["group_id"]: row for row in _first_rows(run / "rollouts", columns)}
-    # A group's id starts with its place in the step; scoring may return groups in another order.
+    # A group's id starts with its position in the step; scoring may return groups in another order.
     ordered = sorted(problems.values(), key=lambda row: int(row["group_id"].split("/")[1]))
     text = json.dumps([[row[name] for name in columns[1:]] for row in ordered])
     return hashlib.sha256(text.encode()).hexdigest()

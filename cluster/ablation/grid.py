@@ -138,13 +138,13 @@ def stored_ablation(identity: Mapping[str, Any]) -> tuple[AblationConfig, tuple[
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `Ablation.identity` dicts: `budget.amount: 40 -> 60`."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    found = []
+    differences = []
     for key in dict.fromkeys([*before, *after]):
         if before.get(key, ...) != after.get(key, ...):
             was = _shown(before[key]) if key in before else "not there"
             now = _shown(after[key]) if key in after else "gone"
-            found.append(f"{key}: {was} -> {now}")
-    return found
+            differences.append(f"{key}: {was} -> {now}")
+    return differences
 
 
 def _read(source: Path) -> AblationConfig:
@@ -158,19 +158,19 @@ def _read(source: Path) -> AblationConfig:
         return AblationConfig.model_validate(data)
     except ValidationError as error:
         lines = explain(error.errors(include_url=False), AblationConfig)
-        _refuse(source, (f"{dotted(at)}: {said}" for at, said in lines))
+        _refuse(source, (f"{dotted(at)}: {message}" for at, message in lines))
         raise
 
 
 def _overrides(*parts: ArmConfig | DifficultyConfig | None) -> list[str]:
     """What `load_recipe` takes, in order: later ones win."""
-    found = []
+    overrides = []
     for part in parts:
         if isinstance(part, ArmConfig) and part.reward is not None:
-            found.append(f"reward={toml_value(part.reward)}")
+            overrides.append(f"reward={toml_value(part.reward)}")
         if part is not None:
-            found += _settings(part.set)
-    return found
+            overrides += _settings(part.set)
+    return overrides
 
 
 def _settings(settings: Settings) -> list[str]:
@@ -219,17 +219,17 @@ def _refused(config: AblationConfig, base: Path) -> Iterator[str]:
         for arm, their in arms
         for difficulty, its in harder
     ]
-    found = False
+    any_refused = False
     for group in (alone, together):
         for where, parts in group:
             try:
                 load_recipe(base, [*_settings(config.set), *_overrides(*parts)])
             except RecipeError as error:
-                found = True
+                any_refused = True
                 for line in str(error).splitlines():
-                    said = line.removeprefix(f"{base}: ").removesuffix(" (from --set)")
-                    yield f"{where}: {said.removeprefix('--set ')}"
-        if found:
+                    message = line.removeprefix(f"{base}: ").removesuffix(" (from --set)")
+                    yield f"{where}: {message.removeprefix('--set ')}"
+        if any_refused:
             return
 
 
@@ -279,9 +279,9 @@ def _length(budget: BudgetConfig, algorithm: AlgorithmConfig) -> dict[str, Any]:
 def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
     """Arms that would not start from the same weights and problems, or spend another budget."""
     first: dict[tuple[str, int], Cell] = {}
-    places = {arm.name: f"arms[{i}] ({arm.name})" for i, arm in enumerate(config.arms)}
+    entry_of = {arm.name: f"arms[{i}] ({arm.name})" for i, arm in enumerate(config.arms)}
     for cell in cells:
-        where = places[cell.arm]
+        where = entry_of[cell.arm]
         updates = cell.recipe.algorithm.updates_per_step
         counted = config.command == "train" and config.budget.kind == "updates"
         if counted and config.budget.amount % updates:
@@ -294,7 +294,7 @@ def _unpaired(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
             ours, theirs = (reduce(getattr, field.split("."), c.recipe) for c in (cell, reference))
             if ours != theirs:
                 yield (
-                    f"{where}: {field} differs from that of {places[reference.arm]}, so the arms "
+                    f"{where}: {field} differs from that of {entry_of[reference.arm]}, so the arms "
                     "would not be paired; set it in the base recipe, or as [[difficulties]]"
                 )
 

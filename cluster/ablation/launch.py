@@ -91,9 +91,9 @@ class Runner:
             subprocess.run(command, capture_output=True, timeout=120, check=False)
 
 
-def _ray_job(what: str, address: str) -> list[str]:
+def _ray_job(subcommand: str, address: str) -> list[str]:
     beside = Path(sys.executable).parent / "ray"
-    return [str(beside) if beside.is_file() else "ray", "job", what, "--address", address]
+    return [str(beside) if beside.is_file() else "ray", "job", subcommand, "--address", address]
 
 
 @dataclass
@@ -182,10 +182,10 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
     error = None if code == 0 else _why(here, code)
     if error is None:
         try:
-            left = load_recipe(run / "recipe.toml")
+            recorded = load_recipe(run / "recipe.toml")
             json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
             batch = hash_first_batch(run, cell.command)
-            if left != cell.recipe:
+            if recorded != cell.recipe:
                 error = f"{run / 'recipe.toml'} is not the recipe of this cell"
         except (OSError, ValueError, RecipeError) as problem:
             error = f"it ended without an error but its run folder is not whole: {problem}"
@@ -284,11 +284,11 @@ def _end_marked(folder: Path, cell: Cell) -> None:
 def _carrying(mark: bytes) -> Iterator[int]:
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            found = mark in environ.read_bytes().split(b"\0")
-            zombie = found and b") Z " in (environ.parent / "stat").read_bytes()
+            carries_mark = mark in environ.read_bytes().split(b"\0")
+            zombie = carries_mark and b") Z " in (environ.parent / "stat").read_bytes()
         except OSError:
             continue  # another user's, or gone meanwhile
-        if found and not zombie and int(environ.parent.name) != os.getpid():
+        if carries_mark and not zombie and int(environ.parent.name) != os.getpid():
             yield int(environ.parent.name)
 
 
@@ -329,26 +329,26 @@ def _adopt(ablation: Ablation, folder: Path) -> None:
 
     More arms or seeds after those that were there only add cells, so the grid may grow by them.
     """
-    kept, now = folder / "ablation.json", json.loads(json.dumps(ablation.identity()))
-    if kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
+    identity_file, now = folder / "ablation.json", json.loads(json.dumps(ablation.identity()))
+    if identity_file.is_file():
+        before = json.loads(identity_file.read_text(encoding="utf-8"))
         known = {name: now[name][: len(before.get(name, ()))] for name in ("arms", "seeds")}
-        found = changes(before, now | known)
-        if found:
+        differences = changes(before, now | known)
+        if differences:
             raise UserError(
                 f"{folder}: holds an ablation that differs from this one:\n"
-                + "\n".join(f"  {line}" for line in found[:20])
+                + "\n".join(f"  {line}" for line in differences[:20])
                 + "\nchange it back, or give --output a new folder"
             )
         if now != before:
-            write_json(kept, now)
+            write_json(identity_file, now)
         return
     others = [p.name for p in folder.iterdir() if p.name != "lock" and p.name[0] != "."]
     if others:
         raise UserError(
             f"{folder}: holds {others[0]!r} and no ablation; give --output a new folder"
         )
-    write_json(kept, now)
+    write_json(identity_file, now)
 
 
 def slots_for(ablation: Ablation, machine: Machine) -> int:

@@ -81,8 +81,10 @@ def power(spread: Spread, seeds: int, problems: int, difference: float, arms: in
     shares = special.chdtri(df, (np.arange(400) + 0.5) / 400) / df
     t, z = special.stdtrit(df, level / 2), special.ndtri(level / 2)
     half = np.sqrt(t**2 * of_seeds * shares + z**2 * of_problems)
-    shown = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
-    return float(shown.mean())
+    significant = special.ndtr((difference - half) / error) + special.ndtr(
+        (-difference - half) / error
+    )
+    return float(significant.mean())
 
 
 def smallest_difference(spread: Spread, seeds: int, problems: int, arms: int = 1) -> float:
@@ -103,10 +105,10 @@ def seeds_needed(spread: Spread, problems: int, difference: float, arms: int = 1
     None where `MOST_SEEDS` do not do it: problems are then what is missing.
     """
     counts = range(2, MOST_SEEDS + 1)
-    place = bisect_left(
+    index = bisect_left(
         counts, POWER, key=lambda seeds: power(spread, seeds, problems, difference, arms)
     )
-    return counts[place] if place < len(counts) else None
+    return counts[index] if index < len(counts) else None
 
 
 def power_words(
@@ -126,9 +128,9 @@ def power_words(
     if spread is None:
         return ["power: unknown, for the pilot has no arm and reference with two seeds in common"]
     of_arms = ", ".join(
-        f"{arm} {math.sqrt(found.seeds):.3f}"
+        f"{arm} {math.sqrt(of_seeds.seeds):.3f}"
         for arm, arrays in pilot.items()
-        if (found := spread_of(arrays))
+        if (of_seeds := spread_of(arrays))
     )
     lines = [
         f"power: from the pilot's paired differences of a, s.d. over seeds "

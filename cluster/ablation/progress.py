@@ -32,7 +32,7 @@ def cost_table(
     counted = budget.kind == "updates"
     learnt_from = "rollouts" if ablation.config.command == "train" else "demonstrations"
     rows = []
-    left: float | None = 0.0
+    seconds_left: float | None = 0.0
     for cell in ablation.cells:
         recipe, sft = cell.recipe, cell.recipe.sft
         if cell.id in finished:
@@ -40,7 +40,7 @@ def cost_table(
         else:
             guess = _expected(ablation, cell, finished, arms)
             minutes = "unknown" if guess is None else f"about {guess / 60:.1f}"
-            left = None if left is None or guess is None else left + guess
+            seconds_left = None if seconds_left is None or guess is None else seconds_left + guess
         # Under a budget of tokens or seconds a run finds out how many steps it makes.
         each = recipe.algorithm.problems_per_step * recipe.algorithm.group_size
         if cell.command == "sft" and sft is not None:
@@ -59,8 +59,8 @@ def cost_table(
     table = tables.Table("", columns, tuple(rows), align="l" * len(columns))
     waiting = len(ablation.cells) - len(finished)
     total = "time unknown until a cell ran"
-    if left is not None:
-        total = f"about {left / slots / 60:.0f} minutes"
+    if seconds_left is not None:
+        total = f"about {seconds_left / slots / 60:.0f} minutes"
     return (
         f"{table.to_text()}\n\n{len(ablation.cells)} cells, {len(finished)} finished, {waiting} to "
         f"run, {slots} at a time on {machine.cores} cores: {total if waiting else 'nothing to do'}"
@@ -154,8 +154,10 @@ class GridProgress:
         caption = f"{counts['finished']} finished, {counts['failed']} failed, "
         caption += f"{counts['waiting']} waiting"
         if took:
-            left = fmean(took) * (counts["waiting"] + counts["running"]) / max(1, counts["running"])
-            caption += f"; about {left / 60:.0f} minutes left"
+            seconds_left = (
+                fmean(took) * (counts["waiting"] + counts["running"]) / max(1, counts["running"])
+            )
+            caption += f"; about {seconds_left / 60:.0f} minutes left"
         table = Table(caption=caption)
         for heading in ("cell", "state", "steps", "time"):
             table.add_column(heading, justify="left" if heading in ("cell", "state") else "right")

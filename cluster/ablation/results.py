@@ -168,8 +168,8 @@ class Results:
 
     def numbers(self, difficulty: str, arm: str, task: str, metric: str) -> BySeed:
         """seed -> step -> value of a whole step or evaluation, seeds rising."""
-        found = self._numbers.get((difficulty, arm, task, metric), {})
-        return dict(sorted(found.items()))
+        by_seed = self._numbers.get((difficulty, arm, task, metric), {})
+        return dict(sorted(by_seed.items()))
 
     def mean(
         self, difficulty: str, arm: str, metric: str, bounds: tuple[float, float]
@@ -192,7 +192,7 @@ def pilot_differences(
     """
     results = Results(table)
     task = ALL_TASKS if len(results.tasks) > 1 else "".join(results.tasks)
-    found: dict[str, list[np.ndarray]] = {}
+    differences: dict[str, list[np.ndarray]] = {}
     of_problems = of_puzzles = 0
     for arm in arms[1:]:
         for difficulty in results.difficulties:
@@ -201,10 +201,10 @@ def pilot_differences(
             )
             if ours.size:
                 puzzles = results.puzzles(task, problems)
-                found.setdefault(arm, []).append(by_puzzle(ours - reference, puzzles))
+                differences.setdefault(arm, []).append(by_puzzle(ours - reference, puzzles))
                 of_problems += len(problems)
-                of_puzzles += found[arm][-1].shape[1]
-    return found, of_puzzles / max(1, of_problems)
+                of_puzzles += differences[arm][-1].shape[1]
+    return differences, of_puzzles / max(1, of_problems)
 
 
 def aligned(
@@ -236,7 +236,7 @@ def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float
     return Summary(
         question=question,
         reference=arms[0] if arms else "",
-        levels=tuple(found for place in of_tasks for found in _levels(results, *place)),
+        levels=tuple(row for cell in of_tasks for row in _levels(results, *cell)),
         comparisons=tuple(
             comparison
             for difficulty in results.difficulties
@@ -244,17 +244,17 @@ def summarise(table: pa.Table, question: str, arms: Sequence[str], target: float
             for metric in COMPARED
             for comparison in _comparisons(results, difficulty, task, metric, arms)
         ),
-        asymmetries=tuple(found for place in of_tasks for found in _asymmetries(results, *place)),
-        couplings=tuple(found for place in of_arms for found in _couplings(results, *place)),
-        curves=tuple(found for place in of_arms for found in _curves(results, *place)),
+        asymmetries=tuple(row for cell in of_tasks for row in _asymmetries(results, *cell)),
+        couplings=tuple(row for cell in of_arms for row in _couplings(results, *cell)),
+        curves=tuple(row for cell in of_arms for row in _curves(results, *cell)),
         costs=tuple(
             cost for d in results.difficulties for cost in _costs(results, d, arms, target)
         ),
         shares=tuple(
-            SegmentShare(*place, of, share)
-            for place in of_arms
+            SegmentShare(*cell, of, share)
+            for cell in of_arms
             for of, metric in SHARES.items()
-            if (share := results.mean(*place, metric, ACCURACY))
+            if (share := results.mean(*cell, metric, ACCURACY))
         ),
     )
 
@@ -281,7 +281,7 @@ def _levels(results: Results, difficulty: str, task: str, arm: str) -> Iterator[
 def _comparisons(
     results: Results, difficulty: str, task: str, metric: str, arms: Sequence[str]
 ) -> list[Comparison]:
-    found = []
+    tests = []
     for arm in arms[1:]:
         (ours, reference), problems = aligned(
             *(results.problems(difficulty, a, task, metric, "after") for a in (arm, arms[0]))
@@ -291,13 +291,13 @@ def _comparisons(
             puzzles = results.puzzles(task, problems)
             difference = crossed_interval(ours - reference, DIFFERENCE, puzzles)
             test = paired_test(reference, ours, puzzles) if binary else None
-            found.append((arm, difference, test))
-    adjusted = iter(holm([d.p for _, d, _ in found if d.p is not None]))
+            tests.append((arm, difference, test))
+    adjusted = iter(holm([d.p for _, d, _ in tests if d.p is not None]))
     return [
         Comparison(
             difficulty, task, arm, arms[0], metric, d, None if d.p is None else next(adjusted), test
         )
-        for arm, d, test in found
+        for arm, d, test in tests
     ]
 
 

@@ -176,12 +176,12 @@ def other_settings(arm: ArmConfig) -> list[tuple[str, Any]]:
 def fixed_weights(config: AblationConfig, base: Mapping[str, Any]) -> dict[str, float]:
     """Arm -> λ, of the arms of SFT that fix it and set nothing else."""
     plain = dict(base.get("sft") or {})
-    found = {}
+    weights = {}
     for arm in config.arms:
         sft = plain | {
             key.removeprefix("sft."): value for key, value in flat(arm.set) if key[:4] == "sft."
         }
         others = {key for key, _ in flat(arm.set)} - {"sft.balance", "sft.perception_weight"}
         if sft.get("balance") == "fixed" and not others:
-            found[arm.name] = float(sft.get("perception_weight", 0.5))
-    return found
+            weights[arm.name] = float(sft.get("perception_weight", 0.5))
+    return weights

@@ -243,12 +243,12 @@ def band(curves: np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)
     Pointwise: each interval holds the truth 95 % of the time, the whole band less often. NaN
     marks a step that a seed lacks; a step that all lack has the value NaN and no interval.
     """
-    found = []
+    intervals = []
     for column in np.asarray(curves, dtype=np.float64).T:
-        there = column[np.isfinite(column)]
+        finite = column[np.isfinite(column)]
         none = Estimate(math.nan, None, None, None, 0, 1)
-        found.append(seed_interval(there, bounds) if len(there) else none)
-    return found
+        intervals.append(seed_interval(finite, bounds) if len(finite) else none)
+    return intervals
 
 
 def mean_level(steps: np.ndarray, values: np.ndarray) -> float:
@@ -341,6 +341,6 @@ def mean_correlation(correlations: np.ndarray, counts: np.ndarray) -> float | No
 def correlation_interval(by_seed: Sequence[float]) -> Estimate:
     """Mean over seeds of a correlation, its t-interval made on Fisher's z and taken back."""
     z = np.arctanh(np.clip(np.asarray(by_seed, np.float64), -0.999999, 0.999999))
-    found = seed_interval(z)
-    low, high = (None if end is None else math.tanh(end) for end in (found.low, found.high))
-    return replace(found, value=math.tanh(found.value), low=low, high=high)
+    interval = seed_interval(z)
+    low, high = (None if end is None else math.tanh(end) for end in (interval.low, interval.high))
+    return replace(interval, value=math.tanh(interval.value), low=low, high=high)

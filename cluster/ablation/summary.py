@@ -129,23 +129,23 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN (a step that no seed has) becomes null."""
-        found: dict[str, Any] = finite(asdict(self))
-        return found
+        values: dict[str, Any] = finite(asdict(self))
+        return values
 
     def headlines(self) -> list[tuple[str, str]]:
         """(difficulty, task) of the verdict: of each difficulty all tasks, or its only one."""
-        found: dict[str, str] = {}
+        task_of: dict[str, str] = {}
         for level in self.levels:
-            if level.task == ALL_TASKS or level.difficulty not in found:
-                found[level.difficulty] = level.task
-        return list(found.items())
+            if level.task == ALL_TASKS or level.difficulty not in task_of:
+                task_of[level.difficulty] = level.task
+        return list(task_of.items())
 
     def of(self, difficulty: str, task: str, arm: str) -> dict[str, Level]:
         """An arm's accuracies on a task, by metric."""
-        place = (difficulty, task, arm)
-        return {v.metric: v for v in self.levels if (v.difficulty, v.task, v.arm) == place}
+        cell = (difficulty, task, arm)
+        return {v.metric: v for v in self.levels if (v.difficulty, v.task, v.arm) == cell}
 
 
-def at(difficulty: str, what: str) -> str:
+def at(difficulty: str, label: str) -> str:
     """Such as `sudoku` or `sudoku (hard)`."""
-    return f"{what} ({difficulty})" if difficulty else what
+    return f"{label} ({difficulty})" if difficulty else label

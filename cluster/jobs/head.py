@@ -44,17 +44,17 @@ class Head:
         self, request: Request, luggage: Luggage, runtime_env: Mapping[str, Any], words: str
     ) -> None:
         """Start a job under `request.id` with what travels."""
-        with tempfile.TemporaryDirectory(prefix="equipoise-job-") as made:
+        with tempfile.TemporaryDirectory(prefix="equipoise-job-") as staging:
             # In a folder of their own no .gitignore says which of them stay.
-            for place, file in luggage.files.items():
-                target = Path(made, place)
+            for relative, file in luggage.files.items():
+                target = Path(staging, relative)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
             with self._told():
                 self._client.submit_job(
                     entrypoint=words,
                     submission_id=request.id,
-                    runtime_env={**runtime_env, "working_dir": made},
+                    runtime_env={**runtime_env, "working_dir": staging},
                     metadata=request.record(),
                 )
 
@@ -99,11 +99,11 @@ class Head:
         deadline = time.monotonic() + seconds
         while True:
             with self._told():
-                found = _job(self._client.get_job_info(request.id))
-            if found is not None and found.over:
-                return found
+                job = _job(self._client.get_job_info(request.id))
+            if job is not None and job.over:
+                return job
             if time.monotonic() > deadline:
-                state = found.status if found else "gone"
+                state = job.status if job else "gone"
                 raise UserError(
                     f"{request.name}: is {state} after {seconds:.0f} s; look again by "
                     f"`equipoise jobs --address {self.address}`"

@@ -39,58 +39,58 @@ class Packed:
 
     def described(self) -> Iterator[str]:
         """What would travel and run, line by line."""
-        own = [place for place in self.luggage.files if place.partition("/")[0] in ROOMS]
-        for place, file in self.luggage.files.items():
-            if place not in own:
-                yield f"travels: {place} ({file.stat().st_size:,} bytes)"
+        own_files = [path for path in self.luggage.files if path.partition("/")[0] in ROOMS]
+        for path, file in self.luggage.files.items():
+            if path not in own_files:
+                yield f"travels: {path} ({file.stat().st_size:,} bytes)"
         size = gib(self.luggage.size)
-        yield f"travels: {len(own)} files of Equipoise itself; {size} in all"
+        yield f"travels: {len(own_files)} files of Equipoise itself; {size} in all"
         yield f"variables: {', '.join(self.request.env) or 'none'}"
         yield f"job {self.request.id}: {self.words()}"
 
 
-def packed(asked: Request, here: Path, search: Sequence[str]) -> Packed:
+def packed(request: Request, here: Path, search: Sequence[str]) -> Packed:
     """All of a request whose name, place and output may be left open.
 
     `here`: the folder whose paths are the recipe's; `search`: where modules are found after it.
     Raises UserError for what cannot travel, and as reading a recipe or an ablation does.
     """
-    file = here / asked.recipe
+    file = here / request.recipe
     near = os.path.relpath(os.path.abspath(file), here)
-    place = file.name if near.partition("/")[0] == ".." else near
-    recipes = {place: file}
-    if asked.command == "ablate":
-        if asked.settings:
+    recipe_path = file.name if near.partition("/")[0] == ".." else near
+    recipes = {recipe_path: file}
+    if request.command == "ablate":
+        if request.settings:
             raise UserError("--set: of an ablation its own file says what is set; write it there")
         ablation = load_ablation(file)
         named = ablation.config.base
-        base = inside(f"{asked.recipe}: base", os.path.join(os.path.dirname(place), named))
+        base = inside(f"{request.recipe}: base", os.path.join(os.path.dirname(recipe_path), named))
         recipes[base] = file.parent / named
         read, name = [ablation.base, *(cell.recipe for cell in ablation.cells)], ablation.name
     else:
-        read = [load_recipe(file, asked.settings)]
+        read = [load_recipe(file, request.settings)]
         name = read[0].name
     job = read[0].job
-    luggage = pack(recipes, read, (*job.include, *asked.include), here, search)
-    name = asked.name or f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    luggage = pack(recipes, read, (*job.include, *request.include), here, search)
+    name = request.name or f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
         raise UserError(f"--name {name}: use at most 120 letters, digits, dots and dashes")
-    output = asked.output or f"{read[0].output.folder}/{name}"
+    output = request.output or f"{read[0].output.folder}/{name}"
     if not os.path.isabs(output):
-        field = "--output" if asked.output else f"{asked.recipe}: output.folder"
+        field = "--output" if request.output else f"{request.recipe}: output.folder"
         raise UserError(
-            f"{field}: {asked.output or read[0].output.folder}: is relative, and a job's working "
+            f"{field}: {request.output or read[0].output.folder}: is relative, and a job's working "
             "folder goes with it; give --output an absolute path that the cluster keeps"
         )
-    whole = replace(
-        asked,
+    complete = replace(
+        request,
         name=name,
-        place=place,
+        place=recipe_path,
         output=output,
-        env=tuple(dict.fromkeys((*job.env, *asked.env))),
+        env=tuple(dict.fromkeys((*job.env, *request.env))),
         stop_seconds=job.stop_seconds,
     )
-    return Packed(whole, read[0], luggage)
+    return Packed(complete, read[0], luggage)
 
 
 def is_ablation(file: Path) -> bool:

@@ -28,7 +28,7 @@ class Request:
     """What was asked for, all of it but values of variables.
 
     Attributes:
-        recipe: the file as it was named; place: where it lies in the job's working folder.
+        recipe: the file as it was named; place: its path in the job's working folder.
         output: the run's or ablation's folder, on the cluster.
         env: names of variables whose values go along; include: further files.
         life: 1, and one more each time the job is gone on with.
@@ -78,12 +78,12 @@ class Request:
 def read_record(metadata: Mapping[str, str] | None) -> Request | None:
     """The request behind a job; None of a job that is none of ours."""
     try:
-        told = json.loads((metadata or {})[RECORD])
-        lists = {name: tuple(map(str, told[name])) for name in ("settings", "env", "include")}
-        texts = {n: str(told[n]) for n in ("name", "command", "recipe", "place", "output")}
+        record = json.loads((metadata or {})[RECORD])
+        lists = {name: tuple(map(str, record[name])) for name in ("settings", "env", "include")}
+        texts = {n: str(record[n]) for n in ("name", "command", "recipe", "place", "output")}
         if texts["command"] not in get_args(JobCommand):
             return None
-        counts = {name: int(told[name]) for name in ("life", "stop_seconds")}
+        counts = {name: int(record[name]) for name in ("life", "stop_seconds")}
         return Request(**texts, **lists, **counts)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError):
         return None
@@ -94,16 +94,16 @@ def runtime_env(job: JobConfig, names: Sequence[str], environ: Mapping[str, str]
 
     Raises UserError for a variable that is not set here, or has the name of a key.
     """
-    made = copy.deepcopy(job.runtime_env)
+    env = copy.deepcopy(job.runtime_env)
     # Ray's supervisor of the job reads it there.
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_seconds)} | made.get("env_vars", {})
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_seconds)} | env.get("env_vars", {})
     for name in names:
         if is_key(name):
             raise UserError(f"--env {name}: {KEYS_STAY}")
         if name not in environ:
             raise UserError(f"--env {name}: is not set here; export it, or leave it out")
         variables[name] = environ[name]
-    return made | {"env_vars": variables}
+    return env | {"env_vars": variables}
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class Job:
 
 def latest(jobs: Sequence[Job]) -> list[Job]:
     """Of each name the last life, in the order in which they were started."""
-    found: dict[str, Job] = {}
+    newest: dict[str, Job] = {}
     for job in jobs:
-        known = found.get(job.request.name)
+        known = newest.get(job.request.name)
         if known is None or job.request.life > known.request.life:
-            found[job.request.name] = job
-    return sorted(found.values(), key=lambda job: job.started)
+            newest[job.request.name] = job
+    return sorted(newest.values(), key=lambda job: job.started)

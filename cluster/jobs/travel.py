@@ -1,6 +1,6 @@
 """What travels with a job, chosen file by file: recipe, our code, the user's modules, small data.
 
-A path of a recipe that is relative is here and travels to the same place; an absolute one is the
+A path of a recipe that is relative is here and travels to the same path; an absolute one is the
 cluster's and stays as it is written; what is no path here is a name on the hub. Hidden files,
 caches of Python and virtual environments stay. Pure: it looks at files and changes nothing.
 """
@@ -31,7 +31,7 @@ ELSEWHERE = (
 
 @dataclass
 class Luggage:
-    """Files that travel: place in the job's working folder -> file here; and words about the rest.
+    """Files that travel: path in the job's working folder -> file here; and words about the rest.
 
     Attributes:
         mib: how much may travel, all files together.
@@ -46,19 +46,19 @@ class Luggage:
         """Bytes of all files."""
         return sum(file.stat().st_size for file in self.files.values())
 
-    def add(self, what: str, source: Path, place: str) -> None:
-        """A file, or a folder with all below it. Raises UserError, which begins with `what`."""
-        found = {os.path.normpath(f"{place}/{at}"): file for at, file in below(source)}
-        size = sum(file.stat().st_size for file in found.values())
+    def add(self, label: str, source: Path, target: str) -> None:
+        """A file, or a folder with all below it. Raises UserError, which begins with `label`."""
+        files = {os.path.normpath(f"{target}/{at}"): file for at, file in below(source)}
+        size = sum(file.stat().st_size for file in files.values())
         if size > self.mib * 2**20:
             raise UserError(
-                f"{what}: {source}: {gib(size)}, and {self.mib} MiB travel with a job; "
+                f"{label}: {source}: {gib(size)}, and {self.mib} MiB travel with a job; "
                 f"{ELSEWHERE}, or raise job.travel_mib"
             )
-        for at, file in found.items():
+        for at, file in files.items():
             if not file.samefile(self.files.setdefault(at, file)):
                 raise UserError(
-                    f"{what}: {file}: would lie where {self.files[at]} does, at {at} of the job's "
+                    f"{label}: {file}: would lie where {self.files[at]} does, at {at} of the job's "
                     "working folder; rename one"
                 )
 
@@ -72,19 +72,19 @@ class Luggage:
         if self.size <= self.mib * 2**20:
             return
         sizes: dict[str, int] = {}
-        for place, file in self.files.items():
-            top = place.partition("/")[0]
+        for path, file in self.files.items():
+            top = path.partition("/")[0]
             sizes[top] = sizes.get(top, 0) + file.stat().st_size
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:4]
         raise UserError(
             f"job.travel_mib: got {self.mib}, and {gib(self.size)} would travel: "
-            + ", ".join(f"{place} {gib(size)}" for place, size in largest)
+            + ", ".join(f"{path} {gib(size)}" for path, size in largest)
             + f"; of the largest, {ELSEWHERE}, or raise this"
         )
 
 
 def below(source: Path, around: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
-    """(place relative to `source`, file) of all that travels of a file or folder, links followed.
+    """(path relative to `source`, file) of all that travels of a file or folder, links followed.
 
     `around`: the folders it is in, so that a link to one of them ends.
     """
@@ -107,7 +107,7 @@ def pack(
     here: Path,
     search: Sequence[str] = (),
 ) -> Luggage:
-    """All that a job of `recipes` (place -> file), read as `read`, takes along from `here`.
+    """All that a job of `recipes` (path -> file), read as `read`, takes along from `here`.
 
     `search`: where modules are found after `here`, as in `sys.path`. Raises UserError: too much,
     out of the folder, not there.
@@ -115,15 +115,15 @@ def pack(
     luggage = Luggage(max(recipe.job.travel_mib for recipe in read))
     for room in ROOMS:
         luggage.add("equipoise", ROOT / room, room)
-    for place, file in recipes.items():
-        luggage.add(str(file), file, place)
-    told = str(next(iter(recipes.values())))
+    for path, file in recipes.items():
+        luggage.add(str(file), file, path)
+    recipe_file = str(next(iter(recipes.values())))
     for recipe in read:
         for at, value in named_paths(recipe):
-            _add_path(luggage, f"{told}: {at}", value, here, needed=".args" not in at)
+            _add_path(luggage, f"{recipe_file}: {at}", value, here, needed=".args" not in at)
         for at, value in texts(recipe.model_dump(exclude={"name", "question"})):
             if OWN_NAME.fullmatch(value):
-                _add_own(luggage, f"{told}: {at}", value.rpartition(":")[0], here, search)
+                _add_own(luggage, f"{recipe_file}: {at}", value.rpartition(":")[0], here, search)
     for name in include:
         if not (here / name).exists():
             raise UserError(f"--include {name}: no such file or folder ({here / name})")
@@ -132,15 +132,15 @@ def pack(
     return luggage
 
 
-def inside(what: str, name: str) -> str:
-    """A relative path's place in the working folder. Raises UserError where it leads out of it."""
-    place = os.path.normpath(name)
-    if os.path.isabs(place) or place.split("/")[0] == "..":
+def inside(label: str, name: str) -> str:
+    """A path in the working folder, normalised. Raises UserError where it leads out of it."""
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.split("/")[0] == "..":
         raise UserError(
-            f"{what}: {name}: lies outside of the folder that the command is run in, which is what "
-            "a job's paths start from; run it from a folder that holds it"
+            f"{label}: {name}: lies outside of the folder that the command is run in, which is "
+            "what a job's paths start from; run it from a folder that holds it"
         )
-    return place
+    return path
 
 
 def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -157,7 +157,7 @@ def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """(place, text) of all text in nested tables and lists."""
+    """(location, text) of all text in nested tables and lists."""
     if isinstance(value, str):
         yield at, value
     elif isinstance(value, Mapping):
@@ -168,51 +168,51 @@ def texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
             yield from texts(inner, f"{at}[{i}]")
 
 
-def _add_path(luggage: Luggage, what: str, value: str, here: Path, needed: bool) -> None:
+def _add_path(luggage: Luggage, label: str, value: str, here: Path, needed: bool) -> None:
     """`needed`: the text is a path or a name on the hub; else it may be anything."""
     if "://" in value or value[:1] in "/~$":
         if needed:
-            luggage.note(f"{what}: {value}: stays; it must be there on the cluster")
+            luggage.note(f"{label}: {value}: stays; it must be there on the cluster")
         return
     source = here / value
     if os.path.exists(source):
-        place = inside(what, value)
+        target = inside(label, value)
         # Rows that are text name images by paths from their own folder.
-        if source.suffix.lower() in (".json", ".jsonl") and os.path.dirname(place):
-            source, place = source.parent, os.path.dirname(place)
-        luggage.add(what, source, place)
+        if source.suffix.lower() in (".json", ".jsonl") and os.path.dirname(target):
+            source, target = source.parent, os.path.dirname(target)
+        luggage.add(label, source, target)
     elif needed:
         if not HUB_NAME.fullmatch(value):
-            raise UserError(f"{what}: {value}: no such file or folder here, and no hub's name")
-        luggage.note(f"{what}: {value}: not here, so the job asks the hub for it")
+            raise UserError(f"{label}: {value}: no such file or folder here, and no hub's name")
+        luggage.note(f"{label}: {value}: not here, so the job asks the hub for it")
 
 
-def _add_own(luggage: Luggage, what: str, module: str, here: Path, search: Sequence[str]) -> None:
+def _add_own(luggage: Luggage, label: str, module: str, here: Path, search: Sequence[str]) -> None:
     """A module or file of the user's own with the Python files and packages beside it."""
     if module.endswith(".py"):
         if os.path.isabs(module):
-            luggage.note(f"{what}: {module}: stays; it must be there on the cluster")
+            luggage.note(f"{label}: {module}: stays; it must be there on the cluster")
             return
-        place = os.path.dirname(inside(what, module))
-        places = [here, *map(Path, search)]
-        found = next((p / module for p in places if (p / module).is_file()), None)
-        folder = found.parent if found else None
+        target = os.path.dirname(inside(label, module))
+        folders = [here, *map(Path, search)]
+        module_file = next((p / module for p in folders if (p / module).is_file()), None)
+        folder = module_file.parent if module_file else None
     else:
-        top, place = module.partition(".")[0], ""
+        top, target = module.partition(".")[0], ""
         if top in ROOMS or top in sys.stdlib_module_names:
             return
         folder = _folder_of(top, [str(here), *search])
         if folder is not None and _installed(folder):
-            luggage.note(f"{what}: {module}: is installed here, and must be on the cluster too")
+            luggage.note(f"{label}: {module}: is installed here, and must be on the cluster too")
             return
         if folder is not None and not (folder / f"{top}.py").is_file():
-            luggage.add(what, folder / top, top)
+            luggage.add(label, folder / top, top)
     if folder is None:
         return  # not loaded under this name: other text, or refused when the recipe was read
     for child in sorted(folder.iterdir()):
         file = child.suffix == ".py" and child.is_file()
         if child.name[0] != "." and (file or (child / "__init__.py").is_file()):
-            luggage.add(what, child, os.path.join(place, child.name))
+            luggage.add(label, child, os.path.join(target, child.name))
 
 
 def _folder_of(top: str, search: Sequence[str]) -> Path | None:

@@ -116,10 +116,10 @@ def ask_labels(
                 f"{source.label}: {count} of {len(problems)} held-out problems have a perception "
                 "label; a_p, a_r and leak are of these"
             )
-    wanted = [name for name in recipe.eval.passes or () if name in ORACLE]
-    if wanted and not known and command != "eval":  # which always asks for all
+    oracles = [name for name in recipe.eval.passes or () if name in ORACLE]
+    if oracles and not known and command != "eval":  # which always asks for all
         raise DataError(
-            f'eval.passes: "{wanted[0]}" begins with the true perception, and no problem has a '
+            f'eval.passes: "{oracles[0]}" begins with the true perception, and no problem has a '
             "perception label; leave it out"
         )
 

@@ -40,7 +40,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Taken:
+class TokenCounts:
     """Tokens of a prompt, `image` of them of its images; `fault` where it cannot be made."""
 
     prompt: int = 0
@@ -64,66 +64,68 @@ class Context:
         processor = load_processor(recipe.model.path, reading=recipe.model)
         return cls(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
 
-    def taken(self, asked: Sequence[tuple[str, tuple[Size, ...]]]) -> list[Taken]:
+    def token_counts(self, prompts: Sequence[tuple[str, tuple[Size, ...]]]) -> list[TokenCounts]:
         """What each prompt with images of those sizes takes."""
-        self._measure_sizes({size for _, sizes in asked for size in sizes})
-        found = []
-        for prompt, sizes in asked:
+        self._measure_sizes({size for _, sizes in prompts for size in sizes})
+        all_counts = []
+        for prompt, sizes in prompts:
             counts = [*(self._blocks[size] for size in sizes), self._text(prompt, len(sizes))]
             fault = next((count for count in counts if isinstance(count, Fault)), None)
             known = [count for count in counts if isinstance(count, int)]
-            found.append(Taken(fault=fault) if fault else Taken(sum(known), sum(known[:-1])))
-        return found
+            all_counts.append(
+                TokenCounts(fault=fault) if fault else TokenCounts(sum(known), sum(known[:-1]))
+            )
+        return all_counts
 
-    def lack(self, taken: Taken, prefix: str = "") -> Fault | None:
+    def lack(self, counts: TokenCounts, prefix: str = "") -> Fault | None:
         """Why a response does not fit, where it does not; nor behind a forced prefix."""
-        if taken.fault:
-            return taken.fault
-        if taken.prompt + self.answer > self.length:
+        if counts.fault:
+            return counts.fault
+        if counts.prompt + self.answer > self.length:
             return Fault(
-                "image" if 2 * taken.image > taken.prompt else "query",
-                f"{taken.prompt:,} tokens, {taken.image:,} of them of the images, and "
+                "image" if 2 * counts.image > counts.prompt else "query",
+                f"{counts.prompt:,} tokens, {counts.image:,} of them of the images, and "
                 f"sampler.max_tokens = {self.answer:,} do not fit in model.max_model_len = "
                 f"{self.length:,}",
             )
         forced = self._length("perception", prefix) if prefix else 0
         if isinstance(forced, Fault):
             return forced
-        if taken.prompt + forced >= self.length:
+        if counts.prompt + forced >= self.length:
             return Fault(
                 "perception",
-                f"{forced:,} tokens behind {taken.prompt:,} of query and images leave no room for "
+                f"{forced:,} tokens behind {counts.prompt:,} of query and images leave no room for "
                 f"an answer in model.max_model_len = {self.length:,}",
             )
         return None
 
-    def taken_by(self, problem: Problem) -> Taken:
+    def token_counts_of(self, problem: Problem) -> TokenCounts:
         """What one problem takes. Raises DataError for an image that cannot be read."""
         where = f"image of problem {problem.id}"
         sizes = tuple(check_image(image, where).size for image in problem.images)
-        return self.taken([(problem.prompt, sizes)])[0]
+        return self.token_counts([(problem.prompt, sizes)])[0]
 
     def opened(self, problem: Problem, opening: Observation | None) -> int | str:
         """Tokens of a prompt with what an environment says behind it; why it cannot be made."""
         try:
             parts = opened(placed(problem.prompt, problem.images), opening)
-            shown = [part for part in parts if isinstance(part, bytes)]
-            sizes = [check_image(image, "image").size for image in shown]
+            images = [part for part in parts if isinstance(part, bytes)]
+            sizes = [check_image(image, "image").size for image in images]
             return len(self._chat.expanded(self._chat.prompt(parts), sizes))
         except DataError as error:
             return str(error)
 
-    def response_lack(self, taken: Taken, response: str) -> Fault | None:
+    def response_lack(self, counts: TokenCounts, response: str) -> Fault | None:
         """Why a response to learn from does not fit behind its prompt, where it does not."""
         length = self._length("response", response)
         if isinstance(length, Fault):
             return length
         length += 1  # the end of turn
-        if taken.prompt + length <= self.length:
+        if counts.prompt + length <= self.length:
             return None
         return Fault(
             "response",
-            f"{length:,} tokens behind {taken.prompt:,} of query and images do not fit in "
+            f"{length:,} tokens behind {counts.prompt:,} of query and images do not fit in "
             f"model.max_model_len = {self.length:,}",
         )
 
@@ -171,9 +173,9 @@ class Context:
         self._blocks |= {size: self._made(size) for size in probes}
         # Marks around an image are not among those that a processor counts.
         around = {
-            made - (self._counted(size) or 0)
+            block - (self._counted(size) or 0)
             for size in probes
-            if not isinstance(made := self._blocks[size], Fault)
+            if not isinstance(block := self._blocks[size], Fault)
         }
         for size in set(new) - probes:
             counted = self._counted(size) if len(around) == 1 else None
@@ -189,8 +191,8 @@ class Context:
     def _counted(self, size: Size) -> int | None:
         """The same by the processor's own arithmetic, without an image; None where it has none."""
         try:
-            made = self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])
-            return int(made.num_image_tokens[0])
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])
+            return int(counts.num_image_tokens[0])
         except Exception:
             return None
 

@@ -34,16 +34,16 @@ def check_data(recipe: Recipe, say: Say) -> list[str]:
             continue
         opened = opened_rows(config, index)
         say(f"tasks[{index}]: {config.name}, {config.data_named}")
-        found = [*_rows(opened, config), *_images(opened)]
+        lines = [*_rows(opened, config), *_images(opened)]
         if context is None:
-            found.append(f"tokens     not measured: {recipe.model.path} is not on this machine")
+            lines.append(f"tokens     not measured: {recipe.model.path} is not on this machine")
         else:
-            found += _tokens(opened, context, config)
+            lines += _tokens(opened, context, config)
         if config.name == "vqa":
-            found += _golds(opened)
-        for line in found:
+            lines += _golds(opened)
+        for line in lines:
             say(f"  {line.removeprefix('!')}")
-        wrong += [f"tasks[{index}]: {line[1:]}" for line in found if line.startswith("!")]
+        wrong += [f"tasks[{index}]: {line[1:]}" for line in lines if line.startswith("!")]
     return wrong
 
 
@@ -80,13 +80,13 @@ def _rows(opened: Opened, config: TaskConfig) -> Iterator[str]:
 def _images(opened: Opened) -> Iterator[str]:
     facts = [rows.fact(at) for rows in opened.rows.values() for at in range(len(rows))]
     counts = Counter(len(fact.sizes) for fact in facts)
-    said = ", ".join(f"{rows:,} rows with {n or 'none'}" for n, rows in sorted(counts.items()))
-    yield f"images     {said or 'none'}"
+    counted = ", ".join(f"{rows:,} rows with {n or 'none'}" for n, rows in sorted(counts.items()))
+    yield f"images     {counted or 'none'}"
     sizes = sorted({s for fact in facts for s in fact.sizes}, key=lambda size: size[0] * size[1])
     if sizes:
         small, middle, large = (sizes[at] for at in (0, len(sizes) // 2, -1))
         named = {"smallest": small, "middle": middle, "largest": large}
-        yield "           " + ", ".join(f"{what} {w}x{h}" for what, (w, h) in named.items())
+        yield "           " + ", ".join(f"{label} {w}x{h}" for label, (w, h) in named.items())
 
 
 def _tokens(opened: Opened, context: Context, config: TaskConfig) -> Iterator[str]:
@@ -94,12 +94,12 @@ def _tokens(opened: Opened, context: Context, config: TaskConfig) -> Iterator[st
     lacking: list[tuple[Rows, int, str]] = []
     images, prompts = list[int](), list[int]()
     for rows in opened.rows.values():
-        for at, taken in enumerate(row_takes(rows, context)):
-            if fault := context.lack(taken):
+        for at, counts in enumerate(row_takes(rows, context)):
+            if fault := context.lack(counts):
                 lacking.append((rows, at, f"{rows.where(at, fault.field)}: {fault.reason}"))
-            if not taken.fault:
-                images.append(taken.image)
-                prompts.append(taken.prompt)
+            if not counts.fault:
+                images.append(counts.image)
+                prompts.append(counts.prompt)
     yield f"tokens     of images {_spread(images)}"
     yield f"           of prompts {_spread(prompts)}, room for {context.length - context.answer:,}"
     refused = "!" if config.too_long == "error" else ""
@@ -113,14 +113,14 @@ def _golds(opened: Opened) -> Iterator[str]:
     used: Counter[str] = Counter()
     wrong: list[str] = []
     for rows in opened.rows.values():
-        for at, example in enumerate(rows.told()):
+        for at, example in enumerate(rows.without_images()):
             problem = example.problem
             used[problem.truth["checker"]] += 1
             if not judges_itself(problem):
-                said = f"{rows.where(at)}: {problem.truth['answers'][0]!r:.80}"
-                wrong.append(f"{said} by {problem.truth['checker']}")
-    told = ", ".join(f"{name} {rows:,}" for name, rows in used.most_common())
-    yield f"checkers   {told or 'none'}"
+                example_text = f"{rows.where(at)}: {problem.truth['answers'][0]!r:.80}"
+                wrong.append(f"{example_text} by {problem.truth['checker']}")
+    used_checkers = ", ".join(f"{name} {rows:,}" for name, rows in used.most_common())
+    yield f"checkers   {used_checkers or 'none'}"
     yield f"golds      {used.total() - len(wrong):,} of {used.total():,} are right by their checker"
     yield from (f"           wrong: {line}" for line in wrong[:SHOWN])
 
@@ -128,11 +128,11 @@ def _golds(opened: Opened) -> Iterator[str]:
 def judges_itself(problem: Problem) -> bool:
     """Whether a gold, given as the answer, is right; of a point the middle of its box."""
     checker, gold = CHECKERS[problem.truth["checker"]], gold_of(problem)
-    said = gold.answers[0]
+    answer = gold.answers[0]
     if checker.name == "point":
-        left, top, right, bottom = json.loads(said)
-        said = f"[{(left + right) / 2:.6g}, {(top + bottom) / 2:.6g}]"
-    return checker.right(said, gold)
+        left, top, right, bottom = json.loads(answer)
+        answer = f"[{(left + right) / 2:.6g}, {(top + bottom) / 2:.6g}]"
+    return checker.right(answer, gold)
 
 
 def _spread(values: Sequence[int]) -> str:

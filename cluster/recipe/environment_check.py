@@ -55,16 +55,16 @@ def try_environment(
             opening = asyncio.run(_tried(config, problem))
         except EnvironmentFailed as error:
             raise UserError(f"{where}: {error}") from error
-        taken = context.opened(problem, opening)
-        if isinstance(taken, str):
-            raise UserError(f"{where}: what it says first {taken}")
-        if taken + context.answer > context.length:
+        opened = context.opened(problem, opening)
+        if isinstance(opened, str):
+            raise UserError(f"{where}: what it says first {opened}")
+        if opened + context.answer > context.length:
             raise UserError(
-                f"{where}: {taken:,} tokens with what it says first, and sampler.max_tokens = "
+                f"{where}: {opened:,} tokens with what it says first, and sampler.max_tokens = "
                 f"{context.answer:,} do not fit in model.max_model_len = {context.length:,}; "
                 "raise that"
             )
-        if (most := taken + context.answer + config.image_tokens) > context.length:
+        if (most := opened + context.answer + config.image_tokens) > context.length:
             say(
                 f"{where}: prompt, sampler.max_tokens and environment.image_tokens may come to "
                 f"{most:,} tokens, above model.max_model_len = {context.length:,}: such a response "

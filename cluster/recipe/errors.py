@@ -53,13 +53,13 @@ def explain(
             yield below + loc + tuple(context["at"]), context["message"]
         elif kind == "value_error":
             # What a task's own spec says of itself is already a sentence, often "field: ...".
-            said = str(context["error"])
-            field, colon, rest = said.partition(": ")
+            message = str(context["error"])
+            field, colon, rest = message.partition(": ")
             owner = _model_at(model, loc)
             if colon and owner and field in owner.model_fields:
                 yield (*below, *loc, field), rest
             else:
-                yield below + loc, said
+                yield below + loc, message
         else:
             yield below + loc, _sentence(kind, loc, error, context, model)
 
@@ -88,9 +88,9 @@ def _sentence(
     if kind == "string_pattern_mismatch":
         return f"got {given}; use letters, digits, dots, dashes and underscores"
     if kind in ("too_short", "too_long") and "field_type" in context:
-        wanted = context.get("min_length", context.get("max_length"))
+        limit = context.get("min_length", context.get("max_length"))
         bound = "at least" if kind == "too_short" else "at most"
-        return f"needs {bound} {wanted} entries, got {given}"
+        return f"needs {bound} {limit} entries, got {given}"
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {given}"
     message = error["msg"]
@@ -115,8 +115,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
-        found = (_model_in(argument) for argument in get_args(annotation))
-        return next((model for model in found if model is not None), None)
+        models = (_model_in(argument) for argument in get_args(annotation))
+        return next((model for model in models if model is not None), None)
     return None
 
 

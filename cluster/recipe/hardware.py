@@ -56,12 +56,12 @@ def _detect_gpus() -> tuple[Gpu, ...]:
     except (subprocess.SubprocessError, OSError):
         return ()  # the tool is there and no working device behind it
     rows = [line.rsplit(",", 1) for line in out.splitlines() if "," in line]
-    found = [Gpu(name.strip(), int(mib) * 2**20) for name, mib in rows if mib.strip().isdigit()]
+    gpus = [Gpu(name.strip(), int(mib) * 2**20) for name, mib in rows if mib.strip().isdigit()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return tuple(found)
+        return tuple(gpus)
     chosen = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
-    return tuple(found[: len(chosen)])
+    return tuple(gpus[: len(chosen)])
 
 
 def _first_line(path: str) -> str:

@@ -71,8 +71,8 @@ def new_run_folder(recipe: Recipe, output: Path | None) -> Path:
 def require_free(folder: Path, flag: str) -> None:
     """Raise UserError where a folder or file to be written already holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "already holds something" if folder.is_dir() else "is there already"
-        raise UserError(f"{flag} {folder}: {what}; name a new one")
+        occupied = "already holds something" if folder.is_dir() else "is there already"
+        raise UserError(f"{flag} {folder}: {occupied}; name a new one")
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def claimed(run: Path, new: bool = False) -> Iterator[None]:
     One that is `new` has to be empty, and goes again where nothing was written to it. Raises
     UserError where another process holds it or it cannot be written to.
     """
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    new_folders = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / LOCK).open("w")
@@ -107,7 +107,7 @@ def claimed(run: Path, new: bool = False) -> Iterator[None]:
             with suppress(OSError):  # removed meanwhile, or another run was begun beside it
                 if new and os.listdir(run) == [LOCK]:
                     (run / LOCK).unlink()
-                    for folder in made:
+                    for folder in new_folders:
                         folder.rmdir()
 
 
@@ -119,10 +119,10 @@ def require_room(recipe: Recipe, command: Command, folder: Path) -> None:
 
     Estimated from the policy's parameters, where they are known; see `disk_needed`.
     """
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    if not can_write(there):
-        raise UserError(f"{folder}: {there} cannot be written to; {_ELSEWHERE}")
-    free, parts = shutil.disk_usage(there).free, disk_needed(recipe, command, folder)
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    if not can_write(existing):
+        raise UserError(f"{folder}: {existing} cannot be written to; {_ELSEWHERE}")
+    free, parts = shutil.disk_usage(existing).free, disk_needed(recipe, command, folder)
     if free < sum(parts.values()) + MARGIN:
         listed = "".join(f", {gib(size)} for {name}" for name, size in parts.items())
         raise UserError(
@@ -153,16 +153,16 @@ def disk_needed(recipe: Recipe, command: Command, folder: Path) -> dict[str, int
         return {}
     steps = recipe.sft.steps if command == "sft" and recipe.sft else recipe.algorithm.steps
     weights = size.parameters * width(recipe.model)
-    found = {"the policy": weights}
+    parts = {"the policy": weights}
     every = recipe.checkpoint.every
     if every and command != "replay":
         whole = recipe.learner.model_copy(update={"ranks": 1})
         trained = trained_of(recipe.model.path, recipe.learner)
         state = learner_memory(recipe.model, whole, size, trained)["optimizer"]
-        written = min(recipe.checkpoint.keep + 1, -(-steps // every))
-        count = max(1, written - len(checkpoint_folders(folder)))
-        found[f"{count} training checkpoints"] = count * (weights + state)
-    return found
+        checkpoints = min(recipe.checkpoint.keep + 1, -(-steps // every))
+        count = max(1, checkpoints - len(checkpoint_folders(folder)))
+        parts[f"{count} training checkpoints"] = count * (weights + state)
+    return parts
 
 
 # --- home and temporary files ------------------------------------------------------------------
@@ -173,7 +173,7 @@ def settle_environment(environment: MutableMapping[str, str]) -> list[str]:
 
     Raises UserError where there is no place that will do.
     """
-    done = []
+    notices = []
     temporary = environment.get("TMPDIR") or tempfile.gettempdir()
     wrong = "cannot be written to" if not can_write(Path(temporary)) else ""
     if too_long(temporary, VLLM_SOCKET):
@@ -183,7 +183,7 @@ def settle_environment(environment: MutableMapping[str, str]) -> list[str]:
         environment["TMPDIR"] = short
         if environment is os.environ:
             tempfile.tempdir = short
-        done.append(f"TMPDIR: {temporary} {wrong}; using {short}")
+        notices.append(f"TMPDIR: {temporary} {wrong}; using {short}")
         temporary = short
     if too_long(environment.get("RAY_TMPDIR") or temporary, RAY_SOCKET):
         environment["RAY_TMPDIR"] = _short_place(temporary)
@@ -194,14 +194,14 @@ def settle_environment(environment: MutableMapping[str, str]) -> list[str]:
         if not (home / ".cache" / "huggingface").is_dir():
             chosen["HF_HOME"] = f"{cache}/huggingface"
         environment.update(
-            {name: place for name, place in chosen.items() if not environment.get(name)}
+            {name: folder for name, folder in chosen.items() if not environment.get(name)}
         )
-        done.append(f"HOME: {home} cannot be written to; caches go to {cache}")
+        notices.append(f"HOME: {home} cannot be written to; caches go to {cache}")
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a container has no name for the number it runs as; torch asks
         environment["USER"] = str(os.getuid())
-    return done
+    return notices
 
 
 def can_write(folder: Path) -> bool:
@@ -219,9 +219,9 @@ def too_long(folder: str, socket_below: str) -> bool:
 
 
 def _short_place(refused: str) -> str:
-    for place in ("/tmp", "/var/tmp", str(SHARED)):
-        if can_write(Path(place)):
-            return place
+    for folder in ("/tmp", "/var/tmp", str(SHARED)):
+        if can_write(Path(folder)):
+            return folder
     most = LONGEST_SOCKET - len(RAY_SOCKET)
     raise UserError(
         f"TMPDIR: {refused} will not do for temporary files and sockets, and neither /tmp nor "
@@ -258,11 +258,11 @@ GcsClient(address=known_as(sys.argv[1]))
 """
 
 
-def told(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
     """An error of the operating system in one line: where, what, and what to do."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    what = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-    return where + what + REMEDIES.get(error.errno or 0, "")
+    reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    return where + reason + REMEDIES.get(error.errno or 0, "")
 
 
 _ELSEWHERE = "choose another place: --output, or output.folder in the recipe"

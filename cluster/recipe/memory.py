@@ -120,8 +120,8 @@ def trained_of(policy: str, learner: LearnerConfig) -> Trained | None:
     Names are looked up in the policy's structure, which takes the seconds of importing torch.
     Raises ModelError for a part or pattern that matches nothing.
     """
-    told = learner.freeze or learner.rates or learner.lora
-    if not told or not (Path(policy) / "config.json").is_file():
+    partial = learner.freeze or learner.rates or learner.lora
+    if not partial or not (Path(policy) / "config.json").is_file():
         return None
     return _trained(policy, learner.freeze, tuple(learner.rates.items()), learner.lora)
 
@@ -171,13 +171,13 @@ def learner_memory(
     def shard(total: int, from_stage: int) -> int:
         return math.ceil(total / (learner.ranks if learner.zero_stage >= from_stage else 1))
 
-    held = size.parameters + (trained.added if trained else 0)
+    stored = size.parameters + (trained.added if trained else 0)
     stepped = trained.trained if trained else size.parameters
     no_master = learner.zero_stage == 0 and model.dtype == "float32"
     tokens = learner.micro_batch_tokens
-    kept = size.kept_by_a_layer(exact=model.dtype == "float32")
+    activations = size.kept_by_a_layer(exact=model.dtype == "float32")
     again = learner.activation_checkpointing
-    per_token = kept + size.layers * size.hidden if again else size.layers * kept
+    per_token = activations + size.layers * size.hidden if again else size.layers * activations
     copied = model.lm_head_float32 and model.dtype != "float32"
     copies = 1 if learner.lora or "head" in learner.freeze else 3
     head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
@@ -185,7 +185,7 @@ def learner_memory(
     return (
         head
         | {
-            "weights": shard(width(model) * held, 3),
+            "weights": shard(width(model) * stored, 3),
             "gradients": shard((4 if learner.zero_stage >= 2 else width(model)) * stepped, 2),
             "optimizer": shard((8 if no_master else 12) * stepped, 1),
             "activations": width(model) * tokens * per_token

@@ -29,8 +29,8 @@ class Node:
 
     def described(self) -> str:
         """Address and labels."""
-        own = {k: v for k, v in self.labels.items() if not k.startswith(OWN_LABELS)}
-        return f"{self.address}{f' ({labels_text(own)})' if own else ''}"
+        own_labels = {k: v for k, v in self.labels.items() if not k.startswith(OWN_LABELS)}
+        return f"{self.address}{f' ({labels_text(own_labels)})' if own_labels else ''}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def seated(actors: Sequence[Actor], placement: PlacementConfig, nodes: Sequence[
     Reward workers, and samplers that are to be spread, go to the node with the fewest of them, all
     else to the fullest that has room. The driver is where the command is.
     """
-    left = [[node.cpus, node.gpus] for node in nodes]
+    free_of = [[node.cpus, node.gpus] for node in nodes]
     on: list[list[Actor]] = [[] for _ in nodes]
     missing: list[str] = []
     fits = {a.role: _labelled(nodes, labels_for(a.role, placement)) for a in actors}
@@ -68,15 +68,19 @@ def seated(actors: Sequence[Actor], placement: PlacementConfig, nodes: Sequence[
         if actor.role == "driver":
             continue
         free = [
-            n for n in fits[actor.role] if left[n][0] >= actor.cpus and left[n][1] >= actor.gpus
+            n
+            for n in fits[actor.role]
+            if free_of[n][0] >= actor.cpus and free_of[n][1] >= actor.gpus
         ]
         if not free:
-            missing.append(_why_not(actor, nodes, left, fits[actor.role], placement))
+            missing.append(_why_not(actor, nodes, free_of, fits[actor.role], placement))
             continue
-        alike = [sum(other.role == actor.role for other in there) for there in on]
-        chosen = min(free, key=lambda n: (alike[n] if actor.role in spread else 0, *left[n][::-1]))
-        left[chosen][0] -= actor.cpus
-        left[chosen][1] -= actor.gpus
+        alike = [sum(other.role == actor.role for other in node_actors) for node_actors in on]
+        chosen = min(
+            free, key=lambda n: (alike[n] if actor.role in spread else 0, *free_of[n][::-1])
+        )
+        free_of[chosen][0] -= actor.cpus
+        free_of[chosen][1] -= actor.gpus
         on[chosen].append(actor)
     pairs = zip(nodes, map(tuple, on), strict=True)
     return Seating(tuple(pairs), tuple(missing))
@@ -84,9 +88,9 @@ def seated(actors: Sequence[Actor], placement: PlacementConfig, nodes: Sequence[
 
 def lacking(recipe: Recipe, command: Command, nodes: Sequence[Node]) -> str:
     """What these nodes lack for all actors of a command, in lines; "" where that is nothing."""
-    there = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
+    resources = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
     try:
-        require_cluster(recipe, there, command)
+        require_cluster(recipe, resources, command)
     except PlacementError as error:
         return str(error)
     actors = plan(recipe, Machine(0, 0), command).actors
@@ -98,9 +102,9 @@ def describe_nodes(seating: Seating) -> str:
     lines = []
     for node, actors in seating.on:
         cpus, gpus = sum(a.cpus for a in actors), sum(a.gpus for a in actors)
-        taken = f"{cpus:g} of {node.cpus:g} cores, {gpus:g} of {node.gpus:g} GPUs"
+        usage = f"{cpus:g} of {node.cpus:g} cores, {gpus:g} of {node.gpus:g} GPUs"
         names = ", ".join(f"{a.role} {a.index}" for a in actors) or "nothing"
-        lines.append(f"node {node.described()}: {taken}: {names}")
+        lines.append(f"node {node.described()}: {usage}: {names}")
     return "\n".join([*lines, *(f"does not fit: {why}" for why in seating.missing)])
 
 
@@ -111,7 +115,7 @@ def _labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[int]:
 def _why_not(
     actor: Actor,
     nodes: Sequence[Node],
-    left: Sequence[Sequence[float]],
+    free_of: Sequence[Sequence[float]],
     fits: Sequence[int],
     placement: PlacementConfig,
 ) -> str:
@@ -120,12 +124,12 @@ def _why_not(
     needs = [f"{actor.cpus:g} cores"] * bool(actor.cpus) + [f"{actor.gpus:g} GPUs"] * bool(
         actor.gpus
     )
-    asked = f" with {labels_text(labels)}" if labels else ""
-    wanted = f" has {' and '.join(needs)} left" if needs and fits else " is there"
+    label_text = f" with {labels_text(labels)}" if labels else ""
+    shortage = f" has {' and '.join(needs)} left" if needs and fits else " is there"
     listed = "; ".join(
-        f"{nodes[n].described()} has {left[n][0]:g} cores and {left[n][1]:g} GPUs left"
+        f"{nodes[n].described()} has {free_of[n][0]:g} cores and {free_of[n][1]:g} GPUs left"
         for n in fits
     )
     if not fits:
         listed = "there are " + (", ".join(node.described() for node in nodes) or "none")
-    return f"{actor.role} {actor.index}: no node{asked}{wanted} ({listed})"
+    return f"{actor.role} {actor.index}: no node{label_text}{shortage} ({listed})"

@@ -109,8 +109,8 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     frozen = [policy_size(path) for path in frozen_models(recipe, command)] if samplers else []
     samplers += [engine("frozen model", i, its) for i, its in enumerate(frozen)]
     actors = (Actor("driver", 0), *samplers, *learners, *others)
-    there = {"cores": machine.cores, "GPUs": len(machine.gpus)}
-    shortages = _shortages(_need(recipe, command), there, "this machine has")
+    available = {"cores": machine.cores, "GPUs": len(machine.gpus)}
+    shortages = _shortages(_need(recipe, command), available, "this machine has")
     notes = _notes(recipe, command, size, actors, machine)
     return Placement(actors, machine, shortages, tuple(notes))
 
@@ -121,11 +121,13 @@ def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list
     memory = learner_memory(recipe.model, learner, size, trained, reference)
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
     away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
-    there = {name: memory.pop(name) for name in away}
+    host_memory = {name: memory.pop(name) for name in away}
     stored = stored_weights(recipe, command)
     fetched = {"two versions to fetch": stored} if stored else {}
     return [
-        Actor("learner", i, learner.cpus, learner.gpus, memory, there | ({} if i else fetched))
+        Actor(
+            "learner", i, learner.cpus, learner.gpus, memory, host_memory | ({} if i else fetched)
+        )
         for i in range(learner.ranks)
     ]
 
@@ -218,12 +220,12 @@ def describe(placement: Placement) -> str:
     machine = placement.machine
     gpus = ", ".join(f"{gpu.name} {gib(gpu.memory)}" for gpu in machine.gpus) or "no GPU"
     lines += ["", f"this machine: {machine.cores} cores, {gib(machine.memory)}, {gpus}"]
-    for need, there, unit in (
+    for need, available, unit in (
         (placement.gpus, len(machine.gpus), "GPUs"),
         (placement.cpus, machine.cores, "cores"),
     ):
-        if need > there:
-            lines.append(f"needs {need:g} {unit}, this machine has {there}: dry run only")
+        if need > available:
+            lines.append(f"needs {need:g} {unit}, this machine has {available}: dry run only")
     return "\n".join([*lines, *(f"note: {note}" for note in placement.notes)])
 
 
@@ -237,16 +239,16 @@ def frozen_models(recipe: Recipe, command: Command) -> list[str]:
     Each runs on one engine, placed as [sampler] places one of the policy's. Raises UserError for
     a term that cannot be loaded.
     """
-    found: dict[str, None] = {}
+    models_of: dict[str, None] = {}
     for entry in recipe.reward.effective_terms() if command in ("train", "sample") else ():
         try:
             if hasattr(find_term(entry.name), "ask"):
-                found[term_facts(entry.name, entry.args).model or ""] = None
+                models_of[term_facts(entry.name, entry.args).model or ""] = None
         except TermError as error:
             raise UserError(f"reward.terms: {error}") from error
     if command in ("train", "sft", "eval"):
-        found[recipe.eval.reader] = None
-    return [model for model in found if model]
+        models_of[recipe.eval.reader] = None
+    return [model for model in models_of if model]
 
 
 def reward_models(recipe: Recipe) -> list[TermFacts]:
@@ -263,40 +265,42 @@ def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Com
 
     `resources` as `ray.cluster_resources()` gives them. Ray itself would wait for ever.
     """
-    there = {"cores": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
-    found = _shortages(_need(recipe, command), there, "the cluster has")
-    if found:
-        raise PlacementError("\n".join(found))
+    available = {"cores": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
+    shortages = _shortages(_need(recipe, command), available, "the cluster has")
+    if shortages:
+        raise PlacementError("\n".join(shortages))
 
 
 def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:
     """unit -> {product of fields: amount} that a command holds at one time."""
     sampler, learner = recipe.sampler, recipe.learner
     models = len(frozen_models(recipe, command))
-    found = {}
-    for unit, taken in (("cores", "cpus"), ("GPUs", "gpus")):
-        sample = {f"sampler.count × sampler.{taken}": sampler.count * getattr(sampler, taken)}
+    needs = {}
+    for unit, resource in (("cores", "cpus"), ("GPUs", "gpus")):
+        sample = {f"sampler.count × sampler.{resource}": sampler.count * getattr(sampler, resource)}
         if models:
-            sample[f"{models} frozen model(s) × sampler.{taken}"] = models * getattr(sampler, taken)
+            sample[f"{models} frozen model(s) × sampler.{resource}"] = models * getattr(
+                sampler, resource
+            )
         rewarding = reward_models(recipe) if command in ("train", "sample") else []
         for facts in rewarding:
-            field = f"reward.terms {facts.name} args.{taken}"
-            sample[field] = sample.get(field, 0) + getattr(facts, taken)
-        learn = {f"learner.ranks × learner.{taken}": learner.ranks * getattr(learner, taken)}
+            field = f"reward.terms {facts.name} args.{resource}"
+            sample[field] = sample.get(field, 0) + getattr(facts, resource)
+        learn = {f"learner.ranks × learner.{resource}": learner.ranks * getattr(learner, resource)}
         if command == "sft" and not recipe.eval.every:  # one after the other
-            found[unit] = max(learn, sample, key=lambda product: sum(product.values()))
+            needs[unit] = max(learn, sample, key=lambda product: sum(product.values()))
         else:
             alone = {"eval": sample, "sample": sample, "replay": learn}
-            found[unit] = alone.get(command, sample | learn)
-    return found
+            needs[unit] = alone.get(command, sample | learn)
+    return needs
 
 
 def _shortages(
-    need: Mapping[str, Mapping[str, float]], there: Mapping[str, float], who: str
+    need: Mapping[str, Mapping[str, float]], offered: Mapping[str, float], who: str
 ) -> tuple[str, ...]:
     return tuple(
-        f"{' + '.join(products)} = {sum(products.values()):g} {unit}, but {who} {there[unit]:g}; "
+        f"{' + '.join(products)} = {sum(products.values()):g} {unit}, but {who} {offered[unit]:g}; "
         "lower one of these fields, or give --address of a cluster that has them"
         for unit, products in need.items()
-        if sum(products.values()) > there[unit]
+        if sum(products.values()) > offered[unit]
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.recipe.abilities import ask_labels, ask_tasks
-from cluster.recipe.context import Context, Fault, Taken
+from cluster.recipe.context import Context, Fault, TokenCounts
 from cluster.recipe.environment_check import glance_at_environment, try_environment
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models, reward_models
@@ -197,17 +197,17 @@ def _fitting_draws(
     """A source of generated problems that will fit; a few are drawn and measured here."""
     config = recipe.tasks[index]
     source = replace(source, context=context, redraws=config.too_long == "drop")
-    for place in range(FRESH):
+    for draw in range(FRESH):
         if command != "sample":
-            source.problem("test", recipe.eval.seed, place)
+            source.problem("test", recipe.eval.seed, draw)
         if command == "eval":
             continue
-        problem = source.problem("train", recipe.seed, place)
+        problem = source.problem("train", recipe.seed, draw)
         if command == "sft":
             assert isinstance(source.task, Demonstrates)  # `ask_tasks` asked
             response = source.task.demonstrate(problem, config.style)
-            taken = context.taken_by(problem)
-            fault = _response_fault(recipe.sft, source.task, response, context, taken)
+            counts = context.token_counts_of(problem)
+            fault = _response_fault(recipe.sft, source.task, response, context, counts)
             if fault is not None:
                 raise DataError(
                     f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
@@ -223,8 +223,8 @@ def _fitting_rows(
     Both splits are measured whole, so that no row ends a run when its turn comes.
     """
     config, task = recipe.tasks[index], source.task
-    kept: dict[Split, list[int]] = {"train": [], "test": []}
-    taking: list[Taken] = []
+    fitting_rows: dict[Split, list[int]] = {"train": [], "test": []}
+    taking: list[TokenCounts] = []
     bad: list[tuple[Split, str, bool]] = []
     for split in SPLITS:
         rows = source.rows(split)
@@ -234,35 +234,39 @@ def _fitting_rows(
                 f"tasks[{index}].data: {config.data_named}: no row of split train has a response "
                 "to learn from; SFT needs demonstrations (column `response`)"
             )
-        told = rows.told() if learns or (split == "test" and rows.labelled) else repeat(None)
-        for row, (taken, example) in enumerate(zip(row_takes(rows, context), told, strict=False)):
+        examples = (
+            rows.without_images() if learns or (split == "test" and rows.labelled) else repeat(None)
+        )
+        for row, (counts, example) in enumerate(
+            zip(row_takes(rows, context), examples, strict=False)
+        ):
             if not learns:
                 prefix = ""
                 if example and split == "test" and labelled(task, example.problem):
                     prefix = task.oracle_prefix(example.problem)
-                fault = context.lack(taken, prefix)
+                fault = context.lack(counts, prefix)
             elif example and example.response:
-                fault = _response_fault(recipe.sft, task, example.response, context, taken)
+                fault = _response_fault(recipe.sft, task, example.response, context, counts)
             else:
                 continue
             if fault is not None:
                 line = f"{rows.where(row, fault.field)}: {fault.reason}"
                 bad.append((split, line, fault.damaged))
                 continue
-            kept[split].append(row)
+            fitting_rows[split].append(row)
             if split == "train":
-                taking.append(taken)
+                taking.append(counts)
     if command in ("train", "sample"):
         _ask_swapped(recipe, taking, context)
     if not bad:
         return source
     lines = [line for _, line, _ in bad]
-    shown = lines[:SHOWN]
+    notices = lines[:SHOWN]
     if len(lines) > SHOWN:
-        shown.append(f"... and {len(lines) - SHOWN:,} more")
+        notices.append(f"... and {len(lines) - SHOWN:,} more")
     count = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
     where = f"tasks[{index}].data: {count} {config.data_named}"
-    empty = next((split for split, fitting in kept.items() if not fitting), None)
+    empty = next((split for split, fitting in fitting_rows.items() if not fitting), None)
     wrong = ""
     if any(damaged for _, _, damaged in bad):
         wrong = "cannot be used; mend or remove them"
@@ -274,20 +278,23 @@ def _fitting_rows(
     elif empty:
         wrong = f"do not fit, and none of {empty} is left"
     if wrong:
-        raise DataError("\n".join([*shown, f"{where} {wrong}"]))
-    for line in (*shown, f"{where} do not fit the policy and are left out"):
+        raise DataError("\n".join([*notices, f"{where} {wrong}"]))
+    for line in (*notices, f"{where} do not fit the policy and are left out"):
         say(line)
     left_out = Counter(split for split, _, _ in bad)
-    train, test = source.train.chosen(kept["train"]), source.test.chosen(kept["test"])
+    train, test = (
+        source.train.chosen(fitting_rows["train"]),
+        source.test.chosen(fitting_rows["test"]),
+    )
     return replace(source, train=train, test=test, left_out=left_out)
 
 
-def _ask_swapped(recipe: Recipe, taking: Sequence[Taken], context: Context) -> None:
+def _ask_swapped(recipe: Recipe, taking: Sequence[TokenCounts], context: Context) -> None:
     """Raise DataError where one row's image behind another's query would not fit."""
     if not any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms()):
         return
-    query = max((taken.prompt - taken.image for taken in taking), default=0)
-    image = max((taken.image for taken in taking), default=0)
+    query = max((counts.prompt - counts.image for counts in taking), default=0)
+    image = max((counts.image for counts in taking), default=0)
     if query + image + context.answer > context.length:
         raise DataError(
             f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
@@ -297,11 +304,11 @@ def _ask_swapped(recipe: Recipe, taking: Sequence[Taken], context: Context) -> N
 
 
 def _response_fault(
-    sft: SftConfig | None, task: Task, response: str, context: Context, taken: Taken
+    sft: SftConfig | None, task: Task, response: str, context: Context, counts: TokenCounts
 ) -> Fault | None:
     """Why a response cannot be learnt from behind its prompt, where it cannot."""
-    if taken.fault:
-        return taken.fault
+    if counts.fault:
+        return counts.fault
     parsed = task.parse(response)
     whole = sft and sft.untagged == "whole" and not TAG.search(response)
     if parsed.defects and not whole:
@@ -311,7 +318,7 @@ def _response_fault(
     if sft and sft.blind_share and "perception" not in parsed.spans:
         reason = "has no perception to be given (sft.blind_share)"
         return Fault("response", reason, damaged=True)
-    return context.response_lack(taken, response)
+    return context.response_lack(counts, response)
 
 
 def _ask_contract(index: int, source: ProblemSource) -> None:

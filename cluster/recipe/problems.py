@@ -91,15 +91,17 @@ class ProblemSource:
         if self.spec is not None:
             return self._drawn(self.spec, split, seed, index)
         rows = self.rows(split)
-        epoch, place = divmod(index, len(rows))
-        return rows[int(_order(seed, epoch, len(rows))[place])].problem
+        epoch, position = divmod(index, len(rows))
+        return rows[int(_order(seed, epoch, len(rows))[position])].problem
 
     def _drawn(self, spec: BaseModel, split: Split, seed: int, index: int) -> Problem:
         """Raises DataError for a problem that does not fit, or where none does."""
         stream: int | tuple[int, int] = seed
         for again in itertools.count(1):
             problem = draw_problem(self.task, spec, split, stream, index)
-            fault = self.context.lack(self.context.taken_by(problem)) if self.context else None
+            fault = (
+                self.context.lack(self.context.token_counts_of(problem)) if self.context else None
+            )
             if fault is None:
                 break
             if not self.redraws or again == REDRAWS:
@@ -135,9 +137,9 @@ def require_data(config: TaskConfig, index: int) -> None:
     """Raise DataError where what an entry names as stored problems is not of the right kind."""
     folder = Path(config.data_named)
     if config.data is not None and config.name != "vqa" and not folder.is_dir():
-        found = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
+        defect = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
         raise DataError(
-            f"tasks[{index}].data: {config.data}: {found}; give the folder of a data set, with "
+            f"tasks[{index}].data: {config.data}: {defect}; give the folder of a data set, with "
             "train.parquet and test.parquet, as `equipoise tasks generate` and `import` make it"
         )
 
@@ -167,8 +169,8 @@ def step_sources(sources: Sequence[ProblemSource], seed: int, step: int, count: 
     chosen = np.random.default_rng([seed, step]).choice(
         len(sources), size=count, p=weights / weights.sum()
     )
-    found: list[int] = chosen.tolist()
-    return found
+    source_indices: list[int] = chosen.tolist()
+    return source_indices
 
 
 def step_problems(
@@ -176,16 +178,16 @@ def step_problems(
     seed: int,
     step: int,
     count: int,
-    places: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
 ) -> list[Problem]:
-    """The `count` problems of training step `step` (from 0), or those at `places` among them.
+    """The `count` problems of training step `step` (from 0), or those at `positions` among them.
 
     They are the same for every run with this seed.
     """
     chosen = step_sources(sources, seed, step, count)
     return [
-        sources[chosen[place]].problem("train", seed, step * count + place)
-        for place in (range(count) if places is None else places)
+        sources[chosen[position]].problem("train", seed, step * count + position)
+        for position in (range(count) if positions is None else positions)
     ]
 
 
@@ -199,7 +201,7 @@ def held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
 
 
 def _draw_held_out(source: ProblemSource, seed: int, count: int) -> list[Problem]:
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     barren = 0
     if not count:
         raise DataError(
@@ -208,13 +210,13 @@ def _draw_held_out(source: ProblemSource, seed: int, count: int) -> list[Problem
         )
     for index in itertools.count():
         problem = source.problem("test", seed, index)
-        barren = barren + 1 if problem.id in found else 0
-        found.setdefault(problem.id, problem)
-        if len(found) == count:
-            return list(found.values())
+        barren = barren + 1 if problem.id in problems else 0
+        problems.setdefault(problem.id, problem)
+        if len(problems) == count:
+            return list(problems.values())
         if barren == PATIENCE:
             break
     raise DataError(
-        f"eval.problems: task {source.task.name}: these knobs allow only {len(found)} different "
+        f"eval.problems: task {source.task.name}: these knobs allow only {len(problems)} different "
         f"test problems, {count} were asked for; lower eval.problems or loosen the knobs"
     )

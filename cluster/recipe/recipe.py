@@ -311,17 +311,17 @@ def data_task(
 
     `settings`: fields of the entry (`"form=boxed"`, `"columns.answer=gold"`). Raises RecipeError.
     """
-    own = next((c for c in like.tasks if c.name == "vqa"), None) if like else None
-    told = own.model_dump(exclude_defaults=True) if own else {}
-    told |= {"name": name or "vqa", "data": {"test": data}}
+    entry = next((c for c in like.tasks if c.name == "vqa"), None) if like else None
+    values = entry.model_dump(exclude_defaults=True) if entry else {}
+    values |= {"name": name or "vqa", "data": {"test": data}}
     for setting in settings:
-        _apply_override(told, setting)
-    return _named_task(told)
+        _apply_override(values, setting)
+    return _named_task(values)
 
 
-def _named_task(told: dict[str, Any]) -> TaskConfig:
+def _named_task(values: dict[str, Any]) -> TaskConfig:
     try:
-        return TaskConfig.model_validate(told)
+        return TaskConfig.model_validate(values)
     except ValidationError as error:
         lines = []
         for loc, message in explain(error.errors(include_url=False), TaskConfig):

@@ -45,17 +45,17 @@ _BOUNDS = {
 
 def schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe, the knobs of built-in tasks included."""
-    made = Recipe.model_json_schema()
+    document = Recipe.model_json_schema()
     knobs = []
     for name, task in ((name, load_task(name)) for name in BUILT_IN):
         if not isinstance(task, Generates):
             continue
-        own = task.spec.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
-        made["$defs"][name] = own
+        knob_schema = task.spec.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+        document["$defs"][name] = knob_schema
         chosen = {"properties": {"name": {"const": name}}}
         knobs.append({"if": chosen, "then": {"properties": {"knobs": {"$ref": f"#/$defs/{name}"}}}})
-    made["$defs"]["TaskConfig"]["allOf"] = knobs
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | made
+    document["$defs"]["TaskConfig"]["allOf"] = knobs
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | document
 
 
 def schema_text() -> str:
@@ -68,7 +68,7 @@ def page() -> str:
     whole = Recipe.model_json_schema()
     parts = [_HEAD]
     for heading, section in _sections(whole, "", whole["$defs"]):
-        said = section["description"].removeprefix(heading)
+        description = section["description"].removeprefix(heading)
         rows = [
             f"| `{name}` | {_type(field, whole['$defs'])} "
             f"| {_default(field, name in section.get('required', ()))} "
@@ -77,7 +77,7 @@ def page() -> str:
         ]
         table = "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
         title = f"`{heading}`" if heading else "The top of the file"
-        parts.append(f"## {title}\n\n{said.strip()}\n\n{table}\n")
+        parts.append(f"## {title}\n\n{description.strip()}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -87,8 +87,8 @@ def _sections(section: Schema, path: str, models: Schema) -> Iterator[tuple[str,
     yield (f"[[{path}]]" if listed else f"[{path}]" if path else ""), section
     for name, field in section["properties"].items():
         for kind in _kinds(field):
-            if "$ref" in (found := kind.get("items", kind)):
-                below = models[found["$ref"].rpartition("/")[2]]
+            if "$ref" in (item := kind.get("items", kind)):
+                below = models[item["$ref"].rpartition("/")[2]]
                 yield from _sections(below, f"{path}.{name}" if path else name, models)
 
 

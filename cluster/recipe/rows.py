@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from cluster.recipe.context import Context, Fault, Taken
+from cluster.recipe.context import Context, Fault, TokenCounts
 from tasks.files import user_cache
 from tasks.rows import Rows
 
@@ -28,18 +28,18 @@ def watched(items: Iterable[Any], doing: str, rows: int) -> Iterable[Any]:
     return track(items, doing, console=console, transient=True, disable=rows < MANY)
 
 
-def row_takes(rows: Rows, context: Context) -> list[Taken]:
+def row_takes(rows: Rows, context: Context) -> list[TokenCounts]:
     """What prompt and images of each row take."""
     whole = f"{MEASURING} {rows.fingerprint} {context.fingerprint}"
     folder = _cache_folder()
-    kept = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
-    found = _read(kept, len(rows)) if kept else None
-    if found is None:
-        prompts = (example.problem.prompt for example in rows.told())
-        found = context.taken([(p, rows.fact(at).sizes) for at, p in enumerate(prompts)])
-        if kept:
-            _write(kept, found)
-    return found
+    cache = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
+    counts = _read(cache, len(rows)) if cache else None
+    if counts is None:
+        prompts = (example.problem.prompt for example in rows.without_images())
+        counts = context.token_counts([(p, rows.fact(at).sizes) for at, p in enumerate(prompts)])
+        if cache:
+            _write(cache, counts)
+    return counts
 
 
 def _cache_folder() -> Path | None:
@@ -52,22 +52,22 @@ def _cache_folder() -> Path | None:
     return folder if folder.is_absolute() and os.access(folder, os.W_OK) else None
 
 
-def _read(file: Path, rows: int) -> list[Taken] | None:
+def _read(file: Path, rows: int) -> list[TokenCounts] | None:
     try:
-        found = [
-            Taken(prompt, image, Fault(*fault) if fault else None)
+        counts = [
+            TokenCounts(prompt, image, Fault(*fault) if fault else None)
             for prompt, image, fault in json.loads(file.read_text(encoding="utf-8"))
         ]
     except (OSError, ValueError, TypeError):
         return None
-    return found if len(found) == rows else None
+    return counts if len(counts) == rows else None
 
 
-def _write(file: Path, found: Sequence[Taken]) -> None:
+def _write(file: Path, counts: Sequence[TokenCounts]) -> None:
     """Whole or not at all; a full disk costs only the time to measure again."""
     rows = [
-        (taken.prompt, taken.image, taken.fault and tuple(vars(taken.fault).values()))
-        for taken in found
+        (count.prompt, count.image, count.fault and tuple(vars(count.fault).values()))
+        for count in counts
     ]
     beside = file.with_name(f"{file.name}.{os.getpid()}")
     try:

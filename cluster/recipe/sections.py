@@ -192,11 +192,11 @@ class JobConfig(Section):
 
     @field_validator("runtime_env")
     @classmethod
-    def _files_are_chosen(cls, made: dict[str, Any]) -> dict[str, Any]:
+    def _files_are_chosen(cls, environment: dict[str, Any]) -> dict[str, Any]:
         for key in ("working_dir", "py_modules", "excludes"):
-            if key in made:
+            if key in environment:
                 raise refusal("is made of what travels; name files in job.include", key)
-        variables = made.get("env_vars", {})
+        variables = environment.get("env_vars", {})
         if not isinstance(variables, dict) or not all(
             isinstance(value, str) for value in variables.values()
         ):
@@ -204,4 +204,4 @@ class JobConfig(Section):
         for name in variables:
             if is_key(name):
                 raise refusal(KEYS_STAY, "env_vars", name)
-        return made
+        return environment

@@ -59,11 +59,11 @@ class SuccessBand:
 
     def weights(self, entries: Sequence[Entry]) -> list[float]:
         """As `Strategy.weights`."""
-        found = []
+        weights = []
         for entry in entries:
             p = 0.5 if entry.success is None else entry.success
-            found.append(entry.weight * (self.floor + (1 - self.floor) * 4 * p * (1 - p)))
-        return found
+            weights.append(entry.weight * (self.floor + (1 - self.floor) * 4 * p * (1 - p)))
+        return weights
 
 
 STRATEGIES: dict[str, type] = {"uniform": Uniform, "success_band": SuccessBand}
@@ -77,9 +77,9 @@ def make_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     except ValueError as error:
         raise UserError(str(error)) from error
     try:
-        made: Strategy = kind(**args)
+        strategy: Strategy = kind(**args)
     except Exception as error:  # a user's own class may raise anything
         raise UserError(f"{where}.args: {name!r} does not take them: {error}") from error
-    if not callable(getattr(made, "weights", None)):
+    if not callable(getattr(strategy, "weights", None)):
         raise UserError(f"{where}.strategy: {name!r} has no method weights(entries)")
-    return made
+    return strategy

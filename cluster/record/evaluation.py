@@ -150,7 +150,7 @@ def with_readings(table: EvalTable, readings: Mapping[str, Reading]) -> EvalTabl
     `used` is of the problems whose perception suffices. Of a reader that is `refused` only floor
     and ceiling are given, which show why.
     """
-    found: dict[str, dict[str, float]] = {
+    by_metric: dict[str, dict[str, float]] = {
         "sufficiency": {i: float(r.sufficient.mean()) for i, r in readings.items()},
         "used": {i: table.per_problem["a"][i] for i, r in readings.items() if r.sufficient.all()},
         "reader_blind": {i: float(r.blind) for i, r in readings.items()},
@@ -159,11 +159,11 @@ def with_readings(table: EvalTable, readings: Mapping[str, Reading]) -> EvalTabl
         },
     }
     if refused([*readings.values()]):
-        del found["sufficiency"], found["used"]
-    told = {metric: values for metric, values in found.items() if values}
+        del by_metric["sufficiency"], by_metric["used"]
+    nonempty = {metric: values for metric, values in by_metric.items() if values}
     defects = {m: v for m, v in table.per_problem.items() if m.startswith("defect/")}
     others = {m: v for m, v in table.per_problem.items() if m not in defects}
-    return replace(table, per_problem={**others, **told, **defects})
+    return replace(table, per_problem={**others, **nonempty, **defects})
 
 
 def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
@@ -173,9 +173,9 @@ def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
     """
     values: dict[str, dict[str, float]] = {}
     for label, table in tables.items():
-        for metric, found in table.per_problem.items():
+        for metric, by_problem in table.per_problem.items():
             if not metric.startswith("defect/"):
-                problems = {f"{label}/{problem}": value for problem, value in found.items()}
+                problems = {f"{label}/{problem}": value for problem, value in by_problem.items()}
                 values.setdefault(metric, {}).update(problems)
     return EvalTable(
         values, {f"{n}/{i}": puzzle for n, t in tables.items() for i, puzzle in t.puzzles.items()}
@@ -184,15 +184,15 @@ def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
 
 def parts_of(table: EvalTable, values: Mapping[str, str]) -> dict[str, EvalTable]:
     """The table of each value's problems; `values`: problem id -> what its row has in a column."""
-    found = {}
+    tables = {}
     for value in sorted(set(values.values())):
-        own = {
+        columns = {
             metric: part
             for metric, numbers in table.per_problem.items()
             if (part := {i: n for i, n in numbers.items() if values.get(i) == value})
         }
-        found[value] = EvalTable(own, table.puzzles)
-    return found
+        tables[value] = EvalTable(columns, table.puzzles)
+    return tables
 
 
 def columns_table(parts: Mapping[str, EvalTable], column: str) -> Table:
@@ -212,7 +212,7 @@ def _pass_values(
     task: Task, name: EvalPass, groups: Sequence[Group]
 ) -> dict[str, dict[str, float]]:
     """metric -> problem id -> value for one pass."""
-    found: dict[str, dict[str, float]] = {}
+    by_metric: dict[str, dict[str, float]] = {}
     defects: dict[str, list[tuple[str, ...]]] = {}
     episodes = any(rollout.turns for group in groups for rollout in group.rollouts)
     for group in groups:
@@ -241,13 +241,13 @@ def _pass_values(
             label = {"oracle": "a_r", "oracle_blank": "a_r_blank", "blind": "blind"}[name]
             metrics = {label: d.a.mean()}
         for metric, value in metrics.items():
-            found.setdefault(metric, {})[problem] = float(value)
+            by_metric.setdefault(metric, {})[problem] = float(value)
     for defect in sorted({d for lists in defects.values() for ds in lists for d in ds}):
-        found[f"defect/{defect}"] = {
+        by_metric[f"defect/{defect}"] = {
             problem: sum(defect in ds for ds in lists) / len(lists)
             for problem, lists in defects.items()
         }
-    return found
+    return by_metric
 
 
 def majority(task: Task, group: Group, right: np.ndarray) -> float:
@@ -262,11 +262,11 @@ def majority(task: Task, group: Group, right: np.ndarray) -> float:
         if answer is None:
             continue
         like = (v for v in votes if _same(task, group.problem, answers[v[0]], answer))
-        found = next(like, None)
-        if found is None:
+        votes_alike = next(like, None)
+        if votes_alike is None:
             votes.append([i])
         else:
-            found.append(i)
+            votes_alike.append(i)
     most = max(map(len, votes), default=0)
     first = [right[same[0]] for same in votes if len(same) == most]
     return float(np.mean(first)) if first else 0.0

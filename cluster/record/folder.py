@@ -125,10 +125,10 @@ def image_lists(table: pa.Table) -> pa.Table:
 
 def read_rows(file: Path, schema: pa.Schema) -> pa.Table:
     """The columns of `schema`, null where an older run had none; raises as PyArrow does."""
-    told = pq.read_schema(file)
+    stored_schema = pq.read_schema(file)
     index = schema.get_field_index("image_sha256")
-    if index >= 0 and told.field("image_sha256").type == pa.string():
-        schema = schema.set(index, told.field("image_sha256"))
+    if index >= 0 and stored_schema.field("image_sha256").type == pa.string():
+        schema = schema.set(index, stored_schema.field("image_sha256"))
     return image_lists(pq.read_table(file, schema=schema))
 
 

@@ -53,8 +53,8 @@ def all_metrics() -> list[Metric]:
 def pattern(name: str) -> str:
     """The regular expression of what a name of the table stands for."""
     parts = re.split(r"<(\w+)>", name)
-    found = [STANDS_FOR.get(p, ".+") if i % 2 else re.escape(p) for i, p in enumerate(parts)]
-    return "".join(found)
+    pieces = [STANDS_FOR.get(p, ".+") if i % 2 else re.escape(p) for i, p in enumerate(parts)]
+    return "".join(pieces)
 
 
 @cache

@@ -78,8 +78,8 @@ class Mlflow:
             mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
         mlflow.set_experiment(project)
         # Else it tells who runs what from where.
-        told = dict.fromkeys(("mlflow.user", "mlflow.source.name"), "equipoise")
-        mlflow.start_run(run_name=name, tags=told, log_system_metrics=False)
+        tags = dict.fromkeys(("mlflow.user", "mlflow.source.name"), "equipoise")
+        mlflow.start_run(run_name=name, tags=tags, log_system_metrics=False)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         named = {re.sub(r"[^\w/.\- ]", "_", name): value for name, value in metrics.items()}
@@ -99,9 +99,9 @@ class Swanlab:
         import swanlab
 
         self._swanlab = swanlab
-        told = ("hardware", "runtime", "requirements", "conda", "git", "monitor")
+        probes = ("hardware", "runtime", "requirements", "conda", "git", "monitor")
         settings = swanlab.Settings(
-            interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(told, False)
+            interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(probes, False)
         )
         swanlab.init(project=project, name=name, log_dir=str(folder / "swanlab"), settings=settings)
 
@@ -206,8 +206,8 @@ class Outside:
     def _feed(self, project: str, folder: Path) -> None:
         try:
             sink = SINKS[self._kind](project, folder.absolute().name, folder)
-            while (taken := self._waiting.get()) is not None:
-                step, metrics, rows = taken
+            while (job := self._waiting.get()) is not None:
+                step, metrics, rows = job
                 if metrics:
                     sink.log(step, metrics)
                 if rows:
@@ -217,8 +217,8 @@ class Outside:
             self._failed = True
             self._tell(f"failed: {type(error).__name__}: {error}")
 
-    def _tell(self, what: str) -> None:
-        first = what.strip().partition("\n")[0]
+    def _tell(self, message: str) -> None:
+        first = message.strip().partition("\n")[0]
         warnings.warn(
             f"tracker {self._kind} {first}; the run goes on, and its folder has everything",
             stacklevel=2,

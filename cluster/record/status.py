@@ -95,7 +95,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
 
 def status_table(run: Path, status: Status) -> Table:
     """What a person reads first."""
-    latest, left, every = status.latest, status.left_seconds, status.next_checkpoint
+    latest, seconds_left, every = status.latest, status.left_seconds, status.next_checkpoint
     pace = "not known" if status.step_seconds is None else f"{status.step_seconds:.1f} s a step"
     silent = "" if status.silent is None else f"; last sign {_span(status.silent)} ago"
     rates = [
@@ -112,14 +112,14 @@ def status_table(run: Path, status: Status) -> Table:
         ("who waits", status.waits()),
         ("restarts", f"{restarts} of the run, {lost} of samplers"),
         ("next checkpoint", "none" if every is None else f"after step {every}"),
-        ("time left", "not known" if left is None else f"about {_span(left)}"),
+        ("time left", "not known" if seconds_left is None else f"about {_span(seconds_left)}"),
     ]
     return Table(str(run), ("", ""), tuple(rows), align="ll")
 
 
 def event_table(status: Status) -> Table:
     """The last events, oldest first."""
-    shown = status.events[-EVENTS_SHOWN:]
+    latest = status.events[-EVENTS_SHOWN:]
     rows = tuple(
         (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.wall_seconds)),
@@ -129,10 +129,10 @@ def event_table(status: Status) -> Table:
             event.lost,
             "" if event.recovered_seconds is None else f"{event.recovered_seconds:.0f} s",
         )
-        for event in shown
+        for event in latest
     )
-    more = len(status.events) - len(shown)
-    note = f"{more} before these in events.parquet" if more else ""
+    omitted = len(status.events) - len(latest)
+    note = f"{omitted} before these in events.parquet" if omitted else ""
     return Table(
         "events", ("when", "who", "what", "why", "lost", "back after"), rows, note, "lllllr"
     )

@@ -147,12 +147,12 @@ def stored_steps(run_dir: Path | str) -> list[int]:
     Raises DataError for a folder that is no run's.
     """
     folder = Path(run_dir) / "rollouts"
-    found = (_STEP_FILE.fullmatch(file.name) for file in folder.glob("step-*.parquet"))
-    steps = sorted(int(match[1]) for match in found if match)
+    matches = (_STEP_FILE.fullmatch(file.name) for file in folder.glob("step-*.parquet"))
+    steps = sorted(int(match[1]) for match in matches if match)
     if not steps:
-        what = "no folder" if not Path(run_dir).is_dir() else "no run with rollouts"
+        defect = "no folder" if not Path(run_dir).is_dir() else "no run with rollouts"
         raise DataError(
-            f"{run_dir}: {what}: expected rollouts/step-*.parquet in it; give the run folder "
+            f"{run_dir}: {defect}: expected rollouts/step-*.parquet in it; give the run folder "
             "that `equipoise train` printed"
         )
     return steps
@@ -167,18 +167,18 @@ def not_kept(run_dir: Path | str) -> str | None:
     try:
         names = ("step", "name")
         logged = zip(*(read_metrics(run_dir)[name].to_pylist() for name in names), strict=True)
-        made = {step for step, name in logged if name == "group/count"}
+        trained = {step for step, name in logged if name == "group/count"}
     except FileNotFoundError:
-        made = set()
-    missing = sorted((made | set(range(1, steps[-1] + 1))) - set(steps))
-    found = []
+        trained = set()
+    missing = sorted((trained | set(range(1, steps[-1] + 1))) - set(steps))
+    defects = []
     if missing:
         count = len(steps) + len(missing)
-        shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        found.append(f"the rollouts of {len(missing)} of {count} steps ({shown}) are not there")
+        listed = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        defects.append(f"the rollouts of {len(missing)} of {count} steps ({listed}) are not there")
     if tokens_missing(_file(run_dir, steps[-1])):
-        found.append("token arrays are not there")
-    return " and ".join(found) + " (see [output] in its recipe)" if found else None
+        defects.append("token arrays are not there")
+    return " and ".join(defects) + " (see [output] in its recipe)" if defects else None
 
 
 def tokens_missing(file: Path) -> bool:
@@ -214,7 +214,7 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
     What is not stored is empty: tracebacks of failures, and the seconds that terms took. Raises
     DataError as `read_groups` does, and for advantages of other columns than `CREDIT_COLUMNS`.
     """
-    found = []
+    scored = []
     for rows, stored in _groups(run_dir, step, ("advantages",)):
         table = [by_name(row["advantages"]) for row in rows]
         if any(tuple(advantages) != CREDIT_COLUMNS for advantages in table):
@@ -223,7 +223,7 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
                 f"{', '.join(CREDIT_COLUMNS)} in every row"
             )
         scores = stored.scores
-        found.append(
+        scored.append(
             ScoredGroup(
                 group=stored.group,
                 terms=scores.terms,
@@ -236,16 +236,16 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
                 diagnosis=scores.diagnosis,
             )
         )
-    return found
+    return scored
 
 
 def _groups(
-    run_dir: Path | str, step: int, more: Sequence[str] = ()
+    run_dir: Path | str, step: int, extra_columns: Sequence[str] = ()
 ) -> Iterator[tuple[list[Row], StoredGroup]]:
-    """Each group of a step with its rows, which have the columns `more` as well."""
+    """Each group of a step with its rows, which have the columns `extra_columns` as well."""
     file = _file(run_dir, step)
     tasks: dict[str, Task] = {}
-    for rows in _rows_by_group(file, tuple({*SCORE_COLUMNS, *GROUP_COLUMNS, *more})):
+    for rows in _rows_by_group(file, tuple({*SCORE_COLUMNS, *GROUP_COLUMNS, *extra_columns})):
         name = rows[0]["task"]
         if name not in tasks:
             tasks[name] = _column(file, "task", load_task, name)
@@ -364,10 +364,10 @@ def _rollout(run_dir: Path, file: Path, task: Task, problem: Problem, row: Row) 
 def turns_of(cell: str) -> tuple[tuple[Turn, ...], str]:
     """The turns of a stored episode, and how its environment failed."""
 
-    def told(turns: list[dict[str, Any]], failure: str) -> tuple[tuple[Turn, ...], str]:
+    def read_turns(turns: list[dict[str, Any]], failure: str) -> tuple[tuple[Turn, ...], str]:
         return tuple(Turn(**t | {"defects": tuple(t.get("defects", ()))}) for t in turns), failure
 
-    return told(**json.loads(cell))
+    return read_turns(**json.loads(cell))
 
 
 def _image(run_dir: Path, file: Path, sha: str) -> bytes:

@@ -37,7 +37,7 @@ class Table:
 
     def to_rich(self) -> table.Table:
         """For a terminal, as wide as it is."""
-        made = table.Table(
+        rich_table = table.Table(
             box=box.SIMPLE_HEAD,
             pad_edge=False,
             title=escape(printable(self.title)) or None,
@@ -46,10 +46,12 @@ class Table:
             caption_justify="left",
         )
         for heading, side in zip(self.columns, self.align, strict=True):
-            made.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
+            rich_table.add_column(
+                heading, justify="right" if side == "r" else "left", overflow="fold"
+            )
         for row in self.rows:
-            made.add_row(*[escape(printable(cell)) for cell in row])
-        return made
+            rich_table.add_row(*[escape(printable(cell)) for cell in row])
+        return rich_table
 
     def to_text(self) -> str:
         """Lines of columns without rules, each as wide as its widest cell; no note."""

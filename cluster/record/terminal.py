@@ -15,15 +15,15 @@ from typer.main import get_command
 
 def as_written(app: typer.Typer) -> Any:
     """The command of an app, its help texts shown as they are: `[model]` in them is no markup."""
-    made = get_command(app)
-    commands: list[Any] = [made]
+    click_command = get_command(app)
+    commands: list[Any] = [click_command]
     while commands:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
         for part in (command, *command.params):
             if getattr(part, "help", None):
                 part.help = escape(part.help)
-    return made
+    return click_command
 
 
 def printable(text: str) -> str:
@@ -59,7 +59,7 @@ class Progress:
         count, to_do = f"{step:>{len(str(self.steps))}}/{self.steps}", float(self.steps - step)
         if share:
             count, to_do = f"{step} ({share:.0%})", min(to_do, step / share - step)
-        left = round(pace * to_do)
+        seconds_left = round(pace * to_do)
         line = Text.assemble((f"step {count}", "bold"))
         for label, name, style in (
             ("a", "acc/a", "green"),
@@ -69,14 +69,14 @@ class Progress:
         ):
             value = f"{metrics[name]:.3f}" if name in metrics else "-"
             line.append(f"  {label} ").append(value, style)
-        line.append(f"  {seconds:.1f} s/step  ETA {left // 60}:{left % 60:02d}")
+        line.append(f"  {seconds:.1f} s/step  ETA {seconds_left // 60}:{seconds_left % 60:02d}")
         defects = {
             k.removeprefix("defects/"): v for k, v in metrics.items() if k.startswith("defects/")
         }
         worst = sorted(defects.items(), key=lambda item: -item[1])[:3]
         if worst:
-            shown = ", ".join(f"{printable(name)} {count:.0f}" for name, count in worst)
-            line.append(f"  defects {shown}", "dim")
+            worst_defects = ", ".join(f"{printable(name)} {count:.0f}" for name, count in worst)
+            line.append(f"  defects {worst_defects}", "dim")
         self._print(line)
 
     def say(self, message: str) -> None:

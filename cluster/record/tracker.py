@@ -152,9 +152,9 @@ class Tracker:
                     episode = _storable({"turns": turns, "failure": rollout.failure})
                     row["episode"] = json.dumps(episode)
                 rows.append(row)
-        if told := [_told_outside(row) for row in rows[: self._output.tracked_rollouts]]:
+        if tracked := [_told_outside(row) for row in rows[: self._output.tracked_rollouts]]:
             for tracker in self._outside:
-                tracker.send(step, {}, told)
+                tracker.send(step, {}, tracked)
         if not self._output.rollout_tokens:
             rows = [row | dict.fromkeys(TOKEN_ARRAYS) for row in rows]
         self._put_table("rollouts", step, rows, ROLLOUT_SCHEMA)
@@ -210,7 +210,7 @@ class Tracker:
     def _forget_all_but(self, keep: int) -> None:
         """Remove the rollouts of all steps but the first and the last `keep`, and their images."""
         first, *files = sorted((self.run_dir / "rollouts").glob("step-*.parquet"))
-        old, kept = files[:-keep], [first, *files[-keep:]]
+        old, retained = files[:-keep], [first, *files[-keep:]]
 
         def images(of: Sequence[Path]) -> set[str]:
             names = ("image_sha256", "shown_sha256")
@@ -219,7 +219,7 @@ class Tracker:
             lists = [images for column in columns for images in column.to_pylist()]
             return {sha for images in lists for sha in images or ()}
 
-        gone = images(old) - images(kept) if old else set()
+        gone = images(old) - images(retained) if old else set()
         for file in old:
             file.unlink()
         for sha in gone:
@@ -263,8 +263,8 @@ def put_evaluation(run_dir: Path, step: int, tables: Mapping[str, EvalTable]) ->
     """Write an evaluation, a table a task, whole."""
     file = step_file(run_dir, "evaluations", step)
     file.parent.mkdir(exist_ok=True)
-    kept = {task: table.to_dict() for task, table in tables.items()}
-    put_text(file, json.dumps(kept, indent=1))
+    tables_json = {task: table.to_dict() for task, table in tables.items()}
+    put_text(file, json.dumps(tables_json, indent=1))
 
 
 def _rollout_row(step: int, scored: ScoredGroup, i: int, images: list[str]) -> dict[str, Any]:
@@ -294,15 +294,15 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, images: list[str]) -> d
         "failures": [f"{f.term}: {f.kind}: {f.message}" for f in scored.failures],
     }
     if truth is not None:
-        told = {name: getattr(truth, name) for name in TRUTH_COLUMNS}
-        row |= {name: values[i].item() for name, values in told.items() if values is not None}
+        truths = {name: getattr(truth, name) for name in TRUTH_COLUMNS}
+        row |= {name: values[i].item() for name, values in truths.items() if values is not None}
     return {name: _storable(value) for name, value in row.items()}
 
 
 def _told_outside(row: Mapping[str, Any]) -> dict[str, str | float]:
     """What leaves of a stored rollout."""
-    told = {name: row[name] for name in ("task", "prompt", "text", "total")}
-    return told | {f"reward/{each['name']}": each["value"] for each in row["terms"]}
+    tracked = {name: row[name] for name in ("task", "prompt", "text", "total")}
+    return tracked | {f"reward/{each['name']}": each["value"] for each in row["terms"]}
 
 
 def _storable(value: Any) -> Any:

@@ -43,12 +43,12 @@ def _git_state() -> dict[str, Any] | None:
 
     def git(*args: str) -> str | None:
         try:
-            found = subprocess.run(
+            completed = subprocess.run(
                 ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30
             )
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
-        return found.stdout.strip() if found.returncode == 0 else None
+        return completed.stdout.strip() if completed.returncode == 0 else None
 
     # An installed copy may lie inside a repository that is not ours.
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.recipe.machine import SHARED, told
+from cluster.recipe.machine import SHARED, os_error_text
 from cluster.recipe.recipe import RunFailed
 from learner.actor import LearnerGroup
 from tasks.files import put_text
@@ -61,7 +61,7 @@ class Keeper:
                 self.folder = place
                 return place
         assert self._wrong is not None
-        raise RunFailed(f"{told(self._wrong)}; and no other place took the policy")
+        raise RunFailed(f"{os_error_text(self._wrong)}; and no other place took the policy")
 
     @contextmanager
     def keeping(self, learner: LearnerGroup) -> Iterator[None]:
@@ -79,7 +79,8 @@ class Keeper:
         """Raises RunFailed, which names the place, where the run folder did not take all."""
         if self._wrong is None:
             return
-        message = f"{told(self._wrong)}; the policy, as far as it was trained, is in {self.folder}"
+        failure = os_error_text(self._wrong)
+        message = f"{failure}; the policy, as far as it was trained, is in {self.folder}"
         with suppress(OSError):
             put_text(self.folder / "error.txt", message + "\n")
         raise RunFailed(message) from self._wrong

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.recipe.machine import claimed, require_answer, told
+from cluster.recipe.machine import claimed, os_error_text, require_answer
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
@@ -215,7 +215,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         cause = error.cause
         if (full := disk_error(error)) is not None:
-            return told(full)
+            return os_error_text(full)
         return f"{type(cause).__name__}: {cause}\n\n{error}"
     if isinstance(error, RayActorError):
         return f"an actor's process died: {error}"

@@ -301,17 +301,17 @@ def test_a_prompt_takes_what_the_processor_makes_of_it(
     processor = load_processor(str(tiny_models[family]))
     groups = [*((size,) for size in SIZES), tuple(SIZES[:3]), (SIZES[3], SIZES[3]), ()]
     asked = [(f"What is here? {n}", sizes) for n, sizes in enumerate(groups)]
-    found = Context(processor, 256, 128).taken(asked)
-    for (prompt, sizes), taken in zip(asked, found, strict=True):
+    found = Context(processor, 256, 128).token_counts(asked)
+    for (prompt, sizes), counts in zip(asked, found, strict=True):
         said = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": prompt}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True
         )
         images = [Image.new("RGB", size) for size in sizes]
         made = processor(images=[images] if images else None, text=[text])
-        assert taken.fault is None
-        assert taken.prompt == len(made["input_ids"][0])
-        assert (taken.image > 0) == bool(sizes) and taken.image < taken.prompt
+        assert counts.fault is None
+        assert counts.prompt == len(made["input_ids"][0])
+        assert (counts.image > 0) == bool(sizes) and counts.image < counts.prompt
 
 
 def test_rows_are_measured_once_and_again_when_data_or_processor_change(

@@ -158,8 +158,8 @@ def test_rows_travel_without_their_pictures(data: Path) -> None:
     assert len(sent) < 10_000 and all(picture(n) not in sent for n in range(6))
     again = pickle.loads(sent)
     assert list(again) == list(opened.train)
-    assert [e.problem.prompt for e in again.told()] == [e.problem.prompt for e in again]
-    assert all(e.problem.images == () for e in again.told())
+    assert [e.problem.prompt for e in again.without_images()] == [e.problem.prompt for e in again]
+    assert all(e.problem.images == () for e in again.without_images())
 
 
 def wanted(tmp_path: Path, data: Path, *settings: str) -> Recipe:
