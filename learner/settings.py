@@ -127,6 +127,9 @@ class SftConfig(Section):
     blind_share: Share = 0.0
     """Share of demonstrations without the image: the perception is given, the rest is learnt.
     1.0 makes a solver for the term `blind_policy` out of a policy that thinks with its eyes."""
+    call_share: Share = 0.0
+    """Share of demonstrations in which the task's teacher calls the [environment] before it
+    answers; in the others it answers at once, though it could have called."""
     norm_every: Count = 0
     """Updates between measurements of both parts' gradient norms; 0: none. One
     costs about 1.6 updates with `all`, a third of one with `head`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,77 +12,123 @@ from pydantic import BaseModel
 from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
+from rollout.demonstrated import demonstrated
+from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat, label_segments
-from tasks.core import NO_SEGMENT, DataError, Demonstrates, Parsed, Problem, Style, Task
+from tasks.core import (
+    DataError,
+    Demonstrates,
+    DemonstratesCalls,
+    Parsed,
+    Problem,
+    Style,
+    Task,
+)
+from tasks.environments import Observation, opened
 from tasks.images import check_image
 from tasks.placeholders import as_shown, placed, text_alone
 from tasks.responses import TAG
 from tasks.splits import draw_problem
 
+Size = tuple[int, int]
+
 
 class Demonstrator:
     """Turns problems and response texts into training sequences for one processor."""
 
-    def __init__(self, processor: Any, untagged: bool = False) -> None:
-        """`untagged`: a response without any tag is learnt whole where its task cannot read it."""
-        self._chat, self._untagged = Chat(processor), untagged
+    def __init__(
+        self,
+        processor: Any,
+        untagged: bool = False,
+        environment: EnvironmentConfig | None = None,
+    ) -> None:
+        """`untagged`: a response without any tag is learnt whole where its task cannot read it.
+
+        `environment` answers between turns, as it does in sampling.
+        """
+        self._chat, self._untagged, self._environment = Chat(processor), untagged, environment
         self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
     def sequence(
-        self, task: Task, problem: Problem, response: str, blind: bool = False
+        self,
+        task: Task,
+        problem: Problem,
+        response: str,
+        blind: bool = False,
+        calls: Sequence[str] = (),
+        seed: int = 0,
     ) -> TrainSequence:
         """The problem's chat prompt followed by `response` and the end-of-turn token.
 
-        With `blind` no image is shown, and the response's perception is given instead of learnt,
+        `calls` are turns before it, each answered by the environment, whose randomness is of
+        `seed`; the tokens are those that sampling the same turns would have made. With `blind` no
+        image is shown, nothing answers, and the response's perception is given instead of learnt,
         as a request of kind `blind` with that prefix gives it.
 
         Raises DataError when the task's own parser finds a defect in the response (a defect
-        that is taught is a defect that is learnt), or no perception in one to be given.
+        that is taught is a defect that is learnt), no perception in one to be given, or where the
+        environment does not take the turns as they are meant.
         """
-        parsed = task.parse(response)
+        said = "".join([*calls, response])
+        parsed = task.parse(said)
         whole = bool(self._untagged and parsed.defects and not TAG.search(response))
         if parsed.defects and not whole:
             raise DataError(
                 f"response of problem {problem.id}: has defect {parsed.defects[0]!r}; "
                 "demonstrations must parse without defects (drop the row or mend its tags)"
             )
-        field = "prompt"
         where = f"image of problem {problem.id}"
         sizes = tuple((0, 0) if blind else check_image(i, where).size for i in problem.images)
+        field = "prompt"
         try:
-            prompt, field = self._prompt(problem.prompt, sizes, blind), "response"
-            ids = self._chat.text(response)
+            self._prompt(problem.prompt, sizes, blind, None)
+            field = "response"
+            turns = [self._chat.text(turn) for turn in (*calls, response)]
+            text, offsets = self._chat.decoder.decode(turns[-1])
+            # A whole response is tokenised, as a policy writes it, and then cut.
+            forced = _given(text, task.parse(text), offsets) if blind else 0
+            given, turns[-1] = turns[-1][:forced], turns[-1][forced:]
+
+            def prompt(
+                opening: Observation | None,
+            ) -> tuple[list[int], list[int], tuple[bytes, ...]]:
+                ids, expanded = self._prompt(problem.prompt, sizes, blind, opening)
+                shown = () if blind else as_shown(problem.prompt, problem.images)
+                shown += opening.images if opening else ()
+                return [*ids, *given], [*expanded, *given], shown
+
+            environment = None if blind else self._environment
+            asked, episode = demonstrated(self._chat, problem, prompt, turns, environment, seed)
         except DataError as error:
             raise DataError(f"problem {problem.id}: {field} {error}") from error
-        text, offsets = self._chat.decoder.decode(ids)
-        if text != response:  # another Unicode form, or a space before it
-            parsed = task.parse(text)
-        # A whole response is tokenised, as a policy writes it, and then cut.
-        given = _given(problem, text, parsed, offsets) if blind else 0
-        segments = label_segments(offsets[given:], {} if whole else parsed.spans)
+        written, offsets, _ = episode.read()
+        before = text[: len(text) - len(written)] if blind else ""
+        if before + written != said:  # another Unicode form, or a space before it
+            parsed = task.parse(before + written)
+        own = label_segments(offsets, {} if whole else parsed.spans, shift=len(before))
         return demonstration(
-            np.asarray([*prompt, *ids[:given]], np.int32),
-            np.asarray([*ids[given:], self._chat.end], np.int32),
-            () if blind else as_shown(problem.prompt, problem.images),
-            np.append(segments, np.int8(NO_SEGMENT)).astype(np.int8),
+            np.asarray(asked.prompt_ids, np.int32),
+            np.asarray(episode.ids, np.int32),
+            tuple(episode.images),
+            episode.segments(own),
         )
 
     def _make_prompt(
-        self, prompt: str, sizes: tuple[tuple[int, int], ...], blind: bool
-    ) -> list[int]:
-        """Ids, placeholders expanded: how many there are depends on the images' sizes only."""
+        self, prompt: str, sizes: tuple[Size, ...], blind: bool, opening: Observation | None
+    ) -> tuple[list[int], list[int]]:
+        """Ids with a placeholder an image, and expanded: how many there are hangs on sizes only."""
         parts = placed(prompt, sizes)
-        if blind:
-            return self._chat.prompt(text_alone(parts))
-        return self._chat.expanded(self._chat.prompt(parts), as_shown(prompt, sizes))
+        parts = opened(text_alone(parts) if blind else parts, opening)
+        ids = self._chat.prompt(parts)
+        shown = [part for part in parts if not isinstance(part, str)]
+        found = [check_image(p, "image").size if isinstance(p, bytes) else p for p in shown]
+        return ids, self._chat.expanded(ids, found)
 
 
-def _given(problem: Problem, response: str, parsed: Parsed, offsets: np.ndarray) -> int:
+def _given(response: str, parsed: Parsed, offsets: np.ndarray) -> int:
     """Tokens of a response up to where its reasoning begins, line ends included."""
     if "perception" not in parsed.spans:
-        raise DataError(
-            f"response of problem {problem.id}: has no perception to be given (sft.blind_share)"
-        )
+        raise DataError("has no perception to be given (sft.blind_share)")
     end = parsed.spans["perception"][1]
     end = len(response) - len(response[end:].lstrip("\n"))
     return int((offsets[1:] <= end).sum())
@@ -117,35 +163,53 @@ def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Prob
     return source, problem, source.task.demonstrate(problem, source.style)
 
 
+def calls_of(task: Task, problem: Problem) -> tuple[str, ...]:
+    """The turns in which a task's teacher calls the environment; of one without that ability none.
+
+    Whether there must be one is asked before anything starts (`sft.call_share`).
+    """
+    return task.calls(problem) if isinstance(task, DemonstratesCalls) else ()
+
+
 class DemonstrationStream(IterableDataset[list[TrainSequence]]):
     """Batches of demonstrations, made ahead of the learner in a worker process."""
 
     def __init__(
         self,
         sources: Sequence[Source],
-        processor: Any,
+        demonstrator: Callable[[], Demonstrator],
         batch_size: int,
         seed: int,
         start: int = 0,
         blind_share: float = 0.0,
-        untagged: bool = False,
+        call_share: float = 0.0,
     ) -> None:
-        self._untagged = untagged
-        self._sources, self._processor = tuple(sources), processor
-        self._blind_share = blind_share
+        """`demonstrator` makes one, in the worker."""
+        self._sources, self._demonstrator = tuple(sources), demonstrator
+        self._blind_share, self._call_share = blind_share, call_share
         self._batch_size, self._seed, self._start = batch_size, seed, start
 
     def __iter__(self) -> Iterator[list[TrainSequence]]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        demonstrator = Demonstrator(self._processor, self._untagged)
+        demonstrator = self._demonstrator()
         step = self._start + offset
         while True:
             batch = []
             for index in range(step * self._batch_size, (step + 1) * self._batch_size):
                 source, problem, response = draw(self._sources, self._seed, index)
-                chance = np.random.default_rng([self._seed, index, 1]).random()
-                blind = chance < self._blind_share
-                batch.append(demonstrator.sequence(source.task, problem, response, blind))
+                chances = np.random.default_rng([self._seed, index, 1])
+                blind = chances.random() < self._blind_share
+                calls = chances.random() < self._call_share and not blind
+                batch.append(
+                    demonstrator.sequence(
+                        source.task,
+                        problem,
+                        response,
+                        blind,
+                        calls_of(source.task, problem) if calls else (),
+                        seed=index,
+                    )
+                )
             yield batch
             step += stride

@@ -16,7 +16,7 @@ import numpy as np
 from rollout.record import Turn
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat
-from tasks.core import ENVIRONMENT
+from tasks.core import ENVIRONMENT, NO_SEGMENT
 from tasks.environments import DONE, Observation
 from tasks.images import check_image
 
@@ -175,9 +175,14 @@ class Episode:
         return "".join(parts), np.asarray(offsets, np.int32), places
 
     def segments(self, of_written: np.ndarray) -> np.ndarray:
-        """int8 [T] of the response: those of the policy's tokens, and `ENVIRONMENT`."""
+        """int8 [T] of the response: those of the policy's tokens, and `ENVIRONMENT`.
+
+        The end of a turn is of no segment, though the next turn's may begin at its character.
+        """
         found = np.full(len(self.ids), ENVIRONMENT, np.int8)
         found[np.flatnonzero(self.written)] = of_written
+        ends = np.isin(self.ids, [*self._chat.ends])
+        found[ends & np.asarray(self.written, bool)] = NO_SEGMENT
         return found
 
 

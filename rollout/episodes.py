@@ -74,7 +74,7 @@ async def converse(
     start = time.perf_counter()
 
     async def one(index: int) -> Rollout:
-        asked, episode, failure = await _episode(
+        asked, episode, failure = await run_episode(
             f"{request.group_id}/{index}", chat, budgets, prompt, write, environments(index)
         )
         seconds = time.perf_counter() - start
@@ -88,7 +88,7 @@ async def converse(
             each.cancel()
 
 
-async def _episode(
+async def run_episode(
     name: str,
     chat: Chat,
     budgets: Budgets,

@@ -141,6 +141,17 @@ class Demonstrates(Task, Protocol):
 
 
 @runtime_checkable
+class DemonstratesCalls(Task, Protocol):
+    """A task whose teacher calls an environment before it answers (`sft.call_share`)."""
+
+    def calls(self, problem: Problem) -> tuple[str, ...]:
+        """The turns before its demonstration, each a call as the environment reads it.
+
+        None where nothing needs to be called for.
+        """
+
+
+@runtime_checkable
 class ReadsRows(Task, Protocol):
     """A task that reads the public data sets' rows."""
 
@@ -234,6 +245,7 @@ ABILITIES = (
     ScoresPerception,
     Solves,
     Demonstrates,
+    DemonstratesCalls,
     ReadsRows,
     DrawsLate,
     HasVisionLabels,

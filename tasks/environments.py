@@ -50,8 +50,11 @@ class EnvironmentFailed(RuntimeError):
         self.kind, self.message = kind, message
 
 
-def opened(parts: Sequence[str | bytes], opening: Observation | None) -> list[str | bytes]:
-    """A prompt's parts with what an environment says behind them: its images, then its text."""
+def opened(parts: Sequence[Any], opening: Observation | None) -> list[Any]:
+    """A prompt's parts with what an environment says behind them: its images, then its text.
+
+    Parts are texts, and whatever stands for images.
+    """
     if opening is None or not (opening.images or opening.text):
         return [*parts]
     if opening.images or not (parts and isinstance(parts[-1], str)):

@@ -52,6 +52,11 @@ class Call:
     numbers: tuple[int, ...]
 
 
+def written(tag: str, *numbers: int) -> str:
+    """A call as `read_call` reads it."""
+    return f"<{tag}>{' '.join(map(str, numbers))}</{tag}>"
+
+
 def read_call(text: str, tag: str, pictures: int, counts: tuple[int, ...]) -> Call | str | None:
     """The call that ends a turn, the name of what is wrong with it, or None where there is none.
 

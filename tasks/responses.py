@@ -41,6 +41,9 @@ cells, edges and assignments may be parted by white space of any kind and length
 with or without it, and a list or line may end in a comma; `HARMLESS` says so in the prompts. In
 JSON no more is allowed than JSON allows.
 
+A call of an environment (`tasks/looking.py`) that is written as it should be is no text of the
+response: it stands before the answer, outside of segments, without a defect.
+
 Readers add defects of their own (`bad_cell`, `bad_shape`, ...); those of `read_json` are
 `bad_json`, `json_too_long`, `json_too_deep` and `bad_number`.
 """
@@ -70,6 +73,7 @@ JSON_MAX_DIGITS = 18
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 TAG = re.compile(r"<(/?)(perception|reasoning|answer)>")
+_CALL = re.compile(r"<(look|mark)>[0-9\s]*</\1>")
 _BRACKET_OR_STRING_MARK = re.compile(r'[\[\]{}"\\\n]')
 _OPENER = {"]": "[", "}": "{"}
 
@@ -134,7 +138,7 @@ def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
             spoiled.add(spoils)
 
     def flag_outside(outside: str) -> None:
-        if not outside or outside.isspace():
+        if not (outside if "answer" in spans else _CALL.sub("", outside)).strip():
             return
         if not spans:
             flag(f"text_before_{order[0]}")

@@ -16,11 +16,12 @@ from pydantic import BaseModel
 
 from tasks.core import DataError, Problem, Style
 from tasks.figures import Figure
+from tasks.looking import written
 from tasks.puzzle_task import PuzzleTask
 from tasks.responses import HARMLESS, Read, compose_response, items, read_json
 from tasks.splits import split_of_key
 from tasks.sudoku_figure import answered_grid, seen_grid
-from tasks.sudoku_knobs import SudokuSpec
+from tasks.sudoku_knobs import SudokuSpec, parts_to_look_at
 from tasks.sudoku_puzzle import Grid, draw_puzzle, flat, layout_of, unique_solution
 from tasks.sudoku_render import render
 from tasks.sudoku_symmetry import symmetry_key
@@ -99,6 +100,10 @@ class Sudoku(PuzzleTask):
         puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
         explain = terse_steps if style == "terse" else verbose_steps
         return compose_response(problem.perception, explain(puzzle, solution), grid_text(solution))
+
+    def calls(self, problem: Problem) -> tuple[str, ...]:
+        """Looks that show every pixel of a picture of `detail`, part by part; else none."""
+        return tuple(written("look", *box) for box in parts_to_look_at(problem.knobs))
 
     def vision_labels(self, problem: Problem) -> np.ndarray:
         """int64 [size*size]: the digit in each cell in reading order, 0 for a blank."""

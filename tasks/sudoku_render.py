@@ -18,7 +18,7 @@ from tasks.sudoku_puzzle import Grid
 def render(puzzle: Grid, look: SudokuSpec, rng: np.random.Generator, split: Split) -> bytes:
     """A PNG of the puzzle, RGB, `look.side` pixels square; handwriting is of the split's people."""
     ink, paper = _colours(look, rng)
-    coverage = _line_coverage(look.size, look.cell_size, look.margin, look.lines).copy()
+    coverage = _line_coverage(look.size, look.cell, look.border, look.lines).copy()
     for r, c in product(range(look.size), repeat=2):
         if not puzzle[r][c]:
             continue
@@ -31,8 +31,8 @@ def render(puzzle: Grid, look: SudokuSpec, rng: np.random.Generator, split: Spli
         if look.rotation:
             glyph = _turned(glyph, float(rng.uniform(-look.rotation, look.rotation)))
         shift = rng.integers(-look.jitter, look.jitter + 1, size=2) if look.jitter else (0, 0)
-        top = look.margin + r * look.cell_size + (look.cell_size - glyph.shape[0] + 1) // 2
-        left = look.margin + c * look.cell_size + (look.cell_size - glyph.shape[1] + 1) // 2
+        top = look.border + r * look.cell + (look.cell - glyph.shape[0] + 1) // 2
+        left = look.border + c * look.cell + (look.cell - glyph.shape[1] + 1) // 2
         _draw(coverage, glyph, top + int(shift[0]), left + int(shift[1]))
     # [side, side, 1] * [3]
     pixels = paper + (look.contrast / 255.0) * coverage[:, :, None] * (ink - paper)

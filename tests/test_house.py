@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tasks": (),
     "rollout": ("tasks",),
     "rewards": RECORDS,
-    "learner": RECORDS,
+    "learner": (*RECORDS, "rollout.demonstrated"),
     "cluster": ROOMS,
 }
 CLUSTER_MAY_IMPORT = {

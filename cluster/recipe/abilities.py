@@ -17,6 +17,7 @@ from tasks.core import (
     CanLeak,
     DataError,
     Demonstrates,
+    DemonstratesCalls,
     Generates,
     HasVisionLabels,
     ScoresPerception,
@@ -43,6 +44,8 @@ def ask_tasks(recipe: Recipe, command: Command) -> None:
                 need(task, Demonstrates, f"{at}.data: SFT without a data set", remedy)
         if command == "sft" and recipe.sft and recipe.sft.vision_warmup_steps:
             need(task, HasVisionLabels, "sft.vision_warmup_steps", "set it to 0")
+        if command == "sft" and recipe.sft and recipe.sft.call_share:
+            need(task, DemonstratesCalls, "sft.call_share", "set it to 0")
     for where, entry, facts in _terms(recipe) if command in ("train", "sample") else ():
         if facts.one_turn and recipe.environment is not None:
             raise DataError(

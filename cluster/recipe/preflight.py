@@ -33,7 +33,7 @@ from rewards.terms import facts_of
 from rollout.models import require_model, why_missing
 from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
-from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
+from tasks.core import DataError, Demonstrates, Problem, Task, TellsHeldOut, labelled
 from tasks.load import BUILT_IN
 from tasks.responses import TAG
 from tasks.splits import SPLITS, Split
@@ -212,7 +212,28 @@ def _fitting_draws(
                 raise DataError(
                     f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
                 )
+            if recipe.environment:
+                _ask_episode(recipe, index, source.task, problem, response, context)
     return source
+
+
+def _ask_episode(
+    recipe: Recipe, index: int, task: Task, problem: Problem, response: str, context: Context
+) -> None:
+    """Raise DataError where a demonstration cannot be shown to what answers its turns."""
+    from learner.sft import Demonstrator, calls_of  # imports torch, which takes seconds
+
+    calls = calls_of(task, problem) if recipe.sft and recipe.sft.call_share else ()
+    try:
+        made = Demonstrator(context.processor, environment=recipe.environment)
+        found = made.sequence(task, problem, response, calls=calls)
+    except DataError as error:
+        raise DataError(f"tasks[{index}]: demonstration of {error}") from error
+    if len(found) > context.length:
+        raise DataError(
+            f"tasks[{index}]: demonstration of problem {problem.id}: {len(found):,} tokens with "
+            f"what answers it do not fit in model.max_model_len = {context.length:,}; raise that"
+        )
 
 
 def _fitting_rows(

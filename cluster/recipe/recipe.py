@@ -160,6 +160,12 @@ class Recipe(Section):
             f"hanging after sampler.request_timeout_seconds = {patience:g}; lower it or raise that",
         )
         refuse(
+            sft and sft.call_share and not self.environment,
+            "sft.call_share",
+            f"got {sft.call_share if sft else 0:g}, and without [environment] there is nothing to "
+            "call; name one, or leave this out",
+        )
+        refuse(
             learner.lora and transfer.transport != "host",
             "transfer.transport",
             f'"{transfer.transport}" loads weights as they come, and with [learner.lora] '

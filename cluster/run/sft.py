@@ -11,9 +11,10 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from learner.batch import TrainBatch, TrainSequence
 from learner.policy import load_policy
 from learner.schedule import learning_rate_at
 from learner.settings import SftConfig
-from learner.sft import DemonstrationStream, Source, draw
+from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from learner.trainer import LearnerSetup
 from learner.warmup import warm_up_vision
 from rollout.transfer import TransferReport
@@ -90,7 +91,9 @@ def run_sft(
                 start = scratch
                 warm_up(recipe, sft, sources, Path(scratch), log)
             setup = sft_setup(recipe, start, resume=resumed is not None)
-            batches = demonstrations(sources, ready.processor, sft, recipe.seed, log.at.step)
+            whole = sft.untagged == "whole"
+            writer = partial(Demonstrator, ready.processor, whole, recipe.environment)
+            batches = demonstrations(sources, writer, sft, recipe.seed, log.at.step)
             with tuning(recipe, ready.sources, setup, progress) as (learner, live):
                 tables = fine_tune(sft, learner, live, batches, log)
         if tables is None:
@@ -231,11 +234,15 @@ def demonstration_sources(recipe: Recipe, opened: Sequence[ProblemSource]) -> li
 
 
 def demonstrations(
-    sources: Sequence[Source], processor: Any, sft: SftConfig, seed: int, done: int = 0
+    sources: Sequence[Source],
+    writer: Callable[[], Demonstrator],
+    sft: SftConfig,
+    seed: int,
+    done: int = 0,
 ) -> Iterator[list[TrainSequence]]:
     """Endless batches after the first `done`, made ahead of the learner by one worker process."""
     stream = DemonstrationStream(
-        sources, processor, sft.batch_size, seed, done, sft.blind_share, sft.untagged == "whole"
+        sources, writer, sft.batch_size, seed, done, sft.blind_share, sft.call_share
     )
     loader = DataLoader(
         stream, batch_size=None, num_workers=1, prefetch_factor=4, worker_init_fn=_leave_signals

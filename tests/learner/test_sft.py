@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
@@ -121,7 +122,7 @@ def sources() -> list[Source]:
 
 def first_batches(processor: Any, count: int, workers: int, **how: int) -> list[list[bytes]]:
     """What the first batches hold, as bytes."""
-    stream = DemonstrationStream(sources(), processor, 3, seed=5, **how)
+    stream = DemonstrationStream(sources(), partial(Demonstrator, processor), 3, seed=5, **how)
     loader = DataLoader(stream, batch_size=None, num_workers=workers)
     return [[content(s) for s in batch] for batch in islice(loader, count)]
 

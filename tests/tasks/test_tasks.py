@@ -101,7 +101,7 @@ PERCEPTION: dict[str, list[dict[str, Any]]] = {
     "sudoku": [
         {"cell_size": 20, "font_size": 14}, {"font_size": 10}, {"margin": 1}, {"jitter": 3},
         {"noise": 20.0}, {"contrast": 0.4}, {"rotation": 25.0}, {"ink": "random"},
-        {"paper": "#ffeeaa"}, {"lines": "dashed"}, {"lines": "boxes"},
+        {"paper": "#ffeeaa"}, {"lines": "dashed"}, {"lines": "boxes"}, {"detail": 3},
     ],
     "graph_coloring": [
         {"canvas": 128}, {"layout": "spring"}, {"layout": "random", "crossings": "few"},
@@ -135,6 +135,9 @@ def test_perception_knobs_change_the_picture_and_not_the_puzzle(name: str) -> No
         ("sudoku", {"font_size": 41}, "lower font_size"),
         ("sudoku", {"jitter": 21}, "half of cell_size"),
         ("sudoku", {"cell_size": 200, "margin": 200}, "within 2048"),
+        ("sudoku", {"detail": 7}, "within 2048"),
+        ("sudoku", {"size": 4, "detail": 5}, "less than a cell"),
+        ("sudoku", {"detail": 2, "font_size": 81}, "cell_size 40 \\* detail 2"),
         ("sudoku", {"ink": "#ffffff"}, "same as paper"),
         ("sudoku", {"ink": "blue"}, "#rrggbb"),
         ("sudoku", {"ink": [0, 0, 256]}, "three whole numbers"),

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cluster.run.sft import demonstrations, measure_checkpoint, past_shares
 from learner.balance import Balance, SegmentGradients
 from learner.checkpoint import checkpoint_folder, seal, write_json
 from learner.settings import SftConfig
-from learner.sft import Source
+from learner.sft import Demonstrator, Source
 from rollout.tokens import load_processor
 from tasks.files import replacing
 from tests.cluster.run.test_resume import TABLE
@@ -101,8 +102,8 @@ def test_a_signal_to_the_whole_group_leaves_the_batches_that_the_driver_still_ne
     tiny_models: dict[str, Path], number: signal.Signals
 ) -> None:
     sft = SftConfig(steps=20, batch_size=2)
-    processor = load_processor(str(tiny_models["qwen3_vl"]))
-    batches = demonstrations([Source(TASK, 1.0, "terse", SPEC)], processor, sft, seed=1)
+    writer = partial(Demonstrator, load_processor(str(tiny_models["qwen3_vl"])))
+    batches = demonstrations([Source(TASK, 1.0, "terse", SPEC)], writer, sft, seed=1)
     first = next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, number)

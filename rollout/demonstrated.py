@@ -1,0 +1,88 @@
+"""A response that is written down already, as the episode that sampling its turns would make."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from rollout.environment_worker import Call, Episodes, Settings
+from rollout.episode import Budgets, Episode
+from rollout.episodes import Answers, Asked, Written, run_episode
+from rollout.settings import EnvironmentConfig
+from rollout.tokens import Chat
+from tasks.core import DataError, Problem
+from tasks.environments import Observation
+from tasks.images import check_image
+
+MOST = 2**40
+"""More than any budget."""
+
+
+class _Nobody:
+    """Where nothing answers: a response is over with its first turn."""
+
+    spent = 0.0
+
+    async def answer(self, text: str | None) -> Observation | None:
+        return None
+
+
+class _InProcess:
+    """The environment of a recipe in the caller's own process, without a deadline."""
+
+    spent = 0.0
+
+    def __init__(self, config: EnvironmentConfig, problem: Problem, seed: int) -> None:
+        self._episodes = Episodes(Settings(config.name, config.args, config.memory_gib))
+        self._problem, self._seed = problem, seed
+        self._turns: tuple[str, ...] = ()
+
+    async def answer(self, text: str | None) -> Observation | None:
+        self._turns += () if text is None else (text,)
+        return self._episodes.answer(Call("", self._problem, self._seed, self._turns, 0.0))
+
+
+def demonstrated(
+    chat: Chat,
+    problem: Problem,
+    prompt: Callable[[Observation | None], tuple[list[int], list[int], tuple[bytes, ...]]],
+    turns: Sequence[Sequence[int]],
+    environment: EnvironmentConfig | None = None,
+    seed: int = 0,
+) -> tuple[Asked, Episode]:
+    """(the prompt, the episode) of turns given as tokens, each without its end.
+
+    Args:
+        prompt: from what the environment says behind the problem to a prompt's ids with a
+            placeholder an image, the same expanded, and its images.
+        environment: answers the turns, in this process, its randomness of `seed`. Of its budgets
+            those hold that do not count the policy's tokens.
+
+    Raises DataError where a policy could not have written it so: a turn before the last calls
+    nothing, the last one does, a budget is used up, the environment fails.
+    """
+    budgets = Budgets(MOST, MOST, MOST, MOST, MOST, float("inf"))
+    answers: Answers = _Nobody()
+    if environment:
+        budgets = Budgets.of(environment, MOST, MOST)
+        answers = _InProcess(environment, problem, seed)
+    left, sizes = [*turns], list[tuple[int, int]]()
+
+    async def write(name: str, ids: Sequence[int], images: Sequence[bytes], room: int) -> Written:
+        nonlocal sizes
+        if not left:
+            raise DataError("calls the environment in its last turn")
+        said = [*left.pop(0), chat.end]
+        sizes += [check_image(image, "image").size for image in images[len(sizes) :]]
+        return Written(chat.expanded(ids, sizes), said, [0.0] * len(said), [0] * len(said))
+
+    playing = run_episode(
+        problem.id, chat, budgets, lambda said: Asked(*prompt(said)), write, answers
+    )
+    asked, episode, failure = asyncio.run(playing)
+    if failure:
+        raise DataError(f"cannot be shown: its environment failed: {failure}")
+    if episode.end != "stop" or left:
+        end = "the turn calls nothing" if episode.end == "stop" else episode.end
+        raise DataError(f"ends with turn {len(episode.turns)} of {len(turns)}: {end}")
+    return asked, episode
