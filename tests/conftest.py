@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.support.ray_heads import TOKEN
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # and NumPy are imported; what tests start inherits it, and what has threads of its own sets them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# The same examples each time, however long a busy machine takes over one.
+settings.register_profile("here", deadline=None, derandomize=True)
+settings.load_profile("here")
 
 LONGEST = (
     "tests/cluster/run/test_end_to_end.py",

@@ -1,5 +1,7 @@
 """What tests of the commands and their rooms share."""
 
+from pathlib import Path
+
 import pytest
 
 from cluster.report import document
@@ -15,3 +17,9 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would start while input is asked that is refused then: nothing comes to need it."""
     monkeypatch.setattr("cluster.run.session._attach", lambda address: None)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched or converted is kept for the test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -194,7 +194,7 @@ def test_frozen_parameters_do_not_count(loaded: Loaded) -> None:
 
 
 @given(p=POSITIVE, r=POSITIVE, scale=st.floats(1e-3, 1e3))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_the_weight_gives_both_parts_equal_pull(p: float, r: float, scale: float) -> None:
     weight = ngdiff_weight(p, r)
     assert 0 <= weight <= 1
@@ -208,7 +208,7 @@ def test_the_weight_gives_both_parts_equal_pull(p: float, r: float, scale: float
     norms=st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=8),
     smoothing=st.floats(0, 0.95),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_ngdiff_is_smoothed_and_the_last_measurement_alone_without(
     norms: list[tuple[float, float]], smoothing: float
 ) -> None:
@@ -231,7 +231,7 @@ def test_ngdiff_is_smoothed_and_the_last_measurement_alone_without(
 
 
 @given(first=st.integers(0, 12), every=st.integers(1, 7))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_perception_first_and_then_the_rule(first: int, every: int) -> None:
     how = {"curriculum_share": first / 40, "curriculum_weight": 0.9, "norm_every": every}
     balance = Balance(sft("ngdiff", curriculum="perception_first", norm_smoothing=0.0, **how))

@@ -168,7 +168,7 @@ def test_a_long_sequence_far_off_neither_overflows_nor_trains() -> None:
     cuts=st.sets(st.integers(1, len(LENGTHS) - 1)),
     kind=st.sampled_from(KINDS),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 def test_no_split_into_micro_batches_changes_loss_or_metrics(
     order: list[int], cuts: set[int], kind: str
 ) -> None:

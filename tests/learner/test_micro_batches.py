@@ -61,7 +61,7 @@ def rank_costs(items: list[Item], plan: list[list[list[int]]], layout: Layout) -
 
 
 @given(items=BATCHES, ranks=st.integers(1, 4), budget=st.integers(1, 3000))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_sequence_is_dealt_once_within_the_budget(
     layout: Layout, items: list[Item], ranks: int, budget: int
@@ -78,7 +78,7 @@ def test_every_sequence_is_dealt_once_within_the_budget(
 
 
 @given(items=BATCHES, ranks=st.integers(1, 4))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 def test_no_rank_waits_longer_than_for_one_sequence(
     layout: Layout, items: list[Item], ranks: int
@@ -89,7 +89,7 @@ def test_no_rank_waits_longer_than_for_one_sequence(
 
 
 @given(items=BATCHES.filter(lambda items: len(items) <= 7))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_the_slowest_rank_is_near_the_best_there_is(items: list[Item]) -> None:
     plan = deal_micro_batches(items, 2, 10**9, "shared_prefix", COSTS)
     everyone = range(len(items))

@@ -292,7 +292,7 @@ def test_attention_of_stretches_is_that_of_the_definition(grouped: int) -> None:
     shared=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_every_sequence_can_be_read_back_from_the_row(
     groups: list[tuple[int, list[int]]], shared: bool, seed: int
 ) -> None:

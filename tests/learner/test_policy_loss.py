@@ -247,7 +247,7 @@ def test_entropies_are_means_over_their_own_tokens() -> None:
     objective=st.sampled_from(OBJECTIVES),
     aggregation=st.sampled_from(AGGREGATIONS),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_no_split_into_micro_batches_changes_a_term(
     order: list[int], cuts: set[int], objective: str, aggregation: str
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -156,7 +156,6 @@ def test_draws_follow_the_weights_and_take_stored_rows_where_there_are_some() ->
     warmup=st.integers(0, 100),
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_the_learning_rate_rises_to_its_peak_and_never_again(
     steps: int, warmup: int, schedule: str
 ) -> None:

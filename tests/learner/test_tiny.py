@@ -56,7 +56,7 @@ def test_tags_are_plain_text(loaded: Loaded) -> None:
 
 
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_any_text_survives_the_way_to_tokens_and_back(loaded: Loaded, text: str) -> None:
     tokenizer = loaded[1].tokenizer
     ids = encode(tokenizer, text)
@@ -69,7 +69,6 @@ def test_any_text_survives_the_way_to_tokens_and_back(loaded: Loaded, text: str)
 @given(
     text=TEXT, cuts=st.lists(st.integers(0, 60), min_size=6, max_size=6), shift=st.integers(0, 9)
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_tokens_segment_is_that_of_its_first_character(
     loaded: Loaded, text: str, cuts: list[int], shift: int
 ) -> None:

@@ -52,7 +52,6 @@ def test_six_times_nine_tenths_is_no_signal() -> None:
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False), size=st.integers(1, 33))
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_equal_rewards_give_exactly_zero(value: float, size: int) -> None:
     rewards = np.full(size, value)
     assert is_constant(rewards)
@@ -61,7 +60,6 @@ def test_equal_rewards_give_exactly_zero(value: float, size: int) -> None:
 
 
 @given(st.lists(sane, min_size=2, max_size=16).filter(lambda r: len(set(r)) > 1))
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_estimators_equal_exact_arithmetic(rewards: list[float]) -> None:
     exact = [Fraction(r) for r in rewards]
     total, size = sum(exact), len(exact)
@@ -81,7 +79,7 @@ def test_estimators_equal_exact_arithmetic(rewards: list[float]) -> None:
     st.lists(sane, min_size=2, max_size=12).filter(lambda r: len(set(r)) > 1),
     st.permutations(range(12)),
 )
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_advantages_sum_to_zero_keep_order_and_follow_a_permutation(
     rewards: list[float], order: list[int]
 ) -> None:
@@ -96,7 +94,6 @@ def test_advantages_sum_to_zero_keep_order_and_follow_a_permutation(
 
 
 @given(batches)
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_whitened_estimators_equal_exact_arithmetic(batch: list[list[float]]) -> None:
     rewards = [np.array(group) for group in batch]
     for estimator in WHITENED:
@@ -115,7 +112,7 @@ def test_whitened_estimators_equal_exact_arithmetic(batch: list[list[float]]) ->
 
 
 @given(batches)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_a_batch_of_group_estimators_is_its_groups(batch: list[list[float]]) -> None:
     rewards = [np.array(group) for group in batch]
     for estimator in ESTIMATORS:
@@ -149,7 +146,7 @@ def test_an_unknown_estimator_is_an_error() -> None:
     segments=st.lists(st.integers(ENVIRONMENT, 2), max_size=40),
     weights=st.dictionaries(st.sampled_from(SEGMENTS), st.floats(0, 4)),
 )
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_token_advantages_equal_a_loop(
     advantage: float, segments: list[int], weights: dict
 ) -> None:

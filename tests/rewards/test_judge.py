@@ -109,7 +109,7 @@ def test_any_text_stays_inside_its_delimiters() -> None:
     delimiters: dict[str, str] = {}
 
     @given(st.text(max_size=60).filter(lambda t: not re.search(r"</?(perc|reas|answ)", t)))
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60)
     def holds(text: str) -> None:
         one = seen(text)
         assert loop.run_until_complete(judge(TASK, one)) == [0.7]

@@ -264,7 +264,7 @@ def test_the_rate_holds_at_the_server_for_tries_too(server: Server) -> None:
 
 
 @given(st.floats(0.5, 600), st.lists(st.floats(0, 20), min_size=1, max_size=25), st.integers(0, 20))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 def test_a_token_bucket_never_exceeds_its_rate(
     per_minute: float, waits: list[float], closed_at: int
 ) -> None:

@@ -49,7 +49,7 @@ def test_auc_equals_every_pair_and_scipy() -> None:
             assert roc_auc(values, truth) == pytest.approx(u / pairs)
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(GROUP, min_size=1, max_size=6), st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_a_resample_scores_like_the_groups_it_drew(
     groups: list[tuple[list[float], list[bool]]], times: list[int]

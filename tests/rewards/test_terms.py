@@ -122,7 +122,7 @@ def test_parts_of_a_term_are_logged_and_stored_beside_it_and_never_rewarded() ->
     default=st.floats(0, 3),
     defects=st.lists(st.sampled_from("abcdefg"), unique=True),
 )
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_format_falls_with_every_defect_and_stays_in_range(
     penalties: dict[str, float], default: float, defects: list[str]
 ) -> None:

@@ -37,6 +37,12 @@ def cell(number: int) -> dict[str, Any]:
     return {"bytes": picture(number), "path": None}
 
 
+def bars(number: int, **more: object) -> dict[str, object]:
+    """A row that asks how many there are."""
+    told = {"images": [cell(number)], "problem": "<image>How many bars?", "answer": str(number)}
+    return told | more
+
+
 def write_parquet(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), file)

@@ -46,7 +46,7 @@ def read(task: Task, problem: Problem, part: Part, text: str) -> tuple[Any, tupl
     return getattr(parsed, part), parsed.defects
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_harmless_white_space_and_commas_read_as_the_same(data: st.DataObject) -> None:
     task, problem = data.draw(st.sampled_from(PROBLEMS))
@@ -80,7 +80,7 @@ def test_boxes_may_stand_apart() -> None:
     assert one == two and one[0] is not None
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_other_change_is_a_defect_or_another_value(data: st.DataObject) -> None:
     """One character added, left out or put for another never reads as what it was.

@@ -19,7 +19,7 @@ digits = st.integers(0, 4)
 grids = st.lists(st.lists(digits, min_size=4, max_size=4), min_size=4, max_size=4)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(seen=grids, answer=grids, exact=st.booleans())
 def test_marks_of_a_grid_agree_with_the_task(
     seen: list[list[int]], answer: list[list[int]], exact: bool
@@ -48,7 +48,7 @@ def test_marks_of_a_grid_agree_with_the_task(
 pairs = st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(lambda p: p[0] < p[1])
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(seen=st.frozensets(pairs, min_size=1), letters=st.text("abc", min_size=0, max_size=7))
 def test_marks_of_a_graph_agree_with_the_task(seen: frozenset[Any], letters: str) -> None:
     problem, task = GRAPH, GRAPHS

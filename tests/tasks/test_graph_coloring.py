@@ -11,7 +11,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.core import DataError, Parsed, Problem
@@ -327,7 +327,6 @@ def test_public_style_is_read() -> None:
     assert parsed.answer == ((0, "a"), (1, "b"), (2, "a")) and parsed.defects == ()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.sets(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1), st.randoms())
 def test_edge_sets_survive_being_written(pairs: set[tuple[int, int]], random: Any) -> None:
     edges = frozenset((min(p), max(p)) for p in pairs if p[0] != p[1])

@@ -47,7 +47,7 @@ def test_no_proper_prefix_of_an_image_passes(kind: str) -> None:
             check_image(data[:length], "data.bin: row 3")
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.integers(0, len(PNG) - 1), st.integers(1, 255))
 def test_no_changed_byte_in_a_png_passes(at: int, change: int) -> None:
     damaged = bytearray(PNG)
@@ -56,7 +56,7 @@ def test_no_changed_byte_in_a_png_passes(at: int, change: int) -> None:
         check_image(bytes(damaged), "x")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.sampled_from([b"", PNG[:8], PNG[:33], b"\xff\xd8\xff\xe0", b"RIFF\x20\x00\x00\x00WEBPVP8 "]),
     st.binary(max_size=200),

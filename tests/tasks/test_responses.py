@@ -171,7 +171,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(value=st.lists(json_values, max_size=4))
 def test_json_agrees_with_the_standard_library(value: list[object]) -> None:
     text = json.dumps(value)
@@ -188,7 +188,7 @@ hostile = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(text=hostile)
 @example(text="")
 @example(text="<perception>")

@@ -357,7 +357,7 @@ def test_bad_rows_name_the_field(bad: str) -> None:
         TASK.from_row("Solve it.", b"", bad)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 4), min_size=16, max_size=16))
 def test_items_tell_grids_apart_cell_by_cell(seed: int, values: list[int]) -> None:
     one = tuple(tuple(values[4 * r : 4 * r + 4]) for r in range(4))

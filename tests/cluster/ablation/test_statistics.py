@@ -160,7 +160,7 @@ def test_variance_parts_equal_those_of_the_textbook() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 30), st.floats(-1, 1))
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 def test_p_is_below_5_percent_exactly_where_the_interval_leaves_out_0(
     seed: int, seeds: int, problems: int, shift: float
 ) -> None:
@@ -205,7 +205,7 @@ def holm_by_closed_testing(p: list[float]) -> list[float]:
 
 
 @given(st.lists(st.floats(0, 1), max_size=7))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 def test_holm_is_closed_testing_with_bonferroni(p: list[float]) -> None:
     assert holm(p) == pytest.approx(holm_by_closed_testing(p))
 
@@ -254,7 +254,7 @@ def test_mean_level_is_the_area_over_the_span() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 8))
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 def test_reaching_a_target_is_what_a_loop_over_windows_finds(
     values: list[float], window: int
 ) -> None:

@@ -36,7 +36,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(REQUESTS, st.lists(TEXT, max_size=2))
 def test_a_shell_reads_the_words_that_were_meant_and_a_record_is_read_back(
     request: Request, changed: list[str]
@@ -52,7 +52,7 @@ def test_a_shell_reads_the_words_that_were_meant_and_a_record_is_read_back(
     assert request.again().id != request.id and request.again().name == request.name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.from_regex(r"[A-Z]{3,8}", fullmatch=True).filter(lambda name: not is_key(name)),

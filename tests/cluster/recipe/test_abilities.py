@@ -17,12 +17,9 @@ from tests.support.prose import GuardedProse, LabelledProse, Prose, says, stored
 from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file
 from tests.support.vqa_files import cell, write_parquet
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SMALL = "model.max_model_len = 512\nsampler.max_tokens = 128\neval.problems = 4\n"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def recipe(folder: Path, tasks: str, *settings: str) -> Recipe:

@@ -11,17 +11,10 @@ from cluster.recipe.data_check import check_data, judges_itself
 from tasks.core import Problem
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
 from tests.support.terminal import run
+from tests.support.vqa_files import bars as row
 from tests.support.vqa_files import cell, write_parquet
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def row(number: int, **more: object) -> dict[str, object]:
-    told = {"images": [cell(number)], "problem": "<image>How many bars?", "answer": str(number)}
-    return told | more
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_data_set_is_told_as_it_is(

@@ -310,7 +310,7 @@ def test_setting_values_are_toml_or_else_text(text: str, value: object) -> None:
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_any_override_is_applied_or_a_recipe_error(text: str) -> None:
     try:
         loaded = load_recipe(ROOT / "recipes/tiny/sudoku.toml", [text, f"question={text}"])
@@ -411,7 +411,7 @@ values = st.recursive(
 
 
 @given(st.dictionaries(keys, values, max_size=4))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_the_writer_writes_what_tomllib_reads(table: dict[str, Any]) -> None:
     assert tomllib.loads("\n".join(table_lines(table, ()))) == table
 

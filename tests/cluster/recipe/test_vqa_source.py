@@ -16,19 +16,12 @@ from tasks.free_text import instructions
 from tasks.load import load_task
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
 from tests.support.terminal import run
-from tests.support.vqa_files import cell, picture, write_lines, write_parquet
+from tests.support.vqa_files import bars as row
+from tests.support.vqa_files import picture, write_lines, write_parquet
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 FITS = "model.max_model_len = 512\nsampler.max_tokens = 128\neval.problems = 2\n"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def row(number: int, **more: object) -> dict[str, object]:
-    told = {"images": [cell(number)], "problem": "<image>How many bars?", "answer": str(number)}
-    return told | more
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cluster.record.events import ENDINGS, Event, add_events, read_events, secon
 TEXT = st.text(st.characters(), max_size=20)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     told=st.lists(
         st.builds(Event, TEXT, TEXT, TEXT, TEXT, st.none() | st.floats(0, 1e6), st.floats(1, 1e9)),
@@ -66,7 +66,7 @@ def test_a_damaged_file_is_one_line_and_stays(content: bytes, tmp_path: Path) ->
     assert file.read_bytes() == content
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(what=st.sampled_from([*ENDINGS, "began", "lost"]), restart=st.booleans())
 def test_down_is_since_the_last_driver_ended(
     what: str, restart: bool, tmp_path_factory: pytest.TempPathFactory

@@ -52,7 +52,7 @@ def recipe() -> Recipe:
 
 
 @given(entries=entries, floor=st.floats(0.01, 1))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_the_nearer_to_one_in_two_the_oftener(entries: list[Entry], floor: float) -> None:
     found = SuccessBand(floor).weights(entries)
     shares = [weight / entry.weight for weight, entry in zip(found, entries, strict=True)]

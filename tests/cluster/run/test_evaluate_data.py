@@ -24,6 +24,8 @@ from tasks.load import load_task
 from tests.support.recipes import made_recipe
 from tests.support.vqa_files import cell, write_parquet
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 NONE = np.zeros(0, np.int32)
 SAMPLED = {
     1: ["1", "1.0", "9", "<b>"],  # right twice, in other words
@@ -61,11 +63,6 @@ class Samplers:
             rollouts = [response(asked.problem.id, i, t, asked) for i, t in enumerate(texts)]
             found.append(Group(asked.group_id, asked.problem, tuple(rollouts)))
         return found
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ USEFUL, USELESS = graded([True, False], "useful"), graded([True, True], "useless
     max_rounds=st.integers(1, 5),
     max_groups=st.integers(1, 30),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_it_asks_for_what_is_missing_until_the_budget_is_spent(
     own: list[bool], luck: list[bool], max_rounds: int, max_groups: int
 ) -> None:

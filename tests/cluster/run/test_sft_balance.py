@@ -22,7 +22,7 @@ losses = st.tuples(*[st.floats(0.01, 20)] * 4)
 
 
 @given(n=counts, nll=losses, weight=st.floats(0, 1), p=st.floats(0.01, 99), r=st.floats(0.01, 99))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_shares_add_up_and_follow_the_weight(
     n: tuple[int, ...], nll: tuple[float, ...], weight: float, p: float, r: float
 ) -> None:

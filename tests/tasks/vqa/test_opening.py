@@ -15,8 +15,8 @@ from tasks.core import DataError
 from tasks.datasets import file_hash
 from tasks.splits import split_of_key
 from tasks.vqa.opening import bad_rows_message
+from tests.support.vqa_files import bars as row
 from tests.support.vqa_files import (
-    cell,
     opened,
     picture,
     problems,
@@ -25,11 +25,6 @@ from tests.support.vqa_files import (
     write_pictures,
     zip_pictures,
 )
-
-
-def row(number: int, **more: object) -> dict[str, object]:
-    told = {"images": [cell(number)], "problem": "<image>How many?", "answer": str(number)}
-    return told | more
 
 
 def answers(found, side: str) -> list[str]:
@@ -87,7 +82,7 @@ def test_one_split_is_cut_by_content_whatever_the_order(tmp_path: Path) -> None:
 
 def test_a_training_row_that_repeats_a_held_out_one_is_found(tmp_path: Path) -> None:
     write_parquet(
-        tmp_path / "train.parquet", [row(1), row(2), row(2, problem="<image> How  many?")]
+        tmp_path / "train.parquet", [row(1), row(2), row(2, problem="<image> How  many bars?")]
     )
     write_parquet(tmp_path / "test.parquet", [row(2, answer="other"), row(5)])
     found = opened(str(tmp_path))
