@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from rewards.scored import Diagnosis
 from rewards.surrogates import SelfConsistency
 from rollout.record import Group
-from tasks.core import DataError, Solves, Task, labelled
+from tasks.core import DataError, Parsed, Solves, Task, labelled
+from tasks.turns import readings
 
 
 def diagnose(task: Task, group: Group) -> Diagnosis:
@@ -24,6 +27,10 @@ def diagnose(task: Task, group: Group) -> Diagnosis:
     if labelled(task, group.problem):
         scores = seen(task, group)
         a_p = np.array([exact for exact, _ in scores], dtype=bool)
+        if any(rollout.turns for rollout in group.rollouts):
+            before = seen(task, group, lambda parsed: readings(parsed)[0])
+            first = np.array([exact for exact, _ in before], dtype=bool)
+            found = replace(found, reread_gain=a_p & ~first, reread_loss=first & ~a_p)
         graded = np.array([score for _, score in scores], dtype=np.float64)
         found = replace(found, a_p=a_p, a_p_graded=graded, leak=found.a & ~a_p)
     return found
@@ -35,15 +42,18 @@ def solved(task: Task, group: Group) -> list[bool]:
     return [answer is not None and bool(task.check(group.problem, answer)) for answer in answers]
 
 
-def seen(task: Task, group: Group) -> list[tuple[bool, float]]:
+def seen(
+    task: Task, group: Group, which: Callable[[Parsed], Any] = lambda parsed: parsed.perception
+) -> list[tuple[bool, float]]:
     """Each rollout's perception: (equals p*, graded score); what cannot be read is (False, 0).
 
-    Raises DataError for a problem without a perception label.
+    `which` of the perceptions of its turns; by default the last. Raises DataError for a problem
+    without a perception label.
     """
     problem, found = group.problem, []
     if not labelled(task, problem):
         raise DataError(f'problem {problem.id} of task "{task.name}" has no perception label')
-    for perception in (rollout.parsed.perception for rollout in group.rollouts):
+    for perception in (which(rollout.parsed) for rollout in group.rollouts):
         exact, graded = (
             (False, 0.0) if perception is None else task.score_perception(problem, perception)
         )

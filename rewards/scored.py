@@ -76,6 +76,8 @@ class Diagnosis:
         a_p_graded: float64 [G], graded perception score in [0, 1].
         leak: bool [G], perception wrong and answer right.
         self_consistency: bool [G], the answer is valid for the own perception; of tasks that solve.
+        reread_gain, reread_loss: bool [G], the perception was wrong (right) as it was first written
+            and is right (wrong) as it was last; of labelled problems beside an environment.
     """
 
     a: np.ndarray
@@ -84,6 +86,8 @@ class Diagnosis:
     a_p_graded: np.ndarray | None = None
     leak: np.ndarray | None = None
     self_consistency: np.ndarray | None = None
+    reread_gain: np.ndarray | None = None
+    reread_loss: np.ndarray | None = None
 
 
 def known(diagnoses: Iterable[Diagnosis], name: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -14,10 +14,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from rollout.episode import Budgets, Episode
-from rollout.record import Group, Rollout, SampleRequest
+from rollout.record import Group, Rollout, SampleRequest, as_turns
 from rollout.tokens import Chat, label_segments
-from tasks.core import DataError, Task
+from tasks.core import NO_SEGMENT, DataError, Task
 from tasks.environments import DONE, EnvironmentFailed, Observation
+from tasks.turns import read_turns
 
 
 class Answers(Protocol):
@@ -145,8 +146,11 @@ def _rollout(
     sampler: str,
 ) -> Rollout:
     text, offsets, _ = episode.read()
-    parsed = task.parse(request.prefix + text)
+    parsed = read_turns(task, as_turns(request.prefix, text, episode.turns))
     own = label_segments(offsets, parsed.spans, shift=len(request.prefix))
+    for said in parsed.earlier:
+        before = label_segments(offsets, said.spans, shift=len(request.prefix))
+        own = np.where(own == NO_SEGMENT, before, own)
     return Rollout(
         rollout_id=f"{request.group_id}/{index}",
         group_id=request.group_id,

@@ -6,6 +6,7 @@ again from text. Shapes: P prompt tokens (image placeholders expanded), T respon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ class Rollout:
             the token is not sampled.
         prefix: all forced text before the sampled text: the request's, or the kind's own.
         text: sampled text, decoded; hostile input wherever it is shown.
-        parsed: `prefix + text` read by the task's parser.
+        parsed: `prefix + text` read by the task's parser, turn by turn (`tasks/turns.py`).
         finish_reason: the engine's word: `stop`, `length`, or `abort`; of an episode see
             `rollout.episode.End`.
         seconds: wall time from submission to completion of the group.
@@ -204,6 +205,13 @@ class Weights:
     version: int
     manifest: tuple[tuple[Piece, ...], ...]
     buckets: tuple[Any, ...]
+
+
+def as_turns(prefix: str, text: str, turns: Sequence[Turn]) -> list[str]:
+    """The text of a response by turns, what was forced at the start of the first."""
+    if not turns:
+        return [prefix + text]
+    return [prefix + turns[0].text, *(turn.text for turn in turns[1:])]
 
 
 def viewed(problem: Problem, view: ImageView) -> tuple[bytes, ...]:

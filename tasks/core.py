@@ -70,6 +70,8 @@ class Parsed:
         spans: segment -> [start, end) in characters of the parsed text, tags included.
         defects: named defects in order of discovery, without repeats
             (`missing_perception`, `bad_cell`, `duplicate_tag`, `text_after_answer`, ...).
+        earlier: of several turns, what a later one says again (`tasks/turns.py`): each turn's, its
+            spans those of the segments that no longer count.
     """
 
     perception: Any | None
@@ -77,6 +79,7 @@ class Parsed:
     answer: Any | None
     spans: Mapping[Segment, tuple[int, int]]
     defects: tuple[str, ...]
+    earlier: tuple[Parsed, ...] = ()
 
 
 @runtime_checkable

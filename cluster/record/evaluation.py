@@ -23,7 +23,7 @@ from rewards.tool_use import four
 from rollout.record import Group
 from tasks.core import ComparesAnswers, Problem, Task
 
-TRUTHS = ("a", "a_p", "a_p_graded", "leak", "self_consistency")
+TRUTHS = ("a", "a_p", "a_p_graded", "leak", "self_consistency", "reread_gain", "reread_loss")
 """Of a `Diagnosis`, in the order of a table; a problem without a label has some of them only."""
 
 TRUNCATED = "truncated"

@@ -84,6 +84,9 @@ ROLLOUT_SCHEMA = pa.schema(
         "a_p_graded": pa.float64(),
         "self_consistency": pa.bool_(),
         "leak": pa.bool_(),
+        # Of a response with an environment: wrong (right) before its first look, right (wrong) now.
+        "reread_gain": pa.bool_(),
+        "reread_loss": pa.bool_(),
     }
 )
 
@@ -99,10 +102,11 @@ DEMONSTRATION_SCHEMA = pa.schema(
 TOKEN_ARRAYS = ("prompt_ids", "response_ids", "logprobs", "versions", "segments")
 """Null in a run of `output.rollout_tokens = false`."""
 
-TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak")
+REREAD = ("reread_gain", "reread_loss")
+TRUTH_COLUMNS = ("a", "a_p", "a_p_graded", "self_consistency", "leak", *REREAD)
 """Fields of a `Diagnosis`, one value a rollout; null where there is none."""
 
-MAY_BE_ABSENT = ("extra", "shown_sha256", "episode")
+MAY_BE_ABSENT = ("extra", "shown_sha256", "episode", *REREAD)
 """Columns that may be null, and that older runs do not have."""
 
 _ROLLOUT = ("rollout_id", "group_id", "kind", "view", "prefix", "text", "finish_reason", "seconds")

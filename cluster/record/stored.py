@@ -33,10 +33,11 @@ from cluster.record.folder import (
 )
 from rewards.advantages import CREDIT_COLUMNS
 from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure, measured
-from rollout.record import Group, Rollout, Turn, viewed
+from rollout.record import Group, Rollout, Turn, as_turns, viewed
 from tasks.core import DataError, Problem, Task
 from tasks.load import load_task
 from tasks.placeholders import as_shown
+from tasks.turns import read_turns
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -358,7 +359,8 @@ def _rollout(run_dir: Path, file: Path, task: Task, problem: Problem, row: Row) 
         images = tuple(_image(run_dir, file, sha) for sha in row["shown_sha256"])
     if row["episode"] is not None:
         fields["turns"], fields["failure"] = _column(file, "episode", turns_of, row["episode"])
-    return Rollout(**fields, images=images, parsed=task.parse(row["prefix"] + row["text"]))
+    said = as_turns(row["prefix"], row["text"], fields.get("turns", ()))
+    return Rollout(**fields, images=images, parsed=read_turns(task, said))
 
 
 def turns_of(cell: str) -> tuple[tuple[Turn, ...], str]:

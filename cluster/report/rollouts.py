@@ -17,11 +17,13 @@ from cluster.record.folder import by_name
 from cluster.record.stored import turns_of
 from cluster.report.charts import CELLS
 from cluster.report.choice import Entry, cell_of, choose, evenly, read_index, whole_rows
+from rollout.record import Turn, as_turns
 from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
 from tasks.figures import compared_words, plain_words
 from tasks.images import check_image
 from tasks.load import load_task
 from tasks.looking import CALLS, Call, read_call
+from tasks.turns import read_turns
 
 MOST_STEPS = 250
 """Steps whose rollouts are read; of a longer run these, evenly spaced, its ends included."""
@@ -160,8 +162,9 @@ def _tasks(names: set[str], problems: list[str]) -> dict[str, Task]:
 
 def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
     """One rollout for the page. Text is as the model wrote it; the page makes it harmless."""
-    text = (row["prefix"] or "") + (row["text"] or "")
-    parsed = _parse(task, text)
+    turns = _told(row)
+    said = as_turns(row["prefix"] or "", row["text"] or "", turns)
+    text, parsed = "".join(said), _parse(task, said)
     pieces = _pieces(text, parsed)
     figure, answered = _figures(row, task, parsed, pieces)
     versions = row["versions"] or [0]
@@ -198,18 +201,22 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
         "version": _span(min(versions), max(versions)),
         "tokens": {name: segments[i] for i, name in [*enumerate(SEGMENTS), (-1, "outside")]},
         "finish": row["finish_reason"],
-        "turns": _turns(row),
+        "turns": _turns(row, turns),
     }
 
 
-def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of a response with an environment: what was said, and where a call pointed."""
+def _told(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The turns of a response with an environment."""
     if not row["episode"]:
-        return []
+        return ()
     try:
-        turns, _ = turns_of(row["episode"])
+        return turns_of(row["episode"])[0]
     except (ValueError, TypeError):
-        return []  # the rest of the row is whole
+        return ()  # the rest of the row is whole
+
+
+def _turns(row: Mapping[str, Any], turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """What was said, and where a call pointed."""
     shown = list(row["shown_sha256"] or ())
     at, pictures = len(shown) - sum(turn.images for turn in turns), len(row["image_sha256"])
     found = []
@@ -230,11 +237,11 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _parse(task: Task | None, text: str) -> Parsed | None:
+def _parse(task: Task | None, turns: Sequence[str]) -> Parsed | None:
     if task is None:
         return None
     try:
-        return task.parse(text)
+        return read_turns(task, turns)
     except Exception:
         # A user's own parser that raises is the run's news, not the report's: shown unparsed.
         return None
@@ -242,7 +249,8 @@ def _parse(task: Task | None, text: str) -> Parsed | None:
 
 def _pieces(text: str, parsed: Parsed | None) -> list[list[str]]:
     """The whole text as [segment or "", text] in order; nothing is left out."""
-    spans = sorted((a, b, s) for s, (a, b) in (parsed.spans if parsed else {}).items() if a < b)
+    read = (parsed, *parsed.earlier) if parsed else ()
+    spans = sorted((a, b, s) for one in read for s, (a, b) in one.spans.items() if a < b)
     pieces, at = [], 0
     for start, end, segment in spans:
         if start < at:
@@ -274,7 +282,7 @@ def _figures(
         except Exception:
             # A user's own task that fails at it, or the facts of an older version of the task.
             pass
-    segment = "".join(text for name, text in pieces if name == "perception")
+    segment = next((text for name, text in reversed(pieces) if name == "perception"), "")
     told = (re.sub(r"</?perception>", " ", segment) or row["perception"] or "")[:20_000]
     if not told.strip():
         return None, None

@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.ablation.statistics import Estimate, asymmetry, crossed_interval
 from cluster.record.evaluation import counted
+from cluster.record.folder import REREAD
 from cluster.record.mismatch import MISMATCH_LIMIT
 from cluster.record.table import Table
 from cluster.report.charts import NOTHING, Metrics
@@ -186,7 +187,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
 def training_table(metrics: Metrics) -> Table:
     """The first against the last fifth of the steps, metric by metric."""
     wanted = [
-        *(f"acc/{m}" for m in ("a", "a_p", "a_p_graded", "self_consistency", "leak")),
+        *(f"acc/{m}" for m in ("a", "a_p", "a_p_graded", "self_consistency", "leak", *REREAD)),
         *sorted(n for n in metrics if n.startswith("reward/") and n.endswith("/mean")),
         *sorted(n for n in metrics if n.startswith("reliability/")),
         *(f"coupling/outcome_{s}/within" for s in ("perception", "reasoning")),

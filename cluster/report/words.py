@@ -28,6 +28,8 @@ METRIC_NAMES = {
     "reader_ceiling": "reader_ceiling: that reader, given p*",
     "leak": "leak: seen wrong, answered right",
     "self_consistency": "self-consistency: answer fits own perception",
+    "reread_gain": "reread_gain: seen wrong at first, right after a look",
+    "reread_loss": "reread_loss: seen right at first, wrong after a look",
 }
 LEAST_P = 0.05
 """A difference is called shown below this."""

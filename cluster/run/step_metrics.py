@@ -17,6 +17,7 @@ from rewards.reliability import roc_auc
 from rewards.scored import ScoredGroup, known
 from rollout.record import Rollout
 from tasks.core import NO_SEGMENT, SEGMENTS
+from tasks.turns import readings
 
 
 def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
@@ -160,6 +161,7 @@ def _episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "episode/calls_mean": sum(calls) / count,
         "episode/called": sum(map(bool, calls)) / count,
         "episode/images_mean": images / count,
+        "episode/reread": sum(len(readings(r.parsed)) > 1 for r in rollouts) / count,
     }
     defects = Counter(d for r in rollouts for turn in r.turns for d in turn.defects)
     failures = Counter(r.failure.partition(":")[0] for r in rollouts if r.failure)

@@ -7,9 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from rewards.compose import Composition, compose_groups
+from rewards.diagnosis import diagnose
 from rewards.episodes import EnvironmentReward, environment_failures
 from rewards.terms import term_facts
-from rollout.record import Turn
+from rollout.record import Group, Turn
+from tasks.load import load_task
+from tasks.turns import read_turns
+from tests.support.samples import problem as drawn
 from tests.support.toys import group, score
 
 
@@ -34,3 +38,41 @@ def test_a_group_that_lost_an_environment_is_dropped_where_the_recipe_says_so() 
     weights = Composition({"environment": 1.0}, on_failure={"environment": "drop_group"})
     kept, dropped = compose_groups([whole, broken], found, weights)
     assert (kept.dropped, dropped.dropped) == (False, True) and np.isnan(dropped.totals).all()
+
+
+def test_a_perception_that_a_look_changed_is_a_gain_or_a_loss() -> None:
+    task = load_task("sudoku")
+    puzzle = drawn(0)
+    right = task.demonstrate(puzzle, "terse")  # type: ignore[attr-defined]
+    other = task.demonstrate(drawn(1), "terse")  # type: ignore[attr-defined]
+    seen, seen_other = (text.partition("<reasoning>")[0] for text in (right, other))
+    unread = "<perception>\nnothing\n</perception>\n"
+    turns = [
+        [seen_other, right],
+        [unread, seen_other, right],
+        [seen, other],
+        [seen, unread],
+        [seen, right],
+        [seen_other, other],
+        [right],
+        ["I look", right],
+    ]
+    (plain,) = group(0, "0;0;").rollouts
+    rollouts = tuple(
+        replace(
+            plain,
+            text="".join(said),
+            parsed=read_turns(task, said),
+            turns=tuple(map(Turn, said)),
+        )
+        for said in turns
+    )
+    found = diagnose(task, Group("g", puzzle, rollouts))
+    assert found.a_p is not None and found.reread_gain is not None and found.reread_loss is not None
+    assert found.a_p.tolist() == [1, 1, 0, 0, 1, 0, 1, 1]
+    assert found.reread_gain.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert found.reread_loss.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    alone = diagnose(task, Group("g", puzzle, (replace(rollouts[0], turns=()),)))
+    assert alone.reread_gain is None and alone.reread_loss is None
+    bare = diagnose(task, Group("g", replace(puzzle, perception=""), rollouts))
+    assert bare.a_p is None and bare.reread_gain is None

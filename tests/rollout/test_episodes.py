@@ -16,9 +16,11 @@ from rollout.episode import Budgets
 from rollout.episodes import Asked, EpisodeError, Written, converse
 from rollout.record import Group, SampleRequest, Sampling
 from rollout.tokens import Chat, load_processor
-from tasks.core import ENVIRONMENT
+from tasks.core import ENVIRONMENT, SEGMENTS
 from tasks.drawing import to_png
 from tasks.environments import DONE, EnvironmentFailed, Observation, opened
+from tasks.load import load_task
+from tasks.turns import readings
 from tests.support.live_engine import TASK
 from tests.support.samples import problem
 
@@ -48,8 +50,14 @@ class Scripted:
         return answer
 
 
-def conversed(chat: Chat, *scripts: Scripted, engine_reads: int = 0, **changed: Any) -> Group:
-    """A group whose engine ends each turn at its second token."""
+def conversed(
+    chat: Chat,
+    *scripts: Scripted,
+    engine_reads: int = 0,
+    texts: Sequence[str] = (),
+    **changed: Any,
+) -> Group:
+    """A group whose engine ends each turn at its second token, or says `texts`, a turn each."""
     asked_for = SampleRequest("g", replace(problem(0), images=()), len(scripts), Sampling())
 
     def prompt(opening: Observation | None) -> Asked:
@@ -60,13 +68,14 @@ def conversed(chat: Chat, *scripts: Scripted, engine_reads: int = 0, **changed: 
 
     async def write(turn: str, ids: Sequence[int], images: Sequence[bytes], room: int) -> Written:
         read = chat.expanded(ids, [(64, 64)] * len(images))
-        said = [300 + int(turn[-1]), chat.end][:room]
+        text = chat.text(texts[int(turn[-1])]) if texts else [300 + int(turn[-1])]
+        said = [*text, chat.end][:room]
         return Written([*read, *[7] * engine_reads], said, [-0.5] * len(said), [4] * len(said))
 
     work = converse(
         chat,
         asked_for,
-        TASK,
+        load_task("sudoku") if texts else TASK,
         replace(BUDGETS, **changed),
         prompt,
         write,
@@ -93,6 +102,34 @@ def test_a_group_holds_what_each_environment_said(chat: Chat) -> None:
     assert written == [300, chat.end, 301, chat.end]
     assert (one.segments == ENVIRONMENT).sum() == len(one.response_ids) - 4
     assert (one.logprobs[one.sampled] == np.float32(-0.5)).all() and (one.versions == 4).all()
+
+
+def test_a_perception_of_an_earlier_turn_is_a_segment_and_what_is_read_is_the_last(
+    chat: Chat,
+) -> None:
+    """All tokens that say what was seen are credited as such."""
+    task = load_task("sudoku")
+    seen, again = (task.demonstrate(problem(i), "terse") for i in (0, 1))  # type: ignore[attr-defined]
+    first = seen.partition("<reasoning>")[0]
+    texts = [first, "<look>1 2 3 4</look>", again]
+    (found,) = conversed(
+        chat, Scripted(None, *[Observation("So?")] * 2, DONE), texts=texts, tokens=900, turns=4
+    ).rollouts
+    assert found.text == "".join(texts)
+    assert not found.parsed.defects
+    assert found.parsed.perception == task.parse(again).perception
+    assert readings(found.parsed)[0] == task.parse(seen).perception
+    written = found.segments[found.sampled]
+    told = chat.decoder.decode(found.response_ids[found.sampled].tolist())[0]
+    pieces = {name: "" for name in SEGMENTS}
+    for segment, token in zip(written, found.response_ids[found.sampled].tolist(), strict=True):
+        if segment >= 0:
+            pieces[SEGMENTS[segment]] += chat.decoder.decode([token])[0]
+    assert pieces["perception"].count("<perception>") == 2 and "<look>" in told
+    assert pieces["perception"].replace("\n", "") == (
+        first + again.partition("<reasoning>")[0]
+    ).replace("\n", "")
+    assert pieces["answer"].startswith("<answer>") and "<look>" not in "".join(pieces.values())
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2])

@@ -39,11 +39,12 @@ class Doubling:
         return problem(int(rng.integers(10)))
 
     def parse(self, text: str) -> Parsed:
-        p, a, defects = text.split(";")
+        fields = text.split(";")
+        p, a, defects = fields if len(fields) == 3 else ("", "", "unread")
         return Parsed(
-            perception=int(p) if p else None,
+            perception=int(p) if p.lstrip("-").isdigit() else None,
             reasoning="",
-            answer=int(a) if a else None,
+            answer=int(a) if a.lstrip("-").isdigit() else None,
             spans={},
             defects=tuple(d for d in defects.split(",") if d),
         )

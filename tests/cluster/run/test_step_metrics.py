@@ -101,7 +101,15 @@ def test_what_episodes_did_is_counted_only_where_there_were_some() -> None:
     first, second, plain = made.rollouts
     rollouts = (
         replace(first, turns=turns, finish_reason="turn_budget"),
-        replace(second, turns=turns[2:], failure="died: so", finish_reason="environment"),
+        replace(
+            second,
+            turns=turns[2:],
+            failure="died: so",
+            finish_reason="environment",
+            parsed=replace(
+                second.parsed, earlier=(replace(first.parsed, spans={"perception": (0, 1)}),)
+            ),
+        ),
         plain,
     )
 
@@ -116,6 +124,7 @@ def test_what_episodes_did_is_counted_only_where_there_were_some() -> None:
         "episode/calls_mean": 1.0,
         "episode/called": 0.5,
         "episode/images_mean": 1.0,
+        "episode/reread": 0.5,
         "episode/finish/environment": 0.5,
         "episode/finish/turn_budget": 0.5,
         "episode/defects/odd": 1.0,
