@@ -3,6 +3,7 @@ policies that never end; and that what they find lands where it is looked for.""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, tables
+from benchmarks import machine, scaling, tables
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import kept_by_a_layer, storage, tensors_in
 from benchmarks.memory_that_fits import configs, folders, parameters, row
@@ -136,7 +137,7 @@ def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    for name in ("race", "sampling", "learner", "startup", "transfer", "driver"):
+    for name in ("race", "sampling", "learner", "startup", "transfer", "driver", "episodes"):
         assert "| new |" in tables.between_marks(page, name, "| new |")
     monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "kept")
@@ -161,3 +162,17 @@ def test_what_a_process_and_its_children_took_is_their_own() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert machine.own_seconds([os.getpid()]) - before > 0.2
     assert machine.own_seconds([]) == 0 and 0 <= machine.Shared().foreign() <= 1
+
+
+def test_the_page_on_scaling_is_what_its_command_writes_and_a_larger_run_asks_for_more() -> None:
+    page = scaling.PAGE.read_text(encoding="utf-8")
+    assert tables.between_marks(page, "scaling", scaling.table()) == page
+    for model in scaling.MODELS:
+        loads = [scaling.Load(model, gpus) for gpus in scaling.GPUS]
+        for small, large in itertools.pairwise(loads):
+            factor = large.gpus / small.gpus
+            assert large.rollouts / small.rollouts == pytest.approx(factor)
+            assert large.driver / small.driver == pytest.approx(factor)
+            assert large.nccl == small.nccl, "a broadcast takes as long, however many hear it"
+            assert large.host > small.host
+        assert loads[0].host == 0, "nothing leaves a single node"
