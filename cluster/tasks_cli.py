@@ -138,7 +138,7 @@ def show_command(
             if row >= len(rows):
                 raise UserError(f"{source}: --row {row}: split {split} has {len(rows)} good rows")
             reader = load_task(configs[index].task_name)
-            problem, response = rows[row]
+            problem, response, *_ = rows[row]
         elif Path(source).exists():
             if settings:
                 raise UserError("--set: the rows of a data set are drawn already; leave it out")

@@ -24,6 +24,7 @@ from tasks.core import (
     Style,
     Task,
 )
+from tasks.datasets import Example
 from tasks.environments import Observation, opened
 from tasks.images import check_image
 from tasks.placeholders import as_shown, placed, text_alone
@@ -56,12 +57,14 @@ class Demonstrator:
         response: str,
         blind: bool = False,
         calls: Sequence[str] = (),
+        answers: Sequence[Observation] | None = None,
         seed: int = 0,
     ) -> TrainSequence:
         """The problem's chat prompt followed by `response` and the end-of-turn token.
 
         `calls` are turns before it, each answered by the environment, whose randomness is of
-        `seed`; the tokens are those that sampling the same turns would have made. With `blind` no
+        `seed`, or as `answers` say where they are given; the tokens are those that sampling the
+        same turns would have made. With `blind` no
         image is shown, nothing answers, and the response's perception is given instead of learnt,
         as a request of kind `blind` with that prefix gives it.
 
@@ -71,7 +74,7 @@ class Demonstrator:
         """
         said = "".join([*calls, response])
         parsed = task.parse(said)
-        whole = bool(self._untagged and parsed.defects and not TAG.search(response))
+        whole = bool(self._untagged and parsed.defects and not TAG.search(said))
         if parsed.defects and not whole:
             raise DataError(
                 f"response of problem {problem.id}: has defect {parsed.defects[0]!r}; "
@@ -98,7 +101,9 @@ class Demonstrator:
                 return [*ids, *given], [*expanded, *given], shown
 
             environment = None if blind else self._environment
-            asked, episode = demonstrated(self._chat, problem, prompt, turns, environment, seed)
+            asked, episode = demonstrated(
+                self._chat, problem, prompt, turns, environment, seed, answers
+            )
         except DataError as error:
             raise DataError(f"problem {problem.id}: {field} {error}") from error
         written, offsets, _ = episode.read()
@@ -111,6 +116,23 @@ class Demonstrator:
             np.asarray(episode.ids, np.int32),
             tuple(episode.images),
             episode.segments(own),
+        )
+
+    def of(
+        self, task: Task, example: Example, blind: bool, calls: bool, seed: int = 0
+    ) -> TrainSequence:
+        """The sequence of an example; raises as `sequence`.
+
+        Its earlier turns are answered as it says; where it has none, those that the task's teacher
+        calls in are put before it, with `calls`.
+        """
+        earlier = () if blind else example.earlier
+        answers = [Observation(exchange.text, exchange.images) for exchange in earlier]
+        turns = tuple(exchange.turn for exchange in earlier)
+        if calls and not (turns or blind):
+            turns = calls_of(task, example.problem)
+        return self.sequence(
+            task, example.problem, example.response, blind, turns, answers or None, seed
         )
 
     def _make_prompt(
@@ -142,11 +164,11 @@ class Source:
     weight: float
     style: Style
     spec: BaseModel | None = None
-    rows: Sequence[tuple[Problem, str]] = ()
+    rows: Sequence[Example] = ()
 
 
-def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Problem, str]:
-    """Demonstration number `index` of an endless stream: (source, problem, response).
+def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Example]:
+    """Demonstration number `index` of an endless stream, and where it comes from.
 
     Each index has its own random stream, so any worker makes any part of it and a resumed run
     goes on where it stopped. Generated problems are of the `train` split.
@@ -155,12 +177,11 @@ def draw(sources: Sequence[Source], seed: int, index: int) -> tuple[Source, Prob
     weights = np.array([source.weight for source in sources])
     source = sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
     if source.rows:
-        problem, response = source.rows[int(rng.integers(len(source.rows)))]
-        return source, problem, response
+        return source, Example(*source.rows[int(rng.integers(len(source.rows)))])
     assert source.spec is not None
     problem = draw_problem(source.task, source.spec, "train", seed, index)
     assert isinstance(source.task, Demonstrates)  # preflight asked
-    return source, problem, source.task.demonstrate(problem, source.style)
+    return source, Example(problem, source.task.demonstrate(problem, source.style))
 
 
 def calls_of(task: Task, problem: Problem) -> tuple[str, ...]:
@@ -197,19 +218,10 @@ class DemonstrationStream(IterableDataset[list[TrainSequence]]):
         while True:
             batch = []
             for index in range(step * self._batch_size, (step + 1) * self._batch_size):
-                source, problem, response = draw(self._sources, self._seed, index)
+                source, example = draw(self._sources, self._seed, index)
                 chances = np.random.default_rng([self._seed, index, 1])
                 blind = chances.random() < self._blind_share
-                calls = chances.random() < self._call_share and not blind
-                batch.append(
-                    demonstrator.sequence(
-                        source.task,
-                        problem,
-                        response,
-                        blind,
-                        calls_of(source.task, problem) if calls else (),
-                        seed=index,
-                    )
-                )
+                calls = chances.random() < self._call_share
+                batch.append(demonstrator.of(source.task, example, blind, calls=calls, seed=index))
             yield batch
             step += stride

@@ -18,15 +18,6 @@ MOST = 2**40
 """More than any budget."""
 
 
-class _Nobody:
-    """Where nothing answers: a response is over with its first turn."""
-
-    spent = 0.0
-
-    async def answer(self, text: str | None) -> Observation | None:
-        return None
-
-
 class _InProcess:
     """The environment of a recipe in the caller's own process, without a deadline."""
 
@@ -42,6 +33,20 @@ class _InProcess:
         return self._episodes.answer(Call("", self._problem, self._seed, self._turns, 0.0))
 
 
+class _Known:
+    """Answers that are known; an environment only says what stands behind the prompt, if any."""
+
+    spent = 0.0
+
+    def __init__(self, opens: _InProcess | None, answers: Sequence[Observation]) -> None:
+        self._opens, self._answers = opens, [*answers]
+
+    async def answer(self, text: str | None) -> Observation | None:
+        if text is None:
+            return await self._opens.answer(None) if self._opens else None
+        return self._answers.pop(0) if self._answers else None
+
+
 def demonstrated(
     chat: Chat,
     problem: Problem,
@@ -49,6 +54,7 @@ def demonstrated(
     turns: Sequence[Sequence[int]],
     environment: EnvironmentConfig | None = None,
     seed: int = 0,
+    answers: Sequence[Observation] | None = None,
 ) -> tuple[Asked, Episode]:
     """(the prompt, the episode) of turns given as tokens, each without its end.
 
@@ -57,15 +63,19 @@ def demonstrated(
             placeholder an image, the same expanded, and its images.
         environment: answers the turns, in this process, its randomness of `seed`. Of its budgets
             those hold that do not count the policy's tokens.
+        answers: to each turn but the last, in its place.
 
     Raises DataError where a policy could not have written it so: a turn before the last calls
     nothing, the last one does, a budget is used up, the environment fails.
     """
     budgets = Budgets(MOST, MOST, MOST, MOST, MOST, float("inf"))
-    answers: Answers = _Nobody()
+    asks: _InProcess | None = None
     if environment:
         budgets = Budgets.of(environment, MOST, MOST)
-        answers = _InProcess(environment, problem, seed)
+        asks = _InProcess(environment, problem, seed)
+    answering: Answers = asks or _Known(None, ())
+    if answers is not None:
+        answering = _Known(asks, answers)
     left, sizes = [*turns], list[tuple[int, int]]()
 
     async def write(name: str, ids: Sequence[int], images: Sequence[bytes], room: int) -> Written:
@@ -77,7 +87,7 @@ def demonstrated(
         return Written(chat.expanded(ids, sizes), said, [0.0] * len(said), [0] * len(said))
 
     playing = run_episode(
-        problem.id, chat, budgets, lambda said: Asked(*prompt(said)), write, answers
+        problem.id, chat, budgets, lambda said: Asked(*prompt(said)), write, answering
     )
     asked, episode, failure = asyncio.run(playing)
     if failure:

@@ -52,11 +52,26 @@ SCHEMA = pa.schema(
 )
 
 
+class Exchange(NamedTuple):
+    """A turn of a response but its last, and the answer to it: its images stand before its text.
+
+    An image is empty where it was not read.
+    """
+
+    turn: str
+    text: str
+    images: tuple[bytes, ...] = ()
+
+
 class Example(NamedTuple):
-    """A problem and the response to learn from, "" where the data set has none."""
+    """A problem and the response to learn from, "" where the data set has none.
+
+    `response` is its last turn, `earlier` are those before it.
+    """
 
     problem: Problem
     response: str
+    earlier: tuple[Exchange, ...] = ()
 
 
 def read_examples(

@@ -18,7 +18,7 @@ from tasks.datasets import Example
 from tasks.files import put_text, user_cache
 from tasks.images import check_image
 
-LOOKING = 1
+LOOKING = 2
 """Raise it when rows are looked at differently: what was kept before counts no more."""
 
 Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -64,6 +64,7 @@ class Fact:
         place: where it is in its file (`row 3`, `line 4`).
         id, key: of its problem: `Problem.id`, `Problem.symmetry_key`.
         sizes: width and height of each image, in pixels.
+        later: of each that answers an earlier turn of its response.
         split: which one it says that it is of, if it does.
         responds: whether it has a response to learn from.
         labelled: whether it says what is to be seen.
@@ -74,6 +75,7 @@ class Fact:
     id: str = ""
     key: str = ""
     sizes: tuple[tuple[int, int], ...] = ()
+    later: tuple[tuple[int, int], ...] = ()
     split: str = ""
     responds: bool = False
     labelled: bool = False
@@ -165,7 +167,7 @@ class Rows(Sequence[Example]):
         own = self.ids.get(place)
         if own is None:
             return example
-        return Example(replace(example.problem, id=own), example.response)
+        return example._replace(problem=replace(example.problem, id=own))
 
     def _named(self, place: tuple[int, int]) -> str:
         source = self.files[place[0]]
@@ -191,11 +193,15 @@ def _looked_at(data: DataFile, reader: Reader, watch: Watch | None) -> list[Fact
                 raise row
             example = reader.read(row)
             problem, split = example.problem, reader.split_of(row)
-            sizes = tuple(check_image(image, "image").size for image in problem.images)
+            answers = tuple(image for exchange in example.earlier for image in exchange.images)
+            sizes, later = (
+                tuple(check_image(image, "image").size for image in images)
+                for images in (problem.images, answers)
+            )
         except DataError as error:
             return Fact(place, fault=" ".join(str(error).split())[:300])
         told = bool(example.response), bool(problem.perception)
-        return Fact(place, problem.id, problem.symmetry_key, sizes, split, *told)
+        return Fact(place, problem.id, problem.symmetry_key, sizes, later, split, *told)
 
     found: list[Fact] = []
     rows = data.rows()
@@ -212,13 +218,17 @@ def _kept(file: Path, reader: Reader, rows: int) -> list[Fact] | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         facts = [
-            Fact(place, id, key, tuple((w, h) for w, h in sizes), *others)
-            for place, id, key, sizes, *others in kept["facts"]
+            Fact(place, id, key, _pairs(sizes), _pairs(later), *others)
+            for place, id, key, sizes, later, *others in kept["facts"]
         ]
         sound = len(facts) == rows and reader.untouched(kept["touched"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return facts if sound else None
+
+
+def _pairs(kept: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((width, height) for width, height in kept)
 
 
 def _keep(file: Path, reader: Reader, facts: Sequence[Fact]) -> None:

@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from cluster.recipe.recipe import Recipe
 from rollout.tokens import Chat, load_processor
 from tasks.core import DataError, Problem
+from tasks.datasets import Example
 from tasks.environments import Observation, opened
 from tasks.images import check_image
 from tasks.placeholders import placed
@@ -115,12 +117,27 @@ class Context:
         except DataError as error:
             return str(error)
 
-    def response_lack(self, counts: TokenCounts, response: str) -> Fault | None:
-        """Why a response to learn from does not fit behind its prompt, where it does not."""
-        length = self._length("response", response)
-        if isinstance(length, Fault):
-            return length
-        length += 1  # the end of turn
+    def response_lack(
+        self, counts: TokenCounts, example: Example, later: Sequence[Size] = ()
+    ) -> Fault | None:
+        """Why a response to learn from does not fit behind its prompt, where it does not.
+
+        `later`: sizes of the images that answer its earlier turns.
+        """
+        length, sizes = 0, iter(later)
+        for turn in (*(exchange.turn for exchange in example.earlier), example.response):
+            taken = self._length("response", turn)
+            if isinstance(taken, Fault):
+                return taken
+            length += taken + 1  # the end of turn
+        for exchange in example.earlier:
+            images = [*islice(sizes, len(exchange.images))]
+            parts = [*images, *([exchange.text] if exchange.text else [])]
+            try:
+                ids = self._chat.turn(parts, self._chat.end)
+                length += len(self._chat.expanded(ids, images))
+            except Exception as error:  # whatever a processor does with an odd size
+                return Fault("response", f"an answer to a turn: {str(error).splitlines()[0]}")
         if counts.prompt + length <= self.length:
             return None
         return Fault(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.recipe.abilities import ask_labels, ask_tasks
-from cluster.recipe.context import Context, Fault, TokenCounts
+from cluster.recipe.context import Context, Fault, Size, TokenCounts
 from cluster.recipe.environment_check import glance_at_environment, try_environment
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models, reward_models
@@ -33,7 +33,8 @@ from rewards.terms import facts_of
 from rollout.models import require_model, why_missing
 from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
-from tasks.core import DataError, Demonstrates, Problem, Task, TellsHeldOut, labelled
+from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
+from tasks.datasets import Example
 from tasks.load import BUILT_IN
 from tasks.responses import TAG
 from tasks.splits import SPLITS, Split
@@ -205,34 +206,35 @@ def _fitting_draws(
         problem = source.problem("train", recipe.seed, draw)
         if command == "sft":
             assert isinstance(source.task, Demonstrates)  # `ask_tasks` asked
-            response = source.task.demonstrate(problem, config.style)
+            example = Example(problem, source.task.demonstrate(problem, config.style))
             counts = context.token_counts_of(problem)
-            fault = _response_fault(recipe.sft, source.task, response, context, counts)
+            fault = _response_fault(recipe.sft, source.task, example, context, counts)
             if fault is not None:
                 raise DataError(
                     f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
                 )
             if recipe.environment:
-                _ask_episode(recipe, index, source.task, problem, response, context)
+                _ask_episode(recipe, index, source.task, example, context)
     return source
 
 
 def _ask_episode(
-    recipe: Recipe, index: int, task: Task, problem: Problem, response: str, context: Context
+    recipe: Recipe, index: int, task: Task, example: Example, context: Context
 ) -> None:
     """Raise DataError where a demonstration cannot be shown to what answers its turns."""
-    from learner.sft import Demonstrator, calls_of  # imports torch, which takes seconds
+    from learner.sft import Demonstrator  # imports torch, which takes seconds
 
-    calls = calls_of(task, problem) if recipe.sft and recipe.sft.call_share else ()
+    calls = recipe.sft is not None and recipe.sft.call_share > 0
     try:
-        made = Demonstrator(context.processor, environment=recipe.environment)
-        found = made.sequence(task, problem, response, calls=calls)
+        writer = Demonstrator(context.processor, environment=recipe.environment)
+        found = writer.of(task, example, blind=False, calls=calls)
     except DataError as error:
         raise DataError(f"tasks[{index}]: demonstration of {error}") from error
     if len(found) > context.length:
         raise DataError(
-            f"tasks[{index}]: demonstration of problem {problem.id}: {len(found):,} tokens with "
-            f"what answers it do not fit in model.max_model_len = {context.length:,}; raise that"
+            f"tasks[{index}]: demonstration of problem {example.problem.id}: {len(found):,} tokens "
+            "with what answers it do not fit in model.max_model_len = "
+            f"{context.length:,}; raise that"
         )
 
 
@@ -267,7 +269,8 @@ def _fitting_rows(
                     prefix = task.oracle_prefix(example.problem)
                 fault = context.lack(counts, prefix)
             elif example and example.response:
-                fault = _response_fault(recipe.sft, task, example.response, context, counts)
+                later = rows.fact(row).later
+                fault = _response_fault(recipe.sft, task, example, context, counts, later)
             else:
                 continue
             if fault is not None:
@@ -325,13 +328,19 @@ def _ask_swapped(recipe: Recipe, taking: Sequence[TokenCounts], context: Context
 
 
 def _response_fault(
-    sft: SftConfig | None, task: Task, response: str, context: Context, counts: TokenCounts
+    sft: SftConfig | None,
+    task: Task,
+    example: Example,
+    context: Context,
+    counts: TokenCounts,
+    later: Sequence[Size] = (),
 ) -> Fault | None:
     """Why a response cannot be learnt from behind its prompt, where it cannot."""
     if counts.fault:
         return counts.fault
-    parsed = task.parse(response)
-    whole = sft and sft.untagged == "whole" and not TAG.search(response)
+    said = "".join([*(exchange.turn for exchange in example.earlier), example.response])
+    parsed = task.parse(said)
+    whole = sft and sft.untagged == "whole" and not TAG.search(said)
     if parsed.defects and not whole:
         defect = parsed.defects[0]
         reason = f"has defect {defect!r}; demonstrations must parse without defects"
@@ -339,7 +348,7 @@ def _response_fault(
     if sft and sft.blind_share and "perception" not in parsed.spans:
         reason = "has no perception to be given (sft.blind_share)"
         return Fault("response", reason, damaged=True)
-    return context.response_lack(counts, response)
+    return context.response_lack(counts, example, later)
 
 
 def _ask_contract(index: int, source: ProblemSource) -> None:

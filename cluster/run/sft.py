@@ -304,7 +304,7 @@ def warm_up(
         while True:
             batch = []
             for _ in range(WARMUP_BATCH):
-                source, problem, _ = draw(sources, recipe.seed, index)
+                source, (problem, *_) = draw(sources, recipe.seed, index)
                 index += 1
                 assert isinstance(source.task, HasVisionLabels)  # preflight asked
                 batch.append((source.task.name, problem, source.task.vision_labels(problem)))

@@ -1,4 +1,8 @@
-"""Chat columns: one question and, where there is one, its response, however they are spelt."""
+"""Chat columns: one question and, where there is one, its response, however they are spelt.
+
+A response may have several turns with answers between them: what a policy that calls a tool would
+see. The images of an answer stand before its text.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,25 @@ from typing import Any
 from tasks.core import DataError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
-ROLES |= {"gpt": "assistant", "model": "assistant"}
+ROLES |= {"gpt": "assistant", "model": "assistant", "tool": "user", "observation": "user"}
 PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One turn of the user's, with the image cells that stand in it as parts, and what follows."""
+    """One question of the user's, and what follows.
+
+    Attributes:
+        response: the last turn of what follows; "" where nothing does.
+        earlier: the turns before it, each with the text that answers it and how many images.
+        images: the image cells that stand in turns as parts, of all turns in their order.
+    """
 
     question: str
     response: str = ""
     system: str = ""
     images: tuple[Any, ...] = ()
+    earlier: tuple[tuple[str, str, int], ...] = ()
 
 
 def as_chat(value: Any) -> list[dict[str, Any]] | None:
@@ -38,7 +49,7 @@ def as_chat(value: Any) -> list[dict[str, Any]] | None:
 
 
 def read_chat(turns: list[dict[str, Any]]) -> Chat:
-    """The one question of a chat. Raises DataError: another order of turns than one exchange."""
+    """The question of a chat and its response. Raises DataError: turns of another order."""
     said: list[tuple[str, str]] = []
     images: list[Any] = []
     for turn in turns:
@@ -50,14 +61,37 @@ def read_chat(turns: list[dict[str, Any]]) -> Chat:
         said.append((role, "".join(_texts(content, images))))
     order = [role for role, _ in said]
     system = order[:1] == ["system"]
-    if order[system:] not in (["user"], ["user", "assistant"]):
+    spoken, texts = order[system:], [text for _, text in said]
+    turns_about = ["user", "assistant"] * (len(spoken) // 2)
+    if spoken != ["user"] and (not spoken or spoken != turns_about):
         raise DataError(
             f"turns of {', '.join(order) or 'nobody'}; wanted one of the user's, a system turn "
-            "before it or not, and a response behind it or not"
+            "before it or not, and behind it nothing or turns of the assistant's, the last of them "
+            "at the end, with one of the user's or a tool's between two"
         )
-    texts = [text for _, text in said]
-    response = texts[-1] if order[-1] == "assistant" else ""
-    return Chat(texts[system], response, texts[0] if system else "", tuple(images))
+    question, *later = texts[system:]
+    if later[1:] and any(PLACEHOLDER in text for text in later[::2]):
+        raise DataError(f"a turn of the assistant's holds {PLACEHOLDER}; it cannot show images")
+    pairs = zip(later[:-1:2], later[1::2], strict=True)
+    return Chat(
+        question,
+        later[-1] if later else "",
+        texts[0] if system else "",
+        tuple(images),
+        tuple((turn, *_answer(text)) for turn, text in pairs),
+    )
+
+
+def _answer(text: str) -> tuple[str, int]:
+    """(text, images before it) of what answers a turn."""
+    count, rest = 0, text.strip()
+    while rest.startswith(PLACEHOLDER):
+        count, rest = count + 1, rest.removeprefix(PLACEHOLDER).strip()
+    if PLACEHOLDER in rest:
+        raise DataError(
+            f"an answer to a turn has {PLACEHOLDER} behind text; put images before its text"
+        )
+    return rest, count
 
 
 def _texts(content: Any, images: list[Any]) -> Iterator[str]:

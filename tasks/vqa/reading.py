@@ -15,14 +15,14 @@ from tasks.checkers import CHECKERS, Gold
 from tasks.checkers.reading import boxes
 from tasks.core import DataError, Problem
 from tasks.data_files import Row
-from tasks.datasets import Example
+from tasks.datasets import Example, Exchange
 from tasks.image_cells import Beside, cell_images, shown
 from tasks.images import content_hash
 from tasks.placeholders import check_placed
 from tasks.vqa.chat import Chat, as_chat, read_chat
 from tasks.vqa.layouts import VERIFIERS, Layout
 
-READING = 2
+READING = 3
 """Raise it when rows are read differently: what was kept of them counts no more."""
 
 _PLACEHOLDER = re.compile(r"<image(_\d+)?>")
@@ -87,6 +87,7 @@ class RowReader:
             raise DataError("is_video: a video; only images are read")
         chat = self._chat(row)
         images = self._images(row, chat) if with_images else ()
+        images, earlier = _parted(images, chat, self.layout.question)
         names = self._checkers(row)
         # A set may have options in a column and ask for the value all the same (geometry3k).
         choices = _choices(row, layout.choices or ("choices" if names == ("choice",) else ""))
@@ -113,7 +114,7 @@ class RowReader:
             images=images,
             extra=self._extra(row, chat),
         )
-        return Example(problem, chat.response or _text(row, layout.response))
+        return Example(problem, chat.response or _text(row, layout.response), earlier)
 
     def _chat(self, row: Row) -> Chat:
         name = self.layout.question
@@ -204,6 +205,28 @@ class RowReader:
         taken = {layout.question, layout.answer, layout.perception, layout.response, *layout.images}
         found = {n: _plain(v) for n, v in row.items() if n not in taken and not _is_bytes(v)}
         return found | ({"system": chat.system} if chat.system else {})
+
+
+def _parted(
+    images: tuple[bytes, ...], chat: Chat, name: str
+) -> tuple[tuple[bytes, ...], tuple[Exchange, ...]]:
+    """The question's own images, and the exchanges before the response with theirs.
+
+    Without images, which were not asked for, those of the exchanges are empty.
+    """
+    later = sum(count for _, _, count in chat.earlier)
+    if not images:
+        images = (b"",) * later
+    elif later > len(images):
+        raise DataError(
+            f"{name}: answers to turns show {later} images, and there are {len(images)}"
+        )
+    own = len(images) - later
+    found, at = [], own
+    for turn, text, count in chat.earlier:
+        found.append(Exchange(_unicode(turn, name), _unicode(text, name), images[at : at + count]))
+        at += count
+    return images[:own], tuple(found)
 
 
 def content_key(question: str, images: tuple[bytes, ...]) -> str:

@@ -19,6 +19,7 @@ from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from rollout.decoding import Decoder, encode
 from rollout.tokens import Chat
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
+from tasks.datasets import Example
 from tasks.images import check_image
 from tasks.load import load_task
 from tests.support.samples import SPEC, TASK, Loaded, problem
@@ -143,12 +144,12 @@ def test_the_stream_is_the_same_for_any_number_of_workers(loaded: Loaded) -> Non
 
 def test_draws_follow_the_weights_and_take_stored_rows_where_there_are_some() -> None:
     drawn = [draw(sources(), 1, i) for i in range(60)]
-    share = sum(source.task is TASK for source, _, _ in drawn) / len(drawn)
+    share = sum(source.task is TASK for source, _ in drawn) / len(drawn)
     assert 0.55 < share < 0.95
-    assert len({p.symmetry_key for _, p, _ in drawn}) > 30
-    row = (problem(3), "stored")
+    assert len({example.problem.symmetry_key for _, example in drawn}) > 30
+    row = Example(problem(3), "stored")
     source = Source(TASK, 1.0, "terse", rows=(row,))
-    assert draw([source], 0, 9) == (source, *row)
+    assert draw([source], 0, 9) == (source, row)
 
 
 @given(

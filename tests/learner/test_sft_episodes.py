@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.recipe.context import Context, TokenCounts
 from learner.policy import Policy
 from learner.sft import DemonstrationStream, Demonstrator, Source, calls_of
 from rollout.episode import Budgets, drift
@@ -20,6 +21,7 @@ from rollout.record import Rollout, SampleRequest, Sampling
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat, load_processor
 from tasks.core import ENVIRONMENT, NO_SEGMENT, DataError, Problem
+from tasks.datasets import Example, Exchange
 from tasks.environments import DONE, Observation, load_environment
 from tasks.images import check_image
 from tests.support.puzzles import SUDOKU as TASK
@@ -29,16 +31,24 @@ KNOBS: dict[str, Any] = {"size": 4, "cell_size": 16, "font_size": 12, "margin": 
 ZOOM = EnvironmentConfig(name="zoom", turns=5, images=4, image_tokens=4000)
 
 
-class Hinting:
-    """Shows a picture and a text behind the problem, answers once, with text alone."""
+class Silent:
+    """Says what it was told to say, and without that once something of its own."""
 
-    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation:
-        self.answered = False
-        return Observation(f"Draw {rng.integers(10**9)}. <|im_end|>", problem.images)
+    def __init__(self, told: Sequence[Observation] = ()) -> None:
+        self.told = [*(told or (Observation("Well <image> seen."), DONE))]
+
+    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation | None:
+        return None
 
     def step(self, text: str) -> Observation:
-        self.answered, before = True, self.answered
-        return DONE if before else Observation("Well <image> seen.")
+        return self.told.pop(0)
+
+
+class Hinting(Silent):
+    """Shows a picture and a text behind the problem as well."""
+
+    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation:
+        return Observation(f"Draw {rng.integers(10**9)}. <|im_end|>", problem.images)
 
 
 class Broken:
@@ -130,6 +140,36 @@ def test_only_what_the_teacher_wrote_is_a_target(loaded: tuple[Policy, Any]) -> 
     assert own[before:].tolist() == plain.segments.tolist()
     shown = found.segments == ENVIRONMENT
     assert (found.response_ids[shown] == chat.image_token).any()
+
+
+@pytest.mark.parametrize("config", [None, HINTING], ids=["alone", "opened"])
+def test_a_chat_of_several_turns_is_the_episode_that_it_tells(
+    loaded: tuple[Policy, Any], config: EnvironmentConfig | None
+) -> None:
+    """Answered by the file; what an environment says behind the problem is said all the same."""
+    _, processor = loaded
+    problem, last = draw(TASK, 4, **KNOBS), TASK.demonstrate(draw(TASK, 4, **KNOBS), "terse")
+    crop = draw(TASK, 9, **KNOBS | {"detail": 1}).images
+    told = (Observation("So?", (*problem.images, *crop)), Observation("Now.", crop), DONE)
+    turns = ("<look>0 0 9 9</look>", "<mark>1 2</mark>")
+    earlier = [Exchange(t, o.text, o.images) for t, o in zip(turns, told, strict=False)]
+    example = Example(problem, last, tuple(earlier))
+    writer = Demonstrator(processor, environment=config)
+    found = writer.of(TASK, example, blind=False, calls=True, seed=3)
+    opens = HINTING if config else EnvironmentConfig(name=f"{__name__}:Silent")
+    opens = opens.model_copy(update={"args": {"told": told}})
+    rollout = sampled(processor, problem, [*turns, last], opens, 3)
+    assert found.prompt_ids.tolist() == rollout.prompt_ids.tolist()
+    assert found.response_ids.tolist() == rollout.response_ids.tolist()
+    assert found.segments.tolist() == rollout.segments.tolist()
+    assert found.images == rollout.images and len(found.images) == 4 + (config is HINTING)
+    # Preflight counts the same tokens of it: it fits exactly, and not in one less.
+    later = [check_image(image, "x").size for e in example.earlier for image in e.images]
+    counts = TokenCounts(prompt=len(found.prompt_ids))
+    assert Context(processor, len(found), 8).response_lack(counts, example, later) is None
+    assert Context(processor, len(found) - 1, 8).response_lack(counts, example, later)
+    blind = writer.of(TASK, example, blind=True, calls=True)
+    assert not blind.images and (blind.segments != ENVIRONMENT).all()
 
 
 @pytest.mark.parametrize(
