@@ -175,7 +175,7 @@ def report(
         Path | None, typer.Option(help="File to write instead of FOLDER/report.*")
     ] = None,
 ) -> None:
-    """Show what a run did or an ablation found: summary, curves, rollouts to look at, in a file."""
+    """Show the results of a run or ablation: summary, curves, rollouts to look at, in a file."""
     from cluster.report.run_report import run_report
 
     print(f"report: {run_report(folder, form, output)}")

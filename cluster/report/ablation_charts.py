@@ -57,8 +57,8 @@ def forests(summary: Summary) -> list[Chart]:
 def planes(summary: Summary, arms: Sequence[str]) -> list[Chart]:
     """Seeing against thinking for each task: a path an arm from start to end."""
     charts = []
-    places = dict.fromkeys((v.difficulty, v.task) for v in summary.levels if v.task != ALL_TASKS)
-    for i, (difficulty, task) in enumerate(places):
+    cells = dict.fromkeys((v.difficulty, v.task) for v in summary.levels if v.task != ALL_TASKS)
+    for i, (difficulty, task) in enumerate(cells):
         lines = []
         for arm, look in looks(arms).items():
             of = summary.of(difficulty, task, arm)
@@ -103,22 +103,22 @@ def curves(summary: Summary, arms: Sequence[str]) -> list[Chart]:
     for i, difficulty in enumerate(dict.fromkeys(c.difficulty for c in summary.curves)):
         here = [c for c in summary.curves if c.difficulty == difficulty]
         for j, metric in enumerate(dict.fromkeys(c.metric for c in here)):
-            found = [c for c in here if c.metric == metric]
+            of_metric = [c for c in here if c.metric == metric]
             if metric in IN_TRAINING:
                 title, caption = IN_TRAINING[metric]
-            elif metric.startswith("eval/") and max(len(c.steps) for c in found) > 2:
+            elif metric.startswith("eval/") and max(len(c.steps) for c in of_metric) > 2:
                 task, of = metric.removeprefix("eval/").rsplit("/", 1)
                 title = f"{of}, {ACCURACIES[of][0]}: {task}"
                 caption = "Greedy answers to the same held-out problems along the run."
             else:
                 continue
             lines = []
-            for curve in found:
+            for curve in of_metric:
                 steps = zip(curve.steps, curve.points, strict=True)
-                there = {s: value(p) for s, p in steps if math.isfinite(p.value)}
-                if there:
-                    y = zip(*map(smoothed, zip(*there.values(), strict=True)), strict=True)
-                    lines.append(Line.of(curve.arm, [*there], [*y], *looks(arms)[curve.arm]))
+                points = {s: value(p) for s, p in steps if math.isfinite(p.value)}
+                if points:
+                    y = zip(*map(smoothed, zip(*points.values(), strict=True)), strict=True)
+                    lines.append(Line.of(curve.arm, [*points], [*y], *looks(arms)[curve.arm]))
             charts.append(
                 Chart(
                     f"curve-{i}-{j}",
@@ -132,26 +132,26 @@ def curves(summary: Summary, arms: Sequence[str]) -> list[Chart]:
 
 
 def frontiers(
-    summary: Summary, weights: Mapping[str, float], told: tuple[str, str] = ALPHA
+    summary: Summary, weights: Mapping[str, float], weight_words: tuple[str, str] = ALPHA
 ) -> list[Chart]:
     """a_p against a_r over a weight, and the three accuracies over it; none with fewer than two.
 
     `weights` has the arms that differ in nothing else: α of rewards α·a_p + (1 − α)·a, or λ of
-    losses λ·L_p + (1 − λ)·L_r. `told`: the weight's sign and what it is.
+    losses λ·L_p + (1 − λ)·L_r. `weight_words`: the weight's sign and what it is.
     """
-    sign, meaning = told
+    sign, meaning = weight_words
     charts = []
     for i, (difficulty, task) in enumerate(summary.headlines()):
-        found = [
+        after_by_weight = [
             (weight, {m: value(v.after) for m, v in summary.of(difficulty, task, arm).items()})
             for weight, arm in sorted((weight, arm) for arm, weight in weights.items())
             if summary.of(difficulty, task, arm)
         ]
-        if len({weight for weight, _ in found}) < 2:
+        if len({weight for weight, _ in after_by_weight}) < 2:
             continue
         points = tuple(
             Line.of(f"{sign} {weight:g}", [after["a_p"]], [after["a_r"]], "c1")
-            for weight, after in found
+            for weight, after in after_by_weight
             if {"a_p", "a_r"} <= set(after)
         )
         charts.append(
@@ -168,9 +168,9 @@ def frontiers(
         )
         lines = []
         for m, (words, role) in ACCURACIES.items():
-            there = [(weight, after[m]) for weight, after in found if m in after]
-            if there:
-                x, y = zip(*there, strict=True)
+            curve = [(weight, after[m]) for weight, after in after_by_weight if m in after]
+            if curve:
+                x, y = zip(*curve, strict=True)
                 lines.append(Line.of(f"{m}, {words}", x, y, role))
         charts.append(
             Chart(

@@ -1,4 +1,4 @@
-"""`equipoise report ABLATION`: what an ablation found, as one HTML file that needs nothing else.
+"""`equipoise report ABLATION`: an ablation's results, as one HTML file that needs nothing else.
 
 `read_ablation` reads the folder and `build_ablation` makes the same view model that a run's report
 has. All numbers are those of `summarise`. Of an ablation that goes on, or whose cells failed,
@@ -279,8 +279,8 @@ def ablation_to_parquet(summary: Summary) -> pa.Table:
 
 
 def _flat_rows(summary: Summary) -> Iterator[dict[str, Any]]:
-    def row(kind: str, of: Any, estimate: Estimate, **more: Any) -> dict[str, Any]:
-        return {"kind": kind} | vars(of) | vars(estimate) | more
+    def row(kind: str, of: Any, estimate: Estimate, **columns: Any) -> dict[str, Any]:
+        return {"kind": kind} | vars(of) | vars(estimate) | columns
 
     for v in summary.levels:
         for when in ("before", "after", "change"):

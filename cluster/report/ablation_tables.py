@@ -70,29 +70,29 @@ def level_tables(summary: Summary) -> list[Table]:
     """Before and after, a table a task; the headline's is open, the others folded."""
     return [
         Table(
-            f"Accuracies before and after: {at(*place)}",
+            f"Accuracies before and after: {at(*cell)}",
             ("arm", "metric", "before", "after", "change", "seeds × problems"),
             tuple(
                 (v.arm, METRIC_NAMES.get(v.metric, v.metric), show(v.before), show(v.after),
                  show(v.change, "+"), f"{v.after.seeds} × {v.after.problems}")
                 for v in summary.levels
-                if (v.difficulty, v.task) == place
+                if (v.difficulty, v.task) == cell
             ),
             "Held-out problems, greedy answers; a_r with the true perception forced.",
             "llrrrr",
-            folded=place not in summary.headlines(),
+            folded=cell not in summary.headlines(),
         )
-        for place in dict.fromkeys((v.difficulty, v.task) for v in summary.levels)
+        for cell in dict.fromkeys((v.difficulty, v.task) for v in summary.levels)
     ]  # fmt: skip
 
 
 def comparison_tables(summary: Summary) -> list[Table]:
     """Paired differences from the reference after training, a table a task."""
     tables = []
-    for place in dict.fromkeys((c.difficulty, c.task) for c in summary.comparisons):
+    for cell in dict.fromkeys((c.difficulty, c.task) for c in summary.comparisons):
         rows = []
-        for c in (c for c in summary.comparisons if (c.difficulty, c.task) == place):
-            both = [summary.of(*place, arm).get(c.metric) for arm in (c.arm, c.reference)]
+        for c in (c for c in summary.comparisons if (c.difficulty, c.task) == cell):
+            both = [summary.of(*cell, arm).get(c.metric) for arm in (c.arm, c.reference)]
             overlap = all(both) and overlaps(*(level.after for level in both if level))
             test = (DASH, DASH, DASH)
             if c.test is not None:
@@ -105,7 +105,7 @@ def comparison_tables(summary: Summary) -> list[Table]:
             )  # fmt: skip
         tables.append(
             Table(
-                f"Against {summary.reference} after training: {at(*place)}",
+                f"Against {summary.reference} after training: {at(*cell)}",
                 ("arm", "metric", "difference", "p", "p (Holm)", "intervals", "gained", "lost",
                  "p (paired) by seed", "seeds"),
                 tuple(rows),
@@ -114,7 +114,7 @@ def comparison_tables(summary: Summary) -> list[Table]:
                 "here, and the reverse) compare two checkpoints. “Intervals”: whether those of "
                 "the two arms' own levels overlap; paired differences are surer than levels.",
                 "llrrrrrrrr",
-                folded=place not in summary.headlines(),
+                folded=cell not in summary.headlines(),
             )
         )  # fmt: skip
     return tables
@@ -136,12 +136,12 @@ def asymmetry_table(summary: Summary) -> Table:
 
 def share_table(summary: Summary) -> Table:
     """Perception's share of tokens, loss and gradient norm, and λ, arm by arm."""
-    found = {(s.difficulty, s.arm, s.of): s.share for s in summary.shares}
+    share_of = {(s.difficulty, s.arm, s.of): s.share for s in summary.shares}
     arms = dict.fromkeys((s.difficulty, s.arm) for s in summary.shares)
     return Table(
         "Perception's share of an update",
         ("arm", *SHARES),
-        tuple((at(*arm), *(show(found.get((*arm, of))) for of in SHARES)) for arm in arms),
+        tuple((at(*arm), *(show(share_of.get((*arm, of))) for of in SHARES)) for arm in arms),
         "Means over the updates of a run, those of the gradient norm over the updates it was "
         "measured at; intervals over seeds. Loss and gradient norm are as λ weighs them; under "
         "the token mean λ is perception's share of the tokens.",
@@ -150,14 +150,16 @@ def share_table(summary: Summary) -> Table:
 
 def coupling_table(summary: Summary) -> Table:
     """Within-group correlations of the outcome by third of training."""
-    found = {(c.difficulty, c.of, c.arm, c.phase): c.correlation for c in summary.couplings}
+    correlation_of = {
+        (c.difficulty, c.of, c.arm, c.phase): c.correlation for c in summary.couplings
+    }
     keys = dict.fromkeys((c.difficulty, c.of, c.arm) for c in summary.couplings)
     return Table(
         "Coupling by phase",
         ("arm", "correlation", *PHASES),
         tuple(
             (key[2], at(key[0], key[1].replace("outcome_", "outcome with ")),
-             *(show(found.get((*key, phase))) for phase in PHASES))
+             *(show(correlation_of.get((*key, phase))) for phase in PHASES))
             for key in keys
         ),
         "Within groups, which is what an update of GRPO learns from.",
@@ -171,12 +173,12 @@ def reliability_table(results: Results, metrics: Sequence[str], arms: Sequence[s
     for difficulty in results.difficulties:
         for term in reliability_terms(metrics):
             for arm in arms:
-                found = [
+                reliabilities = [
                     results.mean(difficulty, arm, f"reliability/{term}/{stat}", (-1, 1))
                     for stat in RELIABILITY
                 ]
-                if any(found):
-                    rows.append((arm, at(difficulty, term), *map(show, found)))
+                if any(reliabilities):
+                    rows.append((arm, at(difficulty, term), *map(show, reliabilities)))
     return reliability_of(rows, ("arm", "term"), ", intervals over seeds")
 
 
@@ -200,20 +202,20 @@ def speed_table(
     results: Results, arms: Sequence[str], seconds: Mapping[tuple[str, str], Sequence[float]]
 ) -> Table:
     """Throughput and wall time; `seconds`: (difficulty, arm) -> of each finished cell."""
-    found = {
+    speeds_of = {
         (difficulty, arm): {
             name: results.mean(difficulty, arm, name, (0, math.inf)) for name in SPEEDS
         }
         for difficulty in results.difficulties
         for arm in arms
     }
-    known = [name for name in SPEEDS if any(speeds[name] for speeds in found.values())]
+    known = [name for name in SPEEDS if any(speeds[name] for speeds in speeds_of.values())]
     rows = []
-    for place, speeds in found.items():
-        walls = seconds.get(place, ())
+    for cell, speeds in speeds_of.items():
+        walls = seconds.get(cell, ())
         if walls or any(speeds.values()):
             wall = duration(sum(walls) / len(walls)) if walls else DASH
-            rows.append((at(*place), *(show(speeds[name], form=",.0f") for name in known), wall))
+            rows.append((at(*cell), *(show(speeds[name], form=",.0f") for name in known), wall))
     return Table(
         "Throughput and wall time",
         ("arm", *(SPEEDS[name] for name in known), "mean time of a cell"),
@@ -265,13 +267,13 @@ def cells_table(
     """Every cell and what became of it; `ended` also has cells that left only numbers."""
     rows = []
     for cell in cells:
-        state, told = "not finished", ""
+        state, detail = "not finished", ""
         if cell.id in ended:
             took = finished.get(cell.id, {}).get("seconds")
-            state, told = "finished", "" if took is None else duration(float(took))
+            state, detail = "finished", "" if took is None else duration(float(took))
         elif cell.id in failed:
-            state, told = "FAILED", failed[cell.id][:1000]
-        rows.append((cell.id, state, told))
+            state, detail = "FAILED", failed[cell.id][:1000]
+        rows.append((cell.id, state, detail))
     title = "Every cell and what became of it"
     columns = ("cell", "state", "time or error")
     return Table(title, columns, tuple(rows), align="lll", folded=not failed)

@@ -49,13 +49,13 @@ def lead(
 
 def findings(summary: Summary, arms: Sequence[str]) -> tuple[Finding, ...]:
     """For each difficulty: which arm ended best and how sure, and what each learnt."""
-    found = []
+    results = []
     for difficulty, task in summary.headlines():
         where = f"{at(difficulty, task)}: " if len(summary.headlines()) > 1 else f"On {task}, "
         of_arms = {arm: summary.of(difficulty, task, arm) for arm in arms}
         ranked = sorted((of["a"] for of in of_arms.values() if "a" in of), key=_last_first)
         if ranked:
-            found += _winner(summary, where, ranked)
+            results += _winner(summary, where, ranked)
         last = {
             v.arm: v
             for v in summary.asymmetries
@@ -64,10 +64,12 @@ def findings(summary: Summary, arms: Sequence[str]) -> tuple[Finding, ...]:
         }
         # The best arm first.
         order = dict.fromkeys([*(level.arm for level in ranked[:1]), *arms])
-        said = [text for arm in order if (text := learnt_words(arm, of_arms[arm], last.get(arm)))]
-        if said:
-            found.append(Finding(where + said[0], tuple(said[1:])))
-    return (*found, *_cheapest(summary))
+        sentences = [
+            text for arm in order if (text := learnt_words(arm, of_arms[arm], last.get(arm)))
+        ]
+        if sentences:
+            results.append(Finding(where + sentences[0], tuple(sentences[1:])))
+    return (*results, *_cheapest(summary))
 
 
 def _last_first(level: Level) -> float:
@@ -95,9 +97,9 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
         for c in compared.values()
         if c.arm != best.arm
     )
-    said = [Finding(f"{ended}.", details)]
+    results = [Finding(f"{ended}.", details)]
     if not others:
-        return said
+        return results
     same = [v.arm for v in others if overlaps(v.after, best.after)]
     apart = [v.arm for v in others if v.arm not in same]
     text = f"The interval of {best.arm}'s a overlaps "
@@ -105,10 +107,10 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
     text += f"; it is apart from that of {', '.join(apart)}." if same and apart else "."
     if same:
         text += " Levels alone do not say which of these is best; paired differences say more."
-    shown = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < LEAST_P]
-    if compared and not shown:
+    significant = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < LEAST_P]
+    if compared and not significant:
         text += f" No arm is shown to differ from {summary.reference} on a."
-    return [*said, Finding(text.strip())]
+    return [*results, Finding(text.strip())]
 
 
 def learnt_words(arm: str, of: Mapping[str, Level], index: Asymmetry | None) -> str:
@@ -123,12 +125,12 @@ def learnt_words(arm: str, of: Mapping[str, Level], index: Asymmetry | None) -> 
         return ""
     parts = [f"Δ{metric} {show(change, '+')}" for metric, change in changes.values()]
     moves = {word: side(change) for word, (_, change) in changes.items()}
-    found = None if index is None else index.index
-    return learnt(arm, moves, f" ({', '.join(parts)})", found, always=True)
+    asymmetry_index = None if index is None else index.index
+    return learnt(arm, moves, f" ({', '.join(parts)})", asymmetry_index, always=True)
 
 
 def _cheapest(summary: Summary) -> list[Finding]:
-    found = []
+    results = []
     for difficulty in dict.fromkeys(c.difficulty for c in summary.costs):
         tokens = [c for c in summary.costs if (c.difficulty, c.unit) == (difficulty, "tokens")]
         reached = [c for c in tokens if c.reach.median is not None]
@@ -142,8 +144,8 @@ def _cheapest(summary: Summary) -> list[Finding]:
         else:
             text = f"No arm reached {to} in at least half of its seeds."
         rest = tuple(f"{c.arm}: {spent(c)}" for c in tokens if not reached or c.arm != first.arm)
-        found.append(Finding(text, rest))
-    return found
+        results.append(Finding(text, rest))
+    return results
 
 
 def warnings(
@@ -151,11 +153,13 @@ def warnings(
     failed: Mapping[str, str], faults: Sequence[str],
 ) -> list[str]:  # fmt: skip
     """What a reader must know before believing the rest."""
-    found = [f"Not paired: {fault}." for fault in faults]
-    found += [f"{cell} failed: {' '.join(error.split())[:300]}" for cell, error in failed.items()]
+    sentences = [f"Not paired: {fault}." for fault in faults]
+    sentences += [
+        f"{cell} failed: {' '.join(error.split())[:300]}" for cell, error in failed.items()
+    ]
     open_ = [c.id for c in cells if c.id not in finished and c.id not in failed]
     if open_:
-        found.append(
+        sentences.append(
             f"{len(open_)} of {len(cells)} cells have neither ended nor failed; `equipoise ablate` "
             "goes on with them. Comparisons use the seeds that both arms have."
         )
@@ -165,7 +169,7 @@ def warnings(
     }
     least = min(per_arm.values())
     if finished and least < FEWEST_SEEDS:
-        what = (
+        reason = (
             "Arms without a finished seed are in no table"
             if least == 0
             else "With one seed nothing is said about other seeds, however narrow an interval "
@@ -174,25 +178,25 @@ def warnings(
             else "Intervals over two seeds are very wide"
         )
         counts = ", ".join(f"{arm} {n}" for arm, n in per_arm.items())
-        found.append(f"Few seeds (finished: {counts}). {what}.")
+        sentences.append(f"Few seeds (finished: {counts}). {reason}.")
     if len(config.arms) < 2:
-        found.append("There is one arm only, so nothing is compared.")
-    return found
+        sentences.append("There is one arm only, so nothing is compared.")
+    return sentences
 
 
 def _verdict(c: Comparison) -> str:
     """Whether an arm is shown to differ from the reference, as the end of a sentence."""
     if c.p_holm is None:
-        said = "one seed decides nothing about others"
+        verdict = "one seed decides nothing about others"
     elif c.p_holm < LEAST_P:
-        more = "more" if c.difference.value > 0 else "less"
+        direction = "more" if c.difference.value > 0 else "less"
         others = "problems" if c.difference.seeds == 1 else "seeds and problems"
-        said = f"{more} than other {others} explain"
+        verdict = f"{direction} than other {others} explain"
     else:
-        said = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
+        verdict = "no difference shown: 0 lies in the interval, or the adjusted p is not below 0.05"
     if c.difference.seeds == 1:
-        return f"one seed only, so this says nothing about other seeds; {said}"
-    return said
+        return f"one seed only, so this says nothing about other seeds; {verdict}"
+    return verdict
 
 
 def spent(c: Cost) -> str:

@@ -229,7 +229,7 @@ def curves(
     name: str,
     title: str,
     caption: str,
-    wanted: Wanted,
+    metric_styles: Wanted,
     limits: tuple[float, float | None] | None = None,
     *,
     log_y: bool = False,
@@ -237,7 +237,7 @@ def curves(
 ) -> Chart:
     """A chart of those metrics that are there."""
     lines = []
-    for metric, (label, role, dash) in wanted.items():
+    for metric, (label, role, dash) in metric_styles.items():
         series = metrics.get(metric, NOTHING)
         if series.steps:
             values = tuple(max(v, 1e-12) for v in series.values) if log_y else series.values

@@ -61,25 +61,25 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
                 most -= 1
 
     def grouped(keys: Callable[[Entry], Iterable[Any]]) -> dict[Any, list[Entry]]:
-        found: dict[Any, list[Entry]] = defaultdict(list)
+        groups: dict[Any, list[Entry]] = defaultdict(list)
         for entry in order:
             for key in keys(entry):
-                found[key].append(entry)
-        return found
+                groups[key].append(entry)
+        return groups
 
     by_cell = grouped(lambda e: [(e.cell, e.task)])
     by_defect = grouped(lambda e: e.defects)
     by_step = grouped(lambda e: [e.step])
     by_problem = grouped(lambda e: [e.problem_id])
     strata = grouped(lambda e: [(e.step, e.task, e.cell)])
-    for found in (by_cell[key] for key in sorted(by_cell)):
-        take(found, max(1, min(5, limit // (2 * len(by_cell)))))
+    for group in (by_cell[key] for key in sorted(by_cell)):
+        take(group, max(1, min(5, limit // (2 * len(by_cell)))))
     for defect in sorted(by_defect, key=lambda d: (len(by_defect[d]), d))[: limit // 4]:
         take(by_defect[defect], 1)
-    again = [p for p, found in by_problem.items() if len({e.step for e in found}) > 1]
+    again = [p for p, group in by_problem.items() if len({e.step for e in group}) > 1]
     for problem in sorted(again)[: limit // 8]:
-        found = sorted(by_problem[problem], key=lambda e: e.step)
-        take([found[0], found[-1]], 2)
+        group = sorted(by_problem[problem], key=lambda e: e.step)
+        take([group[0], group[-1]], 2)
     seen_steps = {e.step for e in chosen.values()}
     unseen = [s for s in sorted(by_step) if s not in seen_steps]
     for step in evenly(unseen, limit - len(chosen)):
@@ -87,10 +87,10 @@ def choose(entries: Sequence[Entry], limit: int = MOST_ROLLOUTS) -> list[Entry]:
     images = {e.images for e in chosen.values()}
     while len(chosen) < limit:
         for key in sorted(strata):
-            left = [e for e in strata[key] if e.rollout_id not in chosen]
-            strata[key] = left
-            if left:
-                best = next((e for e in left if e.images in images), left[0])
+            remaining = [e for e in strata[key] if e.rollout_id not in chosen]
+            strata[key] = remaining
+            if remaining:
+                best = next((e for e in remaining if e.images in images), remaining[0])
                 take([best], 1)
                 images.add(best.images)
     return list(chosen.values())
@@ -101,8 +101,8 @@ def read_index(file: Path, whose: str, problems: list[str]) -> list[Entry]:
     try:
         return _index(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        said = f"rollouts/{file.name} cannot be read: {type(error).__name__}: {error}"
-        problems.append(f"{whose}{said}")
+        problem = f"rollouts/{file.name} cannot be read: {type(error).__name__}: {error}"
+        problems.append(f"{whose}{problem}")
         return []
 
 
@@ -129,11 +129,11 @@ def _index(file: Path) -> list[Entry]:
     ]
 
 
-def cell_of(seen: bool | None, thought: bool | None) -> int:
+def cell_of(perceived: bool | None, thought: bool | None) -> int:
     """Index into `CELLS`; the last where one of the two is not known."""
-    if seen is None or thought is None:
+    if perceived is None or thought is None:
         return 4
-    return (0 if seen else 2) + (0 if thought else 1)
+    return (0 if perceived else 2) + (0 if thought else 1)
 
 
 def whole_rows(chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]]:
@@ -141,16 +141,16 @@ def whole_rows(chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]
     by_file: dict[Path, list[Entry]] = defaultdict(list)
     for entry in chosen:
         by_file[entry.file].append(entry)
-    for file, found in by_file.items():
-        wanted = pa.schema([field for field in ROLLOUT_SCHEMA if field.name not in _UNUSED_COLUMNS])
-        table = read_rows(file, wanted).take([e.row for e in found])
-        yield from zip(found, table.to_pylist(), strict=True)
+    for file, entries in by_file.items():
+        schema = pa.schema([field for field in ROLLOUT_SCHEMA if field.name not in _UNUSED_COLUMNS])
+        table = read_rows(file, schema).take([e.row for e in entries])
+        yield from zip(entries, table.to_pylist(), strict=True)
 
 
-def evenly(things: Sequence[Any], most: int) -> list[Any]:
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of a sequence, evenly spaced, both ends included."""
-    if len(things) <= most:
-        return list(things)
+    if len(items) <= most:
+        return list(items)
     if most <= 1:
-        return list(things[:most])
-    return [things[round(i * (len(things) - 1) / (most - 1))] for i in range(most)]
+        return list(items[:most])
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -154,11 +154,11 @@ class Document:
                 lines += ["", table.to_text()]
         return "\n".join(printable(line) for line in lines) + "\n"
 
-    def to_json(self, more: Mapping[str, Any] | None = None) -> str:
-        """The whole view model without the images, and `more` beside it."""
-        found = asdict(self) | dict(more or {})
-        found["shown"]["images"] = sorted(found["shown"]["images"])
-        return json.dumps(finite(found), indent=1, allow_nan=False) + "\n"
+    def to_json(self, extra: Mapping[str, Any] | None = None) -> str:
+        """The whole view model without the images, and `extra` beside it."""
+        content = asdict(self) | dict(extra or {})
+        content["shown"]["images"] = sorted(content["shown"]["images"])
+        return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def _template(name: str) -> str:

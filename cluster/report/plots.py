@@ -107,14 +107,16 @@ class Chart:
     def _told(self, line: Line) -> str:
         x, y = line.x, line.y
         if self.kind == "rows":
-            shown = zip(x, line.x_range, strict=True)
-            said = " to ".join(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in shown)
-            return f"{line.label} {said}"
+            ranges = zip(x, line.x_range, strict=True)
+            range_text = " to ".join(
+                f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in ranges
+            )
+            return f"{line.label} {range_text}"
         if self.kind == "plane":
             see, think = (name.partition(",")[0] for name in (self.x_label, self.y_label))
             ends = (0, -1) if len(x) > 1 else (0,)
-            places = (f"{see} {x[i]:.3f}, {think} {y[i]:.3f}" for i in ends)
-            return f"{line.label}: {' to '.join(places)}"
+            points = (f"{see} {x[i]:.3f}, {think} {y[i]:.3f}" for i in ends)
+            return f"{line.label}: {' to '.join(points)}"
         if len(x) < 8 and not self.whole_x:
             at = (f"{v:.3f} at {self.x_label} {k:g}" for k, v in zip(x, y, strict=True))
             return f"{line.label}: {', '.join(at)}"
@@ -303,8 +305,8 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 def _plane(axes: Any, chart: Chart) -> None:
     _square(axes, chart)
     if chart.joined:
-        places = [(line.x[0], line.y[0]) for line in chart.lines]
-        axes.plot(*zip(*places, strict=True), color=_MARKS["muted"], lw=1, linestyle="dashed")
+        points = [(line.x[0], line.y[0]) for line in chart.lines]
+        axes.plot(*zip(*points, strict=True), color=_MARKS["muted"], lw=1, linestyle="dashed")
     middle = sum(axes.get_xlim()) / 2 if chart.close else 0.6
     for line in chart.lines:
         color, moves = _MARKS[line.role], len(line.x) > 1

@@ -61,23 +61,23 @@ def reading_reports(
 def reading_sheets(report: ReadingReport) -> list[Table]:
     """The tables of one task."""
     bounds, skills = [], []
-    for phase, steps, found in report.phases:
-        head = (phase, "{}–{}".format(*steps), str(found.rollouts))
+    for phase, steps, result in report.phases:
+        head = (phase, "{}–{}".format(*steps), str(result.rollouts))
         bounds.append(
             (
                 *head,
-                *(interval_cell(e) for e in (found.blind, found.sufficiency, found.ceiling)),
-                *(str(found.labelled), interval_cell(found.gain, signed=True)),
-                interval_cell(found.stated),
+                *(interval_cell(e) for e in (result.blind, result.sufficiency, result.ceiling)),
+                *(str(result.labelled), interval_cell(result.gain, signed=True)),
+                interval_cell(result.stated),
             )
         )
         skills.append(
             (
                 *head,
-                *(interval_cell(e) for e in (found.sufficiency, found.used, found.unused)),
-                interval_cell(found.asymmetry, signed=True),
-                *(interval_cell(e) for e in (found.outcome.pooled, found.outcome.within)),
-                number_cell(found.outcome.zero_variance),
+                *(interval_cell(e) for e in (result.sufficiency, result.used, result.unused)),
+                interval_cell(result.asymmetry, signed=True),
+                *(interval_cell(e) for e in (result.outcome.pooled, result.outcome.within)),
+                number_cell(result.outcome.zero_variance),
             )
         )
     refusal, unread = report.phases[0][2].refusal, report.unread
@@ -129,13 +129,13 @@ def _report(
     every = frozenset(s.step for s in scores)
     parts = thirds([s.step for s in scores])
     named = [("all", every), *zip(PHASES, parts, strict=True)]
-    shown = [(name, steps) for name, steps in named if steps and (name == "all" or steps < every)]
+    phases = [(name, steps) for name, steps in named if steps and (name == "all" or steps < every)]
     whole = sufficiency(*lot(every))
     withheld = whole.refusal is not None or len(every) < len(parts)
     return ReadingReport(
         task,
         reader,
-        tuple((name, (min(steps), max(steps)), sufficiency(*lot(steps))) for name, steps in shown),
+        tuple((name, (min(steps), max(steps)), sufficiency(*lot(steps))) for name, steps in phases),
         UNDEFINED if withheld else asymmetry_change(lot(parts[0]), lot(parts[-1])),
         len(scores) - len(read),
     )

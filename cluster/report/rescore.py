@@ -24,7 +24,7 @@ def load_scores(run: Path, rescore: Sequence[str] = ()) -> list[StoredScores]:
     if not rescore:
         return [scores for step in steps for scores in read_scores(run, step)]
     terms = {spec: rescored_term(spec) for spec in rescore}
-    found = []
+    scores_by_group = []
     for step in steps:
         for stored in read_groups(run, step):
             scores, task = stored.scores, load_task(stored.group.problem.task)
@@ -36,8 +36,8 @@ def load_scores(run: Path, rescore: Sequence[str] = ()) -> list[StoredScores]:
                     terms={**scores.terms, **fresh.values},
                     failures=(*scores.failures, *fresh.failures),
                 )
-            found.append(scores)
-    return found
+            scores_by_group.append(scores)
+    return scores_by_group
 
 
 def rescored_term(spec: str) -> Term:

@@ -95,15 +95,17 @@ def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
         files = sorted((run / "rollouts").glob("step-*.parquet"))
         if not files:
             problems.append(f"{arm}: its run of seed {seed} holds no rollouts.")
-        elif found := read_index(files[-1], f"{arm}: ", problems):
-            by_arm[arm] = found
+        elif arm_entries := read_index(files[-1], f"{arm}: ", problems):
+            by_arm[arm] = arm_entries
     chosen = {arm: choose(entries, MOST_OF_AN_ARM) for arm, entries in by_arm.items()}
-    often = Counter(p for found in chosen.values() for p in {e.problem_id for e in found})
+    often = Counter(
+        p for arm_entries in chosen.values() for p in {e.problem_id for e in arm_entries}
+    )
     for problem in sorted(often, key=lambda p: (-often[p], p))[:COMMON_PROBLEMS]:
-        for arm, found in chosen.items():
-            if all(e.problem_id != problem for e in found):
-                found += [e for e in by_arm[arm] if e.problem_id == problem][:1]
-    entries = [entry for found in by_arm.values() for entry in found]
+        for arm, arm_entries in chosen.items():
+            if all(e.problem_id != problem for e in arm_entries):
+                arm_entries += [e for e in by_arm[arm] if e.problem_id == problem][:1]
+    entries = [entry for arm_entries in by_arm.values() for entry in arm_entries]
     how = "No arm left rollouts that could be read."
     if entries:
         how = (
@@ -111,7 +113,7 @@ def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
             f"arms made in their last step at seed {seed}: of each arm all cells of seeing × "
             f"thinking that it has, and of all arms the same problems. {PROPORTION}"
         )
-    ordered = {arm: sorted(found, key=lambda e: e.row) for arm, found in chosen.items()}
+    ordered = {arm: sorted(arm_entries, key=lambda e: e.row) for arm, arm_entries in chosen.items()}
     return _made(ordered, [*runs.values()], entries, how, problems)
 
 
@@ -123,11 +125,11 @@ def _made(
     problems: list[str],
 ) -> Shown:
     """`chosen`: arm ("" for a run alone) -> entries ordered by file; `entries`: all that were."""
-    tasks = _tasks({e.task for found in chosen.values() for e in found}, problems)
+    tasks = _tasks({e.task for arm_entries in chosen.values() for e in arm_entries}, problems)
     views = [
         _view(row, tasks.get(e.task)) | ({"arm": arm} if arm else {})
-        for arm, found in chosen.items()
-        for e, row in whole_rows(found)
+        for arm, arm_entries in chosen.items()
+        for e, row in whole_rows(arm_entries)
     ]
     cap = _fit_texts(views)
     images, side = _images(
@@ -151,13 +153,13 @@ def _made(
 
 
 def _tasks(names: set[str], problems: list[str]) -> dict[str, Task]:
-    found = {}
+    tasks = {}
     for name in sorted(names):
         try:
-            found[name] = load_task(name)
+            tasks[name] = load_task(name)
         except ValueError as error:
             problems.append(f"responses are shown unparsed: {error}")
-    return found
+    return tasks
 
 
 def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
@@ -217,14 +219,14 @@ def _told(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 
 def _turns(row: Mapping[str, Any], turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """What was said, and where a call pointed."""
-    shown = list(row["shown_sha256"] or ())
-    at, pictures = len(shown) - sum(turn.images for turn in turns), len(row["image_sha256"])
-    found = []
+    image_hashes = list(row["shown_sha256"] or ())
+    at, pictures = len(image_hashes) - sum(turn.images for turn in turns), len(row["image_sha256"])
+    views = []
     for turn in turns:
-        images, at = shown[at : at + turn.images], at + turn.images
+        images, at = image_hashes[at : at + turn.images], at + turn.images
         calls = (read_call(turn.text, tag, pictures, counts) for tag, counts in CALLS.items())
         call = next((call for call in calls if isinstance(call, Call)), None)
-        found.append(
+        views.append(
             {
                 "text": _cut(turn.text, 1000),
                 "said": _cut(turn.said, 400),
@@ -234,7 +236,7 @@ def _turns(row: Mapping[str, Any], turns: Sequence[Turn]) -> list[dict[str, Any]
                 "call": [call.picture, *call.numbers] if call and images else None,
             }
         )
-    return found
+    return views
 
 
 def _parse(task: Task | None, turns: Sequence[str]) -> Parsed | None:
@@ -269,25 +271,27 @@ def _figures(
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """What was seen and what was answered, as the task draws it; else the texts compared."""
     if isinstance(task, Draws) and parsed is not None:
-        seen, answer, true = parsed.perception, parsed.answer, row["true_perception"]
+        perception, answer, true = parsed.perception, parsed.answer, row["true_perception"]
         try:
             problem = Problem(
                 row["problem_id"], row["task"], row["prompt"], true,
                 truth=json.loads(row["truth"]), knobs={}, symmetry_key="",
             )  # fmt: skip
             return (
-                None if seen is None else task.draw_perception(problem, seen).as_json(),
-                None if answer is None else task.draw_answer(problem, seen, answer).as_json(),
+                None if perception is None else task.draw_perception(problem, perception).as_json(),
+                None if answer is None else task.draw_answer(problem, perception, answer).as_json(),
             )
         except Exception:
             # A user's own task that fails at it, or the facts of an older version of the task.
             pass
     segment = next((text for name, text in reversed(pieces) if name == "perception"), "")
-    told = (re.sub(r"</?perception>", " ", segment) or row["perception"] or "")[:20_000]
-    if not told.strip():
+    perception_text = (re.sub(r"</?perception>", " ", segment) or row["perception"] or "")[:20_000]
+    if not perception_text.strip():
         return None, None
     true = row["true_perception"]
-    return (compared_words(true, told) if true else plain_words(_cut(told, 2000))).as_json(), None
+    return (
+        compared_words(true, perception_text) if true else plain_words(_cut(perception_text, 2000))
+    ).as_json(), None
 
 
 def embedded(value: Any) -> str:
@@ -303,10 +307,10 @@ def _fit_texts(views: Sequence[dict[str, Any]]) -> int | None:
         cut = False
         for view, (pieces, prompt, true) in zip(views, whole, strict=True):
             view["pieces"], view["prompt"], view["true"] = [], _cut(prompt, cap), _cut(true, cap)
-            left = cap
+            remaining = cap
             for segment, text in pieces:
-                view["pieces"].append([segment, _cut(text, left)])
-                left = max(0, left - len(text))
+                view["pieces"].append([segment, _cut(text, remaining)])
+                remaining = max(0, remaining - len(text))
             cut = cut or sum(len(text) for _, text in pieces) > cap or len(prompt + true) > cap
             if cap < TEXT_CAPS[1]:
                 view["figure"], view["answered"], view["turns"] = None, None, []

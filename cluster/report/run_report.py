@@ -122,12 +122,12 @@ def _writer(folder: Path, form: Format, name: str) -> Callable[[Path], object]:
 
     `name`: what the file will be called in the end.
     """
-    more: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if is_ablation(folder):
-        found = read_ablation(folder)
+        ablation = read_ablation(folder)
         if form == "parquet":
-            return lambda path: pq.write_table(ablation_to_parquet(found.summary), path)
-        report, more = build_ablation(found), {"summary": found.summary.to_dict()}
+            return lambda path: pq.write_table(ablation_to_parquet(ablation.summary), path)
+        report, extra = build_ablation(ablation), {"summary": ablation.summary.to_dict()}
     else:
         record = read_run(folder)
         if form == "parquet":
@@ -135,7 +135,7 @@ def _writer(folder: Path, form: Format, name: str) -> Callable[[Path], object]:
         report = build(record)
     if form == "md":
         return lambda path: report.write_markdown(path, name)
-    text = report.to_html() if form == "html" else report.to_json(more)
+    text = report.to_html() if form == "html" else report.to_json(extra)
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
@@ -300,9 +300,9 @@ def _series(rows: pa.Table | None) -> dict[str, Series]:
         columns = (rows[name].to_pylist() for name in ("step", "name", "value"))
         for step, name, value in zip(*columns, strict=True):
             points[name][step] = math.nan if value is None else value
-    found = {}
+    series = {}
     for name, at in points.items():
         good = [(s, v) for s, v in sorted(at.items()) if math.isfinite(v)]
         bad = tuple(s for s, v in sorted(at.items()) if not math.isfinite(v))
-        found[name] = Series(tuple(s for s, _ in good), tuple(v for _, v in good), bad)
-    return found
+        series[name] = Series(tuple(s for s, _ in good), tuple(v for _, v in good), bad)
+    return series

@@ -45,9 +45,13 @@ def lead(recipe: Mapping[str, Any], metrics: Metrics) -> str:
     )
     if "sft" in recipe and not any(name.startswith("reward/") for name in metrics):
         return f"Cold start of {model} on demonstrations of {on}, seed {recipe.get('seed', 0)}."
-    done = max(metrics.get("time/step", NOTHING).steps, default=0)
-    asked = algorithm.get("steps", "?")
-    how_long = f"{done} steps" if done == asked else f"{done} of {asked} steps"
+    steps_done = max(metrics.get("time/step", NOTHING).steps, default=0)
+    steps_planned = algorithm.get("steps", "?")
+    how_long = (
+        f"{steps_done} steps"
+        if steps_done == steps_planned
+        else f"{steps_done} of {steps_planned} steps"
+    )
     return (
         f"{model} was trained by RL on {on}: {how_long} of "
         f"{algorithm.get('problems_per_step', '?')} problems × {algorithm.get('group_size', '?')} "
@@ -58,17 +62,17 @@ def lead(recipe: Mapping[str, Any], metrics: Metrics) -> str:
 def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[Finding, ...]:
     """Before and after in sentences, and whether it learnt to see or to think."""
     both = {task: t for task, t in evaluation.items() if t.get("change", {}).get("rows")}
-    said = []
+    results = []
     # With several tasks the verdict is on all of them first.
     for task in sorted(both, key=lambda t: (t != "all tasks", list(both).index(t))):
         rows = {row["metric"]: row for row in both[task]["change"]["rows"]}
         changes = tuple(_change_words(m, rows[m]) for m in ("a", "a_p", "a_r") if m in rows)
         text = verdict(both[task])
         where = f"{task}: {text[0].lower()}{text[1:]}" if len(both) > 1 else text
-        said.append(Finding(where, changes))
+        results.append(Finding(where, changes))
     parts = {m: metrics.get(f"acc/{m}", NOTHING) for m in ("a_p", "self_consistency")}
-    if said or any(len(series.values) < 2 for series in parts.values()):
-        return tuple(said)
+    if results or any(len(series.values) < 2 for series in parts.values()):
+        return tuple(results)
     moved = [
         f"{name.replace('_c', '-c')} {first:.3f} → {last:.3f}"
         for name, (first, last) in ((n, _fifths(s.values)) for n, s in parts.items())
@@ -155,10 +159,10 @@ def _count(row: Mapping[str, Any]) -> str:
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """A table a task, and one of the defects; an evaluation without a before has one column."""
     tables = []
-    for task, found in evaluation.items():
+    for task, evaluated in evaluation.items():
         columns: tuple[str, ...]
         rows: list[tuple[str, ...]]
-        if "change" in found:
+        if "change" in evaluated:
             columns = ("before", "after", "change", "95 % intervals", "p (paired)", "n")
             rows = [
                 (
@@ -170,15 +174,15 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
                     "" if row["p"] is None else f"{row['p']:.2g}",
                     _count(row["after"]),
                 )
-                for row in found["change"]["rows"]
+                for row in evaluated["change"]["rows"]
             ]
         else:
             columns = ("value and 95 % interval", "n")
-            rows = [(r["metric"], interval(r), _count(r)) for r in found.get("rows", ())]
-        kept = [(METRIC_NAMES.get(n, n), *r) for n, *r in rows if not n.startswith("defect/")]
+            rows = [(r["metric"], interval(r), _count(r)) for r in evaluated.get("rows", ())]
+        accuracies = [(METRIC_NAMES.get(n, n), *r) for n, *r in rows if not n.startswith("defect/")]
         defects = [(n.removeprefix("defect/"), *r) for n, *r in rows if n.startswith("defect/")]
         title = f"{task}, held-out problems"
-        tables.append(Table(title, ("metric", *columns), tuple(kept)))
+        tables.append(Table(title, ("metric", *columns), tuple(accuracies)))
         title = f"{task}: share of responses with a defect"
         tables.append(Table(title, ("defect", *columns), tuple(defects), folded=True))
     return tables
@@ -186,7 +190,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
 
 def training_table(metrics: Metrics) -> Table:
     """The first against the last fifth of the steps, metric by metric."""
-    wanted = [
+    names = [
         *(f"acc/{m}" for m in ("a", "a_p", "a_p_graded", "self_consistency", "leak", *REREAD)),
         *sorted(n for n in metrics if n.startswith("reward/") and n.endswith("/mean")),
         *sorted(n for n in metrics if n.startswith("reliability/")),
@@ -197,7 +201,7 @@ def training_table(metrics: Metrics) -> Table:
         "response/truncated",
     ]
     rows = []
-    for name in wanted:
+    for name in names:
         if values := metrics.get(name, NOTHING).values:
             first, last = _fifths(values)
             rows.append((name, _short(first), _short(last), signed(last - first)))
@@ -269,21 +273,21 @@ def events_table(metrics: Metrics) -> Table:
 
 def warnings(recipe: Mapping[str, Any], metrics: Metrics) -> list[str]:
     """What a reader must know before believing the rest."""
-    found = []
+    sentences = []
     for name, series in sorted(metrics.items()):
         if name.startswith("reward/") and name.endswith("/failures") and sum(series.values) > 0:
             term = name.split("/")[1]
-            what = "The task's own code" if term == "diagnosis" else f"Reward term {term}"
-            found.append(f"{what} failed on {sum(series.values):.0f} groups.")
+            source = "The task's own code" if term == "diagnosis" else f"Reward term {term}"
+            sentences.append(f"{source} failed on {sum(series.values):.0f} groups.")
     if dropped := sum(metrics.get("group/dropped", NOTHING).values):
-        found.append(f"{dropped:.0f} groups were dropped because a term failed.")
+        sentences.append(f"{dropped:.0f} groups were dropped because a term failed.")
     if "acc/a" in metrics and "acc/a_p" not in metrics:
-        found.append(
+        sentences.append(
             "No problem has a perception label: what was seen right (a_p), leaks, and whether a "
             "reward follows perception are not known, and nothing here says they are."
         )
     elif labelled := metrics.get("acc/labelled", NOTHING).values:
-        found.append(
+        sentences.append(
             f"{np.mean(labelled):.0%} of the rollouts are of problems with a perception label: "
             "a_p, leaks and the reliability of rewards are of these alone."
         )
@@ -291,21 +295,21 @@ def warnings(recipe: Mapping[str, Any], metrics: Metrics) -> list[str]:
     limit = MISMATCH_LIMIT.get((recipe.get("model", {}).get("dtype", ""), on_gpu), math.inf)
     gaps = metrics.get("learner/logprob_gap", NOTHING).values
     if over := sum(gap > limit for gap in gaps):
-        found.append(
+        sentences.append(
             f"Sampler and learner disagreed beyond rounding in {over} of {len(gaps)} steps (up to "
             f"{max(gaps):.2g} nats): their weights or inputs were not the same."
         )
     if not_finite := sorted(name for name, series in metrics.items() if series.bad):
-        found.append(f"Not finite in some steps: {', '.join(not_finite)}.")
+        sentences.append(f"Not finite in some steps: {', '.join(not_finite)}.")
     cut = metrics.get("response/truncated", NOTHING).values
     if cut and np.mean(cut) > 0.1:
-        found.append(f"{np.mean(cut):.0%} of the responses were cut off at the token limit.")
+        sentences.append(f"{np.mean(cut):.0%} of the responses were cut off at the token limit.")
     flat = metrics.get("group/zero_variance", NOTHING).values
     if flat and _fifths(flat)[1] > 0.8:
-        found.append("In the last fifth of the steps over 80 % of the groups taught nothing.")
+        sentences.append("In the last fifth of the steps over 80 % of the groups taught nothing.")
     if idle := without_update(metrics):
-        found.append(f"{len(idle)} steps made no update: no group had a gradient.")
-    return found
+        sentences.append(f"{len(idle)} steps made no update: no group had a gradient.")
+    return sentences
 
 
 def without_update(metrics: Metrics) -> list[int]:

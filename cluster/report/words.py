@@ -98,7 +98,9 @@ def _flat(value: Any, at: str) -> list[tuple[str, Any]]:
     return [(at, value)]
 
 
-def reliability_table(rows: Iterable[tuple[str, ...]], named: tuple[str, ...], more: str) -> Table:
+def reliability_table(
+    rows: Iterable[tuple[str, ...]], named: tuple[str, ...], suffix: str
+) -> Table:
     """How well each reward term tells true perception; `named`: the columns before the numbers."""
     return Table(
         "Reliability of reward terms",
@@ -106,7 +108,7 @@ def reliability_table(rows: Iterable[tuple[str, ...]], named: tuple[str, ...], m
         tuple(rows),
         "Correlation of the term with true perception over all rollouts and within groups, "
         "the chance that a right perception gets more than a wrong one, and the correlation with "
-        f"how near a perception is; means over steps{more}.",
+        f"how near a perception is; means over steps{suffix}.",
         "l" * len(named) + "rrrr",
     )
 
@@ -138,9 +140,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def count(n: int, what: str) -> str:
+def count(n: int, noun: str) -> str:
     """Such as `1 seed`, `3 seeds`."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def signed(value: float) -> str:
@@ -158,14 +160,14 @@ def number_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def interval_cell(found: Interval, signed: bool = False, digits: int = 2) -> str:
+def interval_cell(estimate: Interval, signed: bool = False, digits: int = 2) -> str:
     """`0.25 [0.10, 0.40]`, or `-`."""
-    if found.value is None:
+    if estimate.value is None:
         return "-"
     form = f"{'+' if signed else ''}.{digits}f"
-    if found.low is None or found.high is None:
-        return f"{found.value:{form}} [too few]"
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:{form}} [too few]"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def show(estimate: Estimate | None, sign: str = "", form: str = ".3f") -> str:

@@ -80,10 +80,10 @@ class Position:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         before = {task: table.to_dict() for task, table in self.before.items()}
-        done = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
+        position = {"step": self.step, "version": self.version, "spent": asdict(self.spent)}
         buffer = {"buffer": self.buffer.to_dict()} if self.buffer else {}
         sft = {"command": "sft", "balance": self.balance} if self.command == "sft" else {}
-        return done | {"before": before, "curriculum": self.curriculum} | buffer | sft
+        return position | {"before": before, "curriculum": self.curriculum} | buffer | sft
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Position:
@@ -150,11 +150,11 @@ def resume(
             f"--resume {run}: {counted} is {steps}, but {at.step} steps are done; set it higher"
         )
     if over and (run / "evaluation.json").exists():
-        done = f"all {steps} steps are done"
+        reason = f"all {steps} steps are done"
         if at.step < steps and budget is not None:
-            done = f"its budget of {budget.amount:,} {budget.kind} is spent"
+            reason = f"its budget of {budget.amount:,} {budget.kind} is spent"
             counted = "algorithm.budget.amount"
-        raise UserError(f"--resume {run}: {done}; to go on beyond, add --set {counted}=N")
+        raise UserError(f"--resume {run}: {reason}; to go on beyond, add --set {counted}=N")
     return recipe, resumed
 
 
@@ -186,7 +186,7 @@ def newest(run: Path) -> Resumed:
 class StopSignal:
     """Whether the user, or the machine, asked the run to stop."""
 
-    asked = False
+    requested = False
 
 
 ONE_SIGNAL_SECONDS = 1.0
@@ -208,7 +208,7 @@ def stop_signal(now: Callable[[], float] = time.monotonic) -> Iterator[StopSigna
                 signal.raise_signal(number)
             return
         first[number] = now()
-        stop.asked = True
+        stop.requested = True
         name = signal.Signals(number).name
         # Not by print: the signal may have come in the middle of one.
         os.write(2, f"{name}: finishing this step, then a checkpoint ...\n".encode())
@@ -230,10 +230,12 @@ def changed_fields(old: Any, new: Any, at: str = "") -> list[str]:
         # Entries of one list have one name.
         pairs = [(at, one, two) for one, two in zip(old, new, strict=True)]
     elif isinstance(old or new, dict) and isinstance(new or old, dict):
-        left, right = old or {}, new or {}
-        names = dict.fromkeys([*left, *right])
-        pairs = [(f"{at}.{n}" if at else n, left.get(n), right.get(n)) for n in names]
+        old_fields, new_fields = old or {}, new or {}
+        names = dict.fromkeys([*old_fields, *new_fields])
+        pairs = [(f"{at}.{n}" if at else n, old_fields.get(n), new_fields.get(n)) for n in names]
     else:
         return [at]
-    found = [name for place, one, two in pairs for name in changed_fields(one, two, place)]
-    return list(dict.fromkeys(found))
+    names_changed = [
+        name for prefix, one, two in pairs for name in changed_fields(one, two, prefix)
+    ]
+    return list(dict.fromkeys(names_changed))

@@ -33,8 +33,8 @@ class Curriculum:
         self._recipe, self._memory = recipe, chosen.memory
         self._strategy = make_strategy(chosen.strategy, chosen.args)
         self._plain = list(sources)
-        done = state or {}
-        self._entries = [Entry(s.label, s.weight, *_known(done.get(s.label))) for s in self._plain]
+        known = state or {}
+        self._entries = [Entry(s.label, s.weight, *_known(known.get(s.label))) for s in self._plain]
         self._weigh()
 
     def sources(self) -> Sequence[ProblemSource]:
@@ -49,14 +49,14 @@ class Curriculum:
         """
         metrics = self.metrics()
         count = self._recipe.algorithm.problems_per_step
-        places = step_sources(self._sources, self._recipe.seed, step - 1, count)
-        for place, group in zip(places, scored, strict=False):
+        entry_indices = step_sources(self._sources, self._recipe.seed, step - 1, count)
+        for index, group in zip(entry_indices, scored, strict=False):
             if group.diagnosis is None:
                 continue
-            entry, now = self._entries[place], float(group.diagnosis.a.mean())
+            entry, now = self._entries[index], float(group.diagnosis.a.mean())
             old = now if entry.success is None else entry.success
             mean = self._memory * old + (1 - self._memory) * now
-            self._entries[place] = replace(entry, success=mean, groups=entry.groups + 1)
+            self._entries[index] = replace(entry, success=mean, groups=entry.groups + 1)
         self._weigh()
         return metrics
 
@@ -73,9 +73,9 @@ class Curriculum:
         if len(self._sources) < 2:
             return {}
         total = sum(source.weight for source in self._sources)
-        found = {f"curriculum/{s.label}/share": s.weight / total for s in self._sources}
+        shares = {f"curriculum/{s.label}/share": s.weight / total for s in self._sources}
         success = {c.label: c.success for c in self._entries if c.success is not None}
-        return found | {f"curriculum/{label}/success": value for label, value in success.items()}
+        return shares | {f"curriculum/{label}/success": value for label, value in success.items()}
 
     def _weigh(self) -> None:
         weights = np.asarray(self._strategy.weights(tuple(self._entries)), np.float64)

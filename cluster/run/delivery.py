@@ -95,11 +95,11 @@ class GpuDelivery(Delivery):
                 self._sent = self._learner.send_weights(version)
             except WeightTransferError as error:
                 # Ray's own kind of this error holds the one that was raised.
-                own = getattr(error, "cause", error)
-                failed = next((c for c in clients if c.name == own.sampler), None)
+                cause = getattr(error, "cause", error)
+                failed = next((c for c in clients if c.name == cause.sampler), None)
                 if failed is None:
                     raise
-                self._pool.replace(failed, "transfer", str(own))
+                self._pool.replace(failed, "transfer", str(cause))
             else:
                 self._pool.holds(version, clients)
         return before

@@ -24,18 +24,18 @@ def disk_error(error: BaseException, folder: Path | None = None) -> OSError | No
 
     Of what is below `folder` any error of the system is: it may have been removed.
     """
-    own = getattr(error, "cause", None) or error
-    if not isinstance(own, OSError):
+    cause = getattr(error, "cause", None) or error
+    if not isinstance(cause, OSError):
         return None
-    if own.errno in _TAKES_NO_MORE:
-        return own
-    if folder is None or own.filename is None:
+    if cause.errno in _TAKES_NO_MORE:
+        return cause
+    if folder is None or cause.filename is None:
         return None
-    return own if Path(str(own.filename)).resolve().is_relative_to(folder.resolve()) else None
+    return cause if Path(str(cause.filename)).resolve().is_relative_to(folder.resolve()) else None
 
 
 class Keeper:
-    """Keeps what a run must not lose in its folder, or in another place once that takes no more."""
+    """Keeps what a run must not lose in its folder, or in another once that takes no more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,18 +48,18 @@ class Keeper:
 
         Raises RunFailed where none does, and what `write` raises that is no error of a disk.
         """
-        for place in self._places():
+        for folder in self._places():
             try:
-                write(place)
+                write(folder)
             except Exception as error:
-                if disk_error(error, place) is None:
+                if disk_error(error, folder) is None:
                     raise
-                self._wrong = self._wrong or disk_error(error, place)
-                if place != self._run:
-                    shutil.rmtree(place, ignore_errors=True)
+                self._wrong = self._wrong or disk_error(error, folder)
+                if folder != self._run:
+                    shutil.rmtree(folder, ignore_errors=True)
             else:
-                self.folder = place
-                return place
+                self.folder = folder
+                return folder
         assert self._wrong is not None
         raise RunFailed(f"{os_error_text(self._wrong)}; and no other place took the policy")
 
@@ -72,11 +72,11 @@ class Keeper:
             if disk_error(error, self._run) is None:
                 raise
             self._wrong = self._wrong or disk_error(error, self._run)
-            self.keep(lambda place: learner.save(place / "checkpoint"))
+            self.keep(lambda folder: learner.save(folder / "checkpoint"))
             self.end()
 
     def end(self) -> None:
-        """Raises RunFailed, which names the place, where the run folder did not take all."""
+        """Raises RunFailed, which names the folder, where the run folder did not take all."""
         if self._wrong is None:
             return
         failure = os_error_text(self._wrong)

@@ -38,7 +38,7 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> Non
     what is missing, after `placement.wait_seconds`; Ray itself would wait for ever.
     """
     began, limit = time.monotonic(), 0.0 if own else recipe.placement.wait_seconds
-    told = ""
+    announced = ""
     while True:
         missing = lacking(recipe, command, live_nodes())
         if not missing:
@@ -46,9 +46,9 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> Non
         if time.monotonic() - began >= limit:
             waited = f"\nwaited {limit:g} s (placement.wait_seconds) for it" if limit else ""
             raise PlacementError(missing + waited)
-        if missing != told:
+        if missing != announced:
             say(f"waiting for nodes, {limit:g} s at most (placement.wait_seconds): {missing}")
-            told = missing
+            announced = missing
         time.sleep(LOOK_SECONDS)
 
 
@@ -57,11 +57,11 @@ def leaving(roles: Sequence[str] = ("LearnerRank",)) -> str:
     "" where nobody is. Losing a sampler's node, or a reward worker's, ends no run."""
     if not ray.is_initialized() or not (nodes := state.get_draining_nodes()):
         return ""
-    found = ["the driver"] if ray.get_runtime_context().get_node_id() in nodes else []
+    actors_lost = ["the driver"] if ray.get_runtime_context().get_node_id() in nodes else []
     for actor in own_actors():
         if actor["ActorClassName"] in roles and actor["Address"]["NodeID"] in nodes:
-            found.append(actor["ActorClassName"])
-    return ", ".join(dict.fromkeys(found))
+            actors_lost.append(actor["ActorClassName"])
+    return ", ".join(dict.fromkeys(actors_lost))
 
 
 def own_actors() -> list[dict[str, Any]]:
@@ -74,5 +74,5 @@ def own_actors() -> list[dict[str, Any]]:
 
 def on_nodes(labels: Mapping[str, str], spread: bool = False) -> dict[str, Any]:
     """Options of a Ray actor that is to be on a node with these labels."""
-    found: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
-    return found | ({"scheduling_strategy": "SPREAD"} if spread else {})
+    options: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
+    return options | ({"scheduling_strategy": "SPREAD"} if spread else {})

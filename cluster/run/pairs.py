@@ -20,16 +20,16 @@ class GpuPairs:
     def __init__(self, recipe: Recipe) -> None:
         """Asks Ray for the GPUs; what is placed waits for them."""
         bundle = {"GPU": 1.0, "CPU": recipe.sampler.cpus + recipe.learner.cpus}
-        taken = {name: amount for name, amount in bundle.items() if amount}
+        resources = {name: amount for name, amount in bundle.items() if amount}
         ranks, labels = recipe.learner.ranks, recipe.placement.learner
         self._group = placement_group(
-            [dict(taken) for _ in range(ranks)],
+            [dict(resources) for _ in range(ranks)],
             bundle_label_selector=[dict(labels) for _ in range(ranks)] if labels else None,
         )
 
-    def options(self, place: int) -> dict[str, Any]:
-        """Of the Ray actor that is sampler, or rank, number `place`."""
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place)
+    def options(self, index: int) -> dict[str, Any]:
+        """Of the Ray actor that is sampler, or rank, number `index`."""
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         return {"scheduling_strategy": strategy}
 
     def release(self) -> None:

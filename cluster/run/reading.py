@@ -27,7 +27,7 @@ def read_run(
     steps, recipe = stored_steps(run), load_recipe(run / "recipe.toml")
     require_model(model, "--reader")
     reader = Reader(model, place, recipe.sampler.max_tokens)
-    found = {}
+    by_group = {}
     with actor_errors(None), connected(address):
         pool = sampler_pool(recipe, model, "reader", frozen=True)
         try:
@@ -38,11 +38,11 @@ def read_run(
                 named = [(load_task(group.problem.task), group) for group in groups]
                 for group, reading in zip(groups, readings(reader, pool, named), strict=True):
                     if reading is not None:
-                        found[step, group.group_id] = reading
+                        by_group[step, group.group_id] = reading
                 _say(f"step {step}: read {len(groups)} groups")
         finally:
             pool.stop()
-    return found
+    return by_group
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Dynamic sampling: more groups for a step in the place of those that teach nothing.
+"""Dynamic sampling: more groups for a step instead of those that teach nothing.
 
 A group whose rollouts all earn the same has no gradient. DAPO (arXiv 2503.14476, eq. 11) samples
 until the batch is full of groups that have one; here up to a budget of rounds and of groups.
@@ -28,22 +28,22 @@ STREAM = 0x5EF1
 def refill(
     scored: Sequence[ScoredGroup],
     rule: DynamicSamplingConfig,
-    more: Callable[[range], Sequence[ScoredGroup]],
+    score_extra: Callable[[range], Sequence[ScoredGroup]],
 ) -> tuple[list[ScoredGroup], dict[str, float]]:
     """Ask for as many groups as lack a gradient, until none does or the budget is spent.
 
-    `more` samples and scores the extra groups of the given numbers; each number, from 0, is
+    `score_extra` samples and scores the extra groups of the given numbers; each number, from 0, is
     asked for once. Returns a step's groups, its own first, none thrown away, and metrics: rounds in
-    which more was asked for, the groups that came, and places still without a gradient.
+    which more was asked for, the groups that came, and how many are still without a gradient.
     """
-    found, rounds, extra = list(scored), 0, 0
+    groups, rounds, extra = list(scored), 0, 0
     while True:
-        missing = len(scored) - sum(group.has_gradient for group in found)
+        missing = len(scored) - sum(group.has_gradient for group in groups)
         count = min(missing, rule.max_groups - extra)
         if count <= 0 or rounds == rule.max_rounds:
             counted = {"rounds": rounds, "extra_groups": extra, "missing": max(0, missing)}
-            return found, {f"refill/{name}": float(number) for name, number in counted.items()}
-        found += more(range(extra, extra + count))
+            return groups, {f"refill/{name}": float(number) for name, number in counted.items()}
+        groups += score_extra(range(extra, extra + count))
         rounds, extra = rounds + 1, extra + count
 
 
@@ -60,13 +60,13 @@ def refill_step(
         return list(scored), {}
     counts: dict[str, float] = {}
 
-    def more(numbers: range) -> Sequence[ScoredGroup]:
+    def score_extra(numbers: range) -> Sequence[ScoredGroup]:
         requests = extra_requests(run.recipe, run.sources, step, numbers)
-        found, counted = run.scoring.score(run.samplers.sample(requests), share)
+        extra, counted = run.scoring.score(run.samplers.sample(requests), share)
         counts.update(counted)
-        return found
+        return extra
 
-    refilled, metrics = refill(scored, rule, more)
+    refilled, metrics = refill(scored, rule, score_extra)
     return refilled, counts | metrics
 
 

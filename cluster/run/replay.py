@@ -95,11 +95,11 @@ def run_replay(
                 if updates and step.number in source.losses:
                     loss = step.metrics["learner/loss"]
                     gaps[step.number] = abs(loss - source.losses[step.number])
-            log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            log.keeper.keep(lambda target: learner.save(target / "checkpoint"))
             if gaps:
                 worst = max(gaps, key=lambda number: gaps[number])
-                told = f"{gaps[worst]:.2g} in step {worst}"
-                log.say(f"largest difference to the loss of the run: {told}")
+                gap_text = f"{gaps[worst]:.2g} in step {worst}"
+                log.say(f"largest difference to the loss of the run: {gap_text}")
             log.say(f"checkpoint: {log.keeper.folder / 'checkpoint'}")
             log.end_run()
     return folder

@@ -169,7 +169,7 @@ class RunLog:
         self.tracker.log(step.number, step.metrics)
         self.at = replace(self.at, step=step.number, version=version, spent=spent or self.at.spent)
         self._copy()
-        self.stopped = self._stop.asked
+        self.stopped = self._stop.requested
         if not self.stopped and (who := leaving()):
             self.stopped = True
             self.say(f"the node of {who} is to be drained: a checkpoint, then the end")
@@ -195,9 +195,9 @@ class RunLog:
         events = (Event(*one[1:], wall_seconds=since + one.at) for one in news)
         add_events(self.folder, *events)
 
-    def note(self, what: str, why: str = "", lost: str = "", seconds: float | None = None) -> None:
+    def note(self, kind: str, why: str = "", lost: str = "", seconds: float | None = None) -> None:
         """Keep what the driver itself did among the run's events."""
-        add_events(self.folder, Event("driver", what, why, lost, seconds))
+        add_events(self.folder, Event("driver", kind, why, lost, seconds))
 
     def save_if_due(self, learner: LearnerGroup, state: Callable[[], dict[str, Any]]) -> None:
         """Write a checkpoint to go on from where one is due, or the run is to stop; keep the last.

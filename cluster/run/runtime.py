@@ -74,7 +74,7 @@ def sampler_pool(
     start = ray_samplers(
         policy,
         recipe.sampler,
-        placed or (lambda place: where),
+        placed or (lambda index: where),
         transport=recipe.transfer.transport,
         frozen=frozen,
         seed=recipe.seed,
@@ -127,8 +127,8 @@ FrozenPools = Mapping[str, SamplerPool]
 def frozen_pools(recipe: Recipe, command: Command) -> FrozenPools:
     """Start them; they are not yet waited for."""
     return {
-        model: sampler_pool(recipe, model, f"frozen-{place}", frozen=True)
-        for place, model in enumerate(frozen_models(recipe, command))
+        model: sampler_pool(recipe, model, f"frozen-{index}", frozen=True)
+        for index, model in enumerate(frozen_models(recipe, command))
     }
 
 
@@ -168,8 +168,8 @@ def sampler_metrics(samplers: SamplerPool, frozen: Mapping[str, SamplerPool]) ->
     together: Counter[str] = Counter()
     for pool in frozen.values():
         together.update(pool.counts())
-    found = {f"frozen/{name}": value for name, value in together.items()}
-    return {f"sampler/{name}": value for name, value in samplers.counts().items()} | found
+    of_frozen = {f"frozen/{name}": value for name, value in together.items()}
+    return {f"sampler/{name}": value for name, value in samplers.counts().items()} | of_frozen
 
 
 class LivePolicy:

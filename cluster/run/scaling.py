@@ -32,19 +32,19 @@ def ask(run: Path, samplers: int) -> None:
     put_text(run / WISH, json.dumps({"samplers": samplers}))
 
 
-def asked(run: Path) -> int | None:
+def requested(run: Path) -> int | None:
     """The number of samplers that was asked for since the last call, if any was.
 
     Raises UserError for a file that `ask` did not write.
     """
     wish = run / WISH
-    taken = run / f".{WISH}.taken"
+    taken_file = run / f".{WISH}.taken"
     try:
-        wish.replace(taken)
+        wish.replace(taken_file)
     except FileNotFoundError:
         return None
-    text = taken.read_text(encoding="utf-8")
-    taken.unlink()
+    text = taken_file.read_text(encoding="utf-8")
+    taken_file.unlink()
     try:
         samplers = json.loads(text)["samplers"]
     except (ValueError, KeyError, TypeError):
@@ -59,14 +59,14 @@ def asked(run: Path) -> int | None:
 def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
     """Do what was asked of a run since the last call; what cannot be done is said and left."""
     try:
-        samplers = asked(run)
+        samplers = requested(run)
         if samplers is None or samplers == live.samplers.size():
             return
         if live.recipe.transfer.transport == "ipc":
             raise UserError('transfer.transport = "ipc" has a sampler a learner rank, no more')
         sampler = live.recipe.sampler.model_copy(update={"count": samplers})
-        wanted = live.recipe.model_copy(update={"sampler": sampler})
-        if missing := lacking(wanted, "train", live_nodes()):
+        rescaled = live.recipe.model_copy(update={"sampler": sampler})
+        if missing := lacking(rescaled, "train", live_nodes()):
             raise UserError(missing)
     except UserError as error:
         progress.say(f"warning: not scaled: {error}")

@@ -51,12 +51,12 @@ def connected(address: str | None, meanwhile: Callable[[], Any] = lambda: None) 
     if address is not None:
         print(f"connecting to {address} ...", file=sys.stderr, flush=True)
         require_answer(address)
-    asked: Future[Any] = Future()
+    answer: Future[Any] = Future()
     # A daemon, so that Ctrl-C ends a command whatever is still being asked.
-    threading.Thread(target=_call, args=[meanwhile, asked], daemon=True).start()
+    threading.Thread(target=_call, args=[meanwhile, answer], daemon=True).start()
     _attach(address)
     try:
-        yield asked.result()
+        yield answer.result()
     finally:
         ray.shutdown()
 
@@ -153,9 +153,9 @@ def session(
         ask_machine(recipe, command, say, folder=folder)
         if recipe.output.mirror and folder and command != "eval":
             require_mirror(recipe.output.mirror, folder, resumed is not None)
-        asked = partial(ask_input, recipe, command, say)
+        ask = partial(ask_input, recipe, command, say)
         with (
-            connected(address, asked) as ready,
+            connected(address, ask) as ready,
             actor_errors(folder),
             watched(recipe.watch, folder, say),
         ):
@@ -187,8 +187,8 @@ def actor_errors(folder: Path | None) -> Iterator[None]:
             with suppress(OSError, ValueError):
                 folder.mkdir(parents=True, exist_ok=True)
                 put_text(folder / "error.txt", message + "\n")
-                what = FOR_GOOD if comes_again(error) else "failed"
-                add_events(folder, Event("driver", what, _in_a_line(message)))
+                kind = FOR_GOOD if comes_again(error) else "failed"
+                add_events(folder, Event("driver", kind, _in_a_line(message)))
         if isinstance(error, RunFailed):
             raise
         raise RunFailed(message) from error

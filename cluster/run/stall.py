@@ -71,12 +71,12 @@ class _Watcher:
         self.acting = threading.Lock()
 
     def run(self) -> None:
-        limit, began, told = self._watch.stall_seconds, time.monotonic(), 0.0
+        limit, began, reported = self._watch.stall_seconds, time.monotonic(), 0.0
         while not self._over.wait(min(limit / 4, 5.0)):
             since = max(began, silent_since())
-            if since == told or time.monotonic() - since < limit:
+            if since == reported or time.monotonic() - since < limit:
                 continue
-            told = since  # once a silence
+            reported = since  # once a silence
             try:
                 stacks = str(write_stacks(self._run, _of_actors))
             except OSError as error:
@@ -115,22 +115,22 @@ def write_stacks(run: Path, of_actors: Callable[[], Iterator[tuple[str, str]]]) 
 
 def _of_actors() -> Iterator[tuple[str, str]]:
     """Who, and where it stands: every actor of this job that lives."""
-    asked: Future[list[tuple[str, str]]] = Future()
+    answer: Future[list[tuple[str, str]]] = Future()
     # Ray itself may be what does not answer.
-    threading.Thread(target=_ask, args=[asked], daemon=True).start()
+    threading.Thread(target=_ask, args=[answer], daemon=True).start()
     try:
-        yield from asked.result(NODE_SECONDS)
+        yield from answer.result(NODE_SECONDS)
     except TimeoutError:
         yield "actors", f"Ray did not tell within {NODE_SECONDS:g} s"
     except Exception as error:
         yield "actors", f"Ray did not tell: {type(error).__name__}: {error}"
 
 
-def _ask(asked: Future[list[tuple[str, str]]]) -> None:
+def _ask(answer: Future[list[tuple[str, str]]]) -> None:
     try:
-        asked.set_result(list(_by_node()))
+        answer.set_result(list(_by_node()))
     except Exception as error:
-        asked.set_exception(error)
+        answer.set_exception(error)
 
 
 def _by_node() -> Iterator[tuple[str, str]]:
@@ -139,22 +139,22 @@ def _by_node() -> Iterator[tuple[str, str]]:
         who = f"{actor['Name'] or actor['ActorClassName']}, process {actor['Pid']}"
         nodes[actor["Address"]["NodeID"]].append((who, actor["Pid"]))
     calls = {}
-    for node, held in nodes.items():
-        pids = [pid for _, pid in held]
+    for node, processes in nodes.items():
+        pids = [pid for _, pid in processes]
         if node == context.get_node_id():  # without Ray, as far as it goes
-            yield from zip([who for who, _ in held], _stacks(pids), strict=True)
+            yield from zip([who for who, _ in processes], _stacks(pids), strict=True)
         else:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            on_node = NodeAffinitySchedulingStrategy(node, soft=False)
             remote = ray.remote(num_cpus=0, max_retries=0)(_stacks)
-            calls[node] = remote.options(scheduling_strategy=there).remote(pids)
+            calls[node] = remote.options(scheduling_strategy=on_node).remote(pids)
     until = time.monotonic() + NODE_SECONDS / 2
     for node, call in calls.items():
         names = [who for who, _ in nodes[node]]
         try:
-            told = ray.get(call, timeout=max(0.0, until - time.monotonic()))
+            traces = ray.get(call, timeout=max(0.0, until - time.monotonic()))
         except (RayError, TimeoutError) as error:
-            told = [f"its node does not tell: {type(error).__name__}"] * len(names)
-        yield from zip(names, told, strict=True)
+            traces = [f"its node does not tell: {type(error).__name__}"] * len(names)
+        yield from zip(names, traces, strict=True)
 
 
 def _stacks(pids: Sequence[int]) -> list[str]:

@@ -25,11 +25,15 @@ def unread(
 
     `defects`: defect -> share of responses.
     """
-    told = {n: share for n, share in defects.items() if share >= LEAST_SHARE and n not in HARMLESS}
-    if not told or (a > 0 and a_p > 0):
+    widespread = {
+        n: share for n, share in defects.items() if share >= LEAST_SHARE and n not in HARMLESS
+    }
+    if not widespread or (a > 0 and a_p > 0):
         return None
     # What was cut off has other defects for that reason; without an answer nothing is earned.
-    worst = max(told, key=lambda name: (name == TRUNCATED, name == "missing_answer", told[name]))
+    worst = max(
+        widespread, key=lambda name: (name == TRUNCATED, name == "missing_answer", widespread[name])
+    )
     helps = (
         "raise sampler.max_tokens"
         if worst == TRUNCATED
@@ -37,27 +41,27 @@ def unread(
         '(built-in tasks: knobs.prompt = "full")'
     )
     return (
-        f"{where}: {worst} in {round(told[worst] * responses)} of {responses} responses, and no "
-        f"{'answer' if a == 0 else 'perception'} is right; {helps}"
+        f"{where}: {worst} in {round(widespread[worst] * responses)} of {responses} responses, and "
+        f"no {'answer' if a == 0 else 'perception'} is right; {helps}"
     )
 
 
 def unread_tables(tables: Mapping[str, EvalTable]) -> list[str]:
     """`unread` for each task of an evaluation; nothing for those without the pass `greedy`."""
-    found = []
+    warnings = []
     for task, table in tables.items():
         values = {row.metric: row.value for row in table.rows}
         if "a" in values:
             shares = {
                 n.removeprefix("defect/"): v for n, v in values.items() if n.startswith("defect/")
             }
-            found.append(unread(task, table["a"].n, values["a"], values.get("a_p", 1.0), shares))
+            warnings.append(unread(task, table["a"].n, values["a"], values.get("a_p", 1.0), shares))
         if "reader_ceiling" in values and "sufficiency" not in values:
             blind, ceiling = table.per_problem["reader_blind"], table["reader_ceiling"]
             known = [blind[problem] for problem in table.per_problem["reader_ceiling"]]
             why = refusal(ceiling.value, sum(known) / len(known), ceiling.n)
-            found.append(f"{task}: eval.reader: no sufficiency and no used: {why}")
-    return [line for line in found if line]
+            warnings.append(f"{task}: eval.reader: no sufficiency and no used: {why}")
+    return [line for line in warnings if line]
 
 
 def unread_step(metrics: Mapping[str, float]) -> str | None:
@@ -81,12 +85,12 @@ def why_no_update(metrics: Mapping[str, float]) -> str:
     )
     if metrics["group/dropped"] == groups:
         return f"every group was dropped: {failed}"
-    more = f"; {failed}" if failed else ""
+    cause = f"; {failed}" if failed else ""
     if metrics.get("reward/total/std", 1.0) < 1e-9:
-        return f"every reward was {metrics['reward/total/mean']:.3g}{more}"
+        return f"every reward was {metrics['reward/total/mean']:.3g}{cause}"
     if metrics.get("group/zero_variance") == 1.0:
-        return f"in every group all rewards were equal{more}"
-    return f"no group had a gradient{more}"
+        return f"in every group all rewards were equal{cause}"
+    return f"no group had a gradient{cause}"
 
 
 class Standstill:
@@ -118,8 +122,8 @@ class Standstill:
             return
         self._without += 1
         self._why = why_no_update(metrics)
-        times, left = divmod(self._in_a_row, PATIENCE)
-        if not left and not times & (times - 1):
+        times, rest = divmod(self._in_a_row, PATIENCE)
+        if not rest and not times & (times - 1):
             self._say(f"warning: no update in {self._in_a_row} steps in a row: {self._why}")
 
     def end(self) -> None:

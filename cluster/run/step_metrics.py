@@ -37,11 +37,11 @@ def step_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str
 
 def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    kept = [g for g in groups if not g.dropped]
+    retained = [g for g in groups if not g.dropped]
     failures = Counter(f.term for g in groups for f in g.failures)
     kinds = Counter((f.term, f.kind) for g in groups for f in g.failures)
     for term in sorted({name for g in groups for name in g.terms} | set(failures)):
-        values = [of[term] for g in kept if term in (of := g.measured())]
+        values = [of[term] for g in retained if term in (of := g.measured())]
         if values:
             everything = np.concatenate(values)
             metrics[f"reward/{term}/mean"] = float(everything.mean())
@@ -55,16 +55,16 @@ def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics[f"reward/{term}/failures"] = float(failures[term])
     for (term, kind), count in sorted(kinds.items()):
         metrics[f"reward/{term}/failures/{kind}"] = float(count)
-    if kept:
-        totals = np.concatenate([g.totals for g in kept])
+    if retained:
+        totals = np.concatenate([g.totals for g in retained])
         metrics["reward/total/mean"] = float(totals.mean())
         metrics["reward/total/std"] = float(totals.std())
-        metrics["group/zero_variance"] = sum(g.zero_variance for g in kept) / len(kept)
+        metrics["group/zero_variance"] = sum(g.zero_variance for g in retained) / len(retained)
         for column, segment in enumerate(SEGMENTS):
-            silent = sum(not g.advantages[:, column].any() for g in kept)
-            metrics[f"group/zero_variance/{segment}"] = silent / len(kept)
+            silent = sum(not g.advantages[:, column].any() for g in retained)
+            metrics[f"group/zero_variance/{segment}"] = silent / len(retained)
     metrics["group/count"] = float(len(groups))
-    metrics["group/dropped"] = float(len(groups) - len(kept))
+    metrics["group/dropped"] = float(len(groups) - len(retained))
     return metrics
 
 
@@ -73,9 +73,9 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if not diagnoses:
         return {}
     metrics = {
-        f"acc/{name}": float(np.concatenate([truth for _, truth in found]).mean())
+        f"acc/{name}": float(np.concatenate([truth for _, truth in pairs]).mean())
         for name in TRUTH_COLUMNS
-        if (found := known(diagnoses, name))
+        if (pairs := known(diagnoses, name))
     }
     labels = np.concatenate([np.full(len(d.a), d.a_p is not None) for d in diagnoses])
     if not labels.all():
@@ -90,11 +90,15 @@ def _truth_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
-def _coupling_metrics(name: str, found: Correlations) -> dict[str, float]:
-    if not found.n:
+def _coupling_metrics(name: str, correlations: Correlations) -> dict[str, float]:
+    if not correlations.n:
         return {}
-    values = {"pooled": found.pooled.value, "within": found.within.value, "n": found.n}
-    values |= {"n_within": found.n_within, "zero_variance": found.zero_variance}
+    values = {
+        "pooled": correlations.pooled.value,
+        "within": correlations.within.value,
+        "n": correlations.n,
+    }
+    values |= {"n_within": correlations.n_within, "zero_variance": correlations.zero_variance}
     return {f"coupling/{name}/{k}": float(v) for k, v in values.items() if v is not None}
 
 
@@ -113,10 +117,10 @@ def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         if not judged:
             continue
         values, truth, graded = (list(column) for column in zip(*judged, strict=True))
-        found = coupling(values, truth)
+        correlations = coupling(values, truth)
         figures = {
-            "pooled": found.pooled.value,
-            "within": found.within.value,
+            "pooled": correlations.pooled.value,
+            "within": correlations.within.value,
             "auc": roc_auc(np.concatenate(values), np.concatenate(truth)),
             "graded": coupling(values, graded).within.value,
         }

@@ -83,9 +83,9 @@ class GroupStream:
         choice = self._recipe.transfer.in_flight
         if choice == "wait":
             self._keep(self._samplers.collect(len(self._buffer.in_flight())))
-        if choice == "abort" and (left := self._buffer.in_flight()):
-            self._samplers.abort(left)
-            self._buffer.put_back(left)
+        if choice == "abort" and (unfinished := self._buffer.in_flight()):
+            self._samplers.abort(unfinished)
+            self._buffer.put_back(unfinished)
         sent = send(version)
         self._buffer.step_over()
         return sent
@@ -101,18 +101,18 @@ class GroupStream:
 
     def metrics(self) -> dict[str, float]:
         """Under `buffer/`; see docs/metrics.md."""
-        found = self._buffer.counts() | {
+        counts = self._buffer.counts() | {
             "in_flight": float(self._in_flight),
             "waiting": float(self._buffer.waiting()),
         }
-        return {f"buffer/{name}": value for name, value in found.items()}
+        return {f"buffer/{name}": value for name, value in counts.items()}
 
     def _start(self) -> None:
         requests = []
-        for place in self._buffer.admit():
-            step, index = divmod(place, self._recipe.algorithm.problems_per_step)
+        for position in self._buffer.admit():
+            step, index = divmod(position, self._recipe.algorithm.problems_per_step)
             request = self._step_requests(step)[index]
-            self._buffer.started(place, request.group_id)
+            self._buffer.started(position, request.group_id)
             requests.append(request)
         if requests:
             self._samplers.submit(requests)
@@ -132,9 +132,9 @@ class GroupStream:
         But for a curriculum, which weighs them by what this step will show.
         """
         foreseen = self._recipe.algorithm.curriculum.strategy == "uniform"
-        for wanted in (step, step + 1) if foreseen else (step,):
-            if wanted not in self._drawn:
-                self._drawn[wanted] = self._drawer.submit(self._draw_requests, wanted)
+        for step_drawn in (step, step + 1) if foreseen else (step,):
+            if step_drawn not in self._drawn:
+                self._drawn[step_drawn] = self._drawer.submit(self._draw_requests, step_drawn)
         while len(self._drawn) > DRAWN_STEPS:
             del self._drawn[min(self._drawn.keys() - {step})]
         return self._drawn[step].result()
@@ -152,16 +152,16 @@ def free_requests(
 ) -> list[SampleRequest]:
     """One group request a problem, ids unique within the run; `step` (from 1) drew them.
 
-    `first`: the place of the first of them in the step.
+    `first`: the position of the first of them in the step.
     """
     size, sampling = recipe.algorithm.group_size, training_sampling(recipe)
     return [
         SampleRequest(
-            f"step-{step}/{place}/{problem.id}",
+            f"step-{step}/{index}/{problem.id}",
             problem,
             size,
             sampling,
             environment=recipe.environment,
         )
-        for place, problem in enumerate(problems, first)
+        for index, problem in enumerate(problems, first)
     ]

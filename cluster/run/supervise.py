@@ -77,14 +77,14 @@ def supervise(first: Sequence[str], again: Sequence[str], run: Path, budget: int
         while True:
             before = len(read_events(run))
             code = nurse.run(command)
-            if code == 0 or nurse.asked or not run.is_dir():
+            if code == 0 or nurse.stop_requested or not run.is_dir():
                 return _exit_code(code)
             end = end_of(run, code, before)
             ends.append(end)
             reason = why_not(ends, budget, bool(checkpoint_folders(run)))
-            what = "gave up" if reason else "restart"
+            kind = "gave up" if reason else "restart"
             with suppress(OSError):  # a full disk may be what ended the run
-                add_events(run, Event("supervisor", what, reason or end.why))
+                add_events(run, Event("supervisor", kind, reason or end.why))
             if reason:
                 _say(f"not started again: {reason}; {end.why}")
                 return _exit_code(code)
@@ -97,10 +97,10 @@ def end_of(run: Path, code: int, before: int) -> End:
 
     One that could not tell is told of in the events.
     """
-    own = [event for event in read_events(run)[before:] if event.who == "driver"]
+    of_driver = [event for event in read_events(run)[before:] if event.who == "driver"]
     step = last_step(run)
-    if own and own[-1].what in ENDINGS:
-        return End(code, own[-1].why, step, own[-1].what == FOR_GOOD)
+    if of_driver and of_driver[-1].what in ENDINGS:
+        return End(code, of_driver[-1].why, step, of_driver[-1].what == FOR_GOOD)
     why = f"exit code {code}"
     if code < 0:
         why = f"killed by {signal.Signals(-code).name}"
@@ -118,7 +118,7 @@ def driver_command(words: Sequence[str]) -> list[str]:
 class _Nurse:
     """Starts drivers, one after another, hands signals on to them, and buries what they leave."""
 
-    asked = False
+    stop_requested = False
 
     def __init__(self) -> None:
         self._driver: subprocess.Popen[bytes] | None = None
@@ -142,7 +142,7 @@ class _Nurse:
             process_group=0,
             preexec_fn=lambda: _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM),
         )
-        if self.asked:
+        if self.stop_requested:
             self._driver.send_signal(signal.SIGTERM)
         code = self._driver.wait()
         self._driver = None
@@ -150,7 +150,7 @@ class _Nurse:
         return code
 
     def _hand_on(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
+        self.stop_requested = True
         if self._driver is not None:
             self._driver.send_signal(number)
 
@@ -172,9 +172,9 @@ def _bury(seconds: float) -> None:
         time.sleep(0.1)
 
 
-def _prctl(what: int, value: int) -> None:
+def _prctl(option: int, value: int) -> None:
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(what, value, 0, 0, 0)
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _plain(why: str) -> str:

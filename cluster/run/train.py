@@ -122,16 +122,16 @@ def train_batches(algorithm: AlgorithmConfig, scored: Sequence[ScoredGroup]) -> 
 
     Empty when no group has one: the policy stays as it is.
     """
-    kept = [
+    retained = [
         g
         for g in scored
         if not g.dropped and not (g.zero_variance and algorithm.drop_zero_variance)
     ]
-    if not any(g.has_gradient for g in kept):
+    if not any(g.has_gradient for g in retained):
         return []
     chosen = algorithm.segment_weights
     weights: dict[Segment, float] = {s: getattr(chosen, s) for s in SEGMENTS}
-    parts = [kept[i :: algorithm.updates_per_step] for i in range(algorithm.updates_per_step)]
+    parts = [retained[i :: algorithm.updates_per_step] for i in range(algorithm.updates_per_step)]
     return [
         TrainBatch(
             tuple(
@@ -208,7 +208,7 @@ def conclude(
 ) -> dict[str, EvalTable]:
     """Keep the last policy, measure it, and tell what changed; a table a task."""
     after = save_and_measure(learner, log.keeper, log.at.step, evaluate)
-    log.keeper.keep(lambda place: report_change(place, log.at.before, after, log.progress))
+    log.keeper.keep(lambda target: report_change(target, log.at.before, after, log.progress))
     log.measured(after)
     log.end_run()
     return after
@@ -220,14 +220,14 @@ def save_and_measure(
     """Save the last policy, then measure it; one that cannot be saved is still measured."""
     failed: Exception | None = None
     try:
-        keeper.keep(lambda place: learner.save(place / "checkpoint"))
+        keeper.keep(lambda folder: learner.save(folder / "checkpoint"))
     except Exception as error:
         failed = error
-    found = measured()
-    keeper.keep(lambda place: put_evaluation(place, step, found))
+    tables = measured()
+    keeper.keep(lambda folder: put_evaluation(folder, step, tables))
     if failed is not None:
         raise failed
-    return found
+    return tables
 
 
 def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -239,17 +239,17 @@ def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     if not updates:
         return {}
     names = set.intersection(*(set(update) for update in updates))
-    found = {name: sum(u[name] for u in updates) / len(updates) for name in names}
-    found["seconds"] = sum(u["seconds"] for u in updates)
+    means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
+    means["seconds"] = sum(u["seconds"] for u in updates)
     first = ("ratio_gap", "logprob_gap", "mismatch/")
-    found |= {name: value for name, value in updates[0].items() if name.startswith(first)}
-    return {f"learner/{name}": value for name, value in sorted(found.items())}
+    means |= {name: value for name, value in updates[0].items() if name.startswith(first)}
+    return {f"learner/{name}": value for name, value in sorted(means.items())}
 
 
 def transfer_metrics(report: TransferReport | None) -> dict[str, float]:
     """What a weight transfer cost, under `transfer/`; of one that was only begun, nothing yet."""
-    told = vars(report) if report else {}
-    return {f"transfer/{name}": float(value) for name, value in told.items()}
+    fields = vars(report) if report else {}
+    return {f"transfer/{name}": float(value) for name, value in fields.items()}
 
 
 def report_change(
@@ -262,7 +262,7 @@ def report_change(
     if len(before) > 1:
         before, after = (tables | {"all tasks": pooled(tables)} for tables in (before, after))
     changes = {task: before_after(before[task], after[task]) for task in before}
-    kept = {
+    evaluation = {
         task: {
             "before": before[task].to_dict(),
             "after": after[task].to_dict(),
@@ -270,6 +270,6 @@ def report_change(
         }
         for task, change in changes.items()
     }
-    put_text(folder / "evaluation.json", json.dumps(kept, indent=1))
+    put_text(folder / "evaluation.json", json.dumps(evaluation, indent=1))
     for task, change in changes.items():
         progress.console.print(change_table(change, f"{task}: before and after").to_rich())

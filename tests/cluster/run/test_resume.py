@@ -234,10 +234,10 @@ def test_the_first_signal_is_a_wish_and_a_later_one_ends() -> None:
         signal.signal(number, harsh)
         try:
             with stop_signal(lambda: clock[0]) as stop:
-                assert not stop.asked
+                assert not stop.requested
                 for _ in range(3):  # one for each thread of a supervisor that was killed
                     signal.raise_signal(number)
-                assert stop.asked
+                assert stop.requested
                 clock[0] += ONE_SIGNAL_SECONDS
                 with pytest.raises(InterruptedError):
                     signal.raise_signal(number)

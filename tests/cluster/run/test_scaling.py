@@ -13,7 +13,7 @@ from cluster.recipe.machine import claimed
 from cluster.recipe.nodes import Node
 from cluster.recipe.recipe import UserError, load_recipe
 from cluster.run import scaling
-from cluster.run.scaling import WISH, ask, asked, scale_as_asked
+from cluster.run.scaling import WISH, ask, requested, scale_as_asked
 from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request
 from tests.support.recipes import recipe_text
@@ -29,10 +29,10 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_wish_is_heard_once_and_the_last_one_counts(run: Path) -> None:
     with claimed(run):
-        assert asked(run) is None
+        assert requested(run) is None
         ask(run, 3)
         ask(run, 5)
-        assert asked(run) == 5 and asked(run) is None
+        assert requested(run) == 5 and requested(run) is None
     assert sorted(p.name for p in run.iterdir()) == [".lock", "recipe.toml"]
 
 
@@ -56,8 +56,8 @@ def test_only_a_run_that_goes_on_can_be_asked(
 def test_a_wish_that_cannot_be_read_is_said_and_left(run: Path, text: str) -> None:
     (run / WISH).write_text(text)
     with pytest.raises(UserError, match=r'scale.json: expected \{"samplers": N\}'):
-        asked(run)
-    assert asked(run) is None
+        requested(run)
+    assert requested(run) is None
 
 
 def test_the_pool_grows_and_shrinks_and_keeps_within_the_cluster(
