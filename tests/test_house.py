@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,38 @@ def test_rooms_of_cluster_import_one_way(room: str) -> None:
         for path in files
     }
     assert {path: modules for path, modules in found.items() if modules} == {}
+
+
+def circle(sources: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Modules that import each other in a circle, its first again at the end; [] for none.
+
+    `sources`: module -> what it imports, at its head, in a function or for its types alone.
+    """
+    graph = {}
+    for module, imported in sources.items():
+        parts = [(name, name.rpartition(".")[0]) for name in imported]
+        graph[module] = {next((m for m in pair if m in sources), module) for pair in parts}
+        graph[module] -= {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        modules: list[str] = error.args[1]
+        return modules
+    return []
+
+
+def test_no_two_modules_import_each_other() -> None:
+    paths = {path.relative_to(ROOT).with_suffix(""): path for path in python_files(*ROOMS)}
+    names = {".".join(at.parts).removesuffix(".__init__"): path for at, path in paths.items()}
+    assert circle({name: imports_of(path) for name, path in names.items()}) == []
+
+
+def test_a_circle_would_be_caught() -> None:
+    lazy = tuple(imports("def f():\n    from cluster.run import a"))
+    assert circle({"cluster.run.a": ("cluster.run.b.g",), "cluster.run.b": lazy})
+    ring = {"tasks.a": ("tasks.b",), "tasks.b": ("tasks.c.x",), "tasks.c": ("tasks.a.y",)}
+    assert len(circle(ring)) == 4
+    assert circle(ring | {"tasks.c": ("os", "tasks.c.z", "tasks.d")}) == []
 
 
 def test_flat_files_of_cluster_are_the_commands() -> None:

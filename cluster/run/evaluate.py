@@ -20,6 +20,7 @@ from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sections import EvalConfig, EvalPass, EvalSampling
 from cluster.record.evaluation import EvalTable, eval_table, with_readings
+from cluster.run.engines import sampling_from
 from cluster.run.passes import asked_of, every_pass, passes_of
 from cluster.run.standstill import unread_tables
 from rewards.reader import Reader, readings
@@ -144,7 +145,6 @@ def run_eval(
     Raises DataError or ModelError for input that cannot be used, RunFailed where the engine
     ends the evaluation.
     """
-    from cluster.run.runtime import sampling_from
     from cluster.run.session import session
 
     asked = EvalConfig(

@@ -71,7 +71,7 @@ def run_data_eval(
     Raises DataError, UserError or ModelError for input that cannot be used, RunFailed where the
     engine ends the evaluation.
     """
-    from cluster.run.runtime import sampling_from
+    from cluster.run.engines import sampling_from
     from cluster.run.session import session
 
     asked = EvalConfig(samples=samples, seed=seed, reader=reader, reader_place=reader_place)

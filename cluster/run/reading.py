@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.recipe.recipe import load_recipe
 from cluster.record.stored import read_groups, stored_steps
-from cluster.run.runtime import sampler_pool
+from cluster.run.engines import sampler_pool
 from cluster.run.session import actor_errors, connected
 from rewards.reader import Reader, Reading, readings
 from rewards.settings import Place

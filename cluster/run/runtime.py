@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cluster.recipe.placement import Command, frozen_models
+from cluster.recipe.placement import Command
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe
 from cluster.record.evaluation import EvalTable
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
 from cluster.run.delivery import Delivery, GpuDelivery
+from cluster.run.engines import FrozenPools, frozen_pools, sampler_pool, sampling_from
 from cluster.run.evaluate import evaluate_all
 from cluster.run.nodes import on_nodes
 from cluster.run.pairs import GpuPairs
@@ -32,7 +32,6 @@ from rewards.scored import ScoredGroup
 from rollout.jobs import News
 from rollout.pool import SamplerPool
 from rollout.record import Group
-from rollout.sampler import ray_samplers
 from rollout.transfer import TransferReport
 
 
@@ -58,31 +57,6 @@ def sft_setup(recipe: Recipe, folder: str = "", resume: bool = False) -> Learner
     )
 
 
-def sampler_pool(
-    recipe: Recipe,
-    model: str | None = None,
-    name: str = "sampler",
-    frozen: bool = False,
-    placed: Callable[[int], dict[str, Any]] | None = None,
-) -> SamplerPool:
-    """The recipe's samplers on the policy or another checkpoint, or the one of a frozen model.
-
-    They are not yet waited for. `placed`: see `ray_samplers`; by default as [placement] says.
-    """
-    where = on_nodes(recipe.placement.samplers, recipe.placement.spread_samplers)
-    policy = recipe.model.model_copy(update={"path": model or recipe.model.path})
-    start = ray_samplers(
-        policy,
-        recipe.sampler,
-        placed or (lambda index: where),
-        transport=recipe.transfer.transport,
-        frozen=frozen,
-        seed=recipe.seed,
-    )
-    count = 1 if frozen else recipe.sampler.count
-    return SamplerPool(start, count, recipe.sampler, name, recipe.transfer.deadline_seconds)
-
-
 @contextmanager
 def learning(recipe: Recipe, setup: LearnerSetup) -> Iterator[LearnerGroup]:
     """A learner without samplers; Ray must be connected."""
@@ -103,33 +77,6 @@ def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]
             yield pool, scoring
         finally:
             scoring.stop()
-
-
-@contextmanager
-def sampling_from(
-    recipe: Recipe, model: str, command: Command
-) -> Iterator[tuple[SamplerPool, FrozenPools]]:
-    """Samplers on a checkpoint and the frozen models of a command; Ray must be connected."""
-    pool, frozen = sampler_pool(recipe, model), frozen_pools(recipe, command)
-    try:
-        for each in (pool, *frozen.values()):
-            each.wait_ready(recipe.sampler.start_timeout_seconds)
-        yield pool, frozen
-    finally:
-        for each in (pool, *frozen.values()):
-            each.stop()
-
-
-FrozenPools = Mapping[str, SamplerPool]
-"""An engine for each frozen model that a command asks, by checkpoint."""
-
-
-def frozen_pools(recipe: Recipe, command: Command) -> FrozenPools:
-    """Start them; they are not yet waited for."""
-    return {
-        model: sampler_pool(recipe, model, f"frozen-{index}", frozen=True)
-        for index, model in enumerate(frozen_models(recipe, command))
-    }
 
 
 class Scoring:

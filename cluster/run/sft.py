@@ -29,10 +29,11 @@ from cluster.record.evaluation import EvalTable
 from cluster.record.stored import read_metrics
 from cluster.record.terminal import Progress
 from cluster.run.checkpoints import Resumed
+from cluster.run.engines import sampling_from
 from cluster.run.evaluate import evaluate_all
 from cluster.run.passes import every_pass
 from cluster.run.run_log import Metrics, RunLog, run_log
-from cluster.run.runtime import LivePolicy, learning, sampling_from, sft_setup
+from cluster.run.runtime import LivePolicy, learning, sft_setup
 from cluster.run.session import session
 from cluster.run.train import conclude, transfer_metrics, verify_transfer
 from learner.actor import LearnerGroup
