@@ -75,26 +75,26 @@ def layer_of(name: str) -> str:
 
 
 def with_adapters(
-    base: BaseWeights, adapters: Mapping[str, torch.Tensor], done: set[str]
+    base: BaseWeights, adapters: Mapping[str, torch.Tensor], merged_layers: set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the layers that have adapters, W + B·A where there is one.
 
-    Computed in float32, in the dtype of W. `done` holds the layers of this transfer so far.
-    Raises AdapterError for a layer that comes twice (the second time it would not be loaded) or an
+    Computed in float32, in the dtype of W. `merged_layers`: those of this transfer so far. Raises
+    AdapterError for a layer that comes twice (the second time it would not be loaded) or an
     adapter that does not fit its weight.
     """
     targets = [name.removesuffix(A) for name in adapters if name.endswith(A)]
     for layer in dict.fromkeys(layer_of(f"{target}.weight") for target in targets):
-        if layer in done:
+        if layer in merged_layers:
             raise AdapterError(f"adapters of layer {layer} came in two parts")
-        done.add(layer)
-    left = {f"{target}.weight": target for target in targets}
-    for name in list(left):
-        if name not in left:
+        merged_layers.add(layer)
+    unmerged = {f"{target}.weight": target for target in targets}
+    for name in list(unmerged):
+        if name not in unmerged:
             continue
         for other in base.neighbours(name) or [name]:
             weight = base.read(other)
-            target = left.pop(other, None)
+            target = unmerged.pop(other, None)
             if target is not None:
                 weight = _merged(other, weight, adapters[target + A], adapters[target + B])
             yield other, weight

@@ -1,7 +1,7 @@
 """The group buffer: which groups may be started, which may be learnt from, each used once.
 
-A run draws its problems in a fixed order; a group's *place* in it says which problem it samples.
-The buffer knows every place from its start to its use. It holds no engine and no clock: the
+A run draws its problems in a fixed order; a group's *position* in it says which problem it samples.
+The buffer knows every position from its start to its use. It holds no engine and no clock: the
 driver tells it what was sampled and which policy version the learner has.
 
 Staleness is counted in policy versions: the learner's version when a step begins to learn, less
@@ -26,7 +26,7 @@ class GroupBufferError(RuntimeError):
 
 @dataclass(frozen=True)
 class BufferState:
-    """What a checkpoint keeps: places `0 ... drawn - 1` were started, all but `open` are done with.
+    """What a checkpoint keeps: positions 0 to `drawn` - 1 were started, all but `open` are done.
 
     `open` were being sampled, or complete and not yet learnt from: a resumed run samples them
     again, so each is still used exactly once.
@@ -42,19 +42,19 @@ class BufferState:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BufferState:
         """Read what `to_dict` wrote; raises ValueError for what it cannot have written."""
-        state = cls(int(data["drawn"]), tuple(int(place) for place in data["open"]))
+        state = cls(int(data["drawn"]), tuple(int(position) for position in data["open"]))
         if list(state.open) != sorted(set(state.open)) or not all(
-            0 <= place < state.drawn for place in state.open
+            0 <= position < state.drawn for position in state.open
         ):
-            raise ValueError(f"buffer: open places {state.open} do not fit {state.drawn} drawn")
+            raise ValueError(f"buffer: open positions {state.open} do not fit {state.drawn} drawn")
         return state
 
 
 @dataclass
 class _Entry:
-    """One place that is not done with: waiting for a start, in flight (an id), or complete."""
+    """One position that is not done with: waiting for a start, in flight (an id), or complete."""
 
-    place: int
+    position: int
     group_id: str | None = None
     group: Group | None = None
     oldest: int | None = None
@@ -78,7 +78,7 @@ class GroupBuffer:
         self._rule, self._steps, self._steps_done = rule, steps, steps_done
         self._groups = rule.problems_per_step
         self._drawn = state.drawn
-        self._entries = {place: _Entry(place) for place in state.open}
+        self._entries = {position: _Entry(position) for position in state.open}
         self._in_flight: dict[str, _Entry] = {}
         self._used = steps_done * rule.problems_per_step
         self._completed = 0
@@ -87,7 +87,7 @@ class GroupBuffer:
     # --- starting -----------------------------------------------------------------------------
 
     def admit(self) -> list[int]:
-        """Places to sample now, ascending; `started` is to be told of each.
+        """Positions to sample now, ascending; `started` is to be told of each.
 
         Those that wait (put back, too old, or open in a checkpoint), then new ones: as many as
         can be used in time if each step takes its share, `steps_ahead` steps beyond the one due.
@@ -96,14 +96,16 @@ class GroupBuffer:
         due = min(self._steps_done + 1 + self._rule.steps_ahead, self._steps) * self._groups
         fresh = range(self._drawn, self._drawn + max(0, due - self._used - len(self._entries)))
         self._drawn += len(fresh)
-        self._entries |= {place: _Entry(place) for place in fresh}
+        self._entries |= {position: _Entry(position) for position in fresh}
         return sorted([*waiting, *fresh])
 
-    def started(self, place: int, group_id: str) -> None:
-        """Note that a place is sampled under this id. Raises GroupBufferError if it already is."""
-        entry = self._entries.get(place)
+    def started(self, position: int, group_id: str) -> None:
+        """Note that a position is sampled under this id. Raises GroupBufferError if it is already."""
+        entry = self._entries.get(position)
         if entry is None or entry.group_id or group_id in self._in_flight:
-            raise GroupBufferError(f"group {group_id!r}: place {place} does not wait for a start")
+            raise GroupBufferError(
+                f"group {group_id!r}: position {position} does not wait for a start"
+            )
         entry.group_id = group_id
         self._in_flight[group_id] = entry
 
@@ -112,7 +114,7 @@ class GroupBuffer:
         return list(self._in_flight)
 
     def put_back(self, group_ids: Sequence[str]) -> None:
-        """Note that groups in flight are sampled no more; `admit` names their places again."""
+        """Note that groups in flight are sampled no more; `admit` names their positions again."""
         for group_id in group_ids:
             self._in_flight.pop(group_id).group_id = None
         self._counts["aborted"] += len(group_ids)
@@ -134,7 +136,7 @@ class GroupBuffer:
             if entry.group is None or entry.oldest is None or entry.oldest >= oldest:
                 continue
             if self._rule.too_old == "drop":
-                del self._entries[entry.place]
+                del self._entries[entry.position]
                 self._counts["dropped"] += 1
             else:
                 entry.group = entry.group_id = None
@@ -154,9 +156,9 @@ class GroupBuffer:
         self.expire(version)
         if missing := self.missing():
             raise GroupBufferError(f"the step is short of {missing} of {self._groups} groups")
-        turn = sorted(self._turn(), key=lambda entry: entry.place)
+        turn = sorted(self._turn(), key=lambda entry: entry.position)
         for entry in turn:
-            del self._entries[entry.place]
+            del self._entries[entry.position]
         self._used += len(turn)
         return [entry.group for entry in turn if entry.group is not None]
 
@@ -168,7 +170,7 @@ class GroupBuffer:
         """The entries whose turn it is; in the order of problems some may not be complete."""
         entries = self._entries.values()
         if self._rule.order == "problem":
-            chosen = sorted(entries, key=lambda entry: entry.place)
+            chosen = sorted(entries, key=lambda entry: entry.position)
         else:
             complete = [entry for entry in entries if entry.group is not None]
             chosen = sorted(complete, key=lambda entry: (entry.oldest or 0, entry.rank))

@@ -281,7 +281,7 @@ class Dispatch:
     def counts(self, now: float) -> dict[str, float]:
         """Numbers for the metrics, since the pool began (see docs/metrics.md)."""
         seats = list(self.seats.values())
-        found = {
+        counts = {
             "asked": float(sum(not seat.retiring for seat in seats)),
             # One that fetches the last version takes work in a moment.
             "count": float(sum(self._takes_work(s) or self._will_soon(s) for s in seats)),
@@ -290,12 +290,12 @@ class Dispatch:
             "resampled": float(sum(self.resampled.values())),
             "refused": float(self.refused),
         }
-        found |= {f"restarts/{cause}": float(n) for cause, n in self.causes.items()}
-        found |= {f"resampled/{cause}": float(n) for cause, n in self.resampled.items() if n}
+        counts |= {f"restarts/{cause}": float(n) for cause, n in self.causes.items()}
+        counts |= {f"resampled/{cause}": float(n) for cause, n in self.resampled.items() if n}
         for seat in seats:
             since = now - seat.idle_since if seat.idle_since is not None else 0.0
-            found[f"idle_seconds/{seat.name}"] = seat.idle + since
-        return found
+            counts[f"idle_seconds/{seat.name}"] = seat.idle + since
+        return counts
 
     # Inside
 

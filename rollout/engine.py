@@ -126,7 +126,7 @@ class Engine:
         problem, sampling = request.problem, request.sampling
         budgets = Budgets.of(request.environment, sampling.max_tokens, self._llm.context)
 
-        def asked(opening: Observation | None) -> Asked:
+        def prompt_of(opening: Observation | None) -> Asked:
             ids, images = self._prompts.asked(
                 problem, viewed(problem, request.view), request.prefix, opening
             )
@@ -142,9 +142,9 @@ class Engine:
             prompt = self._prompts.request(problem, ids, images)
             final = await self._generate(problem, prompt, self._sampling(of_turn), 1)
             (output,) = final.outputs
-            said = [int(token) for token in output.token_ids]
-            logprobs, versions = list(output.logprobs.logprobs), self._versions(output, len(said))
-            return Written([*final.prompt_token_ids], said, logprobs, versions.tolist())
+            tokens = [int(token) for token in output.token_ids]
+            logprobs, versions = list(output.logprobs.logprobs), self._versions(output, len(tokens))
+            return Written([*final.prompt_token_ids], tokens, logprobs, versions.tolist())
 
         def environment(index: int) -> Answers:
             name = f"{request.group_id}/{index}"
@@ -153,7 +153,7 @@ class Engine:
 
         try:
             return await converse(
-                self._chat, request, task, budgets, asked, write, environment, self._name
+                self._chat, request, task, budgets, prompt_of, write, environment, self._name
             )
         except EpisodeError as error:
             raise SamplerError(f"problem {problem.id}: {error}") from error
@@ -171,14 +171,14 @@ class Engine:
         problem, count = request.problem, len(request.response_ids)
         if not count:
             return np.zeros(0, np.float32)
-        *given, last = [int(token) for token in request.response_ids]
-        if placed := sorted(set(self._chat.placeholders) & set(given)):
+        *inputs, last = [int(token) for token in request.response_ids]
+        if placed := sorted(set(self._chat.placeholders) & set(inputs)):
             raise SamplerError(
                 f"problem {problem.id}: cannot score special token {placed[0]} before the last "
-                "place: as an input it would announce an image, and no sampler makes one there"
+                "position: as an input it would announce an image, and no sampler makes one there"
             )
         prompt, _ = self._prompts.of(problem, request.images)
-        prompt["prompt_token_ids"] += given
+        prompt["prompt_token_ids"] += inputs
         # The last token is only ever a target: as no input it needs no room in the context,
         # and a placeholder there announces nothing. Greedy, so the one token that an engine
         # must make leaves its random stream alone.
@@ -192,15 +192,18 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = await self._generate(problem, prompt, params, 1)
-        places, sampled = final.prompt_logprobs, final.outputs[0].logprobs
-        start = len(final.prompt_token_ids) - len(given)
-        if list(final.prompt_token_ids[start:]) != given or places.token_ids[start - 1 :] != given:
+        prompt_logprobs, sampled = final.prompt_logprobs, final.outputs[0].logprobs
+        start = len(final.prompt_token_ids) - len(inputs)
+        if (
+            list(final.prompt_token_ids[start:]) != inputs
+            or prompt_logprobs.token_ids[start - 1 :] != inputs
+        ):
             raise SamplerError(
                 f"problem {problem.id}: the engine did not score the {count} tokens it was given"
             )
-        # Places hold one entry a prompt token but none for the first; `sampled` holds the token
+        # `prompt_logprobs` has an entry a prompt token but none for the first; `sampled` the token
         # made and then the one asked for.
-        return np.asarray([*places.logprobs[start - 1 :], sampled.logprobs[1]], np.float32)
+        return np.asarray([*prompt_logprobs.logprobs[start - 1 :], sampled.logprobs[1]], np.float32)
 
     @property
     def vocabulary(self) -> int:
@@ -260,19 +263,19 @@ class Engine:
         """
         await self.begin_weight_update()
         reading: asyncio.Future[None] | None = None
-        async for held, update in buckets:
+        async for descriptor, update in buckets:
             if reading is not None:
                 await reading
-            reading = asyncio.ensure_future(self._read(held, update))
+            reading = asyncio.ensure_future(self._read(descriptor, update))
         if reading is not None:
             await reading
         await self.finish_weight_update(version)
 
-    async def _read(self, held: int, update: dict[str, Any]) -> None:
+    async def _read(self, descriptor: int, update: dict[str, Any]) -> None:
         try:
             await self.load_weights(update)
         finally:
-            os.close(held)
+            os.close(descriptor)
 
     async def weight_checksums(self) -> dict[str, str]:
         """Digest of every parameter as the engine holds it, keyed by rank and name."""
@@ -283,9 +286,9 @@ class Engine:
             for name, digest in digests.items()
         }
 
-    async def _workers(self, method: str, **given: Any) -> list[Any]:
+    async def _workers(self, method: str, **arguments: Any) -> list[Any]:
         """What the model's ranks return, called between two steps."""
-        work = self._llm.do(lambda llm: llm.collective_rpc(method, kwargs=given))
+        work = self._llm.do(lambda llm: llm.collective_rpc(method, kwargs=arguments))
         return await self._answered(work)
 
     async def _answered(self, work: Awaitable[T]) -> T:

@@ -54,11 +54,11 @@ class EngineThread:
 
         Raises what it raises, and EngineFailed where the engine has failed or fails meanwhile.
         """
-        done: Future[T] = Future()
-        self._work.put((work, done))
+        result: Future[T] = Future()
+        self._work.put((work, result))
         if self._failure is not None:  # the thread may have looked for the last time
             self._end()
-        return await asyncio.wrap_future(done)
+        return await asyncio.wrap_future(result)
 
     async def generate(self, request_id: str, prompt: Any, params: Any) -> RequestOutput:
         """The finished output of a request; dropped where nobody waits for it any more.
@@ -126,16 +126,16 @@ class EngineThread:
         """Do what is asked, waiting for it where there is no step to take; False: to stop."""
         idle = self._paused or not llm.has_unfinished_requests()
         while idle or not self._work.empty():
-            asked = self._work.get()
-            if asked is None:
+            item = self._work.get()
+            if item is None:
                 return False
-            work, done = asked
-            if not done.set_running_or_notify_cancel():
+            work, result = item
+            if not result.set_running_or_notify_cancel():
                 continue
             try:
-                done.set_result(work(llm))
+                result.set_result(work(llm))
             except Exception as error:
-                done.set_exception(error)
+                result.set_exception(error)
             idle = self._paused or not llm.has_unfinished_requests()
         return True
 
@@ -165,8 +165,8 @@ class EngineThread:
         self._running.clear()
         with suppress(queue.Empty):
             while True:
-                if (asked := self._work.get_nowait()) is not None:
-                    waiting.append(asked[1])
+                if (item := self._work.get_nowait()) is not None:
+                    waiting.append(item[1])
         for future in waiting:
             if not future.done():
                 future.set_exception(error)

@@ -110,20 +110,20 @@ def json_beside(tokenizer: Any, name: str) -> dict[str, Any]:
         return {}
     try:
         with open(file, encoding="utf-8") as stream:
-            found = json.load(stream)
+            content = json.load(stream)
     except ValueError as error:
         raise ModelError(f"{name}: not JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ModelError(f"{name}: not a JSON object")
-    return found
+    return content
 
 
 def token_ids(value: Any) -> list[int]:
     """Token ids of a config's field, which is one, a list or nothing."""
-    found = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(index) is int for index in found):
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int for index in ids):
         raise ModelError(f"eos_token_id: {str(value)[:40]}: neither a token id nor a list of them")
-    return found
+    return ids
 
 
 def first_line(error: Exception) -> str:

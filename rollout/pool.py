@@ -43,7 +43,7 @@ class SamplerPool:
         name: str = "sampler",
         renewal: float = 120.0,
     ) -> None:
-        """`start` starts the process of a sampler, named `<name>-<place>`, and does not wait.
+        """`start` starts the process of a sampler, named `<name>-<index>`, and does not wait.
 
         `renewal`: seconds in which a sampler must have fetched a version of the weights.
         """
@@ -54,7 +54,7 @@ class SamplerPool:
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.RLock())
         self._stopped = False
-        names = [f"{name}-{place}" for place in range(count)]
+        names = [f"{name}-{index}" for index in range(count)]
         self._dispatch = Dispatch(names, settings, time.monotonic(), renewal)
         self._carry_out()
         self._thread = threading.Thread(target=self._run, name=f"{name}-pool", daemon=True)
@@ -226,23 +226,23 @@ class SamplerPool:
         """
         seconds = self._settings.request_timeout_seconds
         while True:
-            asked = [(c, _watched(c, "weight_checksums")) for c in self.wait_clients()]
+            calls = [(c, _watched(c, "weight_checksums")) for c in self.wait_clients()]
             until = time.monotonic() + seconds
-            found: dict[str, dict[str, str]] = {}
-            for client, future in asked:
+            checksums: dict[str, dict[str, str]] = {}
+            for client, future in calls:
                 try:
-                    told = future.result(max(0.0, until - time.monotonic()))
+                    reply = future.result(max(0.0, until - time.monotonic()))
                 except TimeoutError:
                     limit = f"{seconds:g} s (sampler.request_timeout_seconds)"
-                    told = Died("overdue", f"{client.name}: no weight checksums within {limit}")
-                if isinstance(told, Refused):
-                    raise told.error
-                if isinstance(told, Died):
-                    self.replace(client, told.cause, told.message)
+                    reply = Died("overdue", f"{client.name}: no weight checksums within {limit}")
+                if isinstance(reply, Refused):
+                    raise reply.error
+                if isinstance(reply, Died):
+                    self.replace(client, reply.cause, reply.message)
                 else:
-                    found[client.name] = told
-            if found:
-                return found
+                    checksums[client.name] = reply
+            if checksums:
+                return checksums
 
     def stop(self) -> None:
         """Shut the engines down, then their actors; nothing where that is done."""
@@ -251,8 +251,8 @@ class SamplerPool:
         self._events.put(())
         self._thread.join()
         with self._changed:
-            held, self._clients = self._clients, {}
-        _retire([client for _, client in held.values()])
+            clients, self._clients = self._clients, {}
+        _retire([client for _, client in clients.values()])
 
     # Inside
 
@@ -263,16 +263,16 @@ class SamplerPool:
             self._changed.notify_all()
         self._events.put(())
 
-    def _wait(self, done: Callable[[], bool], until: float | None = None) -> None:
-        """Wait, on the caller's thread, until `done` or `until`; raises the pool's own error."""
+    def _wait(self, is_over: Callable[[], bool], until: float | None = None) -> None:
+        """Wait, on the caller's thread, until `is_over` or `until`; raises the pool's own error."""
         with self._changed:
-            while not done():
+            while not is_over():
                 if self._dispatch.error is not None:
                     raise self._dispatch.error
-                left = TICK_SECONDS if until is None else until - time.monotonic()
-                if left <= 0:
+                seconds = TICK_SECONDS if until is None else until - time.monotonic()
+                if seconds <= 0:
                     return
-                self._changed.wait(min(TICK_SECONDS, left))
+                self._changed.wait(min(TICK_SECONDS, seconds))
 
     def _run(self) -> None:
         """The pool's thread: events in, commands out."""
@@ -297,33 +297,33 @@ class SamplerPool:
     def _next_event(self) -> tuple[Any, ...]:
         with self._changed:
             due = self._dispatch.next_due()
-        left = TICK_SECONDS if due is None else due - time.monotonic()
+        seconds = TICK_SECONDS if due is None else due - time.monotonic()
         try:
-            return self._events.get(timeout=max(0.0, min(TICK_SECONDS, left)))
+            return self._events.get(timeout=max(0.0, min(TICK_SECONDS, seconds)))
         except queue.Empty:
             return ()
 
-    def _hear(self, what: str, name: str, life: int, ticket: int, result: Any) -> None:
+    def _hear(self, action: str, name: str, life: int, ticket: int, result: Any) -> None:
         now, dispatch = time.monotonic(), self._dispatch
-        if what != "ping":  # an engine that only lives does not get on
+        if action != "ping":  # an engine that only lives does not get on
             beat()
-        if what == "send":
+        if action == "send":
             self._calls.pop(ticket, None)
             dispatch.replied(name, life, ticket, result, now)
         elif not isinstance(result, Died | Refused):
-            if what == "start":
+            if action == "start":
                 vocabulary, version = result
                 dispatch.started(name, life, vocabulary, version, now)
-            elif what == "renew":
+            elif action == "renew":
                 dispatch.renewed(name, life, result, now)
             else:
                 dispatch.ponged(name, life, now)
-        elif what == "start" and dispatch.initial:
-            own = result.error if isinstance(result, Refused) else None
-            dispatch.error = dispatch.error or own or SamplerLost(result.message)
+        elif action == "start" and dispatch.initial:
+            refusal = result.error if isinstance(result, Refused) else None
+            dispatch.error = dispatch.error or refusal or SamplerLost(result.message)
         else:
-            cause: Cause = "transfer" if what == "renew" else "engine"
-            if what == "start":
+            cause: Cause = "transfer" if action == "renew" else "engine"
+            if action == "start":
                 cause = "start"
             elif isinstance(result, Died):  # whatever it was asked to do meanwhile
                 cause = result.cause
@@ -345,8 +345,8 @@ class SamplerPool:
                 weights = self._weights
             self._watch(command, fresh, fresh.call("ready", weights))
             return
-        held, client = self._clients[name]
-        if held != life:
+        current, client = self._clients[name]
+        if current != life:
             return
         if command.do == "send":
             call = client.call("answer", command.request)
@@ -357,8 +357,8 @@ class SamplerPool:
             if (call := self._calls.pop(command.ticket, None)) is not None:
                 client.cancel(call)
         elif command.do in ("ping", "renew"):
-            told = (self._weights,) if command.do == "renew" else ()
-            self._watch(command, client, client.call(command.do, *told))
+            arguments = (self._weights,) if command.do == "renew" else ()
+            self._watch(command, client, client.call(command.do, *arguments))
         else:
             with self._changed:
                 del self._clients[name]
@@ -374,29 +374,29 @@ class SamplerPool:
 
 def _retire(clients: Sequence[PoolClient]) -> None:
     """Let engines shut down side by side, then end their processes."""
-    asked = [(client, _watched(client, "shutdown")) for client in clients]
+    calls = [(client, _watched(client, "shutdown")) for client in clients]
     until = time.monotonic() + STOP_SECONDS
-    for client, done in asked:
+    for client, future in calls:
         # One that cannot shut down is ended as one that can.
         with contextlib.suppress(TimeoutError):
-            done.result(max(0.0, until - time.monotonic()))
+            future.result(max(0.0, until - time.monotonic()))
         client.kill()
 
 
 def _watched(client: PoolClient, method: str) -> Future[Any]:
     """Call a method; the future's result is what came back, or `Died` or `Refused`."""
-    done: Future[Any] = Future()
-    client.watch(client.call(method), done.set_result)
-    return done
+    future: Future[Any] = Future()
+    client.watch(client.call(method), future.set_result)
+    return future
 
 
 def _all_over(jobs: Sequence[Job]) -> Callable[[], bool]:
     """Whether all jobs have their outcome; asking costs what was finished since."""
-    left = deque(jobs)
+    unfinished = deque(jobs)
 
     def over() -> bool:
-        while left and left[0].outcome is not None:
-            left.popleft()
-        return not left
+        while unfinished and unfinished[0].outcome is not None:
+            unfinished.popleft()
+        return not unfinished
 
     return over

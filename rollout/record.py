@@ -144,8 +144,8 @@ class Rollout:
     @property
     def sampled(self) -> np.ndarray:
         """bool [T]: the tokens that the policy wrote."""
-        found: np.ndarray = self.segments != ENVIRONMENT
-        return found
+        from_policy: np.ndarray = self.segments != ENVIRONMENT
+        return from_policy
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class RaySamplerClient:
 
     def watch(self, future: Any, then: Callable[[Any], None]) -> None:
         """Call `then`, on a thread of Ray's, with the result, or with `Died` or `Refused`."""
-        future.future().add_done_callback(lambda done: then(self._outcome(done)))
+        future.future().add_done_callback(lambda reply: then(self._outcome(reply)))
 
     def cancel(self, future: Any) -> None:
         """The engine drops the request as soon as its sampler listens."""
@@ -114,15 +114,15 @@ class RaySamplerClient:
         """SIGKILL in the end; the engine goes with it."""
         ray.kill(self.actor)
 
-    def _outcome(self, done: Any) -> Any:
-        error = done.exception()
+    def _outcome(self, reply: Any) -> Any:
+        error = reply.exception()
         if error is None:
-            return done.result()
+            return reply.result()
         if isinstance(error, RayTaskError):
-            own = error.cause
-            if isinstance(own, EngineDied):
-                return Died("engine", f"EngineDied: {own}")
-            return Refused(error, f"{self.name}: {type(own).__name__}: {own}")
+            original = error.cause
+            if isinstance(original, EngineDied):
+                return Died("engine", f"EngineDied: {original}")
+            return Refused(error, f"{self.name}: {type(original).__name__}: {original}")
         # What is no error of Ray's is a reply that could not be unpickled.
         cause: Cause = "actor" if isinstance(error, RayError) else "garbage"
         return Died(cause, f"{self.name}: {own_words(f'{type(error).__name__}: {error}')}")
@@ -131,7 +131,7 @@ class RaySamplerClient:
 def ray_samplers(
     model: ModelConfig,
     sampler: SamplerConfig,
-    placed: Callable[[int], dict[str, Any]] = lambda place: {},
+    placed: Callable[[int], dict[str, Any]] = lambda index: {},
     **options: Any,
 ) -> Callable[[str], RaySamplerClient]:
     """What starts a `Sampler` actor under a name ("sampler-3"), with cores and GPUs of its own.

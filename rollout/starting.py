@@ -41,10 +41,10 @@ def plain_path(model: str) -> str:
     """
     if PLAIN.fullmatch(model) or not os.path.isdir(model):
         return model
-    place = tempfile.gettempdir()
+    folder = tempfile.gettempdir()
     target = os.path.realpath(model)
     name = f"equipoise-model-{os.getuid()}-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}"
-    link = Path(place if PLAIN.fullmatch(place) else "/tmp", name)
+    link = Path(folder if PLAIN.fullmatch(folder) else "/tmp", name)
     fresh = link.with_name(f"{name}.{os.getpid()}")
     fresh.symlink_to(target)
     os.replace(fresh, link)
@@ -140,15 +140,15 @@ def own_errors(model: str) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         if _EMPTY in why:
-            written = "".join(_written(descriptor, at) for descriptor, at in before.items())
-            why = last_error(written) or why
+            output = "".join(_written(descriptor, at) for descriptor, at in before.items())
+            why = last_error(output) or why
         raise EngineNotStarted(f"model {model}: the engine does not start: {why}") from error
 
 
 def own_words(message: str) -> str:
     """What an engine that did not start said, of a longer message about its actor; else that."""
-    said = re.findall(r"EngineNotStarted: (.*)", message)
-    return said[-1] if said else message
+    causes = re.findall(r"EngineNotStarted: (.*)", message)
+    return causes[-1] if causes else message
 
 
 def last_error(output: str) -> str:

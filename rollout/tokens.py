@@ -62,19 +62,19 @@ def load_processor(path: str, field: str = "model.path", reading: ModelConfig | 
 def _bound_pixels(processor: Any, path: str, reading: ModelConfig) -> None:
     """Set the area that images are scaled to. Of others `size` is an edge, or tiles are cut."""
     images = processor.image_processor
-    asked = [name for name in ("min_pixels", "max_pixels") if getattr(reading, name)]
-    if not asked:
+    limits_set = [name for name in ("min_pixels", "max_pixels") if getattr(reading, name)]
+    if not limits_set:
         return
     if pixel_limits(processor) is None:
         raise ModelError(
-            f"model.{asked[0]}: {path}: a {type(images).__name__} knows no limit of pixels; leave "
-            "it out, or set the size of images in the folder's preprocessor_config.json"
+            f"model.{limits_set[0]}: {path}: a {type(images).__name__} knows no limit of pixels; "
+            "leave it out, or set the size of images in the folder's preprocessor_config.json"
         )
     least = reading.min_pixels or images.size["shortest_edge"]
     most = reading.max_pixels or images.size["longest_edge"]
     if least > most:
         raise ModelError(
-            f"model.{asked[0]}: {path}: its own limits are {images.size['shortest_edge']} to "
+            f"model.{limits_set[0]}: {path}: its own limits are {images.size['shortest_edge']} to "
             f"{images.size['longest_edge']} pixels; set both min_pixels and max_pixels"
         )
     images.size = type(images.size)(shortest_edge=least, longest_edge=most)
@@ -202,11 +202,15 @@ class Chat:
         ids = self._written([], parts or [""], later=True)
         return ids[1 + ids.index(self.end) :] if last == self.end in ids else ids
 
-    def _written(self, told: Sequence[str], parts: Sequence[Any], later: bool = False) -> list[int]:
-        """Ids of a user's turn, after what the system told or after a response."""
-        frame = self._frame(len(told), tuple(isinstance(part, str) for part in parts), later)
-        said = [*told, *(part for part in parts if isinstance(part, str))]
-        texts = [cut(text) for cut, text in zip(frame.cuts, said, strict=True)]
+    def _written(
+        self, system_texts: Sequence[str], parts: Sequence[Any], later: bool = False
+    ) -> list[int]:
+        """Ids of a user's turn, after what the system said or after a response."""
+        frame = self._frame(
+            len(system_texts), tuple(isinstance(part, str) for part in parts), later
+        )
+        turn_texts = [*system_texts, *(part for part in parts if isinstance(part, str))]
+        texts = [cut(text) for cut, text in zip(frame.cuts, turn_texts, strict=True)]
         ids = encode(self.tokenizer, _between(frame.around, texts))
         around = [encode(self.tokenizer, text) for text in frame.around]
         if self._controls(ids) != self._controls(itertools.chain(*around)):
@@ -236,8 +240,8 @@ class Chat:
     def _make_image_block(self, size: tuple[int, int]) -> list[int]:
         token = self.tokenizer.convert_ids_to_tokens(self.image_token)
         image = Image.new("RGB", size)
-        made = self._reader(images=[image], text=[token], add_special_tokens=False)
-        return [int(index) for index in made["input_ids"][0]]
+        encoded = self._reader(images=[image], text=[token], add_special_tokens=False)
+        return [int(index) for index in encoded["input_ids"][0]]
 
     def _controls(self, ids: Iterable[int]) -> list[int]:
         return [index for index in ids if index in self._control]
@@ -249,10 +253,10 @@ class Chat:
             return []
         return [first] if self.tokenizer("a")["input_ids"][0] == first else []
 
-    def _render(self, *said: tuple[str, Sequence[str | None]]) -> str:
+    def _render(self, *turns: tuple[str, Sequence[str | None]]) -> str:
         """The chat template's text of what each role says, turn by turn; None is an image."""
         messages: list[dict[str, Any]] = []
-        for role, parts in said:
+        for role, parts in turns:
             # Templates of text-only models take a string.
             alone = self._reader is self.tokenizer or role in self._plain
             content = [
@@ -263,34 +267,36 @@ class Chat:
                 messages.append({"role": role, "content": parts[0] if alone else content})
         try:
             rendered: str = self._reader.apply_chat_template(
-                messages, add_generation_prompt=said[-1][0] != "assistant", tokenize=False
+                messages, add_generation_prompt=turns[-1][0] != "assistant", tokenize=False
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
         return rendered
 
-    def _make_frame(self, told: int, kinds: tuple[bool, ...], later: bool = False) -> _Frame:
-        """How the template writes a user's turn of these parts (True is a text), told something
-        before by the system or nothing; of a later turn what follows the response before it."""
-        said = [*[_MARK] * told, *(_MARK if text else None for text in kinds)]
+    def _make_frame(
+        self, system_count: int, kinds: tuple[bool, ...], later: bool = False
+    ) -> _Frame:
+        """How the template writes a user's turn of these parts (True is a text), after
+        `system_count` texts of the system; of a later turn what follows the response before it."""
+        marks = [*[_MARK] * system_count, *(_MARK if text else None for text in kinds)]
 
-        def rendered(said: Sequence[str | None]) -> str:
-            asked = ("system", said[:told]), ("user", said[told:])
+        def rendered(marks: Sequence[str | None]) -> str:
+            turns = ("system", marks[:system_count]), ("user", marks[system_count:])
             if not later:
-                return self._render(*asked)
-            _, mark, text = self._render(*_ANSWERED, *asked).rpartition(_SAID)
+                return self._render(*turns)
+            _, mark, text = self._render(*_ANSWERED, *turns).rpartition(_SAID)
             if not mark:
                 raise ModelError("its chat template leaves an earlier response out; mend it")
             return text
 
-        around = rendered(said).split(_MARK)
+        around = rendered(marks).split(_MARK)
         padded, cuts = f" \n{_MARK}\n ", list[Callable[[str], str]]()
-        for at in (at for at, part in enumerate(said) if part):
-            found = rendered([*said[:at], padded, *said[at + 1 :]])
+        for at in (at for at, part in enumerate(marks) if part):
+            probe = rendered([*marks[:at], padded, *marks[at + 1 :]])
             for cut in (str, str.strip, str.lstrip, str.rstrip):
-                texts = [_MARK] * said.count(_MARK)
+                texts = [_MARK] * marks.count(_MARK)
                 texts[len(cuts)] = cut(padded)
-                if len(around) == len(texts) + 1 and found == _between(around, texts):
+                if len(around) == len(texts) + 1 and probe == _between(around, texts):
                     cuts.append(cut)
                     break
             else:
@@ -298,11 +304,11 @@ class Chat:
                     "its chat template does not write a user's text once, as it is; mend it"
                 )
         ids = itertools.chain.from_iterable(encode(self.tokenizer, text) for text in around)
-        written, images = [*ids].count(self.image_token or -1), kinds.count(False)
-        if written != images:
+        placeholders, images = [*ids].count(self.image_token or -1), kinds.count(False)
+        if placeholders != images:
             token = self.tokenizer.convert_ids_to_tokens(self.image_token)
             raise ModelError(
-                f"its chat template writes {written} image placeholders ({token!r}) for "
+                f"its chat template writes {placeholders} image placeholders ({token!r}) for "
                 f"{images} images; take the template that belongs to the checkpoint"
             )
         return _Frame([] if later else self._start(around[0]), around, cuts)
@@ -332,12 +338,12 @@ class Chat:
         if not mark:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
-        own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        tokenizer_end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         declared = token_ids(json_beside(tokenizer, "generation_config.json").get("eos_token_id"))
         # Configs repeat their class's defaults, so there only a control token is believed.
         for part in (config, config.get("text_config") or {}):
             declared += [index for index in token_ids(part.get("eos_token_id")) if index in added]
-        ends = template + own + declared
+        ends = template + tokenizer_end + declared
         if not ends:
             raise ModelError(
                 "nothing ends a response: no end-of-turn token in its chat template, no eos_token, "
@@ -347,9 +353,12 @@ class Chat:
 
     def _check_vocabulary(self, config: Mapping[str, Any]) -> None:
         size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
-        plain, shown = ["a"], [None, "a"]
-        seen = [self.prompt(said) for said in (plain, shown)[: 1 + (self.image_token is not None)]]
-        last = max(self.end, *itertools.chain(*seen))
+        plain, with_image = ["a"], [None, "a"]
+        prompts = [
+            self.prompt(parts)
+            for parts in (plain, with_image)[: 1 + (self.image_token is not None)]
+        ]
+        last = max(self.end, *itertools.chain(*prompts))
         if size is not None and last >= size:
             token = self.tokenizer.convert_ids_to_tokens(last)
             raise ModelError(

@@ -56,8 +56,8 @@ async def fetched(weights: Weights, sampler: str) -> AsyncIterator[tuple[int, di
     manifest says.
     """
     coming = [asyncio.ensure_future(_arrived(bucket)) for bucket in weights.buckets[:1]]
-    for place, pieces in enumerate(weights.manifest):
-        coming += [asyncio.ensure_future(_arrived(b)) for b in weights.buckets[place + 1 :][:1]]
+    for index, pieces in enumerate(weights.manifest):
+        coming += [asyncio.ensure_future(_arrived(b)) for b in weights.buckets[index + 1 :][:1]]
         yield await asyncio.to_thread(
             _checked, pieces, await coming.pop(0), weights.version, sampler
         )
@@ -70,12 +70,12 @@ async def _arrived(bucket: Any) -> Any:
 def _checked(
     pieces: Sequence[Piece], arrays: Sequence[np.ndarray], version: int, sampler: str
 ) -> tuple[int, dict[str, Any]]:
-    for place, piece in enumerate(pieces):
-        found = checksum(arrays[place]) if place < len(arrays) else "nothing"
-        if found != piece.checksum:
+    for index, piece in enumerate(pieces):
+        actual = checksum(arrays[index]) if index < len(arrays) else "nothing"
+        if actual != piece.checksum:
             raise WeightTransferError(
                 f"weight transfer: sampler {sampler!r} fetched version {version}, and "
-                f"{piece.name!r} is not what the learner put there: checksum {found}, not "
+                f"{piece.name!r} is not what the learner put there: checksum {actual}, not "
                 f"{piece.checksum}",
                 sampler,
             )
@@ -88,11 +88,11 @@ def in_memory(pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> tuple[in
     It has no name in /dev/shm and no share of its room, and is gone when the descriptor is closed
     (or this process ended) and no reader has it mapped.
     """
-    held = os.memfd_create("weights")
+    descriptor = os.memfd_create("weights")
     tensors = []
-    with open(held, "wb", closefd=False) as file:
+    with open(descriptor, "wb", closefd=False) as file:
         for piece, array in zip(pieces, arrays, strict=True):
             file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
             tensors.append([piece.name, piece.dtype, list(piece.shape), file.tell()])
             file.write(array.data)
-    return held, {"path": f"/proc/{os.getpid()}/fd/{held}", "tensors": tensors}
+    return descriptor, {"path": f"/proc/{os.getpid()}/fd/{descriptor}", "tensors": tensors}

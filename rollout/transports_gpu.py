@@ -205,8 +205,8 @@ class _Client:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos = [dict(init_info) for _ in self._samplers]
         if "rank_offset" in init_info:
-            for place, info in enumerate(infos):
-                info["rank_offset"] += place * self._ranks_each
+            for index, info in enumerate(infos):
+                info["rank_offset"] += index * self._ranks_each
                 info["deadline_seconds"] = self._deadline
         # Engines rendezvous together: all are called before any is waited for.
         self._all("init_weight_transfer", infos)
@@ -223,20 +223,22 @@ class _Client:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update", [self._version] * len(self._samplers))
 
-    def _all(self, method: str, given: Sequence[Any] | None = None) -> None:
+    def _all(self, method: str, arguments: Sequence[Any] | None = None) -> None:
         """Call a method on every sampler, with one value each, and wait for all, or one failure."""
         if self.failed.done():
             return
-        args = [()] * len(self._samplers) if given is None else [(value,) for value in given]
+        args = (
+            [()] * len(self._samplers) if arguments is None else [(value,) for value in arguments]
+        )
         futures = [s.call(method, *each) for s, each in zip(self._samplers, args, strict=True)]
         pool = ThreadPoolExecutor(len(futures))
         waits = [
             pool.submit(self._wait, sampler, future, method)
             for sampler, future in zip(self._samplers, futures, strict=True)
         ]
-        done, _ = wait(waits, return_when=FIRST_EXCEPTION)
+        finished, _ = wait(waits, return_when=FIRST_EXCEPTION)
         pool.shutdown(wait=False)
-        failures = [error for each in waits if each in done and (error := each.exception())]
+        failures = [error for each in waits if each in finished and (error := each.exception())]
         if failures:
             assert isinstance(failures[0], WeightTransferError)
             self.failed.set_result(failures[0])
@@ -253,9 +255,9 @@ class _Client:
             ) from error
         except Exception as error:
             # Ray wraps what the sampler raised; its own words belong on the first line.
-            own = getattr(error, "cause", None) or error
+            cause = getattr(error, "cause", None) or error
             raise WeightTransferError(
                 f"weight transfer: sampler {sampler.name!r} failed in {method}: "
-                f"{type(own).__name__}: {own}",
+                f"{type(cause).__name__}: {cause}",
                 sampler.name,
             ) from error

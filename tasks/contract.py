@@ -80,11 +80,11 @@ def check_problems(task: Task, problems: Sequence[Problem]) -> list[str]:
 
 
 class _Trial:
-    """A task being tried, and what was found wrong."""
+    """A task being tried, and what is wrong with it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.seen: dict[str, list[str]] = {}
+        self.failures: dict[str, list[str]] = {}
         """What is wrong -> where it was seen."""
         self.read: dict[str, Parsed] = {}
         """By problem id: what was read from a demonstration that is right."""
@@ -93,43 +93,43 @@ class _Trial:
         """A line each: what is wrong, where it was seen first, how often else."""
         return [
             f"{wrong} ({where[0]}{f', and {len(where) - 1} more' if len(where) > 1 else ''})"
-            for wrong, where in self.seen.items()
+            for wrong, where in self.failures.items()
         ]
 
     def claim(self, holds: Any, otherwise: str, where: str) -> bool:
         """Whether it holds; what is wrong is noted."""
         if not holds:
-            self.seen.setdefault(otherwise, []).append(where)
+            self.failures.setdefault(otherwise, []).append(where)
         return bool(holds)
 
-    def wrong(self, what: str, where: str) -> None:
-        self.claim(False, what, where)
+    def wrong(self, failure: str, where: str) -> None:
+        self.claim(False, failure, where)
 
-    def call(self, where: str, function: Callable[..., Any], *given: Any) -> Any | None:
+    def call(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any | None:
         """What it returns, or None where it raised or returned another type: both wrong."""
         name = function.__name__
         try:
-            value = function(*given)
+            value = function(*arguments)
         except Exception as error:
             self.wrong(f"{name}: raised {type(error).__name__}", f"{where}: {_said(error)[:100]}")
             return None
-        wanted = RETURNS.get(name, object)
-        said = f"{name}: returned a {type(value).__name__}, not a {wanted.__name__}"
-        return value if self.claim(isinstance(value, wanted), said, where) else None
+        expected = RETURNS.get(name, object)
+        failure = f"{name}: returned a {type(value).__name__}, not a {expected.__name__}"
+        return value if self.claim(isinstance(value, expected), failure, where) else None
 
-    def ask(self, where: str, member: str, *given: Any) -> Any | None:
+    def ask(self, where: str, member: str, *arguments: Any) -> Any | None:
         """The same of a member of the task; None too where the task lacks that ability."""
-        found = getattr(self.task, member, None)
-        return None if found is None else self.call(where, found, *given)
+        method = getattr(self.task, member, None)
+        return None if method is None else self.call(where, method, *arguments)
 
-    def accepts(self, where: str, otherwise: str, member: str, *given: Any) -> bool:
+    def accepts(self, where: str, otherwise: str, member: str, *arguments: Any) -> bool:
         """Whether a member says yes; a no is wrong."""
-        found = self.ask(where, member, *given)
-        return found is None or self.claim(found, otherwise, where)
+        answer = self.ask(where, member, *arguments)
+        return answer is None or self.claim(answer, otherwise, where)
 
     def draw(self, spec: BaseModel, count: int, seed: int) -> list[Problem]:
         """Fresh problems, each drawn twice."""
-        task, found = self.task, list[Problem]()
+        task, problems = self.task, list[Problem]()
         for index in range(count):
             where = f"draw {index}"
             try:
@@ -141,37 +141,39 @@ class _Trial:
                 self.try_begin(spec, (seed, index))
             names = [field.name for field in fields(Problem)]
             differ = [n for n in names if repr(getattr(first, n)) != repr(getattr(again, n))]
-            said = "generate: the same rng gives another problem; take all chance from it"
-            self.claim(not differ, said, f"{where}: {', '.join(differ)}")
-            said = f"generate: problem.task must be {task.name!r}"
-            self.claim(first.task == task.name, said, repr(first.task)[:60])
-            found.append(first)
-        different = len({(p.prompt, p.perception, p.images) for p in found})
-        ids = {p.id for p in found}
-        if len(found) < 2:
-            return found
-        said = "generate: all draws are one problem; draw from `rng`, or loosen the knobs"
-        self.claim(different > 1, said, f"{len(found)} draws")
-        said = "generate: different problems have one id"
-        self.claim(len(ids) >= different, said, f"of {len(found)} draws")
+            failure = "generate: the same rng gives another problem; take all chance from it"
+            self.claim(not differ, failure, f"{where}: {', '.join(differ)}")
+            failure = f"generate: problem.task must be {task.name!r}"
+            self.claim(first.task == task.name, failure, repr(first.task)[:60])
+            problems.append(first)
+        different = len({(p.prompt, p.perception, p.images) for p in problems})
+        ids = {p.id for p in problems}
+        if len(problems) < 2:
+            return problems
+        failure = "generate: all draws are one problem; draw from `rng`, or loosen the knobs"
+        self.claim(different > 1, failure, f"{len(problems)} draws")
+        failure = "generate: different problems have one id"
+        self.claim(len(ids) >= different, failure, f"of {len(problems)} draws")
         try:
             draw_problem(task, spec, "test", seed, count)
         except Exception as error:
             self.wrong(f"generate: {_said(error)}", "the test split")
-        return found
+        return problems
 
     def try_begin(self, spec: BaseModel, seed: tuple[int, int]) -> None:
         """`begin` tells the key of what it makes, and makes what `generate` makes."""
         task: Any = self.task
         try:
             key, finish = task.begin(np.random.default_rng(seed), spec)
-            made = finish()
+            finished = finish()
             whole = task.generate(np.random.default_rng(seed), spec)
         except ValueError:
             return  # an unlucky draw
-        where, said = f"draw {seed[1]}", "begin: tells another symmetry key than the problem has"
-        self.claim(made.symmetry_key == key, said, where)
-        self.claim(repr(made) == repr(whole), "begin: makes another problem than generate", where)
+        where, failure = f"draw {seed[1]}", "begin: tells another symmetry key than the problem has"
+        self.claim(finished.symmetry_key == key, failure, where)
+        self.claim(
+            repr(finished) == repr(whole), "begin: makes another problem than generate", where
+        )
 
     def try_abilities(self, problems: Sequence[Problem]) -> None:
         """All abilities but `generate`."""
@@ -197,14 +199,16 @@ class _Trial:
         for image in problem.images:
             self.call(problem.id, check_image, image, "problem.images")
         self.call(problem.id, placed, problem.prompt, problem.images)
-        kept: dict[str, Any] = {}
+        stored_fields: dict[str, Any] = {}
         for name in ("truth", "knobs", "extra"):
             try:
-                kept[name] = json.loads(json.dumps(dict(getattr(problem, name)), allow_nan=False))
+                stored_fields[name] = json.loads(
+                    json.dumps(dict(getattr(problem, name)), allow_nan=False)
+                )
             except (TypeError, ValueError) as error:
                 self.wrong(f"problem.{name}: cannot be stored as JSON: {error}", problem.id)
                 return None
-        return replace(problem, **kept)
+        return replace(problem, **stored_fields)
 
     def try_teacher(self, problem: Problem) -> None:
         """Demonstrations read as right."""
@@ -215,17 +219,17 @@ class _Trial:
             if parsed is None:
                 continue
             named = ", ".join(parsed.defects) or ("no answer" if parsed.answer is None else "")
-            said = f"demonstrate: parse finds a defect in it: {named}"
+            failure = f"demonstrate: parse finds a defect in it: {named}"
             refused = "check: refuses the demonstrated answer"
-            if not self.claim(not named, said, where) or not self.accepts(
+            if not self.claim(not named, failure, where) or not self.accepts(
                 where, refused, "check", problem, parsed.answer
             ):
                 continue
             self.read.setdefault(problem.id, parsed)
             if parsed.perception is not None:
                 score = self.ask(where, "score_perception", problem, parsed.perception)
-                said = "demonstrate: its perception is not p* by score_perception"
-                self.claim(score is None or score[0], said, where)
+                failure = "demonstrate: its perception is not p* by score_perception"
+                self.claim(score is None or score[0], failure, where)
 
     def try_perception(self, problem: Problem) -> None:
         """p*: read back from the forced prefix, scored 1, solved, and stating no answer."""
@@ -242,25 +246,25 @@ class _Trial:
             named = ", ".join(d for d in parsed.defects if d not in missing) or "None"
             self.wrong(f"oracle_prefix: parse does not read p* back: {named}", where)
             return
-        said = "parse: reads a perception without its span; fill in `spans`"
-        self.claim("perception" in parsed.spans, said, where)
+        failure = "parse: reads a perception without its span; fill in `spans`"
+        self.claim("perception" in parsed.spans, failure, where)
         score = self.ask(where, "score_perception", problem, truth)
-        said = f"score_perception: of p* it must be (True, 1.0), not {score!r:.40}"
-        self.claim(score is None or (score[0] and score[1] == 1), said, where)
+        failure = f"score_perception: of p* it must be (True, 1.0), not {score!r:.40}"
+        self.claim(score is None or (score[0] and score[1] == 1), failure, where)
         solved = self.ask(where, "solve", problem, truth)
         if solved is not None:
-            for member, given in (("check", ()), ("consistent", (truth,))):
-                said = f"solve: {member} refuses its answer for p*"
-                self.accepts(where, said, member, problem, *given, solved)
-            for seen in (truth, None):
-                self.ask(where, "draw_answer", problem, seen, solved)
+            for member, arguments in (("check", ()), ("consistent", (truth,))):
+                failure = f"solve: {member} refuses its answer for p*"
+                self.accepts(where, failure, member, problem, *arguments, solved)
+            for perception in (truth, None):
+                self.ask(where, "draw_answer", problem, perception, solved)
         stated = self.ask(where, "states_answer", problem, truth)
         self.claim(not stated, "states_answer: must be False for p*", where)
-        own = self.read.get(problem.id)
-        if isinstance(truth, str) and own and isinstance(own.answer, str):
-            stating = f"{truth} The answer is {own.answer}."
-            said = 'states_answer: must be True where the answer follows "The answer is"'
-            self.accepts(where, said, "states_answer", problem, stating)
+        demonstrated = self.read.get(problem.id)
+        if isinstance(truth, str) and demonstrated and isinstance(demonstrated.answer, str):
+            stating = f"{truth} The answer is {demonstrated.answer}."
+            failure = 'states_answer: must be True where the answer follows "The answer is"'
+            self.accepts(where, failure, "states_answer", problem, stating)
         self.ask(where, "perception_items", truth)
         self.ask(where, "draw_perception", problem, truth)
 
@@ -273,8 +277,8 @@ class _Trial:
                 shapes.add(labels.shape)
                 sound = labels.ndim == 1 and labels.dtype == np.int64
                 self.claim(sound, "vision_labels: must be int64 [K]", f"problem {problem.id}")
-        said = "vision_labels: their number must be the same for all"
-        self.claim(len(shapes) < 2, said, f"{sorted(shapes)}")
+        failure = "vision_labels: their number must be the same for all"
+        self.claim(len(shapes) < 2, failure, f"{sorted(shapes)}")
 
     def try_rows(self, problem: Problem) -> None:
         """`from_row` makes the problem again from `to_ground_truth`, and names bad rows."""
@@ -289,50 +293,52 @@ class _Trial:
         again = self.ask(where, "from_row", problem.prompt, image, truth)
         if again is not None:
             for name in ("task", "prompt", "images", "perception"):
-                said = f"from_row: of to_ground_truth it makes another {name}"
-                self.claim(getattr(again, name) == getattr(problem, name), said, where)
-            if own := self.read.get(problem.id):
-                said = "from_row: check refuses the right answer of what it makes"
-                self.accepts(where, said, "check", again, own.answer)
+                failure = f"from_row: of to_ground_truth it makes another {name}"
+                self.claim(getattr(again, name) == getattr(problem, name), failure, where)
+            if demonstrated := self.read.get(problem.id):
+                failure = "from_row: check refuses the right answer of what it makes"
+                self.accepts(where, failure, "check", again, demonstrated.answer)
         for hostile in GROUND_TRUTHS:
             try:
                 reader.from_row(problem.prompt, image, hostile)
             except DataError:
                 pass
             except Exception as error:
-                said = f"from_row: raised {type(error).__name__}; raise DataError naming the field"
-                self.wrong(said, f"ground truth {hostile!r:.40}")
+                failure = (
+                    f"from_row: raised {type(error).__name__}; raise DataError naming the field"
+                )
+                self.wrong(failure, f"ground truth {hostile!r:.40}")
 
     def compare(self, one: Problem, other: Problem) -> None:
         """Two problems told apart, and what only the prompt may lend lent by it alone."""
         where = f"problems {one.id} and {other.id}"
         if one.id not in self.read or other.id not in self.read:
             return
-        own, foreign = self.read[one.id], self.read[other.id]
+        ours, foreign = self.read[one.id], self.read[other.id]
         if (one.prompt, one.perception) == (other.prompt, other.perception):
-            said = "symmetry_key: differs for one prompt and p*"
-            said += ", so a held-out problem may be in training"
-            self.claim(one.symmetry_key == other.symmetry_key, said, where)
+            failure = "symmetry_key: differs for one prompt and p*"
+            failure += ", so a held-out problem may be in training"
+            self.claim(one.symmetry_key == other.symmetry_key, failure, where)
             return
-        if own.perception is None or foreign.perception is None:
+        if ours.perception is None or foreign.perception is None:
             return
         score = self.ask(where, "score_perception", one, foreign.perception)
         if score is not None:
             apart = not score[0] or one.perception == other.perception
             self.claim(apart, "score_perception: calls the p* of another problem exact", where)
-            said = "score_perception: the graded score must lie in [0, 1]"
-            self.claim(0 <= float(score[1]) <= 1, said, where)
-        for answer in (own.answer, foreign.answer):
+            failure = "score_perception: the graded score must lie in [0, 1]"
+            self.claim(0 <= float(score[1]) <= 1, failure, where)
+        for answer in (ours.answer, foreign.answer):
             right = self.ask(where, "check", one, answer)
-            valid = self.ask(where, "consistent", one, own.perception, answer)
+            valid = self.ask(where, "consistent", one, ours.perception, answer)
             agree = None in (right, valid) or bool(right) == bool(valid)
             self.claim(agree, "consistent: with p* it must say what check says", where)
         if one.prompt == other.prompt:
             peeks = "looks at the problem's truth, not at the perception"
-            first, second = (self.ask(where, "solve", p, own.perception) for p in (one, other))
+            first, second = (self.ask(where, "solve", p, ours.perception) for p in (one, other))
             self.claim(first == second, f"solve: {peeks}", where)
-            given = (one, foreign.perception, foreign.answer)
-            self.accepts(where, f"consistent: {peeks}", "consistent", *given)
+            arguments = (one, foreign.perception, foreign.answer)
+            self.accepts(where, f"consistent: {peeks}", "consistent", *arguments)
 
     def try_checker(self, problems: Sequence[Problem]) -> None:
         """A checker that accepts every answer of every other problem looks at none."""
@@ -342,9 +348,9 @@ class _Trial:
             for other, parsed in self.read.items()
             if problem.id in self.read and parsed.answer != self.read[problem.id].answer
         ]
-        accepted = [self.ask(other, "check", problem, said) for problem, other, said in foreign]
-        said = "check: accepts the answer of every other problem"
-        self.claim(len(foreign) < 2 or not all(accepted), said, f"{len(foreign)} answers")
+        accepted = [self.ask(other, "check", problem, answer) for problem, other, answer in foreign]
+        failure = "check: accepts the answer of every other problem"
+        self.claim(len(foreign) < 2 or not all(accepted), failure, f"{len(foreign)} answers")
 
     def try_hostile(self, problems: Sequence[Problem]) -> None:
         """No text makes `parse` raise, and no value that it returns makes another member raise."""
@@ -371,29 +377,29 @@ class _Trial:
         where = f"text {text[:40]!r}{'...' if len(text) > 40 else ''}"
         start = time.process_time()
         parsed = self.ask(where, "parse", text)
-        said = f"parse: takes over {PATIENT_SECONDS:g} s; it must be linear"
-        self.claim(time.process_time() - start <= PATIENT_SECONDS, said, where)
+        failure = f"parse: takes over {PATIENT_SECONDS:g} s; it must be linear"
+        self.claim(time.process_time() - start <= PATIENT_SECONDS, failure, where)
         if parsed is None:
             return
         for segment in SEGMENTS:
             begins, ends = parsed.spans.get(segment, (0, 0))
-            said = f"parse: the span of {segment} lies outside the text"
-            self.claim(0 <= begins <= ends <= len(text), said, where)
-        seen, answer = parsed.perception, parsed.answer
+            failure = f"parse: the span of {segment} lies outside the text"
+            self.claim(0 <= begins <= ends <= len(text), failure, where)
+        perception, answer = parsed.perception, parsed.answer
         sees = isinstance(self.task, ScoresPerception)
-        for name, value in (("answer", answer), *([("perception", seen)] if sees else [])):
-            said = f"parse: no {name} was read and no defect is named"
-            self.claim(value is not None or parsed.defects, said, where)
+        for name, value in (("answer", answer), *([("perception", perception)] if sees else [])):
+            failure = f"parse: no {name} was read and no defect is named"
+            self.claim(value is not None or parsed.defects, failure, where)
         for problem in problems:
             if answer is not None:
                 self.ask(where, "check", problem, answer)
-                self.ask(where, "draw_answer", problem, seen, answer)
-            if seen is not None:
+                self.ask(where, "draw_answer", problem, perception, answer)
+            if perception is not None:
                 for member in ("score_perception", "solve", "draw_perception", "states_answer"):
-                    self.ask(where, member, problem, seen)
-                self.ask(where, "perception_items", seen)
+                    self.ask(where, member, problem, perception)
+                self.ask(where, "perception_items", perception)
                 if answer is not None:
-                    self.ask(where, "consistent", problem, seen, answer)
+                    self.ask(where, "consistent", problem, perception, answer)
 
 
 def _said(error: Exception) -> str:

@@ -273,12 +273,12 @@ def lacking(task: object, ability: type) -> list[str]:
     return [name for name in members(ability) if getattr(task, name, None) is None]
 
 
-def need(task: Task, ability: type[Able], what: str, remedy: str) -> Able:
+def need(task: Task, ability: type[Able], feature: str, remedy: str) -> Able:
     """The task, which has the ability; else raises DataError: what needs it, and the remedy."""
     if isinstance(task, ability):
         return task
     missing = ", ".join(lacking(task, ability))
-    raise DataError(f'{what} needs {missing}, which task "{task.name}" lacks; {remedy}')
+    raise DataError(f'{feature} needs {missing}, which task "{task.name}" lacks; {remedy}')
 
 
 def perceives(task: Task) -> bool:

@@ -56,15 +56,15 @@ class DataFile:
         return int(self._table.num_rows)
 
     def rows(
-        self, wanted: range | None = None, without: Collection[str] = ()
+        self, numbers: range | None = None, without: Collection[str] = ()
     ) -> Iterator[tuple[str, Row | DataError]]:
         """(place, row, or what is wrong with it) of a range of rows, of all without one.
 
         `without`: columns that are not read, where that spares anything.
         """
-        wanted = range(len(self)) if wanted is None else wanted
-        for start in range(wanted.start, wanted.stop, BATCH_ROWS):
-            part = self._part(start, min(BATCH_ROWS, wanted.stop - start), without)
+        numbers = range(len(self)) if numbers is None else numbers
+        for start in range(numbers.start, numbers.stop, BATCH_ROWS):
+            part = self._part(start, min(BATCH_ROWS, numbers.stop - start), without)
             for number, row in enumerate(_values(part), start):
                 if not self._is_json or isinstance(row, DataError):
                     yield f"row {number}", row
@@ -103,24 +103,26 @@ def _arrow_files(file: Path, sha256: str, is_json: bool) -> list[str]:
     # As `datasets` would tell; asking it takes over a second and 70 MB of imports.
     known = _cache_folder() / f"{sha256}{file.suffix.lower()}.json"
     try:
-        found: list[str] = json.loads(known.read_text(encoding="utf-8"))
-        if all(Path(name).is_file() for name in found):
-            return found
+        arrow_files: list[str] = json.loads(known.read_text(encoding="utf-8"))
+        if all(Path(name).is_file() for name in arrow_files):
+            return arrow_files
     except (OSError, ValueError):
         pass
     convert = _converted_apart if file.stat().st_size > APART_BYTES else _converted
-    found = convert(file, sha256, is_json, str(_cache_folder()))
-    put_text(known, json.dumps(found))
-    return found
+    arrow_files = convert(file, sha256, is_json, str(_cache_folder()))
+    put_text(known, json.dumps(arrow_files))
+    return arrow_files
 
 
-def _converted_apart(*given: Any) -> list[str]:
+def _converted_apart(*arguments: Any) -> list[str]:
     """`_converted` in a process of its own, which takes the memory along that it needed."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(_converted, *given).result()
+            return process.submit(_converted, *arguments).result()
     except BrokenProcessPool as error:
-        raise DataError(f"{given[0]}: cannot be converted ({error}); is memory short?") from error
+        raise DataError(
+            f"{arguments[0]}: cannot be converted ({error}); is memory short?"
+        ) from error
 
 
 def _converted(file: Path, sha256: str, is_json: bool, home: str) -> list[str]:
@@ -136,7 +138,7 @@ def _converted(file: Path, sha256: str, is_json: bool, home: str) -> list[str]:
         if is_json:
             text = datasets.Value("large_string")
             features = datasets.Features({"place": datasets.Value("string"), "row": text})
-            made = datasets.Dataset.from_generator(
+            dataset = datasets.Dataset.from_generator(
                 _json_texts,
                 features=features,
                 cache_dir=home,
@@ -152,7 +154,7 @@ def _converted(file: Path, sha256: str, is_json: bool, home: str) -> list[str]:
             else:
                 builder = Arrow(**options, config_id=sha256)
             builder.download_and_prepare(verification_mode="no_checks")
-            made = builder.as_dataset("train")
+            dataset = builder.as_dataset("train")
     except DatasetGenerationError as error:
         raise _unreadable(file, error.__cause__ or error, home) from error
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -161,19 +163,19 @@ def _converted(file: Path, sha256: str, is_json: bool, home: str) -> list[str]:
         pa.default_memory_pool().release_unused()
         if shows:
             datasets.enable_progress_bars()
-    return [entry["filename"] for entry in made.cache_files]
+    return [entry["filename"] for entry in dataset.cache_files]
 
 
 def _unreadable(file: Path, error: BaseException, home: str) -> DataError:
     if isinstance(error, DataError):
         return error
-    what = (str(error).splitlines() or [type(error).__name__])[0]
-    if "disk space" in what or "No space left" in what:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "disk space" in reason or "No space left" in reason:
         return DataError(
-            f"{file}: no room to convert it in {home} ({what}); make some, or set "
+            f"{file}: no room to convert it in {home} ({reason}); make some, or set "
             "XDG_CACHE_HOME to a folder with more"
         )
-    return DataError(f"{file}: cannot be read ({what}); copy or write it again")
+    return DataError(f"{file}: cannot be read ({reason}); copy or write it again")
 
 
 def _cache_folder() -> Path:
@@ -189,15 +191,15 @@ def _cache_folder() -> Path:
 @cache
 def _until_the_end() -> Path:
     """Of a user without a folder to keep files in: one that goes with this process."""
-    made = tempfile.mkdtemp(prefix="equipoise-data-")
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(made)
+    folder = tempfile.mkdtemp(prefix="equipoise-data-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _values(part: pa.Table) -> list[Row | DataError]:
     try:
-        found: list[Row | DataError] = part.to_pylist()
-        return found
+        values: list[Row | DataError] = part.to_pylist()
+        return values
     except (ValueError, ArithmeticError, pa.ArrowException) as error:  # not UTF-8, out of range
         if part.num_rows == 1:
             return [DataError(f"a value cannot be read ({error}); write the row again")]
@@ -239,12 +241,12 @@ def files_below(folder: Path, kinds: Collection[str]) -> list[Path]:
 
     Left out are hidden files and folders, and what runs and ablations wrote below this folder.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for name, below, files in os.walk(folder):
         here = Path(name)
         below[:] = [n for n in below if n[0] != "." and not _is_output(here / n)]
-        found += [here / n for n in files if n[0] != "." and Path(n).suffix.lower() in kinds]
-    return sorted(found)
+        paths += [here / n for n in files if n[0] != "." and Path(n).suffix.lower() in kinds]
+    return sorted(paths)
 
 
 def _is_output(folder: Path) -> bool:

@@ -71,7 +71,7 @@ def import_rows(
             held_out = side_of(split) == "test"
             with closing(SplitWriter(stage, split, task)) as writer:
                 for name, file in files[split].items():
-                    for place, row in _source_rows(file):
+                    for location, row in _source_rows(file):
                         try:
                             problem, ground_truth, response = _from_source(task, row, file.parent)
                             key, question = problem.symmetry_key, question_of(problem)
@@ -83,7 +83,7 @@ def import_rows(
                                 )
                         except DataError as error:
                             reason = " ".join(str(error).split())[:_MAX_REASON]
-                            skipped.append({"file": name, "row": place, "reason": reason})
+                            skipped.append({"file": name, "row": location, "reason": reason})
                         else:
                             writer.add(writer.with_fresh_id(problem), ground_truth, response)
                         if on_row is not None:
@@ -151,16 +151,16 @@ def _source_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]
             line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            place = f"line {number}"
+            location = f"line {number}"
             try:
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                yield place, DataError(f"not JSON ({error}); write one object a line")
+                yield location, DataError(f"not JSON ({error}); write one object a line")
                 continue
             if isinstance(row, dict):
-                yield place, row
+                yield location, row
             else:
-                yield place, DataError("not a JSON object; write one object a line")
+                yield location, DataError("not a JSON object; write one object a line")
 
 
 def _from_source(

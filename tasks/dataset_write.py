@@ -145,19 +145,19 @@ class _Stream:
 
     def take(self, split: str, count: int) -> Iterator[Problem]:
         """The next `count` problems that are new; the split's name is for the error message."""
-        found = barren = 0
-        while found < count:
+        taken = barren = 0
+        while taken < count:
             if barren == PATIENCE:
                 raise DataError(
                     f"split {split}: these knobs allow too few different problems: asked for "
-                    f"{count}, found {found}, and {PATIENCE} draws in a row brought no new one; "
+                    f"{count}, found {taken}, and {PATIENCE} draws in a row brought no new one; "
                     "ask for fewer, or loosen the knobs (larger problems, wider ranges)"
                 )
             problem = draw_problem(self.task, self.spec, self.side, self.seed, self.index)
             self.index += 1
             barren += 1
             if self._is_new(problem):
-                found += 1
+                taken += 1
                 barren = 0
                 yield problem
 
@@ -242,8 +242,12 @@ class SplitWriter:
         start, end = parsed.spans.get("perception", (0, 0))
         right = parsed.answer is not None and self.task.check(problem, parsed.answer)
         if labelled(self.task, problem):
-            seen = parsed.perception
-            right = right and seen is not None and self.task.score_perception(problem, seen)[0]
+            perception = parsed.perception
+            right = (
+                right
+                and perception is not None
+                and self.task.score_perception(problem, perception)[0]
+            )
         self._counts.update(
             responses=1,
             responses_right=int(right),
@@ -267,16 +271,16 @@ def staged(folder: Path, splits: Iterable[str], overwrite: bool) -> Iterator[Pat
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name a folder to write the data set in")
     names = (MANIFEST, *(f"{s}.parquet" for s in splits), *listed_files(folder))
-    taken = [name for name in dict.fromkeys(names) if (folder / name).exists()]
-    foreign = [name for name in taken if not _is_ours(folder / name)]
+    existing = [name for name in dict.fromkeys(names) if (folder / name).exists()]
+    foreign = [name for name in existing if not _is_ours(folder / name)]
     if foreign:
         raise DataError(
             f"{folder}: {', '.join(foreign)} there is no part of a data set that this command "
             "wrote; move it away, or name another folder"
         )
-    if taken and not overwrite:
+    if existing and not overwrite:
         raise DataError(
-            f"{folder}: already holds {', '.join(taken)}; name another folder, or replace the "
+            f"{folder}: already holds {', '.join(existing)}; name another folder, or replace the "
             "data set with --force"
         )
     settle(folder)

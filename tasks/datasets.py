@@ -159,8 +159,8 @@ def _split_file(path: Path, split: str) -> Path:
     settle(path)
     file = path / f"{split}.parquet"
     if not file.is_file():
-        there = ", ".join(sorted(p.stem for p in path.glob("*.parquet"))) or "none"
-        raise DataError(f"{path}: no split {split!r} ({file.name}); the splits here: {there}")
+        available = ", ".join(sorted(p.stem for p in path.glob("*.parquet"))) or "none"
+        raise DataError(f"{path}: no split {split!r} ({file.name}); the splits here: {available}")
     return file
 
 
@@ -171,16 +171,16 @@ def file_hash(file: Path) -> str:
 
 
 def _check_hash(file: Path) -> str:
-    found = file_hash(file)
+    actual = file_hash(file)
     if not (file.parent / MANIFEST).exists():
-        return found
+        return actual
     for entry in read_manifest(file.parent)["splits"].values():
-        if entry["file"] == file.name and entry.get("sha256") != found:
+        if entry["file"] == file.name and entry.get("sha256") != actual:
             raise DataError(
                 f"{file}: its hash is not the one in {MANIFEST}: the file is incomplete or was "
                 f"changed; write the data set again (or, if you meant it, delete {MANIFEST})"
             )
-    return found
+    return actual
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -315,27 +315,27 @@ def parquet_rows(
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | DataError]:
     try:
-        found: list[dict[str, Any] | DataError] = batch.to_pylist()
-        return found
+        rows: list[dict[str, Any] | DataError] = batch.to_pylist()
+        return rows
     except (ValueError, ArithmeticError, pa.ArrowException) as error:  # not UTF-8, out of range
         if batch.num_rows == 1:
             return [DataError(f"a value cannot be read ({error}); write the row again")]
         return [row for at in range(batch.num_rows) for row in _rows(batch.slice(at, 1))]
 
 
-def as_text(value: Any, place: str) -> str:
+def as_text(value: Any, location: str) -> str:
     """The value if it is text; raises DataError naming the place if not."""
     if not isinstance(value, str):
-        what = "empty" if value is None else f"a {type(value).__name__}, not text"
-        raise DataError(f"{place}: is {what}; write the row again")
+        defect = "empty" if value is None else f"a {type(value).__name__}, not text"
+        raise DataError(f"{location}: is {defect}; write the row again")
     return value
 
 
-def _json_object(text: str, place: str) -> dict[str, Any]:
+def _json_object(text: str, location: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}); write the row again") from error
+        raise DataError(f"{location}: not JSON ({error}); write the row again") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: not a JSON object; write the row again")
+        raise DataError(f"{location}: not a JSON object; write the row again")
     return value

@@ -75,38 +75,38 @@ class Words(Figure):
     rows: tuple[tuple[Mark, str], ...]
 
 
-def compared_words(true: str, seen: str) -> Words:
+def compared_words(true: str, answered: str) -> Words:
     """Word by word: which words of the true perception were seen, missed or made up."""
-    old, new = true.split()[:MOST_WORDS], seen.split()[:MOST_WORDS]
+    old, new = true.split()[:MOST_WORDS], answered.split()[:MOST_WORDS]
     rows: list[tuple[Mark, str]] = []
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    for what, a, b, c, d in matcher.get_opcodes():
-        if what == "equal":
+    for operation, a, b, c, d in matcher.get_opcodes():
+        if operation == "equal":
             rows.append(("right", " ".join(new[c:d])))
             continue
         rows += [("missing", " ".join(old[a:b]))] if b > a else []
         rows += [("extra", " ".join(new[c:d]))] if d > c else []
     missed, made_up = (
-        sum(len(text.split()) for mark, text in rows if mark == wanted)
-        for wanted in ("missing", "extra")
+        sum(len(text.split()) for mark, text in rows if mark == mark_counted)
+        for mark_counted in ("missing", "extra")
     )
     text = f"{missed} words of the true perception missing, {made_up} that are not in it"
     text = text if missed or made_up else "As it is."
-    if max(len(true.split()), len(seen.split())) > MOST_WORDS:
+    if max(len(true.split()), len(answered.split())) > MOST_WORDS:
         text += f" Compared are the first {MOST_WORDS} words of each."
     return Words(rows=tuple(rows), text=text)
 
 
-def plain_words(seen: str) -> Words:
+def plain_words(answered: str) -> Words:
     """Text that there is no label to compare with."""
     text = "Nobody has said what there is to see, so nothing is marked."
-    return Words(rows=(("plain", seen),), text=text)
+    return Words(rows=(("plain", answered),), text=text)
 
 
-def named(things: Sequence[str], before: str = "") -> str:
+def named(names: Sequence[str], before: str = "") -> str:
     """`before` and the first few things; "" where there are none."""
-    if not things:
+    if not names:
         return ""
-    between = "; " if any(" " in thing for thing in things) else ", "
-    more = f" and {len(things) - MOST_NAMED} more" if len(things) > MOST_NAMED else ""
-    return f"{before}{between.join(things[:MOST_NAMED])}{more}."
+    between = "; " if any(" " in name for name in names) else ", "
+    remainder = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{before}{between.join(names[:MOST_NAMED])}{remainder}."

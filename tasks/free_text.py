@@ -78,11 +78,11 @@ def _reader(segment: Segment) -> Reader:
 
 def _split_boxed(text: str) -> Split:
     """The last box is the answer, to the end of the text; the reasoning is what stands before."""
-    found = list(boxes(text))
-    if not found:
+    boxed = list(boxes(text))
+    if not boxed:
         whole: dict[Segment, tuple[int, int]] = {"reasoning": (0, len(text))}
         return Split(whole, dict(whole), ("missing_answer",), frozenset(("answer",)))
-    start, end, contents = found[-1]
+    start, end, contents = boxed[-1]
     spans: dict[Segment, tuple[int, int]] = {"reasoning": (0, start), "answer": (start, len(text))}
     opening = text.index("{", start) + 1
     inner: dict[Segment, tuple[int, int]] = {
@@ -92,6 +92,6 @@ def _split_boxed(text: str) -> Split:
     defects = []
     if contents is None:
         defects.append("unclosed_answer")
-    elif len({" ".join((said or "").split()) for _, _, said in found}) > 1:
+    elif len({" ".join((content or "").split()) for _, _, content in boxed}) > 1:
         defects.append("contradicting_answers")
     return Split(spans, inner, tuple(defects), frozenset(("answer",) if defects else ()))

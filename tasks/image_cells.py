@@ -61,8 +61,8 @@ class Beside:
             if file is not None and file.stat().st_size <= MAX_FILE_BYTES:
                 return file.read_bytes()
         except (OSError, ValueError) as error:
-            what = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"{shown(path)} cannot be read ({what}); check the path") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{shown(path)} cannot be read ({reason}); check the path") from error
         if file is not None:
             _too_large(path)
         return self._unzipped(path)
@@ -72,14 +72,14 @@ class Beside:
         return next((f / path for f in self.folders if (f / path).is_file()), None)
 
     def _unzipped(self, path: str) -> bytes:
-        found = self._members.get(str(PurePosixPath(path)))
-        if found is None:
+        member_at = self._members.get(str(PurePosixPath(path)))
+        if member_at is None:
             where = f" nor in a zip there ({', '.join(z.name for z in self._zips)})"
             raise DataError(
                 f"no file {shown(path)} in {self.folders[0]}{where if self._zips else ''}; "
                 "paths are relative to the data"
             )
-        archive, member = found
+        archive, member = member_at
         if member.file_size > MAX_FILE_BYTES:
             _too_large(path)
         self.touched[str(archive)] = _state(archive)
@@ -97,7 +97,7 @@ class Beside:
     def _members(self) -> dict[str, tuple[Path, zipfile.ZipInfo]]:
         """Members by the paths that rows may name them by: their own, below the zip's name, and
         without their first folder; a member's own path goes first."""
-        found: dict[str, tuple[Path, zipfile.ZipInfo]] = {}
+        archived: dict[str, tuple[Path, zipfile.ZipInfo]] = {}
         loose: dict[str, tuple[Path, zipfile.ZipInfo]] = {}
         for archive in self._zips:
             try:
@@ -109,18 +109,18 @@ class Beside:
                 ) from error
             for member in members:
                 path = PurePosixPath(member.filename)
-                found.setdefault(str(path), (archive, member))
+                archived.setdefault(str(path), (archive, member))
                 loose.setdefault(str(archive.stem / path), (archive, member))
                 if len(path.parts) > 1:
                     loose.setdefault(str(PurePosixPath(*path.parts[1:])), (archive, member))
-        return loose | found
+        return loose | archived
 
     def _fetched(self, url: str) -> bytes:
         if not self.fetches or not url.lower().startswith(("http://", "https://")):
             raise DataError(f"{shown(url)} is a URL; store the file itself, or its path")
-        kept = user_cache("images") / content_hash(url.encode())
-        if kept.is_file():
-            return kept.read_bytes()
+        cached = user_cache("images") / content_hash(url.encode())
+        if cached.is_file():
+            return cached.read_bytes()
         host = url.split("/")[2]
         if self._failed[host] >= PATIENCE:
             raise DataError(f"{shown(url)} cannot be fetched: {host} did not answer before")
@@ -133,8 +133,8 @@ class Beside:
         if len(data) > MAX_FILE_BYTES:
             _too_large(url)
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            put(kept, lambda beside: beside.write_bytes(data))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            put(cached, lambda beside: beside.write_bytes(data))
         except OSError:
             pass  # it is fetched again
         return data
@@ -154,11 +154,11 @@ def cell_images(value: Any, beside: Beside) -> tuple[bytes, ...]:
 
 def image_bytes(value: Any, beside: Beside) -> bytes:
     """An image file's bytes, from any of the forms in which a cell holds one. Raises DataError."""
-    found = value
+    cell = value
     while isinstance(value, list) and len(value) == 1:
         (value,) = value
     if isinstance(value, list):
-        raise DataError(f"a list of {len(value)}, {shown(found)}; a row has one image")
+        raise DataError(f"a list of {len(value)}, {shown(cell)}; a row has one image")
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str | bytes) and len(value) > MAX_FILE_BYTES * 4 // 3 + 4:  # as base64
@@ -167,13 +167,12 @@ def image_bytes(value: Any, beside: Beside) -> bytes:
         return value
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{shown(found)}; wanted bytes, a struct of bytes and path, a path, base64 "
-            "or a data URI"
+            f"{shown(cell)}; wanted bytes, a struct of bytes and path, a path, base64 or a data URI"
         )
     if value[:5].lower() == "data:":
         head, _, value = value.partition(",")
         if not head.lower().endswith(";base64"):
-            raise DataError(f"{shown(found)}: a data URI without base64; store the bytes")
+            raise DataError(f"{shown(cell)}: a data URI without base64; store the bytes")
     elif not value.lstrip().startswith(_BASE64_HEADS) or beside.holds(value):
         return beside.read(value)
     try:
@@ -181,15 +180,15 @@ def image_bytes(value: Any, beside: Beside) -> bytes:
         alphabet = b"+/" if {"+", "/"} & {*letters} else b"-_"
         return base64.b64decode(letters + "=" * (-len(letters) % 4), alphabet, validate=True)
     except ValueError as error:
-        raise DataError(f"{shown(found)}: damaged base64 ({error})") from error
+        raise DataError(f"{shown(cell)}: damaged base64 ({error})") from error
 
 
 def _state(file: Path) -> list[int] | None:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _too_large(path: str) -> NoReturn:

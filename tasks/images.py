@@ -196,14 +196,14 @@ def _png_pixels(data: bytes, source: str, max_pixels: int) -> tuple[bytes, bytes
     if colour == 3 and b"PLTE" not in parts:
         raise _damaged(source, "it has no palette")
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    wanted = sum(
+    expected = sum(
         -(-(height - y) // down) * (1 + (-(-(width - x) // right) * bits + 7) // 8)
         for x, y, right, down in (_ADAM7 if interlaced else ((0, 0, 1, 1),))
         if width > x and height > y
     )
-    found = len(zlib.decompressobj().decompress(b"".join(pixels), wanted))
-    if found < wanted:
-        raise _damaged(source, f"{found} of {wanted} bytes of pixels")
+    actual = len(zlib.decompressobj().decompress(b"".join(pixels), expected))
+    if actual < expected:
+        raise _damaged(source, f"{actual} of {expected} bytes of pixels")
     return b"".join(parts), exif
 
 
@@ -260,9 +260,9 @@ def _flat_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _damaged(source: str, what: Exception | str) -> DataError:
+def _damaged(source: str, reason: Exception | str) -> DataError:
     return DataError(
-        f"{source}: the image is damaged or truncated ({what}); copy or write the file again"
+        f"{source}: the image is damaged or truncated ({reason}); copy or write the file again"
     )
 
 

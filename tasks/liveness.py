@@ -42,19 +42,19 @@ def listen() -> None:
 def stacks_of(pid: int) -> str:
     """Where the threads of a process on this machine are, or a line that says why nobody knows."""
     try:
-        told, catches = _told(pid), int(_status(pid)["SigCgt"], 16)
+        stack_file, catches = _told(pid), int(_status(pid)["SigCgt"], 16)
         # Who does not catch the signal would die of it.
-        if told is None or not catches >> (signal.SIGUSR2 - 1) & 1:
+        if stack_file is None or not catches >> (signal.SIGUSR2 - 1) & 1:
             return f"it does not listen; its state: {_status(pid)['State']}"
-        before = size = told.stat().st_size
+        before = size = stack_file.stat().st_size
         os.kill(pid, signal.SIGUSR2)
         until = time.monotonic() + _ANSWER_SECONDS
         while time.monotonic() < until:
             time.sleep(0.1)
-            if before < size == told.stat().st_size:
-                with told.open("rb") as file:
+            if before < size == stack_file.stat().st_size:
+                with stack_file.open("rb") as file:
                     return file.read()[before:].decode(errors="backslashreplace")
-            size = told.stat().st_size
+            size = stack_file.stat().st_size
         return f"no answer within {_ANSWER_SECONDS:g} s; its state: {_status(pid)['State']}"
     except OSError as error:
         return f"no such process, or not ours: {error.strerror}"

@@ -35,7 +35,7 @@ def load_task(name: str) -> Task:
     """
     target = BUILT_IN.get(name, name)
     module_name, colon, class_name = target.partition(":")
-    what = f'task "{name}"'
+    label = f'task "{name}"'
     if not colon:
         hint = _did_you_mean(name, BUILT_IN)
         raise ValueError(
@@ -43,27 +43,27 @@ def load_task(name: str) -> Task:
             'and a task of your own is named "module:Class"'
         )
     if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
-        raise ValueError(f'{what}: expected "module:Class", two Python names')
+        raise ValueError(f'{label}: expected "module:Class", two Python names')
 
-    made = import_named(what, target)
-    if not inspect.isclass(made):
-        raise ValueError(f'{what}: module {module_name} does not name a class: "{class_name}"')
+    task_class = import_named(label, target)
+    if not inspect.isclass(task_class):
+        raise ValueError(f'{label}: module {module_name} does not name a class: "{class_name}"')
     try:
-        task: Any = made()
+        task: Any = task_class()
     except Exception as error:
         raise ValueError(
-            f"{what}: {class_name}() failed ({type(error).__name__}: {error}); "
+            f"{label}: {class_name}() failed ({type(error).__name__}: {error}); "
             "a task is made without arguments"
         ) from error
     _check_members(name, task)
     return task
 
 
-def import_named(what: str, target: str) -> Any:
+def import_named(label: str, target: str) -> Any:
     """What a recipe names by `"module:name"` or `"folder/file.py:name"`.
 
     Modules, and files without an absolute path, are found from the working folder or PYTHONPATH,
-    in every process of a run. Raises ValueError, which begins with `what`: no such module or file,
+    in every process of a run. Raises ValueError, which begins with `label`: no such module or file,
     one that fails on import, no such name in it.
     """
     module_name, _, name = target.rpartition(":")
@@ -77,26 +77,26 @@ def import_named(what: str, target: str) -> Any:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             kind = "file" if module_name.endswith(".py") else "module"
             raise ValueError(
-                f'{what}: no {kind} "{error.name}" on the path; run from the folder '
+                f'{label}: no {kind} "{error.name}" on the path; run from the folder '
                 "that holds it, or add that folder to PYTHONPATH"
             ) from error
-        raise ValueError(f"{what}: {module_name} cannot be imported: {error}") from error
+        raise ValueError(f"{label}: {module_name} cannot be imported: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"{what}: {module_name} cannot be imported: {type(error).__name__}: {error}"
+            f"{label}: {module_name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, name):
         hint = _did_you_mean(name, [known for known in vars(module) if known[0] != "_"])
-        raise ValueError(f'{what}: {module_name} has no "{name}"{hint}')
+        raise ValueError(f'{label}: {module_name} has no "{name}"{hint}')
     return getattr(module, name)
 
 
 def _module_of_file(file: str) -> ModuleType:
     """The module that a file is, loaded once a process; it may import what lies beside it."""
-    found = next((p for place in ("", *sys.path) if (p := Path(place, file)).is_file()), None)
-    if found is None:
+    file_path = next((p for root in ("", *sys.path) if (p := Path(root, file)).is_file()), None)
+    if file_path is None:
         raise ModuleNotFoundError(name=file)
-    path = found.resolve()
+    path = file_path.resolve()
     # The file's name alone may be that of a module of the library.
     name = f"{path.stem}@{path.parent}"
     if name not in sys.modules:

@@ -11,9 +11,9 @@ def limit_memory(gib: float) -> None:
     The limit is on private writable memory (RLIMIT_DATA): Ray's shared object store is not in it.
     """
     with open("/proc/self/statm") as statm:
-        held = int(statm.read().split()[5]) * resource.getpagesize()
+        resident = int(statm.read().split()[5]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = held + int(gib * 2**30)
+    limit = resident + int(gib * 2**30)
     # A machine's own limit may be lower already, and only root could raise it.
     limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

@@ -23,23 +23,23 @@ def placed(prompt: str, images: Sequence[T]) -> list[str | T]:
     them come first. Raises DataError where the placeholders are not as many as the images, or are
     not the numbers from 1, each once.
     """
-    found = list(_PLACEHOLDER.finditer(prompt))
-    if not found:
+    matches = list(_PLACEHOLDER.finditer(prompt))
+    if not matches:
         return [*images, *([prompt] if prompt else [])]
-    numbers = [int(place[1]) for place in found if place[1]]
-    counted = numbers or range(1, len(found) + 1)
-    if len(counted) != len(found) or sorted(counted) != list(range(1, len(images) + 1)):
-        names = ", ".join(place[0] for place in found[:6]) + ", ..." * (len(found) > 6)
+    numbers = [int(match[1]) for match in matches if match[1]]
+    counted = numbers or range(1, len(matches) + 1)
+    if len(counted) != len(matches) or sorted(counted) != list(range(1, len(images) + 1)):
+        names = ", ".join(match[0] for match in matches[:6]) + ", ..." * (len(matches) > 6)
         raise DataError(
-            f"has the placeholder{'s' * (len(found) > 1)} {names} for {len(images)} "
+            f"has the placeholder{'s' * (len(matches) > 1)} {names} for {len(images)} "
             f"image{'s' * (len(images) != 1)}; write <image> as often as there are images, or "
             "<image_1>, <image_2> and so on, each once, or none: the images then come first"
         )
     parts: list[str | T] = []
     end = 0
-    for place, number in zip(found, counted, strict=True):
-        parts += [prompt[end : place.start()], images[number - 1]]
-        end = place.end()
+    for match, number in zip(matches, counted, strict=True):
+        parts += [prompt[end : match.start()], images[number - 1]]
+        end = match.end()
     return [part for part in [*parts, prompt[end:]] if part != ""]
 
 
@@ -68,4 +68,4 @@ def removed(prompt: str) -> str:
 
 def escaped(text: str) -> str:
     """Text in which nothing is a placeholder any more: what a model wrote may stand in a prompt."""
-    return _PLACEHOLDER.sub(lambda found: f"{found[0][:-1]} >", text)
+    return _PLACEHOLDER.sub(lambda match: f"{match[0][:-1]} >", text)

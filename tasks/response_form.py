@@ -32,8 +32,8 @@ class Form:
 
 def form_of(task: Task, responses: Iterable[str]) -> Form:
     """The form of most responses whose perception can be read; tags where there is none."""
-    found = Counter(form for text in responses if (form := _form(task, text)) is not None)
-    return found.most_common(1)[0][0] if found else Form()
+    forms = Counter(form for text in responses if (form := _form(task, text)) is not None)
+    return forms.most_common(1)[0][0] if forms else Form()
 
 
 def oracle_prefix_in(form: Form, task: ScoresPerception, problem: Problem) -> str:
@@ -41,19 +41,19 @@ def oracle_prefix_in(form: Form, task: ScoresPerception, problem: Problem) -> st
 
     As the task has it where that cannot be: it would not read the same `p*` from it.
     """
-    own = task.oracle_prefix(problem)
+    standard = task.oracle_prefix(problem)
     if form == Form():
-        return own
-    true = task.parse(own).perception
-    made = own.rstrip("\n") + form.after if TAG.search(own) is not None else own
+        return standard
+    true = task.parse(standard).perception
+    prefix = standard.rstrip("\n") + form.after if TAG.search(standard) is not None else standard
     if form.json and true is not None:
         try:
             value = _as_json(true)
             text = json.dumps({form.key: value} if form.key else value)
         except TypeError:  # a task's own class
-            return own
-        made = form.fence + text + form.after
-    return made if task.parse(made).perception == true else own
+            return standard
+        prefix = form.fence + text + form.after
+    return prefix if task.parse(prefix).perception == true else standard
 
 
 def _form(task: Task, text: str) -> Form | None:

@@ -148,7 +148,7 @@ def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
             flag("text_between_segments")
 
     current: tuple[Segment, int, int] | None = None  # segment, start and end of its opening tag
-    done = 0  # everything before this character is accounted for
+    accounted = 0  # everything before this character is accounted for
     for tag in re.finditer(rf"<(/?)({'|'.join(tags)})>", text):
         segment = tags[tag[2]]
         closing = tag[1] == "/"
@@ -158,13 +158,13 @@ def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
             inner[name] = (start_inner, tag.start())
             if closing and segment == name:
                 spans[name] = (start, tag.end())
-                done = tag.end()
+                accounted = tag.end()
                 continue
             spans[name] = (start, tag.start())
-            done = tag.start()
+            accounted = tag.start()
             flag(f"unclosed_{name}", name)
-        flag_outside(text[done : tag.start()])
-        done = tag.end()
+        flag_outside(text[accounted : tag.start()])
+        accounted = tag.end()
         if "answer" in spans:
             flag("text_after_answer", "answer")
         if segment in spans:
@@ -181,7 +181,7 @@ def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
         inner[name] = (start_inner, len(text))
         flag(f"unclosed_{name}", name)
     else:
-        flag_outside(text[done:])
+        flag_outside(text[accounted:])
     for name in order:
         if name not in spans:
             flag(f"missing_{name}", name)
@@ -204,8 +204,8 @@ def read_split(text: str, split: Split, read_perception: Reader, read_answer: Re
     for segment, read in readers:
         if segment in split.inner and segment not in split.spoiled:
             start, end = split.inner[segment]
-            values[segment], own = read(text[start:end])
-            defects.update(dict.fromkeys(own))
+            values[segment], value_defects = read(text[start:end])
+            defects.update(dict.fromkeys(value_defects))
     start, end = split.inner.get("reasoning", (0, 0))
     return Parsed(
         perception=values["perception"],
@@ -229,10 +229,10 @@ def without_preamble(segment: str) -> str:
 
 def items(text: str) -> list[str]:
     """The items of canonical text, as written; "" where one is missing beside a comma."""
-    found = _SEPARATOR.split(text.strip())
-    if len(found) > 1 and not found[-1]:
-        found.pop()  # what follows the comma at the end
-    return found
+    parts = _SEPARATOR.split(text.strip())
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()  # what follows the comma at the end
+    return parts
 
 
 def read_json(text: str) -> tuple[Any | None, tuple[str, ...]]:
@@ -351,7 +351,7 @@ def _no_constant(name: str) -> float:
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
         raise ValueError("a key occurs twice")
-    return made
+    return merged

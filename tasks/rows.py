@@ -61,7 +61,7 @@ class Fact:
     """What is known of a row without reading it again.
 
     Attributes:
-        place: where it is in its file (`row 3`, `line 4`).
+        location: where it is in its file (`row 3`, `line 4`).
         id, key: of its problem: `Problem.id`, `Problem.symmetry_key`.
         sizes: width and height of each image, in pixels.
         later: of each that answers an earlier turn of its response.
@@ -71,7 +71,7 @@ class Fact:
         fault: field and reason, where it cannot be used.
     """
 
-    place: str
+    location: str
     id: str = ""
     key: str = ""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -95,15 +95,15 @@ class ReadFile:
 class Rows(Sequence[Example]):
     """Rows of one or several files, read when they are asked for; none of them is at fault.
 
-    `places`: (file, row) of each. `ids`: those that differ from what the reader says, by place.
+    `locations`: (file, row) of each. `ids`: by location, those that differ from the reader's.
     """
 
     files: Sequence[ReadFile] = ()
-    places: Sequence[tuple[int, int]] = ()
+    locations: Sequence[tuple[int, int]] = ()
     ids: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     @overload
     def __getitem__(self, at: int) -> Example: ...
@@ -111,19 +111,21 @@ class Rows(Sequence[Example]):
     def __getitem__(self, at: slice) -> Rows: ...
     def __getitem__(self, at: int | slice) -> Example | Rows:
         if isinstance(at, slice):
-            return replace(self, places=self.places[at])
-        file, row = self.places[at]
-        return self._example(self.places[at], self.files[file].data.row(row))
+            return replace(self, locations=self.locations[at])
+        file, row = self.locations[at]
+        return self._example(self.locations[at], self.files[file].data.row(row))
 
     def without_images(self) -> Iterator[Example]:
         """All in order and in batches, but for their images: these are not read."""
-        for (file, block), places in groupby(self.places, lambda p: (p[0], p[1] // BATCH_ROWS)):
+        for (file, block), locations in groupby(
+            self.locations, lambda p: (p[0], p[1] // BATCH_ROWS)
+        ):
             source = self.files[file]
             start = block * BATCH_ROWS
             numbers = range(start, min(start + BATCH_ROWS, len(source.data)))
             rows = list(source.data.rows(numbers, source.reader.picture_columns))
-            for place in places:
-                yield self._example(place, rows[place[1] - start][1], with_images=False)
+            for location in locations:
+                yield self._example(location, rows[location[1] - start][1], with_images=False)
 
     @property
     def labelled(self) -> bool:
@@ -135,59 +137,59 @@ class Rows(Sequence[Example]):
         """Of all that prompts and sizes of images depend on."""
         files = [(f.data.sha256, f.reader.fingerprint, f.reader.asks) for f in self.files]
         sizes = [self.fact(at).sizes for at in range(len(self))]
-        return hashlib.sha256(repr((files, list(self.places), sizes)).encode()).hexdigest()
+        return hashlib.sha256(repr((files, list(self.locations), sizes)).encode()).hexdigest()
 
     def fact(self, at: int) -> Fact:
         """What is known of a row."""
-        file, row = self.places[at]
+        file, row = self.locations[at]
         return self.files[file].facts[row]
 
     def where(self, at: int, field: str = "") -> str:
         """File and row, and the column of a field of the problem, to be read."""
-        column = self.files[self.places[at][0]].reader.column(field)
-        return self._named(self.places[at]) + (f": {column}" if field else "")
+        column = self.files[self.locations[at][0]].reader.column(field)
+        return self._named(self.locations[at]) + (f": {column}" if field else "")
 
     def id(self, at: int) -> str:
         """The id of a row's problem."""
-        return self.ids.get(self.places[at], self.fact(at).id)
+        return self.ids.get(self.locations[at], self.fact(at).id)
 
     def chosen(self, keep: Iterable[int]) -> Rows:
         """Those rows alone."""
-        return replace(self, places=[self.places[at] for at in keep])
+        return replace(self, locations=[self.locations[at] for at in keep])
 
     def _example(
-        self, place: tuple[int, int], row: Row | DataError, with_images: bool = True
+        self, location: tuple[int, int], row: Row | DataError, with_images: bool = True
     ) -> Example:
         try:
             if isinstance(row, DataError):
                 raise row
-            example = self.files[place[0]].reader.read(row, with_images)
+            example = self.files[location[0]].reader.read(row, with_images)
         except DataError as error:
-            raise DataError(f"{self._named(place)}: {error}") from error
-        own = self.ids.get(place)
-        if own is None:
+            raise DataError(f"{self._named(location)}: {error}") from error
+        renamed = self.ids.get(location)
+        if renamed is None:
             return example
-        return example._replace(problem=replace(example.problem, id=own))
+        return example._replace(problem=replace(example.problem, id=renamed))
 
-    def _named(self, place: tuple[int, int]) -> str:
-        source = self.files[place[0]]
-        return f"{source.data.file}: {source.facts[place[1]].place}"
+    def _named(self, location: tuple[int, int]) -> str:
+        source = self.files[location[0]]
+        return f"{source.data.file}: {source.facts[location[1]].location}"
 
 
 def look(data: DataFile, reader: Reader, watch: Watch | None = None) -> ReadFile:
     """Look at every row of a file, images decoded, or find what was seen before."""
     whole = f"{LOOKING} {data.sha256} {reader.fingerprint}"
-    kept = user_cache("facts") / f"{hashlib.sha256(whole.encode()).hexdigest()}.json"
-    facts = _kept(kept, reader, len(data))
+    cache = user_cache("facts") / f"{hashlib.sha256(whole.encode()).hexdigest()}.json"
+    facts = _kept(cache, reader, len(data))
     if facts is None:
         facts = _looked_at(data, reader, watch)
-        _keep(kept, reader, facts)
+        _keep(cache, reader, facts)
     return ReadFile(data, reader, facts)
 
 
 def _looked_at(data: DataFile, reader: Reader, watch: Watch | None) -> list[Fact]:
     def fact(placed: tuple[str, Row | DataError]) -> Fact:
-        place, row = placed
+        location, row = placed
         try:
             if isinstance(row, DataError):
                 raise row
@@ -199,29 +201,29 @@ def _looked_at(data: DataFile, reader: Reader, watch: Watch | None) -> list[Fact
                 for images in (problem.images, answers)
             )
         except DataError as error:
-            return Fact(place, fault=" ".join(str(error).split())[:300])
-        told = bool(example.response), bool(problem.perception)
-        return Fact(place, problem.id, problem.symmetry_key, sizes, later, split, *told)
+            return Fact(location, fault=" ".join(str(error).split())[:300])
+        responds_labelled = bool(example.response), bool(problem.perception)
+        return Fact(location, problem.id, problem.symmetry_key, sizes, later, split, *responds_labelled)
 
-    found: list[Fact] = []
+    facts: list[Fact] = []
     rows = data.rows()
     starts: Iterable[int] = range(0, len(data), BATCH_ROWS)
     if watch is not None:
         starts = watch(starts, f"looking at {data.file}", len(data))
     with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
         for _ in starts:  # a batch at a time: `map` holds all that it is given
-            found.extend(threads.map(fact, list(islice(rows, BATCH_ROWS))))
-    return found
+            facts.extend(threads.map(fact, list(islice(rows, BATCH_ROWS))))
+    return facts
 
 
 def _kept(file: Path, reader: Reader, rows: int) -> list[Fact] | None:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        cached = json.loads(file.read_text(encoding="utf-8"))
         facts = [
-            Fact(place, id, key, _pairs(sizes), _pairs(later), *others)
-            for place, id, key, sizes, later, *others in kept["facts"]
+            Fact(location, id, key, _pairs(sizes), _pairs(later), *others)
+            for location, id, key, sizes, later, *others in cached["facts"]
         ]
-        sound = len(facts) == rows and reader.untouched(kept["touched"])
+        sound = len(facts) == rows and reader.untouched(cached["touched"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return facts if sound else None

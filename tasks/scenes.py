@@ -76,20 +76,20 @@ class Scenes(PuzzleTask):
             tuple(_read_place(part) for part in line.strip().removesuffix(",").split(","))
             for line in rows
         )
-        if any(place is None for row in scene for place in row):
+        if any(cell is None for row in scene for cell in row):
             return None, ("bad_place",)
         return (scene, ()) if is_scene(scene) else (None, ("bad_shape",))
 
     def read_answer(self, text: str) -> Read:
         """An int, a thing or `nothing`; defects `empty_answer`, `bad_answer`."""
-        said = text.strip().lower().removesuffix(".")
-        if not said:
+        answer = text.strip().lower().removesuffix(".")
+        if not answer:
             return None, ("empty_answer",)
-        if _SHORT.fullmatch(said):
-            return int(said), ()
-        if said in NUMBERS:
-            return NUMBERS.index(said), ()
-        word = NOTHING if said == NOTHING else singular().get(_bare(said))
+        if _SHORT.fullmatch(answer):
+            return int(answer), ()
+        if answer in NUMBERS:
+            return NUMBERS.index(answer), ()
+        word = NOTHING if answer == NOTHING else singular().get(_bare(answer))
         return (word, ()) if word else (None, ("bad_answer",))
 
     def check(self, problem: Problem, answer: Any) -> bool:
@@ -111,7 +111,7 @@ class Scenes(PuzzleTask):
             for pair in zip(*rows, strict=True)
             if pair != (EMPTY, EMPTY)
         ]
-        right = sum((true[1] == seen[1]) + (true == seen) for true, seen in pairs)
+        right = sum((true[1] == perceived[1]) + (true == perceived) for true, perceived in pairs)
         return perception == truth, right / (2 * len(pairs))
 
     def consistent(self, problem: Problem, perception: Any, answer: Any) -> bool:
@@ -133,14 +133,14 @@ class Scenes(PuzzleTask):
         """int64 [2 * rows * columns]: of each place in reading order the thing, 0 for nothing, and
         how many."""
         words = ["", *dict.fromkeys(singular().values())]
-        places = [place for row in _scene(problem) for place in row]
-        labels = [(words.index(kind), n) for n, kind in places]
+        cells = [cell for row in _scene(problem) for cell in row]
+        labels = [(words.index(kind), n) for n, kind in cells]
         return np.array(labels, dtype=np.int64).reshape(-1)
 
     def perception_items(self, perception: Scene) -> frozenset[tuple[int, int, int, str]]:
         """(row, column, number, thing) of every place; nothing is a claim too."""
         return frozenset(
-            (r, c, *place) for r, row in enumerate(perception) for c, place in enumerate(row)
+            (r, c, *cell) for r, row in enumerate(perception) for c, cell in enumerate(row)
         )
 
     def states_answer(self, problem: Problem, perception: Scene) -> bool:
@@ -150,10 +150,10 @@ class Scenes(PuzzleTask):
         holds the answer then is how things are.
         """
         answer = answer_of(_scene(problem), problem.truth["question"])
-        things = {place for row in perception for place in row} - {EMPTY}
-        if shape(perception) == shape(_scene(problem)) or len(things) != 1:
+        objects = {cell for row in perception for cell in row} - {EMPTY}
+        if shape(perception) == shape(_scene(problem)) or len(objects) != 1:
             return False
-        return answer in next(iter(things))
+        return answer in next(iter(objects))
 
     def draw_perception(self, problem: Problem, perception: Scene) -> Figure:
         """What was seen in each place, misread places marked."""
@@ -162,11 +162,11 @@ class Scenes(PuzzleTask):
         rows, wrong = [], 0
         for r, row in enumerate(perception):
             cells = []
-            for c, place in enumerate(row):
-                bad = not same or truth[r][c] != place
+            for c, square in enumerate(row):
+                bad = not same or truth[r][c] != square
                 wrong += bad
                 true = place_text(*truth[r][c]) if bad and same else ""
-                cells.append(Cell(v=place_text(*place), bad=bad, true=true))
+                cells.append(Cell(v=place_text(*square), bad=bad, true=true))
             rows.append(tuple(cells[:32]))
         text = f"{wrong} of {len(rows) * len(perception[0])} places misread"
         return Grid(text=text, box=max(1, *shape(perception)), cells=tuple(rows[:32]))
@@ -174,13 +174,13 @@ class Scenes(PuzzleTask):
     def draw_answer(self, problem: Problem, perception: Scene | None, answer: Any) -> Figure:
         """The answer, and what follows from the own perception where that is another."""
         follows = None if perception is None else self.solve(problem, perception)
-        said = str(answer)
+        answer_text = str(answer)
         if follows is None:
-            return Words(rows=(("right", said),), text="The perception gives no answer.")
+            return Words(rows=(("right", answer_text),), text="The perception gives no answer.")
         if answer == follows:
-            return Words(rows=(("right", said),), text="Follows from what was seen.")
+            return Words(rows=(("right", answer_text),), text="Follows from what was seen.")
         return Words(
-            rows=(("missing", str(follows)), ("extra", said)),
+            rows=(("missing", str(follows)), ("extra", answer_text)),
             text=f"What was seen gives {follows}.",
         )
 
@@ -192,9 +192,9 @@ class Scenes(PuzzleTask):
         """A problem from a row whose ground truth is `{"scene": ..., "question": ...}`, as
         `to_ground_truth` writes it; raises DataError where it is not."""
         try:
-            found = json.loads(ground_truth)
-            scene = tuple(tuple((n, kind) for n, kind in row) for row in found["scene"])
-            question = found["question"]
+            truth = json.loads(ground_truth)
+            scene = tuple(tuple((n, kind) for n, kind in row) for row in truth["scene"])
+            question = truth["question"]
             known = is_scene(scene) and _is_question(question)
             answer = answer_of(scene, question) if known else None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -211,7 +211,7 @@ class Scenes(PuzzleTask):
     def _problem(
         self, prompt: str, image: bytes, scene: Scene, question: Question, knobs: dict[str, Any]
     ) -> Problem:
-        truth = {"scene": [[list(place) for place in row] for row in scene], "question": question}
+        truth = {"scene": [[list(cell) for cell in row] for row in scene], "question": question}
         text = scene_text(scene)
         return self.problem(prompt, image, text, truth, knobs, text)
 
@@ -235,9 +235,9 @@ def _scene(problem: Problem) -> Scene:
     return tuple(tuple((n, kind) for n, kind in row) for row in problem.truth["scene"])
 
 
-def _bare(said: str) -> str:
+def _bare(answer: str) -> str:
     """Without an article."""
-    return re.sub(r"^(the|a|an) ", "", said)
+    return re.sub(r"^(the|a|an) ", "", answer)
 
 
 def _read_place(text: str) -> Place | None:
@@ -252,19 +252,19 @@ def _read_place(text: str) -> Place | None:
     return (n, kind) if 0 < n <= MOST else None
 
 
-def _is_question(found: Any) -> bool:
+def _is_question(question: Any) -> bool:
     """Whether JSON of a row is a question as `tasks.scenes_puzzle` has it."""
-    if found["ask"] == "walk":
-        start = found["start"]
+    if question["ask"] == "walk":
+        start = question["start"]
         known = start in singular() if isinstance(start, str) else _is_spot(start)
-        return known and all(move in MOVES for move in found["moves"])
-    kinds = found["kinds"]
+        return known and all(move in MOVES for move in question["moves"])
+    kinds = question["kinds"]
     if not isinstance(kinds, list) or not all(kind in singular() for kind in kinds):
         return False
-    signs = found.get("signs", [])
+    signs = question.get("signs", [])
     return bool(kinds) and (
-        found["ask"] == "compare"
-        or (found["ask"] == "sum" and len(signs) == len(kinds) and set(signs) <= {1, -1})
+        question["ask"] == "compare"
+        or (question["ask"] == "sum" and len(signs) == len(kinds) and set(signs) <= {1, -1})
     )
 
 

@@ -31,13 +31,13 @@ def is_scene(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(row, tuple) and len(row) == len(value[0]) > 0 for row in value)
         and all(
-            isinstance(place, tuple)
-            and len(place) == 2
-            and type(place[0]) is int
-            and isinstance(place[1], str)
-            and (place == EMPTY or (0 < place[0] <= MOST and place[1]))
+            isinstance(cell, tuple)
+            and len(cell) == 2
+            and type(cell[0]) is int
+            and isinstance(cell[1], str)
+            and (cell == EMPTY or (0 < cell[0] <= MOST and cell[1]))
             for row in value
-            for place in row
+            for cell in row
         )
     )
 
@@ -49,7 +49,7 @@ def shape(scene: Scene) -> tuple[int, int]:
 
 def count(scene: Scene, kind: str) -> int:
     """How many of a kind there are in all places."""
-    return sum(n for row in scene for n, found in row if found == kind)
+    return sum(n for row in scene for n, sort in row if sort == kind)
 
 
 def spots(scene: Scene, kind: str) -> list[tuple[int, int]]:
@@ -61,18 +61,18 @@ def walked(scene: Scene, question: Question) -> list[tuple[int, int]] | None:
     """The places of a walk, first to last; None where it has no one start, or leaves the scene."""
     start = question["start"]
     if isinstance(start, str):
-        found = spots(scene, start)
-        if len(found) != 1:
+        starts = spots(scene, start)
+        if len(starts) != 1:
             return None
-        place = found[0]
+        cell = starts[0]
     else:
-        place = (start[0], start[1])
-    way = [place]
+        cell = (start[0], start[1])
+    path = [cell]
     for move in question["moves"]:
         down, right = MOVES[move]
-        way.append((way[-1][0] + down, way[-1][1] + right))
+        path.append((path[-1][0] + down, path[-1][1] + right))
     rows, columns = shape(scene)
-    return way if all(0 <= r < rows and 0 <= c < columns for r, c in way) else None
+    return path if all(0 <= r < rows and 0 <= c < columns for r, c in path) else None
 
 
 def answer_of(scene: Scene, question: Question) -> int | str | None:
@@ -84,8 +84,8 @@ def answer_of(scene: Scene, question: Question) -> int | str | None:
         counts = {kind: count(scene, kind) for kind in question["kinds"]}
         best = [kind for kind, n in counts.items() if n == max(counts.values())]
         return best[0] if len(best) == 1 else None
-    way = walked(scene, question)
-    return None if way is None else scene[way[-1][0]][way[-1][1]][1] or NOTHING
+    path = walked(scene, question)
+    return None if path is None else scene[path[-1][0]][path[-1][1]][1] or NOTHING
 
 
 def draw_scene(rng: np.random.Generator, spec: ScenesSpec) -> Scene:
@@ -152,9 +152,9 @@ def named(scene: Scene, question: Question, names: Sequence[str]) -> tuple[Scene
     """Both with words for the kinds `0`, `1`, ..."""
     word = {str(index): name for index, name in enumerate(names)}
     worded = tuple(tuple((n, word[kind] if n else "") for n, kind in row) for row in scene)
-    told = dict(question)
-    if "kinds" in told:
-        told["kinds"] = [word[kind] for kind in told["kinds"]]
-    elif isinstance(told["start"], str):
-        told["start"] = word[told["start"]]
-    return worded, told
+    renamed = dict(question)
+    if "kinds" in renamed:
+        renamed["kinds"] = [word[kind] for kind in renamed["kinds"]]
+    elif isinstance(renamed["start"], str):
+        renamed["start"] = word[renamed["start"]]
+    return worded, renamed

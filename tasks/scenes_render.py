@@ -53,15 +53,15 @@ def _fill(
         # With overlap the rooms move towards the middle of the place.
         middle = [((at + 0.5) * room - side / 2) * (1 - look.overlap) + side / 2
                   for at in (index % across, index // across)]  # fmt: skip
-        thing = drawn(kind, pixels)
+        drawing = drawn(kind, pixels)
         if look.turn:
             degrees = float(rng.uniform(-look.turn, look.turn))
-            thing = thing.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-            thing.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+            drawing = drawing.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+            drawing.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
         # Without overlap there is a gap between any two.
         slack = max(0.0, (room - pixels) / 2 - 1) * (1 - look.overlap)
         left, top = (
             round(start + centre - length / 2 + rng.uniform(-slack, slack))
-            for start, centre, length in zip(corner, middle, thing.size, strict=True)
+            for start, centre, length in zip(corner, middle, drawing.size, strict=True)
         )
-        image.paste(thing, (left, top), thing)
+        image.paste(drawing, (left, top), drawing)

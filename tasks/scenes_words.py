@@ -53,7 +53,7 @@ def place_text(n: int, kind: str) -> str:
 
 def scene_text(scene: Scene) -> str:
     """The canonical text: a row a line, its places parted by a comma and a space."""
-    return "\n".join(", ".join(place_text(*place) for place in row) for row in scene)
+    return "\n".join(", ".join(place_text(*cell) for cell in row) for row in scene)
 
 
 def question_text(question: Question, rng: np.random.Generator, spec: ScenesSpec) -> str:
@@ -67,13 +67,13 @@ def question_text(question: Question, rng: np.random.Generator, spec: ScenesSpec
             for sign, word in zip(question["signs"][1:], words[1:], strict=True)
         )
         form = _SUM if rest else _COUNT
-        asked = form[which].format(things=words[0], first=words[0], rest=rest)
+        question_words = form[which].format(things=words[0], first=words[0], rest=rest)
     elif question["ask"] == "compare":
-        asked = _COMPARE[which].format(listed=_listed(words))
+        question_words = _COMPARE[which].format(listed=_listed(words))
     else:
-        asked = _walk_text(question, which)
+        question_words = _walk_text(question, which)
     asides = [_aside(question, rng, spec) for _ in range(spec.distractors)]
-    return " ".join([*asides, asked])
+    return " ".join([*asides, question_words])
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -98,17 +98,17 @@ def _aside(question: Question, rng: np.random.Generator, spec: ScenesSpec) -> st
     """A number of things that has nothing to do with the picture."""
     start = question.get("start")
     kinds = question.get("kinds") or ([start] if isinstance(start, str) else ["cat"])
-    told = counted(int(rng.integers(2, 10)), str(rng.choice(kinds)))
-    return _ASIDE[_phrase(rng, spec)].format(counted=told)
+    count_text = counted(int(rng.integers(2, 10)), str(rng.choice(kinds)))
+    return _ASIDE[_phrase(rng, spec)].format(counted=count_text)
 
 
-def prompt_text(asked: str, spec: ScenesSpec) -> str:
+def prompt_text(question: str, spec: ScenesSpec) -> str:
     """What the policy is asked; it tells how many places there are, and not what is there."""
     if spec.prompt == "brief":
-        return asked
+        return question
     return (
         f"The picture has {spec.rows} x {spec.columns} places (rows x columns), each with some "
-        f"things of one kind, or nothing. {asked}\n"
+        f"things of one kind, or nothing. {question}\n"
         "First write down what you see, one row a line, places separated by commas, such as: "
         "2 cats, nothing, 1 tree. Then reason. Then answer with one number or one word. Blank "
         "lines and extra spaces do no harm. Use exactly this layout and nothing outside it:\n"
@@ -134,30 +134,34 @@ def reasons(scene: Scene, question: Question, style: Style) -> str:
         n, before = count(scene, kind), total
         total += sign * n
         word, mark = ("plus", "+") if sign > 0 else ("minus", "-")
-        said = f"{before} {word} {n} is {total}." if verbose else f"{before} {mark} {n} = {total}"
-        lines.append(said)
+        sentence = (
+            f"{before} {word} {n} is {total}." if verbose else f"{before} {mark} {n} = {total}"
+        )
+        lines.append(sentence)
     return "\n".join(lines)
 
 
 def _count_reason(scene: Scene, kind: str, verbose: bool) -> str:
-    found = [scene[r][c][0] for r, c in spots(scene, kind)]
-    total = sum(found)
-    added = " + ".join(map(str, found))
+    counts = [scene[r][c][0] for r, c in spots(scene, kind)]
+    total = sum(counts)
+    added = " + ".join(map(str, counts))
     if not verbose:
-        return f"{plural(kind)}: " + (f"{added} = {total}" if len(found) > 1 else f"{total}")
+        return f"{plural(kind)}: " + (f"{added} = {total}" if len(counts) > 1 else f"{total}")
     where = [f"{scene[r][c][0]} in row {r + 1}, column {c + 1}" for r, c in spots(scene, kind)]
-    together = f", together {added} = {total}" if len(found) > 1 else ""
+    together = f", together {added} = {total}" if len(counts) > 1 else ""
     return f"I look for {plural(kind)}: {' and '.join(where) or 'none'}{together}."
 
 
 def _walk_reasons(scene: Scene, question: Question, verbose: bool) -> str:
-    way = walked(scene, question) or []
-    said = []
-    for (r, c), move in zip(way, ["", *question["moves"]], strict=True):
+    path = walked(scene, question) or []
+    steps = []
+    for (r, c), move in zip(path, ["", *question["moves"]], strict=True):
         here, at = place_text(*scene[r][c]), f"row {r + 1}, column {c + 1}"
         if not verbose:
-            said.append(f"{move or 'start'}: {at}: {here}")
+            steps.append(f"{move or 'start'}: {at}: {here}")
         else:
             lead = f"One {move} is" if move else "I start at"
-            said.append(f"{lead} {at}, where there {'is' if scene[r][c][0] < 2 else 'are'} {here}.")
-    return "\n".join(said)
+            steps.append(
+                f"{lead} {at}, where there {'is' if scene[r][c][0] < 2 else 'are'} {here}."
+            )
+    return "\n".join(steps)

@@ -44,8 +44,8 @@ def split_of_file(path: PurePath) -> str:
         DataError: folder and file tell different sides.
     """
     source, *folders = path.parts[:-1] or ("",)
-    own = _SHARD.sub("", path.stem)
-    names = [name for name in (own, *reversed(folders)) if name]
+    stem = _SHARD.sub("", path.stem)
+    names = [name for name in (stem, *reversed(folders)) if name]
     telling = [name for name in names if tells_side(name)]
     if len({side_of(name) for name in telling}) > 1:
         raise DataError(

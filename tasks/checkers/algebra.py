@@ -129,8 +129,8 @@ def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
     read, deadline, ready = b"", time.monotonic() + seconds, select.poll()
     ready.register(process.stdout, select.POLLIN)
     while not read.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not ready.poll(1000 * left):
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0 or not ready.poll(1000 * seconds_left):
             raise TimeoutError(f"no word in {seconds:g} s")
         part = os.read(process.stdout.fileno(), 65_536)
         if not part:

@@ -26,17 +26,17 @@ def serve(seconds: float) -> None:
     for line in iter(sys.stdin.buffer.readline, b""):
         pairs = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        verdicts = [equivalent(gold, said) for gold, said in pairs]
+        verdicts = [equivalent(gold, answer) for gold, answer in pairs]
         signal.setitimer(signal.ITIMER_PROF, 0)
         say(verdicts)
 
 
-def equivalent(gold: str, said: str) -> bool:
+def equivalent(gold: str, answer: str) -> bool:
     """Whether both are the same mathematics; each is read whole, never searched for some."""
     try:
         read = [
             parse(f"${text}$", [LATEX], fallback_mode="no_fallback", parsing_timeout=0)
-            for text in (gold, said)
+            for text in (gold, answer)
         ]
         return all(read) and verify(
             read[0][:1], read[1][:1], allow_set_relation_comp=True, timeout_seconds=0

@@ -37,21 +37,21 @@ class BoxChecker:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """As many boxes as the gold, matched one to one, each with IoU >= `threshold` (0.5)."""
-        said = _boxes(answer)
+        answered = _boxes(answer)
         threshold = number_option(gold, "threshold", 0.5)
         return any(
-            len(said) == len(true) > 0 and bool((matched(said, true) >= threshold).all())
+            len(answered) == len(true) > 0 and bool((matched(answered, true) >= threshold).all())
             for true in map(_boxes, gold.answers)
         )
 
     def graded(self, answer: str, gold: Gold) -> float:
         """The sum of IoU over the best matching, over the larger of both numbers of boxes."""
-        said = _boxes(answer)
+        answered = _boxes(answer)
         return max(
             (
-                float(matched(said, true).sum()) / max(len(said), len(true))
+                float(matched(answered, true).sum()) / max(len(answered), len(true))
                 for true in map(_boxes, gold.answers)
-                if said and true
+                if answered and true
             ),
             default=0.0,
         )
@@ -75,10 +75,10 @@ class PointChecker:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether one point is given, and it lies in a gold box."""
-        found = _read(answer, 2, _POINT_KEYS)
-        if len(found) != 1:
+        points = _read(answer, 2, _POINT_KEYS)
+        if len(points) != 1:
             return False
-        x, y = found[0]
+        x, y = points[0]
         return any(
             left <= x <= right and top <= y <= bottom
             for true in gold.answers
@@ -91,8 +91,8 @@ class PointChecker:
 
     def fault(self, gold: Gold) -> str | None:
         """A gold that is no box."""
-        said = BoxChecker().fault(Gold(gold.answers))
-        return said or option_fault(gold)
+        box_fault = BoxChecker().fault(Gold(gold.answers))
+        return box_fault or option_fault(gold)
 
     def states(self, text: str, gold: Gold) -> bool:
         """Whether prose gives such a point as the answer."""
@@ -107,11 +107,11 @@ def iou(one: Sequence[float], other: Sequence[float]) -> float:
     return shared / (_area(one) + _area(other) - shared)
 
 
-def matched(said: Sequence[Box], true: Sequence[Box]) -> np.ndarray:
+def matched(answered: Sequence[Box], true: Sequence[Box]) -> np.ndarray:
     """float64 [min(N, M)]: IoU of the pairs of the one-to-one matching with the largest sum."""
     from scipy.optimize import linear_sum_assignment  # half a second, for who has boxes only
 
-    table = np.array([[iou(one, other) for other in true] for one in said])
+    table = np.array([[iou(one, other) for other in true] for one in answered])
     return table[linear_sum_assignment(table, maximize=True)]
 
 
@@ -121,8 +121,8 @@ def _area(box: Sequence[float]) -> float:
 
 def _boxes(text: str) -> list[Box]:
     """The boxes a text gives; [] where it gives anything else, or one is empty."""
-    found = [(a, b, c, d) for a, b, c, d in _read(text, 4, _BOX_KEYS)]
-    return found if all(a < c and b < d for a, b, c, d in found) else []
+    corners = [(a, b, c, d) for a, b, c, d in _read(text, 4, _BOX_KEYS)]
+    return corners if all(a < c and b < d for a, b, c, d in corners) else []
 
 
 def _read(text: str, size: int, keys: Sequence[str]) -> list[tuple[float, ...]]:
@@ -141,14 +141,14 @@ def _read(text: str, size: int, keys: Sequence[str]) -> list[tuple[float, ...]]:
         value = [value]
     if not isinstance(value, list) or len(value) > MAX_BOXES:
         return []
-    found = [_one(item, size, keys) for item in value]
-    return [item for item in found if item] if all(found) else []
+    parsed = [_one(item, size, keys) for item in value]
+    return [item for item in parsed if item] if all(parsed) else []
 
 
 def _one(item: Any, size: int, keys: Sequence[str]) -> tuple[float, ...]:
     if isinstance(item, dict):
-        held = [item[key] for key in keys if key in item]
-        item = held[0] if len(held) == 1 else None
+        named_values = [item[key] for key in keys if key in item]
+        item = named_values[0] if len(named_values) == 1 else None
     if isinstance(item, list) and len(item) == size and all(map(_is_number, item)):
         return tuple(float(number) for number in item)
     return ()

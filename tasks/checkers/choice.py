@@ -39,13 +39,13 @@ class Choice:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether the answer names the gold's option, and no other."""
-        said = tidy(answer)
-        if said is None:
+        tidied = tidy(answer)
+        if tidied is None:
             return False
         texts = _texts(gold.choices)
-        if (place := _place(said, texts)) is None:
+        if (index := _option_index(tidied, texts)) is None:
             return False
-        return any(place == _place(tidy(true) or "", texts) for true in gold.answers)
+        return any(index == _option_index(tidy(true) or "", texts) for true in gold.answers)
 
     def graded(self, answer: str, gold: Gold) -> float:
         """1 or 0."""
@@ -59,12 +59,12 @@ class Choice:
         if len(texts) > len(LETTERS):
             return f"choices: {len(texts)}; at most {len(LETTERS)} have a letter"
         for true in gold.answers:
-            place = _place(tidy(true) or "", texts)
-            if place is None or (texts and place >= len(texts)):
+            index = _option_index(tidy(true) or "", texts)
+            if index is None or (texts and index >= len(texts)):
                 among = f"none of the {len(texts)} choices" if texts else "no letter"
                 return f"answer {true[:40]!r}: {among}"
-            if texts and sum(_alike(texts[place], text) for text in texts) > 1:
-                return f"choices: {texts[place][:40]!r} is there twice"
+            if texts and sum(_alike(texts[index], text) for text in texts) > 1:
+                return f"choices: {texts[index][:40]!r} is there twice"
         return option_fault(gold)
 
     def states(self, text: str, gold: Gold) -> bool:
@@ -72,39 +72,39 @@ class Choice:
         return states(text, lambda candidate: self.right(candidate, gold))
 
 
-def _place(said: str, texts: Sequence[str]) -> int | None:
+def _option_index(answer: str, texts: Sequence[str]) -> int | None:
     """The number of the one option that is named, from 0; None where that is not one."""
-    said = tidy(plain(said)) or ""
-    if (alone := _ALONE.fullmatch(said)) is not None:
-        place = LETTERS.index(alone[1].upper())
-        return place if not texts or place < len(texts) else None
-    named = [place for place, text in enumerate(texts) if _alike(said, text)]
+    answer = tidy(plain(answer)) or ""
+    if (alone := _ALONE.fullmatch(answer)) is not None:
+        index = LETTERS.index(alone[1].upper())
+        return index if not texts or index < len(texts) else None
+    named = [index for index, text in enumerate(texts) if _alike(answer, text)]
     if named:
         return named[0] if len(named) == 1 else None
-    if (marked := _MARKED.fullmatch(said)) is not None:
-        place, rest = LETTERS.index(next(filter(None, marked.groups())).upper()), marked[5]
-    elif texts and (bare := _LETTER_AND_TEXT.fullmatch(said)) is not None:
-        place, rest = LETTERS.index(bare[1]), bare[2]
-        if place >= len(texts) or not _alike(rest, texts[place]):
+    if (marked := _MARKED.fullmatch(answer)) is not None:
+        index, rest = LETTERS.index(next(filter(None, marked.groups())).upper()), marked[5]
+    elif texts and (bare := _LETTER_AND_TEXT.fullmatch(answer)) is not None:
+        index, rest = LETTERS.index(bare[1]), bare[2]
+        if index >= len(texts) or not _alike(rest, texts[index]):
             return None  # "A dog" is no letter
-    elif texts and (behind := _TEXT_AND_LETTER.fullmatch(said)) is not None:
-        place, rest = LETTERS.index(behind[2]), behind[1]
+    elif texts and (behind := _TEXT_AND_LETTER.fullmatch(answer)) is not None:
+        index, rest = LETTERS.index(behind[2]), behind[1]
     else:
         return None
     if not texts:
-        return None if _OTHER_LETTER.search(rest) or _DENIAL.match(rest) else place
-    if place >= len(texts):
+        return None if _OTHER_LETTER.search(rest) or _DENIAL.match(rest) else index
+    if index >= len(texts):
         return None
-    if _alike(rest, texts[place]):
-        return place
+    if _alike(rest, texts[index]):
+        return index
     # What follows the letter is the option's text and more, or a reason, and names no other.
-    own = normal(plain(texts[place]))
-    others = [text for other, text in enumerate(texts) if other != place]
-    if not (normal(rest).startswith(f"{own} ") or normal(rest).startswith(f"{own},")):
+    option = normal(plain(texts[index]))
+    others = [text for other, text in enumerate(texts) if other != index]
+    if not (normal(rest).startswith(f"{option} ") or normal(rest).startswith(f"{option},")):
         others = others if _REASON.match(rest) else [rest]
     if _OTHER_LETTER.search(rest) or any(_holds(rest, text) for text in others):
         return None
-    return place
+    return index
 
 
 def _texts(choices: Sequence[str]) -> list[str]:
@@ -115,15 +115,15 @@ def _texts(choices: Sequence[str]) -> list[str]:
     return list(choices)
 
 
-def _alike(said: str, text: str) -> bool:
+def _alike(answer: str, text: str) -> bool:
     """Whether a text is that of an option, or the same number."""
-    one, other = plain(said), plain(tidy(text) or text)
+    one, other = plain(answer), plain(tidy(text) or text)
     if not one or not other:
         return False
     if normal(one) == normal(other):
         return True
-    mine, own = read_quantity(one), read_quantity(other)
-    return mine is not None and own is not None and mine.equals(own)
+    mine, gold_quantity = read_quantity(one), read_quantity(other)
+    return mine is not None and gold_quantity is not None and mine.equals(gold_quantity)
 
 
 def _holds(text: str, part: str) -> bool:

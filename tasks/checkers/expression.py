@@ -103,24 +103,24 @@ class Expression:
         return states(text, right)
 
     def _right(self, answer: str, gold: Gold) -> bool:
-        said = tidy(answer)
-        return said is not None and any(
-            _right(said, answer, true, gold.choices) for true in gold.answers
+        tidied = tidy(answer)
+        return tidied is not None and any(
+            _right(tidied, answer, true, gold.choices) for true in gold.answers
         )
 
 
-def _right(said: str, answer: str, gold: str, choices: tuple[str, ...]) -> bool:
+def _right(tidied: str, answer: str, gold: str, choices: tuple[str, ...]) -> bool:
     true = tidy(gold)
     if true is None:
         return False
     if _LETTER.fullmatch(true):
         return Choice().right(answer, Gold((true,), choices))
-    one, other = tidy(plain(said)) or "", tidy(plain(true)) or ""
+    one, other = tidy(plain(tidied)) or "", tidy(plain(true)) or ""
     if one == other:
         return bool(one)
     if _WORDS.fullmatch(other) or _WORDS.fullmatch(one):
-        number, own = read_quantity(one), read_quantity(other)
-        if number is None or own is None:
+        number, gold_quantity = read_quantity(one), read_quantity(other)
+        if number is None or gold_quantity is None:
             return normal(one) == normal(other)
     if len(one) > MAX_CHARS or re.search(rf"\d{{{MAX_DIGITS},}}", one):
         return False
@@ -131,57 +131,63 @@ def _right(said: str, answer: str, gold: str, choices: tuple[str, ...]) -> bool:
     return _same(one, other)
 
 
-def _chain(said: str, gold: str) -> bool:
+def _chain(answer: str, gold: str) -> bool:
     """`x = 10/2 = 5` for `5`: a name may come first, and all that follows is right."""
-    _, items = _parts(said)
+    _, items = _parts(answer)
     named = [item.partition("=") for item in items]
     if len(items) > 1 and len({name.strip() for name, _, _ in named}) == 1:
         return _same(", ".join(value for _, _, value in named), gold)  # x = 1, x = 2
-    first, *rest = _split(said, "=")
+    first, *rest = _split(answer, "=")
     parts = rest if _NAME.fullmatch(first) else [first, *rest]
     return len(parts) <= MAX_CHAIN and all(part and _same(part, gold) for part in parts)
 
 
-def _same(said: str, gold: str) -> bool:
+def _same(answer: str, gold: str) -> bool:
     """Of two answers that are no chain."""
-    if (verdict := _as_numbers(said, gold)) is not None:
+    if (verdict := _as_numbers(answer, gold)) is not None:
         return verdict
-    said, unit = _without_unit(said)
+    answer, unit = _without_unit(answer)
     gold, own_unit = _without_unit(gold)
     if unit and own_unit and unit != own_unit:
         return False
-    (said_kind, mine), (kind, own) = _parts(said), _parts(gold)
-    if len(own) == len(mine) == 1 or _RELATION.search(said) or _RELATION.search(gold):
-        return all(_alike([(gold, said)]))
-    if len(mine) != len(own) or len(own) > MAX_PARTS or (said_kind != kind and said_kind and kind):
+    (said_kind, parts), (kind, gold_parts) = _parts(answer), _parts(gold)
+    if len(gold_parts) == len(parts) == 1 or _RELATION.search(answer) or _RELATION.search(gold):
+        return all(_alike([(gold, answer)]))
+    if (
+        len(parts) != len(gold_parts)
+        or len(gold_parts) > MAX_PARTS
+        or (said_kind != kind and said_kind and kind)
+    ):
         return False
     if {kind, said_kind} <= {"", "{}"}:
-        found = _alike([(true, part) for true in own for part in mine])
-        return _paired([found[n : n + len(own)] for n in range(0, len(found), len(own))])
-    return all(_alike(list(zip(own, mine, strict=True))))
+        verdicts = _alike([(true, part) for true in gold_parts for part in parts])
+        return _paired(
+            [verdicts[n : n + len(gold_parts)] for n in range(0, len(verdicts), len(gold_parts))]
+        )
+    return all(_alike(list(zip(gold_parts, parts, strict=True))))
 
 
-def _as_numbers(said: str, gold: str) -> bool | None:
+def _as_numbers(answer: str, gold: str) -> bool | None:
     """The verdict of two plain numbers, or of two tuples of them; None where they are not."""
-    mine, own = read_quantity(said), read_quantity(gold)
-    if mine is not None and own is not None:
-        return mine.equals(own)
-    if said[:1] != "(" or gold[:1] != "(":
+    mine, gold_quantity = read_quantity(answer), read_quantity(gold)
+    if mine is not None and gold_quantity is not None:
+        return mine.equals(gold_quantity)
+    if answer[:1] != "(" or gold[:1] != "(":
         return None
-    (kind, parts), (own_kind, own_parts) = _parts(said), _parts(gold)
+    (kind, parts), (own_kind, own_parts) = _parts(answer), _parts(gold)
     verdicts = [_as_numbers(part, true) for part, true in zip(parts, own_parts, strict=False)]
     if not kind or None in verdicts:
         return None
     return kind == own_kind and len(parts) == len(own_parts) and all(verdicts)
 
 
-def _at_once(said: str, gold: str) -> bool | None:
+def _at_once(answer: str, gold: str) -> bool | None:
     """The verdict where it needs no process. Words are no products of their letters."""
-    if gold == said and gold:
+    if gold == answer and gold:
         return True
-    if _spelled_out(said) != _spelled_out(gold):
+    if _spelled_out(answer) != _spelled_out(gold):
         return False
-    return _as_numbers(said, gold)
+    return _as_numbers(answer, gold)
 
 
 def _spelled_out(text: str) -> list[str]:
@@ -190,14 +196,14 @@ def _spelled_out(text: str) -> list[str]:
 
 def _alike(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """A verdict a pair, (gold, said), of expressions that are no lists."""
-    known = [_at_once(said, gold) for gold, said in pairs]
-    asked = [pair for pair, verdict in zip(pairs, known, strict=True) if verdict is None]
-    told = iter(
-        equivalent(tuple((_for_process(gold), _for_process(said)) for gold, said in asked))
-        if asked
+    known = [_at_once(answer, gold) for gold, answer in pairs]
+    undecided = [pair for pair, verdict in zip(pairs, known, strict=True) if verdict is None]
+    verdicts = iter(
+        equivalent(tuple((_for_process(gold), _for_process(answer)) for gold, answer in undecided))
+        if undecided
         else ()
     )
-    return [next(told) if verdict is None else verdict for verdict in known]
+    return [next(verdicts) if verdict is None else verdict for verdict in known]
 
 
 def _paired(table: list[Sequence[bool]]) -> bool:
@@ -213,14 +219,14 @@ def _paired(table: list[Sequence[bool]]) -> bool:
 
 def _without_unit(text: str) -> tuple[str, str]:
     """`24\\pi cm^2` as `24\\pi` and `cm^2`; a variable is no unit unless it is one's name."""
-    if (found := _UNIT_BEHIND.search(text)) is None:
+    if (unit_match := _UNIT_BEHIND.search(text)) is None:
         return text, ""
-    read = read_quantity(f"1 {found[1]}")
-    base = re.split(r"[\^/{23]", found[1].lower())[0]
+    read = read_quantity(f"1 {unit_match[1]}")
+    base = re.split(r"[\^/{23]", unit_match[1].lower())[0]
     known = {base, base.removesuffix("s")} & KNOWN_UNITS if len(base) > 1 else base in "mgsh"
     if read is None or not known:
         return text, ""
-    return text[: found.start()].strip(), read.unit
+    return text[: unit_match.start()].strip(), read.unit
 
 
 def _parts(text: str) -> tuple[str, list[str]]:

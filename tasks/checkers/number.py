@@ -21,17 +21,17 @@ class Number:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether the answer is one number, and near enough to a gold."""
-        said = tidy(answer)
-        if said is None:
+        tidied = tidy(answer)
+        if tidied is None:
             return False
         tolerance = Fraction(str(gold.options.get("tolerance", 0)))
-        mine = _read(said)
+        mine = _read(tidied)
         for true in gold.answers:
-            own = _read(tidy(true) or "")
-            if own is None:
-                if normal(plain(said)) == normal(plain(tidy(true) or "")):
+            gold_quantity = _read(tidy(true) or "")
+            if gold_quantity is None:
+                if normal(plain(tidied)) == normal(plain(tidy(true) or "")):
                     return True
-            elif mine is not None and mine.equals(own, tolerance):
+            elif mine is not None and mine.equals(gold_quantity, tolerance):
                 return True
         return False
 

@@ -71,13 +71,15 @@ class Quantity:
         """Within `tolerance` of the gold's value. A unit or `%` may be missing, not another one."""
         if self.unit and gold.unit and self.unit != gold.unit:
             return False
-        mine, own = {self.value}, {gold.value}
+        values, gold_values = {self.value}, {gold.value}
         if self.percent != gold.percent:  # 50 % is 0.5, or 50 of what is asked for in per cent
             if self.percent:
-                mine.add(self.value / 100)
+                values.add(self.value / 100)
             else:
-                own.add(gold.value / 100)
-        return any(abs(said - true) <= tolerance * abs(true) for said in mine for true in own)
+                gold_values.add(gold.value / 100)
+        return any(
+            abs(value - true) <= tolerance * abs(true) for value in values for true in gold_values
+        )
 
 
 def read_quantity(text: str, *, any_unit: bool = False) -> Quantity | None:

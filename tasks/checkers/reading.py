@@ -60,9 +60,9 @@ def tidy(answer: str) -> str | None:
         return None
     text = _INVISIBLE.sub("", answer).strip()
     for _ in range(_MAX_WRAPPERS):
-        before, found = text, [inner for _, _, inner in boxes(text)]
-        closed = {" ".join(inner.split()) for inner in found if inner is not None}
-        if len(closed) > 1 or None in found:
+        before, contents = text, [inner for _, _, inner in boxes(text)]
+        closed = {" ".join(inner.split()) for inner in contents if inner is not None}
+        if len(closed) > 1 or None in contents:
             return None
         text = next(iter(closed), text)
         text = text if (lead := _LEAD.match(text)) is None else text[lead.end() :]

@@ -40,8 +40,8 @@ def states(text: str, right: Callable[[str], bool]) -> bool:
     """Whether any statement in the text is right."""
     if not text.strip() or len(text) > MAX_CHARS:
         text = text[-MAX_CHARS:]
-    found = list(dict.fromkeys(c for c in _candidates(text) if c))
-    return any(right(candidate) for candidate in found[-MAX_CANDIDATES:])
+    candidates = list(dict.fromkeys(c for c in _candidates(text) if c))
+    return any(right(candidate) for candidate in candidates[-MAX_CANDIDATES:])
 
 
 def _candidates(text: str) -> Iterator[str]:

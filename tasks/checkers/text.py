@@ -25,17 +25,17 @@ class Text:
 
     def graded(self, answer: str, gold: Gold) -> float:
         """1 where it is the same, with `threshold` the similarity, else 0."""
-        said = tidy(answer)
+        tidied = tidy(answer)
         threshold = number_option(gold, "threshold", 1.0)
-        found = 0.0
+        similarity = 0.0
         for true in gold.answers:
-            if said is None or not normal(answer):
+            if tidied is None or not normal(answer):
                 break
-            for mine in (said, answer):  # a gold may begin with what `tidy` takes off
+            for mine in (tidied, answer):  # a gold may begin with what `tidy` takes off
                 one, other = normal(plain(mine)), normal(plain(true))
                 if one and other:
-                    found = max(found, Levenshtein.normalized_similarity(one, other))
-        return found if found >= threshold else 0.0
+                    similarity = max(similarity, Levenshtein.normalized_similarity(one, other))
+        return similarity if similarity >= threshold else 0.0
 
     def fault(self, gold: Gold) -> str | None:
         """No gold, or an empty one."""

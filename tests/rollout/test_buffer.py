@@ -192,7 +192,7 @@ def test_what_comes_back_twice_or_was_never_asked_for_is_an_error() -> None:
     buffer, pool = GroupBuffer(staleness(2), steps=1), SimulatedPool(2, [1.0])
     for place in buffer.admit():
         buffer.started(place, request(place).group_id)
-    with pytest.raises(GroupBufferError, match=r"'group-0': place 0 does not wait"):
+    with pytest.raises(GroupBufferError, match=r"'group-0': position 0 does not wait"):
         buffer.started(0, "group-0")
     pool.submit([request(0), request(7)])
     one, stray = pool.collect(2)
@@ -206,5 +206,5 @@ def test_what_comes_back_twice_or_was_never_asked_for_is_an_error() -> None:
 
 @pytest.mark.parametrize("state", [{"drawn": 2, "open": [2]}, {"drawn": 3, "open": [1, 1]}])
 def test_a_state_that_no_buffer_wrote_is_refused(state: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="open places"):
+    with pytest.raises(ValueError, match="open positions"):
         BufferState.from_dict(state)

@@ -560,7 +560,7 @@ def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(live: Live) -> 
     with pytest.raises(SamplerError, match=rf"problem {problem.id}: .*512"):
         live.score([(problem, np.append(full, text))], [problem.images])
     for token in Chat(live.processor).placeholders:
-        with pytest.raises(SamplerError, match=f"special token {token} before the last place"):
+        with pytest.raises(SamplerError, match=f"special token {token} before the last position"):
             live.score([(problem, np.array([text, token, text], np.int32))], [problem.images])
     for token in (10**6, -1):
         for odd in ([text, token], [token, text]):

@@ -78,5 +78,5 @@ def opened(data: str | dict[Split, str], **columns: str | list[str]) -> Opened:
 def problems(found: Opened) -> list[Problem]:
     """All rows in the order of their places."""
     sides: list[Rows] = list(found.rows.values())
-    placed = [(rows.places[at], rows[at].problem) for rows in sides for at in range(len(rows))]
+    placed = [(rows.locations[at], rows[at].problem) for rows in sides for at in range(len(rows))]
     return [problem for _, problem in sorted(placed, key=lambda pair: pair[0])]
