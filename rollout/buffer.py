@@ -100,7 +100,7 @@ class GroupBuffer:
         return sorted([*waiting, *fresh])
 
     def started(self, position: int, group_id: str) -> None:
-        """Note that a position is sampled under this id. Raises GroupBufferError if it is already."""
+        """A position is sampled under this id. Raises GroupBufferError if it already is."""
         entry = self._entries.get(position)
         if entry is None or entry.group_id or group_id in self._in_flight:
             raise GroupBufferError(

@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
 from cluster.record.evaluation import EvalTable
 from cluster.record.folder import TOOL_FILE
+from cluster.run.engines import sampling_from
 from cluster.run.evaluate import evaluate_all
 from cluster.run.passes import tool_passes
-from cluster.run.runtime import sampling_from
 from cluster.run.session import session
 from rollout.models import require_model
 from tasks.files import put_text
