@@ -43,15 +43,13 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--blocks", type=int, default=4, help="of each bound; an even number")
     parser.add_argument("--steps", type=int, default=5, help="in a block, the first included")
-    given = parser.parse_args()
-    base = [*(SETTINGS if given.recipe == DEFAULT else ()), *given.settings]
+    args = parser.parse_args()
+    base = [*(SETTINGS if args.recipe == DEFAULT else ()), *args.settings]
     base.append("algorithm.steps=100000")
-    recipes = {
-        k: load_recipe(given.recipe, [*base, f"algorithm.max_staleness={k}"]) for k in (0, 1)
-    }
-    order = [k for pair in range(given.blocks) for k in ((0, 1) if pair % 2 == 0 else (1, 0))]
+    recipes = {k: load_recipe(args.recipe, [*base, f"algorithm.max_staleness={k}"]) for k in (0, 1)}
+    order = [k for pair in range(args.blocks) for k in ((0, 1) if pair % 2 == 0 else (1, 0))]
 
-    found: dict[int, dict[str, list[float]]] = {0: defaultdict(list), 1: defaultdict(list)}
+    timings: dict[int, dict[str, list[float]]] = {0: defaultdict(list), 1: defaultdict(list)}
     by_block: dict[int, list[float]] = {0: [], 1: []}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -59,21 +57,21 @@ def main() -> None:
         run_log(run.recipe, Path(folder) / "run", Progress(0)) as log,
     ):
         run.send_weights(0)
-        for place, k in enumerate(order):
-            steps, _ = take_turn(run, log, recipes[k], 1 + 2 * place * given.steps, given.steps)
+        for turn, k in enumerate(order):
+            steps, _ = take_turn(run, log, recipes[k], 1 + 2 * turn * args.steps, args.steps)
             for metrics in steps[1:]:
                 for name, value in metrics.items():
-                    found[k][name].append(value)
+                    timings[k][name].append(value)
             by_block[k].append(statistics.mean(m["time/step"] for m in steps[1:]))
             print(f"max_staleness {k}: {by_block[k][-1]:.2f} s a step", flush=True)
-    show(found, by_block)
+    show(timings, by_block)
 
 
-def show(found: dict[int, dict[str, list[float]]], by_block: dict[int, list[float]]) -> None:
+def show(timings: dict[int, dict[str, list[float]]], by_block: dict[int, list[float]]) -> None:
     """The table."""
     print(f"\n{'mean of a step':40} max_staleness 0  max_staleness 1")
     for name in SHOWN:
-        values = [statistics.mean(found[k][name]) for k in (0, 1) if found[k][name]]
+        values = [statistics.mean(timings[k][name]) for k in (0, 1) if timings[k][name]]
         print(f"{name:40} " + "  ".join(f"{value:15.3f}" for value in values))
     pairs = sorted(old / new for old, new in zip(by_block[0], by_block[1], strict=True))
     print(

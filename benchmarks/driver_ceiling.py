@@ -78,11 +78,11 @@ class Simulation:
         rollouts = tuple(
             replace(
                 rollout,
-                rollout_id=f"{request.group_id}/{place}",
+                rollout_id=f"{request.group_id}/{index}",
                 group_id=request.group_id,
                 versions=np.full(len(rollout.response_ids), version, np.int32),
             )
-            for place, rollout in enumerate(next(self._templates).rollouts)
+            for index, rollout in enumerate(next(self._templates).rollouts)
         )
         return Group(request.group_id, request.problem, rollouts)
 
@@ -90,8 +90,8 @@ class Simulation:
         while True:
             with self._changed:
                 while not self._due or self._due[0][0] > time.monotonic():
-                    left = self._due[0][0] - time.monotonic() if self._due else None
-                    self._changed.wait(left)
+                    seconds = self._due[0][0] - time.monotonic() if self._due else None
+                    self._changed.wait(seconds)
                 _, _, then = heapq.heappop(self._due)
             then()
 
@@ -133,7 +133,7 @@ class SimulatedSampler:
         return future.result(seconds)
 
     def watch(self, future: Future[Any], then: Callable[[Any], None]) -> None:
-        future.add_done_callback(lambda done: then(done.result()))
+        future.add_done_callback(lambda reply: then(reply.result()))
 
     def cancel(self, future: Future[Any]) -> None:
         pass
@@ -184,16 +184,16 @@ class Driver:
         """Seconds of one step whose scoring and update take `learning` in other processes."""
         begin = time.perf_counter()
         self.groups = groups = self.stream.take(self.version)
-        taken = time.perf_counter()
+        taken_at = time.perf_counter()
         like = itertools.cycle(self._scores)
         rewarded = [replace(score, group=group) for score, group in zip(like, groups, strict=False)]
         step_metrics(rewarded, self.version)
         train_batches(self.recipe.algorithm, rewarded)
-        done = time.perf_counter()
-        time.sleep(max(0.0, learning - (done - taken)))
+        done_at = time.perf_counter()
+        time.sleep(max(0.0, learning - (done_at - taken_at)))
         self.version += 1
         self.stream.renew(self._send, self.version)
-        self.seconds = {"take": taken - begin, "arithmetic": done - taken}
+        self.seconds = {"take": taken_at - begin, "arithmetic": done_at - taken_at}
         return time.perf_counter() - begin
 
     def _send(self, version: int) -> None:
@@ -228,8 +228,8 @@ def recipe_of(samplers: int, staleness: int, order: str, in_flight: str) -> Reci
 def scored(groups: Sequence[Group]) -> list[ScoredGroup]:
     """The templates as reward workers return them."""
     term = load_term("outcome")
-    found = [score_group(load_task(g.problem.task), g, {"outcome": term}) for g in groups]
-    return compose_groups(groups, found, Composition({"outcome": 1.0}))
+    terms = [score_group(load_task(g.problem.task), g, {"outcome": term}) for g in groups]
+    return compose_groups(groups, terms, Composition({"outcome": 1.0}))
 
 
 def main() -> None:
@@ -241,19 +241,19 @@ def main() -> None:
     parser.add_argument("--orders", nargs="*", default=get_args(Order), choices=get_args(Order))
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
     rng = np.random.default_rng(0)
     recorded = np.loadtxt(LENGTHS, delimiter=",").max(axis=1)
-    longest = recorded * (rng.lognormal(0.0, 0.7, len(recorded)) if given.tails else 1.0)
-    seconds = (longest * given.token_ms / 1e3).tolist()
+    longest = recorded * (rng.lognormal(0.0, 0.7, len(recorded)) if args.tails else 1.0)
+    seconds = (longest * args.token_ms / 1e3).tolist()
     templates = made_up(64, seed=0)
     print(f"{GROUP} rollouts a group; longest response of a group: {longest.mean():.0f} tokens in "
-          f"the mean, {longest.max():.0f} at most; {given.token_ms:g} ms a token")  # fmt: skip
-    for samplers in given.samplers:
+          f"the mean, {longest.max():.0f} at most; {args.token_ms:g} ms a token")  # fmt: skip
+    for samplers in args.samplers:
         per_step = samplers * SLOTS * WAVES * GROUP
-        tables.keep("driver", ["samplers"], [ceiling(samplers, per_step, templates)], given.to)
-        for order in given.orders:
+        tables.keep("driver", ["samplers"], [ceiling(samplers, per_step, templates)], args.to)
+        for order in args.orders:
             overlap(samplers, order, seconds, templates)
 
 
@@ -312,9 +312,9 @@ def alone(
 ) -> float:
     """Seconds of a step whose update takes no time."""
     driver = Driver(samplers, staleness, order, seconds, templates)
-    found = statistics.mean([driver.step(0.0) for _ in range(STEPS)][WARM_STEPS:])
+    mean_seconds = statistics.mean([driver.step(0.0) for _ in range(STEPS)][WARM_STEPS:])
     driver.stop()
-    return found
+    return mean_seconds
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def simulated(
 def coverage(data: Iterable[np.ndarray], true: float, signed: bool = False) -> float:
     """The share of data sets whose interval holds the truth; `signed`: they are differences."""
     interval = crossed_interval if signed else accuracy_interval
-    found = [interval(values) for values in data]
-    return float(np.mean([e.low <= true <= e.high for e in found]))  # type: ignore[operator]
+    intervals = [interval(values) for values in data]
+    return float(np.mean([e.low <= true <= e.high for e in intervals]))  # type: ignore[operator]
 
 
 def main() -> None:

@@ -51,18 +51,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=[8192])
     parser.add_argument("--models", nargs="+", default=["shipped", "larger"])
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     shipped, processor = load_policy(MODEL)
     for model, problems in (("shipped", 16), ("larger", 4)):
-        if model not in given.models:
+        if model not in args.models:
             continue
         policy = shipped if model == "shipped" else Policy(larger_model(MODEL))
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         for name, batch in batches(processor, problems).items():
-            for budget in given.budgets:
+            for budget in args.budgets:
                 print(f"{size:.1f} M parameters, {name}, {len(batch)} sequences, budget {budget}")
-                compare(policy, processor, batch, budget, given.turns)
+                compare(policy, processor, batch, budget, args.turns)
 
 
 def compare(
@@ -96,48 +96,48 @@ def learn(
     start = time.process_time()
     items = [describe(s, collate.image_token_id) for s in batch]
     (dealt,) = deal_micro_batches(items, 1, budget, layout, costs)
-    there = real = shared = 0
+    slots = real = shared = 0
     for indices in dealt:
         micro = collate([batch[i] for i in indices])
         logprobs, _ = policy.run(micro)
         logprobs.mean().backward()
-        there += micro.inputs["input_ids"].numel()
+        slots += micro.inputs["input_ids"].numel()
         real += micro.real_tokens
         shared += micro.shared_tokens
     spent = time.process_time() - start
     return spent, (
-        f"{len(dealt)} micro-batches, {1 - real / there:.1%} padding, "
+        f"{len(dealt)} micro-batches, {1 - real / slots:.1%} padding, "
         f"{shared / (real + shared):.1%} shared"
     )
 
 
 def batches(processor: Any, problems: int) -> dict[str, list[TrainSequence]]:
     """The batches by name: `problems` groups of terse responses, a quarter of as many others."""
-    found: dict[str, list[TrainSequence]] = {"rl": [], "rl long": [], "sft": []}
+    of_kind: dict[str, list[TrainSequence]] = {"rl": [], "rl long": [], "sft": []}
     demonstrate = Demonstrator(processor)
     rng = np.random.default_rng(0)
     for index in range(problems * GROUP):
         name = ("sudoku", "sudoku", "graph_coloring")[index // GROUP % 3]
         task = load_task(name)
         spec = task.spec(**KNOBS[name], prompt="brief")
-        asked = _problem(task, spec, index // GROUP)
+        problem = _problem(task, spec, index // GROUP)
         answered = _problem(task, spec, 1000 + index)
 
         def sequence(of: Problem, style: Style, task: Task = task) -> TrainSequence:
             return demonstrate.sequence(task, of, task.demonstrate(of, style))
 
-        def rollout(style: Style, asked: Problem = asked, answered: Problem = answered) -> Any:
+        def rollout(style: Style, problem: Problem = problem, answered: Problem = answered) -> Any:
             """A response of the length that another problem of the task takes."""
-            prompt = sequence(asked, "terse")
-            said = sequence(answered, style)
-            return replace(said, prompt_ids=prompt.prompt_ids, images=prompt.images)
+            prompt = sequence(problem, "terse")
+            response = sequence(answered, style)
+            return replace(response, prompt_ids=prompt.prompt_ids, images=prompt.images)
 
-        found["rl"].append(rollout("terse"))
+        of_kind["rl"].append(rollout("terse"))
         if index < problems // 4 * GROUP:
             either: Style = get_args(Style)[int(rng.integers(2))]
-            found["rl long"].append(rollout(either))
-            found["sft"].append(sequence(answered, either))
-    return found
+            of_kind["rl long"].append(rollout(either))
+            of_kind["sft"].append(sequence(answered, either))
+    return of_kind
 
 
 def _problem(task: Task, spec: Any, seed: int) -> Problem:

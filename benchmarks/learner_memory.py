@@ -64,30 +64,32 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--activations", action="store_true", help="of a layer, and no learner")
-    given = parser.parse_args()
-    if given.activations:
+    args = parser.parse_args()
+    if args.activations:
         print_activations()
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "policy"
         count = make_policy(folder)
-        what = f"adapters of rank {given.lora}" if given.lora else "all trained"
-        again = ", activations recomputed" if given.recompute else ""
-        print(f"{count:,} parameters in float32, {what}{again}; {given.ranks} ranks, MiB on rank 0")
+        trained = f"adapters of rank {args.lora}" if args.lora else "all trained"
+        again = ", activations recomputed" if args.recompute else ""
+        print(
+            f"{count:,} parameters in float32, {trained}{again}; {args.ranks} ranks, MiB on rank 0"
+        )
         print("| ZeRO | parameters | gradients | optimizer | resident memory, rise |")
         print("|---|---|---|---|---|")
-        for stage in given.stages:
+        for stage in args.stages:
             learning = LearnerConfig(
                 zero_stage=stage,
                 micro_batch_tokens=1024,
-                activation_checkpointing=given.recompute,
-                lora=LoraConfig(rank=given.lora) if given.lora else None,
+                activation_checkpointing=args.recompute,
+                lora=LoraConfig(rank=args.lora) if args.lora else None,
                 threads=1,
             )
             model = ModelConfig(path=str(folder))
             setup = LearnerSetup(model, learning, TransferConfig(), CheckpointConfig())
-            held = measure(setup, given.ranks)
-            row = (held.parameters, held.gradients, held.optimizer, held.resident)
+            measured = measure(setup, args.ranks)
+            row = (measured.parameters, measured.gradients, measured.optimizer, measured.resident)
             print(f"| {stage} | " + " | ".join(f"{size / MIB:,.0f}" for size in row) + " |")
 
 
@@ -99,8 +101,12 @@ def print_activations() -> None:
         size = PolicySize(0, shape[0], 1, 0, *shape[1:])
         for name in ("bfloat16", "float32"):
             dtype = getattr(torch, name)
-            told = dtype.itemsize * size.kept_by_a_layer(exact=name == "float32")
-            rest = (kept_by_a_layer(size, dtype), told, kept_by_a_layer(size, dtype, again=True))
+            estimated = dtype.itemsize * size.kept_by_a_layer(exact=name == "float32")
+            rest = (
+                kept_by_a_layer(size, dtype),
+                estimated,
+                kept_by_a_layer(size, dtype, again=True),
+            )
             cells = " | ".join(f"{value / size.hidden:.1f}" for value in rest)
             print(f"| {', '.join(map(str, shape))} | {name} | {cells} |")
 
@@ -132,19 +138,19 @@ def _kept(size: PolicySize, layers: int, dtype: torch.dtype, again: bool) -> int
     model = Qwen3VLTextModel._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[torch.Tensor] = []
+    parameter_storage = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in parameter_storage:
+            saved.append(tensor)
         return tensor
 
     states = torch.randn(1, TOKENS, size.hidden, dtype=dtype, requires_grad=True)
-    places = torch.arange(TOKENS).expand(3, 1, TOKENS)
+    positions = torch.arange(TOKENS).expand(3, 1, TOKENS)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs_embeds=states, position_ids=places, use_cache=False)
-    return storage(kept)
+        model(inputs_embeds=states, position_ids=positions, use_cache=False)
+    return storage(saved)
 
 
 def make_policy(folder: Path) -> int:
@@ -161,9 +167,9 @@ def measure(setup: LearnerSetup, ranks: int) -> Held:
         probe.bind(("127.0.0.1", 0))
         master = f"127.0.0.1:{probe.getsockname()[1]}"
     context = multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
+    results = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(setup, WorldPlace(rank, ranks, master), found))
+        context.Process(target=_rank, args=(setup, WorldPlace(rank, ranks, master), results))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -172,11 +178,11 @@ def measure(setup: LearnerSetup, ranks: int) -> Held:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("a rank failed; its error is above")
-    held: Held = found.get()
-    return held
+    measured: Held = results.get()
+    return measured
 
 
-def _rank(setup: LearnerSetup, world: WorldPlace, found: Any) -> None:
+def _rank(setup: LearnerSetup, world: WorldPlace, results: Any) -> None:
     from learner.engine import DeepSpeedLearner
 
     learner = DeepSpeedLearner(setup, world)
@@ -197,7 +203,7 @@ def _rank(setup: LearnerSetup, world: WorldPlace, found: Any) -> None:
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if world.rank == 0:
         engine = learner._engine
-        found.put(Held(parameter_bytes(engine), gradients, optimizer_bytes(engine), rise))
+        results.put(Held(parameter_bytes(engine), gradients, optimizer_bytes(engine), rise))
     learner.close()
     os._exit(0)
 
@@ -226,16 +232,16 @@ def gradient_bytes(engine: Any, stage: int) -> int:
     """Of the gradients that wait for the step."""
     if stage == 0:
         return storage(p.grad for p in engine.module.parameters() if p.grad is not None)
-    held = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return storage([*held, *tensors_in(vars(engine.optimizer).get("averaged_gradients", {}))])
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return storage([*gradients, *tensors_in(vars(engine.optimizer).get("averaged_gradients", {}))])
 
 
 def optimizer_bytes(engine: Any) -> int:
     """Of AdamW's moments, and of the float32 weights it steps on where the model has others."""
-    own = {t.untyped_storage().data_ptr() for t in weights_of(engine)}
+    parameter_storage = {t.untyped_storage().data_ptr() for t in weights_of(engine)}
     state = engine.optimizer.state
-    held = [*state, *tensors_in(list(state.values()))]
-    return storage(t for t in held if t.untyped_storage().data_ptr() not in own)
+    tensors = [*state, *tensors_in(list(state.values()))]
+    return storage(t for t in tensors if t.untyped_storage().data_ptr() not in parameter_storage)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -252,8 +258,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def storage(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the memory behind tensors, each piece of it once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())
+    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(bytes_of.values())
 
 
 if __name__ == "__main__":

@@ -67,24 +67,24 @@ def main() -> None:
     parser.add_argument("--problems", type=int, help="groups an update, in place of the size's own")
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
     with tempfile.TemporaryDirectory(prefix="equipoise-bench-") as scratch:
         larger = Path(scratch) / "30m"
-        model = larger_model(str(SHIPPED), given.seed)
+        model = larger_model(str(SHIPPED), args.seed)
         print(f"larger: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
         model.save_pretrained(larger)
         load_processor(str(SHIPPED)).save_pretrained(larger)
-        for place, (size, path) in enumerate((("2M", SHIPPED), ("30M", larger))):
-            if size not in given.sizes:
+        for index, (size, path) in enumerate((("2M", SHIPPED), ("30M", larger))):
+            if size not in args.sizes:
                 continue
-            batch = groups(given.problems or PROBLEMS[place], given.seed)
+            batch = groups(args.problems or PROBLEMS[index], args.seed)
             rows = [
-                {"size": size, "layout": layout, "micro-batch": budget, "threads": given.threads}
-                | measure(path, batch, layout, budget, given.threads, given.repeats, place)
+                {"size": size, "layout": layout, "micro-batch": budget, "threads": args.threads}
+                | measure(path, batch, layout, budget, args.threads, args.repeats, index)
                 for layout, budget in WAYS
             ]
-            tables.keep("learner", ("size", "layout", "micro-batch", "threads"), rows, given.to)
+            tables.keep("learner", ("size", "layout", "micro-batch", "threads"), rows, args.to)
 
 
 def measure(
@@ -94,7 +94,7 @@ def measure(
     budget: int,
     threads: int,
     repeats: int,
-    place: int,
+    index: int,
 ) -> tables.Row:
     """The columns of an update with micro-batches of at most `budget` tokens."""
     learning = LearnerConfig(
@@ -107,12 +107,12 @@ def measure(
     setup = LearnerSetup(
         ModelConfig(path=str(path)), learning, TransferConfig(), CheckpointConfig()
     )
-    learner = DeepSpeedLearner(setup, WorldPlace(master=f"127.0.0.1:{29610 + place}"))
+    learner = DeepSpeedLearner(setup, WorldPlace(master=f"127.0.0.1:{29610 + index}"))
     logprobs = learner.logprobs(batch)
     batch = TrainBatch(
         tuple(
-            replace(s, sampler_logprobs=found)
-            for s, found in zip(batch.sequences, logprobs, strict=True)
+            replace(s, sampler_logprobs=measured)
+            for s, measured in zip(batch.sequences, logprobs, strict=True)
         )
     )
     with FlopCounterMode(display=False) as counter:
@@ -126,11 +126,11 @@ def measure(
     bare: list[float] = []
     for repeat in range(repeats):
         before = matmul_rate()
-        for found, update in ((ours, partial(learner.update, batch, PolicyLoss(LossConfig()))),
+        for measured, update in ((ours, partial(learner.update, batch, PolicyLoss(LossConfig()))),
                               (bare, loop.update))[:: 1 if repeat % 2 else -1]:  # fmt: skip
             start = time.perf_counter()
             update()
-            found.append(time.perf_counter() - start)
+            measured.append(time.perf_counter() - start)
         of_peak.append(work / ours[-1] / ((before + matmul_rate()) / 2))
     learner.close()
     return {
@@ -177,10 +177,10 @@ class BareLoop:
 
 def matmul_rate(seconds: float = 0.5) -> float:
     """Floating-point operations a second of a float32 product of two square matrices."""
-    left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        torch.mm(left, right)
+        torch.mm(a, b)
         count += 1
     return count * 2 * SIDE**3 / (time.perf_counter() - start)
 
@@ -195,11 +195,11 @@ def groups(problems: int, seed: int) -> TrainBatch:
         config = recipe.tasks[index % len(recipe.tasks)]
         task: Any = load_task(config.name)
         problem = draw_problem(task, task.spec(**config.knobs), "train", seed, index)
-        for place in range(GROUP):
-            style = "verbose" if place % 2 else "terse"
-            found = demonstrator.sequence(task, problem, task.demonstrate(problem, style))
-            advantages = np.full(len(found.response_ids), rng.normal(), np.float32)
-            sequences.append(replace(found, advantages=advantages))
+        for rollout_index in range(GROUP):
+            style = "verbose" if rollout_index % 2 else "terse"
+            sequence = demonstrator.sequence(task, problem, task.demonstrate(problem, style))
+            advantages = np.full(len(sequence.response_ids), rng.normal(), np.float32)
+            sequences.append(replace(sequence, advantages=advantages))
     return TrainBatch(tuple(sequences))
 
 

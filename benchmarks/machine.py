@@ -30,9 +30,9 @@ class Shared:
 
     def foreign(self) -> float:
         """Share of the cores' time in [0, 1]; what a hypervisor kept for itself included."""
-        own, (busy, total) = own_seconds(self._roots), machine_seconds()
-        taken = busy - self._busy - (own - self._own)
-        return min(1.0, max(0.0, taken / max(1e-9, total - self._all)))
+        ours, (busy, total) = own_seconds(self._roots), machine_seconds()
+        others = busy - self._busy - (ours - self._own)
+        return min(1.0, max(0.0, others / max(1e-9, total - self._all)))
 
 
 def machine_seconds() -> tuple[float, float]:
@@ -50,14 +50,14 @@ def own_seconds(roots: Sequence[int]) -> float:
 
 def tree(roots: Sequence[int]) -> list[psutil.Process]:
     """Those processes and all below them."""
-    found: dict[int, psutil.Process] = {}
+    by_pid: dict[int, psutil.Process] = {}
     for root in roots:
         try:
             process = psutil.Process(root)
-            found |= {p.pid: p for p in (process, *process.children(recursive=True))}
+            by_pid |= {p.pid: p for p in (process, *process.children(recursive=True))}
         except psutil.NoSuchProcess:
             continue
-    return list(found.values())
+    return list(by_pid.values())
 
 
 def process_times(process: psutil.Process) -> tuple[float, ...]:
@@ -71,13 +71,13 @@ def process_times(process: psutil.Process) -> tuple[float, ...]:
 
 def resident_gib(roots: Sequence[int]) -> float:
     """Memory of trees of processes; a page that several share is counted once."""
-    held = 0
+    resident = 0
     for process in tree(roots):
         try:
-            held += process.memory_full_info().pss
+            resident += process.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return held / 2**30
+    return resident / 2**30
 
 
 def refuse_if_busy(allowed: bool, seconds: float = 3.0) -> None:

@@ -181,7 +181,7 @@ def folders() -> Iterator[None]:
         yield
 
 
-def placed(policy: str, gpus: int, way: Way, **more: Any) -> Placement:
+def placed(policy: str, gpus: int, way: Way, **machine_fields: Any) -> Placement:
     """The placement of an RL run of this policy, with the fields of recipes/gpu."""
     fields: dict[str, Any] = {
         "model.path": policy,
@@ -191,7 +191,7 @@ def placed(policy: str, gpus: int, way: Way, **more: Any) -> Placement:
         "learner.micro_batch_tokens": 8192,
         **PARTS[gpus],
         **way.fields,
-        **more,
+        **machine_fields,
     }
     sections: dict[str, Any] = {"name": "fits", "tasks": [{"name": "sudoku"}]}
     for field, value in fields.items():
@@ -208,20 +208,20 @@ def fits(actor: Actor) -> bool:
 
 def cell(policy: str, gpus: int, way: Way) -> str:
     """GiB on each learner's GPU; in brackets where that or the node's main memory is too small."""
-    found = placed(policy, gpus, way)
-    ranks = [a for a in found.actors if a.role == "learner"]
-    away = sum(sum(a.offloaded.values()) for a in found.actors)
-    inside = fits(ranks[0]) and away <= ROOM * found.machine.memory
-    held = f"{sum(ranks[0].memory.values()) / GIB:,.0f}"
-    return held if inside else f"({held})"
+    placement = placed(policy, gpus, way)
+    ranks = [a for a in placement.actors if a.role == "learner"]
+    away = sum(sum(a.offloaded.values()) for a in placement.actors)
+    inside = fits(ranks[0]) and away <= ROOM * placement.machine.memory
+    gib_text = f"{sum(ranks[0].memory.values()) / GIB:,.0f}"
+    return gib_text if inside else f"({gib_text})"
 
 
 def sampler_cell(policy: str, gpus: int) -> str:
     """GiB that an engine has for its KV cache and what it computes with, beside the weights."""
-    found = placed(policy, gpus, WAYS[0])
-    engine = next(a for a in found.actors if a.role == "sampler")
-    left = engine.memory["KV cache and buffers"] / GIB
-    return f"{left:,.0f}" if left >= 1 else "(0)"
+    placement = placed(policy, gpus, WAYS[0])
+    engine = next(a for a in placement.actors if a.role == "sampler")
+    gib_left = engine.memory["KV cache and buffers"] / GIB
+    return f"{gib_left:,.0f}" if gib_left >= 1 else "(0)"
 
 
 def row(policy: str, gpus: int) -> str:

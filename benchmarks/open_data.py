@@ -95,9 +95,13 @@ def main() -> None:
         again = [sys.executable, __file__, "--open", str(file), "--draws", str(chosen.draws)]
         for which in ("first", "again", "again"):
             env = os.environ | {"XDG_CACHE_HOME": folder}
-            found = subprocess.run(again, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            told = {name: round(value, 2) for name, value in json.loads(found.stdout).items()}
-            print(json.dumps({"opened": which} | told), flush=True)
+            completed = subprocess.run(
+                again, env=env, check=True, stdout=subprocess.PIPE, text=True
+            )
+            seconds_of = {
+                name: round(value, 2) for name, value in json.loads(completed.stdout).items()
+            }
+            print(json.dumps({"opened": which} | seconds_of), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,24 +58,24 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=PROBLEMS, help="groups a step")
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
-    for size in given.sizes:
-        for length in given.lengths if size != "shipped" else [SHIPPED_LENGTH]:
-            for engine in given.engines:
-                rows = race(size, length, engine, given)
-                tables.keep("race", KEYS, rows, given.to)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
+    for size in args.sizes:
+        for length in args.lengths if size != "shipped" else [SHIPPED_LENGTH]:
+            for engine in args.engines:
+                rows = race(size, length, engine, args)
+                tables.keep("race", KEYS, rows, args.to)
 
 
-def race(size: str, length: int, engine: str, given: argparse.Namespace) -> list[tables.Row]:
+def race(size: str, length: int, engine: str, args: argparse.Namespace) -> list[tables.Row]:
     """TRL against the variants of one way to start ours; a row each."""
     threads, variants = ENGINES[engine]
     settings = (*threads, f"sampler.kv_cache_gib={KV_CACHE_GIB[size]}")
     with tempfile.TemporaryDirectory(prefix="equipoise-race-") as scratch:
         folder = Path(scratch)
         model, parameters = policy(size, folder / "model")
-        turns = schedule(len(variants), given.pairs, given.steps + 1)
-        mine = Work(model, "", length, (), problems=given.problems, settings=settings)
+        turns = schedule(len(variants), args.pairs, args.steps + 1)
+        mine = Work(model, "", length, (), problems=args.problems, settings=settings)
         same = (turns[0][0], *(pair[0] for pair in turns[1:]))
         drawn = draw(mine, same, folder / "problems")
         theirs = replace(mine, turns=same, drawn=drawn)
@@ -85,9 +85,9 @@ def race(size: str, length: int, engine: str, given: argparse.Namespace) -> list
                 ready["ours"] = started(ours, same[0])
                 agreed = agreement(ours, trl, str(folder / "fixed"))
                 print(f"{size}, {length} tokens: same work: {agreed}", flush=True)
-                found = {name: Pairs() for name in variants}
+                pairs_of = {name: Pairs() for name in variants}
                 for number, pair in enumerate(turns[1:]):
-                    take_pair(number, pair, variants, ours, trl, found)
+                    take_pair(number, pair, variants, ours, trl, pairs_of)
                 memory = {r.name: machine.resident_gib([r.process.pid]) for r in (trl, ours)}
     return [
         {
@@ -103,7 +103,7 @@ def race(size: str, length: int, engine: str, given: argparse.Namespace) -> list
             "machine": machine.where(),
             "command": machine.command("benchmarks.race"),
         }
-        for name, pairs in found.items()
+        for name, pairs in pairs_of.items()
     ]
 
 
@@ -147,17 +147,17 @@ def take_pair(
     variants: dict[str, tuple[str, ...]],
     ours: Racer,
     trl: Racer,
-    found: dict[str, Pairs],
+    pairs_of: dict[str, Pairs],
 ) -> None:
     """A turn of TRL and one of each variant; in every other pair the other way round."""
     turns: list[tuple[Racer, str, Turn]] = [(trl, "", pair[0])]
-    for place, (name, settings) in enumerate(variants.items()):
-        turns.append((ours, name, Turn(pair[place].first, pair[place].steps, settings)))
+    for index, (name, settings) in enumerate(variants.items()):
+        turns.append((ours, name, Turn(pair[index].first, pair[index].steps, settings)))
     for racer, name, turn in reversed(turns) if number % 2 else turns:
         shared = machine.Shared([racer.process.pid])
         steps = racer.ask(turn)[1:]
         share = shared.foreign()
-        for pairs in [found[name]] if name else found.values():
+        for pairs in [pairs_of[name]] if name else pairs_of.values():
             (pairs.ours if name else pairs.trl).append(steps)
             pairs.foreign["ours" if name else "trl"].append(share)
         print(
@@ -172,11 +172,11 @@ def schedule(variants: int, pairs: int, steps: int) -> list[list[Turn]]:
 
     TRL's turn of a pair has the problems of the first variant's.
     """
-    found, first = [[Turn(1, 1)]], 1 + APART
+    turns, first = [[Turn(1, 1)]], 1 + APART
     for _ in range(pairs):
-        found.append([Turn(first + i * (steps + APART), steps) for i in range(variants)])
+        turns.append([Turn(first + i * (steps + APART), steps) for i in range(variants)])
         first += variants * (steps + APART)
-    return found
+    return turns
 
 
 def policy(size: str, folder: Path) -> tuple[str, int]:

@@ -66,13 +66,13 @@ def ours(connection: Any, work: Work) -> None:
         run.send_weights(0)
         connection.send("ready")
         scored: Sequence[ScoredGroup] = ()
-        while (asked := connection.recv()) is not None:
-            if isinstance(asked, Turn):
-                chosen = race_recipe(work, asked.settings)
-                found, scored = take_turn(run, log, chosen, asked.first, asked.steps)
-                connection.send([step_of(metrics) for metrics in found])
+        while (message := connection.recv()) is not None:
+            if isinstance(message, Turn):
+                chosen = race_recipe(work, message.settings)
+                metrics_of_steps, scored = take_turn(run, log, chosen, message.first, message.steps)
+                connection.send([step_of(metrics) for metrics in metrics_of_steps])
             else:
-                connection.send(fixed(run, asked, scored))
+                connection.send(fixed(run, message, scored))
 
 
 def step_of(metrics: Metrics) -> Step:

@@ -99,10 +99,10 @@ class TimedTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         begin = time.perf_counter()
-        found = super()._generate_and_score_completions(inputs)
+        outputs = super()._generate_and_score_completions(inputs)
         self.sampling = time.perf_counter() - begin
-        self.tokens = int(found["completion_mask"].sum())
-        return found
+        self.tokens = int(outputs["completion_mask"].sum())
+        return outputs
 
 
 class Turns(TrainerCallback):
@@ -127,12 +127,12 @@ class Turns(TrainerCallback):
         self._begin = time.perf_counter()
 
     def _wait(self, control: Any) -> None:
-        while not isinstance(asked := self._connection.recv(), Turn):
-            if asked is None:
+        while not isinstance(message := self._connection.recv(), Turn):
+            if message is None:
                 control.should_training_stop = True
                 return
-            self._connection.send(fixed(self._trainer, asked))
-        self._left, self._found = asked.steps, []
+            self._connection.send(fixed(self._trainer, message))
+        self._left, self._found = message.steps, []
         self._begin = time.perf_counter()
 
 
@@ -141,19 +141,21 @@ def fixed(trainer: GRPOTrainer, path: str) -> Fixed:
     the norm of its gradient."""
     sequences = read(path)
     images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in s.images] for s in sequences]
-    seen = trainer.processing_class.image_processor(
+    pixels = trainer.processing_class.image_processor(
         [i for of in images for i in of], return_tensors="pt"
     )
     prompts = [torch.tensor(s.prompt_ids).long() for s in sequences]
-    said = [torch.tensor(s.response_ids).long() for s in sequences]
+    responses = [torch.tensor(s.response_ids).long() for s in sequences]
     pad = trainer.processing_class.tokenizer.pad_token_id
     image = trainer.model.config.image_token_id
-    masks = [[torch.ones_like(ids) for ids in rows] for rows in (prompts, said)]
+    masks = [[torch.ones_like(ids) for ids in rows] for rows in (prompts, responses)]
     prompt_ids = pad_sequence(prompts, True, pad, "left")
-    completion_ids = pad_sequence(said, True, pad)
-    shown = torch.cat([prompt_ids == image, torch.zeros_like(completion_ids, dtype=torch.bool)], 1)
+    completion_ids = pad_sequence(responses, True, pad)
+    is_image = torch.cat(
+        [prompt_ids == image, torch.zeros_like(completion_ids, dtype=torch.bool)], 1
+    )
     old = [torch.tensor(s.sampler_logprobs) for s in sequences]
-    own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     theirs = AutoModelForImageTextToText.from_pretrained(policy_beside(path), dtype=torch.float32)
     trainer.model.load_state_dict(theirs.state_dict())
     loss = trainer._compute_loss(
@@ -165,11 +167,11 @@ def fixed(trainer: GRPOTrainer, path: str) -> Fixed:
             "completion_mask": pad_sequence(masks[1], True, 0),
             "advantages": torch.tensor([float(s.advantages[0]) for s in sequences]),
             "old_per_token_logps": pad_sequence(old, True),
-            "pixel_values": seen["pixel_values"],
-            "image_grid_thw": seen["image_grid_thw"],
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
             "num_images": [len(of) for of in images],
-            "mm_token_type_ids": shown.long(),
-            "num_items_in_batch": torch.tensor(sum(len(ids) for ids in said)),
+            "mm_token_type_ids": is_image.long(),
+            "num_items_in_batch": torch.tensor(sum(len(ids) for ids in responses)),
         },
     )
     loss.backward()
@@ -177,5 +179,5 @@ def fixed(trainer: GRPOTrainer, path: str) -> Fixed:
         [p.grad for p in trainer.model.parameters() if p.grad is not None]
     )
     trainer.model.zero_grad()
-    trainer.model.load_state_dict(own)
+    trainer.model.load_state_dict(weights)
     return Fixed(float(loss), float(norm))

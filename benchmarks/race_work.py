@@ -80,10 +80,12 @@ def score(task: Any, problem: Problem, parsed: Parsed, text: str) -> float:
 
     The last differs within every group of any policy, so no group is without a gradient.
     """
-    seen = parsed.perception is not None and task.score_perception(problem, parsed.perception)[0]
+    perceived = (
+        parsed.perception is not None and task.score_perception(problem, parsed.perception)[0]
+    )
     solved = parsed.answer is not None and task.check(problem, parsed.answer)
     digits = sum(letter.isdigit() for letter in text) / max(1, len(text))
-    return 0.5 * seen + 0.5 * solved + 0.1 * digits
+    return 0.5 * perceived + 0.5 * solved + 0.1 * digits
 
 
 class Score:
@@ -95,9 +97,9 @@ class Score:
         return [score(task, group.problem, r.parsed, r.text) for r in group.rollouts]
 
 
-def write(path: Path | str, what: Any) -> str:
+def write(path: Path | str, value: Any) -> str:
     """Keep something for another side, in a folder of this run alone."""
-    Path(path).write_bytes(pickle.dumps(what))
+    Path(path).write_bytes(pickle.dumps(value))
     return str(path)
 
 

@@ -39,45 +39,45 @@ def with_tables(page: str, record: AblationRecord) -> str:
 
     Raises ValueError where the ablation has several difficulties or tasks: a page shows one.
     """
-    (place,) = record.summary.headlines()
+    (headline,) = record.summary.headlines()
     for name, rows in TABLES.items():
         if f"<!-- {name}:" in page:
-            page = between_marks(page, name, markdown(rows(record, place)))
+            page = between_marks(page, name, markdown(rows(record, headline)))
     return page
 
 
-Place = tuple[str, str]
+Headline = tuple[str, str]
 """(difficulty, task)."""
 Rows = list[Sequence[str]]
 
 
-def levels(record: AblationRecord, place: Place) -> Rows:
+def levels(record: AblationRecord, headline: Headline) -> Rows:
     """Each arm after training, and its paired difference from the reference."""
     summary = record.summary
     metrics = [m for m in COMPARED if any(v.metric == m for v in summary.levels)]
     less = [f"{m} less {summary.reference}" for m in metrics]
     rows: Rows = [["arm", *metrics, *(column for name in less for column in (name, "p (Holm)"))]]
-    before = summary.of(*place, summary.reference)
+    before = summary.of(*headline, summary.reference)
     blank = [""] * (2 * len(metrics))
     rows.append(["before training", *(short(before[m].before) for m in metrics), *blank])
     for arm in arms(record):
-        cells = [short(summary.of(*place, arm)[m].after) for m in metrics]
+        cells = [short(summary.of(*headline, arm)[m].after) for m in metrics]
         for metric in metrics:
-            cells += _difference(summary, place, arm, metric)
+            cells += _difference(summary, headline, arm, metric)
         rows.append([arm, *cells])
     return rows
 
 
-def _difference(summary: Summary, place: Place, arm: str, metric: str) -> list[str]:
+def _difference(summary: Summary, headline: Headline, arm: str, metric: str) -> list[str]:
     for c in summary.comparisons:
-        if (c.difficulty, c.task, c.arm, c.metric) == (*place, arm, metric):
+        if (c.difficulty, c.task, c.arm, c.metric) == (*headline, arm, metric):
             return [short(c.difference, "+"), "–" if c.p_holm is None else number(c.p_holm, ".2g")]
     return ["", ""]
 
 
-def seeds(record: AblationRecord, place: Place) -> Rows:
+def seeds(record: AblationRecord, headline: Headline) -> Rows:
     """Each arm's accuracies after training, seed by seed."""
-    results, (difficulty, task) = Results(record.table), place
+    results, (difficulty, task) = Results(record.table), headline
     metrics = [m for m in COMPARED if any(v.metric == m for v in record.summary.levels)]
     rows: Rows = [["arm", *(f"{m} by seed" for m in metrics)]]
     for arm in arms(record):
@@ -90,9 +90,9 @@ def seeds(record: AblationRecord, place: Place) -> Rows:
     return rows
 
 
-def asymmetry(record: AblationRecord, place: Place) -> Rows:
+def asymmetry(record: AblationRecord, headline: Headline) -> Rows:
     """Δa_r − Δa_p at each evaluation."""
-    rows = [v for v in record.summary.asymmetries if (v.difficulty, v.task) == place]
+    rows = [v for v in record.summary.asymmetries if (v.difficulty, v.task) == headline]
     steps = sorted({v.step for v in rows})
     by = {(v.arm, v.step): v.index for v in rows}
     head = ["arm", *(f"Δa_r − Δa_p after {step} updates" for step in steps)]
@@ -102,9 +102,9 @@ def asymmetry(record: AblationRecord, place: Place) -> Rows:
     ]
 
 
-def shares(record: AblationRecord, place: Place) -> Rows:
+def shares(record: AblationRecord, headline: Headline) -> Rows:
     """What SFT's updates were made of, and by seed what a token cost at their end."""
-    results, (difficulty, _) = Results(record.table), place
+    results, (difficulty, _) = Results(record.table), headline
     parts = ("perception", "reasoning")
     tail = [f"loss a {part} token, last {LAST_UPDATES} updates" for part in parts]
     rows: Rows = [["arm", *(f"perception's {of}" if of != "λ" else of for of in SHARES), *tail]]
@@ -119,7 +119,7 @@ def shares(record: AblationRecord, place: Place) -> Rows:
     return rows
 
 
-TABLES: dict[str, Callable[[AblationRecord, Place], Rows]] = {
+TABLES: dict[str, Callable[[AblationRecord, Headline], Rows]] = {
     "levels": levels, "seeds": seeds, "asymmetry": asymmetry, "shares": shares,
 }  # fmt: skip
 

@@ -177,19 +177,19 @@ def hf(connection: Any, job: Job) -> None:
             problem = request.problem
             for _ in range(request.n):
                 parts = placed(problem.prompt, problem.images)
-                shown = [check_image(data, problem.id) for data in problem.images]
-                prompt = chat.expanded(chat.prompt(parts), [image.size for image in shown])
+                pictures = [check_image(data, problem.id) for data in problem.images]
+                prompt = chat.expanded(chat.prompt(parts), [image.size for image in pictures])
                 rows.append(torch.tensor(prompt))
-                images += shown
+                images += pictures
         pad = chat.tokenizer.pad_token_id
         ids = pad_sequence(rows, True, pad, "left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        seen = processor.image_processor(images, return_tensors="pt")
-        found = model.generate(
+        pixels = processor.image_processor(images, return_tensors="pt")
+        generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
             mm_token_type_ids=(ids == image_token).long(),
-            **seen,
+            **pixels,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -198,7 +198,7 @@ def hf(connection: Any, job: Job) -> None:
             eos_token_id=sorted(chat.ends),
             pad_token_id=pad,
         )
-        return int((found[:, ids.shape[1] :] != pad).sum())
+        return int((generated[:, ids.shape[1] :] != pad).sum())
 
     serve(connection, job, sample)
 
@@ -213,27 +213,27 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=PROBLEMS, help="groups a turn")
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
-    for size in given.sizes:
-        for length in given.lengths:
-            tables.keep("sampling", KEYS, [compare(size, length, given)], given.to)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
+    for size in args.sizes:
+        for length in args.lengths:
+            tables.keep("sampling", KEYS, [compare(size, length, args)], args.to)
 
 
-def compare(size: str, length: int, given: argparse.Namespace) -> tables.Row:
+def compare(size: str, length: int, args: argparse.Namespace) -> tables.Row:
     """All sides in turns, the first of each not counted; a row."""
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
     foreign, tokens = [0.0], dict.fromkeys(SIDES, 0)
     with tempfile.TemporaryDirectory(prefix="equipoise-sampling-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
         model, _ = policy(size, folder / "model")
-        job = Job(model, length, given.threads, given.problems, KV_CACHE_GIB[size])
+        job = Job(model, length, args.threads, args.problems, KV_CACHE_GIB[size])
         racers: dict[str, Racer] = {}
         for name, function in SIDES.items():
             target = f"benchmarks.sampling:{function}"
             racers[name] = stack.enter_context(side(name, target, job, folder))
             racers[name].answer()
-        for turn in range(given.pairs + 1):
+        for turn in range(args.pairs + 1):
             for name in SIDES if turn % 2 else reversed(SIDES):
                 shared = machine.Shared([racers[name].process.pid])
                 seconds, tokens[name] = racers[name].ask(turn)
@@ -244,14 +244,14 @@ def compare(size: str, length: int, given: argparse.Namespace) -> tables.Row:
     return {
         "size": size,
         "cap": length,
-        "threads": given.threads,
+        "threads": args.threads,
         **{
             f"ours over {name}": tables.spread(tables.ratios(rates[OURS], rates[name]))
             for name in others
         },
         **{f"tokens/s: {name}": f"{statistics.median(rates[name]):,.0f}" for name in SIDES},
         "tokens a turn": " / ".join(f"{tokens[name]:,}" for name in SIDES),
-        "turns": given.pairs,
+        "turns": args.pairs,
         "foreign, at most": f"{max(foreign):.0%}",
         "machine": machine.where(),
         "command": machine.command("benchmarks.sampling"),

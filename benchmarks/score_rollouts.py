@@ -47,36 +47,36 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    count = max(1, given.rollouts // GROUP)
-    groups = stored(given.run, count) if given.run else made_up(count, given.seed)
+    count = max(1, args.rollouts // GROUP)
+    groups = stored(args.run, count) if args.run else made_up(count, args.seed)
     rollouts = sum(len(group.rollouts) for group in groups)
-    where = f"of {given.run.name}" if given.run else "made up"
+    where = f"of {args.run.name}" if args.run else "made up"
     print(f"{rollouts} rollouts in {len(groups)} groups, {where}; terms {', '.join(TERMS)}")
     print(f"parsing, in one process: {rollouts / parse_seconds(groups):,.0f} rollouts/s")
 
-    seconds = score_seconds(groups, given.workers)
+    seconds = score_seconds(groups, args.workers)
     rates = sorted(rollouts / s for s in seconds)
     rate = statistics.median(rates)
     print(
-        f"scoring, {given.workers} workers: {rate:,.0f} rollouts/s (median of {len(rates)}; "
+        f"scoring, {args.workers} workers: {rate:,.0f} rollouts/s (median of {len(rates)}; "
         f"{rates[0]:,.0f} to {rates[-1]:,.0f}), "
         f"{1e3 * statistics.median(seconds) / len(groups):.2f} ms a group"
     )
-    if given.run:
-        sampled = sampler_rate(given.run)
+    if args.run:
+        sampled = sampler_rate(args.run)
         print(f"the run's sampler: {sampled:,.1f} rollouts/s; scoring is {rate / sampled:,.0f}x")
 
 
 def stored(run: Path, count: int) -> list[Group]:
     """`count` groups of a run, from its last step back and then over again."""
-    found: list[Group] = []
+    stored_groups: list[Group] = []
     for step in reversed(stored_steps(run)):
-        found += [stored.group for stored in read_groups(run, step)]
-        if len(found) >= count:
+        stored_groups += [stored.group for stored in read_groups(run, step)]
+        if len(stored_groups) >= count:
             break
-    return list(itertools.islice(itertools.cycle(found), count))
+    return list(itertools.islice(itertools.cycle(stored_groups), count))
 
 
 def made_up(count: int, seed: int) -> list[Group]:
@@ -89,8 +89,8 @@ def made_up(count: int, seed: int) -> list[Group]:
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(count):
-        which, place = index % len(tasks), index // len(tasks) % PROBLEMS
-        task, problem = tasks[which], problems[which][place]
+        which, index_in_task = index % len(tasks), index // len(tasks) % PROBLEMS
+        task, problem = tasks[which], problems[which][index_in_task]
         text = task.demonstrate(problem, "terse")
         groups.append(group_of(task, problem, [damaged(text, rng) for _ in range(GROUP)], index))
     return groups
@@ -98,33 +98,33 @@ def made_up(count: int, seed: int) -> list[Group]:
 
 def damaged(text: str, rng: np.random.Generator) -> str:
     """A response as a policy in training may write it: whole, misread, cut short or repeated."""
-    what = rng.choice(["whole", "misread", "cut", "lost line", "repeated line"])
-    if what == "misread":
+    damage = rng.choice(["whole", "misread", "cut", "lost line", "repeated line"])
+    if damage == "misread":
         characters = list(text)
-        for place in rng.integers(len(text), size=rng.integers(1, 6)):
-            characters[place] = text[rng.integers(len(text))]
+        for position in rng.integers(len(text), size=rng.integers(1, 6)):
+            characters[position] = text[rng.integers(len(text))]
         return "".join(characters)
-    if what == "cut":
+    if damage == "cut":
         return text[: rng.integers(len(text))]
     lines = text.split("\n")
-    place = int(rng.integers(len(lines)))
-    if what == "lost line":
-        del lines[place]
-    if what == "repeated line":
-        lines.insert(place, lines[place])
+    position = int(rng.integers(len(lines)))
+    if damage == "lost line":
+        del lines[position]
+    if damage == "repeated line":
+        lines.insert(position, lines[position])
     return "\n".join(lines)
 
 
 def group_of(task: Task, problem: Problem, texts: Sequence[str], index: int) -> Group:
     """A group with these responses; its tokens are stand-ins of a likely number."""
     rollouts = []
-    for place, text in enumerate(texts):
+    for number, text in enumerate(texts):
         parsed = task.parse(text)
         offsets = np.arange(0, len(text) + CHARS_PER_TOKEN, CHARS_PER_TOKEN, dtype=np.int32)
         tokens = len(offsets) - 1
         rollouts.append(
             Rollout(
-                rollout_id=f"{index}/{place}",
+                rollout_id=f"{index}/{number}",
                 group_id=str(index),
                 kind="free",
                 view="shown",
@@ -161,13 +161,13 @@ def score_seconds(groups: Sequence[Group], workers: int) -> list[float]:
         terms = [RewardTermConfig(name=name, on_failure="drop_group") for name in TERMS]
         pool = RewardPool(RewardConfig(terms=tuple(terms), workers=workers))
         pool.score(groups[: 16 * workers])
-        found = []
+        seconds_each = []
         for _ in range(REPEATS):
             start = time.perf_counter()
             pool.score(groups)
-            found.append(time.perf_counter() - start)
+            seconds_each.append(time.perf_counter() - start)
         pool.close()
-    return found
+    return seconds_each
 
 
 def sampler_rate(run: Path) -> float:

@@ -26,9 +26,9 @@ class Racer:
     log: Path
     started: float = field(default_factory=time.perf_counter)
 
-    def ask(self, what: Any) -> Any:
+    def ask(self, message: Any) -> Any:
         """Send, and wait for the answer."""
-        self.connection.send(what)
+        self.connection.send(message)
         return self.answer()
 
     def answer(self) -> Any:
@@ -38,8 +38,8 @@ class Racer:
                 return self.connection.recv()
         except (EOFError, ConnectionError):
             pass
-        said = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise SystemExit(f"side {self.name} does not answer; its last words:\n{said}")
+        last_words = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise SystemExit(f"side {self.name} does not answer; its last words:\n{last_words}")
 
 
 @contextmanager
@@ -49,15 +49,17 @@ def side(name: str, function: str, work: Any, folder: Path) -> Iterator[Racer]:
     `work` is a dataclass with a `folder`: one of the side's own, in `folder`. None is sent to it
     in the end.
     """
-    own = folder / name.replace(" ", "-")
-    own.mkdir()
+    own_folder = folder / name.replace(" ", "-")
+    own_folder.mkdir()
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    given = replace(work, folder=str(own))
-    process = context.Process(target=_run, args=(function, there, given, str(own / "log")))
+    here, far_end = context.Pipe()
+    own_work = replace(work, folder=str(own_folder))
+    process = context.Process(
+        target=_run, args=(function, far_end, own_work, str(own_folder / "log"))
+    )
     process.start()
-    there.close()
-    racer = Racer(name, process, here, own / "log")
+    far_end.close()
+    racer = Racer(name, process, here, own_folder / "log")
     try:
         yield racer
         here.send(None)

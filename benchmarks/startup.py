@@ -39,15 +39,15 @@ class Start:
     folder: str = ""
 
 
-def start(connection: Any, asked: Start) -> None:
+def start(connection: Any, request: Start) -> None:
     """Run until the first step is over; sends the seconds of each cause, in order."""
     last = time.perf_counter()
-    found: dict[str, float] = {}
+    seconds_of: dict[str, float] = {}
 
     def over(cause: str) -> None:
         nonlocal last
         now = time.perf_counter()
-        found[cause] = now - last
+        seconds_of[cause] = now - last
         last = now
 
     from benchmarks.turns import take_turn
@@ -58,8 +58,8 @@ def start(connection: Any, asked: Start) -> None:
     from cluster.run.session import session
 
     over("import of the driver")
-    progress, folder = Progress(0), Path(asked.folder) / "run"
-    recipe = load_recipe(asked.recipe, asked.settings)
+    progress, folder = Progress(0), Path(request.folder) / "run"
+    recipe = load_recipe(request.recipe, request.settings)
     with ExitStack() as stack:
         ready = stack.enter_context(session(recipe, "train", None, folder, progress.say))
         over("machine and data asked, Ray up")
@@ -71,7 +71,7 @@ def start(connection: Any, asked: Start) -> None:
 
                 def up(cause: str, wait: Any) -> None:
                     wait()
-                    found[cause] = time.perf_counter() - begin
+                    seconds_of[cause] = time.perf_counter() - begin
 
                 with ThreadPoolExecutor() as threads:
                     waits = {
@@ -96,15 +96,17 @@ def start(connection: Any, asked: Start) -> None:
         over("first evaluation")
         take_turn(run, log, run.recipe, 1, 1)
         over("first step")
-        connection.send(found)
+        connection.send(seconds_of)
         connection.recv()
 
 
 def imported(module: str) -> float:
     """Seconds that a fresh process takes to import a module, its own start left out."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return float(completed.stdout.split()[-1])
 
 
 def main() -> None:
@@ -116,11 +118,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
     shared, repeats = machine.Shared(), []
-    for repeat in range(given.repeats + 1):
-        repeats.append(measured(given.recipe, tuple(given.settings)))
+    for repeat in range(args.repeats + 1):
+        repeats.append(measured(args.recipe, tuple(args.settings)))
         print(f"{repeat}: {repeats[-1]}", flush=True)
     rows = rows_of(repeats[1:] or repeats)
     of_all = {
@@ -129,9 +131,9 @@ def main() -> None:
         "command": machine.command("benchmarks.startup"),
     }
     tables.keep("startup", ("recipe", "place"), [
-        {"recipe": Path(given.recipe).stem, "place": place, **row, **of_all}
-        for place, row in enumerate(rows)
-    ], given.to)  # fmt: skip
+        {"recipe": Path(args.recipe).stem, "place": position, **row, **of_all}
+        for position, row in enumerate(rows)
+    ], args.to)  # fmt: skip
 
 
 def measured(recipe: str, settings: tuple[str, ...]) -> dict[str, float]:
@@ -140,16 +142,16 @@ def measured(recipe: str, settings: tuple[str, ...]) -> dict[str, float]:
         begin = time.perf_counter()
         work = Start(recipe, settings)
         with side("start", "benchmarks.startup:start", work, Path(scratch)) as racer:
-            found: dict[str, float] = racer.answer()
-            found["all, to the end of the first step"] = time.perf_counter() - begin
-    return found | {f"import {name}": imported(name) for name in MODULES}
+            seconds_of: dict[str, float] = racer.answer()
+            seconds_of["all, to the end of the first step"] = time.perf_counter() - begin
+    return seconds_of | {f"import {name}": imported(name) for name in MODULES}
 
 
 def rows_of(repeats: Sequence[dict[str, float]]) -> list[tables.Row]:
     """A row a cause, in the order of the first."""
     total = "all, to the end of the first step"
     whole = statistics.median(r[total] for r in repeats)
-    found = []
+    rows = []
     for cause in repeats[0]:
         seconds = [r[cause] for r in repeats]
         share = (
@@ -157,8 +159,8 @@ def rows_of(repeats: Sequence[dict[str, float]]) -> list[tables.Row]:
             if cause.removeprefix("import ") in MODULES
             else f"{statistics.median(seconds) / whole:.0%}"
         )
-        found.append({"cause": cause, "share": share, "seconds": tables.spread(seconds)})
-    return found
+        rows.append({"cause": cause, "share": share, "seconds": tables.spread(seconds)})
+    return rows
 
 
 if __name__ == "__main__":

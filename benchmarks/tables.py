@@ -24,12 +24,12 @@ def keep(name: str, keys: Sequence[str], rows: Sequence[Row], to: Path | None = 
     path = to or FOLDER / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     by_key = {tuple(row[key] for key in keys): row for row in (*known, *rows)}
-    kept = [by_key[key] for key in sorted(by_key)]
+    rows_kept = [by_key[key] for key in sorted(by_key)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    put_text(path, json.dumps(kept, indent=1) + "\n")
+    put_text(path, json.dumps(rows_kept, indent=1) + "\n")
     if to is None:
         page = PAGE.read_text(encoding="utf-8")
-        put_text(PAGE, between_marks(page, name, table(kept)))
+        put_text(PAGE, between_marks(page, name, table(rows_kept)))
     print(table(rows))
 
 

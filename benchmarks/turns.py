@@ -28,7 +28,7 @@ def take_turn(
     """
     log.at = replace(log.at, step=first - 1)
     stream = GroupStream(recipe, lambda: run.sources, run.samplers, log.at.step)
-    found: list[Metrics] = []
+    metrics_of_steps: list[Metrics] = []
     scored: Sequence[ScoredGroup] = ()
     begin = time.perf_counter()
     for step in itertools.islice(log.steps(run.counts), steps):
@@ -39,7 +39,7 @@ def take_turn(
         step.part("transfer", *renew(stream, run, log.at.version + updates))
         log.end(step, scored, updates)
         now = time.perf_counter()
-        found.append(step.metrics | {"wall": now - begin})
+        metrics_of_steps.append(step.metrics | {"wall": now - begin})
         begin = now
     stream.end()
-    return found, scored
+    return metrics_of_steps, scored

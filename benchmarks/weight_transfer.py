@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the engine and of the learner")
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
-    given = parser.parse_args()
-    machine.refuse_if_busy(given.busy_ok)
+    args = parser.parse_args()
+    machine.refuse_if_busy(args.busy_ok)
     variables = {"PYTHONPATH": os.getcwd()}
     with tempfile.TemporaryDirectory() as folder:
         million = scaled_model(Path(folder)) / 1e6
@@ -81,37 +81,39 @@ def main() -> None:
             log_to_driver=False,
             runtime_env={"env_vars": variables},
         )
-        source = Source.remote(folder, given.threads)  # type: ignore[attr-defined]
-        settings = SamplerConfig(threads=given.threads)
+        source = Source.remote(folder, args.threads)  # type: ignore[attr-defined]
+        settings = SamplerConfig(threads=args.threads)
         sampler = ray_samplers(ModelConfig(path=folder, max_model_len=256), settings)("sampler-0")
         ray.get(sampler.call("ready", None), timeout=DEADLINE)
-        found: dict[str, list[float]] = {"publish": [], "fetch and load": [], "memcpy": []}
+        seconds_of: dict[str, list[float]] = {"publish": [], "fetch and load": [], "memcpy": []}
         below = [(p.pid, "".join(p.cmdline())) for p in psutil.Process().children(recursive=True)]
         watched = {"learner": ray.get(source.pid.remote())}
         watched["sampler"] = next(pid for pid, line in below if line.startswith("ray::Sampler"))
         extra: dict[str, list[float]] = {name: [] for name in watched}
         # What is done once is not timed: pages, vLLM's first reload.
-        weights = transfer(source, sampler, 1, found)
+        weights = transfer(source, sampler, 1, seconds_of)
         shared = machine.Shared()
-        for spent in found.values():
+        for spent in seconds_of.values():
             spent.clear()
-        for version in range(2, given.repeats + 2):
-            found["memcpy"].append(ray.get(source.copy_seconds.remote()))
+        for version in range(2, args.repeats + 2):
+            seconds_of["memcpy"].append(ray.get(source.copy_seconds.remote()))
             before = {name: reset_high_water(pid) for name, pid in watched.items()}
-            weights = transfer(source, sampler, version, found)
+            weights = transfer(source, sampler, version, seconds_of)
             for name, pid in watched.items():
                 extra[name].append((high_water(pid) - before[name]) / 2**20)
         foreign = shared.foreign()
         sampler.kill()
         ray.shutdown()
     report = TransferReport.of(weights, 0.0)
-    whole = [p + f for p, f in zip(found["publish"], found["fetch and load"], strict=True)]
+    whole = [
+        p + f for p, f in zip(seconds_of["publish"], seconds_of["fetch and load"], strict=True)
+    ]
     row = {
         "parameters, M": f"{million:.1f}",
-        "threads": given.threads,
-        "times a memcpy": tables.spread(tables.ratios(whole, found["memcpy"]), 1),
+        "threads": args.threads,
+        "times a memcpy": tables.spread(tables.ratios(whole, seconds_of["memcpy"]), 1),
         "transfer, s": tables.spread(whole, 3),
-        **{f"{name}, s": tables.spread(spent, 3) for name, spent in found.items()},
+        **{f"{name}, s": tables.spread(spent, 3) for name, spent in seconds_of.items()},
         "MiB": f"{report.bytes / 2**20:.0f}",
         "tensors": sum(map(len, weights.manifest)),
         "buckets": report.groups,
@@ -120,18 +122,20 @@ def main() -> None:
         "machine": machine.where(),
         "command": machine.command("benchmarks.weight_transfer"),
     }
-    tables.keep("transfer", ("parameters, M", "threads"), [row], given.to)
+    tables.keep("transfer", ("parameters, M", "threads"), [row], args.to)
 
 
-def transfer(source: Any, sampler: Any, version: int, found: dict[str, list[float]]) -> Weights:
-    """Publish a version and have the sampler load it; the seconds of both go into `found`."""
+def transfer(
+    source: Any, sampler: Any, version: int, seconds_of: dict[str, list[float]]
+) -> Weights:
+    """Publish a version and have the sampler load it; the seconds of both go into `seconds_of`."""
     start = time.perf_counter()
     *buckets, manifest = source.publish.remote()
     weights = Weights(version, ray.get(manifest, timeout=DEADLINE), tuple(buckets))
     published = time.perf_counter()
     ray.get(sampler.call("renew", weights), timeout=DEADLINE)
-    found["publish"].append(published - start)
-    found["fetch and load"].append(time.perf_counter() - published)
+    seconds_of["publish"].append(published - start)
+    seconds_of["fetch and load"].append(time.perf_counter() - published)
     return weights
 
 
@@ -166,8 +170,8 @@ def high_water(process: int) -> int:
 def status(process: int, field: str) -> int:
     """A memory field of /proc/<process>/status in bytes."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    found = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(found.split()[1]) * 1024
+    matching = next(line for line in lines if line.startswith(f"{field}:"))
+    return int(matching.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ class Row:
     @property
     def response(self) -> str:
         """A whole right one."""
-        said = self.question.said or self.question.gold
+        answer = self.question.said or self.question.gold
         return (
             f"<perception>\n{self.seen}\n</perception>\n<reasoning>\n{self.question.why}\n"
-            f"</reasoning>\n<answer>\n{said}\n</answer>"
+            f"</reasoning>\n<answer>\n{answer}\n</answer>"
         )
 
 
@@ -122,12 +122,12 @@ def line(rng: Rng) -> Row:
     step = int(rng.integers(1, 5))
     turn = "rise" if heights[step] > heights[step - 1] else "fall"
     why = f"step {top + 1} is {heights[top]}"
-    asked = f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?"
+    words = f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?"
     where = "Where is the highest point? Answer (x, y) in pixels of 64."
     question = choose(
         rng,
         Question(where, near, "point", why, said=f"({x}, {y})"),
-        Question(asked, turn, "text", f"from {heights[step - 1]} to {heights[step]}"),
+        Question(words, turn, "text", f"from {heights[step - 1]} to {heights[step]}"),
     )
     picture = plotted(lambda axes: axes.plot(heights, color="#202020", linewidth=2), (-0.5, 4.5))
     return Row("line", question, spaced(heights), (picture,))
@@ -145,52 +145,52 @@ def pie(rng: Rng) -> Row:
     picture = plotted(
         lambda axes: axes.pie(shares, colors=colours, radius=1.2, startangle=90), None
     )
-    seen = "\n".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
-    return Row("pie", question, seen, (picture,))
+    perception = "\n".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
+    return Row("pie", question, perception, (picture,))
 
 
 def table(rng: Rng) -> Row:
     """Four rows of four digits."""
     cells = rng.integers(1, 10, size=(CELLS, CELLS))
-    r, c = (int(place) for place in rng.integers(CELLS, size=2))
+    r, c = (int(index) for index in rng.integers(CELLS, size=2))
     sums = cells.sum(axis=1).tolist()
-    shown, added = spaced(cells[r]), f"{' + '.join(map(str, cells[r]))} = {sums[r]}"
-    what = f"What is in row {r + 1}, column {c + 1}?"
+    numbers, added = spaced(cells[r]), f"{' + '.join(map(str, cells[r]))} = {sums[r]}"
+    words = f"What is in row {r + 1}, column {c + 1}?"
     largest = f"What is the largest number in row {r + 1}?"
     question = choose(
         rng,
-        Question(what, str(cells[r, c]), "number", shown),
+        Question(words, str(cells[r, c]), "number", numbers),
         Question(f"What do the numbers of row {r + 1} add up to?", str(sums[r]), "number", added),
-        Question(largest, str(cells[r].max()), "number", shown),
+        Question(largest, str(cells[r].max()), "number", numbers),
     )
     return Row("table", question, grid(cells), (digits(cells),))
 
 
 def scene(rng: Rng) -> Row:
     """Coloured discs and squares in the cells of a grid."""
-    shown = scattered(rng)
-    colours = [colour for colour, _ in shown.values()]
-    shapes = [shape for _, shape in shown.values()]
+    objects = scattered(rng)
+    colours = [colour for colour, _ in objects.values()]
+    shapes = [shape for _, shape in objects.values()]
     one = choose(rng, *NAMES)
     counts = {name: colours.count(name) for name in NAMES}
-    discs, total = shapes.count("disc"), len(shown)
+    discs, total = shapes.count("disc"), len(objects)
     compared = f"disc {discs}, square {total - discs}"
-    more = "yes" if discs > total - discs else "no"
+    answer = "yes" if discs > total - discs else "no"
     of = f"{one} {counts[one]} of {total}"
     questions = [
         Question(f"How many {one} shapes are there?", str(counts[one]), "number", of),
-        Question("Are there more discs than squares?", more, "text", compared),
+        Question("Are there more discs than squares?", answer, "text", compared),
     ]
     most = [name for name in NAMES if counts[name] == max(counts.values())]
     if len(most) == 1:
         why = f"{most[0]} {counts[most[0]]}"
         questions.append(choice(rng, "Which colour is there most of?", NAMES, most[0], why))
-    if places := [place for place, (colour, _) in shown.items() if counts[colour] == 1]:
-        r, c = choose(rng, *places)
+    if alone := [cell for cell, (colour, _) in objects.items() if counts[colour] == 1]:
+        r, c = choose(rng, *alone)
         box = listed((c * CELL + 2, r * CELL + 2, (c + 1) * CELL - 2, (r + 1) * CELL - 2))
-        words = f"Where is the {shown[r, c][0]} shape? Answer [x1, y1, x2, y2] in pixels of 64."
+        words = f"Where is the {objects[r, c][0]} shape? Answer [x1, y1, x2, y2] in pixels of 64."
         questions.append(Question(words, box, "box", f"row {r + 1}, column {c + 1}"))
-    return Row("scene", choose(rng, *questions), told(shown), (painted(shown),))
+    return Row("scene", choose(rng, *questions), scene_listing(objects), (painted(objects),))
 
 
 def geometry(rng: Rng) -> Row:
@@ -207,24 +207,29 @@ def geometry(rng: Rng) -> Row:
 def pair(rng: Rng) -> Row:
     """Two scenes, or two tables that differ in some cells."""
     if rng.integers(2):
-        here = there = 0
-        while here == there:
+        first = second = 0
+        while first == second:
             scenes = scattered(rng), scattered(rng)
-            here, there = (sum(s == "disc" for _, s in shown.values()) for shown in scenes)
+            first, second = (sum(s == "disc" for _, s in objects.values()) for objects in scenes)
         words = "<image><image>Which picture has more discs?"
-        more, why = "first" if here > there else "second", f"{here} and {there}"
-        question = choice(rng, words, ("first", "second"), more, why)
-        seen, pictures = "\nthen\n".join(map(told, scenes)), tuple(map(painted, scenes))
-        return Row("pair", question, seen, pictures)
+        answer, why = "first" if first > second else "second", f"{first} and {second}"
+        question = choice(rng, words, ("first", "second"), answer, why)
+        perception, pictures = (
+            "\nthen\n".join(map(scene_listing, scenes)),
+            tuple(map(painted, scenes)),
+        )
+        return Row("pair", question, perception, pictures)
     cells = rng.integers(1, 10, size=(CELLS, CELLS))
     changed, count = cells.copy(), int(rng.integers(1, 5))
-    for place in rng.permutation(CELLS**2)[:count]:
-        changed.flat[place] = cells.flat[place] % 9 + 1
+    for cell in rng.permutation(CELLS**2)[:count]:
+        changed.flat[cell] = cells.flat[cell] % 9 + 1
     words = "Before: <image> After: <image> How many numbers have changed?"
     by_row = spaced((cells != changed).sum(axis=1))
-    seen = f"{grid(cells)}\nthen\n{grid(changed)}"
+    perception = f"{grid(cells)}\nthen\n{grid(changed)}"
     pictures = digits(cells), digits(changed)
-    return Row("pair", Question(words, str(count), "number", f"by row {by_row}"), seen, pictures)
+    return Row(
+        "pair", Question(words, str(count), "number", f"by row {by_row}"), perception, pictures
+    )
 
 
 def text(rng: Rng) -> Row:
@@ -251,19 +256,19 @@ def draw(count: int, seed: int, categories: Sequence[str] = ()) -> list[Row]:
     kinds, weights = zip(*chosen, strict=True)
     shares = np.array(weights) / sum(weights)
     rng = np.random.default_rng(seed)
-    found: dict[bytes, Row] = {}
+    distinct: dict[bytes, Row] = {}
     for _ in range(count):
         kind = kinds[int(rng.choice(len(kinds), p=shares))]
         for _ in range(PATIENCE):
-            made = kind(rng)
-            key = hashlib.sha256(b"".join(made.images) or made.problem.encode()).digest()
-            if key not in found:
+            row = kind(rng)
+            key = hashlib.sha256(b"".join(row.images) or row.problem.encode()).digest()
+            if key not in distinct:
                 break
         else:
             raise SystemExit(f"make.py: no {count} rows that differ; ask for fewer")
         labelled = rng.random() < LABELLED
-        found[key] = replace(made, labelled=made.labelled and labelled)
-    return list(found.values())
+        distinct[key] = replace(row, labelled=row.labelled and labelled)
+    return list(distinct.values())
 
 
 def write(rows: Sequence[Row], path: Path, first: int) -> None:
@@ -294,10 +299,12 @@ def write(rows: Sequence[Row], path: Path, first: int) -> None:
 
 def choice(rng: Rng, words: str, options: Sequence[str], right: str, why: str) -> Question:
     """A question with its options in any order, whose gold is a letter."""
-    shown = pick(rng, options, len(options))
-    letters = "ABCD"[: len(shown)]
-    listing = " ".join(f"({a}) {option}" for a, option in zip(letters, shown, strict=True))
-    return Question(f"{words} {listing}", letters[shown.index(right)], "choice", why, shown)
+    options_shown = pick(rng, options, len(options))
+    letters = "ABCD"[: len(options_shown)]
+    listing = " ".join(f"({a}) {option}" for a, option in zip(letters, options_shown, strict=True))
+    return Question(
+        f"{words} {listing}", letters[options_shown.index(right)], "choice", why, options_shown
+    )
 
 
 def choose(rng: Rng, *options: Any) -> Any:
@@ -307,7 +314,7 @@ def choose(rng: Rng, *options: Any) -> Any:
 
 def pick(rng: Rng, options: Sequence[str], count: int) -> tuple[str, ...]:
     """Some of them, in any order."""
-    return tuple(options[int(place)] for place in rng.permutation(len(options))[:count])
+    return tuple(options[int(index)] for index in rng.permutation(len(options))[:count])
 
 
 def fraction(over: int, under: int) -> str:
@@ -335,16 +342,16 @@ def grid(cells: np.ndarray) -> str:
 
 def scattered(rng: Rng) -> Scene:
     """Two to nine shapes in different cells, in reading order."""
-    places = np.sort(rng.permutation(CELLS**2)[: int(rng.integers(2, 10))])
+    cells = np.sort(rng.permutation(CELLS**2)[: int(rng.integers(2, 10))])
     return {
-        (int(place) // CELLS, int(place) % CELLS): (choose(rng, *NAMES), choose(rng, *SHAPES))
-        for place in places
+        (int(cell) // CELLS, int(cell) % CELLS): (choose(rng, *NAMES), choose(rng, *SHAPES))
+        for cell in cells
     }
 
 
-def told(shown: Scene) -> str:
+def scene_listing(objects: Scene) -> str:
     """How many there are of each kind."""
-    kinds = list(shown.values())
+    kinds = list(objects.values())
     return "\n".join(f"{c} {s} {kinds.count((c, s))}" for c, s in sorted(set(kinds)))
 
 
@@ -356,14 +363,14 @@ def main() -> None:
     names = [kind.__name__ for kind, _ in KINDS]
     parser.add_argument("--categories", nargs="+", choices=names, default=(), help="only these")
     parser.add_argument("--out", type=Path, default=HERE / "data")
-    given = parser.parse_args()
-    if given.rows < 10:
+    args = parser.parse_args()
+    if args.rows < 10:
         parser.error("--rows: at least 10, so that both files have some")
-    rows = draw(given.rows, given.seed, given.categories)
+    rows = draw(args.rows, args.seed, args.categories)
     held_out = round(TEST_SHARE * len(rows))
-    write(rows[held_out:], given.out / "train.parquet", held_out)
-    write(rows[:held_out], given.out / "test.parquet", 0)
-    print(f"{given.out}: train.parquet {len(rows) - held_out} rows, test.parquet {held_out}")
+    write(rows[held_out:], args.out / "train.parquet", held_out)
+    write(rows[:held_out], args.out / "test.parquet", 0)
+    print(f"{args.out}: train.parquet {len(rows) - held_out} rows, test.parquet {held_out}")
 
 
 if __name__ == "__main__":

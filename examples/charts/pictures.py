@@ -20,11 +20,11 @@ Scene = dict[tuple[int, int], tuple[str, str]]
 """(row, column) of a cell -> (colour, "disc" or "square")."""
 
 
-def painted(shown: Scene) -> bytes:
+def painted(objects: Scene) -> bytes:
     """Discs and squares in their cells."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     pen = ImageDraw.Draw(image)
-    for (r, c), (colour, shape) in shown.items():
+    for (r, c), (colour, shape) in objects.items():
         corners = (c * CELL + 2, r * CELL + 2, (c + 1) * CELL - 3, (r + 1) * CELL - 3)
         (pen.ellipse if shape == "disc" else pen.rectangle)(corners, fill=COLOURS[colour])
     return png(image)

@@ -70,6 +70,6 @@ def draw(truth: Any, at: Any) -> bytes:
     cell = truth["cell"]
     picture = Image.new("RGB", (truth["side"] * cell,) * 2, "white")
     for (x, y), colour in ((truth["out"], "green"), (at, "red")):
-        place = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
-        ImageDraw.Draw(picture).rectangle(place, fill=colour)
+        box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
+        ImageDraw.Draw(picture).rectangle(box, fill=colour)
     return to_png(picture)
