@@ -181,7 +181,7 @@ def folders() -> Iterator[None]:
         yield
 
 
-def placed(policy: str, gpus: int, way: Way, **machine_fields: Any) -> Placement:
+def placed(policy: str, gpus: int, layout: Way, **machine_fields: Any) -> Placement:
     """The placement of an RL run of this policy, with the fields of recipes/gpu."""
     fields: dict[str, Any] = {
         "model.path": policy,
@@ -190,7 +190,7 @@ def placed(policy: str, gpus: int, way: Way, **machine_fields: Any) -> Placement
         "sampler.max_tokens": 4096,
         "learner.micro_batch_tokens": 8192,
         **PARTS[gpus],
-        **way.fields,
+        **layout.fields,
         **machine_fields,
     }
     sections: dict[str, Any] = {"name": "fits", "tasks": [{"name": "sudoku"}]}
@@ -206,9 +206,9 @@ def fits(actor: Actor) -> bool:
     return sum(actor.memory.values()) <= ROOM * min(actor.gpus, 1) * CARD.memory
 
 
-def cell(policy: str, gpus: int, way: Way) -> str:
+def cell(policy: str, gpus: int, layout: Way) -> str:
     """GiB on each learner's GPU; in brackets where that or the node's main memory is too small."""
-    placement = placed(policy, gpus, way)
+    placement = placed(policy, gpus, layout)
     ranks = [a for a in placement.actors if a.role == "learner"]
     away = sum(sum(a.offloaded.values()) for a in placement.actors)
     inside = fits(ranks[0]) and away <= ROOM * placement.machine.memory
@@ -226,13 +226,13 @@ def sampler_cell(policy: str, gpus: int) -> str:
 
 def row(policy: str, gpus: int) -> str:
     """A line of the table; `folders` must be there."""
-    cells = [sampler_cell(policy, gpus), *(cell(policy, gpus, way) for way in WAYS)]
+    cells = [sampler_cell(policy, gpus), *(cell(policy, gpus, layout) for layout in WAYS)]
     return f"| {policy.split('/')[1]} | {gpus} | " + " | ".join(cells) + " |"
 
 
 def table() -> list[str]:
     """Its lines."""
-    heads = ["policy", "GPUs", "engine: left", *(way.name for way in WAYS)]
+    heads = ["policy", "GPUs", "engine: left", *(layout.name for layout in WAYS)]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     with folders():
         lines += [row(policy, gpus) for policy in TABLE for gpus in MACHINES]

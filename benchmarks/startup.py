@@ -78,8 +78,8 @@ def start(connection: Any, request: Start) -> None:
                         "learner up": lambda: self.learner.wait(self._starting),
                         "samplers up": self._samplers_up,
                     }
-                    for done in [threads.submit(up, *wait) for wait in waits.items()]:
-                        done.result()
+                    for future in [threads.submit(up, *wait) for wait in waits.items()]:
+                        future.result()
                 over("both up")
 
             def _samplers_up(self) -> None:

@@ -53,8 +53,8 @@ def pairing_faults(folder: Path, cells: Sequence[CellName]) -> list[str]:
             continue
         result = read_result(folder, cell)
         other, reference = first.setdefault((cell.difficulty, cell.seed), (cell.id, result))
-        for what, words in (("weights", "initial weights"), ("first_batch", "first batch")):
-            if result[what] != reference[what]:
+        for field, words in (("weights", "initial weights"), ("first_batch", "first batch")):
+            if result[field] != reference[field]:
                 faults.append(f"{cell.id} and {other}: {words} differ, so they are not paired")
     return faults
 

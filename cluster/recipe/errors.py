@@ -71,7 +71,7 @@ def _sentence(
     context: Mapping[str, Any],
     model: type[BaseModel],
 ) -> str:
-    given = _shown(error["input"])
+    actual = _shown(error["input"])
     if kind == "extra_forbidden":
         return f"no such key; {_key_hint(str(loc[-1]), loc[:-1], model)}"
     if kind == "missing":
@@ -81,20 +81,20 @@ def _sentence(
         near = get_close_matches(str(error["input"]), [str(o) for o in options], n=1)
         hint = f"; did you mean {_shown(near[0])}?" if near else ""
         expected = str(context["expected"]).replace("'", '"')
-        return f"expected {expected}, got {given}{hint}"
+        return f"expected {expected}, got {actual}{hint}"
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"must be {words} {context[bound]:g}, got {given}"
+        return f"must be {words} {context[bound]:g}, got {actual}"
     if kind == "string_pattern_mismatch":
-        return f"got {given}; use letters, digits, dots, dashes and underscores"
+        return f"got {actual}; use letters, digits, dots, dashes and underscores"
     if kind in ("too_short", "too_long") and "field_type" in context:
         limit = context.get("min_length", context.get("max_length"))
         bound = "at least" if kind == "too_short" else "at most"
-        return f"needs {bound} {limit} entries, got {given}"
+        return f"needs {bound} {limit} entries, got {actual}"
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {given}"
+        return f"expected {_EXPECTED[kind]}, got {actual}"
     message = error["msg"]
-    return f"{message[:1].lower()}{message[1:]}, got {given}"
+    return f"{message[:1].lower()}{message[1:]}, got {actual}"
 
 
 def _key_hint(key: str, section: Location, model: type[BaseModel]) -> str:

@@ -31,36 +31,36 @@ Stamp = list[int]
 """Bytes and time of change in ns of a file that was copied."""
 
 
-def opened(uri: str, what: str) -> tuple[Any, str]:
+def opened(uri: str, label: str) -> tuple[Any, str]:
     """The file system that a URI names, and the path in it.
 
-    Raises UserError, which begins with `what`: an unknown protocol, a package that is not
+    Raises UserError, which begins with `label`: an unknown protocol, a package that is not
     installed, keys in the URI.
     """
     import fsspec
 
     if urlsplit(uri).username or urlsplit(uri).password:
         raise UserError(
-            f"{what}: keys in a URI would be stored with the run; set them in the environment"
+            f"{label}: keys in a URI would be stored with the run; set them in the environment"
         )
     try:
         file_system, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{what}: {uri}: {error}") from error
+        raise UserError(f"{label}: {uri}: {error}") from error
     return file_system, str(path).rstrip("/")
 
 
 def require_mirror(uri: str, run: Path, resumed: bool) -> None:
     """Raise UserError unless a run can be copied below a URI, where a new run has no copy yet."""
-    what = "output.mirror"
-    file_system, root = opened(uri, what)
+    label = "output.mirror"
+    file_system, root = opened(uri, label)
     copy, probe = f"{root}/{run.absolute().name}", f"{root}/.{run.absolute().name}.probe"
     if "file" in file_system.protocol and Path(root).is_relative_to(run.absolute()):
-        raise UserError(f"{what}: {uri} is in the run's own folder; choose one beside it")
+        raise UserError(f"{label}: {uri} is in the run's own folder; choose one beside it")
     try:
         if not resumed and file_system.exists(f"{copy}/recipe.toml"):
             raise UserError(
-                f"{what}: {uri}/{run.name} is another run's; choose another folder by --output"
+                f"{label}: {uri}/{run.name} is another run's; choose another folder by --output"
             )
         _make_folder(file_system, root)
         file_system.pipe_file(probe, b"")
@@ -68,7 +68,7 @@ def require_mirror(uri: str, run: Path, resumed: bool) -> None:
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {uri} cannot be written to: {_in_a_line(error)}") from error
+        raise UserError(f"{label}: {uri} cannot be written to: {_in_a_line(error)}") from error
 
 
 class Mirror:
@@ -194,19 +194,19 @@ def fetch(uri: str, run: Path, say: Callable[[str], None]) -> None:
 
     Raises UserError: no run there, the folder is taken, or the network's own error.
     """
-    what = f"--resume {uri}"
-    file_system, root = opened(uri, what)
+    label = f"--resume {uri}"
+    file_system, root = opened(uri, label)
     if run.exists():
-        raise UserError(f"{what}: {run} is there already; --resume {run} goes on with it")
+        raise UserError(f"{label}: {run} is there already; --resume {run} goes on with it")
     try:
         sizes = {
             str(PurePosixPath(path).relative_to(root)): int(info["size"] or 0)
             for path, info in file_system.find(root, detail=True).items()
         }
     except Exception as error:
-        raise UserError(f"{what}: {_in_a_line(error)}") from error
+        raise UserError(f"{label}: {_in_a_line(error)}") from error
     if "recipe.toml" not in sizes or any(".." in PurePosixPath(name).parts for name in sizes):
-        raise UserError(f"{what}: no run there: it has no recipe.toml")
+        raise UserError(f"{label}: no run there: it has no recipe.toml")
     say(f"{run}: fetching {len(sizes)} files, {sum(sizes.values()) / 2**20:,.0f} MiB, from {uri}")
     try:
         with replacing(run) as folder:
@@ -217,7 +217,7 @@ def fetch(uri: str, run: Path, say: Callable[[str], None]) -> None:
             state = {"root": root, "files": {name: _stamp(folder / name) for name in sizes}}
             put_text(folder / STATE, json.dumps(state))
     except Exception as error:
-        raise UserError(f"{what}: {_in_a_line(error)}") from error
+        raise UserError(f"{label}: {_in_a_line(error)}") from error
 
 
 def _make_folder(file_system: Any, path: str) -> None:

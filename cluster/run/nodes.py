@@ -31,13 +31,13 @@ def live_nodes() -> list[Node]:
     ]
 
 
-def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own: bool) -> None:
+def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own_ray: bool) -> None:
     """Return once the cluster has nodes for all of a recipe's actors.
 
-    `own`: this is the run's own Ray, which no node will join. Raises PlacementError that names
+    `own_ray`: this is the run's own Ray, which no node will join. Raises PlacementError that names
     what is missing, after `placement.wait_seconds`; Ray itself would wait for ever.
     """
-    began, limit = time.monotonic(), 0.0 if own else recipe.placement.wait_seconds
+    began, limit = time.monotonic(), 0.0 if own_ray else recipe.placement.wait_seconds
     announced = ""
     while True:
         missing = lacking(recipe, command, live_nodes())

@@ -76,18 +76,18 @@ def _attach(address: str | None) -> None:
     joins only the one that it is told, by `address` or, as the jobs of a cluster are, by
     RAY_ADDRESS.
     """
-    own = address is None and not _told_by_job()
-    job = address is None and not own
+    own_ray = address is None and not _told_by_job()
+    job = address is None and not own_ray
     for tries_left in range(LOCAL_RAY_TRIES - 1, -1, -1):
         try:
             # A node of our own hands its environment on, so that the workers that it starts at
             # once are those that the actors get; asked for by each job, they would not fit.
             with (
-                _environment(_worker_environment() if own else {}),
-                closed_to_others() if own and not ray.is_initialized() else nullcontext(),
+                _environment(_worker_environment() if own_ray else {}),
+                closed_to_others() if own_ray and not ray.is_initialized() else nullcontext(),
             ):
                 ray.init(
-                    address="local" if own else address,
+                    address="local" if own_ray else address,
                     include_dashboard=None if address else False,
                     log_to_driver=False,
                     logging_level="error",
@@ -159,7 +159,7 @@ def session(
             actor_errors(folder),
             watched(recipe.watch, folder, say),
         ):
-            wait_for_nodes(recipe, command, say, own=address is None and not _told_by_job())
+            wait_for_nodes(recipe, command, say, own_ray=address is None and not _told_by_job())
             for reason in resumed.refused if resumed else ():
                 say(f"warning: checkpoint refused: {reason}")
             if resumed:

@@ -66,11 +66,11 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One problem; `seen` is what a perfect reader of the images would write down."""
+    """One problem; `perception` is what a perfect reader of the images would write down."""
 
     category: str
     question: Question
-    seen: str
+    perception: str
     images: tuple[bytes, ...] = ()
     labelled: bool = True
 
@@ -85,7 +85,7 @@ class Row:
         """A whole right one."""
         answer = self.question.said or self.question.gold
         return (
-            f"<perception>\n{self.seen}\n</perception>\n<reasoning>\n{self.question.why}\n"
+            f"<perception>\n{self.perception}\n</perception>\n<reasoning>\n{self.question.why}\n"
             f"</reasoning>\n<answer>\n{answer}\n</answer>"
         )
 
@@ -286,7 +286,7 @@ def write(rows: Sequence[Row], path: Path, first: int) -> None:
             "verifier": row.question.verifier,
             "choices": list(row.question.choices),
             "category": row.category,
-            "perception": row.seen if row.labelled else "",
+            "perception": row.perception if row.labelled else "",
             "response": row.response,
         }
         for n, row in enumerate(rows)
