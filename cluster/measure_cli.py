@@ -85,7 +85,7 @@ def evaluate(
         require_free(output, "--output")
         output.parent.mkdir(parents=True, exist_ok=True)  # now, not after the evaluation
     like = load_recipe(recipe) if recipe else None
-    chosen = data_task(data, task, set_ or (), like) if data else task_of(task, set_ or ())
+    task_config = data_task(data, task, set_ or (), like) if data else task_of(task, set_ or ())
     require_model(checkpoint)
     if data:
         from cluster.report.run_report import draw_report
@@ -93,7 +93,7 @@ def evaluate(
 
         folder = run_data_eval(
             checkpoint,
-            chosen,
+            task_config,
             problems=problems,
             samples=samples,
             seed=seed,
@@ -112,7 +112,7 @@ def evaluate(
 
     run_eval(
         checkpoint,
-        task=chosen,
+        task=task_config,
         problems=problems or 512,
         samples=samples,
         seed=seed,

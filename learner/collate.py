@@ -127,8 +127,8 @@ class Collator:
             if all(s.old_logprobs is not None for s in sequences)
             else None,
         )
-        real = sum(len(s.known) for s in sequences)
-        shared = real - inputs["input_ids"].numel() if self._layout != "padded" else 0
+        real_tokens = sum(len(s.known) for s in sequences)
+        shared = real_tokens - inputs["input_ids"].numel() if self._layout != "padded" else 0
         return MicroBatch(
             inputs=inputs,
             vision=self._vision(encoded, image_uses),
@@ -136,7 +136,7 @@ class Collator:
             columns=columns,
             tokens=tokens,
             weight=weight,
-            real_tokens=real - shared,
+            real_tokens=real_tokens - shared,
             shared_tokens=shared,
         )
 
@@ -261,9 +261,9 @@ class Collator:
         )
 
 
-def runs_of(chosen: np.ndarray) -> np.ndarray:
+def runs_of(mask: np.ndarray) -> np.ndarray:
     """int64: how long each run of True in bool [T] is."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen, [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
     return edges[1::2] - edges[::2]
 
 

@@ -129,16 +129,16 @@ def _serving(language: str) -> Any:
     return known[config.model_type]
 
 
-def _tower(named: str) -> tuple[Tower, Any]:
+def _tower(tower_name: str) -> tuple[Tower, Any]:
     """Sizes of a vision tower, and the model of others that holds it where it is not a new one."""
-    if named in TOWERS:
-        return TOWERS[named], None
-    if not Path(named).exists() and "/" not in named:
+    if tower_name in TOWERS:
+        return TOWERS[tower_name], None
+    if not Path(tower_name).exists() and "/" not in tower_name:
         raise ModelError(
-            f"--tower: {named}: neither one of {', '.join(TOWERS)} nor a folder or hub name"
+            f"--tower: {tower_name}: neither one of {', '.join(TOWERS)} nor a folder or hub name"
         )
-    field = f"--tower: {named}"
-    full_config = _opened(AutoConfig, named, "--tower")
+    field = f"--tower: {tower_name}"
+    full_config = _opened(AutoConfig, tower_name, "--tower")
     config = getattr(full_config, "vision_config", full_config)
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -154,7 +154,7 @@ def _tower(named: str) -> tuple[Tower, Any]:
     merge = merge or (divides or [1])[0]
     hidden, inner, layers, heads = (fields[name] for name in names)
     sizes = Tower(hidden, inner, layers, heads, image, patch, merge, fields)
-    return sizes, _opened(AutoModel, named, "--tower")
+    return sizes, _opened(AutoModel, tower_name, "--tower")
 
 
 def _opened(loader: Any, path: str, field: str, **options: Any) -> Any:

@@ -154,13 +154,14 @@ def deal_micro_batches(
     Every rank gets the same number of micro-batches, as collectives need; where sequences run
     out the list is empty, and the rank runs a filler of weight zero. An index appears once.
     """
-    dealt = _deal(items, ranks, layout, costs)
+    of_ranks = _deal(items, ranks, layout, costs)
     if layout == "padded":
         shares = [
-            _cut_by_length(items, itertools.chain(*units), token_budget, costs) for units in dealt
+            _cut_by_length(items, itertools.chain(*units), token_budget, costs)
+            for units in of_ranks
         ]
     else:
-        shares = [_fill(items, units, token_budget, layout) for units in dealt]
+        shares = [_fill(items, units, token_budget, layout) for units in of_ranks]
     most = max(len(batches) for batches in shares)
     return [batches + [[] for _ in range(most - len(batches))] for batches in shares]
 
@@ -172,7 +173,7 @@ def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> li
     down to single sequences; of these, the one whose slowest rank is fastest.
     """
     # What pads is known only when micro-batches are cut; ranks are compared without it.
-    counted: Layout = "packed" if layout == "padded" else layout
+    counted_layout: Layout = "packed" if layout == "padded" else layout
     groups: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
         key = item.images[:1] or (item.prompt if layout == "shared_prefix" else None) or index
@@ -181,14 +182,14 @@ def _deal(items: Sequence[Item], ranks: int, layout: Layout, costs: Costs) -> li
     best: tuple[float, list[list[list[int]]]] = (float("inf"), [[] for _ in range(ranks)])
     while size:
         units = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
-        cost = [load([items[i] for i in unit], counted, costs) for unit in units]
-        loads, dealt = [0.0] * ranks, [list[list[int]]() for _ in range(ranks)]
+        cost = [load([items[i] for i in unit], counted_layout, costs) for unit in units]
+        loads, of_ranks = [0.0] * ranks, [list[list[int]]() for _ in range(ranks)]
         for unit_index in sorted(range(len(units)), key=lambda u: (-cost[u], units[u])):
             rank = min(range(ranks), key=lambda r: (loads[r], r))
             loads[rank] += cost[unit_index]
-            dealt[rank].append(units[unit_index])
+            of_ranks[rank].append(units[unit_index])
         if max(loads) < best[0]:
-            best = (max(loads), dealt)
+            best = (max(loads), of_ranks)
         size = 0 if ranks == 1 else size // 2
     return best[1]
 

@@ -35,7 +35,7 @@ def what_is_trained(
     left to train, adapters that cannot be sent.
     """
     policy = _outline(path)
-    whole = sum(p.numel() for p in policy.model.parameters())
+    total = sum(p.numel() for p in policy.model.parameters())
     if lora:
         Adapters(policy, lora, path).checkpoint_layers()
     freeze(policy, frozen)
@@ -43,7 +43,7 @@ def what_is_trained(
     parameters = list(policy.model.parameters())
     return Trained(
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        added=sum(p.numel() for p in parameters) - whole,
+        added=sum(p.numel() for p in parameters) - total,
     )
 
 

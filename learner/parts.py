@@ -31,12 +31,12 @@ def freeze(policy: Policy, patterns: Sequence[str]) -> None:
 
     Raises ModelError for a pattern that matches nothing, or where nothing is left to train.
     """
-    named = dict(policy.model.named_parameters())
+    parameters = dict(policy.model.named_parameters())
     for pattern in patterns:
         fault = f"learner.freeze: {pattern!r} matches no parameter"
-        for name in require_matches(pattern, list(named), policy.family, fault):
-            named[name].requires_grad_(False)
-    if not any(p.requires_grad for p in named.values()):
+        for name in require_matches(pattern, list(parameters), policy.family, fault):
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
         raise ModelError("learner.freeze: nothing is left to train; freeze less of the model")
 
 

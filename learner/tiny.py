@@ -98,7 +98,7 @@ def _corpus(seed: int) -> tuple[str, ...]:
 
 
 def _tokenizer(
-    image_tokens: tuple[str, ...], named: Mapping[str, str], seed: int
+    image_tokens: tuple[str, ...], named_tokens: Mapping[str, str], seed: int
 ) -> PreTrainedTokenizerFast:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *image_tokens]
     bpe = Tokenizer(models.BPE())
@@ -123,7 +123,7 @@ def _tokenizer(
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=specials,
-        extra_special_tokens=dict(named) or None,
+        extra_special_tokens=dict(named_tokens) or None,
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )

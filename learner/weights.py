@@ -157,11 +157,11 @@ def in_buckets(
     buckets: list[list[str]] = []
     room = 0
     for group in groups:
-        needed = size(group)
-        if buckets and needed <= room:
+        group_bytes = size(group)
+        if buckets and group_bytes <= room:
             buckets[-1].extend(group)
         else:
             buckets.append(list(group))
             room = bucket_bytes
-        room -= needed
+        room -= group_bytes
     return buckets

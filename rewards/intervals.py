@@ -133,15 +133,17 @@ def group_bootstrap(
     values = statistics(np.ones((1, groups)))[0]
     different, puzzle_index = np.unique(puzzles or range(groups), return_inverse=True)
     count = len(different)
-    drawn = [np.full((1, len(values)), np.nan)]
+    resampled_chunks = [np.full((1, len(values)), np.nan)]
     if count > 1 and resamples:
         rng = np.random.default_rng(seed)
         rows = max(1, CHUNK // max(groups, size))
         chunks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
         weights = (rng.multinomial(count, np.full(count, 1 / count), size=n) for n in chunks)
-        drawn = [statistics(times[:, puzzle_index].astype(np.float64)) for times in weights]
+        resampled_chunks = [
+            statistics(times[:, puzzle_index].astype(np.float64)) for times in weights
+        ]
     tail = _expanded_tail(count)
-    resampled = np.concatenate(drawn).T
+    resampled = np.concatenate(resampled_chunks).T
     return tuple(_interval(float(v), one, tail) for v, one in zip(values, resampled, strict=True))
 
 
@@ -153,11 +155,11 @@ def _expanded_tail(puzzles: int) -> float:
     return float(special.ndtr(-math.sqrt(puzzles / (puzzles - 1)) * t))
 
 
-def _interval(value: float, drawn: np.ndarray, tail: float) -> Interval:
+def _interval(value: float, resampled: np.ndarray, tail: float) -> Interval:
     if math.isnan(value):
         return Interval()
-    defined = drawn[~np.isnan(drawn)]
-    if len(defined) < (1 - MOST_UNDEFINED) * len(drawn):
+    defined = resampled[~np.isnan(resampled)]
+    if len(defined) < (1 - MOST_UNDEFINED) * len(resampled):
         return Interval(value)
     low, high = np.quantile(defined, (tail, 1 - tail))
     return Interval(value, float(low), float(high))

@@ -88,7 +88,7 @@ class RewardPool:
     def composition_at(self, progress: float) -> Composition:
         """How terms count at a share of the run in [0, 1]."""
         entries = self._entries
-        named = {entry.entry: name for name, entry in entries.items()}
+        name_of = {entry.entry: name for name, entry in entries.items()}
         return Composition(
             weights={name: entry.weight_at(progress) for name, entry in entries.items()},
             method=self._config.compose,
@@ -97,7 +97,7 @@ class RewardPool:
             | ({"environment": "drop_group"} if self._drops else {}),
             credit={name: entry.segments for name, entry in entries.items()},
             gates={
-                name: (named[entry.gate], entry.gate_threshold)
+                name: (name_of[entry.gate], entry.gate_threshold)
                 for name, entry in entries.items()
                 if entry.gate is not None
             },

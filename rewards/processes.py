@@ -160,11 +160,11 @@ class Workers:
             yield from self._of_worker(worker, ended)
 
     def _of_worker(
-        self, worker: _Worker, ended: Collection[Any]
+        self, worker: _Worker, ended_calls: Collection[Any]
     ) -> Iterator[tuple[_Job, list[ScoredTerms] | TermFailure | None]]:
         lost: list[_Job | None] = []
         why: tuple[FailureKind, str] = ("worker_died", "")
-        for call in [call for call in worker.calls if call in ended]:
+        for call in [call for call in worker.calls if call in ended_calls]:
             job, _ = worker.calls.pop(call)
             beat()
             try:

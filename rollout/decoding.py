@@ -42,16 +42,18 @@ class Decoder:
         added = tokenizer.added_tokens_decoder.items()
         whole = {index: token.content.encode("utf-8", "replace") for index, token in added}
         ids = encode(tokenizer, _SAMPLE, literal=True)
-        same = 0
+        unchanged = 0
         for self._bytes_of in (_byte_level, _sentencepiece):
             self._cache = dict(whole)
             text = self.decode(ids)[0]
             if text in (_SAMPLE, f" {_SAMPLE}"):
                 return
             pairs = zip(text, _SAMPLE, strict=False)
-            same = max(same, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            unchanged = max(
+                unchanged, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            )
         raise ModelError(
-            f"its tokenizer loses {_SAMPLE[same:][:12]!r} of a sample text; take a "
+            f"its tokenizer loses {_SAMPLE[unchanged:][:12]!r} of a sample text; take a "
             "checkpoint with a byte-level or byte-fallback tokenizer"
         )
 

@@ -346,9 +346,9 @@ class Dispatch:
         seat.images.clear()
         self._commands.append(Command("start", seat.name, seat.life))
 
-    def _close(self, seat: Seat, how: Literal["kill", "retire"]) -> None:
+    def _close(self, seat: Seat, action: Literal["kill", "retire"]) -> None:
         del self.seats[seat.name]
-        self._commands.append(Command(how, seat.name, seat.life))
+        self._commands.append(Command(action, seat.name, seat.life))
 
     def _late_start(self, seat: Seat, now: float) -> None:
         """A sampler does not come up: no place for it, say. Others go on without it."""

@@ -83,24 +83,24 @@ def engine_args(
     from vllm.platforms import current_platform
 
     processor = load_reader(model.path) if frozen else load_processor(model.path, reading=model)
-    chosen: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if tokenizer_of(processor) is not processor:
-        chosen["limit_mm_per_prompt"] = {"video": 0}
+        options["limit_mm_per_prompt"] = {"video": 0}
         if limits := pixel_limits(processor):
             images = processor.image_processor
             fitting = model.max_model_len * (images.patch_size * images.merge_size) ** 2
             most = max(limits["shortest_edge"], min(limits["longest_edge"], fitting))
-            chosen["mm_processor_kwargs"] = scaled_to(limits | {"longest_edge": most})
+            options["mm_processor_kwargs"] = scaled_to(limits | {"longest_edge": most})
     if not frozen:
         if model.dtype != "float32" and model.lm_head_float32:
-            chosen["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
-        chosen["worker_extension_cls"] = "rollout.transports.WorkerExtension"
-        chosen["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
+            options["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
+        options["worker_extension_cls"] = "rollout.transports.WorkerExtension"
+        options["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
     if current_platform.is_cpu():
-        chosen["kv_cache_memory_bytes"] = round(sampler.kv_cache_gib * 2**30)
+        options["kv_cache_memory_bytes"] = round(sampler.kv_cache_gib * 2**30)
         # A prompt read in pieces throws the token drawn after each piece away and takes its
         # seed's stream back by an offset, which a CPU's generator does not have.
-        chosen["enable_chunked_prefill"] = False
+        options["enable_chunked_prefill"] = False
     args = EngineArgs(
         model=model.path,
         **model.model_dump(include={"dtype", "max_model_len"}),
@@ -111,7 +111,7 @@ def engine_args(
         seed=seed,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
-        **chosen,
+        **options,
     )
     args.model = plain_path(model.path)
     return args, processor

@@ -133,14 +133,14 @@ class _Trial:
         for index in range(count):
             where = f"draw {index}"
             try:
-                first, again = (draw_problem(task, spec, "train", seed, index) for _ in range(2))
+                first, second = (draw_problem(task, spec, "train", seed, index) for _ in range(2))
             except Exception as error:
                 self.wrong(f"generate: {_said(error)}", where)
                 break
             if draws_late(task):
                 self.try_begin(spec, (seed, index))
             names = [field.name for field in fields(Problem)]
-            differ = [n for n in names if repr(getattr(first, n)) != repr(getattr(again, n))]
+            differ = [n for n in names if repr(getattr(first, n)) != repr(getattr(second, n))]
             failure = "generate: the same rng gives another problem; take all chance from it"
             self.claim(not differ, failure, f"{where}: {', '.join(differ)}")
             failure = f"generate: problem.task must be {task.name!r}"
@@ -166,13 +166,13 @@ class _Trial:
         try:
             key, finish = task.begin(np.random.default_rng(seed), spec)
             finished = finish()
-            whole = task.generate(np.random.default_rng(seed), spec)
+            generated = task.generate(np.random.default_rng(seed), spec)
         except ValueError:
             return  # an unlucky draw
         where, failure = f"draw {seed[1]}", "begin: tells another symmetry key than the problem has"
         self.claim(finished.symmetry_key == key, failure, where)
         self.claim(
-            repr(finished) == repr(whole), "begin: makes another problem than generate", where
+            repr(finished) == repr(generated), "begin: makes another problem than generate", where
         )
 
     def try_abilities(self, problems: Sequence[Problem]) -> None:
@@ -290,14 +290,14 @@ class _Trial:
         truth = self.ask(where, "to_ground_truth", problem)
         if truth is None:
             return
-        again = self.ask(where, "from_row", problem.prompt, image, truth)
-        if again is not None:
+        rebuilt = self.ask(where, "from_row", problem.prompt, image, truth)
+        if rebuilt is not None:
             for name in ("task", "prompt", "images", "perception"):
                 failure = f"from_row: of to_ground_truth it makes another {name}"
-                self.claim(getattr(again, name) == getattr(problem, name), failure, where)
+                self.claim(getattr(rebuilt, name) == getattr(problem, name), failure, where)
             if demonstrated := self.read.get(problem.id):
                 failure = "from_row: check refuses the right answer of what it makes"
-                self.accepts(where, failure, "check", again, demonstrated.answer)
+                self.accepts(where, failure, "check", rebuilt, demonstrated.answer)
         for hostile in GROUND_TRUTHS:
             try:
                 reader.from_row(problem.prompt, image, hostile)
@@ -363,12 +363,14 @@ class _Trial:
         teacher: Any = self.task
         for problem in problems if isinstance(teacher, Demonstrates) else ():
             try:
-                whole = teacher.demonstrate(problem, "terse")
+                response = teacher.demonstrate(problem, "terse")
             except Exception:
                 continue  # told already
-            for at in rng.integers(len(whole), size=24).tolist():
-                texts.append(whole[:at])
-                texts.append(whole[:at] + str(rng.choice(list("0a-]}<\n9"))) + whole[at + 1 :])
+            for at in rng.integers(len(response), size=24).tolist():
+                texts.append(response[:at])
+                texts.append(
+                    response[:at] + str(rng.choice(list("0a-]}<\n9"))) + response[at + 1 :]
+                )
         for text in texts:
             self.try_text(problems[:1], text)
 

@@ -86,12 +86,12 @@ def compared_words(true: str, answered: str) -> Words:
             continue
         rows += [("missing", " ".join(old[a:b]))] if b > a else []
         rows += [("extra", " ".join(new[c:d]))] if d > c else []
-    missed, made_up = (
+    missing, made_up = (
         sum(len(text.split()) for mark, text in rows if mark == mark_counted)
         for mark_counted in ("missing", "extra")
     )
-    text = f"{missed} words of the true perception missing, {made_up} that are not in it"
-    text = text if missed or made_up else "As it is."
+    text = f"{missing} words of the true perception missing, {made_up} that are not in it"
+    text = text if missing or made_up else "As it is."
     if max(len(true.split()), len(answered.split())) > MOST_WORDS:
         text += f" Compared are the first {MOST_WORDS} words of each."
     return Words(rows=tuple(rows), text=text)

@@ -27,8 +27,10 @@ def placed(prompt: str, images: Sequence[T]) -> list[str | T]:
     if not matches:
         return [*images, *([prompt] if prompt else [])]
     numbers = [int(match[1]) for match in matches if match[1]]
-    counted = numbers or range(1, len(matches) + 1)
-    if len(counted) != len(matches) or sorted(counted) != list(range(1, len(images) + 1)):
+    image_numbers = numbers or range(1, len(matches) + 1)
+    if len(image_numbers) != len(matches) or sorted(image_numbers) != list(
+        range(1, len(images) + 1)
+    ):
         names = ", ".join(match[0] for match in matches[:6]) + ", ..." * (len(matches) > 6)
         raise DataError(
             f"has the placeholder{'s' * (len(matches) > 1)} {names} for {len(images)} "
@@ -37,7 +39,7 @@ def placed(prompt: str, images: Sequence[T]) -> list[str | T]:
         )
     parts: list[str | T] = []
     end = 0
-    for match, number in zip(matches, counted, strict=True):
+    for match, number in zip(matches, image_numbers, strict=True):
         parts += [prompt[end : match.start()], images[number - 1]]
         end = match.end()
     return [part for part in [*parts, prompt[end:]] if part != ""]

@@ -158,14 +158,14 @@ class Scenes(PuzzleTask):
     def draw_perception(self, problem: Problem, perception: Scene) -> Figure:
         """What was seen in each place, misread places marked."""
         truth = _scene(problem)
-        same = shape(truth) == shape(perception)
+        same_shape = shape(truth) == shape(perception)
         rows, wrong = [], 0
         for r, row in enumerate(perception):
             cells = []
             for c, square in enumerate(row):
-                bad = not same or truth[r][c] != square
+                bad = not same_shape or truth[r][c] != square
                 wrong += bad
-                true = place_text(*truth[r][c]) if bad and same else ""
+                true = place_text(*truth[r][c]) if bad and same_shape else ""
                 cells.append(Cell(v=place_text(*square), bad=bad, true=true))
             rows.append(tuple(cells[:32]))
         text = f"{wrong} of {len(rows) * len(perception[0])} places misread"

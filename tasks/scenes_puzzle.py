@@ -123,12 +123,12 @@ def _draw_question(
     if ask == "compare":
         return {"ask": ask, "kinds": kinds[: spec.steps + 1]}
     if ask == "sum":
-        chosen, total, signs = kinds[: spec.steps + 1], 0, list[int]()
-        for kind in chosen:  # never below nothing on the way
+        asked_kinds, total, signs = kinds[: spec.steps + 1], 0, list[int]()
+        for kind in asked_kinds:  # never below nothing on the way
             n = count(scene, kind)
             signs.append(-1 if signs and n <= total and rng.integers(2) else 1)
             total += signs[-1] * n
-        return {"ask": ask, "kinds": chosen, "signs": signs}
+        return {"ask": ask, "kinds": asked_kinds, "signs": signs}
     alone = [kind for kind in kinds if len(spots(scene, kind)) == 1]
     start: Any = alone[0] if alone and spec.steps else None
     if start is None:

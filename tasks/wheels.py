@@ -34,13 +34,15 @@ class Wheel:
             requirements.write_text(f"{self.requirement} --hash=sha256:{self.sha256}\n")
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
-            ended = subprocess.run(
+            completed = subprocess.run(
                 [*command, "-d", folder], capture_output=True, text=True, check=False
             )
             wheels = list(Path(folder).glob("*.whl"))
-            if ended.returncode or not wheels:
-                errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
-                why = (errors or ended.stderr.splitlines() or ["pip said nothing"])[-1]
+            if completed.returncode or not wheels:
+                errors = [
+                    line for line in completed.stderr.splitlines() if line.startswith("ERROR")
+                ]
+                why = (errors or completed.stderr.splitlines() or ["pip said nothing"])[-1]
                 raise DataError(
                     f"{self.requirement}: cannot be had from the package index ({why}); "
                     "see `pip config list` for which index pip asks"

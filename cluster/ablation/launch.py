@@ -154,20 +154,20 @@ def run_ablation(
 
 
 def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
-    here = cell_folder(folder, cell)
-    here.mkdir(parents=True)
+    cell_path = cell_folder(folder, cell)
+    cell_path.mkdir(parents=True)
     job = f"equipoise-{uuid4().hex[:16]}"
-    recipe = here / "recipe.toml"
+    recipe = cell_path / "recipe.toml"
     put_text(recipe, resolved_toml(cell.recipe))
     started = {"job": job, "weights": hash_weights(cell.recipe.model.path), "time": time.time()}
-    write_json(here / "started.json", started)
-    with (here / "log.txt").open("wb") as log:
+    write_json(cell_path / "started.json", started)
+    with (cell_path / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            runner.command(recipe, here / "run", job),
+            runner.command(recipe, cell_path / "run", job),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {MARK: str(here), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {MARK: str(cell_path), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             # Safe between fork and exec: this process has one thread.
             preexec_fn=_die_with(os.getpid()),
@@ -177,9 +177,9 @@ def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
 
 def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None:
     """Write the cell's result, or its failure and return what it was."""
-    here = cell_folder(folder, cell)
-    run = here / "run"
-    error = None if code == 0 else _why(here, code)
+    cell_path = cell_folder(folder, cell)
+    run = cell_path / "run"
+    error = None if code == 0 else _why(cell_path, code)
     if error is None:
         try:
             recorded = load_recipe(run / "recipe.toml")
@@ -190,9 +190,11 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         except (OSError, ValueError, RecipeError) as problem:
             error = f"it ended without an error but its run folder is not whole: {problem}"
     if error is not None:
-        write_json(here / "failure.json", {"exit_code": code, "seconds": seconds, "error": error})
+        write_json(
+            cell_path / "failure.json", {"exit_code": code, "seconds": seconds, "error": error}
+        )
         return error
-    started = json.loads((here / "started.json").read_text(encoding="utf-8"))
+    started = json.loads((cell_path / "started.json").read_text(encoding="utf-8"))
     result = {
         "cell": cell.id,
         "arm": cell.arm,
@@ -202,37 +204,37 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         "weights": started["weights"],
         "first_batch": batch,
     }
-    write_json(here / "result.json", result)
+    write_json(cell_path / "result.json", result)
     return None
 
 
-def _why(here: Path, code: int) -> str:
+def _why(cell_path: Path, code: int) -> str:
     """The run's own error, or the end of what it printed."""
-    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    error = here / "run" / "error.txt"
+    ending = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    error = cell_path / "run" / "error.txt"
     if error.is_file():
         first = error.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
-        return f"{ended}: {''.join(first)}"
-    printed = (here / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
-    return f"{ended}: {' | '.join(printed.splitlines()[-3:]) or 'it printed nothing'}"
+        return f"{ending}: {''.join(first)}"
+    printed = (cell_path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+    return f"{ending}: {' | '.join(printed.splitlines()[-3:]) or 'it printed nothing'}"
 
 
 def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
     """End what an earlier try left running, then remove its folder; one that failed is kept."""
-    here = cell_folder(folder, cell)
-    if not here.exists():
+    cell_path = cell_folder(folder, cell)
+    if not cell_path.exists():
         return
-    started = here / "started.json"
-    if started.is_file() and not (here / "failure.json").is_file():
+    started = cell_path / "started.json"
+    if started.is_file() and not (cell_path / "failure.json").is_file():
         runner.end(json.loads(started.read_text(encoding="utf-8"))["job"])
     _end_marked(folder, cell)
-    if not (here / "failure.json").is_file():
-        shutil.rmtree(here)
+    if not (cell_path / "failure.json").is_file():
+        shutil.rmtree(cell_path)
         return
     aside = folder / "aside"
     aside.mkdir(exist_ok=True)
     tries = len(list(aside.glob(f"{cell.id}-try-*")))
-    here.rename(aside / f"{cell.id}-try-{tries + 1}")
+    cell_path.rename(aside / f"{cell.id}-try-{tries + 1}")
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

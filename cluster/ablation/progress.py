@@ -29,7 +29,7 @@ def cost_table(
     """
     arms = {cell.id: cell.arm for cell in ablation.cells}
     budget = ablation.config.budget
-    counted = budget.kind == "updates"
+    of_updates = budget.kind == "updates"
     learnt_from = "rollouts" if ablation.config.command == "train" else "demonstrations"
     rows = []
     seconds_left: float | None = 0.0
@@ -49,8 +49,8 @@ def cost_table(
             (
                 cell.id,
                 str(budget.amount),
-                str(cell.steps * each) if counted else "?",
-                str(_eval_responses(cell)) if counted or not recipe.eval.every else "?",
+                str(cell.steps * each) if of_updates else "?",
+                str(_eval_responses(cell)) if of_updates or not recipe.eval.every else "?",
                 f"{plan(recipe, machine, cell.command).cpus:g}",
                 minutes,
             )
@@ -150,12 +150,14 @@ class GridProgress:
     def _table(self) -> Table:
         """The cells at work and those that failed; how many others there are below."""
         counts = Counter(self._state.values())
-        took = [s for cell, s in self._seconds.items() if self._state[cell] == "finished"]
+        durations = [s for cell, s in self._seconds.items() if self._state[cell] == "finished"]
         caption = f"{counts['finished']} finished, {counts['failed']} failed, "
         caption += f"{counts['waiting']} waiting"
-        if took:
+        if durations:
             seconds_left = (
-                fmean(took) * (counts["waiting"] + counts["running"]) / max(1, counts["running"])
+                fmean(durations)
+                * (counts["waiting"] + counts["running"])
+                / max(1, counts["running"])
             )
             caption += f"; about {seconds_left / 60:.0f} minutes left"
         table = Table(caption=caption)

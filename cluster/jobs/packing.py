@@ -49,14 +49,14 @@ class Packed:
         yield f"job {self.request.id}: {self.words()}"
 
 
-def packed(request: Request, here: Path, search: Sequence[str]) -> Packed:
+def packed(request: Request, root: Path, search: Sequence[str]) -> Packed:
     """All of a request whose name, place and output may be left open.
 
-    `here`: the folder whose paths are the recipe's; `search`: where modules are found after it.
+    `root`: the folder whose paths are the recipe's; `search`: where modules are found after it.
     Raises UserError for what cannot travel, and as reading a recipe or an ablation does.
     """
-    file = here / request.recipe
-    near = os.path.relpath(os.path.abspath(file), here)
+    file = root / request.recipe
+    near = os.path.relpath(os.path.abspath(file), root)
     recipe_path = file.name if near.partition("/")[0] == ".." else near
     recipes = {recipe_path: file}
     if request.command == "ablate":
@@ -66,21 +66,22 @@ def packed(request: Request, here: Path, search: Sequence[str]) -> Packed:
         named = ablation.config.base
         base = inside(f"{request.recipe}: base", os.path.join(os.path.dirname(recipe_path), named))
         recipes[base] = file.parent / named
-        read, name = [ablation.base, *(cell.recipe for cell in ablation.cells)], ablation.name
+        loaded = [ablation.base, *(cell.recipe for cell in ablation.cells)]
+        name = ablation.name
     else:
-        read = [load_recipe(file, request.settings)]
-        name = read[0].name
-    job = read[0].job
-    luggage = pack(recipes, read, (*job.include, *request.include), here, search)
+        loaded = [load_recipe(file, request.settings)]
+        name = loaded[0].name
+    job = loaded[0].job
+    luggage = pack(recipes, loaded, (*job.include, *request.include), root, search)
     name = request.name or f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
         raise UserError(f"--name {name}: use at most 120 letters, digits, dots and dashes")
-    output = request.output or f"{read[0].output.folder}/{name}"
+    output = request.output or f"{loaded[0].output.folder}/{name}"
     if not os.path.isabs(output):
         field = "--output" if request.output else f"{request.recipe}: output.folder"
         raise UserError(
-            f"{field}: {request.output or read[0].output.folder}: is relative, and a job's working "
-            "folder goes with it; give --output an absolute path that the cluster keeps"
+            f"{field}: {request.output or loaded[0].output.folder}: is relative, and a job's "
+            "working folder goes with it; give --output an absolute path that the cluster keeps"
         )
     complete = replace(
         request,
@@ -90,7 +91,7 @@ def packed(request: Request, here: Path, search: Sequence[str]) -> Packed:
         env=tuple(dict.fromkeys((*job.env, *request.env))),
         stop_seconds=job.stop_seconds,
     )
-    return Packed(complete, read[0], luggage)
+    return Packed(complete, loaded[0], luggage)
 
 
 def is_ablation(file: Path) -> bool:

@@ -91,43 +91,43 @@ def below(source: Path, around: frozenset[Path] = frozenset()) -> Iterator[tuple
     if source.is_file():
         yield ".", source
         return
-    real = source.resolve()
-    if not source.is_dir() or real in around or (source / "pyvenv.cfg").is_file():
+    resolved = source.resolve()
+    if not source.is_dir() or resolved in around or (source / "pyvenv.cfg").is_file():
         return
     for child in sorted(source.iterdir()):
         if child.name[0] != "." and child.name != "__pycache__":
-            for at, file in below(child, around | {real}):
+            for at, file in below(child, around | {resolved}):
                 yield os.path.normpath(f"{child.name}/{at}"), file
 
 
 def pack(
     recipes: Mapping[str, Path],
-    read: Sequence[Recipe],
+    loaded: Sequence[Recipe],
     include: Sequence[str],
-    here: Path,
+    root: Path,
     search: Sequence[str] = (),
 ) -> Luggage:
-    """All that a job of `recipes` (path -> file), read as `read`, takes along from `here`.
+    """All that a job of `recipes` (path -> file), read as `loaded`, takes along from `root`.
 
-    `search`: where modules are found after `here`, as in `sys.path`. Raises UserError: too much,
+    `search`: where modules are found after `root`, as in `sys.path`. Raises UserError: too much,
     out of the folder, not there.
     """
-    luggage = Luggage(max(recipe.job.travel_mib for recipe in read))
+    luggage = Luggage(max(recipe.job.travel_mib for recipe in loaded))
     for room in ROOMS:
         luggage.add("equipoise", ROOT / room, room)
     for path, file in recipes.items():
         luggage.add(str(file), file, path)
     recipe_file = str(next(iter(recipes.values())))
-    for recipe in read:
+    for recipe in loaded:
         for at, value in named_paths(recipe):
-            _add_path(luggage, f"{recipe_file}: {at}", value, here, needed=".args" not in at)
+            _add_path(luggage, f"{recipe_file}: {at}", value, root, required=".args" not in at)
         for at, value in texts(recipe.model_dump(exclude={"name", "question"})):
             if OWN_NAME.fullmatch(value):
-                _add_own(luggage, f"{recipe_file}: {at}", value.rpartition(":")[0], here, search)
+                _add_own(luggage, f"{recipe_file}: {at}", value.rpartition(":")[0], root, search)
     for name in include:
-        if not (here / name).exists():
-            raise UserError(f"--include {name}: no such file or folder ({here / name})")
-        luggage.add(f"--include {name}", here / name, inside(f"--include {name}", name))
+        if not (root / name).exists():
+            raise UserError(f"--include {name}: no such file or folder ({root / name})")
+        luggage.add(f"--include {name}", root / name, inside(f"--include {name}", name))
     luggage.require_small()
     return luggage
 
@@ -168,40 +168,40 @@ def texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
             yield from texts(inner, f"{at}[{i}]")
 
 
-def _add_path(luggage: Luggage, label: str, value: str, here: Path, needed: bool) -> None:
-    """`needed`: the text is a path or a name on the hub; else it may be anything."""
+def _add_path(luggage: Luggage, label: str, value: str, root: Path, required: bool) -> None:
+    """`required`: the text is a path or a name on the hub; else it may be anything."""
     if "://" in value or value[:1] in "/~$":
-        if needed:
+        if required:
             luggage.note(f"{label}: {value}: stays; it must be there on the cluster")
         return
-    source = here / value
+    source = root / value
     if os.path.exists(source):
         target = inside(label, value)
         # Rows that are text name images by paths from their own folder.
         if source.suffix.lower() in (".json", ".jsonl") and os.path.dirname(target):
             source, target = source.parent, os.path.dirname(target)
         luggage.add(label, source, target)
-    elif needed:
+    elif required:
         if not HUB_NAME.fullmatch(value):
             raise UserError(f"{label}: {value}: no such file or folder here, and no hub's name")
         luggage.note(f"{label}: {value}: not here, so the job asks the hub for it")
 
 
-def _add_own(luggage: Luggage, label: str, module: str, here: Path, search: Sequence[str]) -> None:
+def _add_own(luggage: Luggage, label: str, module: str, root: Path, search: Sequence[str]) -> None:
     """A module or file of the user's own with the Python files and packages beside it."""
     if module.endswith(".py"):
         if os.path.isabs(module):
             luggage.note(f"{label}: {module}: stays; it must be there on the cluster")
             return
         target = os.path.dirname(inside(label, module))
-        folders = [here, *map(Path, search)]
+        folders = [root, *map(Path, search)]
         module_file = next((p / module for p in folders if (p / module).is_file()), None)
         folder = module_file.parent if module_file else None
     else:
         top, target = module.partition(".")[0], ""
         if top in ROOMS or top in sys.stdlib_module_names:
             return
-        folder = _folder_of(top, [str(here), *search])
+        folder = _folder_of(top, [str(root), *search])
         if folder is not None and _installed(folder):
             luggage.note(f"{label}: {module}: is installed here, and must be on the cluster too")
             return

@@ -142,9 +142,9 @@ def _of_all(recipe: Recipe, entry: RewardTermConfig) -> bool:
     return entry.on_failure == "abort" or (entry.on_failure == "zero" and entry.entry in gates)
 
 
-def _remedy(entry: RewardTermConfig, some: bool) -> str:
-    """`some`: of other problems it can tell."""
+def _remedy(entry: RewardTermConfig, has_labelled: bool) -> str:
+    """`has_labelled`: of other problems it can tell."""
     leave = "remove the term, or take another (docs/rewards.md lists what needs no labels)"
-    if some and entry.on_failure == "abort":
+    if has_labelled and entry.on_failure == "abort":
         return f'{leave}; on_failure = "zero" leaves it to the others'
-    return f"{leave}; as a gate it would be shut for these problems" if some else leave
+    return f"{leave}; as a gate it would be shut for these problems" if has_labelled else leave

@@ -91,21 +91,21 @@ def _images(opened: Opened) -> Iterator[str]:
 
 def _tokens(opened: Opened, context: Context, config: TaskConfig) -> Iterator[str]:
     """Image tokens, prompt lengths, and the rows that do not fit."""
-    lacking: list[tuple[Rows, int, str]] = []
+    unfit: list[tuple[Rows, int, str]] = []
     images, prompts = list[int](), list[int]()
     for rows in opened.rows.values():
         for at, counts in enumerate(row_takes(rows, context)):
             if fault := context.lack(counts):
-                lacking.append((rows, at, f"{rows.where(at, fault.field)}: {fault.reason}"))
+                unfit.append((rows, at, f"{rows.where(at, fault.field)}: {fault.reason}"))
             if not counts.fault:
                 images.append(counts.image)
                 prompts.append(counts.prompt)
     yield f"tokens     of images {_spread(images)}"
     yield f"           of prompts {_spread(prompts)}, room for {context.length - context.answer:,}"
     refused = "!" if config.too_long == "error" else ""
-    if lacking:
-        yield f"{refused}too long   {len(lacking):,} rows do not fit the policy"
-        yield from (f"           {line}" for _, _, line in lacking[:SHOWN])
+    if unfit:
+        yield f"{refused}too long   {len(unfit):,} rows do not fit the policy"
+        yield from (f"           {line}" for _, _, line in unfit[:SHOWN])
 
 
 def _golds(opened: Opened) -> Iterator[str]:

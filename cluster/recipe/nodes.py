@@ -76,12 +76,12 @@ def seated(actors: Sequence[Actor], placement: PlacementConfig, nodes: Sequence[
             missing.append(_why_not(actor, nodes, free_of, fits[actor.role], placement))
             continue
         alike = [sum(other.role == actor.role for other in node_actors) for node_actors in on]
-        chosen = min(
+        node_index = min(
             free, key=lambda n: (alike[n] if actor.role in spread else 0, *free_of[n][::-1])
         )
-        free_of[chosen][0] -= actor.cpus
-        free_of[chosen][1] -= actor.gpus
-        on[chosen].append(actor)
+        free_of[node_index][0] -= actor.cpus
+        free_of[node_index][1] -= actor.gpus
+        on[node_index].append(actor)
     pairs = zip(nodes, map(tuple, on), strict=True)
     return Seating(tuple(pairs), tuple(missing))
 

@@ -173,15 +173,16 @@ def _notes(
 def _cache_note(recipe: Recipe, size: PolicySize, machine: Machine) -> str:
     model, sampler = recipe.model, recipe.sampler
     tokens = cached_tokens(model, sampler, size, machine)
-    whole, longest = tokens // model.max_model_len, f"model.max_model_len = {model.max_model_len:,}"
+    fitting = tokens // model.max_model_len
+    longest = f"model.max_model_len = {model.max_model_len:,}"
     most = " at most" if sampler.gpus else ""
-    if not whole:
+    if not fitting:
         field = "sampler.gpu_memory_utilization" if sampler.gpus else "sampler.kv_cache_gib"
         return (
             f"an engine's KV cache has room for {tokens:,} tokens{most}, less than {longest}, and "
             f"will not start; raise {field} or sampler.tensor_parallel"
         )
-    count = min(whole, sampler.max_num_seqs)
+    count = min(fitting, sampler.max_num_seqs)
     return (
         f"an engine's KV cache has room for {tokens:,} tokens{most}: {count:,} "
         f"response{'s' * (count > 1)} at a time if each grows to {longest}"

@@ -97,22 +97,22 @@ class ProblemSource:
     def _drawn(self, spec: BaseModel, split: Split, seed: int, index: int) -> Problem:
         """Raises DataError for a problem that does not fit, or where none does."""
         stream: int | tuple[int, int] = seed
-        for again in itertools.count(1):
+        for attempt in itertools.count(1):
             problem = draw_problem(self.task, spec, split, stream, index)
             fault = (
                 self.context.lack(self.context.token_counts_of(problem)) if self.context else None
             )
             if fault is None:
                 break
-            if not self.redraws or again == REDRAWS:
-                drawn = f"{again} problems in a row, the last " if self.redraws else "problem "
+            if not self.redraws or attempt == REDRAWS:
+                drawn = f"{attempt} problems in a row, the last " if self.redraws else "problem "
                 remedy = "" if self.redraws else ', or draw others by tasks.too_long = "drop"'
                 raise DataError(
                     f"task {self.label}: {drawn}{problem.id}: {fault.field}: {fault.reason}; "
                     f"change these or the knobs{remedy}"
                 )
             self.left_out[split] += 1
-            stream = (seed, again)
+            stream = (seed, attempt)
         return problem
 
 

@@ -358,25 +358,25 @@ def _apply_override(data: dict[str, Any], override: str) -> Location:
         if match[1]:
             parts.append(match[1])
         parts += [int(index) for index in re.findall(r"\d+", match[2])]
-    here: Any = data
+    table: Any = data
     for i, part in enumerate(parts):
-        if isinstance(here, list) and isinstance(part, str) and re.fullmatch(r"\d{1,6}", part):
+        if isinstance(table, list) and isinstance(part, str) and re.fullmatch(r"\d{1,6}", part):
             part = parts[i] = int(part)
         at = dotted(parts[:i]) if i else "the recipe"
-        if isinstance(here, list):
-            if not isinstance(part, int) or part >= len(here):
+        if isinstance(table, list):
+            if not isinstance(part, int) or part >= len(table):
                 raise RecipeError(
-                    f"--set {override}: {at} is a list with {len(here)} entries, "
+                    f"--set {override}: {at} is a list with {len(table)} entries, "
                     f"and {part!r} is not an index into it"
                 )
-        elif not isinstance(here, dict) or isinstance(part, int):
+        elif not isinstance(table, dict) or isinstance(part, int):
             raise RecipeError(f"--set {override}: {at} has nothing below it to set")
         if i == len(parts) - 1:
-            here[part] = value
-        elif isinstance(here, dict):
-            here = here.setdefault(part, {})
+            table[part] = value
+        elif isinstance(table, dict):
+            table = table.setdefault(part, {})
         else:
-            here = here[part]
+            table = table[part]
     return tuple(parts)
 
 

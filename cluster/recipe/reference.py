@@ -65,12 +65,12 @@ def schema_text() -> str:
 
 def page() -> str:
     """docs/recipe.md: a table for each section."""
-    whole = Recipe.model_json_schema()
+    full_schema = Recipe.model_json_schema()
     parts = [_HEAD]
-    for heading, section in _sections(whole, "", whole["$defs"]):
+    for heading, section in _sections(full_schema, "", full_schema["$defs"]):
         description = section["description"].removeprefix(heading)
         rows = [
-            f"| `{name}` | {_type(field, whole['$defs'])} "
+            f"| `{name}` | {_type(field, full_schema['$defs'])} "
             f"| {_default(field, name in section.get('required', ()))} "
             f"| {_in_a_row(field.get('description', ''))} |"
             for name, field in section["properties"].items()

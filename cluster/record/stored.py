@@ -275,17 +275,17 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
         absent = [name for name in columns if name not in table.schema_arrow.names]
         if needed := [name for name in absent if name not in MAY_BE_ABSENT]:
             raise DataError(f"{file}: column {needed[0]!r} is missing; expected a run's rollouts")
-        whole = image_lists(table.read(columns=list(columns)))
+        full_table = image_lists(table.read(columns=list(columns)))
         for name in absent:
             field = ROLLOUT_SCHEMA.field(name)
-            whole = whole.append_column(field, pa.nulls(len(whole), field.type))
+            full_table = full_table.append_column(field, pa.nulls(len(full_table), field.type))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; this run holds no rollouts of that step") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {error}") from error
     for name in columns:
-        index, field = whole.schema.get_field_index(name), ROLLOUT_SCHEMA.field(name)
-        column = _column(file, name, whole.column(index).cast, field.type)
+        index, field = full_table.schema.get_field_index(name), ROLLOUT_SCHEMA.field(name)
+        column = _column(file, name, full_table.column(index).cast, field.type)
         if column.null_count and name in TOKEN_ARRAYS and tokens_missing(file):
             raise DataError(
                 f"{file}: without token arrays (output.rollout_tokens = false in the run's "
@@ -293,8 +293,8 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
             )
         if column.null_count and name not in (*TRUTH_COLUMNS, *MAY_BE_ABSENT):
             raise DataError(f"{file}: column {name!r} has empty cells; expected {field.type}")
-        whole = whole.set_column(index, field, column)
-    return whole
+        full_table = full_table.set_column(index, field, column)
+    return full_table
 
 
 def _scores(file: Path, rows: Sequence[Row]) -> StoredScores:

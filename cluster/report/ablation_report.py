@@ -167,11 +167,11 @@ def build_ablation(record: AblationRecord) -> Document:
     summary, config, base = record.summary, record.config, record.base
     arms = [arm.name for arm in config.arms]
     results = Results(record.table)
-    ended = [c.id for c in record.cells if c.id in record.finished] or sorted(
+    finished_cells = [c.id for c in record.cells if c.id in record.finished] or sorted(
         set(record.table.column("cell").to_pylist())
     )
-    wary = words.warnings(config, record.cells, ended, record.failed, record.faults)
-    if ended and not record.finished:
+    wary = words.warnings(config, record.cells, finished_cells, record.failed, record.faults)
+    if finished_cells and not record.finished:
         rollouts = "no rollouts, " if config.command == "train" else ""
         wary.append(
             f"The cells' folders are not here, only their numbers: {rollouts}no times, and no "
@@ -219,7 +219,7 @@ def build_ablation(record: AblationRecord) -> Document:
             missing="No coupling and no reliability was logged.",
         )
     parts = (
-        Part.of("arms", "Arms", tables.arms_table(config, base, record.cells, ended)),
+        Part.of("arms", "Arms", tables.arms_table(config, base, record.cells, finished_cells)),
         Part.of(
             "outcome",
             "Which arm ended best",
@@ -255,14 +255,14 @@ def build_ablation(record: AblationRecord) -> Document:
             "pairing",
             "Pairing and cells",
             tables.pairing_table(record.cells, record.finished, config.command),
-            tables.cells_table(record.cells, ended, record.finished, record.failed),
+            tables.cells_table(record.cells, finished_cells, record.finished, record.failed),
         ),
     )
     return Document(
         kicker="Equipoise ablation report",
         title=record.name,
         question=config.question,
-        lead=words.lead(config, base, len(ended), len(record.cells), summary.reference),
+        lead=words.lead(config, base, len(finished_cells), len(record.cells), summary.reference),
         findings=words.findings(summary, arms),
         warnings=(*wary, *record.problems),
         parts=parts,

@@ -51,14 +51,14 @@ def arms_table(
             f"{key} = {short_path(v) if isinstance(v, str) else v}"
             for key, v in other_settings(arm)
         ]
-        ended = {c.seed for c in cells if c.arm == arm.name and c.id in finished}
+        finished_seeds = {c.seed for c in cells if c.arm == arm.name and c.id in finished}
         rows.append(
             (
                 arm.name + (" (reference)" if i == 0 else ""),
                 *((reward_words({"reward": arm_reward(arm, base)}),) if rewarded else ()),
                 "; ".join(changed),
                 arm.note or "",
-                f"{len(ended)} of {len(config.seeds)}",
+                f"{len(finished_seeds)} of {len(config.seeds)}",
             )
         )
     named = ("reward", "other settings") if rewarded else ("settings",)
@@ -260,15 +260,15 @@ def pairing_table(
 
 def cells_table(
     cells: Sequence[CellName],
-    ended: Sequence[str],
+    finished_cells: Sequence[str],
     finished: Mapping[str, Mapping[str, Any]],
     failed: Mapping[str, str],
 ) -> Table:
-    """Every cell and what became of it; `ended` also has cells that left only numbers."""
+    """Every cell and what became of it; `finished_cells` also has cells that left only numbers."""
     rows = []
     for cell in cells:
         state, detail = "not finished", ""
-        if cell.id in ended:
+        if cell.id in finished_cells:
             took = finished.get(cell.id, {}).get("seconds")
             state, detail = "finished", "" if took is None else duration(float(took))
         elif cell.id in failed:

@@ -84,28 +84,28 @@ def _winner(summary: Summary, where: str, ranked: Sequence[Level]) -> list[Findi
         for c in summary.comparisons
         if (c.difficulty, c.task, c.metric) == (best.difficulty, best.task, "a")
     }
-    ended = f"{where}{best.arm} ended best on a: {show(best.after)}"
+    headline = f"{where}{best.arm} ended best on a: {show(best.after)}"
     if best.arm == summary.reference:
-        ended += ", and it is the reference"
+        headline += ", and it is the reference"
     elif best.arm in compared:
         c = compared[best.arm]
-        ended += f", {show(c.difference, '+')} against {c.reference} ({_sure(c)}): {_verdict(c)}"
+        headline += f", {show(c.difference, '+')} against {c.reference} ({_sure(c)}): {_verdict(c)}"
     ties = [v.arm for v in others if v.after.value == best.after.value]
-    ended += f". {', '.join(ties)} ended at the same value" if ties else ""
+    headline += f". {', '.join(ties)} ended at the same value" if ties else ""
     details = tuple(
         f"{c.arm} against {c.reference}: {show(c.difference, '+')} ({_sure(c)}): {_verdict(c)}"
         for c in compared.values()
         if c.arm != best.arm
     )
-    results = [Finding(f"{ended}.", details)]
+    results = [Finding(f"{headline}.", details)]
     if not others:
         return results
-    same = [v.arm for v in others if overlaps(v.after, best.after)]
-    apart = [v.arm for v in others if v.arm not in same]
+    equal_arms = [v.arm for v in others if overlaps(v.after, best.after)]
+    apart = [v.arm for v in others if v.arm not in equal_arms]
     text = f"The interval of {best.arm}'s a overlaps "
-    text += f"that of {', '.join(same)}" if same else "no other arm's"
-    text += f"; it is apart from that of {', '.join(apart)}." if same and apart else "."
-    if same:
+    text += f"that of {', '.join(equal_arms)}" if equal_arms else "no other arm's"
+    text += f"; it is apart from that of {', '.join(apart)}." if equal_arms and apart else "."
+    if equal_arms:
         text += " Levels alone do not say which of these is best; paired differences say more."
     significant = [c.arm for c in compared.values() if c.p_holm is not None and c.p_holm < LEAST_P]
     if compared and not significant:
@@ -137,12 +137,12 @@ def _cheapest(summary: Summary) -> list[Finding]:
         if not tokens:
             continue
         where = f" ({difficulty})" if difficulty else ""
-        to = f"training accuracy {tokens[0].target:.3f}{where}"
+        goal = f"training accuracy {tokens[0].target:.3f}{where}"
         if reached:
             first = min(reached, key=lambda c: c.reach.median or 0)
-            text = f"{first.arm} reached {to} with the fewest tokens: {spent(first)}."
+            text = f"{first.arm} reached {goal} with the fewest tokens: {spent(first)}."
         else:
-            text = f"No arm reached {to} in at least half of its seeds."
+            text = f"No arm reached {goal} in at least half of its seeds."
         rest = tuple(f"{c.arm}: {spent(c)}" for c in tokens if not reached or c.arm != first.arm)
         results.append(Finding(text, rest))
     return results

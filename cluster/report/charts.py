@@ -187,12 +187,12 @@ def plane(metrics: Metrics, evaluation: Mapping[str, Any]) -> Chart:
             tuple(lines), "plane", *PLANE,
         )  # fmt: skip
     see, think = (metrics.get(f"acc/{m}", NOTHING) for m in ("a_p", "self_consistency"))
-    both = see.steps and see.steps == think.steps
+    paired = see.steps and see.steps == think.steps
     return Chart(
         "plane", "Seeing against thinking (training rollouts)",
         "a_r was not measured before and after, so this is training's own a_p against "
         "self-consistency, as moving means from the first step (hollow) to the last (filled).",
-        (Line("training", smoothed(see.values), smoothed(think.values), "ink"),) if both else (),
+        (Line("training", smoothed(see.values), smoothed(think.values), "ink"),) if paired else (),
         "plane", "a_p in training", "self-consistency in training",
     )  # fmt: skip
 

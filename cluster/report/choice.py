@@ -136,10 +136,10 @@ def cell_of(perceived: bool | None, thought: bool | None) -> int:
     return (0 if perceived else 2) + (0 if thought else 1)
 
 
-def whole_rows(chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]]:
-    """Each chosen entry with its whole row; `chosen` is ordered by file."""
+def whole_rows(entries_chosen: Sequence[Entry]) -> Iterable[tuple[Entry, dict[str, Any]]]:
+    """Each chosen entry with its whole row; `entries_chosen` is ordered by file."""
     by_file: dict[Path, list[Entry]] = defaultdict(list)
-    for entry in chosen:
+    for entry in entries_chosen:
         by_file[entry.file].append(entry)
     for file, entries in by_file.items():
         schema = pa.schema([field for field in ROLLOUT_SCHEMA if field.name not in _UNUSED_COLUMNS])

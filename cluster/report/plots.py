@@ -199,9 +199,9 @@ def _drawn(chart: Chart, legend: bool) -> str:
     # Inches at 72 points: as wide as a column of the page, about a phone's width.
     width, height = 4.4, 0.55 + 0.4 * rows if by_row else 4.1 if in_plane else 2.2
     labels = max(len(_short(line.label)) for line in chart.lines) if by_row else 0
-    named = chart.lines if legend and chart.legend else ()
-    left, bottom = max(0.62, 0.085 * labels), 0.46 + 0.17 * len(named)
-    height += 0.17 * len(named)
+    legend_lines = chart.lines if legend and chart.legend else ()
+    left, bottom = max(0.62, 0.085 * labels), 0.46 + 0.17 * len(legend_lines)
+    height += 0.17 * len(legend_lines)
     right = 0.42 if in_plane else 0.22
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
@@ -222,7 +222,7 @@ def _drawn(chart: Chart, legend: bool) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.whole_x, steps=steps))
         if chart.y_limits:
             axes.set_ylim(*chart.y_limits)
-        for row, line in enumerate(reversed(named)):
+        for row, line in enumerate(reversed(legend_lines)):
             y, color = (0.1 + 0.17 * row) / height, _MARKS[line.role]
             figure.add_artist(
                 Line2D((0.02, 0.09), (y, y), color=color, linestyle=line.dash, linewidth=1.6)
@@ -335,13 +335,13 @@ def _plane(axes: Any, chart: Chart) -> None:
 def _rows(axes: Any, chart: Chart) -> None:
     """A row a line: its value, or before (hollow) above after (filled), with intervals."""
     for row, line in enumerate(chart.lines):
-        color, both = _MARKS[line.role], len(line.x) > 1
-        if both:
+        color, is_change = _MARKS[line.role], len(line.x) > 1
+        if is_change:
             axes.plot(line.x, [row] * len(line.x), color=color, linewidth=1, alpha=0.5)
         for i, (x, ends) in enumerate(zip(line.x, line.x_range, strict=True)):
-            y = row + (0.28 * i - 0.14 if both else 0)
+            y = row + (0.28 * i - 0.14 if is_change else 0)
             axes.plot(ends, (y, y), color=color, linewidth=1.5)
-            face = _MARKS["paper"] if both and i == 0 else color
+            face = _MARKS["paper"] if is_change and i == 0 else color
             axes.plot([x], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=color)
     axes.set_yticks(range(len(chart.lines)), [_short(line.label) for line in chart.lines])
     axes.tick_params(axis="y", labelcolor=_MARKS["ink"], length=0)

@@ -116,14 +116,14 @@ def reading_sheets(report: ReadingReport) -> list[Table]:
 def _report(
     task: str, reader: str, scores: Sequence[StoredScores], readings: Readings
 ) -> ReadingReport:
-    read = [
+    readings_of_steps = [
         (s, s.diagnosis.a, readings[s.step, s.group_id])
         for s in scores
         if s.diagnosis is not None and (s.step, s.group_id) in readings
     ]
 
     def lot(steps: frozenset[int]) -> tuple[list[np.ndarray], list[Reading], list[str]]:
-        inside = [(s.symmetry_key, a, r) for s, a, r in read if s.step in steps]
+        inside = [(s.symmetry_key, a, r) for s, a, r in readings_of_steps if s.step in steps]
         return [a for _, a, _ in inside], [r for *_, r in inside], [key for key, *_ in inside]
 
     every = frozenset(s.step for s in scores)
@@ -137,5 +137,5 @@ def _report(
         reader,
         tuple((name, (min(steps), max(steps)), sufficiency(*lot(steps))) for name, steps in phases),
         UNDEFINED if withheld else asymmetry_change(lot(parts[0]), lot(parts[-1])),
-        len(scores) - len(read),
+        len(scores) - len(readings_of_steps),
     )

@@ -65,22 +65,23 @@ class Shown:
 def read_shown(run_dir: Path) -> Shown:
     """Read a run's rollouts, choose at most `MOST_ROLLOUTS`, and make them ready for the page."""
     files = sorted((run_dir / "rollouts").glob("step-*.parquet"))
-    read = evenly(files, MOST_STEPS)
+    steps_read = evenly(files, MOST_STEPS)
     problems: list[str] = []
-    entries = [entry for file in read for entry in read_index(file, "", problems)]
+    entries = [entry for file in steps_read for entry in read_index(file, "", problems)]
     chosen = sorted(choose(entries), key=lambda e: (e.step, e.row))
-    how = f"All {len(entries)} rollouts of {len(read)} steps are here."
+    selection = f"All {len(entries)} rollouts of {len(steps_read)} steps are here."
     if not entries:
-        how = "This run holds no rollouts."
+        selection = "This run holds no rollouts."
     elif len(chosen) < len(entries):
-        how = (
-            f"{len(chosen)} of {len(entries)} rollouts of {len(read)} steps are here, chosen so "
-            "that every step, task, defect and cell of seeing × thinking that occurs is "
+        selection = (
+            f"{len(chosen)} of {len(entries)} rollouts of {len(steps_read)} steps are here, chosen "
+            "so that every step, task, defect and cell of seeing × thinking that occurs is "
             f"represented. {PROPORTION}"
         )
-    if entries and len(read) < len(files):
-        how += f" They were read from {len(read)} of the run's {len(files)} steps, evenly spaced."
-    return _made({"": chosen}, [run_dir], entries, how, problems)
+    if entries and len(steps_read) < len(files):
+        read = f"{len(steps_read)} of the run's {len(files)} steps, evenly spaced"
+        selection += f" They were read from {read}."
+    return _made({"": chosen}, [run_dir], entries, selection, problems)
 
 
 def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
@@ -106,22 +107,22 @@ def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
             if all(e.problem_id != problem for e in arm_entries):
                 arm_entries += [e for e in by_arm[arm] if e.problem_id == problem][:1]
     entries = [entry for arm_entries in by_arm.values() for entry in arm_entries]
-    how = "No arm left rollouts that could be read."
+    selection = "No arm left rollouts that could be read."
     if entries:
-        how = (
+        selection = (
             f"{sum(map(len, chosen.values()))} of the {len(entries)} rollouts that {len(by_arm)} "
             f"arms made in their last step at seed {seed}: of each arm all cells of seeing × "
             f"thinking that it has, and of all arms the same problems. {PROPORTION}"
         )
     ordered = {arm: sorted(arm_entries, key=lambda e: e.row) for arm, arm_entries in chosen.items()}
-    return _made(ordered, [*runs.values()], entries, how, problems)
+    return _made(ordered, [*runs.values()], entries, selection, problems)
 
 
 def _made(
     chosen: Mapping[str, Sequence[Entry]],
     runs: Sequence[Path],
     entries: Sequence[Entry],
-    how: str,
+    selection: str,
     problems: list[str],
 ) -> Shown:
     """`chosen`: arm ("" for a run alone) -> entries ordered by file; `entries`: all that were."""
@@ -139,9 +140,9 @@ def _made(
         ),
     )
     if cap:
-        how += f" Texts over {cap} characters are cut."
+        selection += f" Texts over {cap} characters are cut."
     if side:
-        how += (
+        selection += (
             f" The {len(images)} images are stored again at {side} pixels to keep this file small."
         )
     counts = Counter((e.step, e.cell) for e in entries)
@@ -149,7 +150,7 @@ def _made(
         step: tuple(counts[step, cell] for cell in range(len(CELLS)))
         for step in dict.fromkeys(e.step for e in entries)
     }
-    return Shown(tuple(views), images, len(entries), how, cells, tuple(problems))
+    return Shown(tuple(views), images, len(entries), selection, cells, tuple(problems))
 
 
 def _tasks(names: set[str], problems: list[str]) -> dict[str, Task]:

@@ -152,12 +152,12 @@ def read_run(run_dir: Path) -> RunRecord:
         )
     problems: list[str] = []
 
-    def read(name: str, how: Callable[[Path], Any], empty: Any) -> Any:
+    def read(name: str, parse: Callable[[Path], Any], empty: Any) -> Any:
         path = run_dir / name
         if not path.exists():
             return empty
         try:
-            return how(path)
+            return parse(path)
         except (OSError, ValueError, pa.ArrowException) as error:
             problems.append(f"{name} cannot be read: {type(error).__name__}: {error}")
             return empty

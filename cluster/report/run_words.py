@@ -61,14 +61,14 @@ def lead(recipe: Mapping[str, Any], metrics: Metrics) -> str:
 
 def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[Finding, ...]:
     """Before and after in sentences, and whether it learnt to see or to think."""
-    both = {task: t for task, t in evaluation.items() if t.get("change", {}).get("rows")}
+    compared = {task: t for task, t in evaluation.items() if t.get("change", {}).get("rows")}
     results = []
     # With several tasks the verdict is on all of them first.
-    for task in sorted(both, key=lambda t: (t != "all tasks", list(both).index(t))):
-        rows = {row["metric"]: row for row in both[task]["change"]["rows"]}
+    for task in sorted(compared, key=lambda t: (t != "all tasks", list(compared).index(t))):
+        rows = {row["metric"]: row for row in compared[task]["change"]["rows"]}
         changes = tuple(_change_words(m, rows[m]) for m in ("a", "a_p", "a_r") if m in rows)
-        text = verdict(both[task])
-        where = f"{task}: {text[0].lower()}{text[1:]}" if len(both) > 1 else text
+        text = verdict(compared[task])
+        where = f"{task}: {text[0].lower()}{text[1:]}" if len(compared) > 1 else text
         results.append(Finding(where, changes))
     parts = {m: metrics.get(f"acc/{m}", NOTHING) for m in ("a_p", "self_consistency")}
     if results or any(len(series.values) < 2 for series in parts.values()):
@@ -226,16 +226,16 @@ def terms_table(metrics: Metrics) -> Table:
 
 def time_table(metrics: Metrics) -> Table:
     """Seconds a step, share and sum of each phase, and throughput."""
-    whole = sum(metrics.get("time/step", NOTHING).values)
+    total = sum(metrics.get("time/step", NOTHING).values)
     rows = [
         (
             name.removeprefix("time/"),
             f"{np.mean(series.values):.2f} s",
-            f"{sum(series.values) / whole:.0%}",
+            f"{sum(series.values) / total:.0%}",
             duration(sum(series.values)),
         )
         for name, series in metrics.items()
-        if whole and name.startswith("time/") and name.count("/") == 1 and series.values
+        if total and name.startswith("time/") and name.count("/") == 1 and series.values
     ]
     speeds = [
         form.format(side, np.mean(values))

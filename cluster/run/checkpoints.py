@@ -140,21 +140,22 @@ def resume(
         )
     if "algorithm.epochs" in changed:
         return recipe, resumed  # how many steps they are is known once the data is read
-    counted, steps = "algorithm.steps", recipe.algorithm.steps
+    counting_field, steps = "algorithm.steps", recipe.algorithm.steps
     over, budget = is_over(recipe.algorithm, at.step, at.spent), recipe.algorithm.budget
     if command == "sft" and recipe.sft is not None:
-        counted, steps, budget = "sft.steps", recipe.sft.steps, None
+        counting_field, steps, budget = "sft.steps", recipe.sft.steps, None
         over = at.step == steps
     if at.step > steps:
         raise RecipeError(
-            f"--resume {run}: {counted} is {steps}, but {at.step} steps are done; set it higher"
+            f"--resume {run}: {counting_field} is {steps}, but {at.step} steps are done; "
+            "set it higher"
         )
     if over and (run / "evaluation.json").exists():
         reason = f"all {steps} steps are done"
         if at.step < steps and budget is not None:
             reason = f"its budget of {budget.amount:,} {budget.kind} is spent"
-            counted = "algorithm.budget.amount"
-        raise UserError(f"--resume {run}: {reason}; to go on beyond, add --set {counted}=N")
+            counting_field = "algorithm.budget.amount"
+        raise UserError(f"--resume {run}: {reason}; to go on beyond, add --set {counting_field}=N")
     return recipe, resumed
 
 

@@ -37,13 +37,13 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own_ray: bool) ->
     `own_ray`: this is the run's own Ray, which no node will join. Raises PlacementError that names
     what is missing, after `placement.wait_seconds`; Ray itself would wait for ever.
     """
-    began, limit = time.monotonic(), 0.0 if own_ray else recipe.placement.wait_seconds
+    start, limit = time.monotonic(), 0.0 if own_ray else recipe.placement.wait_seconds
     announced = ""
     while True:
         missing = lacking(recipe, command, live_nodes())
         if not missing:
             return
-        if time.monotonic() - began >= limit:
+        if time.monotonic() - start >= limit:
             waited = f"\nwaited {limit:g} s (placement.wait_seconds) for it" if limit else ""
             raise PlacementError(missing + waited)
         if missing != announced:

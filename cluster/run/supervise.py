@@ -64,11 +64,11 @@ def why_not(ends: Sequence[End], budget: int, saved: bool) -> str:
     return ""
 
 
-def supervise(first: Sequence[str], again: Sequence[str], run: Path, budget: int) -> int:
+def supervise(first: Sequence[str], resume_command: Sequence[str], run: Path, budget: int) -> int:
     """Run a driver, and again where it dies; its exit code, 128 + n for the signal n.
 
-    `first`, `again`: words of the command, to begin with and to go on. A SIGTERM or Ctrl-C is
-    handed on to the driver, which saves and ends; it is not started again then.
+    `first`, `resume_command`: words of the command, to begin with and to go on. A SIGTERM or Ctrl-C
+    is handed on to the driver, which saves and ends; it is not started again then.
     """
     ends: list[End] = []
     nurse = _Nurse()
@@ -89,7 +89,7 @@ def supervise(first: Sequence[str], again: Sequence[str], run: Path, budget: int
                 _say(f"not started again: {reason}; {end.why}")
                 return _exit_code(code)
             _say(f"restart {len(ends)} of {budget}, from the last checkpoint: {end.why}")
-            command = again
+            command = resume_command
 
 
 def end_of(run: Path, code: int, before: int) -> End:

@@ -100,13 +100,13 @@ def learn(
 
     Measured: `learner/`, and the learner's tokens/s over batching and updates.
     """
-    began, algorithm, loss = time.perf_counter(), recipe.algorithm, policy_loss(recipe)
+    start, algorithm, loss = time.perf_counter(), recipe.algorithm, policy_loss(recipe)
     rate = learning_rate(recipe.learner, algorithm.steps, step)
     batches = anchored(algorithm, train_batches(algorithm, scored), learner)
     updates = [learner.update(batch, loss, rate) for batch in batches]
     metrics = learner_metrics(updates) | {"learner/lr": rate}
     if tokens := sum(batch.response_tokens() for batch in batches):
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         metrics["throughput/learner_tokens_per_second"] = tokens / seconds
     return len(updates), metrics
 

@@ -126,17 +126,17 @@ def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
     Raises TimeoutError, or ConnectionError where it has ended.
     """
     assert process.stdout is not None
-    read, deadline, ready = b"", time.monotonic() + seconds, select.poll()
+    line, deadline, ready = b"", time.monotonic() + seconds, select.poll()
     ready.register(process.stdout, select.POLLIN)
-    while not read.endswith(b"\n"):
+    while not line.endswith(b"\n"):
         seconds_left = deadline - time.monotonic()
         if seconds_left <= 0 or not ready.poll(1000 * seconds_left):
             raise TimeoutError(f"no word in {seconds:g} s")
         part = os.read(process.stdout.fileno(), 65_536)
         if not part:
             raise ConnectionError("it ended")
-        read += part
-    return read
+        line += part
+    return line
 
 
 _ALGEBRA = Algebra()

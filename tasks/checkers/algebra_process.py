@@ -34,12 +34,12 @@ def serve(seconds: float) -> None:
 def equivalent(gold: str, answer: str) -> bool:
     """Whether both are the same mathematics; each is read whole, never searched for some."""
     try:
-        read = [
+        expressions = [
             parse(f"${text}$", [LATEX], fallback_mode="no_fallback", parsing_timeout=0)
             for text in (gold, answer)
         ]
-        return all(read) and verify(
-            read[0][:1], read[1][:1], allow_set_relation_comp=True, timeout_seconds=0
+        return all(expressions) and verify(
+            expressions[0][:1], expressions[1][:1], allow_set_relation_comp=True, timeout_seconds=0
         )
     except Exception:
         return False

@@ -79,12 +79,12 @@ class Expression:
     def fault(self, gold: Gold) -> str | None:
         """No gold, one that is too long, or prose."""
         for true in gold.answers:
-            read = tidy(true)
-            if read is None:
+            tidied = tidy(true)
+            if tidied is None:
                 return f"answer {true[:40]!r}: empty, or holds several that differ"
-            if len(read) > MAX_CHARS:
+            if len(tidied) > MAX_CHARS:
                 return f"answer: longer than {MAX_CHARS} characters; is the checker text?"
-            if len(plain(read).split()) > 8 and _WORDS.match(plain(read)):
+            if len(plain(tidied).split()) > 8 and _WORDS.match(plain(tidied)):
                 return f"answer {true[:40]!r}: prose; the checker is text"
         return option_fault(gold) if gold.answers else "answer: none"
 
@@ -221,12 +221,12 @@ def _without_unit(text: str) -> tuple[str, str]:
     """`24\\pi cm^2` as `24\\pi` and `cm^2`; a variable is no unit unless it is one's name."""
     if (unit_match := _UNIT_BEHIND.search(text)) is None:
         return text, ""
-    read = read_quantity(f"1 {unit_match[1]}")
+    quantity = read_quantity(f"1 {unit_match[1]}")
     base = re.split(r"[\^/{23]", unit_match[1].lower())[0]
     known = {base, base.removesuffix("s")} & KNOWN_UNITS if len(base) > 1 else base in "mgsh"
-    if read is None or not known:
+    if quantity is None or not known:
         return text, ""
-    return text[: unit_match.start()].strip(), read.unit
+    return text[: unit_match.start()].strip(), quantity.unit
 
 
 def _parts(text: str) -> tuple[str, list[str]]:

@@ -25,13 +25,13 @@ class Number:
         if tidied is None:
             return False
         tolerance = Fraction(str(gold.options.get("tolerance", 0)))
-        mine = _read(tidied)
+        quantity = _read(tidied)
         for true in gold.answers:
             gold_quantity = _read(tidy(true) or "")
             if gold_quantity is None:
                 if normal(plain(tidied)) == normal(plain(tidy(true) or "")):
                     return True
-            elif mine is not None and mine.equals(gold_quantity, tolerance):
+            elif quantity is not None and quantity.equals(gold_quantity, tolerance):
                 return True
         return False
 

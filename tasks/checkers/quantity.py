@@ -18,7 +18,6 @@ _NUMBER = re.compile(
     r"(?:\{\s*(?P<braced>[+-]?\d{1,3})\s*\}|(?P<power>[+-]?\d{1,3})(?![\d.])))?"
 )
 _LATEX_FRACTION = re.compile(r"\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
-_MIXED = re.compile(r"(\d+)\s*(?=\\frac)|(\d+)\s+(?=\d+\s*/\s*\d)")
 _SLASH = re.compile(r"\s*/\s*")
 _LEAD = re.compile(
     r"(?:(?:there\s+(?:are|is|were|was)|it\s+is|it's|they\s+are)\s+)?"
