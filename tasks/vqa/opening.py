@@ -204,7 +204,7 @@ def _divided(files: Sequence[ReadFile], splits: Mapping[str, list[Place]]) -> Op
 
 def _where(files: Sequence[ReadFile], place: Place) -> str:
     source = files[place[0]]
-    return f"{source.data.file}: {source.facts[place[1]].place}"
+    return f"{source.data.file}: {source.facts[place[1]].location}"
 
 
 def _ids(files: Sequence[ReadFile], places: Iterable[Place]) -> dict[Place, str]:
