@@ -165,8 +165,8 @@ def diagnose(
         from cluster.run.tool_use import measure_tool, recipe_with_tool
 
         say = partial(print, file=sys.stderr)
-        wanted = recipe_with_tool(run, problems)
-        print_tool(run.name, measure_tool(run, wanted, address, say), as_json, markdown)
+        recipe = recipe_with_tool(run, problems)
+        print_tool(run.name, measure_tool(run, recipe, address, say), as_json, markdown)
         draw_report(run, say)
         return
     from cluster.report.diagnose import run_diagnose

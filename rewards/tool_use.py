@@ -78,7 +78,9 @@ def tool_use(
     """
 
     def share(of: np.ndarray, among: np.ndarray) -> Interval:
-        return _share(of[among], [name for name, kept in zip(puzzles, among, strict=True) if kept])
+        return _share(
+            of[among], [name for name, inside in zip(puzzles, among, strict=True) if inside]
+        )
 
     puzzles = puzzles or [str(i) for i in range(len(alone))]
     every = np.ones(len(alone), dtype=bool)
@@ -125,17 +127,17 @@ class Returned:
 
 
 def returned(
-    shown: np.ndarray, replaced: np.ndarray, looked: np.ndarray, puzzles: Sequence[str] = ()
+    original: np.ndarray, replaced: np.ndarray, looked: np.ndarray, puzzles: Sequence[str] = ()
 ) -> Returned:
-    """Compare true returns with others. `shown`, `replaced` (right), `looked`: bool [P]."""
-    puzzles = puzzles or [str(i) for i in range(len(shown))]
-    names = [name for name, kept in zip(puzzles, looked, strict=True) if kept]
+    """Compare true returns with others. `original`, `replaced` (right), `looked`: bool [P]."""
+    puzzles = puzzles or [str(i) for i in range(len(original))]
+    names = [name for name, inside in zip(puzzles, looked, strict=True) if inside]
     return Returned(
-        n=len(shown),
+        n=len(original),
         looked=int(looked.sum()),
         value=_share(replaced, puzzles),
-        lost=paired(replaced, shown, puzzles),
-        lost_where_looked=paired(replaced[looked], shown[looked], names),
+        lost=paired(replaced, original, puzzles),
+        lost_where_looked=paired(replaced[looked], original[looked], names),
     )
 
 
@@ -144,10 +146,10 @@ def paired(before: np.ndarray, after: np.ndarray, puzzles: Sequence[str]) -> Int
     if not len(before):
         return UNDEFINED
     changes = after.astype(np.float64) - before.astype(np.float64)
-    (found,) = group_bootstrap(
+    (difference,) = group_bootstrap(
         lambda weights: (weights @ changes / weights.sum(axis=1))[:, None], len(changes), puzzles
     )
-    return found
+    return difference
 
 
 def _share(of: np.ndarray, puzzles: Sequence[str]) -> Interval:

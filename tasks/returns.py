@@ -47,11 +47,11 @@ class Replaced:
         twin: Any = self._twin.step(text) if self._twin is not None else None
         if not isinstance(answer, Observation) or not answer.images:
             return answer
-        shown: tuple[bytes, ...] = ()
+        images: tuple[bytes, ...] = ()
         if isinstance(twin, Observation):
-            shown = twin.images
+            images = twin.images
         elif self._returns.kind == "elsewhere" and isinstance(self._own, LooksElsewhere):
-            shown = self._own.elsewhere(text)
-        if len(shown) != len(answer.images):
-            shown = tuple(map(blank_like, answer.images))
-        return replace(answer, images=shown)
+            images = self._own.elsewhere(text)
+        if len(images) != len(answer.images):
+            images = tuple(map(blank_like, answer.images))
+        return replace(answer, images=images)

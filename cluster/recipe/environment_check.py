@@ -27,10 +27,12 @@ def glance_at_environment(recipe: Recipe) -> None:
     if recipe.environment is None:
         return
     try:
-        made = load_environment(recipe.environment.name, recipe.environment.args)
+        environment = load_environment(recipe.environment.name, recipe.environment.args)
     except ValueError as error:
         raise UserError(f"environment: {error}") from error
-    if "returns_elsewhere" in (recipe.eval.passes or ()) and not isinstance(made, LooksElsewhere):
+    if "returns_elsewhere" in (recipe.eval.passes or ()) and not isinstance(
+        environment, LooksElsewhere
+    ):
         raise UserError(
             'eval.passes: "returns_elsewhere" shows a wrong place, and calls of environment '
             f'"{recipe.environment.name}" point at none (it has no method elsewhere); leave it out'

@@ -137,8 +137,8 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
     for name, groups in passes.items():
         values |= _pass_values(task, name, groups)
     for skill in COMPARED:
-        shared, told = compared(values, skill)
-        for term, true in four(*told).items() if shared else ():
+        shared, in_common = compared(values, skill)
+        for term, true in four(*in_common).items() if shared else ():
             values[f"{skill}_{term}"] = dict(zip(shared, true.astype(float).tolist(), strict=True))
     problems = [group.problem for groups in passes.values() for group in groups]
     return EvalTable(values, {p.id: f"{p.task}/{p.symmetry_key}" for p in problems})

@@ -53,6 +53,6 @@ def compared(values: PerProblem, skill: str) -> tuple[list[str], np.ndarray]:
 def shared_by(values: PerProblem, metrics: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The problems that have all of M metrics, and bool [M, P]: whether each is true of them."""
     columns = [values.get(metric, {}) for metric in metrics]
-    shared = [problem for problem in columns[0] if all(problem in found for found in columns)]
-    rows = [[found[problem] > 0 for problem in shared] for found in columns]
+    shared = [problem for problem in columns[0] if all(problem in column for column in columns)]
+    rows = [[column[problem] > 0 for problem in shared] for column in columns]
     return shared, np.array(rows, dtype=bool)

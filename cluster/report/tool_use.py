@@ -46,8 +46,8 @@ class ToolReport:
 def read_tables(file: Path) -> dict[str, EvalTable]:
     """What `diagnose --tool` kept, by task; raises OSError and ValueError."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return {task: EvalTable.from_dict(table) for task, table in kept.items()}
+        tables = json.loads(file.read_text(encoding="utf-8"))
+        return {task: EvalTable.from_dict(table) for task, table in tables.items()}
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"no tables of an evaluation: {error}") from error
 
@@ -69,35 +69,35 @@ def tool_report(task: str, table: EvalTable) -> ToolReport:
     for name in RETURNS:
         for skill in ("a", "a_p"):
             columns = (skill, f"{skill}{FREE[name]}", "looked")
-            shared, (shown, replaced, looked) = shared_by(table.per_problem, columns)
+            shared, (original, replaced, looked) = shared_by(table.per_problem, columns)
             if shared:
-                found = returned(shown, replaced, looked, _puzzles(table, shared))
-                returns.setdefault(name, {})[skill] = found
+                return_effects = returned(original, replaced, looked, _puzzles(table, shared))
+                returns.setdefault(name, {})[skill] = return_effects
     return ToolReport(task, skills, returns)
 
 
 def tool_sheets(report: ToolReport) -> list[Table]:
     """The tables of one task."""
     both, terms, worth = [], [], []
-    for skill, found in report.skills.items():
-        cells = (interval_cell(e, digits=3) for e in (found.tool, found.alone))
-        difference = interval_cell(found.difference, signed=True, digits=3)
-        called = interval_cell(found.called, digits=3)
-        both.append((SKILLS[skill], str(found.n), *cells, difference, called))
-        for place, term in enumerate(found.terms):
+    for skill, use in report.skills.items():
+        cells = (interval_cell(e, digits=3) for e in (use.tool, use.alone))
+        difference = interval_cell(use.difference, signed=True, digits=3)
+        called = interval_cell(use.called, digits=3)
+        both.append((SKILLS[skill], str(use.n), *cells, difference, called))
+        for index, term in enumerate(use.terms):
             parts = (term.share, term.of_problems, term.rate, term.success)
-            head = ("" if place else SKILLS[skill], TITLES[term.name], str(term.count))
+            head = ("" if index else SKILLS[skill], TITLES[term.name], str(term.count))
             terms.append((*head, *(interval_cell(e, digits=3) for e in parts)))
     for skill in ("a", "a_p"):
         for name, words in RETURNS.items():
-            if (got := report.returns.get(name, {}).get(skill)) is not None:
-                lost = (got.lost, got.lost_where_looked)
+            if (returns := report.returns.get(name, {}).get(skill)) is not None:
+                lost = (returns.lost, returns.lost_where_looked)
                 worth.append(
                     (
-                        *(SKILLS[skill], words, str(got.n)),
-                        interval_cell(got.value, digits=3),
+                        *(SKILLS[skill], words, str(returns.n)),
+                        interval_cell(returns.value, digits=3),
                         interval_cell(lost[0], signed=True, digits=3),
-                        str(got.looked),
+                        str(returns.looked),
                         interval_cell(lost[1], signed=True, digits=3),
                     )
                 )
@@ -138,7 +138,7 @@ def tool_curves(metrics: Metrics) -> list[Chart]:
     charts = []
     dashes: tuple[Dash, ...] = ("solid", "solid", "dashed", "dashed")
     ending = f"_{TERMS[0]}"
-    for place, name in enumerate(
+    for index, name in enumerate(
         n for n in metrics if n.startswith("eval/") and n.endswith(ending)
     ):
         stem = name.removesuffix(ending)
@@ -148,7 +148,7 @@ def tool_curves(metrics: Metrics) -> list[Chart]:
         looks = zip(TERMS, OTHER_ROLES, dashes, strict=True)
         charts.append(
             curves(
-                metrics, f"tool-{place}", f"What the tool gives and takes: {task}, {skill}",
+                metrics, f"tool-{index}", f"What the tool gives and takes: {task}, {skill}",
                 "Share of the held-out problems, greedy. Solid: wrong without the tool and right "
                 "with it; dashed: right without and wrong with it; after a call, or (prompt) "
                 "without one though the tool was offered.",
@@ -166,8 +166,8 @@ def print_tool(
     """The tables to a terminal, or JSON or Markdown and nothing else."""
     reports = tool_reports(tables)
     if as_json:
-        told = {"run": run, "tasks": [asdict(report) for report in reports]}
-        print(json.dumps(finite(told), indent=1))
+        document = {"run": run, "tasks": [asdict(report) for report in reports]}
+        print(json.dumps(finite(document), indent=1))
         return
     sheets = [sheet for report in reports for sheet in tool_sheets(report) if sheet.rows]
     print_sheets(sheets, as_markdown)

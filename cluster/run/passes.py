@@ -60,8 +60,8 @@ def every_pass(environment: EnvironmentConfig | None) -> tuple[EvalPass, ...]:
 
 def tool_passes(environment: EnvironmentConfig) -> tuple[EvalPass, ...]:
     """What can be asked about it: a wrong place only where its calls point at one."""
-    made = load_environment(environment.name, environment.args)
-    without = () if isinstance(made, LooksElsewhere) else ("returns_elsewhere",)
+    loaded = load_environment(environment.name, environment.args)
+    without = () if isinstance(loaded, LooksElsewhere) else ("returns_elsewhere",)
     return tuple(name for name in TOOL_PASSES if name not in without)
 
 
@@ -97,7 +97,7 @@ def pass_request(
     asks = ASKS[name]
     sampling = eval_sampling(recipe)
     entry = source.label.removeprefix(source.task.name)
-    shown = other if asks.returns == "other" else None
+    other_problem = other if asks.returns == "other" else None
     return SampleRequest(
         group_id=f"eval/{name}/{problem.id}{entry}",
         problem=problem,
@@ -108,19 +108,19 @@ def pass_request(
         # An engine itself forces `p*` only where a response is one turn.
         prefix=_true(source.task, problem) if name == "oracle_tool" else "",
         environment=recipe.environment if asks.tool else None,
-        returns=Returns(asks.returns, shown) if asks.returns else None,
+        returns=Returns(asks.returns, other_problem) if asks.returns else None,
     )
 
 
 def _others(problems: Sequence[Problem]) -> list[Problem | None]:
     """To each problem the next one that shows as many pictures, and others than it."""
-    found = []
-    for place, problem in enumerate(problems):
-        turned = (*problems[place + 1 :], *problems[:place])
+    others = []
+    for index, problem in enumerate(problems):
+        turned = (*problems[index + 1 :], *problems[:index])
         count, images = len(problem.images), problem.images
         like = (o for o in turned if len(o.images) == count and o.images != images)
-        found.append(next(like, None))
-    return found
+        others.append(next(like, None))
+    return others
 
 
 def _true(task: Task, problem: Problem) -> str:

@@ -53,6 +53,6 @@ def measure_tool(
         say(f"{recipe.eval.problems} problems a task; starting the sampler (vLLM) ...")
         with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen):
             tables = evaluate_all(pool, ready.sources, recipe, frozen)
-    kept = {task: table.to_dict() for task, table in tables.items()}
-    put_text(run / TOOL_FILE, json.dumps(kept, indent=1))
+    tables_json = {task: table.to_dict() for task, table in tables.items()}
+    put_text(run / TOOL_FILE, json.dumps(tables_json, indent=1))
     return tables
