@@ -116,11 +116,11 @@ def kept_by_a_layer(size: PolicySize, dtype: torch.dtype, again: bool = False) -
 
     `again`: with activation checkpointing. Weights do not count, and none are looked at.
     """
-    one, two = (_kept(size, layers, dtype, again) for layers in (1, 2))
+    one, two = (_kept_bytes(size, layers, dtype, again) for layers in (1, 2))
     return (two - one) / TOKENS
 
 
-def _kept(size: PolicySize, layers: int, dtype: torch.dtype, again: bool) -> int:
+def _kept_bytes(size: PolicySize, layers: int, dtype: torch.dtype, again: bool) -> int:
     from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
     sections = [HEAD // 2 - 2 * (HEAD // 6), HEAD // 6, HEAD // 6]

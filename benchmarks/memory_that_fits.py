@@ -36,7 +36,7 @@ the allocator leaves between tensors are not in it, nor is the vision tower's pa
 
 
 @dataclass(frozen=True)
-class Way:
+class Layout:
     """How a learner may hold a policy: a column of the table, and fields of [learner]."""
 
     name: str
@@ -46,16 +46,16 @@ class Way:
 AGAIN = {"learner.activation_checkpointing": True}
 LORA: dict[str, Any] = {"learner.lora": {}}
 WAYS = (
-    Way("ZeRO 2", {"learner.zero_stage": 2}),
-    Way("ZeRO 2, recomputed", {"learner.zero_stage": 2, **AGAIN}),
-    Way("ZeRO 3, recomputed", {"learner.zero_stage": 3, **AGAIN}),
-    Way(
+    Layout("ZeRO 2", {"learner.zero_stage": 2}),
+    Layout("ZeRO 2, recomputed", {"learner.zero_stage": 2, **AGAIN}),
+    Layout("ZeRO 3, recomputed", {"learner.zero_stage": 3, **AGAIN}),
+    Layout(
         "+ optimizer offloaded", {"learner.zero_stage": 3, "learner.offload": "optimizer", **AGAIN}
     ),
-    Way("+ weights offloaded", {"learner.zero_stage": 3, "learner.offload": "all", **AGAIN}),
-    Way("LoRA, ZeRO 2", {"learner.zero_stage": 2, **LORA}),
-    Way("LoRA, ZeRO 2, recomputed", {"learner.zero_stage": 2, **LORA, **AGAIN}),
-    Way("LoRA, ZeRO 3, recomputed", {"learner.zero_stage": 3, **LORA, **AGAIN}),
+    Layout("+ weights offloaded", {"learner.zero_stage": 3, "learner.offload": "all", **AGAIN}),
+    Layout("LoRA, ZeRO 2", {"learner.zero_stage": 2, **LORA}),
+    Layout("LoRA, ZeRO 2, recomputed", {"learner.zero_stage": 2, **LORA, **AGAIN}),
+    Layout("LoRA, ZeRO 3, recomputed", {"learner.zero_stage": 3, **LORA, **AGAIN}),
 )
 
 
@@ -181,7 +181,7 @@ def folders() -> Iterator[None]:
         yield
 
 
-def placed(policy: str, gpus: int, layout: Way, **machine_fields: Any) -> Placement:
+def placed(policy: str, gpus: int, layout: Layout, **machine_fields: Any) -> Placement:
     """The placement of an RL run of this policy, with the fields of recipes/gpu."""
     fields: dict[str, Any] = {
         "model.path": policy,
@@ -206,7 +206,7 @@ def fits(actor: Actor) -> bool:
     return sum(actor.memory.values()) <= ROOM * min(actor.gpus, 1) * CARD.memory
 
 
-def cell(policy: str, gpus: int, layout: Way) -> str:
+def cell(policy: str, gpus: int, layout: Layout) -> str:
     """GiB on each learner's GPU; in brackets where that or the node's main memory is too small."""
     placement = placed(policy, gpus, layout)
     ranks = [a for a in placement.actors if a.role == "learner"]

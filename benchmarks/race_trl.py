@@ -110,8 +110,8 @@ class Turns(TrainerCallback):
 
     def __init__(self, connection: Any, trainer: TimedTrainer) -> None:
         self._connection, self._trainer = connection, trainer
-        self._left, self._begin = 0, 0.0
-        self._found: list[Step] = []
+        self._steps_left, self._begin = 0, 0.0
+        self._steps: list[Step] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._connection.send("ready")
@@ -120,9 +120,9 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self._begin
         sampling = self._trainer.sampling
-        self._found.append(Step(seconds, sampling, seconds - sampling, self._trainer.tokens))
-        if len(self._found) == self._left:
-            self._connection.send(self._found)
+        self._steps.append(Step(seconds, sampling, seconds - sampling, self._trainer.tokens))
+        if len(self._steps) == self._steps_left:
+            self._connection.send(self._steps)
             self._wait(control)
         self._begin = time.perf_counter()
 
@@ -132,7 +132,7 @@ class Turns(TrainerCallback):
                 control.should_training_stop = True
                 return
             self._connection.send(fixed(self._trainer, message))
-        self._left, self._found = message.steps, []
+        self._steps_left, self._steps = message.steps, []
         self._begin = time.perf_counter()
 
 

@@ -30,7 +30,7 @@ class HeldBaton(file_baton.FileBaton):
         The build is then ours: what another has built by then, ninja leaves as it is.
         """
         folder, start, announced = Path(self.lock_file_path).parent, time.monotonic(), False
-        while not self._taken():
+        while not self._acquired():
             if not announced and time.monotonic() - start > SILENT_SECONDS:
                 announced = True
                 line = f"waiting for another process to compile {folder.name} in {folder}"
@@ -41,10 +41,10 @@ class HeldBaton(file_baton.FileBaton):
     def release(self) -> None:
         """Let others build."""
         super().release()
-        os.ftruncate(self._held, 0)
-        os.close(self._held)
+        os.ftruncate(self._lock_fd, 0)
+        os.close(self._lock_fd)
 
-    def _taken(self) -> bool:
+    def _acquired(self) -> bool:
         """Whether both locks are ours now; what a builder that died left is removed at once."""
         lock_fd = os.open(f"{self.lock_file_path}.held", os.O_CREAT | os.O_RDWR)
         try:
@@ -58,7 +58,7 @@ class HeldBaton(file_baton.FileBaton):
             os.close(lock_fd)
             return False
         os.pwrite(lock_fd, b"building", 0)
-        self._held = lock_fd
+        self._lock_fd = lock_fd
         return True
 
     def _is_old(self) -> bool:

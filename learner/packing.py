@@ -49,29 +49,29 @@ class Stretches:
     layers: a mask is kept for the backward pass."""
 
     items: tuple[Stretch, ...]
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def mask(self, queries: int, before: int, like: torch.Tensor) -> torch.Tensor:
         """[1, 1, queries, before + queries], to be added to scores: 0 up to a query's own key."""
-        if (queries, before) not in self._made:
+        if (queries, before) not in self._cache:
             hidden = like.new_full((1, 1, queries, before + queries), -math.inf)
-            self._made[queries, before] = hidden.triu(before + 1)
-        mask: torch.Tensor = self._made[queries, before]
+            self._cache[queries, before] = hidden.triu(before + 1)
+        mask: torch.Tensor = self._cache[queries, before]
         return mask
 
     def varlen(self, device: torch.device) -> Varlen:
         """What FlashAttention's kernel asks for."""
-        if "varlen" not in self._made:
+        if "varlen" not in self._cache:
             rows = [np.r_[s.prefix_start : s.prefix_end, s.start : s.end] for s in self.items]
             queries, keys = [s.end - s.start for s in self.items], [len(of) for of in rows]
-            self._made["varlen"] = Varlen(
+            self._cache["varlen"] = Varlen(
                 torch.from_numpy(np.concatenate(rows)).to(device),
                 torch.tensor(np.cumsum([0, *queries]), dtype=torch.int32, device=device),
                 torch.tensor(np.cumsum([0, *keys]), dtype=torch.int32, device=device),
                 max(queries),
                 max(keys),
             )
-        varlen: Varlen = self._made["varlen"]
+        varlen: Varlen = self._cache["varlen"]
         return varlen
 
 

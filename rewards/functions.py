@@ -101,9 +101,9 @@ def _row(problem: Problem, rollout: Rollout) -> Row:
     return Row(
         prompt=problem.prompt,
         response=rollout.prefix + rollout.text,
-        perception=_said(rollout, "perception"),
-        reasoning=_said(rollout, "reasoning"),
-        answer=_said(rollout, "answer"),
+        perception=_segment_text(rollout, "perception"),
+        reasoning=_segment_text(rollout, "reasoning"),
+        answer=_segment_text(rollout, "answer"),
         gold=problem.truth,
         extra=problem.extra,
         finish_reason=rollout.finish_reason,
@@ -116,7 +116,7 @@ def _row(problem: Problem, rollout: Rollout) -> Row:
     )
 
 
-def _said(rollout: Rollout, segment: Segment) -> str | None:
+def _segment_text(rollout: Rollout, segment: Segment) -> str | None:
     """A segment as the task reads it where that is text, else as it was written."""
     read = getattr(rollout.parsed, segment)
     if isinstance(read, str) and read:

@@ -105,18 +105,18 @@ def _read_claims(value: Any) -> list[int] | None:
     for entry in value["claims"]:
         if not isinstance(entry, dict) or set(entry) != {"claim", "supported"}:
             return None
-        claim, supported = _said(entry["claim"]), entry["supported"]
+        claim, supported = _normalised(entry["claim"]), entry["supported"]
         if not claim or type(supported) is not bool:
             return None
         support_of[claim] = supported and support_of.get(claim, True)
-    missed = {_said(claim_text) for claim_text in value["missed"]}
+    missed = {_normalised(claim_text) for claim_text in value["missed"]}
     if "" in missed:
         return None
     supported = sum(support_of.values())
     return [supported, len(support_of) - supported, len(missed)]
 
 
-def _said(text: Any) -> str:
+def _normalised(text: Any) -> str:
     return " ".join(text.casefold().split()) if isinstance(text, str) else ""
 
 

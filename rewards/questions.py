@@ -88,7 +88,7 @@ class BlindQuestions(Blind):
 
     def ask(self, task: Task, group: Group, other: Problem | None) -> list[SampleRequest]:
         """Every question, with no perception and with each one that may earn something."""
-        texts = self._asked(self._texts(task, group))
+        texts = self._distinct_texts(self._texts(task, group))
         sampling = Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
         questions = self._questions(group) if texts else []
         name = f"{group.group_id}/{self.name}"
@@ -97,7 +97,7 @@ class BlindQuestions(Blind):
     def score(self, task: Task, group: Group, replies: Sequence[Group | np.ndarray]) -> Values:
         """float [G] in [−1, 1], in [0, 1] but for `subtract`, and the part `floor`."""
         of_rollout = self._texts(task, group)
-        texts = self._asked(of_rollout)
+        texts = self._distinct_texts(of_rollout)
         if not texts:
             return [0.0] * len(of_rollout)
         right = right_answers(self._questions(group), len(texts), replies)  # [Q, S]
@@ -126,7 +126,7 @@ class BlindQuestions(Blind):
             for rollout in group.rollouts
         ]
 
-    def _asked(self, of_rollout: Sequence[str | None]) -> list[str | None]:
+    def _distinct_texts(self, of_rollout: Sequence[str | None]) -> list[str | None]:
         """The texts to ask with, the floor's none first; none at all where nothing is earned."""
         perceptions: list[str | None] = list(different(of_rollout))
         return [None, *perceptions] if perceptions and self.floor != "keep" else perceptions

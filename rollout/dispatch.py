@@ -243,7 +243,7 @@ class Dispatch:
         while self._due and self._due[0][0] <= now:
             job = heapq.heappop(self._due)[2]
             if job.outcome is None:
-                seat = self._place(job)
+                seat = self._seat_for(job)
                 self.give_up([job], now)
                 message = f"{seat.name if seat else 'no sampler was free'}: no answer in time"
                 job.outcome = ReplyError(job.id, "deadline", message)
@@ -304,7 +304,7 @@ class Dispatch:
         seat = self.seats.get(name)
         return seat if seat is not None and seat.life == life else None
 
-    def _place(self, job: Job) -> Seat | None:
+    def _seat_for(self, job: Job) -> Seat | None:
         """The sampler that runs a job, if one does."""
         seats = self.seats.values()
         return next((s for s in seats if job.ticket and job.ticket in s.running), None)
@@ -369,7 +369,7 @@ class Dispatch:
 
     def _drop(self, job: Job, now: float) -> None:
         """Take a job from the sampler that runs it, if one does."""
-        if (seat := self._place(job)) is None:
+        if (seat := self._seat_for(job)) is None:
             return
         self._commands.append(Command("drop", seat.name, seat.life, job.ticket))
         self._release(seat, job.ticket, now)

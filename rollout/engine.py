@@ -266,12 +266,12 @@ class Engine:
         async for descriptor, update in buckets:
             if reading is not None:
                 await reading
-            reading = asyncio.ensure_future(self._read(descriptor, update))
+            reading = asyncio.ensure_future(self._load_bucket(descriptor, update))
         if reading is not None:
             await reading
         await self.finish_weight_update(version)
 
-    async def _read(self, descriptor: int, update: dict[str, Any]) -> None:
+    async def _load_bucket(self, descriptor: int, update: dict[str, Any]) -> None:
         try:
             await self.load_weights(update)
         finally:

@@ -184,10 +184,10 @@ def fault_of(reply: Any, request: Request, vocabulary: int) -> str:
     """What is wrong with a sampler's reply, in words; "" where it can be what was asked for."""
     if isinstance(request, ScoreRequest):
         if not isinstance(reply, np.ndarray) or reply.shape != request.response_ids.shape:
-            return f"expected {len(request.response_ids)} log-probs, got {_shown(reply)}"
+            return f"expected {len(request.response_ids)} log-probs, got {_type_and_shape(reply)}"
         return _bad_logprobs(reply)
     if not isinstance(reply, Group):
-        return f"expected a group, got {_shown(reply)}"
+        return f"expected a group, got {_type_and_shape(reply)}"
     if reply.group_id != request.group_id or reply.problem.id != request.problem.id:
         return f"got the group {reply.group_id!r} of problem {reply.problem.id!r}"
     if len(reply.rollouts) != request.n:
@@ -216,6 +216,6 @@ def _bad_logprobs(values: np.ndarray) -> str:
     return ""
 
 
-def _shown(reply: Any) -> str:
+def _type_and_shape(reply: Any) -> str:
     shape = f" of shape {reply.shape}" if isinstance(reply, np.ndarray) else ""
     return type(reply).__name__ + shape

@@ -140,7 +140,7 @@ def own_errors(model: str) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         if _EMPTY in why:
-            output = "".join(_written(descriptor, at) for descriptor, at in before.items())
+            output = "".join(_written_since(descriptor, at) for descriptor, at in before.items())
             why = last_error(output) or why
         raise EngineNotStarted(f"model {model}: the engine does not start: {why}") from error
 
@@ -165,7 +165,7 @@ def _length(descriptor: int) -> int:
     return -1
 
 
-def _written(descriptor: int, start: int) -> str:
+def _written_since(descriptor: int, start: int) -> str:
     """What was written to a file since it had a length; nothing of what is no file."""
     if start < 0:
         return ""

@@ -189,7 +189,7 @@ class Chat:
         where the tokenizer cannot read a text as characters, ModelError where the chat template
         does not write such a turn.
         """
-        return self._written(self.system, parts or [""])
+        return self._turn_ids(self.system, parts or [""])
 
     def turn(self, parts: Sequence[Any], last: int) -> list[int]:
         """Ids that the template puts between a response and the next one of the conversation.
@@ -199,10 +199,10 @@ class Chat:
         template may drop or write otherwise: that stays the tokens that were read and sampled.
         Raises as `prompt`.
         """
-        ids = self._written([], parts or [""], later=True)
+        ids = self._turn_ids([], parts or [""], later=True)
         return ids[1 + ids.index(self.end) :] if last == self.end in ids else ids
 
-    def _written(
+    def _turn_ids(
         self, system_texts: Sequence[str], parts: Sequence[Any], later: bool = False
     ) -> list[int]:
         """Ids of a user's turn, after what the system said or after a response."""
@@ -284,7 +284,7 @@ class Chat:
             turns = ("system", marks[:system_count]), ("user", marks[system_count:])
             if not later:
                 return self._render(*turns)
-            _, mark, text = self._render(*_ANSWERED, *turns).rpartition(_SAID)
+            _, mark, text = self._render(*_ANSWERED, *turns).rpartition(_RESPONSE_MARK)
             if not mark:
                 raise ModelError("its chat template leaves an earlier response out; mend it")
             return text
@@ -331,10 +331,10 @@ class Chat:
         tokenizer = self.tokenizer
         added = set(tokenizer.added_tokens_decoder)
         try:
-            _, mark, closing = self._render(*_ANSWERED).rpartition(_SAID)
+            _, mark, closing = self._render(*_ANSWERED).rpartition(_RESPONSE_MARK)
         except ModelError:  # some take an assistant's words as a string only
             self._plain = ("assistant",)
-            _, mark, closing = self._render(*_ANSWERED).rpartition(_SAID)
+            _, mark, closing = self._render(*_ANSWERED).rpartition(_RESPONSE_MARK)
         if not mark:
             raise ModelError("its chat template leaves an assistant's text out; mend it")
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
@@ -380,9 +380,9 @@ def _between(around: Sequence[str], texts: Sequence[str]) -> str:
     return around[0] + "".join(map("".join, zip(texts, around[1:], strict=True)))
 
 
-_MARK, _SAID = "sphinxofblackquartz", "judgemyvowpacked"
+_MARK, _RESPONSE_MARK = "sphinxofblackquartz", "judgemyvowpacked"
 """Texts that occur in no chat template, of a user and of a model."""
-_ANSWERED = ("user", ["a"]), ("assistant", [_SAID])
+_ANSWERED = ("user", ["a"]), ("assistant", [_RESPONSE_MARK])
 
 
 def label_segments(

@@ -111,7 +111,9 @@ class _Trial:
         try:
             value = function(*arguments)
         except Exception as error:
-            self.wrong(f"{name}: raised {type(error).__name__}", f"{where}: {_said(error)[:100]}")
+            self.wrong(
+                f"{name}: raised {type(error).__name__}", f"{where}: {_error_text(error)[:100]}"
+            )
             return None
         expected = RETURNS.get(name, object)
         failure = f"{name}: returned a {type(value).__name__}, not a {expected.__name__}"
@@ -135,7 +137,7 @@ class _Trial:
             try:
                 first, second = (draw_problem(task, spec, "train", seed, index) for _ in range(2))
             except Exception as error:
-                self.wrong(f"generate: {_said(error)}", where)
+                self.wrong(f"generate: {_error_text(error)}", where)
                 break
             if draws_late(task):
                 self.try_begin(spec, (seed, index))
@@ -157,7 +159,7 @@ class _Trial:
         try:
             draw_problem(task, spec, "test", seed, count)
         except Exception as error:
-            self.wrong(f"generate: {_said(error)}", "the test split")
+            self.wrong(f"generate: {_error_text(error)}", "the test split")
         return problems
 
     def try_begin(self, spec: BaseModel, seed: tuple[int, int]) -> None:
@@ -404,5 +406,5 @@ class _Trial:
                     self.ask(where, "consistent", problem, perception, answer)
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -141,7 +141,7 @@ class _Stream:
         self.task, self.spec, self.side, self.seed = task, spec, side, seed
         self.index = 0
         """Of the next draw."""
-        self._seen: set[str | tuple[str, str]] = set()
+        self._seen_keys: set[str | tuple[str, str]] = set()
 
     def take(self, split: str, count: int) -> Iterator[Problem]:
         """The next `count` problems that are new; the split's name is for the error message."""
@@ -165,8 +165,8 @@ class _Stream:
         names: set[str | tuple[str, str]] = {problem.id}
         if self.side == "test":
             names.add(question_of(problem))
-        new = self._seen.isdisjoint(names)
-        self._seen |= names
+        new = self._seen_keys.isdisjoint(names)
+        self._seen_keys |= names
         return new
 
 

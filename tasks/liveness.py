@@ -35,14 +35,14 @@ def listen() -> None:
     It is told in C, so that a thread that holds the interpreter cannot keep it from it. What is
     told is in memory: no file is left, and no other user can read it.
     """
-    if _told(os.getpid()) is None:
+    if _stack_file(os.getpid()) is None:
         faulthandler.register(signal.SIGUSR2, os.memfd_create(_NAME), all_threads=True)
 
 
 def stacks_of(pid: int) -> str:
     """Where the threads of a process on this machine are, or a line that says why nobody knows."""
     try:
-        stack_file, catches = _told(pid), int(_status(pid)["SigCgt"], 16)
+        stack_file, catches = _stack_file(pid), int(_status(pid)["SigCgt"], 16)
         # Who does not catch the signal would die of it.
         if stack_file is None or not catches >> (signal.SIGUSR2 - 1) & 1:
             return f"it does not listen; its state: {_status(pid)['State']}"
@@ -66,7 +66,7 @@ def _status(pid: int) -> dict[str, str]:
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
-def _told(pid: int) -> Path | None:
+def _stack_file(pid: int) -> Path | None:
     """What `listen` has opened in a process."""
     for file in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):

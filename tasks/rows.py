@@ -180,10 +180,10 @@ def look(data: DataFile, reader: Reader, watch: Watch | None = None) -> ReadFile
     """Look at every row of a file, images decoded, or find what was seen before."""
     whole = f"{LOOKING} {data.sha256} {reader.fingerprint}"
     cache = user_cache("facts") / f"{hashlib.sha256(whole.encode()).hexdigest()}.json"
-    facts = _kept(cache, reader, len(data))
+    facts = _read_cache(cache, reader, len(data))
     if facts is None:
         facts = _looked_at(data, reader, watch)
-        _keep(cache, reader, facts)
+        _write_cache(cache, reader, facts)
     return ReadFile(data, reader, facts)
 
 
@@ -202,8 +202,8 @@ def _looked_at(data: DataFile, reader: Reader, watch: Watch | None) -> list[Fact
             )
         except DataError as error:
             return Fact(location, fault=" ".join(str(error).split())[:300])
-        responds_labelled = bool(example.response), bool(problem.perception)
-        return Fact(location, problem.id, problem.symmetry_key, sizes, later, split, *responds_labelled)
+        columns = bool(example.response), bool(problem.perception)
+        return Fact(location, problem.id, problem.symmetry_key, sizes, later, split, *columns)
 
     facts: list[Fact] = []
     rows = data.rows()
@@ -216,7 +216,7 @@ def _looked_at(data: DataFile, reader: Reader, watch: Watch | None) -> list[Fact
     return facts
 
 
-def _kept(file: Path, reader: Reader, rows: int) -> list[Fact] | None:
+def _read_cache(file: Path, reader: Reader, rows: int) -> list[Fact] | None:
     try:
         cached = json.loads(file.read_text(encoding="utf-8"))
         facts = [
@@ -229,11 +229,11 @@ def _kept(file: Path, reader: Reader, rows: int) -> list[Fact] | None:
     return facts if sound else None
 
 
-def _pairs(kept: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((width, height) for width, height in kept)
+def _pairs(pairs_stored: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((width, height) for width, height in pairs_stored)
 
 
-def _keep(file: Path, reader: Reader, facts: Sequence[Fact]) -> None:
+def _write_cache(file: Path, reader: Reader, facts: Sequence[Fact]) -> None:
     """A full disk, or no folder to write in, costs only the time to look again."""
     values = [list(asdict(fact).values()) for fact in facts]
     try:

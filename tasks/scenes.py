@@ -57,7 +57,7 @@ class Scenes(PuzzleTask):
         """A scene and a question, then words for both, a phrasing and a picture."""
         puzzle_rng, names_rng, words_rng, picture_rng = rngs
         scene, question = draw_puzzle(puzzle_rng, spec)
-        scene, question = named(scene, question, _things(names_rng, spec))
+        scene, question = named(scene, question, _kinds_drawn(names_rng, spec))
         return scene_text(scene), lambda: self._problem(
             prompt_text(question_text(question, words_rng, spec), spec),
             render(scene, spec, picture_rng),
@@ -198,9 +198,9 @@ class Scenes(PuzzleTask):
             known = is_scene(scene) and _is_question(question)
             answer = answer_of(scene, question) if known else None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f"ground_truth: {_WANTED}") from error
+            raise DataError(f"ground_truth: {_EXPECTED}") from error
         if answer is None or any(k not in singular() for row in scene for n, k in row if n):
-            raise DataError(f"ground_truth: {_WANTED}")
+            raise DataError(f"ground_truth: {_EXPECTED}")
         rows, columns = shape(scene)
         return self._problem(query, image, scene, question, {"rows": rows, "columns": columns})
 
@@ -216,13 +216,13 @@ class Scenes(PuzzleTask):
         return self.problem(prompt, image, text, truth, knobs, text)
 
 
-_WANTED = (
+_EXPECTED = (
     'not {"scene": rows of places [number, thing], "question": ...} with a question that the '
     "scene answers; `equipoise tasks generate scenes` writes such rows"
 )
 
 
-def _things(rng: np.random.Generator, spec: ScenesSpec) -> list[str]:
+def _kinds_drawn(rng: np.random.Generator, spec: ScenesSpec) -> list[str]:
     """The words of a scene's kinds."""
     sorts = groups(spec.things == "held_out")
     pool = [word for sort in sorts for word in sort]

@@ -87,7 +87,7 @@ def load_ablation(path: str | Path) -> Ablation:
     Raises RecipeError, its message one line for each thing wrong.
     """
     source = Path(path)
-    config = _read(source)
+    config = _read_config(source)
     base_path = source.parent / config.base
     try:
         base = load_recipe(base_path, _settings(config.set))
@@ -141,13 +141,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     differences = []
     for key in dict.fromkeys([*before, *after]):
         if before.get(key, ...) != after.get(key, ...):
-            was = _shown(before[key]) if key in before else "not there"
-            now = _shown(after[key]) if key in after else "gone"
+            was = _as_toml_text(before[key]) if key in before else "not there"
+            now = _as_toml_text(after[key]) if key in after else "gone"
             differences.append(f"{key}: {was} -> {now}")
     return differences
 
 
-def _read(source: Path) -> AblationConfig:
+def _read_config(source: Path) -> AblationConfig:
     data = read_toml(source)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", source.stem):
         raise RecipeError(
@@ -310,6 +310,6 @@ def _leaves(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str, A
         yield dotted(at), list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> str:
+def _as_toml_text(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

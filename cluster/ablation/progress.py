@@ -99,8 +99,8 @@ class GridProgress:
         self._state = {cell.id: "waiting" for cell in cells}
         self._seconds: dict[str, float] = {}
         self._began: dict[str, float] = {}
-        self._done: dict[str, int] = {}
-        self._shown = 0.0
+        self._steps_done: dict[str, int] = {}
+        self._shown_at = 0.0
         self._live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
@@ -123,7 +123,7 @@ class GridProgress:
 
     def at_step(self, cell: str, step: int) -> None:
         """A running cell has finished `step` steps."""
-        self._done[cell] = step
+        self._steps_done[cell] = step
 
     def finished(self, cell: str, seconds: float, ran: bool = True) -> None:
         """A cell has its result; `ran` is False where an earlier launcher made it."""
@@ -138,8 +138,8 @@ class GridProgress:
     def refresh(self) -> None:
         """Redraw, at most twice a second."""
         now = time.monotonic()
-        if self._live and now - self._shown > 0.5:
-            self._shown = now
+        if self._live and now - self._shown_at > 0.5:
+            self._shown_at = now
             self._live.update(self._table(), refresh=True)
 
     def _say(self, line: str, style: str) -> None:
@@ -169,6 +169,6 @@ class GridProgress:
             seconds = self._seconds.get(cell) or time.monotonic() - self._began[cell]
             clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
             style = "red" if state == "failed" else "cyan"
-            steps = f"{self._done.get(cell, 0)}{self._steps[cell]}"
+            steps = f"{self._steps_done.get(cell, 0)}{self._steps[cell]}"
             table.add_row(cell, Text(state, style), steps, clock)
         return table

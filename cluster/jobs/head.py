@@ -37,7 +37,7 @@ class Head:
         require_answer(address)
         from ray.job_submission import JobSubmissionClient
 
-        with self._told(), _without("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        with self._errors_in_words(), _without("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             self._client: Any = JobSubmissionClient(address)
 
     def submit(
@@ -50,7 +50,7 @@ class Head:
                 target = Path(staging, relative)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
-            with self._told():
+            with self._errors_in_words():
                 self._client.submit_job(
                     entrypoint=words,
                     submission_id=request.id,
@@ -60,7 +60,7 @@ class Head:
 
     def jobs(self) -> list[Job]:
         """The jobs of ours, each name's last life, by when they were started."""
-        with self._told():
+        with self._errors_in_words():
             listed = self._client.list_jobs()
         return latest([job for job in map(_job, listed) if job is not None])
 
@@ -75,7 +75,7 @@ class Head:
 
     def log(self, job: Job) -> str:
         """All that a job has printed."""
-        with self._told():
+        with self._errors_in_words():
             return str(self._client.get_job_logs(job.request.id))
 
     def follow(self, request: Request, write: Callable[[str], object]) -> Job:
@@ -85,20 +85,20 @@ class Head:
             async for part in self._client.tail_job_logs(request.id):
                 write(part)
 
-        with self._told():
+        with self._errors_in_words():
             asyncio.run(read())
         return self.ended(request, SETTLES_SECONDS)
 
     def stop(self, job: Job) -> None:
         """Ask a job to end; it is given the time that it was submitted with."""
-        with self._told():
+        with self._errors_in_words():
             self._client.stop_job(job.request.id)
 
     def ended(self, request: Request, seconds: float) -> Job:
         """The job once it is over."""
         deadline = time.monotonic() + seconds
         while True:
-            with self._told():
+            with self._errors_in_words():
                 job = _job(self._client.get_job_info(request.id))
             if job is not None and job.over:
                 return job
@@ -111,7 +111,7 @@ class Head:
             time.sleep(POLL_SECONDS)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_in_words(self) -> Iterator[None]:
         """What Ray's SDK raises, as one line."""
         from ray.exceptions import AuthenticationError
 

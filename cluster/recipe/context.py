@@ -187,7 +187,7 @@ class Context:
         new = sorted(set(sizes) - self._blocks.keys(), key=lambda size: size[0] * size[1])
         long = sorted(new, key=lambda size: max(size) / min(size))
         probes = {*new[:1], *new[-1:], *long[-1:]} if len(new) > PROBES else set(new)
-        self._blocks |= {size: self._made(size) for size in probes}
+        self._blocks |= {size: self._encoded_tokens(size) for size in probes}
         # Marks around an image are not among those that a processor counts.
         around = {
             block - (self._counted(size) or 0)
@@ -196,9 +196,9 @@ class Context:
         }
         for size in set(new) - probes:
             counted = self._counted(size) if len(around) == 1 else None
-            self._blocks[size] = counted + min(around) if counted else self._made(size)
+            self._blocks[size] = counted + min(around) if counted else self._encoded_tokens(size)
 
-    def _made(self, size: Size) -> int | Fault:
+    def _encoded_tokens(self, size: Size) -> int | Fault:
         """Tokens that stand for an image of a size, as the processor makes them."""
         try:
             return len(self._chat.image_block(size))

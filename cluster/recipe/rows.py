@@ -33,12 +33,12 @@ def row_takes(rows: Rows, context: Context) -> list[TokenCounts]:
     whole = f"{MEASURING} {rows.fingerprint} {context.fingerprint}"
     folder = _cache_folder()
     cache = folder / f"{hashlib.sha256(whole.encode()).hexdigest()}.json" if folder else None
-    counts = _read(cache, len(rows)) if cache else None
+    counts = _read_cache(cache, len(rows)) if cache else None
     if counts is None:
         prompts = (example.problem.prompt for example in rows.without_images())
         counts = context.token_counts([(p, rows.fact(at).sizes) for at, p in enumerate(prompts)])
         if cache:
-            _write(cache, counts)
+            _write_cache(cache, counts)
     return counts
 
 
@@ -52,7 +52,7 @@ def _cache_folder() -> Path | None:
     return folder if folder.is_absolute() and os.access(folder, os.W_OK) else None
 
 
-def _read(file: Path, rows: int) -> list[TokenCounts] | None:
+def _read_cache(file: Path, rows: int) -> list[TokenCounts] | None:
     try:
         counts = [
             TokenCounts(prompt, image, Fault(*fault) if fault else None)
@@ -63,7 +63,7 @@ def _read(file: Path, rows: int) -> list[TokenCounts] | None:
     return counts if len(counts) == rows else None
 
 
-def _write(file: Path, counts: Sequence[TokenCounts]) -> None:
+def _write_cache(file: Path, counts: Sequence[TokenCounts]) -> None:
     """Whole or not at all; a full disk costs only the time to measure again."""
     rows = [
         (count.prompt, count.image, count.fault and tuple(vars(count.fault).values()))

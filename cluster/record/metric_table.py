@@ -35,7 +35,7 @@ class Metric(NamedTuple):
 
 
 @cache
-def _read() -> dict[str, Any]:
+def _read_table() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
 
 
@@ -47,7 +47,7 @@ def _rows(section: dict[str, Any]) -> Iterator[Metric]:
 
 def all_metrics() -> list[Metric]:
     """The rows, in the order of the page."""
-    return [row for section in _read()["sections"] for row in _rows(section)]
+    return [row for section in _read_table()["sections"] for row in _rows(section)]
 
 
 def pattern(name: str) -> str:
@@ -69,8 +69,8 @@ def unlisted(names: Iterable[str]) -> list[str]:
 
 def page() -> str:
     """docs/metrics.md."""
-    lines = [_read()["introduction"]]
-    for section in _read()["sections"]:
+    lines = [_read_table()["introduction"]]
+    for section in _read_table()["sections"]:
         lines += [f"## {section['title']}", "", section["text"]]
         lines += ["| name | unit | meaning | made by |", "|---|---|---|---|"]
         lines += [

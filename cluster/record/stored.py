@@ -262,12 +262,12 @@ def _file(run_dir: Path | str, step: int) -> Path:
 
 def _rows_by_group(file: Path, columns: Sequence[str]) -> Iterator[list[Row]]:
     """Rows of one group after another; the rows of a group are written together."""
-    rows = _read(file, columns).to_pylist()
+    rows = _read_columns(file, columns).to_pylist()
     for _, group in itertools.groupby(rows, key=lambda row: row["group_id"]):
         yield list(group)
 
 
-def _read(file: Path, columns: Sequence[str]) -> pa.Table:
+def _read_columns(file: Path, columns: Sequence[str]) -> pa.Table:
     """The named columns in the types of `ROLLOUT_SCHEMA`, without nulls but for the truth and
     what a problem need not have."""
     try:

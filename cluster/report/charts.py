@@ -32,7 +32,7 @@ PLANE = ("a_p, perception accuracy", "a_r, reasoning accuracy given p*")
 SHARE, CORRELATION, FROM_ZERO = (0.0, 1.0), (-1.0, 1.0), (0.0, None)
 """Limits of y; None: what the curves need."""
 
-Wanted = Mapping[str, tuple[str, Role, Dash]]
+MetricStyles = Mapping[str, tuple[str, Role, Dash]]
 """Metric -> the label, colour and dash of its curve."""
 
 
@@ -229,7 +229,7 @@ def curves(
     name: str,
     title: str,
     caption: str,
-    metric_styles: Wanted,
+    metric_styles: MetricStyles,
     limits: tuple[float, float | None] | None = None,
     *,
     log_y: bool = False,
@@ -253,7 +253,7 @@ def curves(
     return Chart(name, title, caption, tuple(lines), y_limits=y_limits, log_y=log_y)
 
 
-def _terms(metrics: Metrics, prefix: str, stat: str) -> Wanted:
+def _terms(metrics: Metrics, prefix: str, stat: str) -> MetricStyles:
     """The curves of every term: outcome and perception in their segments' colours."""
     fixed: dict[str, tuple[Role, Dash]] = {
         "total": ("ink", "dotted"),

@@ -102,9 +102,9 @@ class Chart:
 
     def __post_init__(self) -> None:
         if not self.alt:
-            object.__setattr__(self, "alt", "; ".join(map(self._told, self.lines)))
+            object.__setattr__(self, "alt", "; ".join(map(self._point_text, self.lines)))
 
-    def _told(self, line: Line) -> str:
+    def _point_text(self, line: Line) -> str:
         x, y = line.x, line.y
         if self.kind == "rows":
             ranges = zip(x, line.x_range, strict=True)

@@ -81,7 +81,7 @@ def read_shown(run_dir: Path) -> Shown:
     if entries and len(steps_read) < len(files):
         read = f"{len(steps_read)} of the run's {len(files)} steps, evenly spaced"
         selection += f" They were read from {read}."
-    return _made({"": chosen}, [run_dir], entries, selection, problems)
+    return _as_shown({"": chosen}, [run_dir], entries, selection, problems)
 
 
 def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
@@ -115,10 +115,10 @@ def read_arms(runs: Mapping[str, Path], seed: int) -> Shown:
             f"thinking that it has, and of all arms the same problems. {PROPORTION}"
         )
     ordered = {arm: sorted(arm_entries, key=lambda e: e.row) for arm, arm_entries in chosen.items()}
-    return _made(ordered, [*runs.values()], entries, selection, problems)
+    return _as_shown(ordered, [*runs.values()], entries, selection, problems)
 
 
-def _made(
+def _as_shown(
     chosen: Mapping[str, Sequence[Entry]],
     runs: Sequence[Path],
     entries: Sequence[Entry],

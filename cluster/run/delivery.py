@@ -30,7 +30,7 @@ class Delivery:
 
     def __init__(self, pool: SamplerPool, learner: Learner) -> None:
         self._pool, self._learner = pool, learner
-        self._begun: tuple[float, Weights] | None = None
+        self._in_progress: tuple[float, Weights] | None = None
 
     def begin(self, version: int) -> TransferReport | None:
         """Publish the learner's weights as a policy version, and tell the samplers.
@@ -42,7 +42,7 @@ class Delivery:
         start = time.monotonic()
         weights = self._learner.publish_weights(version)
         self._pool.renew(weights)
-        self._begun = (start, weights)
+        self._in_progress = (start, weights)
         return before
 
     def send(self, version: int) -> TransferReport:
@@ -57,9 +57,9 @@ class Delivery:
 
         Raises SamplerLost where a sampler failed too often.
         """
-        if self._begun is None:
+        if self._in_progress is None:
             return None
-        (start, weights), self._begun = self._begun, None
+        (start, weights), self._in_progress = self._in_progress, None
         return TransferReport.of(weights, self._pool.wait_renewed() - start)
 
 

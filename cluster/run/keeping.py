@@ -48,7 +48,7 @@ class Keeper:
 
         Raises RunFailed where none does, and what `write` raises that is no error of a disk.
         """
-        for folder in self._places():
+        for folder in self._folders():
             try:
                 write(folder)
             except Exception as error:
@@ -85,7 +85,7 @@ class Keeper:
             put_text(self.folder / "error.txt", message + "\n")
         raise RunFailed(message) from self._wrong
 
-    def _places(self) -> Iterator[Path]:
+    def _folders(self) -> Iterator[Path]:
         yield self.folder
         bases = (tempfile.gettempdir(), str(Path.home()), "/var/tmp", ".", str(SHARED))
         for base in bases:

@@ -75,7 +75,7 @@ class PointChecker:
 
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether one point is given, and it lies in a gold box."""
-        points = _read(answer, 2, _POINT_KEYS)
+        points = _coordinates(answer, 2, _POINT_KEYS)
         if len(points) != 1:
             return False
         x, y = points[0]
@@ -121,11 +121,11 @@ def _area(box: Sequence[float]) -> float:
 
 def _boxes(text: str) -> list[Box]:
     """The boxes a text gives; [] where it gives anything else, or one is empty."""
-    corners = [(a, b, c, d) for a, b, c, d in _read(text, 4, _BOX_KEYS)]
+    corners = [(a, b, c, d) for a, b, c, d in _coordinates(text, 4, _BOX_KEYS)]
     return corners if all(a < c and b < d for a, b, c, d in corners) else []
 
 
-def _read(text: str, size: int, keys: Sequence[str]) -> list[tuple[float, ...]]:
+def _coordinates(text: str, size: int, keys: Sequence[str]) -> list[tuple[float, ...]]:
     """Tuples of `size` numbers, at most `MAX_BOXES`; [] where the text is anything else."""
     text = _LONG.sub(lambda long: f"{float(long[0]):.9f}", tidy(text) or "")
     text = _MARKS.sub("", text).strip()

@@ -25,9 +25,9 @@ class Number:
         if tidied is None:
             return False
         tolerance = Fraction(str(gold.options.get("tolerance", 0)))
-        quantity = _read(tidied)
+        quantity = _quantity_of(tidied)
         for true in gold.answers:
-            gold_quantity = _read(tidy(true) or "")
+            gold_quantity = _quantity_of(tidy(true) or "")
             if gold_quantity is None:
                 if normal(plain(tidied)) == normal(plain(tidy(true) or "")):
                     return True
@@ -50,7 +50,7 @@ class Number:
         return states(text, lambda candidate: self.right(candidate, gold))
 
 
-def _read(text: str) -> Quantity | None:
+def _quantity_of(text: str) -> Quantity | None:
     """`x = 5` and `(5)` too."""
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1]

@@ -71,11 +71,11 @@ def test_a_living_builder_is_waited_for_and_told(
 
         looks = 0
 
-        def _taken(self) -> bool:
+        def _acquired(self) -> bool:
             self.looks += 1
             if self.looks == 30:
                 builder.go_on.set()  # type: ignore[attr-defined]
-            return super()._taken()
+            return super()._acquired()
 
     baton = Ends(str(tmp_path / "lock"), wait_seconds=0.02)
     assert baton.try_acquire() and baton.looks >= 30
@@ -87,7 +87,7 @@ def test_a_living_builder_is_waited_for_and_told(
 def test_a_lock_without_an_flock_is_anothers_until_it_is_old(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
-    assert not HeldBaton(str(lock))._taken()
+    assert not HeldBaton(str(lock))._acquired()
     long_ago = time.time() - 2 * builds.FOREIGN_SECONDS
     os.utime(lock, (long_ago, long_ago))
     assert taken(tmp_path) < 60  # not FOREIGN_SECONDS, nor for ever
