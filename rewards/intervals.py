@@ -41,7 +41,7 @@ class Interval:
 UNDEFINED = Interval()
 
 
-def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """Wilson's score interval (1927) of a proportion; (0, 1) for n = 0.
 
     Both may be fractional: `score_interval` makes them of a mean and its variance.
@@ -50,7 +50,7 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
         raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n")
     if n == 0:
         return 0.0, 1.0
-    share = successes / n
+    share, z = successes / n, Z95
     shrink = 1 + z * z / n
     middle = (share + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

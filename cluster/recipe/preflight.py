@@ -61,21 +61,13 @@ class Ready:
     recipe: Recipe
 
 
-def preflight(
-    recipe: Recipe,
-    command: Command,
-    say: Say,
-    *,
-    dry_run: bool = False,
-    folder: Path | None = None,
-) -> Ready:
+def preflight(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = False) -> Ready:
     """Ask all that can be asked; `say` is told what was left out, and what could not be asked.
 
     A dry run fetches no model, and of one that is not here nothing is measured; nor does it
-    draw all problems to evaluate on. `folder` is what the run will write. Raises DataError,
-    ModelError or UserError, a line a fault.
+    draw all problems to evaluate on. Raises DataError, ModelError or UserError, a line a fault.
     """
-    ask_machine(recipe, command, say, dry_run=dry_run, folder=folder)
+    ask_machine(recipe, command, say, dry_run=dry_run)
     return ask_input(recipe, command, say, dry_run=dry_run)
 
 
@@ -87,7 +79,10 @@ def ask_machine(
     dry_run: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """The first half of `preflight`: what takes no time, and what Ray is started with."""
+    """The first half of `preflight`: what takes no time, and what Ray is started with.
+
+    `folder`: what the run will write, where it has a name already.
+    """
     glance(recipe, command, _is_measured(recipe, dry_run))
     for line in settle_environment(os.environ):
         say(line)
