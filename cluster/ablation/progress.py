@@ -81,7 +81,7 @@ def _eval_responses(cell: Cell) -> int:
     """Responses of all evaluations: before, after and between, over tasks and passes."""
     chosen, steps = cell.recipe.eval, cell.steps
     between = (steps - 1) // chosen.every if chosen.every else 0
-    each = sum(chosen.samples if name == "sampled" else 1 for name in chosen.asked)
+    each = sum(chosen.samples if name == "sampled" else 1 for name in chosen.pass_names)
     return (2 + between) * each * chosen.problems * len(cell.recipe.tasks)
 
 

@@ -113,12 +113,12 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _reader_reads_something(self) -> EvalConfig:
-        if self.reader and "greedy" not in self.asked:
+        if self.reader and "greedy" not in self.pass_names:
             raise refusal('it reads what the pass "greedy" wrote; add it to passes', "reader")
         return self
 
     @property
-    def asked(self) -> tuple[EvalPass, ...]:
+    def pass_names(self) -> tuple[EvalPass, ...]:
         """The passes, by default too; what forces `p*` is asked of problems with a label only."""
         return self.passes or ("greedy", "oracle")
 

@@ -49,8 +49,8 @@ PASSES = tuple(name for name in ASKS if name not in TOOL_PASSES)
 def passes_of(recipe: Recipe) -> tuple[EvalPass, ...]:
     """Those of its own evaluation: unless it says which, what its environment is worth too."""
     if recipe.eval.passes or recipe.environment is None:
-        return recipe.eval.asked
-    return (*recipe.eval.asked, "greedy_alone")
+        return recipe.eval.pass_names
+    return (*recipe.eval.pass_names, "greedy_alone")
 
 
 def every_pass(environment: EnvironmentConfig | None) -> tuple[EvalPass, ...]:
