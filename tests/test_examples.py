@@ -67,7 +67,7 @@ def test_scenes_hold_what_their_labels_and_answers_say(made: Any) -> None:
     asked = set()
     for row in rows_of(made, "scene", 150):
         found = counted(row.images[0])
-        told = dict(line.rsplit(" ", 1) for line in row.perception.split("\n"))
+        told = dict(line.rsplit(" ", 1) for line in row.seen.split("\n"))
         assert {f"{c} {s}": str(len(cells)) for (c, s), cells in found.items()} == told
         by_colour = Counter({c: 0 for c in COLOURS})
         for (colour, _), cells in found.items():
@@ -100,7 +100,7 @@ def test_scenes_hold_what_their_labels_and_answers_say(made: Any) -> None:
 
 def test_bars_are_as_high_as_they_say(made: Any) -> None:
     for row in rows_of(made, "bars", 20):
-        told = dict(line.split() for line in row.perception.split("\n"))
+        told = dict(line.split() for line in row.seen.split("\n"))
         high = {name: round(coloured(row.images[0], name).any(axis=1).sum() / 6.4) for name in told}
         assert high == {name: int(height) for name, height in told.items()}
         names = re.findall("|".join(COLOURS), row.problem.partition("?")[0])
@@ -116,7 +116,7 @@ def test_bars_are_as_high_as_they_say(made: Any) -> None:
 
 def test_shares_of_a_pie_are_shares_of_its_pixels(made: Any) -> None:
     for row in rows_of(made, "pie", 20):
-        told = dict(line.split() for line in row.perception.split("\n"))
+        told = dict(line.split() for line in row.seen.split("\n"))
         areas = {name: coloured(row.images[0], name).sum() for name in told}
         for name, share in told.items():
             assert abs(areas[name] / sum(areas.values()) - int(share) / 8) < 0.03
@@ -137,7 +137,7 @@ def test_the_highest_point_of_a_line_is_where_its_highest_pixel_is(made: Any) ->
 
 def test_tables_and_pairs_of_them_answer_from_what_they_show(made: Any) -> None:
     for row in rows_of(made, "table"):
-        cells = [[int(cell) for cell in line.split()] for line in row.perception.split("\n")]
+        cells = [[int(cell) for cell in line.split()] for line in row.seen.split("\n")]
         asked = [int(n) - 1 for n in re.findall(r"\d+", row.problem.partition("?")[0])]
         if "column" in row.problem:
             truth = str(cells[asked[0]][asked[1]])

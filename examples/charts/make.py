@@ -66,11 +66,11 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One problem; `perception` is what a perfect reader of the images would write down."""
+    """One problem; `seen` is what a perfect reader of the images would write down."""
 
     category: str
     question: Question
-    perception: str
+    seen: str
     images: tuple[bytes, ...] = ()
     labelled: bool = True
 
@@ -83,10 +83,10 @@ class Row:
     @property
     def response(self) -> str:
         """A whole right one."""
-        answer = self.question.said or self.question.gold
+        said = self.question.said or self.question.gold
         return (
-            f"<perception>\n{self.perception}\n</perception>\n<reasoning>\n{self.question.why}\n"
-            f"</reasoning>\n<answer>\n{answer}\n</answer>"
+            f"<perception>\n{self.seen}\n</perception>\n<reasoning>\n{self.question.why}\n"
+            f"</reasoning>\n<answer>\n{said}\n</answer>"
         )
 
 
@@ -122,12 +122,12 @@ def line(rng: Rng) -> Row:
     step = int(rng.integers(1, 5))
     turn = "rise" if heights[step] > heights[step - 1] else "fall"
     why = f"step {top + 1} is {heights[top]}"
-    words = f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?"
+    asked = f"The line has steps 1 to 5. Does it rise or fall from {step} to {step + 1}?"
     where = "Where is the highest point? Answer (x, y) in pixels of 64."
     question = choose(
         rng,
         Question(where, near, "point", why, said=f"({x}, {y})"),
-        Question(words, turn, "text", f"from {heights[step - 1]} to {heights[step]}"),
+        Question(asked, turn, "text", f"from {heights[step - 1]} to {heights[step]}"),
     )
     picture = plotted(lambda axes: axes.plot(heights, color="#202020", linewidth=2), (-0.5, 4.5))
     return Row("line", question, spaced(heights), (picture,))
@@ -145,52 +145,52 @@ def pie(rng: Rng) -> Row:
     picture = plotted(
         lambda axes: axes.pie(shares, colors=colours, radius=1.2, startangle=90), None
     )
-    perception = "\n".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
-    return Row("pie", question, perception, (picture,))
+    seen = "\n".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
+    return Row("pie", question, seen, (picture,))
 
 
 def table(rng: Rng) -> Row:
     """Four rows of four digits."""
     cells = rng.integers(1, 10, size=(CELLS, CELLS))
-    r, c = (int(index) for index in rng.integers(CELLS, size=2))
+    r, c = (int(place) for place in rng.integers(CELLS, size=2))
     sums = cells.sum(axis=1).tolist()
-    numbers, added = spaced(cells[r]), f"{' + '.join(map(str, cells[r]))} = {sums[r]}"
-    words = f"What is in row {r + 1}, column {c + 1}?"
+    shown, added = spaced(cells[r]), f"{' + '.join(map(str, cells[r]))} = {sums[r]}"
+    what = f"What is in row {r + 1}, column {c + 1}?"
     largest = f"What is the largest number in row {r + 1}?"
     question = choose(
         rng,
-        Question(words, str(cells[r, c]), "number", numbers),
+        Question(what, str(cells[r, c]), "number", shown),
         Question(f"What do the numbers of row {r + 1} add up to?", str(sums[r]), "number", added),
-        Question(largest, str(cells[r].max()), "number", numbers),
+        Question(largest, str(cells[r].max()), "number", shown),
     )
     return Row("table", question, grid(cells), (digits(cells),))
 
 
 def scene(rng: Rng) -> Row:
     """Coloured discs and squares in the cells of a grid."""
-    objects = scattered(rng)
-    colours = [colour for colour, _ in objects.values()]
-    shapes = [shape for _, shape in objects.values()]
+    shown = scattered(rng)
+    colours = [colour for colour, _ in shown.values()]
+    shapes = [shape for _, shape in shown.values()]
     one = choose(rng, *NAMES)
     counts = {name: colours.count(name) for name in NAMES}
-    discs, total = shapes.count("disc"), len(objects)
+    discs, total = shapes.count("disc"), len(shown)
     compared = f"disc {discs}, square {total - discs}"
-    answer = "yes" if discs > total - discs else "no"
+    more = "yes" if discs > total - discs else "no"
     of = f"{one} {counts[one]} of {total}"
     questions = [
         Question(f"How many {one} shapes are there?", str(counts[one]), "number", of),
-        Question("Are there more discs than squares?", answer, "text", compared),
+        Question("Are there more discs than squares?", more, "text", compared),
     ]
     most = [name for name in NAMES if counts[name] == max(counts.values())]
     if len(most) == 1:
         why = f"{most[0]} {counts[most[0]]}"
         questions.append(choice(rng, "Which colour is there most of?", NAMES, most[0], why))
-    if alone := [cell for cell, (colour, _) in objects.items() if counts[colour] == 1]:
-        r, c = choose(rng, *alone)
+    if places := [place for place, (colour, _) in shown.items() if counts[colour] == 1]:
+        r, c = choose(rng, *places)
         box = listed((c * CELL + 2, r * CELL + 2, (c + 1) * CELL - 2, (r + 1) * CELL - 2))
-        words = f"Where is the {objects[r, c][0]} shape? Answer [x1, y1, x2, y2] in pixels of 64."
+        words = f"Where is the {shown[r, c][0]} shape? Answer [x1, y1, x2, y2] in pixels of 64."
         questions.append(Question(words, box, "box", f"row {r + 1}, column {c + 1}"))
-    return Row("scene", choose(rng, *questions), scene_listing(objects), (painted(objects),))
+    return Row("scene", choose(rng, *questions), told(shown), (painted(shown),))
 
 
 def geometry(rng: Rng) -> Row:
@@ -207,29 +207,24 @@ def geometry(rng: Rng) -> Row:
 def pair(rng: Rng) -> Row:
     """Two scenes, or two tables that differ in some cells."""
     if rng.integers(2):
-        first = second = 0
-        while first == second:
+        here = there = 0
+        while here == there:
             scenes = scattered(rng), scattered(rng)
-            first, second = (sum(s == "disc" for _, s in objects.values()) for objects in scenes)
+            here, there = (sum(s == "disc" for _, s in shown.values()) for shown in scenes)
         words = "<image><image>Which picture has more discs?"
-        answer, why = "first" if first > second else "second", f"{first} and {second}"
-        question = choice(rng, words, ("first", "second"), answer, why)
-        perception, pictures = (
-            "\nthen\n".join(map(scene_listing, scenes)),
-            tuple(map(painted, scenes)),
-        )
-        return Row("pair", question, perception, pictures)
+        more, why = "first" if here > there else "second", f"{here} and {there}"
+        question = choice(rng, words, ("first", "second"), more, why)
+        seen, pictures = "\nthen\n".join(map(told, scenes)), tuple(map(painted, scenes))
+        return Row("pair", question, seen, pictures)
     cells = rng.integers(1, 10, size=(CELLS, CELLS))
     changed, count = cells.copy(), int(rng.integers(1, 5))
-    for cell in rng.permutation(CELLS**2)[:count]:
-        changed.flat[cell] = cells.flat[cell] % 9 + 1
+    for place in rng.permutation(CELLS**2)[:count]:
+        changed.flat[place] = cells.flat[place] % 9 + 1
     words = "Before: <image> After: <image> How many numbers have changed?"
     by_row = spaced((cells != changed).sum(axis=1))
-    perception = f"{grid(cells)}\nthen\n{grid(changed)}"
+    seen = f"{grid(cells)}\nthen\n{grid(changed)}"
     pictures = digits(cells), digits(changed)
-    return Row(
-        "pair", Question(words, str(count), "number", f"by row {by_row}"), perception, pictures
-    )
+    return Row("pair", Question(words, str(count), "number", f"by row {by_row}"), seen, pictures)
 
 
 def text(rng: Rng) -> Row:
@@ -256,19 +251,19 @@ def draw(count: int, seed: int, categories: Sequence[str] = ()) -> list[Row]:
     kinds, weights = zip(*chosen, strict=True)
     shares = np.array(weights) / sum(weights)
     rng = np.random.default_rng(seed)
-    distinct: dict[bytes, Row] = {}
+    found: dict[bytes, Row] = {}
     for _ in range(count):
         kind = kinds[int(rng.choice(len(kinds), p=shares))]
         for _ in range(PATIENCE):
-            row = kind(rng)
-            key = hashlib.sha256(b"".join(row.images) or row.problem.encode()).digest()
-            if key not in distinct:
+            made = kind(rng)
+            key = hashlib.sha256(b"".join(made.images) or made.problem.encode()).digest()
+            if key not in found:
                 break
         else:
             raise SystemExit(f"make.py: no {count} rows that differ; ask for fewer")
         labelled = rng.random() < LABELLED
-        distinct[key] = replace(row, labelled=row.labelled and labelled)
-    return list(distinct.values())
+        found[key] = replace(made, labelled=made.labelled and labelled)
+    return list(found.values())
 
 
 def write(rows: Sequence[Row], path: Path, first: int) -> None:
@@ -286,7 +281,7 @@ def write(rows: Sequence[Row], path: Path, first: int) -> None:
             "verifier": row.question.verifier,
             "choices": list(row.question.choices),
             "category": row.category,
-            "perception": row.perception if row.labelled else "",
+            "perception": row.seen if row.labelled else "",
             "response": row.response,
         }
         for n, row in enumerate(rows)
@@ -299,12 +294,10 @@ def write(rows: Sequence[Row], path: Path, first: int) -> None:
 
 def choice(rng: Rng, words: str, options: Sequence[str], right: str, why: str) -> Question:
     """A question with its options in any order, whose gold is a letter."""
-    options_shown = pick(rng, options, len(options))
-    letters = "ABCD"[: len(options_shown)]
-    listing = " ".join(f"({a}) {option}" for a, option in zip(letters, options_shown, strict=True))
-    return Question(
-        f"{words} {listing}", letters[options_shown.index(right)], "choice", why, options_shown
-    )
+    shown = pick(rng, options, len(options))
+    letters = "ABCD"[: len(shown)]
+    listing = " ".join(f"({a}) {option}" for a, option in zip(letters, shown, strict=True))
+    return Question(f"{words} {listing}", letters[shown.index(right)], "choice", why, shown)
 
 
 def choose(rng: Rng, *options: Any) -> Any:
@@ -314,7 +307,7 @@ def choose(rng: Rng, *options: Any) -> Any:
 
 def pick(rng: Rng, options: Sequence[str], count: int) -> tuple[str, ...]:
     """Some of them, in any order."""
-    return tuple(options[int(index)] for index in rng.permutation(len(options))[:count])
+    return tuple(options[int(place)] for place in rng.permutation(len(options))[:count])
 
 
 def fraction(over: int, under: int) -> str:
@@ -342,16 +335,16 @@ def grid(cells: np.ndarray) -> str:
 
 def scattered(rng: Rng) -> Scene:
     """Two to nine shapes in different cells, in reading order."""
-    cells = np.sort(rng.permutation(CELLS**2)[: int(rng.integers(2, 10))])
+    places = np.sort(rng.permutation(CELLS**2)[: int(rng.integers(2, 10))])
     return {
-        (int(cell) // CELLS, int(cell) % CELLS): (choose(rng, *NAMES), choose(rng, *SHAPES))
-        for cell in cells
+        (int(place) // CELLS, int(place) % CELLS): (choose(rng, *NAMES), choose(rng, *SHAPES))
+        for place in places
     }
 
 
-def scene_listing(objects: Scene) -> str:
+def told(shown: Scene) -> str:
     """How many there are of each kind."""
-    kinds = list(objects.values())
+    kinds = list(shown.values())
     return "\n".join(f"{c} {s} {kinds.count((c, s))}" for c, s in sorted(set(kinds)))
 
 
@@ -363,14 +356,14 @@ def main() -> None:
     names = [kind.__name__ for kind, _ in KINDS]
     parser.add_argument("--categories", nargs="+", choices=names, default=(), help="only these")
     parser.add_argument("--out", type=Path, default=HERE / "data")
-    args = parser.parse_args()
-    if args.rows < 10:
+    given = parser.parse_args()
+    if given.rows < 10:
         parser.error("--rows: at least 10, so that both files have some")
-    rows = draw(args.rows, args.seed, args.categories)
+    rows = draw(given.rows, given.seed, given.categories)
     held_out = round(TEST_SHARE * len(rows))
-    write(rows[held_out:], args.out / "train.parquet", held_out)
-    write(rows[:held_out], args.out / "test.parquet", 0)
-    print(f"{args.out}: train.parquet {len(rows) - held_out} rows, test.parquet {held_out}")
+    write(rows[held_out:], given.out / "train.parquet", held_out)
+    write(rows[:held_out], given.out / "test.parquet", 0)
+    print(f"{given.out}: train.parquet {len(rows) - held_out} rows, test.parquet {held_out}")
 
 
 if __name__ == "__main__":
