@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from learner.batch import TrainSequence, demonstration
 from rollout.demonstrated import demonstrated
 from rollout.settings import EnvironmentConfig
-from rollout.tokens import Chat, label_segments
+from rollout.tokens import Chat
 from tasks.core import (
     DataError,
     Demonstrates,
@@ -30,6 +30,7 @@ from tasks.images import check_image
 from tasks.placeholders import as_shown, placed, text_alone
 from tasks.responses import TAG
 from tasks.splits import draw_problem
+from tasks.turns import read_turns
 
 Size = tuple[int, int]
 
@@ -64,16 +65,16 @@ class Demonstrator:
 
         `calls` are turns before it, each answered by the environment, whose randomness is of
         `seed`, or as `answers` say where they are given; the tokens are those that sampling the
-        same turns would have made. With `blind` no
-        image is shown, nothing answers, and the response's perception is given instead of learnt,
-        as a request of kind `blind` with that prefix gives it.
+        same turns would have made. With `blind` no image is shown, nothing answers, and the
+        response's perception is given instead of learnt, as a request of kind `blind` with that
+        prefix gives it.
 
         Raises DataError when the task's own parser finds a defect in the response (a defect
         that is taught is a defect that is learnt), no perception in one to be given, or where the
         environment does not take the turns as they are meant.
         """
         said = "".join([*calls, response])
-        parsed = task.parse(said)
+        parsed = read_turns(task, [*calls, response])
         whole = bool(self._untagged and parsed.defects and not TAG.search(said))
         if parsed.defects and not whole:
             raise DataError(
@@ -109,13 +110,15 @@ class Demonstrator:
         written, offsets, _ = episode.read()
         before = text[: len(text) - len(written)] if blind else ""
         if before + written != said:  # another Unicode form, or a space before it
-            parsed = task.parse(before + written)
-        own = label_segments(offsets, {} if whole else parsed.spans, shift=len(before))
+            first, *later = [turn.text for turn in episode.turns]
+            parsed = read_turns(task, [before + first, *later])
+        if whole:
+            parsed = replace(parsed, spans={}, earlier=())
         return demonstration(
             np.asarray(asked.prompt_ids, np.int32),
             np.asarray(episode.ids, np.int32),
             tuple(episode.images),
-            episode.segments(own),
+            episode.labelled(parsed, offsets, len(before)),
         )
 
     def of(

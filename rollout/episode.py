@@ -15,8 +15,8 @@ import numpy as np
 
 from rollout.record import Turn
 from rollout.settings import EnvironmentConfig
-from rollout.tokens import Chat
-from tasks.core import ENVIRONMENT, NO_SEGMENT
+from rollout.tokens import Chat, label_segments
+from tasks.core import ENVIRONMENT, NO_SEGMENT, Parsed
 from tasks.environments import DONE, Observation
 from tasks.images import check_image
 
@@ -173,6 +173,18 @@ class Episode:
             offsets += [length] * ended
             start = stop
         return "".join(parts), np.asarray(offsets, np.int32), places
+
+    def labelled(self, parsed: Parsed, offsets: np.ndarray, shift: int = 0) -> np.ndarray:
+        """int8 [T] of the response: the segments that its text was parsed to.
+
+        What a later turn says again is of its segment in the earlier turns too. `offsets`: of
+        `read`; `shift`: how many characters of what was parsed come before that text.
+        """
+        own = label_segments(offsets, parsed.spans, shift)
+        for said in parsed.earlier:
+            before = label_segments(offsets, said.spans, shift)
+            own = np.where(own == NO_SEGMENT, before, own)
+        return self.segments(own)
 
     def segments(self, of_written: np.ndarray) -> np.ndarray:
         """int8 [T] of the response: those of the policy's tokens, and `ENVIRONMENT`.

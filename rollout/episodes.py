@@ -15,8 +15,8 @@ import numpy as np
 
 from rollout.episode import Budgets, Episode
 from rollout.record import Group, Rollout, SampleRequest, as_turns
-from rollout.tokens import Chat, label_segments
-from tasks.core import NO_SEGMENT, DataError, Task
+from rollout.tokens import Chat
+from tasks.core import DataError, Task
 from tasks.environments import DONE, EnvironmentFailed, Observation
 from tasks.turns import read_turns
 
@@ -147,10 +147,6 @@ def _rollout(
 ) -> Rollout:
     text, offsets, _ = episode.read()
     parsed = read_turns(task, as_turns(request.prefix, text, episode.turns))
-    own = label_segments(offsets, parsed.spans, shift=len(request.prefix))
-    for said in parsed.earlier:
-        before = label_segments(offsets, said.spans, shift=len(request.prefix))
-        own = np.where(own == NO_SEGMENT, before, own)
     return Rollout(
         rollout_id=f"{request.group_id}/{index}",
         group_id=request.group_id,
@@ -161,7 +157,7 @@ def _rollout(
         images=tuple(episode.images),
         logprobs=np.asarray(episode.logprobs, np.float32),
         versions=np.asarray(episode.versions, np.int32),
-        segments=episode.segments(own),
+        segments=episode.labelled(parsed, offsets, len(request.prefix)),
         prefix=request.prefix,
         text=text,
         parsed=parsed,

@@ -38,6 +38,7 @@ from tasks.datasets import Example
 from tasks.load import BUILT_IN
 from tasks.responses import TAG
 from tasks.splits import SPLITS, Split
+from tasks.turns import read_turns
 
 FRESH = 3
 """Problems a split that are drawn of a task without data, to be measured."""
@@ -333,9 +334,9 @@ def _response_fault(
     """Why a response cannot be learnt from behind its prompt, where it cannot."""
     if counts.fault:
         return counts.fault
-    said = "".join([*(exchange.turn for exchange in example.earlier), example.response])
-    parsed = task.parse(said)
-    whole = sft and sft.untagged == "whole" and not TAG.search(said)
+    turns = [*(exchange.turn for exchange in example.earlier), example.response]
+    parsed = read_turns(task, turns)
+    whole = sft and sft.untagged == "whole" and not TAG.search("".join(turns))
     if parsed.defects and not whole:
         defect = parsed.defects[0]
         reason = f"has defect {defect!r}; demonstrations must parse without defects"

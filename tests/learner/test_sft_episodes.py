@@ -151,7 +151,8 @@ def test_a_chat_of_several_turns_is_the_episode_that_it_tells(
     problem, last = draw(TASK, 4, **KNOBS), TASK.demonstrate(draw(TASK, 4, **KNOBS), "terse")
     crop = draw(TASK, 9, **KNOBS | {"detail": 1}).images
     told = (Observation("So?", (*problem.images, *crop)), Observation("Now.", crop), DONE)
-    turns = ("<look>0 0 9 9</look>", "<mark>1 2</mark>")
+    seen = TASK.oracle_prefix(problem).replace("4", "3")  # a first reading, which is taken back
+    turns = (f"{seen}<look>0 0 9 9</look>", "<mark>1 2</mark>")
     earlier = [Exchange(t, o.text, o.images) for t, o in zip(turns, told, strict=False)]
     example = Example(problem, last, tuple(earlier))
     writer = Demonstrator(processor, environment=config)
@@ -163,6 +164,9 @@ def test_a_chat_of_several_turns_is_the_episode_that_it_tells(
     assert found.response_ids.tolist() == rollout.response_ids.tolist()
     assert found.segments.tolist() == rollout.segments.tolist()
     assert found.images == rollout.images and len(found.images) == 4 + (config is HINTING)
+    assert (found.segments == 0).sum() > 1.8 * (
+        Demonstrator(processor).sequence(TASK, problem, last).segments == 0
+    ).sum()
     # Preflight counts the same tokens of it: it fits exactly, and not in one less.
     later = [check_image(image, "x").size for e in example.earlier for image in e.images]
     counts = TokenCounts(prompt=len(found.prompt_ids))
