@@ -28,8 +28,13 @@ BUILT_IN = {
     "judge": "rewards.judge:Judge",
     "reward_model": "rewards.reward_model:RewardModel",
     "environment": "rewards.episodes:EnvironmentReward",
+    "call_bonus": "rewards.episodes:CallBonus",
+    "call_cost": "rewards.episodes:CallCost",
+    "call_cap": "rewards.episodes:CallCap",
 }
 """The reward terms a recipe can name without giving `module:Class`."""
+OF_CALLS = ("call_bonus", "call_cost", "call_cap")
+"""Of these, those that are paid for calls of [environment]."""
 
 ARGUMENTS = ConfigDict(strict=True, extra="forbid")
 """How the arguments of a term's class are read, where pydantic reads them."""

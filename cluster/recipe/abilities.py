@@ -11,7 +11,7 @@ from cluster.recipe.placement import Command
 from cluster.recipe.problems import ProblemSource, held_out
 from cluster.recipe.recipe import Recipe
 from rewards.leaks import WITHOUT
-from rewards.settings import RewardTermConfig
+from rewards.settings import OF_CALLS, RewardTermConfig
 from rewards.terms import TermFacts, facts_of
 from tasks.core import (
     CanLeak,
@@ -51,6 +51,11 @@ def ask_tasks(recipe: Recipe, command: Command) -> None:
             raise DataError(
                 f"{where} cannot be had on responses of several turns; remove the term, or "
                 "[environment]"
+            )
+        if entry.name in OF_CALLS and recipe.environment is None:
+            raise DataError(
+                f"{where} is paid for calls, and there is no [environment] to call; remove the "
+                "term, or add that section"
             )
         for task in tasks if facts.reads else ():
             if not perceives(task):

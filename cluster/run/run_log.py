@@ -18,6 +18,7 @@ from cluster.record.stored import last_step
 from cluster.record.terminal import Progress
 from cluster.record.tracker import Tracker
 from cluster.run.budget import Spent, is_over, run_share
+from cluster.run.call_rate import CallRate, most_calls
 from cluster.run.checkpoints import Position, Resumable, Resumed, StopSignal, stop_signal
 from cluster.run.keeping import Keeper
 from cluster.run.nodes import leaving
@@ -115,6 +116,7 @@ class RunLog:
         self.stopped = False
         self._steps, self._stop, self._copy = steps, StopSignal(), copy
         self._standstill = Standstill(progress.say)
+        self._calls = CallRate(most_calls(recipe))
 
     @contextmanager
     def keeping(self, learner: LearnerGroup) -> Iterator[None]:
@@ -163,6 +165,9 @@ class RunLog:
         share = run_share(self.recipe.algorithm, step.number, spent) if budget else None
         self.progress.step(step.number, step.metrics, step.seconds, share)
         self._standstill.step(step.metrics, updates)
+        if line := self._calls.step(step.number, step.metrics):
+            self.say(f"warning: {line}")
+            self.note("calls", line)
 
     def write(self, step: StepLog, version: int, spent: Spent | None = None) -> None:
         """Write a step's metrics; the run is after it now."""

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from rewards.compose import Composition, compose_groups
 from rewards.diagnosis import diagnose
-from rewards.episodes import EnvironmentReward, environment_failures
-from rewards.terms import term_facts
+from rewards.episodes import (
+    CallBonus,
+    CallCap,
+    CallCost,
+    EnvironmentReward,
+    environment_failures,
+)
+from rewards.scored import TermError
+from rewards.terms import load_term, term_facts
 from rollout.record import Group, Turn
 from tasks.load import load_task
 from tasks.turns import read_turns
@@ -76,3 +84,23 @@ def test_a_perception_that_a_look_changed_is_a_gain_or_a_loss() -> None:
     assert alone.reread_gain is None and alone.reread_loss is None
     bare = diagnose(task, Group("g", replace(puzzle, perception=""), rollouts))
     assert bare.a_p is None and bare.reread_gain is None
+
+
+def test_calls_are_paid_for_where_the_answer_is_right_and_cost_wherever_they_are() -> None:
+    ok, bad, none = Turn("a", True), Turn("b", True, defects=("bad_number",)), Turn("c")
+    turns = [(ok, ok, none), (bad, none), (bad, ok, bad), (none,), (), (ok, none)]
+    texts = ["1;2;", "1;2;", "1;2;", "1;2;", "1;2;", "1;3;"]
+    made = group(1, *texts)
+    with_turns = tuple(replace(r, turns=t) for r, t in zip(made.rollouts, turns, strict=True))
+    made = replace(made, rollouts=with_turns)
+    for term, expected in (
+        (CallBonus(), [1, 0, 1, 0, 0, 0]),
+        (CallCost(), [-2, -1, -3, 0, 0, -1]),
+        (CallCost(free=1), [-1, 0, -2, 0, 0, 0]),
+        (CallCap(most=1), [-1, 0, -1, 0, 0, 0]),
+        (CallCap(most=0), [-1, -1, -1, 0, 0, -1]),
+    ):
+        assert score(made, term).values[term.name].tolist() == expected
+    for name, wrong in (("call_cost", {"free": -1}), ("call_cap", {"most": 1.5}), ("call_cap", {})):
+        with pytest.raises(TermError, match=name):
+            load_term(name, wrong)

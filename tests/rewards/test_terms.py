@@ -196,6 +196,7 @@ USABLE: dict[str, dict[str, Any]] = {
     "length": {"max_tokens": 64, "buffer": 16},
     "judge": {"base_url": "http://localhost:8000/v1", "model": "m"},
     "reward_model": {"model": "a/classifier"},
+    "call_cap": {"most": 3},
 }
 """Arguments of the built-in terms that need some."""
 

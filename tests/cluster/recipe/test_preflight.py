@@ -420,6 +420,10 @@ BAD = "tests.support.bad_environments:Counting"
             'eval.passes: "returns_elsewhere" shows a wrong place, and calls of environment "',
         ),
         (
+            ['reward.terms=[{name="outcome"}, {name="call_cost"}]'],
+            'reward.terms[1]: "call_cost" is paid for calls, and there is no [environment]',
+        ),
+        (
             ['environment.name="zoom"', 'reward.terms=[{name="image_dependence"}]'],
             'reward.terms[0]: "image_dependence" cannot be had on responses of several turns',
         ),
