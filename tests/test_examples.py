@@ -216,3 +216,20 @@ def test_a_whole_data_set_has_all_kinds_and_checkers_and_no_picture_twice(made: 
     assert {len(row.images) for row in rows} == {0, 1, 2}
     for row in rows:
         assert is_right(row, parse_free(row.response, "segments").answer), row
+
+
+def test_bare_answers_change_what_is_demonstrated_and_nothing_else(made: Any) -> None:
+    written, mixed = made["draw"](400, 3), made["draw"](400, 3, short=0.6)
+    assert 0.5 < sum(row.short for row in mixed) / 400 < 0.7
+    assert not any(row.short for row in written)
+    for whole, row in zip(written, mixed, strict=True):
+        assert (whole.problem, whole.images, whole.question) == (
+            row.problem,
+            row.images,
+            row.question,
+        )
+        parsed = parse_free(row.response, "segments")
+        assert not parsed.defects and is_right(row, parsed.answer)
+        assert (parsed.perception == row.seen) == (not row.short)
+        if not row.short:
+            assert row.response == whole.response

@@ -1,6 +1,7 @@
 """Draw a data set of charts, tables, scenes, sketches and pairs of pictures, as people's files are.
 
     python examples/charts/make.py                      # 3,000 rows into examples/charts/data
+    python examples/charts/make.py --rows 8000 --short 0.6   # those of docs/your_data.md
     python examples/charts/make.py --rows 200 --out DIR --seed 1 --categories table bars
 
 `train.parquet` and `test.parquet` have EasyR1's columns and some more:
@@ -14,7 +15,7 @@
 | `choices` | the options' texts, where the question has some |
 | `category` | bars, line, pie, table, scene, geometry, pair or text |
 | `perception` | what a perfect reader of the images would write down; "" in most rows |
-| `response` | a whole right response in Equipoise's tags, for SFT |
+| `response` | a right response in Equipoise's tags, for SFT; of a `--short` share the answer alone |
 | `id` | |
 
 A recipe reads them with
@@ -73,6 +74,7 @@ class Row:
     seen: str
     images: tuple[bytes, ...] = ()
     labelled: bool = True
+    short: bool = False
 
     @property
     def problem(self) -> str:
@@ -82,10 +84,11 @@ class Row:
 
     @property
     def response(self) -> str:
-        """A whole right one."""
+        """A right one; a short one says neither what is seen nor why."""
         said = self.question.said or self.question.gold
+        seen, why = ("-", "-") if self.short else (self.seen, self.question.why)
         return (
-            f"<perception>\n{self.seen}\n</perception>\n<reasoning>\n{self.question.why}\n"
+            f"<perception>\n{seen}\n</perception>\n<reasoning>\n{why}\n"
             f"</reasoning>\n<answer>\n{said}\n</answer>"
         )
 
@@ -245,8 +248,11 @@ KINDS: tuple[tuple[Callable[[Rng], Row], float], ...] = (
 )  # fmt: skip
 
 
-def draw(count: int, seed: int, categories: Sequence[str] = ()) -> list[Row]:
-    """Rows, of some categories only, whose pictures, or words where there are none, all differ."""
+def draw(count: int, seed: int, categories: Sequence[str] = (), short: float = 0.0) -> list[Row]:
+    """Rows, of some categories only, whose pictures, or words where there are none, all differ.
+
+    `short`: the share of them whose response is the answer alone, as people's mostly are.
+    """
     chosen = [pair for pair in KINDS if not categories or pair[0].__name__ in categories]
     kinds, weights = zip(*chosen, strict=True)
     shares = np.array(weights) / sum(weights)
@@ -263,7 +269,8 @@ def draw(count: int, seed: int, categories: Sequence[str] = ()) -> list[Row]:
             raise SystemExit(f"make.py: no {count} rows that differ; ask for fewer")
         labelled = rng.random() < LABELLED
         found[key] = replace(made, labelled=made.labelled and labelled)
-    return list(found.values())
+    answers = np.random.default_rng([seed, 1]).random(len(found)) < short
+    return [replace(row, short=bool(n)) for row, n in zip(found.values(), answers, strict=True)]
 
 
 def write(rows: Sequence[Row], path: Path, first: int) -> None:
@@ -356,10 +363,13 @@ def main() -> None:
     names = [kind.__name__ for kind, _ in KINDS]
     parser.add_argument("--categories", nargs="+", choices=names, default=(), help="only these")
     parser.add_argument("--out", type=Path, default=HERE / "data")
+    parser.add_argument("--short", type=float, default=0.0, help="share of bare answers for SFT")
     given = parser.parse_args()
+    if not 0 <= given.short <= 1:
+        parser.error("--short: a share from 0 to 1")
     if given.rows < 10:
         parser.error("--rows: at least 10, so that both files have some")
-    rows = draw(given.rows, given.seed, given.categories)
+    rows = draw(given.rows, given.seed, given.categories, given.short)
     held_out = round(TEST_SHARE * len(rows))
     write(rows[held_out:], given.out / "train.parquet", held_out)
     write(rows[:held_out], given.out / "test.parquet", 0)
