@@ -15,7 +15,7 @@
 | `choices` | the options' texts, where the question has some |
 | `category` | bars, line, pie, table, scene, geometry, pair or text |
 | `perception` | what a perfect reader of the images would write down; "" in most rows |
-| `response` | a right response in Equipoise's tags, for SFT; of a `--short` share the answer alone |
+| `response` | a right response in Equipoise's tags, for SFT; of the share `--short` a bare answer |
 | `id` | |
 
 A recipe reads them with
