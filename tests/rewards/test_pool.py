@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from rewards.compose import Composition, compose_groups
 from rewards.pool import RewardPool
@@ -21,24 +20,16 @@ from rewards.settings import RewardConfig, RewardTermConfig
 from rewards.terms import Outcome, Perception
 from rollout.record import ReplyError, SampleRequest
 from tests.rewards.test_reward_model import classifier
+from tests.support.ray_heads import local_ray
 from tests.support.toys import Length, Misbehaves, group, score
 
-ROOT = Path(__file__).parents[2]
 TOYS = "tests.support.toys"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    yield
-    ray.shutdown()
+def ray_is_up() -> Iterator[None]:
+    with local_ray(cpus=1):
+        yield
 
 
 @pytest.fixture

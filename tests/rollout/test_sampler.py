@@ -6,7 +6,6 @@ engine on a text-only language model, which no weight update reaches.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -30,7 +29,7 @@ from rewards.questions import BlindQuestions
 from rewards.reader import Reader, readings
 from rollout.decoding import encode
 from rollout.dispatch import SamplerLost
-from rollout.engine import EngineDied, SamplerError
+from rollout.engine import SamplerError
 from rollout.pool import SamplerPool
 from rollout.record import Group, ReplyError, SampleRequest, Sampling, ScoreRequest, Weights
 from rollout.sampler import RaySamplerClient, ray_samplers
@@ -41,92 +40,23 @@ from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
 from tests.rewards.test_surrogates import rollout_of
-from tests.support.pretend import group as pretended
+from tests.support.light_sampler import LightSampler, waits_for
 from tests.support.prose import LabelledProse, prose, says
+from tests.support.ray_heads import local_ray
 
-ROOT = Path(__file__).parents[2]
 TASK = load_task("graph_coloring")
 ONE = np.zeros(1, np.int32)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}},
-    )
-    yield
-    ray.shutdown()
+def ray_is_up() -> Iterator[None]:
+    with local_ray(cpus=2):
+        yield
 
 
 def problems(count: int) -> list[Problem]:
     spec = TASK.spec(vertices=4, canvas=64, layout="circle", label_size=0, prompt="brief")
     return [draw_problem(TASK, spec, "train", 5, i) for i in range(count)]
-
-
-@ray.remote(num_cpus=0)
-class Told:
-    """Does what a request's id says before the dash; scores with the number after it.
-
-    A path after the dash is a file that is made, and what was said is done only without it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.begun: list[str] = []
-        self.cancelled: list[str] = []
-
-    async def ready(self, weights: None) -> tuple[int, None]:
-        return 100, None
-
-    async def ping(self) -> None:
-        pass
-
-    async def shutdown(self) -> None:
-        pass
-
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def log(self) -> tuple[list[str], list[str]]:
-        return self.begun, self.cancelled
-
-    async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
-        if isinstance(request, SampleRequest):
-            await asyncio.sleep(0.2)
-            return pretended(request, self.name)
-        self.begun.append(request.request_id)
-        what, _, number = request.request_id.partition("-")
-        if what == "block":
-            return _blocked(Path(number))
-        if number.startswith("/"):
-            done = Path(number) / "done"
-            what = "ok" if done.exists() else what
-            done.touch()
-            number = "0"
-        try:
-            if what == "refuse":
-                raise SamplerError("problem p: too long")
-            if what == "dead":
-                raise EngineDied(f"{self.name}: the engine's process died")
-            if what == "crash":
-                raise KeyError("x")
-            if what == "garbage":
-                return np.array([np.nan], np.float32)
-            if what == "exit":
-                os._exit(3)
-            if what == "slow":
-                await asyncio.sleep(0.5)
-            if what == "hang":
-                await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            self.cancelled.append(request.request_id)
-            raise
-        return np.array([-float(number)], np.float32)
 
 
 @ray.remote(num_cpus=0)
@@ -208,27 +138,13 @@ LIMITS = SamplerConfig(
 @contextlib.contextmanager
 def told(count: int, limits: SamplerConfig = LIMITS) -> Iterator[SamplerPool]:
     pool = SamplerPool(
-        lambda name: RaySamplerClient(name, Told.remote(name)), count, limits, "told"
+        lambda name: RaySamplerClient(name, LightSampler.remote(name)), count, limits, "told"
     )
     try:
         pool.wait_ready(300)
         yield pool
     finally:
         pool.stop()
-
-
-def waits_for(file: Path) -> None:
-    until = time.monotonic() + 120
-    while not file.exists():
-        assert time.monotonic() < until, f"{file.name} did not come"
-        time.sleep(0.01)
-
-
-def _blocked(folder: Path) -> np.ndarray:
-    """Keep the whole process from listening until the file `end` is there."""
-    (folder / "begun").touch()
-    waits_for(folder / "end")
-    return np.array([0.0], np.float32)
 
 
 def asked(*ids: str) -> list[ScoreRequest]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from pathlib import Path
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rollout.record import Group, SampleRequest
+from rollout.record import Group, SampleRequest, ScoreRequest
 from tests.support.pretend import group
 
 
@@ -23,12 +26,19 @@ def wait_for_nodes(seconds: float = 300) -> None:
 def _here() -> None: ...
 
 
-@ray.remote
+@ray.remote(num_cpus=0)
 class LightSampler:
-    """Answers every request with a group that is made up of it."""
+    """Answers what it is to sample with a group that is made up of it.
+
+    What it is to score it meets as the request's id says before the dash: it answers with the
+    number after it, raises, hangs or dies. A path after the dash is a file that is made, and what
+    was said is done only without it.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.begun: list[str] = []
+        self.cancelled: list[str] = []
 
     async def ready(self, weights: None) -> tuple[int, None]:
         return 100, None
@@ -42,6 +52,54 @@ class LightSampler:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def answer(self, request: SampleRequest) -> Group:
-        await asyncio.sleep(0.2)
-        return group(request, self.name)
+    async def log(self) -> tuple[list[str], list[str]]:
+        """The ids of what it was to score, and of those of it that were cancelled."""
+        return self.begun, self.cancelled
+
+    async def answer(self, request: SampleRequest | ScoreRequest) -> Group | np.ndarray:
+        if isinstance(request, SampleRequest):
+            await asyncio.sleep(0.2)
+            return group(request, self.name)
+        self.begun.append(request.request_id)
+        what, _, number = request.request_id.partition("-")
+        if what == "block":
+            return _blocked(Path(number))
+        if number.startswith("/"):
+            done = Path(number) / "done"
+            what = "ok" if done.exists() else what
+            done.touch()
+            number = "0"
+        try:
+            await self._meet(what)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.request_id)
+            raise
+        return np.array([np.nan if what == "garbage" else -float(number)], np.float32)
+
+    async def _meet(self, what: str) -> None:
+        if what in ("refuse", "dead"):
+            from rollout.engine import EngineDied, SamplerError  # seconds of imports
+
+            if what == "refuse":
+                raise SamplerError("problem p: too long")
+            raise EngineDied(f"{self.name}: the engine's process died")
+        if what == "crash":
+            raise KeyError("x")
+        if what == "exit":
+            os._exit(3)
+        if what in ("slow", "hang"):
+            await asyncio.sleep(0.5 if what == "slow" else 3600)
+
+
+def _blocked(folder: Path) -> np.ndarray:
+    """Keep the whole process from listening until the file `end` is there."""
+    (folder / "begun").touch()
+    waits_for(folder / "end")
+    return np.array([0.0], np.float32)
+
+
+def waits_for(file: Path) -> None:
+    until = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < until, f"{file.name} did not come"
+        time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -9,10 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
+ROOT = str(Path(__file__).resolve().parents[2])
 RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
 TOKEN = secrets.token_hex(32)
 
@@ -23,6 +28,40 @@ def environment(**more: str) -> dict[str, str]:
     # Beside other tests, workers as humble as Ray makes them would hardly ever run.
     quiet |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
     return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | quiet | more
+
+
+@contextmanager
+def local_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
+    """A Ray of this process's own. Its node hands its environment on, the path to the tests in it,
+    so that the workers that it starts at once are those that actors get."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(PYTHONPATH=ROOT).items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    yield
+    ray.shutdown()
+
+
+def takes_jobs(address: str) -> bool:
+    """Whether a head runs a job: once its dashboard has found the node's agent."""
+    hello = urllib.request.Request(
+        f"{address}/api/jobs/",
+        json.dumps({"entrypoint": "true"}).encode(),
+        {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"},
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with suppress(OSError):
+        return bool(direct.open(hello, timeout=60).status == 200)
+    return False
 
 
 @contextmanager
@@ -60,17 +99,10 @@ def ray_head(log: Path, **more: str) -> Iterator[str]:
         )
     try:
         address = f"http://127.0.0.1:{ports[1]}"
-        # Jobs are taken once the dashboard has found the node's agent.
-        hello = [RAY, "job", "submit", "--address", address, "--", "true"]
-        for attempt in range(40):
-            done = subprocess.run(
-                hello, env=environment(), capture_output=True, text=True, timeout=120
-            )
-            if done.returncode == 0:
-                break
-            assert head.poll() is None, log.read_text()
-            assert attempt < 39, done.stdout[-2000:] + done.stderr[-2000:]
-            time.sleep(1)
+        deadline = time.monotonic() + 200
+        while not takes_jobs(address):
+            assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
         yield address
     finally:
         head.terminate()

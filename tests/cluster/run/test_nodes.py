@@ -26,9 +26,10 @@ from tests.support.pretend import request
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with one core; it leaves nothing behind for other modules' own Ray."""
+    """A head with one core; it leaves nothing behind for other modules' own Ray. The last test has
+    notice given to its nodes."""
     if ray.is_initialized():
         ray.shutdown()
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -69,36 +70,38 @@ def until(what: Callable[[], object], seconds: float = 600) -> None:
         time.sleep(0.2)
 
 
+def connecting(code: str, **variables: str) -> list[str]:
+    """What a process says that does this with `connected`."""
+    code = f"import ray\nfrom cluster.run.session import connected\n{code}"
+    own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=own | variables,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+AT = "print('at', ray.get_runtime_context().gcs_address)\n"
+
+
 def test_a_local_run_stays_out_of_a_cluster_that_runs_on_its_machine(cluster: Cluster) -> None:
-    code = (
-        "import ray; from cluster.run.session import connected\n"
-        "with connected(None): print('at', ray.get_runtime_context().gcs_address)"
-    )
-    variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    found = {}
-    for name, told in (("alone", {}), ("told", {"RAY_ADDRESS": cluster.address})):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=variables | told,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        (found[name],) = [line for line in done.stdout.splitlines() if line.startswith("at ")]
-    assert found["told"] == f"at {cluster.address}" != found["alone"]
+    said = connecting(f"with connected(None): {AT}")
+    assert [line.startswith("at ") for line in said].count(True) == 1
+    assert f"at {cluster.address}" not in said
 
 
-def test_what_is_asked_while_ray_starts_is_had_or_raised(cluster: Cluster) -> None:
+def test_a_job_joins_its_cluster_and_has_or_is_raised_what_is_asked_meanwhile(
+    cluster: Cluster,
+) -> None:
     code = (
-        "import ray; from cluster.run.session import connected\n"
-        "with connected(None, lambda: 7 * 6) as had: print('had', had, ray.is_initialized())\n"
+        f"with connected(None, lambda: 7 * 6) as had: print('had', had); {AT}"
         "try:\n"
         "    with connected(None, lambda: {}['rows']): print('not reached')\n"
         "except KeyError as error: print('raised', error, ray.is_initialized())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": cluster.address},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.stdout.splitlines() == ["had 42 True", "raised 'rows' False"], done.stderr[-2000:]
+    said = connecting(code, RAY_ADDRESS=cluster.address)
+    assert said == ["had 42", f"at {cluster.address}", "raised 'rows' False"]
 
 
 def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ import ray
 
 from cluster.recipe.recipe import load_recipe
 from cluster.run.pairs import GpuPairs
+from tests.support.ray_heads import local_ray
+from tests.support.recipes import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 RECIPE = [
     'transfer.transport="ipc"', "sampler.count=3", "learner.ranks=3", "sampler.gpus=0.5",
     "sampler.gpu_memory_utilization=0.5", "learner.gpus=0.5",
@@ -22,9 +22,8 @@ RECIPE = [
 @pytest.fixture
 def three_gpus() -> Iterator[None]:
     """Ray counts GPUs that it is told of, and shows each actor its own."""
-    ray.init(address="local", num_cpus=6, num_gpus=3, include_dashboard=False)
-    yield
-    ray.shutdown()
+    with local_ray(cpus=6, gpus=3):
+        yield
 
 
 @ray.remote(num_cpus=1, num_gpus=0.5)
