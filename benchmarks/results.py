@@ -4,7 +4,7 @@
 
 Of each folder of an ablation (`ablation.json`, `results.parquet`) its report and figures are drawn
 anew, and in the page of its name the places that are marked for a table. All numbers are those of
-`cluster.ablation.results.summarise`.
+`cluster.ablation.results.summarise`; of `looking` those of one run's evaluations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from benchmarks.tables import between_marks
 from cluster.ablation.results import Results
@@ -32,6 +34,29 @@ def main() -> None:
         page = folder.with_suffix(".md")
         put_text(page, with_tables(page.read_text(encoding="utf-8"), record))
         print(page)
+    page = FOLDER / "looking.md"
+    put_text(page, with_looks(page.read_text(encoding="utf-8"), FOLDER / "looking"))
+    print(page)
+
+
+LOOKS = (
+    "called", "a", "a_alone", "a_call_gain", "a_prompt_gain", "a_call_harm", "a_prompt_harm",
+    "a_p", "a_r",
+)  # fmt: skip
+"""Metrics of an evaluation of a run with [environment], in the order of the page's columns."""
+
+
+def with_looks(page: str, folder: Path) -> str:
+    """The page on looking with its table: a row an evaluation of the run's `metrics.parquet`."""
+    values: dict[int, dict[str, float]] = {}
+    for row in pq.read_table(folder / "metrics.parquet").to_pylist():
+        if row["name"].startswith("eval/sudoku/"):
+            values.setdefault(row["step"], {})[row["name"].rpartition("/")[2]] = row["value"]
+    rows = [
+        [str(step), *(number(measured[name]) for name in LOOKS)]
+        for step, measured in sorted(values.items())
+    ]
+    return between_marks(page, "looking", markdown([["after step", *LOOKS], *rows]))
 
 
 def with_tables(page: str, record: AblationRecord) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 import pytest
 
-from benchmarks.results import FOLDER, number, with_tables
+from benchmarks.results import FOLDER, number, with_looks, with_tables
 from cluster.report.ablation_report import AblationRecord, build_ablation, read_ablation
 
 NAME = "sft_balance"
@@ -38,3 +38,13 @@ def test_another_raw_table_gives_another_page(record: AblationRecord) -> None:
 )  # fmt: skip
 def test_a_number_has_no_zero_before_its_point(value: float, form: str, said: str) -> None:
     assert number(value, form) == said
+
+
+def test_the_page_on_looking_is_what_its_raw_table_gives() -> None:
+    page = (FOLDER / "looking.md").read_text(encoding="utf-8")
+    assert with_looks(page, FOLDER / "looking") == page
+    rows = [line.split(" | ") for line in page.splitlines() if line[:3] in ("| 0", "| 1", "| 4")]
+    assert len(rows) == 3
+    for row in rows:  # what the tool gives and takes is the difference that it makes
+        a, alone, *terms = (float(cell) for cell in row[2:8])
+        assert a - alone == pytest.approx(terms[0] + terms[1] - terms[2] - terms[3], abs=2e-3)
