@@ -100,7 +100,8 @@ async def sample(engine: Engine, groups: int, workers: int, seconds: float, firs
         done = await asyncio.gather(*(engine.converse(r, task, pool) for r in requests))
     finally:
         pool.close()
-    assert not any(r.failure for group in done for r in group.rollouts)
+    failures = [r.failure for group in done for r in group.rollouts if r.failure]
+    assert not failures, failures[0]
     return sum(len(r.response_ids) for group in done for r in group.rollouts)
 
 
