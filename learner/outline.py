@@ -54,8 +54,8 @@ def _outline(path: str) -> Policy:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
         raise ModelError(
-            f"model.path: {path}: config.json describes no image-text-to-text model "
-            f"({str(error).splitlines()[0]})"
+            f"model.path: {path}: config.json describes no image-text-to-text model ({why})"
         ) from error
     return Policy(model)

@@ -178,9 +178,9 @@ def load_policy(
             attn_implementation="sdpa" if attention == "flash" else attention,
         )
     except (OSError, ValueError, ImportError) as error:
+        why = str(error).partition("\n")[0]
         raise ModelError(
-            f"model.path: {path}: could not be loaded as an image-text-to-text model "
-            f"({str(error).splitlines()[0]})"
+            f"model.path: {path}: could not be loaded as an image-text-to-text model ({why})"
         ) from error
     try:
         family_of(model)

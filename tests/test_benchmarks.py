@@ -137,7 +137,16 @@ def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    for name in ("race", "sampling", "learner", "startup", "transfer", "driver", "episodes"):
+    for name in (
+        "race",
+        "sampling",
+        "learner",
+        "startup",
+        "transfer",
+        "driver",
+        "real_size",
+        "episodes",
+    ):
         assert "| new |" in tables.between_marks(page, name, "| new |")
     monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "kept")

@@ -137,7 +137,8 @@ class Context:
                 ids = self._chat.turn(parts, self._chat.end)
                 length += len(self._chat.expanded(ids, images))
             except Exception as error:  # whatever a processor does with an odd size
-                return Fault("response", f"an answer to a turn: {str(error).splitlines()[0]}")
+                why = str(error).partition("\n")[0]
+                return Fault("response", f"an answer to a turn: {why}")
         if counts.prompt + length <= self.length:
             return None
         return Fault(

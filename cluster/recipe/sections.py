@@ -27,7 +27,7 @@ class PlacementConfig(Section):
     """Nodes that the engines may be on, those of frozen models too. An engine never straddles
     nodes, however many GPUs it has."""
     reward_workers: Labels = Field(default_factory=dict)
-    """Nodes that reward workers may be on; they are spread over these."""
+    """Nodes that reward workers may be on; Ray spreads them over these as far as it likes."""
     spread_samplers: bool = False
     """Rather an engine a node than a node full of them."""
     wait_seconds: Amount = 120.0
