@@ -1,11 +1,13 @@
 """Does an engine wait for its environments? Its idle share while each answer takes a second.
 
     python -m benchmarks.episodes
-    python -m benchmarks.episodes --groups 8 32 --workers 16 64 --seconds 1
+    python -m benchmarks.episodes --size 30M --groups 8 32 --workers 16 64 --seconds 1
 
-One sampler's engine in this process, the shipped policy, groups of 8 episodes of at most three
-turns; the environment sleeps, and asks for another turn as long as there is one. Idle is the share
-of the wall time, from the first step of the engine to the last, in which it took no step.
+One sampler's engine in this process, untrained policies of three sizes whose turns go on to their
+cap, groups of 8 episodes of three turns; the environment sleeps, and asks for another turn as long
+as there is one. A group that ends is followed by the next, so that as many as `--groups` says are
+in flight. Idle is the share of the wall time in which the engine took no step, from the first group
+that ended to the last that began.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, tables
-from benchmarks.policies import SHIPPED
+from benchmarks.policies import SIZES, write_unending
 from benchmarks.race_work import GROUP, KNOBS, TASK
 from rollout.engine import Engine
 from rollout.engine_thread import EngineThread
@@ -33,9 +36,12 @@ from tasks.environments import DONE, Observation
 from tasks.load import load_task
 from tasks.splits import draw_problem
 
-KEYS = ("seconds", "groups", "workers")
+KEYS = ("size", "seconds", "groups", "workers")
 TURNS = 3
-TOKENS = 256
+TOKENS = 32
+"""Of a turn, in the mean; an episode that has more than four times its share is cut."""
+FOLLOWERS = 3
+"""Groups that follow each other in one place of the flight."""
 
 
 class Slow:
@@ -67,15 +73,31 @@ class Busy:
 
         EngineThread._step = timed  # type: ignore[method-assign]
 
-    def idle(self) -> tuple[float, float]:
-        """Share without a step between the first and the last since last asked, and seconds."""
-        steps, self.steps = self.steps, []
-        seconds = steps[-1][1] - steps[0][0]
-        return 1 - sum(end - begin for begin, end in steps) / seconds, seconds
+    def idle(self, begin: float, end: float) -> float:
+        """The share of the time between two moments that no step covers."""
+        inside = (min(end, done) - max(begin, began) for began, done in self.steps)
+        return 1 - sum(max(0.0, seconds) for seconds in inside) / (end - begin)
 
 
-async def sample(engine: Engine, groups: int, workers: int, seconds: float, first: int) -> int:
-    """Sample groups, as many at once as there are; the number of tokens."""
+class Flight:
+    """Groups in flight: when the first of all ended, and the last began."""
+
+    def __init__(self) -> None:
+        self.first_end, self.last_begin, self.tokens = float("inf"), 0.0, 0
+
+    async def follow(self, engine: Engine, requests: Sequence[SampleRequest], *rest: Any) -> None:
+        """One group after the other."""
+        for request in requests:
+            self.last_begin = max(self.last_begin, time.perf_counter())
+            done = await engine.converse(request, *rest)
+            self.first_end = min(self.first_end, time.perf_counter())
+            failures = [r.failure for r in done.rollouts if r.failure]
+            assert not failures, failures[0]
+            self.tokens += sum(len(r.response_ids) for r in done.rollouts)
+
+
+async def sample(engine: Engine, groups: int, workers: int, seconds: float, first: int) -> Flight:
+    """Sample `FOLLOWERS` times as many groups as are in flight at once."""
     config = EnvironmentConfig(
         name="benchmarks.episodes:Slow",
         args={"seconds": seconds},
@@ -91,44 +113,51 @@ async def sample(engine: Engine, groups: int, workers: int, seconds: float, firs
             f"{first + n}",
             draw_problem(task, task.spec(**KNOBS), "train", 0, first + n),
             GROUP,
-            Sampling(max_tokens=TOKENS),
+            Sampling(max_tokens=4 * TURNS * TOKENS),
             environment=config,
         )
-        for n in range(groups)
+        for n in range(groups * FOLLOWERS)
     ]
+    flight = Flight()
+    lines = [requests[n::groups] for n in range(groups)]
     try:
-        done = await asyncio.gather(*(engine.converse(r, task, pool) for r in requests))
+        await asyncio.gather(*(flight.follow(engine, line, task, pool) for line in lines))
     finally:
         pool.close()
-    failures = [r.failure for group in done for r in group.rollouts if r.failure]
-    assert not failures, failures[0]
-    return sum(len(r.response_ids) for group in done for r in group.rollouts)
+    return flight
 
 
 def measured(
-    groups: Sequence[int], workers: Sequence[int], seconds: float, threads: int
+    size: str, groups: Sequence[int], workers: Sequence[int], seconds: float, threads: int
 ) -> list[tables.Row]:
-    """A row for each number of groups at once and of processes."""
-    engine = Engine.start(
-        ModelConfig(path=str(SHIPPED), max_model_len=512),
-        SamplerConfig(max_tokens=TOKENS, threads=threads, kv_cache_gib=1.0, max_num_seqs=256),
-    )
+    """A row for each number of groups in flight and of processes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        parameters = write_unending(size, Path(scratch), mean_turn=TOKENS)
+        engine = Engine.start(
+            ModelConfig(path=scratch, max_model_len=1024),
+            SamplerConfig(
+                max_tokens=4 * TURNS * TOKENS, threads=threads, kv_cache_gib=2.0, max_num_seqs=512
+            ),
+        )
     busy, rows, first = Busy(), [], 0
     for many in groups:
         for processes in workers:
             shared = machine.Shared()
-            tokens = asyncio.run(sample(engine, many, processes, seconds, first))
-            idle, wall = busy.idle()
-            first += many
+            busy.steps = []
+            flight = asyncio.run(sample(engine, many, processes, seconds, first))
+            begin, end = flight.first_end, flight.last_begin
+            first += many * FOLLOWERS
             rows.append(
                 {
+                    "size": size,
+                    "parameters": f"{parameters:,}",
                     "seconds": seconds,
                     "groups": many,
                     "workers": processes,
                     "episodes": many * GROUP,
-                    "idle share of the engine": f"{idle:.3f}",
-                    "seconds in all": f"{wall:.1f}",
-                    "tokens a second": f"{tokens / wall:,.0f}",
+                    "idle share of the engine": f"{busy.idle(begin, end):.3f}",
+                    "of seconds": f"{end - begin:.1f}",
+                    "tokens in all": f"{flight.tokens:,}",
                     "foreign": f"{shared.foreign():.0%}",
                     "machine": machine.where(),
                     "command": machine.command("benchmarks.episodes"),
@@ -141,15 +170,16 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--groups", type=int, nargs="+", default=[8, 32, 128], help="at once")
+    parser.add_argument("--size", choices=SIZES, default="30M")
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 16], help="in flight")
     parser.add_argument("--workers", type=int, nargs="+", default=[16, 64], help="processes")
     parser.add_argument("--seconds", type=float, default=1.0, help="of an answer")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     given = parser.parse_args()
     machine.refuse_if_busy(given.busy_ok)
-    rows = measured(given.groups, given.workers, given.seconds, given.threads)
+    rows = measured(given.size, given.groups, given.workers, given.seconds, given.threads)
     tables.keep("episodes", KEYS, rows, given.to)
     os._exit(0)  # vLLM's threads would hold the process
 

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    set_seed,
+)
 
 from rollout.tokens import load_processor
 
@@ -52,13 +57,20 @@ def sized_model(like: str, size: str, seed: int = 0) -> Any:
     return AutoModelForImageTextToText.from_config(config)
 
 
-def write_unending(size: str, folder: Path, like: Path = SHIPPED) -> int:
+def write_unending(
+    size: str, folder: Path, like: Path = SHIPPED, mean_turn: int | None = None
+) -> int:
     """A policy in one of `SIZES` whose responses end where they are cut; its parameters.
 
-    Whoever samples from it does the same work as everybody else, token by token.
+    Whoever samples from it does the same work as everybody else, token by token. With `mean_turn`
+    a turn ends by chance, after so many tokens in the mean: one in so many tokens ends it.
     """
     processor: Any = load_processor(str(like))
     model = sized_model(str(like), size)
+    if mean_turn is not None:
+        special = processor.tokenizer.added_tokens_decoder
+        usual = [i for i in range(len(processor.tokenizer)) if i not in special]
+        model.generation_config = GenerationConfig(eos_token_id=usual[::mean_turn])
     never_end(model, sorted(processor.tokenizer.added_tokens_decoder))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

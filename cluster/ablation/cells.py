@@ -5,16 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster.ablation.grid import CellName
 from cluster.ablation.settings import CellCommand
 from cluster.record.folder import DEMONSTRATION_SCHEMA, ROLLOUT_SCHEMA, read_rows
 from tasks.files import put_text
+
+CELL_SCHEMA = pa.schema(
+    {
+        "cell": pa.string(),
+        "arm": pa.string(),
+        "difficulty": pa.string(),  # "" where the ablation names none
+        "seed": pa.int64(),
+        "seconds": pa.float64(),
+        "weights": pa.string(),  # SHA-256 of the initial checkpoint's files
+        "first_batch": pa.string(),  # SHA-256 of what was learnt from first
+        "made_with": pa.string(),  # JSON: `versions.environment()` of the cell's run
+    }
+)
+"""`cells.parquet`: what each finished cell's `result.json` says, a row a cell."""
 
 
 def is_finished(folder: Path, cell: CellName) -> bool:
@@ -23,7 +38,7 @@ def is_finished(folder: Path, cell: CellName) -> bool:
 
 
 def read_result(folder: Path, cell: CellName) -> dict[str, Any]:
-    """A finished cell's result: `seconds`, `weights` and `first_batch` hashes, who it is."""
+    """A finished cell's result: the columns of `CELL_SCHEMA`, `made_with` as an object."""
     text = (cell_folder(folder, cell) / "result.json").read_text(encoding="utf-8")
     result: dict[str, Any] = json.loads(text)
     return result
@@ -40,18 +55,35 @@ def cell_folder(folder: Path, cell: CellName) -> Path:
     return folder / "cells" / cell.id
 
 
-def pairing_faults(folder: Path, cells: Sequence[CellName]) -> list[str]:
-    """Finished cells whose initial weights or first batch differ from those of their pairs.
+def as_cells(results: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Results of cells as a table (`CELL_SCHEMA`)."""
+    rows = [
+        {name: result.get(name) for name in CELL_SCHEMA.names}
+        | {"made_with": json.dumps(result.get("made_with"), sort_keys=True)}
+        for result in results
+    ]
+    return pa.Table.from_pylist(rows, schema=CELL_SCHEMA)
+
+
+def read_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """Cell id -> its result, of a table that `as_cells` made; raises what pyarrow and json do."""
+    rows: list[dict[str, Any]] = pq.read_table(path, schema=CELL_SCHEMA).to_pylist()
+    return {row["cell"]: row | {"made_with": json.loads(row["made_with"])} for row in rows}
+
+
+def pairing_faults(
+    cells: Sequence[CellName], results: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Cells with a result whose initial weights or first batch differ from those of their pairs.
 
     Pairs have one difficulty and seed. The hashes are of the files read and of the problems that
     the runs really saw.
     """
     faults = []
-    first: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    first: dict[tuple[str, int], tuple[str, Mapping[str, Any]]] = {}
     for cell in cells:
-        if not is_finished(folder, cell):
+        if (result := results.get(cell.id)) is None:
             continue
-        result = read_result(folder, cell)
         other, reference = first.setdefault((cell.difficulty, cell.seed), (cell.id, result))
         for field, words in (("weights", "initial weights"), ("first_batch", "first batch")):
             if result[field] != reference[field]:

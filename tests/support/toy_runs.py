@@ -8,10 +8,12 @@ import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.ablation.cells import read_result
 from cluster.ablation.grid import Ablation, Cell, load_ablation
 from cluster.ablation.launch import Runner, run_ablation
 from cluster.ablation.progress import GridProgress
@@ -29,6 +31,19 @@ cpus = 0
 cpus = 0
 """
 """A base recipe of cells that take no core."""
+MADE_WITH = {
+    "packages": {"torch": "2.13.0", "ray": "2.60.0"},
+    "python": "3.11.9",
+    "git": {"commit": "c" * 40, "modified": True},
+    "machine": {
+        "architecture": "x86_64",
+        "processor": "An EPYC",
+        "system": "Linux",
+        "cores": 2,
+        "memory_gib": 7.5,
+    },
+}
+"""What a run's `versions.json` says, as `cluster.record.versions.environment` makes it."""
 TOY_CELLS = Runner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
 """Runs `toy_cell.py` in place of each cell's training."""
 
@@ -51,6 +66,11 @@ def make_runs(folder: Path, cells: Iterable[Cell]) -> None:
             write_run(folder / cell.id, cell, gain=0.1 + 0.4 * alpha)
 
 
+def results_of(folder: Path, ablation: Ablation) -> dict[str, dict[str, Any]]:
+    """Cell id -> its result."""
+    return {cell.id: read_result(folder, cell) for cell in ablation.cells}
+
+
 def started(folder: Path, text: str, base: str) -> tuple[Ablation, Path]:
     """An ablation file, its base recipe, and the folder as `equipoise ablate` starts it."""
     (folder / "base.toml").write_text(base)
@@ -66,14 +86,17 @@ def finish(out: Path, cell: Cell, gain: float) -> Path:
     """Leave what a cell leaves, its run by `write_run`; the cell's folder."""
     here = out / "cells" / cell.id
     write_run(here / "run", cell, gain)
-    result = {"seconds": 90.0, "weights": "w" * 64, "first_batch": f"{cell.seed:064d}"}
-    (here / "result.json").write_text(json.dumps({"cell": cell.id} | result))
+    who = {"cell": cell.id, "arm": cell.arm, "difficulty": cell.difficulty, "seed": cell.seed}
+    hashes = {"weights": "w" * 64, "first_batch": f"{cell.seed:064d}"}
+    result = who | hashes | {"seconds": 90.0, "made_with": MADE_WITH}
+    (here / "result.json").write_text(json.dumps(result))
     return here
 
 
 def write_run(run: Path, cell: Cell, gain: float) -> None:
     """A run whose accuracies rise by `gain`; reasoning gains half as much as perception."""
     (run / "rollouts").mkdir(parents=True)
+    (run / "versions.json").write_text(json.dumps(MADE_WITH))
     batch = [
         {"group_id": f"step-1/{i}/p{i}", "problem_id": f"p-{cell.seed}-{i}"}
         for i in range(3)
@@ -97,6 +120,7 @@ def write_run(run: Path, cell: Cell, gain: float) -> None:
 def write_sft_run(run: Path, cell: Cell, weight: float) -> None:
     """A run of SFT with λ = `weight` that was measured at every `eval.every` updates."""
     (run / "demonstrations").mkdir(parents=True)
+    (run / "versions.json").write_text(json.dumps(MADE_WITH))
     batch = [
         {"prompt_ids": [1, i], "response_ids": [cell.seed, i, 9], "segments": [0, 1, 2]}
         for i in range(3)

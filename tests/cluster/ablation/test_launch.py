@@ -32,7 +32,7 @@ from cluster.recipe.recipe import UserError
 from cluster.report.ablation_report import read_ablation
 from tests.support.ray_heads import RAY, environment, ray_head
 from tests.support.recipes import TINY_POLICY
-from tests.support.toy_runs import TOY_BASE, TOY_CELLS, make_runs, run_cells
+from tests.support.toy_runs import TOY_BASE, TOY_CELLS, make_runs, results_of, run_cells
 
 CHANGE = """
 def change(path):
@@ -358,11 +358,11 @@ def test_arms_prove_that_they_are_paired(
     assert hashes["outcome--seed-1"] == hashes["half--seed-1"] != hashes["half--seed-2"]
     weights = {read_result(folder, c)["weights"] for c in ablation.cells}
     assert weights == {hash_weights(ablation.base.model.path)}
-    assert pairing_faults(folder, ablation.cells) == []
+    assert pairing_faults(ablation.cells, results_of(folder, ablation)) == []
 
     file = folder / "cells" / "half--seed-2" / "result.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"first_batch": "another"}))
-    (fault,) = pairing_faults(folder, ablation.cells)
+    (fault,) = pairing_faults(ablation.cells, results_of(folder, ablation))
     assert "half--seed-2 and outcome--seed-2: first batch differ" in fault
     assert ablate_to_the_end(ablation, folder, runner=TOY_CELLS) == 1
     assert f"Not paired: {fault}." in capsys.readouterr().out

@@ -32,7 +32,7 @@ from cluster.record.tracker import Tracker
 from cluster.report.ablation_report import build_ablation, read_ablation
 from cluster.report.run_report import run_report
 from learner.batch import TrainBatch, TrainSequence
-from tests.support.toy_runs import TOY_BASE, make_runs, run_cells
+from tests.support.toy_runs import TOY_BASE, make_runs, results_of, run_cells
 
 BASE = (
     TOY_BASE
@@ -204,7 +204,7 @@ def test_cells_are_paired_by_their_demonstrations(
     (folder / "cells" / cell / "result.json").unlink()
     monkeypatch.setenv("TOY_RUNS", str(made.parents[2]))
     assert run_cells(finished.parent / "grid.toml", folder) == []
-    (fault,) = pairing_faults(folder, ablation.cells)
+    (fault,) = pairing_faults(ablation.cells, results_of(folder, ablation))
     assert "high--seed-3 and token_mean--seed-3: first batch differ" in fault
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from cluster.ablation.cells import CELL_SCHEMA
 from cluster.ablation.grid import Ablation, Cell, stored_ablation
 from cluster.ablation.settings import alpha_of
 from cluster.cli import app
@@ -312,8 +313,19 @@ def test_a_published_table_without_its_cells_gives_the_same_numbers(
     text = Page(build_ablation(found).to_html()).text
     assert "15 of 15 cells finished" in text
     assert "no hashes to show that arms were paired" in text
-    (tmp_path / "results.parquet").write_bytes(b"PAR1")
-    assert "results.parquet cannot be read" in " ".join(read_ablation(tmp_path).problems)
+    shutil.copy(grid / "cells.parquet", tmp_path)
+    whole, alone = read_ablation(grid), read_ablation(tmp_path)
+    assert alone.finished == whole.finished and len(alone.finished) == 15
+    text = Page(build_ablation(alone).to_html()).text
+    assert "no hashes" not in text and "An EPYC, 2 cores" in text
+    facts = pq.read_table(tmp_path / "cells.parquet").to_pylist()
+    facts[1]["first_batch"] = "another"
+    pq.write_table(pa.Table.from_pylist(facts, schema=CELL_SCHEMA), tmp_path / "cells.parquet")
+    (fault,) = read_ablation(tmp_path).faults
+    assert "first batch differ, so they are not paired" in fault
+    for name in ("results.parquet", "cells.parquet"):
+        (tmp_path / name).write_bytes(b"PAR1")
+        assert f"{name} cannot be read" in " ".join(read_ablation(tmp_path).problems)
 
 
 def test_the_same_command_writes_every_format(
