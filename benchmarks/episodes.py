@@ -21,54 +21,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import machine, tables
 from benchmarks.policies import SIZES, write_unending
 from benchmarks.race_work import GROUP, KNOBS, TASK
+from benchmarks.slow_environment import TURNS
 from rollout.engine import Engine
 from rollout.engine_thread import EngineThread
 from rollout.environments import EnvironmentPool
 from rollout.record import SampleRequest, Sampling
 from rollout.settings import EnvironmentConfig, ModelConfig, SamplerConfig
-from tasks.core import Problem
-from tasks.environments import DONE, Observation
 from tasks.load import load_task
 from tasks.splits import draw_problem
 
 KEYS = ("size", "seconds", "groups", "workers")
-TURNS = 3
 TOKENS = 32
 """Of a turn, in the mean; an episode that has more than four times its share is cut."""
 FOLLOWERS = 3
 """Groups that follow each other in one place of the flight."""
 
 
-class Slow:
-    """Takes its time, and says so."""
-
-    def __init__(self, seconds: float = 1.0) -> None:
-        self.seconds, self.left = seconds, TURNS - 1
-
-    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation | None:
-        return None
-
-    def step(self, text: str) -> Observation:
-        time.sleep(self.seconds)
-        self.left -= 1
-        return Observation("Go on.") if self.left else DONE
+TAKE_STEP = EngineThread._step
 
 
 class Busy:
-    """When an engine took steps: (begin, end) in seconds."""
+    """When an engine took steps from now on: (begin, end) in seconds."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
-        take_step = EngineThread._step
 
         def timed(thread: EngineThread, llm: Any) -> None:
             began = time.perf_counter()
-            take_step(thread, llm)
+            TAKE_STEP(thread, llm)
             self.steps.append((began, time.perf_counter()))
 
         EngineThread._step = timed  # type: ignore[method-assign]
@@ -96,10 +79,10 @@ class Flight:
             self.tokens += sum(len(r.response_ids) for r in done.rollouts)
 
 
-async def sample(engine: Engine, groups: int, workers: int, seconds: float, first: int) -> Flight:
+async def sample(engine: Engine, groups: int, workers: int, seconds: float) -> Flight:
     """Sample `FOLLOWERS` times as many groups as are in flight at once."""
     config = EnvironmentConfig(
-        name="benchmarks.episodes:Slow",
+        name="benchmarks.slow_environment:Slow",
         args={"seconds": seconds},
         turns=TURNS,
         workers=workers,
@@ -110,8 +93,8 @@ async def sample(engine: Engine, groups: int, workers: int, seconds: float, firs
     pool = EnvironmentPool(config)
     requests = [
         SampleRequest(
-            f"{first + n}",
-            draw_problem(task, task.spec(**KNOBS), "train", 0, first + n),
+            f"{groups}-{workers}-{n}",
+            draw_problem(task, task.spec(**KNOBS), "train", 0, n),
             GROUP,
             Sampling(max_tokens=4 * TURNS * TOKENS),
             environment=config,
@@ -139,33 +122,37 @@ def measured(
                 max_tokens=4 * TURNS * TOKENS, threads=threads, kv_cache_gib=2.0, max_num_seqs=512
             ),
         )
-    busy, rows, first = Busy(), [], 0
-    for many in groups:
-        for processes in workers:
-            shared = machine.Shared()
-            busy.steps = []
-            flight = asyncio.run(sample(engine, many, processes, seconds, first))
-            begin, end = flight.first_end, flight.last_begin
-            first += many * FOLLOWERS
-            rows.append(
-                {
-                    "size": size,
-                    "parameters": f"{parameters:,}",
-                    "seconds": seconds,
-                    "groups": many,
-                    "workers": processes,
-                    "episodes": many * GROUP,
-                    "idle share of the engine": f"{busy.idle(begin, end):.3f}",
-                    "of seconds": f"{end - begin:.1f}",
-                    "tokens in all": f"{flight.tokens:,}",
-                    "foreign": f"{shared.foreign():.0%}",
-                    "machine": machine.where(),
-                    "command": machine.command("benchmarks.episodes"),
-                }
-            )
-            print(rows[-1], flush=True)
-    engine.shutdown()
+        rows = [
+            _row(engine, size, parameters, many, processes, seconds)
+            for many in groups
+            for processes in workers
+        ]
+        engine.shutdown()
     return rows
+
+
+def _row(
+    engine: Engine, size: str, parameters: int, groups: int, workers: int, seconds: float
+) -> tables.Row:
+    shared, busy = machine.Shared(), Busy()
+    flight = asyncio.run(sample(engine, groups, workers, seconds))
+    begin, end = flight.first_end, flight.last_begin
+    row = {
+        "size": size,
+        "parameters": f"{parameters:,}",
+        "seconds": seconds,
+        "groups": groups,
+        "workers": workers,
+        "episodes": groups * GROUP,
+        "idle share of the engine": f"{busy.idle(begin, end):.3f}",
+        "of seconds": f"{end - begin:.1f}",
+        "tokens in all": f"{flight.tokens:,}",
+        "foreign": f"{shared.foreign():.0%}",
+        "machine": machine.where(),
+        "command": machine.command("benchmarks.episodes"),
+    }
+    print(row, flush=True)
+    return row
 
 
 def main() -> None:

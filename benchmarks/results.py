@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.tables import between_marks
 from cluster.ablation.results import Results
-from cluster.ablation.statistics import Estimate
-from cluster.ablation.summary import COMPARED, SHARES, Summary
+from cluster.ablation.statistics import PHASES, Estimate
+from cluster.ablation.summary import COMPARED, COUPLINGS, SHARES, Summary
 from cluster.report.ablation_report import AblationRecord, build_ablation, read_ablation
 from tasks.files import put_text
 
@@ -127,6 +127,18 @@ def asymmetry(record: AblationRecord, headline: Headline) -> Rows:
     ]
 
 
+def coupling(record: AblationRecord, headline: Headline) -> Rows:
+    """Within-group correlations of the outcome with seeing and thinking, by third of training."""
+    by = {
+        (v.arm, v.of, v.phase): v.correlation
+        for v in record.summary.couplings
+        if v.difficulty == headline[0]
+    }
+    columns = [(of, phase) for of in COUPLINGS for phase in PHASES]
+    head = ["arm", *(f"{of.replace('outcome_', '')}, {phase}" for of, phase in columns)]
+    return [head, *([arm, *(short(by.get((arm, *at))) for at in columns)] for arm in arms(record))]
+
+
 def shares(record: AblationRecord, headline: Headline) -> Rows:
     """What SFT's updates were made of, and by seed what a token cost at their end."""
     results, (difficulty, _) = Results(record.table), headline
@@ -145,7 +157,8 @@ def shares(record: AblationRecord, headline: Headline) -> Rows:
 
 
 TABLES: dict[str, Callable[[AblationRecord, Headline], Rows]] = {
-    "levels": levels, "seeds": seeds, "asymmetry": asymmetry, "shares": shares,
+    "levels": levels, "seeds": seeds, "asymmetry": asymmetry, "coupling": coupling,
+    "shares": shares,
 }  # fmt: skip
 
 
