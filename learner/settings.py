@@ -52,10 +52,10 @@ class LearnerConfig(Section):
     """Gradients with a greater norm are scaled down to it."""
     micro_batch_tokens: Positive = 8192
     """Of one forward pass, padding included."""
-    layout: Literal["padded", "packed", "shared_prefix"] = "padded"
-    """How sequences lie in a micro-batch: a row each, padded to the longest of like length; end to
-    end in one row, no token padded or seeing another sequence; or so, and the prompt and image of
-    a group are there once."""
+    layout: Literal["padded", "packed", "shared_prefix"] = "shared_prefix"
+    """How sequences lie in a micro-batch: a row each, padded to the longest of like length, the
+    only one that `"eager"` attention takes and its default; end to end in one row, no token padded
+    or seeing another sequence; or so, and the prompt and image of a group are there once."""
     logits_mib: Rate = 256.0
     """Of one table of [tokens, vocabulary] logits; more tokens are read off in turns."""
     timeout_seconds: Rate = 3600.0

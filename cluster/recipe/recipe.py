@@ -94,6 +94,17 @@ class Recipe(Section):
             raise refusal('needs at least one entry; add [[tasks]] with name = "sudoku"')
         return tasks
 
+    @model_validator(mode="before")
+    @classmethod
+    def _eager_attention_pads(cls, data: Any) -> Any:
+        """Where nothing is said of the layout, the one that the attention can take."""
+        match data:
+            case {"model": {"attention": "eager"}, **rest}:
+                learner = rest.get("learner", {})
+                if isinstance(learner, dict) and "layout" not in learner:
+                    return data | {"learner": learner | {"layout": "padded"}}
+        return data
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Recipe:
         """Of what does not go together the first is told, at the field that is to be changed."""

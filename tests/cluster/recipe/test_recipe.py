@@ -194,6 +194,7 @@ def test_graphs_are_on_where_there_is_a_gpu(recipe: Path) -> None:
 def test_eager_attention_takes_no_packed_rows(recipe: Path) -> None:
     line = error(recipe, 'model.attention="eager"', 'learner.layout="packed"')
     assert line.startswith(f'{recipe}: learner.layout: got "packed", which "eager" attention')
+    assert load_recipe(recipe).learner.layout == "shared_prefix"
     assert load_recipe(recipe, ['model.attention="eager"']).learner.layout == "padded"
 
 
