@@ -17,23 +17,23 @@ from tasks.turns import readings
 
 def diagnose(task: Task, group: Group) -> Diagnosis:
     """What is true of a group, as far as its task can tell; never used as a reward."""
-    found = Diagnosis(
+    diagnosis = Diagnosis(
         a=np.array(solved(task, group), dtype=bool),
         defects=tuple(tuple(rollout.parsed.defects) for rollout in group.rollouts),
     )
     if isinstance(task, Solves):
         valid = np.array(SelfConsistency()(task, group), dtype=bool)
-        found = replace(found, self_consistency=valid)
+        diagnosis = replace(diagnosis, self_consistency=valid)
     if labelled(task, group.problem):
         scores = seen(task, group)
         a_p = np.array([exact for exact, _ in scores], dtype=bool)
         if any(rollout.turns for rollout in group.rollouts):
             before = seen(task, group, lambda parsed: readings(parsed)[0])
             first = np.array([exact for exact, _ in before], dtype=bool)
-            found = replace(found, reread_gain=a_p & ~first, reread_loss=first & ~a_p)
+            diagnosis = replace(diagnosis, reread_gain=a_p & ~first, reread_loss=first & ~a_p)
         graded = np.array([score for _, score in scores], dtype=np.float64)
-        found = replace(found, a_p=a_p, a_p_graded=graded, leak=found.a & ~a_p)
-    return found
+        diagnosis = replace(diagnosis, a_p=a_p, a_p_graded=graded, leak=diagnosis.a & ~a_p)
+    return diagnosis
 
 
 def solved(task: Task, group: Group) -> list[bool]:
@@ -50,12 +50,12 @@ def seen(
     `which` of the perceptions of its turns; by default the last. Raises DataError for a problem
     without a perception label.
     """
-    problem, found = group.problem, []
+    problem, scores = group.problem, []
     if not labelled(task, problem):
         raise DataError(f'problem {problem.id} of task "{task.name}" has no perception label')
     for perception in (which(rollout.parsed) for rollout in group.rollouts):
         exact, graded = (
             (False, 0.0) if perception is None else task.score_perception(problem, perception)
         )
-        found.append((bool(exact), float(graded)))
-    return found
+        scores.append((bool(exact), float(graded)))
+    return scores

@@ -154,10 +154,10 @@ def find_term(name: str) -> Callable[..., Any]:
     if ":" not in target:
         raise TermError(unknown_term(name))
     try:
-        found: Callable[..., Any] = import_named(f"reward term {name!r}", target)
+        term: Callable[..., Any] = import_named(f"reward term {name!r}", target)
     except ValueError as error:
         raise TermError(str(error)) from error
-    return found
+    return term
 
 
 def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
@@ -165,13 +165,13 @@ def load_term(name: str, args: Mapping[str, Any] | None = None) -> Term:
 
     Raises `TermError` also for arguments it does not take, or an object that is no term.
     """
-    found, args = find_term(name), args or {}
-    if not callable(found):
-        raise TermError(f"reward term {name!r}: {type(found).__name__} object is not callable")
+    named, args = find_term(name), args or {}
+    if not callable(named):
+        raise TermError(f"reward term {name!r}: {type(named).__name__} object is not callable")
     try:
-        if not inspect.isclass(found):
-            return function_term(name.rpartition(":")[2], found, args)
-        term = found(**args)
+        if not inspect.isclass(named):
+            return function_term(name.rpartition(":")[2], named, args)
+        term = named(**args)
     except ValidationError as error:
         raise TermError(f"reward term {name!r}: args: {argument_errors(error)}") from error
     except Exception as error:
@@ -273,14 +273,14 @@ def facts_of(entries: Sequence[RewardTermConfig]) -> dict[str, TermFacts]:
 
     And TermError for `scope = "step"` on what is no plain function.
     """
-    found = _by_name(entries, term_facts)
-    for entry, facts in zip(entries, found.values(), strict=True):
+    facts_of = _by_name(entries, term_facts)
+    for entry, facts in zip(entries, facts_of.values(), strict=True):
         if entry.scope == "step" and not facts.function:
             raise TermError(
                 f'reward term {entry.name!r}: scope = "step" is for a plain function of rows '
                 "(`def`, neither a class nor `async def`); leave scope out"
             )
-    return found
+    return facts_of
 
 
 def _by_name(
@@ -299,16 +299,16 @@ def _by_name(
 
 
 @contextmanager
-def _attempt(name: str, found: ScoredTerms) -> Iterator[None]:
+def _attempt(name: str, scored: ScoredTerms) -> Iterator[None]:
     """Time what a term does, and record what it raises as its failure."""
     start = time.perf_counter()
     try:
         yield
     except UnusableValues as error:
-        found.failures += (TermFailure(name, error.kind, str(error)),)
+        scored.failures += (TermFailure(name, error.kind, str(error)),)
     except (Exception, SystemExit) as error:
-        found.failures += (_failure_of(name, error),)
-    found.seconds[name] = time.perf_counter() - start
+        scored.failures += (_failure_of(name, error),)
+    scored.seconds[name] = time.perf_counter() - start
 
 
 def score_group(
@@ -322,51 +322,51 @@ def score_group(
 
     Asking terms only ask here (`requests`), see `read_replies`. `other`: see `AskingTerm.ask`.
     """
-    found = ScoredTerms()
+    scored = ScoredTerms()
     for name, term in terms.items():
-        with _attempt(name, found):
+        with _attempt(name, scored):
             if isinstance(term, AskingTerm):
-                found.requests[name] = _requests(term.ask(task, group, other))
+                scored.requests[name] = _requests(term.ask(task, group, other))
             else:
-                found.values |= named_values(name, term(task, group), len(group.rollouts))
+                scored.values |= named_values(name, term(task, group), len(group.rollouts))
     if with_diagnosis:
-        with _attempt(DIAGNOSIS, found):
-            found.diagnosis = diagnose(task, group)
-        del found.seconds[DIAGNOSIS]
-    return found
+        with _attempt(DIAGNOSIS, scored):
+            scored.diagnosis = diagnose(task, group)
+        del scored.seconds[DIAGNOSIS]
+    return scored
 
 
 def score_step(groups: Sequence[Group], terms: Mapping[str, Term]) -> ScoredTerms:
     """Functions of the whole step, as if it were one group: float64 [B], group after group."""
-    found, count = ScoredTerms(), sum(len(group.rollouts) for group in groups)
+    scored, count = ScoredTerms(), sum(len(group.rollouts) for group in groups)
     for name, term in terms.items():
         assert isinstance(term, FunctionTerm)
-        with _attempt(name, found):
-            found.values |= named_values(name, term.of_step(groups), count)
-    return found
+        with _attempt(name, scored):
+            scored.values |= named_values(name, term.of_step(groups), count)
+    return scored
 
 
 def read_replies(
     task: Task, group: Group, terms: Mapping[str, Term], replies: Mapping[str, Sequence[Reply]]
 ) -> ScoredTerms:
     """The second half of every asking term that `replies` has answers for."""
-    found = ScoredTerms()
+    scored = ScoredTerms()
     for name, answers in replies.items():
         term = terms[name]
         assert isinstance(term, AskingTerm)
-        with _attempt(name, found):
-            found.values |= named_values(
+        with _attempt(name, scored):
+            scored.values |= named_values(
                 name, term.score(task, group, answers), len(group.rollouts)
             )
-    return found
+    return scored
 
 
 async def score_remote(name: str, term: RemoteTerm, task: Task, group: Group) -> ScoredTerms:
     """One remote term on a group: its values or its typed failure."""
-    found = ScoredTerms()
-    with _attempt(name, found):
-        found.values |= named_values(name, await term(task, group), len(group.rollouts))
-    return found
+    scored = ScoredTerms()
+    with _attempt(name, scored):
+        scored.values |= named_values(name, await term(task, group), len(group.rollouts))
+    return scored
 
 
 def _requests(asked: Sequence[Any]) -> tuple[ModelRequest, ...]:

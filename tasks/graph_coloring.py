@@ -103,10 +103,10 @@ class GraphColoring(PuzzleTask):
                 pairs.append((pair[0], pair[1]))
         else:
             for token in items(_closed_up(text, "-")):
-                found = _EDGE.fullmatch(token)
-                if found is None:
+                match = _EDGE.fullmatch(token)
+                if match is None:
                     return None, ("bad_edge",)
-                pairs.append((int(found[1]), int(found[2])))
+                pairs.append((int(match[1]), int(match[2])))
         if not pairs:
             return None, ("empty_perception",)
         edges = frozenset((min(pair), max(pair)) for pair in pairs)
@@ -136,10 +136,10 @@ class GraphColoring(PuzzleTask):
                 colors.append((int(vertex), letter))
         else:
             for token in items(_closed_up(text, ":")):
-                found = _ASSIGNMENT.fullmatch(token)
-                if found is None:
+                match = _ASSIGNMENT.fullmatch(token)
+                if match is None:
                     return None, ("bad_assignment",)
-                colors.append((int(found[1]), found[2]))
+                colors.append((int(match[1]), match[2]))
         if not colors:
             return None, ("bad_assignment",)
         if len({v for v, _ in colors}) < len(colors):

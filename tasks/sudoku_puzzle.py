@@ -99,8 +99,8 @@ def digits_of(mask: int) -> list[int]:
 
 def unique_solution(puzzle: Sequence[Sequence[int]]) -> Grid | None:
     """The one solution, or None where there is none, several, or too much to search."""
-    found = find_solutions(flat(puzzle), limit=2)
-    return None if found is None or len(found) != 1 else as_grid(found[0], len(puzzle))
+    solutions = find_solutions(flat(puzzle), limit=2)
+    return None if solutions is None or len(solutions) != 1 else as_grid(solutions[0], len(puzzle))
 
 
 def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
@@ -115,7 +115,7 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
     if used is None:
         return []
     blanks = [cell for cell, digit in enumerate(cells) if not digit]
-    found: list[list[int]] = []
+    solutions: list[list[int]] = []
     nodes = 0
 
     def descend() -> None:
@@ -135,7 +135,7 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
                     break
             candidates[cell] = open_
         if chosen < 0:
-            found.append(list(cells))
+            solutions.append(list(cells))
             return
         if fewest > 1:
             for number, unit in enumerate(layout.units):
@@ -146,7 +146,7 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
                     options = only & -only
                     chosen = next(cell for cell in unit if candidates[cell] & options)
                     break
-        while options and len(found) < limit and nodes <= SEARCH_NODES:
+        while options and len(solutions) < limit and nodes <= SEARCH_NODES:
             bit = options & -options
             options ^= bit
             cells[chosen] = bit.bit_length()
@@ -156,7 +156,7 @@ def find_solutions(board: Sequence[int], limit: int) -> list[list[int]] | None:
             _toggle(used, of[chosen], bit)
 
     descend()
-    return None if nodes > SEARCH_NODES and len(found) < limit else found
+    return None if nodes > SEARCH_NODES and len(solutions) < limit else solutions
 
 
 def _places(unit: Sequence[int], candidates: Sequence[int]) -> tuple[int, int]:
@@ -293,9 +293,9 @@ def _can_clear(puzzle: list[int], cell: int, technique: str) -> bool:
 
 @cache
 def _all_4x4_solutions() -> list[list[int]]:
-    found = find_solutions([0] * 16, limit=288)
-    assert found is not None
-    return found
+    solutions = find_solutions([0] * 16, limit=288)
+    assert solutions is not None
+    return solutions
 
 
 def _random_solution(rng: np.random.Generator, size: int) -> list[int]:
@@ -306,10 +306,12 @@ def _random_solution(rng: np.random.Generator, size: int) -> list[int]:
     board = np.zeros((9, 9), dtype=np.int64)
     for corner in (0, 3, 6):
         board[corner : corner + 3, corner : corner + 3] = (rng.permutation(9) + 1).reshape(3, 3)
-    found = find_solutions(board.reshape(-1).tolist(), limit=1)
-    assert found  # three boxes on the diagonal share no unit, so they can always be completed
+    solutions = find_solutions(board.reshape(-1).tolist(), limit=1)
+    assert solutions  # three boxes on the diagonal share no unit, so they can always be completed
     lines = [_shuffled_lines(rng) for _ in range(2)]
-    shuffled: list[int] = np.asarray(found[0]).reshape(9, 9)[np.ix_(*lines)].reshape(-1).tolist()
+    shuffled: list[int] = (
+        np.asarray(solutions[0]).reshape(9, 9)[np.ix_(*lines)].reshape(-1).tolist()
+    )
     return shuffled
 
 

@@ -155,8 +155,8 @@ def _task_report(task: str, scores: Sequence[StoredScores]) -> TaskReport:
         if inside and len(inside) < len(scores):
             phases.append(_phase(phase, inside, names))
     drifts = {name: _drift(_judged(scores, name)) for name in names}
-    kept = [s for s in scores if not s.dropped]
-    drifts["total"] = _drift([(s, s.totals, a_p) for s, a_p in _known(kept, "a_p")])
+    undropped = [s for s in scores if not s.dropped]
+    drifts["total"] = _drift([(s, s.totals, a_p) for s, a_p in _known(undropped, "a_p")])
     return TaskReport(task, tuple(phases), drifts)
 
 
@@ -170,21 +170,21 @@ def _phase(phase: str, scores: Sequence[StoredScores], names: Sequence[str]) -> 
         return float(np.concatenate(arrays).mean()) if arrays else None
 
     def coupled(name: str) -> Correlations:
-        found = _known(scores, name)
-        groups = [s for s, _ in found]
+        known = _known(scores, name)
+        groups = [s for s, _ in known]
         outcomes = [a for _, a in _known(groups, "a")]
-        return coupling(outcomes, [truth for _, truth in found], _puzzles(groups), RESAMPLES)
+        return coupling(outcomes, [truth for _, truth in known], _puzzles(groups), RESAMPLES)
 
     terms = {}
     for name in names:
         judged = _judged(scores, name)
-        found = reliability(
+        measured = reliability(
             [v for _, v, _ in judged],
             [a_p for _, _, a_p in judged],
             _puzzles([s for s, _, _ in judged]),
             graded=[graded for _, graded in _known([s for s, _, _ in judged], "a_p_graded")],
         )
-        terms[name] = TermReport(found, sum(name in _failed(s) for s in scores))
+        terms[name] = TermReport(measured, sum(name in _failed(s) for s in scores))
     p, q = rate("a_p", both), rate("self_consistency", both)
     return PhaseReport(
         phase=phase,
@@ -220,8 +220,8 @@ def _judged(scores: Sequence[StoredScores], term: str) -> list[Judged]:
 
 def _known(scores: Sequence[StoredScores], name: str) -> list[tuple[StoredScores, np.ndarray]]:
     """The groups of which a truth of a `Diagnosis` is known, with it."""
-    found = [(s, getattr(s.diagnosis, name, None)) for s in scores]
-    return [(s, truth) for s, truth in found if truth is not None]
+    truths = [(s, getattr(s.diagnosis, name, None)) for s in scores]
+    return [(s, truth) for s, truth in truths if truth is not None]
 
 
 def _puzzles(scores: Sequence[StoredScores]) -> list[str]:
@@ -249,15 +249,15 @@ def _coupling_sheet(report: TaskReport) -> Table:
             ("perception", phase.perception, phase.independent[0]),
             ("reasoning", phase.reasoning, phase.independent[1]),
         )
-        for place, (skill, found, reference) in enumerate(pairs):
+        for index, (skill, estimate, reference) in enumerate(pairs):
             rows.append(
                 (
-                    *(head if place == 0 else ("",) * len(head)),
+                    *(head if index == 0 else ("",) * len(head)),
                     skill,
-                    interval_cell(found.pooled),
+                    interval_cell(estimate.pooled),
                     number_cell(reference),
-                    interval_cell(found.within),
-                    number_cell(found.zero_variance),
+                    interval_cell(estimate.within),
+                    number_cell(estimate.zero_variance),
                 )
             )
     whole = report.phases[0]
@@ -302,14 +302,14 @@ def _term_sheets(report: TaskReport) -> list[Table]:
         return []
     table, phased, bins = [], [], []
     for name, term in whole.terms.items():
-        found = term.reliability
+        measured = term.reliability
         table.append(
             (
                 name,
-                *(str(found.n), number_cell(found.mean)),
-                *(interval_cell(e) for e in (found.pooled, found.within, found.graded)),
-                *(interval_cell(e) for e in (found.auc, found.auc_within)),
-                *(number_cell(found.brier.value), number_cell(found.zero_variance.value)),
+                *(str(measured.n), number_cell(measured.mean)),
+                *(interval_cell(e) for e in (measured.pooled, measured.within, measured.graded)),
+                *(interval_cell(e) for e in (measured.auc, measured.auc_within)),
+                *(number_cell(measured.brier.value), number_cell(measured.zero_variance.value)),
                 str(term.failures),
             )
         )
@@ -323,10 +323,10 @@ def _term_sheets(report: TaskReport) -> list[Table]:
                 interval_cell(getattr(p.terms[name].reliability, pick)) for p in report.phases[1:]
             ]
             phased.append((name if pick == "pooled" else "", label, *cells))
-        for place, b in enumerate(found.calibration):
+        for index, b in enumerate(measured.calibration):
             value = f"{b.low:.3g}" if b.low == b.high else f"{b.low:.3g} to {b.high:.3g}"
             bins.append(
-                ("" if place else name, value, str(b.n), number_cell(b.mean), interval_cell(b.a_p))
+                ("" if index else name, value, str(b.n), number_cell(b.mean), interval_cell(b.a_p))
             )
     result = [
         Table(
@@ -354,14 +354,14 @@ def _term_sheets(report: TaskReport) -> list[Table]:
 def _drift_sheet(report: TaskReport) -> Table:
     rows = [
         (name, "-", "-", "too few steps" if report.phases[0].labelled else "no labels")
-        if found is None
+        if drift is None
         else (
             name,
-            interval_cell(found.reward, signed=True),
-            interval_cell(found.a_p, signed=True),
-            "REWARD UP, a_p DOWN" if found.flagged else "no",
+            interval_cell(drift.reward, signed=True),
+            interval_cell(drift.a_p, signed=True),
+            "REWARD UP, a_p DOWN" if drift.flagged else "no",
         )
-        for name, found in report.drifts.items()
+        for name, drift in report.drifts.items()
     ]
     return Table(
         f"{report.task}: from the first to the last third of the steps",

@@ -58,21 +58,23 @@ def evaluate_all(
     ]
     groups = samplers.sample([request for *_, request in asked])
     again = _in_the_policys_form([(source, request) for source, _, request in asked], groups)
-    for place, group in zip(
+    for index, group in zip(
         again, samplers.sample([*again.values()]) if again else (), strict=True
     ):
-        groups[place] = group
-    found: Found = {source.label: {name: [] for name in passes_of(recipe)} for source in sources}
+        groups[index] = group
+    groups_of: Found = {
+        source.label: {name: [] for name in passes_of(recipe)} for source in sources
+    }
     for (source, name, _), group in zip(asked, groups, strict=True):
-        found[source.label][name].append(group)
+        groups_of[source.label][name].append(group)
     if keep is not None:
-        keep(found)
-    tables = {source.label: eval_table(source.task, found[source.label]) for source in sources}
+        keep(groups_of)
+    tables = {source.label: eval_table(source.task, groups_of[source.label]) for source in sources}
     if recipe.eval.reader:
         assert frozen is not None
         chosen = recipe.eval
         reader = Reader(chosen.reader, chosen.reader_place, recipe.sampler.max_tokens)
-        read = [(s, group) for s in sources for group in found[s.label]["greedy"]]
+        read = [(s, group) for s in sources for group in groups_of[s.label]["greedy"]]
         made = readings(reader, frozen[reader.model], [(s.task, g) for s, g in read])
         for source in sources:
             of_source = {
@@ -95,12 +97,12 @@ def _in_the_policys_form(
     tasks = {source.label: source.task for source, _ in asked}
     forms = {label: form_of(tasks[label], texts) for label, texts in free.items()}
     again = {}
-    for place, (source, request) in enumerate(asked):
+    for index, (source, request) in enumerate(asked):
         task = source.task
         if request.kind == "oracle" and labelled(task, request.problem):
             prefix = oracle_prefix_in(forms[source.label], task, request.problem)
             if prefix != task.oracle_prefix(request.problem):
-                again[place] = replace(request, prefix=prefix)
+                again[index] = replace(request, prefix=prefix)
     return again
 
 
@@ -157,11 +159,11 @@ def run_eval(
         console.print(f"{count} held-out problems; starting the sampler (vLLM) ...")
         with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
             (table,) = evaluate_all(pool, ready.sources, recipe, frozen).values()
-    told = {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict()
+    printed = {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict()
     if output:
-        put_text(output, json.dumps(told, indent=2))
+        put_text(output, json.dumps(printed, indent=2))
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(printed, indent=2))
     else:
         console.print(table.table(f"{checkpoint} on {task.name}").to_rich())
     for line in unread_tables({task.name: table}):

@@ -79,7 +79,7 @@ def run_data_eval(
     earlier = read_evaluation(against) if against else None
     folder = new_run_folder(recipe, output)
     console = Console(stderr=as_json)
-    found: Found = {}
+    groups_of: Found = {}
     with session(recipe, "eval", address, folder, console.print) as ready:
         (source,) = ready.sources
         count = min(problems or len(source.test), len(source.test))
@@ -88,12 +88,12 @@ def run_data_eval(
         _require_columns(by, held_out(source, seed, count))
         console.print(f"{count} problems; starting the sampler (vLLM) ...")
         with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
-            tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=found.update)
-    made = keep(folder, recipe, source, tables[source.label], found, by, earlier)
+            tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=groups_of.update)
+    made = keep(folder, recipe, source, tables[source.label], groups_of, by, earlier)
     if as_json:
-        kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        told = {"checkpoint": checkpoint, "folder": str(folder)} | kept[source.label]
-        print(json.dumps(told, indent=2))
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        printed = {"checkpoint": checkpoint, "folder": str(folder)} | evaluation[source.label]
+        print(json.dumps(printed, indent=2))
         return folder
     console.print(made.table.table(f"{checkpoint} on {task.data_named}").to_rich())
     for column, split in made.parts.items():
@@ -117,31 +117,31 @@ def keep(
     recipe: Recipe,
     source: ProblemSource,
     table: EvalTable,
-    found: Found,
+    groups_of: Found,
     by: Sequence[str] = (),
     earlier: EvalTable | None = None,
 ) -> Made:
     """Write evaluation, responses and images, and what was compared, into a folder."""
-    problems = {g.problem.id: g.problem for g in found[source.label]["greedy"]}
+    problems = {g.problem.id: g.problem for g in groups_of[source.label]["greedy"]}
     values = {column: _values(problems, column) for column in by}
     parts = {column: parts_of(table, of) for column, of in values.items()}
-    told: dict[str, Any] = table.to_dict()
-    told["by"] = {
+    measured: dict[str, Any] = table.to_dict()
+    measured["by"] = {
         column: {value: [asdict(row) for row in part.rows] for value, part in split.items()}
         for column, split in parts.items()
     }
-    kept: dict[str, Any] = told
+    evaluation: dict[str, Any] = measured
     changes = before_after(earlier, table) if earlier else []
     if earlier:
-        kept = {"before": earlier.to_dict(), "after": told}
-        kept["change"] = {"rows": [asdict(row) for row in changes]}
+        evaluation = {"before": earlier.to_dict(), "after": measured}
+        evaluation["change"] = {"rows": [asdict(row) for row in changes]}
     with Tracker(folder, resolved_toml(recipe)) as tracker:
         tracker.log_evaluation(0, {source.label: table})
-        groups = [g for passes in found[source.label].values() for g in passes]
+        groups = [g for passes in groups_of[source.label].values() for g in passes]
         tracker.log_rollouts(0, [_unscored(source.task, group) for group in groups])
     if earlier:
         _put_pairs(folder / "compared.parquet", earlier, table, values)
-    put_text(folder / "evaluation.json", json.dumps({source.label: kept}, indent=1))
+    put_text(folder / "evaluation.json", json.dumps({source.label: evaluation}, indent=1))
     return Made(table, parts, changes)
 
 
@@ -149,8 +149,8 @@ def read_evaluation(folder: Path) -> EvalTable:
     """The one table that an evaluation of data left in its folder. Raises UserError."""
     file = folder / "evaluation.json" if folder.is_dir() else folder
     try:
-        (kept,) = json.loads(file.read_text(encoding="utf-8")).values()
-        return EvalTable.from_dict(kept.get("after", kept))
+        (evaluation,) = json.loads(file.read_text(encoding="utf-8")).values()
+        return EvalTable.from_dict(evaluation.get("after", evaluation))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"--against {folder}: no evaluation of data there ({type(error).__name__}: {error}); "
@@ -177,13 +177,13 @@ def _require_columns(by: Sequence[str], problems: Sequence[Problem]) -> None:
 
 def _values(problems: Mapping[str, Problem], column: str) -> dict[str, str]:
     """Problem id -> what its row has in a column (`a.b`: in a struct's field), as text."""
-    found = {}
+    texts = {}
     for name, problem in problems.items():
         value: Any = problem.extra
         for part in [column] if column in problem.extra else column.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        found[name] = value if isinstance(value, str) else json.dumps(value)
-    return found
+        texts[name] = value if isinstance(value, str) else json.dumps(value)
+    return texts
 
 
 def _put_pairs(
@@ -206,7 +206,7 @@ def _put_pairs(
 
 def _unscored(task: Task, group: Group) -> ScoredGroup:
     """A group as it is stored where nothing is rewarded: its total is whether it was right."""
-    found = diagnose(task, group)
+    diagnosis = diagnose(task, group)
     advantages = np.zeros((len(group.rollouts), len(CREDIT_COLUMNS)))
-    right = found.a.astype(float)
-    return ScoredGroup(group, {}, right, advantages, False, False, (), {}, found)
+    right = diagnosis.a.astype(float)
+    return ScoredGroup(group, {}, right, advantages, False, False, (), {}, diagnosis)

@@ -150,7 +150,7 @@ def fine_tune(
             log.note("stopped", "it was asked to stop")
             return None
         if not live:
-            log.keeper.keep(lambda place: learner.save(place / "checkpoint"))
+            log.keeper.keep(lambda folder: learner.save(folder / "checkpoint"))
             log.keeper.end()
             log.note("ended")
             return {}
@@ -176,8 +176,8 @@ def update(
         gradients = learner.segment_gradients(batch, sft.norm_of)
         balance.observe(step, gradients)
     metrics = learner.update(batch, balance.loss(step, batch), rate)
-    found = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
-    return found | {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
+    balanced = balance_metrics(metrics, balance.weight_at(step, batch), gradients)
+    return balanced | {f"sft/{k}": v for k, v in metrics.items()} | {"sft/lr": rate}
 
 
 def past_shares(folder: Path) -> list[Shares]:
@@ -216,8 +216,8 @@ def measure_checkpoint(
     measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": passes})})
     with sampling_from(measured, str(folder / "checkpoint"), "sft") as (samplers, frozen):
         tables = evaluate_all(samplers, opened, measured, frozen)
-    kept = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
-    put_text(folder / "evaluation.json", kept)
+    tables_json = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
+    put_text(folder / "evaluation.json", tables_json)
     for task, table in tables.items():
         progress.console.print(table.table(f"{recipe.name} on {task}").to_rich())
     return tables
@@ -273,19 +273,19 @@ def balance_metrics(
     scale = dict.fromkeys(names, (1 - weight) / rest)
     scale["perception"] = weight / max(1.0, tokens["perception"])
     loss = {n: scale[n] * tokens[n] * metrics.get(f"nll/{n}", 0.0) for n in names}
-    found = {"sft/lambda": weight}
-    found |= {f"sft/share/tokens/{segment}": tokens[segment] / total for segment in names}
+    measures = {"sft/lambda": weight}
+    measures |= {f"sft/share/tokens/{segment}": tokens[segment] / total for segment in names}
     whole = max(1e-12, sum(loss.values()))
-    found |= {f"sft/share/loss/{segment}": loss[segment] / whole for segment in names}
+    measures |= {f"sft/share/loss/{segment}": loss[segment] / whole for segment in names}
     if gradients is not None:
         norms = {"perception": gradients.perception, "reasoning": gradients.reasoning}
         pull = {"perception": weight * norms["perception"]}
         pull["reasoning"] = (1 - weight) * norms["reasoning"]
         sum_of_pulls = max(1e-12, sum(pull.values()))
-        found |= {f"sft/grad_norm/{part}": norms[part] for part in norms}
-        found |= {f"sft/share/grad_norm/{part}": pull[part] / sum_of_pulls for part in pull}
-        found |= {"sft/grad_cosine": gradients.cosine, "sft/norm_seconds": gradients.seconds}
-    return found
+        measures |= {f"sft/grad_norm/{part}": norms[part] for part in norms}
+        measures |= {f"sft/share/grad_norm/{part}": pull[part] / sum_of_pulls for part in pull}
+        measures |= {"sft/grad_cosine": gradients.cosine, "sft/norm_seconds": gradients.seconds}
+    return measures
 
 
 def warm_up(
@@ -350,12 +350,12 @@ def describe(step: int, steps: int, metrics: dict[str, float], seconds: float) -
 
 def in_short(step: int, tables: Mapping[str, EvalTable]) -> str:
     """One progress line: the accuracies of an evaluation on the way."""
-    found = [
+    measures = [
         f"{task} " + "  ".join(f"{row.metric} {row.value:.3f}" for row in chosen)
         for task, table in tables.items()
         if (chosen := [row for row in table.rows if row.metric in ("a", "a_p", "a_r")])
     ]
-    return f"measured after {step} updates: {'; '.join(found)}"
+    return f"measured after {step} updates: {'; '.join(measures)}"
 
 
 def summarise(shares: Sequence[Shares], sft: SftConfig, seconds: float) -> dict[str, Any]:

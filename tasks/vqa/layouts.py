@@ -104,13 +104,13 @@ VERIFIERS = {
 
 def names_in(rows: Iterable[Any]) -> tuple[str, ...]:
     """The columns of rows, and the fields of those that are structs."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for row in rows:
         for name, value in row.items() if isinstance(row, dict) else ():
-            found[name] = None
+            columns[name] = None
             if isinstance(value, dict):
-                found |= dict.fromkeys(f"{name}.{inner}" for inner in value)
-    return tuple(found)
+                columns |= dict.fromkeys(f"{name}.{inner}" for inner in value)
+    return tuple(columns)
 
 
 def layout_of(names: Sequence[str], columns: Columns, checker_column: str = "") -> Layout:
@@ -120,7 +120,7 @@ def layout_of(names: Sequence[str], columns: Columns, checker_column: str = "") 
 
     Raises DataError: an unknown role or column, or columns that tell no question or answer.
     """
-    told: dict[str, str | Sequence[str]] = {}
+    assigned: dict[str, str | Sequence[str]] = {}
     for role, column in columns.items():
         if role not in ROLES:
             raise DataError(
@@ -132,46 +132,46 @@ def layout_of(names: Sequence[str], columns: Columns, checker_column: str = "") 
                     f"columns.{role}: no column {name!r}{_meant(name, names)}; "
                     f"there are {_listed(names)}"
                 )
-        told[role] = column
-    found = _known(names, told)
-    pictures = told.get("images")
+        assigned[role] = column
+    known = _known(names, assigned)
+    pictures = assigned.get("images")
     if pictures is None:
         numbered = sorted(
             (n for n in names if re.fullmatch(r"image_\d+", n)), key=lambda n: int(n[6:])
         )
         pictures = next(([n] for n in _IMAGES if n in names), numbered)
-    text = {role: str(told[role]) for role in told if role != "images"}
+    text = {role: str(assigned[role]) for role in assigned if role != "images"}
     if "answer" in text:
         text["index"] = ""
     several = (pictures,) if isinstance(pictures, str) else tuple(pictures)
     if checker_column:
         text["checker_column"] = checker_column
-    return replace(found, images=several, **text)  # type: ignore[arg-type]
+    return replace(known, images=several, **text)  # type: ignore[arg-type]
 
 
-def _known(names: Sequence[str], told: Columns) -> Layout:
-    found = Layout("", checkers=("choice",) if "choices" in told else ("expression", "text"))
-    if not {"question", "answer"} <= set(told):
-        fitting = (layout for layout in LAYOUTS if set(_needed(layout, told)) <= set(names))
+def _known(names: Sequence[str], assigned: Columns) -> Layout:
+    known = Layout("", checkers=("choice",) if "choices" in assigned else ("expression", "text"))
+    if not {"question", "answer"} <= set(assigned):
+        fitting = (layout for layout in LAYOUTS if set(_needed(layout, assigned)) <= set(names))
         maybe = next(fitting, None)
         if maybe is None:
-            missing = " and ".join(sorted({"question", "answer"} - set(told)))
+            missing = " and ".join(sorted({"question", "answer"} - set(assigned)))
             raise DataError(
                 f"columns: which is the {missing}? there are {_listed(names)}; say so by "
                 'columns = { question = "...", images = "...", answer = "..." }'
             )
-        found = maybe
+        known = maybe
     if set(names) >= CHART_QA:
-        found = replace(found, checkers=("number",), options={"tolerance": 0.05})
-    if found.checker_column not in names:
-        found = replace(found, checker_column="")
+        known = replace(known, checkers=("number",), options={"tolerance": 0.05})
+    if known.checker_column not in names:
+        known = replace(known, checker_column="")
     usual = {role: role for role in ("perception", "response") if role in names}
-    return replace(found, **usual)  # type: ignore[arg-type]
+    return replace(known, **usual)  # type: ignore[arg-type]
 
 
-def _needed(layout: Layout, told: Columns) -> list[str]:
+def _needed(layout: Layout, assigned: Columns) -> list[str]:
     roles = ("question", "answer", "choices", "index")
-    return [name for role in roles if role not in told and (name := getattr(layout, role))]
+    return [name for role in roles if role not in assigned and (name := getattr(layout, role))]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from tasks.data_files import KINDS, DataFile, files_below
 from tasks.datasets import StoredReader, file_hash, split_file
 from tasks.free_text import instructions
 from tasks.image_cells import Beside
-from tasks.rows import Reader, ReadFile, Rows, Watch, look
+from tasks.rows import Fact, Reader, ReadFile, Rows, Watch, look
 from tasks.settings import TaskConfig
 from tasks.split_names import side_of, split_of_file
 from tasks.splits import SPLITS, Split, split_of_key
@@ -129,7 +129,7 @@ def open_stored(folder: str, task: str, watch: Watch | None = None) -> Opened:
         rows[split] = Rows(files, places)
         if split == "test":
             held_out = {fact.key: fact.id for fact in files[-1].facts}
-    return Opened(rows, bad, {split: len(found) for split, found in rows.items()})
+    return Opened(rows, bad, {split: len(its) for split, its in rows.items()})
 
 
 def row_reader(config: TaskConfig) -> MakeReader:
@@ -175,48 +175,52 @@ def _divided(files: Sequence[ReadFile], splits: Mapping[str, list[Place]]) -> Op
         others = [name for name in held if name != chosen]
         notes.append(f"held out: split {chosen}; {', '.join(others)} not used")
         held = [chosen]
-    test = [place for name in held for place in good[name]]
-    train = [place for name in good if side_of(name) == "train" for place in good[name]]
+    test = [source_row for name in held for source_row in good[name]]
+    train = [source_row for name in good if side_of(name) == "train" for source_row in good[name]]
     if not held:
         keys = {files[file].facts[row].key for file, row in train}
         out = {key for key in keys if split_of_key("vqa", key) == "test"}
         if keys and not out:  # of a few rows
             out = {min(keys, key=lambda key: hashlib.sha256(key.encode()).digest())}
-        test = [place for place in train if files[place[0]].facts[place[1]].key in out]
+        test = [source_row for source_row in train if _fact(files, source_row).key in out]
         notes.append(
             f"nothing is held out by name: {len(test):,} of {len(train):,} rows are, by a hash of "
             "images and question"
         )
-        train = [place for place in train if files[place[0]].facts[place[1]].key not in out]
+        train = [source_row for source_row in train if _fact(files, source_row).key not in out]
     first = {files[file].facts[row].key: (file, row) for file, row in reversed(test)}
-    kept = []
-    for place in train:
-        twin = first.get(files[place[0]].facts[place[1]].key)
+    unseen = []
+    for source_row in train:
+        twin = first.get(_fact(files, source_row).key)
         if twin is None:
-            kept.append(place)
+            unseen.append(source_row)
         else:
             said = f"images and question are those of {_where(files, twin)}, which is held out"
-            bad.append(Bad(_where(files, place), said))
-    sides: dict[Split, list[Place]] = {"train": kept, "test": test}
+            bad.append(Bad(_where(files, source_row), said))
+    sides: dict[Split, list[Place]] = {"train": unseen, "test": test}
     rows = {side: Rows(files, sides[side], _ids(files, sides[side])) for side in SPLITS}
     return Opened(rows, bad, {name: len(places) for name, places in good.items()}, notes)
 
 
-def _where(files: Sequence[ReadFile], place: Place) -> str:
-    source = files[place[0]]
-    return f"{source.data.file}: {source.facts[place[1]].location}"
+def _fact(files: Sequence[ReadFile], source_row: Place) -> Fact:
+    file, number = source_row
+    return files[file].facts[number]
+
+
+def _where(files: Sequence[ReadFile], source_row: Place) -> str:
+    return f"{files[source_row[0]].data.file}: {_fact(files, source_row).location}"
 
 
 def _ids(files: Sequence[ReadFile], places: Iterable[Place]) -> dict[Place, str]:
     """Ids of rows whose problem was there before in the split: numbered."""
     seen: Counter[str] = Counter()
-    found = {}
+    ids = {}
     for file, row in places:
         own = files[file].facts[row].id
         seen[own] += 1
         if seen[own] > 1:
-            found[file, row] = f"{own}-{seen[own]}"
-    return found
+            ids[file, row] = f"{own}-{seen[own]}"
+    return ids
 
 
 def _files(source: str) -> dict[str, list[tuple[Path, list[Path]]]]:
@@ -228,7 +232,7 @@ def _files(source: str) -> dict[str, list[tuple[Path, list[Path]]]]:
         return {split_of_file(Path(path.parent.name) / path.name): [(path, [path.parent])]}
     if not path.is_dir():
         path = _fetched(source, path)
-    found: dict[str, list[tuple[Path, list[Path]]]] = {}
+    files_of: dict[str, list[tuple[Path, list[Path]]]] = {}
     files = files_below(path, KINDS)
     # `datasets` writes further .json files beside rows, and arrow files of what was made of them.
     files = [p for p in files if p.suffix.lower() != ".json"] or files
@@ -237,10 +241,10 @@ def _files(source: str) -> dict[str, list[tuple[Path, list[Path]]]]:
         if file.name.startswith("cache-"):
             continue
         folders = [path.joinpath(*inner.parts[:n]) for n in range(len(inner.parts) - 1, -1, -1)]
-        found.setdefault(split_of_file(path.name / inner), []).append((file, folders))
-    if not found:
+        files_of.setdefault(split_of_file(path.name / inner), []).append((file, folders))
+    if not files_of:
         raise DataError(f"{source}: holds no file of rows ({', '.join(KINDS)})")
-    return found
+    return files_of
 
 
 def _fetched(source: str, path: Path) -> Path:

@@ -137,14 +137,14 @@ class RowReader:
         return Chat(ask.replace("{question}", chat.question)) if ask else chat
 
     def _images(self, row: Row, chat: Chat) -> tuple[bytes, ...]:
-        found: tuple[bytes, ...] = ()
+        pictures: tuple[bytes, ...] = ()
         for name in self.layout.images:
             try:
-                found += cell_images(cell(row, name), self.beside)
+                pictures += cell_images(cell(row, name), self.beside)
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
-        if found or not chat.images:
-            return found
+        if pictures or not chat.images:
+            return pictures
         try:
             return cell_images(chat.images, self.beside)
         except DataError as error:
@@ -160,10 +160,10 @@ class RowReader:
         name = layout.answer or layout.question
         value = cell(row, name) if layout.answer else chat.response
         if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-            found = tuple(stripped(v) for v in value)
+            answers = tuple(stripped(v) for v in value)
         else:
-            found = (stripped(_gold_text(value, name)),)
-        golds = tuple(dict.fromkeys(_unicode(gold, name) for gold in found if gold))
+            answers = (stripped(_gold_text(value, name)),)
+        golds = tuple(dict.fromkeys(_unicode(gold, name) for gold in answers if gold))
         if not golds:
             raise DataError(f"{name}: is empty; a row needs a right answer")
         return golds
@@ -203,8 +203,8 @@ class RowReader:
         """Every column that is neither question, answer nor image; a system turn as `system`."""
         layout = self.layout
         taken = {layout.question, layout.answer, layout.perception, layout.response, *layout.images}
-        found = {n: _plain(v) for n, v in row.items() if n not in taken and not _is_bytes(v)}
-        return found | ({"system": chat.system} if chat.system else {})
+        extras = {n: _plain(v) for n, v in row.items() if n not in taken and not _is_bytes(v)}
+        return extras | ({"system": chat.system} if chat.system else {})
 
 
 def _parted(
@@ -222,11 +222,13 @@ def _parted(
             f"{name}: answers to turns show {later} images, and there are {len(images)}"
         )
     own = len(images) - later
-    found, at = [], own
+    exchanges, at = [], own
     for turn, text, count in chat.earlier:
-        found.append(Exchange(_unicode(turn, name), _unicode(text, name), images[at : at + count]))
+        exchanges.append(
+            Exchange(_unicode(turn, name), _unicode(text, name), images[at : at + count])
+        )
         at += count
-    return images[:own], tuple(found)
+    return images[:own], tuple(exchanges)
 
 
 def content_key(question: str, images: tuple[bytes, ...]) -> str:
@@ -252,20 +254,20 @@ def stripped(gold: str) -> str:
 
     Raises DataError for several that differ.
     """
-    for kind, found in (
+    for kind, candidates in (
         ("<answer>", [inner.strip() for inner in _ANSWER_TAGS.findall(gold)]),
         (r"\boxed", [inner for _, _, inner in boxes(gold) if inner is not None]),
     ):
-        if len(set(found)) > 1:
+        if len(set(candidates)) > 1:
             raise DataError(f"answer: holds several {kind} that differ; keep the right one")
-        gold = found[0] if found else gold
+        gold = candidates[0] if candidates else gold
     return gold.strip()
 
 
 def _boxes_alone(gold: str) -> str:
     """Boxes without the names that a set has for their fields, as JSON; any other text as it is."""
-    found = _FOUR.findall(gold) if gold.startswith(("[", "{")) and "'" in gold else []
-    return f"[{', '.join(found)}]" if found else gold
+    numbers = _FOUR.findall(gold) if gold.startswith(("[", "{")) and "'" in gold else []
+    return f"[{', '.join(numbers)}]" if numbers else gold
 
 
 def _gold_text(value: Any, name: str) -> str:
