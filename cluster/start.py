@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.recipe.hardware import Machine
 from cluster.recipe.machine import new_run_folder, os_error_text, require_free
-from cluster.recipe.nodes import describe_nodes, seated
+from cluster.recipe.nodes import describe_nodes, seated_for
 from cluster.recipe.placement import Command, Placement, describe, plan
 from cluster.recipe.preflight import glance, preflight
 from cluster.recipe.recipe import (
@@ -118,7 +118,7 @@ def ready(
         print(resolved_toml(preflight(recipe, command, notes.append, dry_run=True).recipe))
         lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
         if address is not None:
-            lines += ["", f"the cluster at {address}, if nobody else takes of it:"]
+            lines += ["", f"the cluster at {address}, with what its nodes have left now:"]
             lines += _on_cluster(recipe, placement, address).splitlines()
         print("\n".join(f"# {line}".rstrip() for line in lines))
         return False
@@ -129,12 +129,12 @@ def ready(
 
 def _on_cluster(recipe: Recipe, placement: Placement, address: str) -> str:
     """Node by node of the cluster as it is now, who would go there, and who cannot."""
-    from cluster.run.nodes import live_nodes
+    from cluster.run.nodes import free_nodes
     from cluster.run.session import connected
 
     with connected(address):
-        nodes = live_nodes()
-    return describe_nodes(seated(placement.actors, recipe.placement, nodes))
+        nodes = free_nodes()
+    return describe_nodes(seated_for(recipe, placement.actors, nodes))
 
 
 def in_words(error: Exception) -> tuple[str, int]:

@@ -9,9 +9,9 @@ that term on that group, and the recipe says what follows.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from rewards.advantages import Advantages, Estimator
 from rewards.compose import Composition, compose_groups, raise_if_fatal
@@ -33,6 +33,8 @@ from rewards.terms import facts_of
 from rollout.record import Group, ReplyError
 from tasks.core import Problem
 
+Placed = Callable[[Literal["reward worker", "reward model"], int], Mapping[str, Any]]
+
 
 class RewardPool:
     """Scores groups on worker processes as a recipe says."""
@@ -42,13 +44,14 @@ class RewardPool:
         config: RewardConfig,
         estimator: Estimator | Advantages = "grpo",
         answerers: Mapping[str, Answerer] | None = None,
-        where: Mapping[str, Any] | None = None,
+        placed: Placed = lambda role, index: {},
         drops_failed_episodes: bool = False,
     ) -> None:
         """Start the workers and wait until their terms are loaded.
 
         `answerers`: for asking terms, model -> samplers; "" is the current policy.
-        `where`: on which nodes the workers are to be, as options of their actors.
+        `placed`: where the "reward worker" or "reward model" of a number is to be, as options of
+        its actor; a remote term without a model is one worker more than there are.
         `drops_failed_episodes`: nothing is learnt from a group in which an environment failed.
 
         Raises `RewardError` if a worker cannot start, with the reason (an unknown term, say),
@@ -71,9 +74,24 @@ class RewardPool:
         local = [name for name, term in terms.items() if not term.remote]
         self._of_step = tuple(n for n in local if self._entries[n].scope == "step")
         self._parts = (*(n for n in local if n not in self._of_step), DIAGNOSIS)
-        self._workers = Workers(config, [self._entries[name] for name in local], where=where)
+        self._workers = Workers(
+            config,
+            [self._entries[name] for name in local],
+            [placed("reward worker", index) for index in range(config.workers)],
+        )
+        models = [name for name, term in terms.items() if term.weights]
         self._remote = {
-            name: Workers(config, [self._entries[name]], name, term, where)
+            name: Workers(
+                config,
+                [self._entries[name]],
+                [
+                    placed("reward model", models.index(name))
+                    if name in models
+                    else placed("reward worker", config.workers)
+                ],
+                name,
+                term,
+            )
             for name, term in terms.items()
             if term.remote
         }

@@ -73,29 +73,30 @@ class Workers:
         self,
         config: RewardConfig,
         entries: Sequence[RewardTermConfig],
+        places: Sequence[Mapping[str, Any]],
         remote: str = "",
         facts: TermFacts | None = None,
-        where: Mapping[str, Any] | None = None,
     ) -> None:
-        """`remote`: the name of a remote term, whose `facts` say what its process takes.
+        """A process each of `places`, which are options of actors.
 
-        `where`: on which nodes, as options of the actors.
+        `remote`: the name of a remote term, whose `facts` say what its process takes.
         """
         self.restarts = 0
         self._remote, self._closed = remote, False
         self._who = f"reward term {remote!r}" if remote else "a reward worker"
         self._slots = config.remote_in_flight if remote else 1
         self._seconds = config.remote_seconds if remote else config.deadline_seconds
-        actor = ray.remote(RemoteWorker if remote else RewardWorker).options(
-            num_cpus=facts.cpus if facts else 0,
-            num_gpus=facts.gpus if facts else 0,
-            max_restarts=-1,
-            max_concurrency=self._slots + 2 if remote else 1,
-            **(where or {}),
-        )
+        actor = ray.remote(RemoteWorker if remote else RewardWorker)
+        options = {
+            "num_cpus": facts.cpus if facts else 0,
+            "num_gpus": facts.gpus if facts else 0,
+            "max_restarts": -1,
+            "max_concurrency": self._slots + 2 if remote else 1,
+        }
         memory = 0.0 if facts and facts.weights else config.memory_gib
-        count = 1 if remote else config.workers
-        self._workers = [_Worker(actor.remote(entries, memory)) for _ in range(count)]
+        self._workers = [
+            _Worker(actor.options(**options, **place).remote(entries, memory)) for place in places
+        ]
         for worker in self._workers:
             worker.start()
 

@@ -90,8 +90,9 @@ class Sampler:
 class RaySamplerClient:
     """A sampler actor as the pool, and the GPU transports, see it."""
 
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name, self.actor = name, actor
+    def __init__(self, name: str, actor: Any, ended: Callable[[], None] = lambda: None) -> None:
+        """`ended`: called when the actor is no more."""
+        self.name, self.actor, self._ended = name, actor, ended
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.actor, method).remote(*args)
@@ -113,6 +114,7 @@ class RaySamplerClient:
     def kill(self) -> None:
         """SIGKILL in the end; the engine goes with it."""
         ray.kill(self.actor)
+        self._ended()
 
     def _outcome(self, reply: Any) -> Any:
         error = reply.exception()
@@ -132,19 +134,21 @@ def ray_samplers(
     model: ModelConfig,
     sampler: SamplerConfig,
     placed: Callable[[int], dict[str, Any]] = lambda index: {},
+    left: Callable[[int], None] = lambda index: None,
     **options: Any,
 ) -> Callable[[str], RaySamplerClient]:
     """What starts a `Sampler` actor under a name ("sampler-3"), with cores and GPUs of its own.
 
-    `placed`: where its number is to run, as options of the actor. `options`: of `Engine.start`.
+    `placed`: where its number is to run, as options of the actor; `left`: is told when that ended.
+    `options`: of `Engine.start`.
     """
     resources = {"num_cpus": sampler.cpus, "num_gpus": sampler.gpus}
 
     def start(name: str) -> RaySamplerClient:
-        where = placed(int(name.rpartition("-")[-1]))
-        actor = Sampler.options(**resources, **where).remote(  # type: ignore[attr-defined]
+        index = int(name.rpartition("-")[-1])
+        actor = Sampler.options(**resources, **placed(index)).remote(  # type: ignore[attr-defined]
             model, sampler, name, **options
         )
-        return RaySamplerClient(name, actor)
+        return RaySamplerClient(name, actor, lambda: left(index))
 
     return start

@@ -38,7 +38,7 @@ LONGEST = (
     "tests/rollout/test_sampler.py",
     "tests/cluster/run/test_nodes.py",
     "tests/rewards/test_pool.py",
-    "tests/cluster/run/test_pairs.py",
+    "tests/cluster/run/test_places.py",
     "tests/cluster/run/test_supervise.py",
 )
 """Files that start processes and take long, in the order in which they are begun; all others come

@@ -22,16 +22,18 @@ class PlacementConfig(Section):
     """
 
     learner: Labels = Field(default_factory=dict)
-    """Nodes that the learner's ranks may be on; {}: any."""
+    """Nodes that the learner's ranks may be on; {}: any. All are on one where one has room for
+    them, which is the driver's if it has, else on few."""
     samplers: Labels = Field(default_factory=dict)
     """Nodes that the engines may be on, those of frozen models too. An engine never straddles
     nodes, however many GPUs it has."""
     reward_workers: Labels = Field(default_factory=dict)
-    """Nodes that reward workers may be on; Ray spreads them over these as far as it likes."""
+    """Nodes that reward workers may be on; they are spread over those of these that have no GPU,
+    or over all where each has one."""
     spread_samplers: bool = False
     """Rather an engine a node than a node full of them."""
     wait_seconds: Amount = 120.0
-    """How long a run waits for nodes that are not there yet, before it is refused."""
+    """How long a run waits for nodes that are not there yet, or full, before it is refused."""
 
 
 class WatchConfig(Section):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Literal
 
-from cluster.recipe.placement import Command, frozen_models
+from cluster.recipe.nodes import actors_of
+from cluster.recipe.placement import Command, Role, frozen_models
 from cluster.recipe.recipe import Recipe
-from cluster.run.nodes import on_nodes
+from cluster.run.places import Places, places_of
 from rollout.pool import SamplerPool
 from rollout.sampler import ray_samplers
 
@@ -18,47 +19,54 @@ FrozenPools = Mapping[str, SamplerPool]
 
 def sampler_pool(
     recipe: Recipe,
+    places: Places,
     model: str | None = None,
-    name: str = "sampler",
-    frozen: bool = False,
-    placed: Callable[[int], dict[str, Any]] | None = None,
+    frozen: int | None = None,
 ) -> SamplerPool:
-    """The recipe's samplers on the policy or another checkpoint, or the one of a frozen model.
+    """The recipe's samplers on the policy or another checkpoint, or the engine of a frozen model.
 
-    They are not yet waited for. `placed`: see `ray_samplers`; by default as [placement] says.
+    They are not yet waited for. `frozen`: the number of the frozen model.
     """
-    where = on_nodes(recipe.placement.samplers, recipe.placement.spread_samplers)
+
+    def who(index: int) -> tuple[Role, int]:
+        return ("sampler", index) if frozen is None else ("frozen model", frozen)
+
     policy = recipe.model.model_copy(update={"path": model or recipe.model.path})
     start = ray_samplers(
         policy,
         recipe.sampler,
-        placed or (lambda index: where),
+        lambda index: places.options(*who(index)),
+        lambda index: places.leave(*who(index)),
         transport=recipe.transfer.transport,
-        frozen=frozen,
+        frozen=frozen is not None,
         seed=recipe.seed,
     )
-    count = 1 if frozen else recipe.sampler.count
+    name, count = ("sampler", recipe.sampler.count) if frozen is None else (f"frozen-{frozen}", 1)
     return SamplerPool(start, count, recipe.sampler, name, recipe.transfer.deadline_seconds)
 
 
 @contextmanager
 def sampling_from(
-    recipe: Recipe, model: str, command: Command
-) -> Iterator[tuple[SamplerPool, FrozenPools]]:
-    """Samplers on a checkpoint and the frozen models of a command; Ray must be connected."""
-    pool, frozen = sampler_pool(recipe, model), frozen_pools(recipe, command)
-    try:
-        for each in (pool, *frozen.values()):
-            each.wait_ready(recipe.sampler.start_timeout_seconds)
-        yield pool, frozen
-    finally:
-        for each in (pool, *frozen.values()):
-            each.stop()
+    recipe: Recipe, model: str, command: Literal["sample", "eval"]
+) -> Iterator[tuple[SamplerPool, FrozenPools, Places]]:
+    """Samplers on a checkpoint, the frozen models of a command, and where all its actors are.
+
+    Ray must be connected.
+    """
+    with places_of(recipe, actors_of(recipe, command)) as places:
+        pool, frozen = sampler_pool(recipe, places, model), frozen_pools(recipe, command, places)
+        try:
+            for each in (pool, *frozen.values()):
+                each.wait_ready(recipe.sampler.start_timeout_seconds)
+            yield pool, frozen, places
+        finally:
+            for each in (pool, *frozen.values()):
+                each.stop()
 
 
-def frozen_pools(recipe: Recipe, command: Command) -> FrozenPools:
+def frozen_pools(recipe: Recipe, command: Command, places: Places) -> FrozenPools:
     """Start them; they are not yet waited for."""
     return {
-        model: sampler_pool(recipe, model, f"frozen-{index}", frozen=True)
+        model: sampler_pool(recipe, places, model, index)
         for index, model in enumerate(frozen_models(recipe, command))
     }

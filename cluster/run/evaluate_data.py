@@ -87,7 +87,7 @@ def run_data_eval(
         recipe = recipe.model_copy(update={"eval": chosen})
         _require_columns(by, held_out(source, seed, count))
         console.print(f"{count} problems; starting the sampler (vLLM) ...")
-        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen):
+        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen, _):
             tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=groups_of.update)
     made = keep(folder, recipe, source, tables[source.label], groups_of, by, earlier)
     if as_json:

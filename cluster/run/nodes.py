@@ -1,9 +1,10 @@
-"""The nodes of the Ray that a run is connected to, and where on them its actors are put."""
+"""The nodes of the Ray that a run is connected to: which there are, and which are missing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,29 +19,43 @@ LOOK_SECONDS = 1.0
 
 
 def live_nodes() -> list[Node]:
-    """The nodes that are alive, as they were started: what others have taken is not looked at."""
+    """The nodes that are alive, as they were started: what anybody has taken is not looked at."""
+    own = ray.get_runtime_context().get_node_id()
     return [
         Node(
             node["NodeManagerAddress"],
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
             node["Labels"],
+            home=node["NodeID"] == own,
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
 
 
+def free_nodes() -> list[Node]:
+    """The same with what each has left; without those that their cluster takes away soon."""
+    left, draining = state.available_resources_per_node(), state.get_draining_nodes()
+    return [
+        replace(node, cpus=left[node.id].get("CPU", 0.0), gpus=left[node.id].get("GPU", 0.0))
+        for node in live_nodes()
+        if node.id in left and node.id not in draining
+    ]
+
+
 def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own_ray: bool) -> None:
     """Return once the cluster has nodes for all of a recipe's actors.
 
-    `own_ray`: this is the run's own Ray, which no node will join. Raises PlacementError that names
-    what is missing, after `placement.wait_seconds`; Ray itself would wait for ever.
+    `own_ray`: this is the run's own Ray, which no node will join and nobody else takes of. Raises
+    PlacementError that names what is missing, or taken by others, after `placement.wait_seconds`;
+    Ray itself would wait for ever.
     """
+    nodes = live_nodes if own_ray else free_nodes
     start, limit = time.monotonic(), 0.0 if own_ray else recipe.placement.wait_seconds
     announced = ""
     while True:
-        missing = lacking(recipe, command, live_nodes())
+        missing = lacking(recipe, command, nodes())
         if not missing:
             return
         if time.monotonic() - start >= limit:
@@ -70,9 +85,3 @@ def own_actors() -> list[dict[str, Any]]:
     job = ray.get_runtime_context().get_job_id()
     living = state.actor_table(None, actor_state_name="ALIVE").values()
     return [actor for actor in living if actor["JobID"] == job]
-
-
-def on_nodes(labels: Mapping[str, str], spread: bool = False) -> dict[str, Any]:
-    """Options of a Ray actor that is to be on a node with these labels."""
-    options: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
-    return options | ({"scheduling_strategy": "SPREAD"} if spread else {})

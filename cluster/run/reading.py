@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cluster.recipe.placement import Actor
 from cluster.recipe.recipe import load_recipe
 from cluster.record.stored import read_groups, stored_steps
 from cluster.run.engines import sampler_pool
+from cluster.run.places import places_of
 from cluster.run.session import actor_errors, connected
 from rewards.reader import Reader, Reading, readings
 from rewards.settings import Place
@@ -28,8 +30,9 @@ def read_run(
     require_model(model, "--reader")
     reader = Reader(model, place, recipe.sampler.max_tokens)
     by_group = {}
-    with actor_errors(None), connected(address):
-        pool = sampler_pool(recipe, model, "reader", frozen=True)
+    engine = Actor("frozen model", 0, recipe.sampler.cpus, recipe.sampler.gpus)
+    with actor_errors(None), connected(address), places_of(recipe, [engine]) as places:
+        pool = sampler_pool(recipe, places, model, frozen=0)
         try:
             _say(f"starting the reader {model} (vLLM) ...")
             pool.wait_ready(recipe.sampler.start_timeout_seconds)

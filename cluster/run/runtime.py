@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.recipe.nodes import actors_of
 from cluster.recipe.placement import Command
 from cluster.recipe.problems import ProblemSource
 from cluster.recipe.recipe import Recipe
@@ -21,8 +22,7 @@ from cluster.run.checkpoints import Resumed
 from cluster.run.delivery import Delivery, GpuDelivery
 from cluster.run.engines import FrozenPools, frozen_pools, sampler_pool, sampling_from
 from cluster.run.evaluate import evaluate_all
-from cluster.run.nodes import on_nodes
-from cluster.run.pairs import GpuPairs
+from cluster.run.places import Places, places_of
 from cluster.run.session import session
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
@@ -60,19 +60,20 @@ def sft_setup(recipe: Recipe, folder: str = "", resume: bool = False) -> Learner
 @contextmanager
 def learning(recipe: Recipe, setup: LearnerSetup) -> Iterator[LearnerGroup]:
     """A learner without samplers; Ray must be connected."""
-    learner = LearnerGroup(setup, lambda rank: on_nodes(recipe.placement.learner))
-    try:
-        learner.start()
-        yield learner
-    finally:
-        learner.stop()
+    with places_of(recipe, actors_of(recipe, "replay")) as places:
+        learner = LearnerGroup(setup, lambda rank: places.options("learner", rank))
+        try:
+            learner.start()
+            yield learner
+        finally:
+            learner.stop()
 
 
 @contextmanager
 def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]]:
     """The recipe's samplers and reward workers, without a learner; Ray must be connected."""
-    with sampling_from(recipe, recipe.model.path, "sample") as (pool, frozen):
-        scoring = Scoring(recipe, pool, frozen)
+    with sampling_from(recipe, recipe.model.path, "sample") as (pool, frozen, places):
+        scoring = Scoring(recipe, pool, frozen, places)
         try:
             yield pool, scoring
         finally:
@@ -82,14 +83,15 @@ def sampling_and_scoring(recipe: Recipe) -> Iterator[tuple[SamplerPool, Scoring]
 class Scoring:
     """The reward workers."""
 
-    def __init__(self, recipe: Recipe, policy: SamplerPool, frozen: FrozenPools) -> None:
+    def __init__(
+        self, recipe: Recipe, policy: SamplerPool, frozen: FrozenPools, places: Places
+    ) -> None:
         """`policy`, `frozen`: whom terms may ask."""
         models = {"": policy, **frozen}
         algorithm = recipe.algorithm
         advantage = find_advantage(algorithm.advantage, algorithm.advantage_args)
-        where = on_nodes(recipe.placement.reward_workers, spread=True)
         drops = recipe.environment is not None and recipe.environment.on_failure == "drop_group"
-        self._rewards = RewardPool(recipe.reward, advantage, models, where, drops)
+        self._rewards = RewardPool(recipe.reward, advantage, models, places.options, drops)
 
     def score(
         self, groups: Sequence[Group], share: float
@@ -134,18 +136,16 @@ class LivePolicy:
         command: Command = "sft",
     ) -> None:
         self.recipe, self.sources = recipe, sources
-        self.frozen = frozen_pools(recipe, command)
+        self.places = places = Places(recipe, actors_of(recipe, command))
+        self.frozen = frozen_pools(recipe, command, places)
+        self.learner = LearnerGroup(learner, lambda rank: places.options("learner", rank))
         on_one_gpu = recipe.transfer.transport == "ipc"
-        self._pairs = GpuPairs(recipe) if on_one_gpu else None
-        placed = self._pairs.options if self._pairs else None
-        where = on_nodes(recipe.placement.learner)
-        self.learner = LearnerGroup(learner, placed or (lambda rank: where))
         if on_one_gpu:
             # An engine measures the memory that is free while it starts.
             self._starting = self.learner.start_async()
             self.learner.wait(self._starting)
         start = None if learner.resume else learner.start
-        self.samplers = sampler_pool(recipe, start, placed=placed)
+        self.samplers = sampler_pool(recipe, places, start)
         if not on_one_gpu:  # last, for it waits for the process of rank 0
             self._starting = self.learner.start_async()
         self._delivery = (
@@ -184,8 +184,7 @@ class LivePolicy:
         for pool in (self.samplers, *self.frozen.values()):
             pool.stop()
         self.learner.stop()
-        if self._pairs:
-            self._pairs.release()
+        self.places.release()
 
 
 class Run(LivePolicy):
@@ -203,7 +202,7 @@ class Run(LivePolicy):
         folder, resume = str(checkpoint or ""), checkpoint is not None
         setup = learner_setup(recipe, folder, resume)
         super().__init__(recipe, sources, setup, "train")
-        self.scoring = Scoring(recipe, self.samplers, self.frozen)
+        self.scoring = Scoring(recipe, self.samplers, self.frozen, self.places)
         self.wait_ready()
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 

@@ -214,7 +214,7 @@ def measure_checkpoint(
     progress.say(f"measuring on {recipe.eval.problems} held-out problems a task ...")
     passes = every_pass(recipe.environment)
     measured = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"passes": passes})})
-    with sampling_from(measured, str(folder / "checkpoint"), "sft") as (samplers, frozen):
+    with sampling_from(measured, str(folder / "checkpoint"), "eval") as (samplers, frozen, _):
         tables = evaluate_all(samplers, opened, measured, frozen)
     tables_json = json.dumps({task: table.to_dict() for task, table in tables.items()}, indent=1)
     put_text(folder / "evaluation.json", tables_json)

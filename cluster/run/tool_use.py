@@ -51,7 +51,7 @@ def measure_tool(
     """
     with session(recipe, "eval", address, None, say) as ready:
         say(f"{recipe.eval.problems} problems a task; starting the sampler (vLLM) ...")
-        with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen):
+        with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen, _):
             tables = evaluate_all(pool, ready.sources, recipe, frozen)
     tables_json = {task: table.to_dict() for task, table in tables.items()}
     put_text(run / TOOL_FILE, json.dumps(tables_json, indent=1))

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import product
+from math import isclose
 
 import pytest
 
 from cluster.recipe.hardware import Machine
-from cluster.recipe.nodes import Node, Seating, describe_nodes, labels_for, seated
-from cluster.recipe.placement import Actor, Command, plan
+from cluster.recipe.nodes import (
+    Bundle,
+    Node,
+    Seating,
+    bundled,
+    describe_nodes,
+    labels_for,
+    lacking,
+    seated,
+    seated_for,
+)
+from cluster.recipe.placement import Actor, Command, Role, plan
 from cluster.recipe.recipe import Recipe, RecipeError
 from cluster.recipe.sections import PlacementConfig
 from tests.support.recipes import made_recipe
@@ -19,64 +32,174 @@ APART = ('placement.learner={role="learner"}', 'placement.samplers={role="sample
 
 
 def seating(recipe: Recipe, *nodes: Node, command: Command = "train") -> Seating:
-    return seated(plan(recipe, Machine(0, 0), command).actors, recipe.placement, nodes)
+    return seated_for(recipe, plan(recipe, Machine(0, 0), command).actors, nodes)
 
 
-def random_case(dice: random.Random) -> tuple[list[Actor], PlacementConfig, list[Node]]:
-    labels = [{}, LEARNERS, SAMPLERS]
+Seats = tuple[tuple[Bundle, int], ...]
+Case = tuple[list[Actor], PlacementConfig, list[Node], bool]
+
+
+def random_case(dice: random.Random) -> Case:
+    """Actors, labels, up to three nodes, and whether ranks share GPUs with samplers."""
+    labels = [{}] * 6 + [LEARNERS, SAMPLERS]
     placement = PlacementConfig(
         learner=dice.choice(labels),
         samplers=dice.choice(labels),
         reward_workers=dice.choice(labels),
         spread_samplers=dice.random() < 0.5,
     )
+    share = dice.random() < 0.2
     actors = [Actor("driver", 0)]
-    for role, most in (("learner", 2), ("sampler", 3), ("reward worker", 2)):
-        cpus, gpus = dice.choice([0.5, 1, 2]), dice.choice([0, 0, 1])
-        for index in range(dice.randrange(most + 1)):
-            free = role == "reward worker"
-            actors.append(Actor(role, index, 0 if free else cpus, 0 if free else gpus))  # type: ignore[arg-type]
+    most_of: dict[Role, int] = {"learner": 3, "sampler": 3, "frozen model": 1, "reward model": 1}
+    for role, most in most_of.items():
+        cpus = dice.choice([0.3, 0.5, 1, 2])
+        gpus = 0.5 if share else dice.choice([0, 0, 1, 1, 2 if role == "sampler" else 0.5])
+        actors += [Actor(role, index, cpus, gpus) for index in range(dice.randrange(most + 1))]
+    actors += [Actor("reward worker", index) for index in range(dice.randrange(3))]
+    there, home = dice.choice([0, 1, 2, 2, 3, 3, 3, 3]), dice.randrange(4)
     nodes = [
-        Node(str(n), dice.choice([0, 1, 2, 4]), dice.choice([0, 1, 2]), dice.choice(labels))
-        for n in range(dice.randrange(4))
+        Node(
+            str(n),
+            dice.choice([0, 1, 2, 4, 8]),
+            dice.choice([0, 1, 2, 3, 4]),
+            dice.choice([{}, LEARNERS, SAMPLERS]) | {"ray.io/node-id": str(n)},
+            home=n == home,
+        )
+        for n in range(there)
     ]
-    return actors, placement, nodes
+    return actors, placement, nodes, share
 
 
-def may(actor: Actor, node: Node, placement: PlacementConfig) -> bool:
-    return all(node.labels.get(k) == v for k, v in labels_for(actor.role, placement).items())
+def may(bundle: Bundle, node: Node, placement: PlacementConfig) -> bool:
+    wanted = [labels_for(actor.role, placement) for actor in bundle.actors[:1]]
+    return all(node.labels.get(k) == v for one in wanted for k, v in one.items())
 
 
-def fit(actors: list[Actor], node: Node) -> bool:
-    return sum(a.cpus for a in actors) <= node.cpus and sum(a.gpus for a in actors) <= node.gpus
+def fit(bundles: list[Bundle], node: Node) -> bool:
+    cpus, gpus = sum(b.cpus for b in bundles), sum(b.gpus for b in bundles)
+    return all(
+        need <= there or isclose(need, there)
+        for need, there in ((cpus, node.cpus), (gpus, node.gpus))
+    )
 
 
-def can_be(actors: list[Actor], placement: PlacementConfig, nodes: list[Node]) -> bool:
-    """Whether any way of placing all of them is one, by trying every way."""
-    for way in product(nodes, repeat=len(actors)):
-        if all(may(a, n, placement) for a, n in zip(actors, way, strict=True)) and all(
-            fit([a for a, n in zip(actors, way, strict=True) if n is node], node) for node in nodes
+def ways(bundles: list[Bundle], placement: PlacementConfig, nodes: list[Node]) -> Iterator[Seats]:
+    """Every way of placing all of them that is one, by trying every way."""
+    taking = [b for b in bundles if b.cpus or b.gpus]
+    for way in product(range(len(nodes)), repeat=len(taking)):
+        if all(may(b, nodes[n], placement) for b, n in zip(taking, way, strict=True)) and all(
+            fit([b for b, at in zip(taking, way, strict=True) if at == n], node)
+            for n, node in enumerate(nodes)
         ):
-            return True
-    return not actors
+            yield tuple(zip(taking, way, strict=True))
+
+
+def ranks_on(seats: Iterable[tuple[Bundle, int]]) -> set[int]:
+    return {n for bundle, n in seats if bundle.role == "learner"}
 
 
 def test_who_is_seated_fits_and_who_is_not_has_no_place() -> None:
-    dice, refused = random.Random(0), 0
-    for _ in range(400):
-        actors, placement, nodes = random_case(dice)
-        found = seated(actors, placement, nodes)
+    dice, counts = random.Random(0), Counter[str]()
+    for _ in range(600):
+        actors, placement, nodes, share = random_case(dice)
+        found = seated(actors, placement, nodes, share)
         on = [actor for _, there in found.on for actor in there]
-        assert len(on) == len({(a.role, a.index) for a in on})
+        assert len(on) == len({(a.role, a.index) for a in on}), "nobody twice, nobody on two nodes"
         assert len(on) + len(found.missing) == len(actors) - 1, "all but the driver"
-        for node, there in found.on:
-            assert fit(list(there), node) and all(may(a, node, placement) for a in there)
-        if not can_be(actors[1:], placement, nodes):
-            assert found.missing
-            refused += 1
-        elif all(a.gpus == 0 for a in actors):
-            assert not found.missing, "with cores alone the largest first is enough here"
-    assert 50 < refused < 350
+        for n, node in enumerate(nodes):
+            there = [bundle for bundle, at in found.seats if at == n]
+            assert fit(there, node) and all(may(b, node, placement) for b in there)
+        bundles = bundled(actors, share)
+        every = list(ways(bundles, placement, nodes))
+        lost = [b for b in bundles if not any(may(b, node, placement) for node in nodes)]
+        if found.missing:
+            assert lost or not every, "there is a way, and it was not found"
+            counts["refused"] += 1
+            continue
+        assert every
+        together = any(len(ranks_on(way)) == 1 for way in every)
+        assert not together or len(ranks_on(found.seats)) == 1, "ranks are on one node if they can"
+        counts["learner on several nodes"] += len(ranks_on(found.seats)) > 1
+        counts["shared"] += any(len(bundle.actors) > 1 for bundle, _ in found.seats)
+        counts["fits"] += 1
+    assert min(counts.values()) >= 3 and counts["fits"] > 100 < counts["refused"], counts
+
+
+def test_what_is_reserved_is_each_rank_and_engine_once_with_the_ranks_all_or_none() -> None:
+    dice, strategies = random.Random(1), Counter[str]()
+    for _ in range(300):
+        actors, placement, nodes, share = random_case(dice)
+        found = seated(actors, placement, nodes, share)
+        groups = found.groups()
+        reserved = [a for group in groups for bundle, _ in group.seats for a in bundle.actors]
+        seats = {(a.role, a.index): node.address for node, there in found.on for a in there}
+        roles = ("learner", "sampler", "frozen model")
+        assert {(a.role, a.index) for a in reserved} == {k for k in seats if k[0] in roles}
+        assert len(reserved) == len({(a.role, a.index) for a in reserved})
+        for group in groups:
+            for bundle, node in group.seats:
+                assert all(seats[a.role, a.index] == node.address for a in bundle.actors)
+            with_ranks = group.seats[0][0].role == "learner"
+            assert with_ranks or len(group.seats) == 1, "engines come and go one by one"
+            one_node = len({node.address for _, node in group.seats}) == 1
+            assert group.strategy == ("STRICT_PACK" if one_node else "PACK")
+            strategies[group.strategy] += 1
+        ranks = [g for g in groups if g.seats[0][0].role == "learner"]
+        assert len(ranks) <= 1
+    assert min(strategies.values()) >= 5
+
+
+def test_the_learner_is_on_the_drivers_node_if_it_will_do_and_else_on_few() -> None:
+    ranks = ["learner.ranks=4", "learner.gpus=1"]
+    small, other = Node("a", 4, 2, home=True), Node("b", 8, 8)
+    seats = seating(made_recipe(*ranks), small, other, command="replay").on
+    assert [len(there) for _, there in seats] == [0, 4]
+    large = Node("a", 4, 4, home=True)
+    seats = seating(made_recipe(*ranks), other, large, command="replay").on
+    assert [len(there) for _, there in seats] == [0, 4], "its folder and checkpoints are there"
+    three = (Node("a", 4, 1), Node("b", 4, 3), Node("c", 4, 2))
+    found = seating(made_recipe(*ranks), *three, command="replay")
+    assert [[a.index for a in there] for _, there in found.on] == [[], [0, 1, 2], [3]]
+    assert "has room for all ranks of the learner, which are on 2" in describe_nodes(found)
+
+
+def test_an_engine_of_two_gpus_is_on_no_two_nodes() -> None:
+    recipe = made_recipe("sampler.tensor_parallel=2", "sampler.gpus=2")
+    (why,) = seating(recipe, Node("a", 4, 1), Node("b", 4, 1), command="sample").missing
+    assert why.startswith("sampler 0: no node has 1 cores and 2 GPUs left (a has ")
+    assert not seating(recipe, Node("a", 4, 1), Node("b", 4, 2), command="sample").missing
+
+
+def test_reward_workers_are_on_nodes_without_gpus_where_there_are_some() -> None:
+    recipe = made_recipe("reward.workers=4")
+    gpus, closed = Node("g", 8, 8), Node("closed", 0)
+    one, two = Node("c", 4), Node("d", 4)
+    for nodes, counts in (
+        ((gpus, closed, one, two), [0, 0, 2, 2]),
+        ((gpus, closed), [4, 0]),
+        ((closed,), [4]),
+    ):
+        found = seating(recipe, *nodes, command="sample").on
+        assert [sum(a.role == "reward worker" for a in there) for _, there in found] == counts
+
+
+def test_sharing_a_gpu_takes_all_of_it() -> None:
+    recipe = made_recipe(
+        'transfer.transport="ipc"', "sampler.count=2", "learner.ranks=2", "sampler.gpus=0.3",
+        "sampler.gpu_memory_utilization=0.3", "learner.gpus=0.5",
+    )  # fmt: skip
+    found = seating(recipe, Node("a", 4, 2))
+    assert [[a.index for a in b.actors] for b, _ in found.seats if b.gpus] == [[0, 0], [1, 1]]
+    assert [b.gpus for b, _ in found.seats if b.gpus] == [1, 1]
+    assert "on the GPU of" in lacking(recipe, "train", [Node("a", 2, 1), Node("b", 2, 0.6)])
+    assert len(seating(recipe, Node("a", 4, 2), command="replay").seats) == 2, "no samplers there"
+
+
+def test_fractions_of_a_core_add_up_to_it() -> None:
+    recipe = made_recipe("sampler.count=10", "sampler.cpus=0.1", "learner.cpus=1.0")
+    assert lacking(recipe, "train", [Node("a", 2)]) == ""
+    assert lacking(recipe, "train", [Node("a", 1), Node("b", 1)]) == ""
+    assert lacking(recipe, "train", [Node("a", 1.9)]) != ""
 
 
 def test_roles_are_kept_apart_by_their_labels_and_reward_workers_are_spread() -> None:

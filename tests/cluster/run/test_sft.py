@@ -257,9 +257,9 @@ def test_without_measuring_on_the_way_a_run_is_measured_at_its_end(
     passes: list[str] = []
 
     @contextmanager
-    def samplers(recipe: Recipe, model: str, command: str) -> Iterator[tuple[str, dict]]:
+    def samplers(recipe: Recipe, model: str, command: str) -> Iterator[tuple[str, dict, None]]:
         asked.append(model)
-        yield "samplers", {}
+        yield "samplers", {}, None
 
     def evaluated(samplers: str, sources: Any, recipe: Recipe, frozen: Any) -> dict[str, EvalTable]:
         passes.extend(recipe.eval.passes)

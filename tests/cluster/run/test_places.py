@@ -1,0 +1,138 @@
+"""Real placement groups put actors where the plan said, on a Ray of several nodes with GPUs that
+it is only told of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.recipe.nodes import actors_of, seated_for
+from cluster.recipe.placement import Actor, PlacementError
+from cluster.recipe.recipe import Recipe
+from cluster.run.nodes import free_nodes
+from cluster.run.places import Places, places_of
+from tests.support.ray_heads import ROOT
+from tests.support.recipes import made_recipe
+
+APART = (
+    "learner.ranks=2", "learner.gpus=1", "sampler.count=2", "sampler.gpus=2",
+    "sampler.tensor_parallel=2",
+)  # fmt: skip
+SHARING = (
+    'transfer.transport="ipc"', "sampler.count=2", "learner.ranks=2", "sampler.gpus=0.5",
+    "sampler.gpu_memory_utilization=0.5", "learner.gpus=0.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without GPUs, where the driver is, and two nodes that have some."""
+    if ray.is_initialized():
+        ray.shutdown()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+    for gpus in (2, 4):
+        made.add_node(num_cpus=6, num_gpus=gpus, labels={"gpus": str(gpus)})
+    variables = {"PYTHONPATH": str(ROOT)}
+    ray.init(
+        address=made.address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables},
+    )
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@ray.remote
+class Trivial:
+    """Of any role."""
+
+    def where(self) -> tuple[str, tuple[str, ...]]:
+        """Its node and its GPUs."""
+        return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+
+
+def started(places: Places, actors: Sequence[Actor]) -> list[Any]:
+    return [
+        Trivial.options(  # type: ignore[attr-defined]
+            num_cpus=a.cpus, num_gpus=a.gpus, **places.options(a.role, a.index)
+        ).remote()
+        for a in actors
+    ]
+
+
+def where(actors: Sequence[Any]) -> list[tuple[str, tuple[str, ...]]]:
+    return ray.get([actor.where.remote() for actor in actors], timeout=120)
+
+
+def actors_but_driver(recipe: Recipe) -> list[Actor]:
+    return [actor for actor in actors_of(recipe, "train") if actor.role != "driver"]
+
+
+def test_actors_are_where_the_plan_said_and_an_engine_starts_again_elsewhere(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, near = made_recipe(*APART), made_recipe('placement.reward_workers={gpus="2"}')
+    late = made_recipe("placement.wait_seconds=0")
+    actors = actors_but_driver(recipe)
+    plan = seated_for(recipe, actors, free_nodes())
+    planned = {(a.role, a.index): node for node, there in plan.on for a in there}
+    head, two, four = (node.node_id for node in (cluster.head_node, *sorted_nodes(cluster)))
+    assert planned["learner", 0].id == planned["learner", 1].id == four
+    assert {planned["sampler", i].id for i in (0, 1)} == {two, four}
+    assert planned["reward worker", 0].id == head
+    with places_of(recipe, actors) as places:
+        monkeypatch.setattr("cluster.run.places.SETTLES_SECONDS", 0.0)
+        with pytest.raises(PlacementError, match=r"0 GPUs left.*\n.*placement\.wait_seconds"):
+            Places(late, [Actor("frozen model", 0, 1, 1)])  # all are reserved, none yet used
+        worker = Trivial.options(  # type: ignore[attr-defined]
+            num_cpus=0, max_restarts=-1, max_task_retries=-1,
+            **Places(near, [Actor("reward worker", 0)]).options("reward worker", 0),
+        ).remote()  # fmt: skip
+        assert where([worker])[0][0] == two
+        # The last to be reserved are the first to be started.
+        handles = started(places, actors[::-1])
+        seen = where(handles)
+        assert [node for node, _ in seen] == [planned[a.role, a.index].id for a in actors[::-1]]
+        # The node of an engine is lost: it is to start on whatever node there is then.
+        lost = next(a for a in actors if a.role == "sampler" and planned[a.role, a.index].id == two)
+        cluster.remove_node(sorted_nodes(cluster)[0])
+        places.leave(lost.role, lost.index)
+        (again,) = started(places, [lost])
+        joined = cluster.add_node(num_cpus=6, num_gpus=2, labels={"gpus": "2"})
+        assert where([again])[0][0] == joined.node_id
+        until = time.monotonic() + 120
+        while where([worker])[0][0] != joined.node_id:  # its old process may answer for a while
+            assert time.monotonic() < until
+        for handle in (*handles, again, worker):
+            ray.kill(handle)
+
+
+def sorted_nodes(cluster: Cluster) -> list[Any]:
+    """The workers, the one with the fewest GPUs first."""
+    return sorted(cluster.worker_nodes, key=lambda node: node._ray_params.num_gpus)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_each_rank_shares_a_gpu_with_the_sampler_of_its_number_and_keeps_it() -> None:
+    recipe = made_recipe(*SHARING)
+    actors = [a for a in actors_but_driver(recipe) if a.gpus]
+    with places_of(recipe, actors) as places:
+        # In an order in which Ray alone would fill GPUs with samplers first.
+        handles = started(places, actors)
+        seen = dict(zip([(a.role, a.index) for a in actors], where(handles), strict=True))
+        for index in range(2):
+            assert seen["sampler", index] == seen["learner", index]
+        assert len(set(seen.values())) == 2
+        ray.kill(handles[0])
+        places.leave(actors[0].role, actors[0].index)
+        (again,) = started(places, actors[:1])
+        assert where([again]) == [seen[actors[0].role, actors[0].index]]
+        for handle in (*handles[1:], again):
+            ray.kill(handle)
