@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.recipe.hardware import Machine
-from cluster.recipe.placement import Actor, Command, PlacementError, Role, plan, require_cluster
+from cluster.recipe.placement import (
+    ROUNDING,
+    Actor,
+    Command,
+    PlacementError,
+    Role,
+    plan,
+    require_cluster,
+)
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sections import PlacementConfig
 
@@ -22,8 +30,6 @@ NODE_ID = "ray.io/node-id"
 ENGINES: tuple[Role, ...] = ("sampler", "frozen model")
 TRIES = 3000
 """How often somebody is given a node before it is said that not all can have one."""
-ROUNDING = 1e-6
-"""Of cores and GPUs, which are sums of fractions; Ray counts in steps of 1e-4."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from rewards.terms import TermFacts, find_term, term_facts
 Command = Literal["train", "sft", "eval", "replay", "sample"]
 Role = Literal["sampler", "frozen model", "learner", "reward worker", "reward model", "driver"]
 
+ROUNDING = 1e-6
+"""Of cores and GPUs, which are sums of fractions; Ray counts in steps of 1e-4."""
 UNKNOWN_SIZES = ("sampler", "frozen model", "learner", "reward model")
 """Roles whose memory may be unknown; the others take little."""
 
@@ -303,5 +305,5 @@ def _shortages(
         f"{' + '.join(products)} = {sum(products.values()):g} {unit}, but {who} {offered[unit]:g}; "
         "lower one of these fields, or give --address of a cluster that has them"
         for unit, products in need.items()
-        if sum(products.values()) > offered[unit]
+        if sum(products.values()) > offered[unit] + ROUNDING
     )

@@ -186,17 +186,39 @@ def test_two_files_for_one_place_are_refused(here: Path, tmp_path: Path) -> None
         luggage.add("two", tmp_path / "a.txt", "a.txt")
 
 
-def test_an_ablation_takes_its_base_and_what_any_cell_needs(here: Path) -> None:
+def write_study(here: Path) -> None:
+    """An ablation, its base in another folder, and an arm with a term of its own."""
     write(here, "policy/config.json", "other.py")
     write(here, "study/over/a.toml", text='question = "?"\nbase = "../base.toml"\nseeds = [1, 2]\n'
         'budget = { kind = "updates", amount = 1 }\n[[arms]]\nname = "plain"\n[[arms]]\n'
         'name = "own"\nset = { "reward.terms" = [{ name = "other.py:f" }] }\n')  # fmt: skip
     recipe_file(here, model="policy").rename(here / "study" / "base.toml")
+
+
+def test_an_ablation_takes_its_base_and_what_any_cell_needs(here: Path) -> None:
+    write_study(here)
     made = pack(here, recipe="study/over/a.toml", command="ablate", name="")
     wanted = {"study/over/a.toml", "study/base.toml", "policy/config.json", "other.py"}
     assert places(made) == wanted
     with pytest.raises(UserError, match=r"base: .*lies outside"):
         pack(here / "study" / "over", recipe="a.toml", command="ablate")
+
+
+def test_an_ablation_is_known_by_itself_and_its_job_runs_and_goes_on_as_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(here)
+    words = ("study/over/a.toml", "--output", "/o/a", "--name", "n", "--dry-run")
+    assert run(monkeypatch, "submit", *words) == 0
+    said = capsys.readouterr().out
+    assert "job n: python -m cluster ablate study/over/a.toml --output /o/a\n" in said
+    assert all(f"travels: {file} (" in said for file in ("study/base.toml", "other.py"))
+    assert run(monkeypatch, "submit", *words, "--command", "train") == 2
+    assert run(monkeypatch, "submit", *words, "--set", "seed=1") == 2
+    assert "of an ablation its own file says what is set" in capsys.readouterr().err
+    again = pack(here, recipe="study/over/a.toml", command="ablate").again()
+    assert again.request.id == "n.2"
+    assert again.words() == "python -m cluster ablate study/over/a.toml --output /o"
 
 
 def test_a_dry_run_lists_all_of_it_and_asks_nobody(

@@ -154,8 +154,11 @@ def test_the_learner_is_on_the_drivers_node_if_it_will_do_and_else_on_few() -> N
     small, other = Node("a", 4, 2, home=True), Node("b", 8, 8)
     seats = seating(made_recipe(*ranks), small, other, command="replay").on
     assert [len(there) for _, there in seats] == [0, 4]
-    large = Node("a", 4, 4, home=True)
-    seats = seating(made_recipe(*ranks), other, large, command="replay").on
+    fuller = Node("c", 4, 4)
+    seats = seating(made_recipe(*ranks), other, fuller, command="replay").on
+    assert [len(there) for _, there in seats] == [0, 4], "which leaves the larger one for others"
+    home = Node("a", 8, 8, home=True)
+    seats = seating(made_recipe(*ranks), fuller, home, command="replay").on
     assert [len(there) for _, there in seats] == [0, 4], "its folder and checkpoints are there"
     three = (Node("a", 4, 1), Node("b", 4, 3), Node("c", 4, 2))
     found = seating(made_recipe(*ranks), *three, command="replay")
@@ -200,6 +203,9 @@ def test_fractions_of_a_core_add_up_to_it() -> None:
     assert lacking(recipe, "train", [Node("a", 2)]) == ""
     assert lacking(recipe, "train", [Node("a", 1), Node("b", 1)]) == ""
     assert lacking(recipe, "train", [Node("a", 1.9)]) != ""
+    # In floating point three tenths from three tenths leave less than nothing.
+    recipe = made_recipe("sampler.count=3", "sampler.cpus=0.1")
+    assert lacking(recipe, "sample", [Node("a", 0.3)]) == ""
 
 
 def test_roles_are_kept_apart_by_their_labels_and_reward_workers_are_spread() -> None:
