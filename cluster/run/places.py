@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class Places:
     """Which node each actor goes to, as `cluster.recipe.nodes.seated` says.
 
     The learner's ranks are reserved at once, each engine for itself, so that nobody else takes
-    what a run still needs, and two runs do not hold half of what each of them needs. An engine
+    what a run still needs, and two runs do not hold half of what each needs for long. An engine
     that ends gives its place back; where it is started again is for Ray to say, by the labels of
     its role: its node may be the reason why it ended.
     """
@@ -49,7 +50,8 @@ class Places:
             if time.monotonic() >= until:
                 why = "\n".join(seating.missing) or "others took the room that nodes had left"
                 raise PlacementError(f"{why}\nwaited {limit:g} s for it (placement.wait_seconds)")
-            time.sleep(LOOK_SECONDS)
+            # Not all alike, so that two runs do not get in each other's way once more.
+            time.sleep(LOOK_SECONDS * random.uniform(1, 3))
 
     def options(self, role: Role, index: int) -> Options:
         """Where an actor is to start: at its place, or, without one, by the labels of its role."""
@@ -70,18 +72,21 @@ class Places:
         return options
 
     def leave(self, role: Role, index: int) -> None:
-        """An actor has ended; its place is given back, unless it shares that with another."""
+        """An actor has ended; its place is given back, unless it shares that with another.
+
+        May be called from any thread.
+        """
         group, _ = self._reserved.get((role, index), (None, 0))
         if group is not None:
-            if sum(other == group for other, _ in self._reserved.values()) > 1:
+            if sum(other == group for other, _ in list(self._reserved.values())) > 1:
                 return
-            del self._reserved[role, index]
+            self._reserved.pop((role, index), None)
             remove_placement_group(group)
         self._nodes.pop((role, index), None)
 
     def release(self) -> None:
         """Give all places back; ends who is still there."""
-        for group in {group for group, _ in self._reserved.values()}:
+        for group in {group for group, _ in list(self._reserved.values())}:
             remove_placement_group(group)
         self._reserved.clear()
 
