@@ -18,6 +18,8 @@ class SegmentWeights(Section):
     """Of tokens of the reasoning."""
     answer: Amount = 1.0
     """Of tokens of the answer."""
+    act: Amount = 1.0
+    """Of tokens of the calls of [environment]."""
 
 
 class EntropyWeights(Section):
@@ -29,6 +31,8 @@ class EntropyWeights(Section):
     """Of the reasoning."""
     answer: Weight = 0.0
     """Of the answer."""
+    act: Weight = 0.0
+    """Of the calls of [environment]."""
 
 
 class PapoConfig(Section):

@@ -59,6 +59,8 @@ class Loss(ABC):
         for index, segment in (*enumerate(SEGMENTS), (NO_SEGMENT, "other")):
             chosen = tokens.segments == index
             count = float(chosen.sum())
+            if segment == "act" and not count:
+                continue  # no environment, as far as one can tell here
             metrics[f"tokens/{segment}"] = Total(count)
             metrics[f"nll/{segment}"] = Mean(float(-logprobs[chosen].sum()), count)
             metrics[f"entropy/{segment}"] = Mean(float(entropy[chosen].sum()), count)

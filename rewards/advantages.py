@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rewards.scored import RewardError
-from tasks.core import SEGMENTS, Segment
+from tasks.core import READ, SEGMENTS, Segment
 from tasks.load import import_named
 
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo"]
@@ -29,6 +29,9 @@ Advantages = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 CREDIT_COLUMNS = (*SEGMENTS, "none")
 """Where an advantage may go: the tokens of a segment, and the tokens outside every segment."""
+
+NO_CALL_COLUMNS = (*READ, "none")
+"""Those of a response without an environment, as they are stored."""
 
 EPS = 1e-6
 """Added to a standard deviation, so that a spread of rounding errors stays a small number."""

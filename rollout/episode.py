@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from rollout.record import Turn
+from rollout.record import Turn, acts
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat, label_segments
-from tasks.core import ENVIRONMENT, NO_SEGMENT, Parsed
+from tasks.core import ACT, ENVIRONMENT, NO_SEGMENT, Parsed
 from tasks.environments import DONE, Observation
 from tasks.images import check_image
 
@@ -177,13 +177,16 @@ class Episode:
     def labelled(self, parsed: Parsed, offsets: np.ndarray, shift: int = 0) -> np.ndarray:
         """int8 [T] of the response: the segments that its text was parsed to.
 
-        What a later turn says again is of its segment in the earlier turns too. `offsets`: of
-        `read`; `shift`: how many characters of what was parsed come before that text.
+        What a later turn says again is of its segment in the earlier turns too, and a call is
+        `act` wherever it stands. `offsets`: of `read`; `shift`: how many characters of what was
+        parsed come before that text.
         """
         own = label_segments(offsets, parsed.spans, shift)
         for said in parsed.earlier:
             before = label_segments(offsets, said.spans, shift)
             own = np.where(own == NO_SEGMENT, before, own)
+        for span in acts(self.turns):
+            own = np.where(label_segments(offsets, {"act": span}) == ACT, ACT, own)
         return self.segments(own)
 
     def segments(self, of_written: np.ndarray) -> np.ndarray:

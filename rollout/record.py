@@ -14,6 +14,7 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from rollout.settings import EnvironmentConfig
+from tasks.calls import call_span
 from tasks.core import ENVIRONMENT, Parsed, Problem
 from tasks.images import blank_like
 from tasks.returns import Returns
@@ -205,6 +206,16 @@ class Weights:
     version: int
     manifest: tuple[tuple[Piece, ...], ...]
     buckets: tuple[Any, ...]
+
+
+def acts(turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    """[start, end) of each call, in characters of what the policy wrote, turns end to end."""
+    found, at = [], 0
+    for turn in turns:
+        if turn.called and (span := call_span(turn.text)):
+            found.append((at + span[0], at + span[1]))
+        at += len(turn.text)
+    return found
 
 
 def as_turns(prefix: str, text: str, turns: Sequence[Turn]) -> list[str]:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
 
 from tasks.figures import Figure
 
-Segment = Literal["perception", "reasoning", "answer"]
-SEGMENTS: tuple[Segment, ...] = ("perception", "reasoning", "answer")
-"""A token's segment is stored as its index here, or `NO_SEGMENT` outside every segment."""
+Segment = Literal["perception", "reasoning", "answer", "act"]
+SEGMENTS: tuple[Segment, ...] = get_args(Segment)
+"""A token's segment is stored as its index here, or `NO_SEGMENT` outside every segment. `act` are
+the calls of an environment (`tasks/calls.py`): of responses without one nothing is of it."""
+READ: tuple[Segment, ...] = SEGMENTS[:3]
+"""Those that a response's text is read as, in the order in which they are written."""
+ACT = SEGMENTS.index("act")
 NO_SEGMENT = -1
 ENVIRONMENT = -2
 """In the place of a segment: the token stands between two turns, and no policy wrote it."""

@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core import SEGMENTS, Parsed, Segment
+from tasks.core import READ, Parsed, Segment
 
 Read = tuple[Any | None, tuple[str, ...]]
 """What a segment says: (value, ()) or (None, defects)."""
@@ -121,7 +121,7 @@ def split_response(text: str) -> Split:
     """Find the segments of a response; see the module's docstring for the rules."""
     if TAG.search(text) is None:
         return _split_json_style(text)
-    return split_tags(text, {name: name for name in SEGMENTS})
+    return split_tags(text, {name: name for name in READ})
 
 
 def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:

@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tasks.core import SEGMENTS
+
 STANDS_FOR = {
-    "segment": "(perception|reasoning|answer|other|none)",
+    "segment": f"({'|'.join(SEGMENTS)}|other|none)",
     "pair": "(outcome_perception|outcome_reasoning)",
     "learner": "(learner|sft)",
     "skill": "(a|a_p|a_r)",

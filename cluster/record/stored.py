@@ -31,7 +31,7 @@ from cluster.record.folder import (
     read_rows,
     step_file,
 )
-from rewards.advantages import CREDIT_COLUMNS
+from rewards.advantages import CREDIT_COLUMNS, NO_CALL_COLUMNS
 from rewards.scored import Diagnosis, FailureKind, ScoredGroup, TermFailure, measured
 from rollout.record import Group, Rollout, Turn, as_turns, viewed
 from tasks.core import DataError, Problem, Task
@@ -218,10 +218,10 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
     scored = []
     for rows, stored in _groups(run_dir, step, ("advantages",)):
         table = [by_name(row["advantages"]) for row in rows]
-        if any(tuple(advantages) != CREDIT_COLUMNS for advantages in table):
+        if any(tuple(a) not in (CREDIT_COLUMNS, NO_CALL_COLUMNS) for a in table):
             raise DataError(
                 f"{_file(run_dir, step)}: column 'advantages': expected the keys "
-                f"{', '.join(CREDIT_COLUMNS)} in every row"
+                f"{', '.join(NO_CALL_COLUMNS)} in every row, and act where there are calls"
             )
         scores = stored.scores
         scored.append(
@@ -229,7 +229,7 @@ def read_scored(run_dir: Path | str, step: int) -> list[ScoredGroup]:
                 group=stored.group,
                 terms=scores.terms,
                 totals=scores.totals,
-                advantages=np.array([list(a.values()) for a in table], np.float64),
+                advantages=np.array([[a.get(c, 0.0) for c in CREDIT_COLUMNS] for a in table]),
                 zero_variance=scores.zero_variance,
                 dropped=scores.dropped,
                 failures=scores.failures,

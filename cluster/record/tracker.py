@@ -34,7 +34,7 @@ from cluster.record.metric_table import unlisted
 from cluster.record.outside import Outside
 from cluster.record.stored import read_metrics
 from cluster.record.versions import environment
-from rewards.advantages import CREDIT_COLUMNS
+from rewards.advantages import CREDIT_COLUMNS, NO_CALL_COLUMNS
 from rewards.scored import ScoredGroup
 from tasks.files import put, put_text
 
@@ -288,7 +288,13 @@ def _rollout_row(step: int, scored: ScoredGroup, i: int, images: list[str]) -> d
         "defects": list(parsed.defects),
         "terms": named_values({name: values[i] for name, values in scored.terms.items()}),
         "total": float(scored.totals[i]),
-        "advantages": named_values(dict(zip(CREDIT_COLUMNS, scored.advantages[i], strict=True))),
+        "advantages": named_values(
+            {
+                name: value
+                for name, value in zip(CREDIT_COLUMNS, scored.advantages[i], strict=True)
+                if rollout.turns or name in NO_CALL_COLUMNS
+            }
+        ),
         "zero_variance": scored.zero_variance,
         "dropped": scored.dropped,
         "failures": [f"{f.term}: {f.kind}: {f.message}" for f in scored.failures],

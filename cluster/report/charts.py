@@ -11,11 +11,13 @@ import numpy as np
 
 from cluster.report.plots import DASHES, OTHER_ROLES, Chart, Dash, Line, Pair, Role, Value
 from rewards.coupling import independent_reference
+from tasks.core import SEGMENTS
 
 SEGMENT_ROLES: dict[str, Role] = {
     "perception": "perception",
     "reasoning": "reasoning",
     "answer": "answer",
+    "act": "act",
     "other": "muted",
     "none": "muted",
 }
@@ -86,7 +88,7 @@ def learning_charts(metrics: Metrics, cells: Mapping[int, Sequence[int]]) -> lis
             "Mean entropy of the policy in nats a token.", {
                 f"{entropy}/entropy/{s}": (s, SEGMENT_ROLES[s], "dashed" if s == "other" else
                                            "solid")
-                for s in ("perception", "reasoning", "answer", "other")
+                for s in (*SEGMENTS, "other")
             }, FROM_ZERO),
         _shares(metrics),
         curves(metrics, "length", "Length of a response", "Tokens.", {
@@ -101,7 +103,7 @@ def learning_charts(metrics: Metrics, cells: Mapping[int, Sequence[int]]) -> lis
             }, SHARE),
         curves(metrics, "sft", "Cold start: loss by segment", "Nats a token.", {
             f"sft/nll/{s}": (s, SEGMENT_ROLES[s], "solid")
-            for s in ("perception", "reasoning", "answer")
+            for s in SEGMENTS
         }),
     ]  # fmt: skip
 
@@ -274,7 +276,7 @@ def other_looks(names: Sequence[str]) -> dict[str, tuple[Role, Dash]]:
 
 
 def _shares(metrics: Metrics) -> Chart:
-    names = [f"response/share/{s}" for s in ("perception", "reasoning", "answer", "none")]
+    names = [f"response/share/{s}" for s in (*SEGMENTS, "none")]
     layers = [(n.rsplit("/", 1)[1], metrics[n]) for n in names if n in metrics]
     lines = [
         Line("outside" if s == "none" else s, _floats(at.steps), at.values, SEGMENT_ROLES[s])

@@ -19,7 +19,7 @@ import numpy as np
 
 from cluster.record.terminal import printable
 
-Role = Literal["perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4"]
+Role = Literal["perception", "reasoning", "answer", "act", "ink", "muted", "c1", "c2", "c3", "c4"]
 """A colour of the page. The segments' own are used for nothing else than their segment."""
 
 OTHER_ROLES: tuple[Role, ...] = ("c1", "c2", "c3", "c4")
@@ -134,7 +134,7 @@ class Chart:
 _MARKS: dict[str, str] = {
     name: f"#0102{i + 16:x}"
     for i, name in enumerate(
-        ("perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4", "grid")
+        ("perception", "reasoning", "answer", "act", "ink", "muted", "c1", "c2", "c3", "c4", "grid")
     )
 } | {"paper": "#010230"}
 

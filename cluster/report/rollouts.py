@@ -17,7 +17,7 @@ from cluster.record.folder import by_name
 from cluster.record.stored import turns_of
 from cluster.report.charts import CELLS
 from cluster.report.choice import Entry, cell_of, choose, evenly, read_index, whole_rows
-from rollout.record import Turn, as_turns
+from rollout.record import Turn, acts, as_turns
 from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
 from tasks.figures import compared_words, plain_words
 from tasks.images import check_image
@@ -168,7 +168,8 @@ def _view(row: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
     turns = _told(row)
     said = as_turns(row["prefix"] or "", row["text"] or "", turns)
     text, parsed = "".join(said), _parse(task, said)
-    pieces = _pieces(text, parsed)
+    shift = len(row["prefix"] or "")
+    pieces = _pieces(text, parsed, [(a + shift, b + shift) for a, b in acts(turns)])
     figure, answered = _figures(row, task, parsed, pieces)
     versions = row["versions"] or [0]
     segments = Counter(row["segments"] or ())
@@ -250,12 +251,22 @@ def _parse(task: Task | None, turns: Sequence[str]) -> Parsed | None:
         return None
 
 
-def _pieces(text: str, parsed: Parsed | None) -> list[list[str]]:
-    """The whole text as [segment or "", text] in order; nothing is left out."""
+def _pieces(text: str, parsed: Parsed | None, calls: Sequence[tuple[int, int]]) -> list[list[str]]:
+    """The whole text as [segment or "", text] in order; nothing is left out.
+
+    A call that stands within another segment parts it, as its tokens do.
+    """
     read = (parsed, *parsed.earlier) if parsed else ()
-    spans = sorted((a, b, s) for one in read for s, (a, b) in one.spans.items() if a < b)
+    spans: list[tuple[int, int, str]] = [
+        (a, b, s) for one in read for s, (a, b) in one.spans.items()
+    ]
+    for start, end in calls:
+        halves = ((a, min(b, start), max(a, end), b, s) for a, b, s in spans)
+        spans = [(start, end, "act")] + [
+            part for a, b, c, d, s in halves for part in ((a, b, s), (c, d, s))
+        ]
     pieces, at = [], 0
-    for start, end, segment in spans:
+    for start, end, segment in sorted(span for span in spans if span[0] < span[1]):
         if start < at:
             continue  # overlapping spans of a user's own task
         pieces += [["", text[at:start]]] if text[at:start].strip() else []

@@ -30,6 +30,7 @@ from cluster.report.words import (
     signed,
 )
 from rewards.advantages import is_constant
+from tasks.core import SEGMENTS
 
 
 def lead(recipe: Mapping[str, Any], metrics: Metrics) -> str:
@@ -196,7 +197,7 @@ def training_table(metrics: Metrics) -> Table:
         *sorted(n for n in metrics if n.startswith("reliability/")),
         *(f"coupling/outcome_{s}/within" for s in ("perception", "reasoning")),
         "group/zero_variance",
-        *(f"learner/entropy/{s}" for s in ("perception", "reasoning", "answer")),
+        *(f"learner/entropy/{s}" for s in SEGMENTS),
         "response/tokens_mean",
         "response/truncated",
     ]

@@ -266,7 +266,7 @@ def balance_metrics(
     A token's share of the loss is as λ weighs it: λ over the perception tokens, 1-λ over all
     others. The gradient's parts are L_p and L_r, so its `reasoning` is all that is not perception.
     """
-    names = (*SEGMENTS, "other")
+    names = [n for n in (*SEGMENTS, "other") if f"tokens/{n}" in metrics]
     tokens = {n: metrics[f"tokens/{n}"] for n in names}
     total = max(1.0, sum(tokens.values()))
     rest = max(1.0, total - tokens["perception"])

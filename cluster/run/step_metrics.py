@@ -6,7 +6,7 @@ Shapes: G rollouts in a group.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from rewards.advantages import is_constant
 from rewards.coupling import Correlations, coupling, outcome_couplings
 from rewards.reliability import roc_auc
 from rewards.scored import ScoredGroup, known
-from rollout.record import Rollout
-from tasks.core import NO_SEGMENT, SEGMENTS
+from rollout.record import Group, Rollout
+from tasks.core import NO_SEGMENT, READ, SEGMENTS, Segment
 from tasks.turns import readings
 
 
@@ -60,7 +60,7 @@ def _reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics["reward/total/mean"] = float(totals.mean())
         metrics["reward/total/std"] = float(totals.std())
         metrics["group/zero_variance"] = sum(g.zero_variance for g in retained) / len(retained)
-        for column, segment in enumerate(SEGMENTS):
+        for column, segment in enumerate(_segments(g.group for g in retained)):
             silent = sum(not g.advantages[:, column].any() for g in retained)
             metrics[f"group/zero_variance/{segment}"] = silent / len(retained)
     metrics["group/count"] = float(len(groups))
@@ -130,6 +130,11 @@ def _reliability_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
+def _segments(groups: Iterable[Group]) -> tuple[Segment, ...]:
+    """The segments of a step's responses: `act` is one where there is an environment."""
+    return SEGMENTS if any(r.turns for g in groups for r in g.rollouts) else READ
+
+
 def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dict[str, float]:
     rollouts = [rollout for g in groups for rollout in g.group.rollouts]
     if not rollouts:
@@ -144,7 +149,8 @@ def _response_metrics(groups: Sequence[ScoredGroup], policy_version: int) -> dic
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
     if len(segments):
-        for i, name in [*enumerate(SEGMENTS), (NO_SEGMENT, "none")]:
+        names = _segments(g.group for g in groups)
+        for i, name in [*enumerate(names), (NO_SEGMENT, "none")]:
             metrics[f"response/share/{name}"] = float((segments == i).mean())
         metrics["policy/lag_mean"] = float(policy_version - versions.mean())
         metrics["policy/lag_max"] = float(policy_version - versions.min())

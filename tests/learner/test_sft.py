@@ -18,7 +18,7 @@ from learner.schedule import learning_rate_at
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from rollout.decoding import Decoder, encode
 from rollout.tokens import Chat
-from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Style
+from tasks.core import NO_SEGMENT, READ, SEGMENTS, DataError, Style
 from tasks.datasets import Example
 from tasks.images import check_image
 from tasks.load import load_task
@@ -42,7 +42,7 @@ def test_the_tokens_of_a_segment_say_what_the_parser_found_there(
         assert decoder.decode(s.response_ids[:-1])[0] == response
         assert s.response_ids[-1] == processor.tokenizer.eos_token_id
         assert s.segments[-1] == NO_SEGMENT
-        for index, segment in enumerate(SEGMENTS):
+        for index, segment in enumerate(READ):
             text, _ = decoder.decode(s.response_ids[s.segments == index])
             start, end = spans[segment]
             assert text.strip() == response[start:end].strip()

@@ -20,7 +20,7 @@ from rollout.prompts import Prompts
 from rollout.record import Rollout, SampleRequest, Sampling
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat, load_processor
-from tasks.core import ENVIRONMENT, NO_SEGMENT, DataError, Problem
+from tasks.core import ACT, ENVIRONMENT, NO_SEGMENT, DataError, Problem
 from tasks.datasets import Example, Exchange
 from tasks.environments import DONE, Observation, load_environment
 from tasks.images import check_image
@@ -131,10 +131,11 @@ def test_only_what_the_teacher_wrote_is_a_target(loaded: tuple[Policy, Any]) -> 
     turns = [[*chat.text(turn), chat.end] for turn in (*calls, last)]
     assert found.response_ids[found.targets].tolist() == [i for turn in turns for i in turn]
     assert not (found.response_ids[found.targets] == chat.image_token).any()
-    # Of a segment is what the last turn says; calls and the ends of turns are of none.
+    # A call is `act`; the end of a turn is of no segment.
     own = found.segments[found.targets]
     before = sum(map(len, turns[:-1]))
-    assert (own[:before] == NO_SEGMENT).all() and own[-1] == NO_SEGMENT
+    of_calls = [i for turn in turns[:-1] for i in [*[ACT] * (len(turn) - 1), NO_SEGMENT]]
+    assert own[:before].tolist() == of_calls and own[-1] == NO_SEGMENT
     assert set(own[before:].tolist()) == {0, 1, 2, NO_SEGMENT}
     plain = Demonstrator(processor).sequence(TASK, problem, last)
     assert own[before:].tolist() == plain.segments.tolist()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from learner.tiny import make_tiny
 from rollout.decoding import Decoder, encode, special_tokens
 from rollout.tokens import Chat, label_segments
-from tasks.core import NO_SEGMENT, SEGMENTS
+from tasks.core import NO_SEGMENT, READ
 from tests.support.samples import TASK, Loaded, problem
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -74,9 +74,9 @@ def test_a_tokens_segment_is_that_of_its_first_character(
 ) -> None:
     tokenizer = loaded[1].tokenizer
     cuts = sorted(cuts)
-    spans = {s: (cuts[2 * i], cuts[2 * i + 1]) for i, s in enumerate(SEGMENTS)}
+    spans = {s: (cuts[2 * i], cuts[2 * i + 1]) for i, s in enumerate(READ)}
     of_character = np.full(len(text) + shift + 61, NO_SEGMENT)
-    for index, segment in enumerate(SEGMENTS):
+    for index, segment in enumerate(READ):
         of_character[spans[segment][0] : spans[segment][1]] = index
     _, offsets = Decoder(tokenizer).decode(encode(tokenizer, text))
     found = label_segments(offsets, spans, shift)

@@ -143,7 +143,7 @@ def test_an_unknown_estimator_is_an_error() -> None:
 
 @given(
     advantage=st.floats(-5, 5),
-    segments=st.lists(st.integers(ENVIRONMENT, 2), max_size=40),
+    segments=st.lists(st.integers(ENVIRONMENT, len(SEGMENTS) - 1), max_size=40),
     weights=st.dictionaries(st.sampled_from(SEGMENTS), st.floats(0, 4)),
 )
 @settings(max_examples=50)

@@ -245,7 +245,7 @@ def test_each_segments_tokens_learn_from_exactly_the_terms_credited_to_it(method
 def test_mean_centred_credit_adds_up_to_the_whole_responses_advantage() -> None:
     # Dr. GRPO is linear: with every term credited to one segment, the segments share the whole.
     rng = np.random.default_rng(4)
-    names = ["a", "b", "c"]
+    names = ["a", "b", "c", "d"]
     credit = dict(zip(names, ((s,) for s in SEGMENTS), strict=True))
     for _ in range(100):
         weights = {name: float(rng.normal()) for name in names}

@@ -17,7 +17,7 @@ from learner.sft import Demonstrator
 from rollout.decoding import special_tokens
 from rollout.settings import ModelConfig
 from rollout.tokens import Chat, ModelError, load_processor, load_reader
-from tasks.core import SEGMENTS, DataError
+from tasks.core import READ, DataError
 from tests.support.habits import (
     Habit,
     change,
@@ -81,7 +81,7 @@ def test_segments_say_what_the_parser_found(folder: Path, blind: bool) -> None:
     response = TASK.demonstrate(drawn, "terse")
     s = Demonstrator(load_processor(str(folder))).sequence(TASK, drawn, response, blind)
     parsed = TASK.parse(response)
-    for index, segment in enumerate(SEGMENTS):
+    for index, segment in enumerate(READ):
         text, _ = chat.decoder.decode(s.response_ids[s.segments == index])
         start, end = parsed.spans[segment]
         expected = "" if blind and segment == "perception" else response[start:end]

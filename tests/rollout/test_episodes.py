@@ -126,10 +126,11 @@ def test_a_perception_of_an_earlier_turn_is_a_segment_and_what_is_read_is_the_la
         if segment >= 0:
             pieces[SEGMENTS[segment]] += chat.decoder.decode([token])[0]
     assert pieces["perception"].count("<perception>") == 2 and "<look>" in told
+    assert pieces["act"] == "<look>1 2 3 4</look>"
     assert pieces["perception"].replace("\n", "") == (
         first + again.partition("<reasoning>")[0]
     ).replace("\n", "")
-    assert pieces["answer"].startswith("<answer>") and "<look>" not in "".join(pieces.values())
+    assert pieces["answer"].startswith("<answer>") and pieces["answer"].endswith("</answer>")
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2])

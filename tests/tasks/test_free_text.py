@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import SEGMENTS
+from tasks.core import READ
 from tasks.free_text import FORMS, MAX_CHARS, has_perception, instructions, parse_free
 from tasks.responses import compose_response
 
@@ -30,7 +30,7 @@ def test_what_is_written_is_read_back(
     assert parsed.answer == answer
     assert parsed.perception == (perception if has_perception(form) else None)
     assert parsed.reasoning.startswith(reasoning)
-    assert set(parsed.spans) == set(SEGMENTS if has_perception(form) else SEGMENTS[1:])
+    assert set(parsed.spans) == set(READ if has_perception(form) else READ[1:])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_any_text_is_read_and_what_is_missing_is_named(form: str, pieces: list[s
     parsed = parse_free(text, form)
     assert (parsed.answer is None) <= bool(parsed.defects)
     assert parsed.answer is None or (parsed.answer and parsed.answer in text)
-    ends = [parsed.spans[name] for name in SEGMENTS if name in parsed.spans]
+    ends = [parsed.spans[name] for name in READ if name in parsed.spans]
     assert all(0 <= start <= end <= len(text) for start, end in ends)
 
 

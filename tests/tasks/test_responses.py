@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks.core import SEGMENTS
+from tasks.core import READ
 from tasks.load import load_task
 from tasks.response_form import Form, form_of, oracle_prefix_in
 from tasks.responses import (
@@ -24,7 +24,7 @@ from tasks.responses import (
 )
 
 GRAPHS, SUDOKU = load_task("graph_coloring"), load_task("sudoku")
-TAGS = [f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/")]
+TAGS = [f"<{slash}{name}>" for name in READ for slash in ("", "/")]
 GOOD = compose_response("p", "r", "a")
 
 
@@ -203,11 +203,11 @@ def test_any_text_splits_without_raising_into_ordered_disjoint_spans(text: str) 
         ends = end
     assert len(set(split.defects)) == len(split.defects)
     tagless = not any(tag in text for tag in TAGS)
-    for name in SEGMENTS:
+    for name in READ:
         if not (tagless and name == "reasoning"):
             assert (f"missing_{name}" in split.defects) == (name not in split.spans)
     if not split.defects and not tagless:
-        assert list(split.spans) == list(SEGMENTS)
+        assert list(split.spans) == list(READ)
     read_json(text)
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tasks.contract import check_task
 from tasks.core import (
-    SEGMENTS,
+    READ,
     CanLeak,
     Draws,
     DrawsLate,
@@ -196,7 +196,7 @@ def test_a_prompt_says_nothing_of_the_puzzle_and_the_full_one_all_of_the_format(
         knobs = SMALLEST[name] | {"prompt": prompt}
         texts = {draw(TASKS[name], s, **knobs | more).prompt for s, more in enumerate(varied)}
         (text,) = texts
-        for told in (HARMLESS, *(f"<{segment}>" for segment in SEGMENTS)):
+        for told in (HARMLESS, *(f"<{segment}>" for segment in READ)):
             assert (told in text) == (prompt == "full")
 
 
@@ -236,7 +236,7 @@ def test_a_seeds_problems_stay(name: str, knobs: dict[str, Any], recorded: str) 
 
 # Hostile text
 
-TAGS = [f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/")]
+TAGS = [f"<{slash}{name}>" for name in READ for slash in ("", "/")]
 TOKENS = ["0-1", "1-0", "2-2", " ", ",", "\n", "0:a", "1:b", "[", "]", "{", "}", '"edges"', ":"]
 TOKENS += ['"', "1 2 3 4\n", "- - 1 2\n", "1234\n"]
 HOSTILE = ["9" * 400, "-", "\x00", "\ud800", "١", "null", "1e999", "NaN"]

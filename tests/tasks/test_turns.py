@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import SEGMENTS, Parsed
+from tasks.core import READ, Parsed
 from tasks.load import load_task
 from tasks.responses import compose_response, parse_response
 from tasks.turns import read_turns, readings
@@ -123,7 +123,7 @@ def test_whatever_turns_say_spans_are_of_the_text_and_apart(turns: list[str]) ->
     for one in found.earlier:
         for segment, (start, end) in one.spans.items():
             assert text[start:end].startswith(f"<{segment}>") or "<" not in text
-    assert set(found.spans) <= set(SEGMENTS)
+    assert set(found.spans) <= set(READ)
 
 
 @given(st.lists(st.sampled_from([perception("x"), reasoning("hm"), answer("0"), LOOK, "so"])))

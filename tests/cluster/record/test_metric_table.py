@@ -105,7 +105,7 @@ def made_by_the_learner() -> set[str]:
     """Names of an update's metrics under every loss, on one hand-made micro-batch."""
     values = torch.linspace(-2, -1, 4)
     one = torch.zeros(4, dtype=torch.long)
-    segments = torch.tensor([0, 1, 2, -1])
+    segments = torch.tensor([0, 1, 3, -1])
     tokens = Tokens(
         torch.arange(4), segments, values, torch.ones(4), one, reference_logprobs=values
     )

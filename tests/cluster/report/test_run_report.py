@@ -31,10 +31,10 @@ from cluster.report.plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_s
 from cluster.report.rollouts import embedded, read_shown
 from cluster.report.run_report import NoRun, build, draw_report, read_run, run_report, write_report
 from cluster.report.run_words import asymmetry_of, events_table, verdict, warnings
-from rewards.advantages import CREDIT_COLUMNS
+from rewards.advantages import NO_CALL_COLUMNS
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome, score_group
-from tasks.core import Problem
+from tasks.core import SEGMENTS, Problem
 from tasks.figures import Words
 from tasks.graph_coloring import GraphColoring
 from tasks.sudoku import Sudoku
@@ -395,7 +395,7 @@ def test_a_users_own_task_is_compared_as_text(
 
 def test_advantages_are_shown_by_segment(run: Path) -> None:
     shown = read_shown(run).rollouts
-    assert all([name for name, _ in one["advantages"]] == list(CREDIT_COLUMNS) for one in shown)
+    assert all([name for name, _ in one["advantages"]] == list(NO_CALL_COLUMNS) for one in shown)
     assert any(value for one in shown for _, value in one["advantages"])
 
 
@@ -491,7 +491,7 @@ def test_a_drawing_of_its_own_has_all_its_colours_and_its_legend() -> None:
     evil = "a<script>&\u202e"
     lines = tuple(Line(name, (1.0, 2.0), (0.5, 0.25), "c1", "dashed") for name in ("b", evil))
     colours = {"light": "#111111", "dark": "#eeeeee"}
-    roles = ("perception", "reasoning", "answer", "ink", "muted", "c1", "c2", "c3", "c4", "grid")
+    roles = (*SEGMENTS, "ink", "muted", "c1", "c2", "c3", "c4", "grid")
     schemes = [dict.fromkeys((*roles, "paper"), value) for value in colours.values()]
     drawn = to_svg_file(Chart("c", "t", "", lines, alt=evil), *schemes)
     root = ElementTree.fromstring(drawn)

@@ -17,8 +17,8 @@ from tasks.core import SEGMENTS
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 BASE = RECIPES / "tiny" / "sft_balance.toml"
 NAMES = (*SEGMENTS, "other")
-counts = st.tuples(*[st.integers(1, 500)] * 4)
-losses = st.tuples(*[st.floats(0.01, 20)] * 4)
+counts = st.tuples(*[st.integers(1, 500)] * len(NAMES))
+losses = st.tuples(*[st.floats(0.01, 20)] * len(NAMES))
 
 
 @given(n=counts, nll=losses, weight=st.floats(0, 1), p=st.floats(0.01, 99), r=st.floats(0.01, 99))

@@ -12,7 +12,7 @@ from cluster.record.metric_table import unlisted
 from cluster.run.step_metrics import step_metrics
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome, Perception
-from rollout.record import Rollout, Turn
+from rollout.record import Group, Rollout, Turn
 from tests.support.toys import Misbehaves, group, score
 
 
@@ -131,3 +131,21 @@ def test_what_episodes_did_is_counted_only_where_there_were_some() -> None:
         "episode/failures/died": 1.0,
     }
     assert found(plain) == {} and not unlisted(found(*rollouts))
+
+
+def test_calls_are_a_segment_of_responses_with_an_environment_alone() -> None:
+    made = group(1, "1;2;", "1;3;", tokens=4)
+    calls = np.array([3, 3, 0, -1], np.int8)
+    first, other = made.rollouts
+    called = replace(made, rollouts=(replace(first, segments=calls, turns=(Turn("a"),)), other))
+
+    def found(one: Group) -> dict[str, float]:
+        composition = Composition({"outcome": 1.0}, credit={"outcome": ("act",)})
+        scored = compose_groups([one], [score(one, Outcome())], composition)
+        return step_metrics(scored, 8)
+
+    assert found(called)["response/share/act"] == pytest.approx(2 / (4 + len(other.segments)))
+    assert found(called)["group/zero_variance/act"] == 0.0
+    assert found(called)["group/zero_variance/perception"] == 1.0
+    assert not unlisted(found(called))
+    assert not [name for name in found(made) if name.endswith("/act")]
