@@ -1,28 +1,28 @@
 """Does a long run with a fault every so many steps keep its size, and lose nothing?
 
     python -m benchmarks.soak                       # 300 steps, a fault every 20
-    python -m benchmarks.soak --steps 40 --every 10
+    python -m benchmarks.soak --steps 40 --every 10 --to FILE
 
 A run of the tiny policy below its own supervisor. By turns its sampler is killed, its reward
 worker, its learner, its sampler stopped until it is found to hang, and its driver killed. After
-each step memory, file descriptors, threads and processes of all that runs below the supervisor are
-counted, and what lies in /dev/shm, in Ray's sessions and in the run's folder. At the end the group
-ids must be those of the seed, each once.
+each step all that the run takes is counted. It has a folder for temporary files, and as root a
+/dev/shm, of its own, so that nothing of others is in the numbers. At the end nothing may have
+grown, and the group ids must be those of the seed, each once.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ SETTLED = 30
 """Steps after which nothing may grow."""
 PATIENCE = 900.0
 """Seconds until a step must have followed the last, whatever happened."""
+GROWN = 1.1
+"""Times of a median that is growth, and no noise of who was started when."""
+NOISE = {"descriptors": 20.0, "threads": 10.0, "processes": 2.0}
+"""Differences that are none; of sizes 16 MiB."""
+OWN_SHM = 'mount -t tmpfs -o size=8g tmpfs /dev/shm && exec "$@"'
+RECORDS = ("rollouts", "images", "metrics", "metrics.parquet", "events.parquet")
+"""What a run's folder has of each step; by design it grows with them."""
 RECIPE = """
 name = "soak"
 seed = 11
@@ -55,7 +62,7 @@ max_model_len = 256
 [sampler]
 max_tokens = 100
 cpus = 0.5
-heartbeat_seconds = 30.0
+heartbeat_seconds = 60.0
 max_restarts = 1000
 
 [reward]
@@ -89,16 +96,26 @@ Row = dict[str, float]
 
 
 class Soak:
-    """The run's supervisor, and all that runs below it."""
+    """A run, maybe below its supervisor, and all that it takes."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        recipe = folder / "recipe.toml"
-        recipe.write_text(RECIPE.format(steps=steps), encoding="utf-8")
-        self.run, self.log = folder / "run", folder / "out.log"
-        command = [sys.executable, "-m", "cluster", "train", str(recipe), "--output", str(self.run)]
+    def __init__(self, folder: Path, recipe: str) -> None:
+        """`recipe`: its text, with all that is not the default."""
+        file = folder / "recipe.toml"
+        file.write_text(recipe, encoding="utf-8")
+        self.folder, self.run, self.log = folder, folder / "run", folder / "out.log"
+        command = [sys.executable, "-m", "cluster", "train", str(file), "--output", str(self.run)]
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "RAY_ADDRESS" and not name.startswith("RAY_AUTH")
+        }
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                command, cwd=tables.ROOT, stdout=log, stderr=subprocess.STDOUT
+                [*_own_shm(), *command],
+                cwd=tables.ROOT,
+                env=own | {"TMPDIR": str(folder), "RAY_TMPDIR": str(folder)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def below(self, title: str = "") -> list[psutil.Process]:
@@ -118,18 +135,29 @@ class Soak:
         return len([*(self.run / "rollouts").glob("step-*.parquet")])
 
     def counted(self) -> Row:
-        """What the run takes now: GiB, and numbers of things."""
-        row = dict.fromkeys(("descriptors", "threads", "processes"), 0.0)
+        """What the run takes now: numbers of things, and MiB.
+
+        Of the records of its steps the mean a step. The object store is what Ray's node holds open
+        in /dev/shm; what anything has there is in `shm`. `disk` is all of the run's files but
+        records and Ray's logs, of which each life of the driver has its own: `ray_a_life`.
+        """
+        row = dict.fromkeys(("descriptors", "threads", "processes", "object_store_mib"), 0.0)
         for process in self.below():
             with suppress(psutil.Error):
                 row["descriptors"] += process.num_fds()
                 row["threads"] += process.num_threads()
                 row["processes"] += 1
+                if "raylet" in process.name():
+                    row["object_store_mib"] += _open_in_shm(process) / 2**20
+        records = sum(_used(self.run / name) for name in RECORDS)
+        logs, lives = _used(self.folder / "ray"), len(_went_on(self.run)) + 1
+        shm = os.statvfs(f"/proc/{self._process.pid}/root/dev/shm")
         return row | {
-            "memory_gib": machine.resident_gib([self._process.pid]),
-            "shm_gib": _used(Path("/dev/shm")) / 2**30,
-            "ray_gib": _used(Path("/tmp/ray")) / 2**30,
-            "run_gib": _used(self.run) / 2**30,
+            "memory_mib": 1024 * machine.resident_gib([self._process.pid]),
+            "shm_mib": (shm.f_blocks - shm.f_bfree) * shm.f_frsize / 2**20,
+            "disk_mib": (_used(self.folder) - records - logs) / 2**20,
+            "ray_a_life_mib": logs / lives / 2**20,
+            "records_a_step_mib": records / max(1, self.steps()) / 2**20,
         }
 
     def wait_beyond(self, step: int) -> int:
@@ -145,7 +173,13 @@ class Soak:
             time.sleep(0.1)
         return self.steps()
 
+    def is_over(self) -> bool:
+        """Whether its last step is done, and only its end is to come."""
+        recipe = self.run / "recipe.toml"
+        return self.steps() >= load_recipe(recipe).algorithm.steps
+
     def end(self) -> None:
+        """Nothing of it is left."""
         for process in reversed(self.below()):
             with suppress(psutil.Error):
                 process.kill()
@@ -176,15 +210,24 @@ def faults(soak: Soak) -> Iterator[tuple[str, Callable[[], None]]]:
     )
 
 
-def soaked(folder: Path, steps: int, every: int) -> tuple[list[dict[str, Any]], Path]:
-    """A row a step, and the run's folder."""
-    soak, rows, step = Soak(folder, steps), list[dict[str, Any]](), 0
-    coming = faults(soak)
+def soaked(
+    folder: Path, recipe: str, every: int, only: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], Path]:
+    """Train by a recipe with a fault every so many steps; a row a step, and the run's folder.
+
+    `only`: names of the faults that come, all where there is none. Raises SystemExit where the run
+    ends badly, or stands still.
+    """
+    soak, rows, step = Soak(folder, recipe), list[dict[str, Any]](), 0
+    coming = (fault for fault in faults(soak) if not only or fault[0] in only)
     next_fault = every
     try:
         while (step := soak.wait_beyond(step)) != 0:
-            row: dict[str, Any] = {"step": step, "at": time.time(), "fault": "", **soak.counted()}
-            if step >= next_fault and step < steps:
+            row: dict[str, Any] = {"step": step, "at": time.time(), "fault": ""}
+            with suppress(OSError):  # it has just ended
+                row |= soak.counted()
+                rows.append(row)
+            if step >= next_fault and not soak.is_over():
                 next_fault += every
                 row["fault"], happen = next(coming)
                 happen()
@@ -193,7 +236,6 @@ def soaked(folder: Path, steps: int, every: int) -> tuple[list[dict[str, Any]], 
                 if row["fault"] in ("learner killed", "driver killed"):
                     soak_again(soak)
                     step = soak.steps()
-            rows.append(row)
     finally:
         soak.end()
     return rows, soak.run
@@ -223,20 +265,26 @@ def lost_groups(run: Path) -> list[str]:
     return wrong
 
 
-def growth(rows: list[dict[str, Any]]) -> list[tables.Row]:
-    """Each thing's median over the steps from `SETTLED` on: the first third's, and the last's."""
-    settled = [row for row in rows if row["step"] > SETTLED] or rows
+def growth(rows: Sequence[Mapping[str, Any]]) -> list[tables.Row]:
+    """A row a thing: its medians over thirds of the steps after SETTLED, and whether it grew."""
+    settled = [row for row in rows if row["step"] > SETTLED] or [*rows]
     third = max(1, len(settled) // 3)
+    parts = {
+        "first third": settled[:third],
+        "second": settled[third:-third],
+        "last": settled[-third:],
+    }
     found: list[tables.Row] = []
     for name in [key for key in rows[0] if key not in ("step", "at", "fault")]:
-        first, last = (
-            statistics.median(row[name] for row in part)
-            for part in (settled[:third], settled[-third:])
-        )
-        digits = 3 if name.endswith("gib") else 0
-        found.append(
-            {"what": name, "first third": f"{first:.{digits}f}", "last third": f"{last:.{digits}f}"}
-        )
+        medians = {
+            part: statistics.median(row[name] for row in of or settled)
+            for part, of in parts.items()
+        }
+        first, last = medians["first third"], medians["last"]
+        grew = last > GROWN * first and last - first > NOISE.get(name, 16.0)
+        digits = 2 if name.endswith("_step_mib") else 0
+        shown = {part: f"{median:.{digits}f}" for part, median in medians.items()}
+        found.append({"what": name, **shown, "grew": "yes" if grew else "no"})
     return found
 
 
@@ -255,9 +303,31 @@ def _title(process: psutil.Process) -> str:
     return "\0"
 
 
+def _own_shm() -> list[str]:
+    """Words before a command that give it a /dev/shm of its own, where that is allowed."""
+    words = ["unshare", "--mount", "--propagation=private", "sh", "-c", OWN_SHM, "sh"]
+    allowed = shutil.which("unshare") and not subprocess.run([*words, "true"], stderr=-3).returncode
+    return words if allowed else []
+
+
+def _open_in_shm(process: psutil.Process) -> int:
+    """Bytes of the files in /dev/shm that a process holds open; most of them have no name."""
+    sizes = dict[int, int]()
+    with suppress(OSError):
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(link).startswith("/dev/shm/"):
+                    status = link.stat()
+                    sizes[status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
+
+
 def _used(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
+    """Bytes that a file, or the files of a folder, take on the disk."""
     total = 0
+    if folder.is_file():
+        with suppress(OSError):
+            return folder.stat().st_blocks * 512
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
@@ -269,31 +339,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=20, help="steps between faults")
-    parser.add_argument(
-        "--to", type=Path, help="a JSON file for the rows; docs/ is left alone then"
-    )
+    parser.add_argument("--to", type=Path, help="a JSON file for the rows; docs/ is left alone")
     given = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        rows, run = soaked(Path(folder), given.steps, given.every)
+    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:
+        rows, run = soaked(Path(folder), RECIPE.format(steps=given.steps), given.every)
         wrong = lost_groups(run)
         events = [f"{event.who}: {event.what}" for event in read_events(run)]
     happened = [row["fault"] for row in rows if row["fault"]]
-    result = {
-        "machine": machine.where(),
-        "command": machine.command("benchmarks.soak"),
-        "seconds": round(time.monotonic() - began),
-        "faults": {name: happened.count(name) for name in dict.fromkeys(happened)},
-        "events": {name: events.count(name) for name in sorted(set(events))},
-        "wrong": wrong,
-        "rows": rows,
-    }
-    path = given.to or tables.FOLDER.parent / "soak.json"
-    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    for row in growth(rows):
-        print(f"{row['what']:>12}  {row['first third']:>10}  {row['last third']:>10}")
-    told = wrong or "every group once, in its place"
-    print(f"{len(happened)} faults, {result['seconds']} s; {told}")
+    found = growth(rows)
+    note = {"machine": machine.where(), "command": machine.command("benchmarks.soak")}
+    tables.keep("soak", ["what"], [row | note for row in found], given.to)
+    wrong += [f"{row['what']} grew" for row in found if row["grew"] == "yes"]
+    for name in sorted({*happened, *events}):
+        print(f"{name}: {(happened + events).count(name)}")
+    told = wrong or "every group once, in its place; nothing grew"
+    print(f"{len(happened)} faults, {time.monotonic() - began:.0f} s; {told}")
     if wrong:
         raise SystemExit(1)
 
