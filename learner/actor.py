@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -81,7 +82,8 @@ def on_every_rank(
     @functools.wraps(method)
     def call(group: LearnerGroup, /, *args: P.args, **options: P.kwargs) -> R:
         once = [ray.put(value) for value in args]  # not once a rank
-        results: R = group.on_ranks("call", method.__name__, *once, **options)
+        with group.turn():
+            results: R = group.on_ranks("call", method.__name__, *once, **options)
         return results
 
     return call
@@ -93,12 +95,15 @@ class LearnerGroup:
     An error of any rank is raised at once, with that rank's own traceback on top.
     """
 
+    turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Entered while the ranks work: it is the learner's turn then."""
+    sending: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """The same while they send weights from their GPUs to the samplers'."""
     update = on_every_rank(Trainer.update)
     segment_gradients = on_every_rank(Trainer.segment_gradients)
     logprobs = on_every_rank(Trainer.logprobs)
     save = on_every_rank(Trainer.save)
     save_training = on_every_rank(Trainer.save_training)
-    finish_saving = on_every_rank(Trainer.finish_saving)
 
     def __init__(
         self, setup: LearnerSetup, placed: Callable[[int], dict[str, Any]] = lambda rank: {}
@@ -151,6 +156,18 @@ class LearnerGroup:
                 )
         return ray.get(futures[0])
 
+    def finish_saving(self) -> None:
+        """See `Trainer.finish_saving`."""
+        self.on_ranks("call", "finish_saving")
+
+    def offload(self, weights: bool = True) -> None:
+        """See `Trainer.offload`."""
+        self.on_ranks("call", "offload", weights)
+
+    def reload(self) -> None:
+        """See `Trainer.reload`."""
+        self.on_ranks("call", "reload")
+
     def publish_weights(self, version: int) -> Weights:
         """Put the weights into Ray's object store as a policy version.
 
@@ -158,6 +175,10 @@ class LearnerGroup:
         stay while it refers to them, on the node where they were made, and are fetched from there
         by Ray alone, whether rank 0 lives, is stopped or is gone.
         """
+        with self.turn():
+            return self._published(version)
+
+    def _published(self, version: int) -> Weights:
         stream = self._ranks[0].publish_weights.remote()
         others = [rank.gather_weights.remote() for rank in self._ranks[1:]]
         published: list[Any] = []
@@ -178,7 +199,8 @@ class LearnerGroup:
 
     def send_weights(self, version: int) -> Any:
         """Send the weights by that to all samplers; returns rank 0's report."""
-        return self.on_ranks("send_weights", version)
+        with self.sending():
+            return self.on_ranks("send_weights", version)
 
     def stop(self) -> None:
         """Kill the ranks' processes, once a checkpoint that is being written is whole."""

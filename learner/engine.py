@@ -26,9 +26,10 @@ from learner.batch import MicroBatch, TrainBatch
 from learner.builds import watch_builds
 from learner.checkpoint import STATE, TRAINING, Writer, prune, seal, write_json
 from learner.collate import Collator
+from learner.host_states import HostStates
 from learner.lora import ADAPTER, Adapters, AdapterWeights
 from learner.losses import Loss, View
-from learner.metrics import Mean, Metric, Total, combined, values
+from learner.metrics import Metric, Total, combined, layout_metrics, values
 from learner.micro_batches import count_costs, deal_micro_batches, describe
 from learner.parts import freeze, parameter_groups
 from learner.policy import Policy, keep_no_activations, load_policy
@@ -102,6 +103,8 @@ class DeepSpeedLearner(Trainer):
         self._start(policy, learner)
         device = self._engine.device
         self._reference = Reference(setup, self._adapters, device) if setup.reference else None
+        copies = [self._reference.copy] if self._reference and self._reference.copy else []
+        self._states = HostStates(self._engine, learner, copies)
         if setup.resume:
             self._resume(Path(setup.start) / TRAINING)
 
@@ -181,7 +184,7 @@ class DeepSpeedLearner(Trainer):
             self._engine.backward(total * self._world.size)
             if micro.weight:
                 with torch.no_grad():
-                    metric_parts.append(loss.metrics(outputs, tokens) | _layout_metrics(micro))
+                    metric_parts.append(loss.metrics(outputs, tokens) | layout_metrics(micro))
         norm = self._step()
         self._collate.forget()
         metrics = values(combined(_from_ranks(combined(metric_parts), self._world.size)))
@@ -275,6 +278,14 @@ class DeepSpeedLearner(Trainer):
 
     def finish_saving(self) -> None:
         self._writer.wait()
+
+    def offload(self, weights: bool = True) -> None:
+        if self._setup.learner.gpus:
+            self._states.offload(weights)
+
+    def reload(self) -> None:
+        if self._setup.learner.gpus:
+            self._states.reload()
 
     def close(self) -> None:
         self.finish_saving()
@@ -370,15 +381,6 @@ class DeepSpeedLearner(Trainer):
         if view:
             chosen += [replace(s, images=tuple(map(view, s.images))) for s in chosen]
         return self._collate(chosen, weight=1.0 if indices else 0.0).to(self._engine.device)
-
-
-def _layout_metrics(micro: MicroBatch) -> dict[str, Metric]:
-    slots, real = float(micro.inputs["input_ids"].numel()), float(micro.real_tokens)
-    shared = float(micro.shared_tokens)
-    return {
-        "padding_share": Mean(slots - real, slots),
-        "shared_share": Mean(shared, real + shared),
-    }
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:

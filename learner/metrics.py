@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Self
 
+from learner.batch import MicroBatch
+
 
 class Metric(ABC):
     """Numbers of one part of an update, which add up over all parts."""
@@ -84,3 +86,13 @@ def combined(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """The numbers to log, of those that have one."""
     return {name: v for name, metric in metrics.items() if (v := metric.value()) is not None}
+
+
+def layout_metrics(micro: MicroBatch) -> dict[str, Metric]:
+    """How much of a micro-batch is padding, and how much of it several sequences share."""
+    slots, real = float(micro.inputs["input_ids"].numel()), float(micro.real_tokens)
+    shared = float(micro.shared_tokens)
+    return {
+        "padding_share": Mean(slots - real, slots),
+        "shared_share": Mean(shared, real + shared),
+    }

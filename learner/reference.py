@@ -22,10 +22,11 @@ class Reference:
     def __init__(
         self, setup: LearnerSetup, adapters: Adapters | None, device: torch.device
     ) -> None:
-        self._adapters, self._copy = adapters, None
+        self._adapters = adapters
+        self.copy: Policy | None = None
         if adapters is None:
             model = setup.model
-            self._copy, _ = load_policy(
+            self.copy, _ = load_policy(
                 model.path,
                 model.dtype,
                 model.attention,
@@ -33,15 +34,15 @@ class Reference:
                 model.lm_head_float32,
                 setup.learner.logits_mib,
             )
-            self._copy.requires_grad_(False).eval().to(device)
+            self.copy.requires_grad_(False).eval().to(device)
             if setup.learner.layout != "padded":
-                attend_within_stretches(self._copy.model)
+                attend_within_stretches(self.copy.model)
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, micro: MicroBatch) -> torch.Tensor:
         """[N], in nats, of a micro-batch's response tokens. Under ZeRO-3 all ranks must call it."""
-        if self._copy is not None:
-            return self._copy.run(micro)[0]
+        if self.copy is not None:
+            return self.copy.run(micro)[0]
         assert self._adapters is not None
         training = policy.training
         with ExitStack() as after:

@@ -106,5 +106,14 @@ class Trainer(Protocol):
     def finish_saving(self) -> None:
         """Wait until nothing is being written; raises what went wrong in the background."""
 
+    def offload(self, weights: bool = True) -> None:
+        """Leave the GPU to samplers: hold all states in main memory until `reload`.
+
+        Without `weights` these stay, to be sent from there. On a CPU nothing is done.
+        """
+
+    def reload(self) -> None:
+        """Take the GPU back; before any other call but `finish_saving` and the above."""
+
     def close(self) -> None:
         """Let go of memory, processes and communication."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rollout.jobs import Cause, Command, Died, Job, News, Refused, Seat, fault_of, not_up
 from rollout.record import ReplyError, SampleRequest
+from rollout.seats import Seats
 from rollout.settings import SamplerConfig
 
 OVERFILL = 1.5
@@ -27,7 +28,7 @@ class SamplerLost(RuntimeError):
     """A sampler failed once more than `sampler.max_restarts` allows; names it and the cause."""
 
 
-class Dispatch:
+class Dispatch(Seats):
     """The state of a pool. Each method is one event; `take` hands out what it asks to be done."""
 
     def __init__(
@@ -37,15 +38,12 @@ class Dispatch:
 
         `initial` until all of `names` are up: until then a late start is an error.
         """
+        super().__init__(names, now)
         self._settings, self._renewal = settings, renewal
-        self._prefix = names[0].rpartition("-")[0] if names else "sampler"
-        self._next_seat = 0
         self._tickets = 0
         self._waiting: deque[Job] = deque()
         self._urgent: deque[Job] = deque()
         self._due: list[tuple[float, int, Job]] = []
-        self._commands: list[Command] = []
-        self.seats: dict[str, Seat] = {}
         self.submitted: dict[str, Job] = {}
         self.complete: deque[Job] = deque()
         self.version: int | None = None
@@ -57,15 +55,8 @@ class Dispatch:
         self.resampled: Counter[Cause] = Counter()
         self.refused = 0
         self.news: list[News] = []
-        for name in names:
-            self._open(name, now)
 
     # What the pool asks for
-
-    def take(self) -> list[Command]:
-        """The commands since the last call, in order."""
-        commands, self._commands = self._commands, []
-        return commands
 
     def add(self, jobs: Iterable[Job], now: float) -> None:
         """Queue jobs; those that someone waits for come before those that were submitted.
@@ -131,7 +122,7 @@ class Dispatch:
         self.version, self.fetchable, self.renewed_at = version, True, None
         for seat in self.seats.values():
             seat.version = None
-            if seat.up and seat.renewing is None:
+            if seat.up and seat.busy is None and not self.resting:
                 self._fetch(seat, now)
 
     def holds(self, version: int, lives: dict[str, int], now: float) -> None:
@@ -160,6 +151,12 @@ class Dispatch:
         """A sampler has fetched a version of the weights."""
         if (seat := self._seat(name, life)) is not None:
             self._has(seat, version, now)
+
+    def woken(self, name: str, life: int, version: int | None, now: float) -> None:
+        """A sampler is awake, with a version that was fetched, or (None) that it slept with."""
+        if (seat := self._seat(name, life)) is not None:
+            seat.rest = "awake"
+            self._has(seat, seat.version if version is None else version, now)
 
     def ponged(self, name: str, life: int, now: float) -> None:
         """A sampler's engine answered a ping."""
@@ -250,7 +247,8 @@ class Dispatch:
         settings = self._settings
         for seat in list(self.seats.values()):
             if not seat.up:
-                if now - seat.started > settings.start_timeout_seconds:
+                late = now - seat.started > settings.start_timeout_seconds
+                if late and seat.rest != "down":
                     self._late_start(seat, now)
                 continue
             oldest = next(iter(seat.running.values()), None)
@@ -258,11 +256,15 @@ class Dispatch:
             if oldest is not None and now - oldest[1] > settings.request_timeout_seconds:
                 limit = f"{settings.request_timeout_seconds:g} s (sampler.request_timeout_seconds)"
                 why = "overdue", f"no answer to {oldest[0].id!r} within {limit}"
-            elif seat.renewing is not None and now - seat.renewing > self._renewal:
+            elif seat.busy is not None and now - seat.busy > self._renewal:
                 limit = f"the deadline of {self._renewal:g} s (transfer.deadline_seconds)"
-                late = f"sampler {seat.name!r} did not have version {self.version} within {limit}"
-                why = "transfer", f"weight transfer: {late}"
-            elif self.transferring or seat.renewing is not None:
+                what = {"falling": "fall asleep", "waking": "wake"}.get(seat.rest)
+                did_not = what or f"have version {self.version}"
+                why = (
+                    "transfer",
+                    f"weight transfer: sampler {seat.name!r} did not {did_not} within {limit}",
+                )
+            elif self.transferring or seat.busy is not None:
                 seat.pinged = None  # a transfer has a deadline of its own
             elif seat.pinged is None:
                 if now - seat.heard > settings.heartbeat_seconds / 4:
@@ -283,7 +285,7 @@ class Dispatch:
         seats = list(self.seats.values())
         counts = {
             "asked": float(sum(not seat.retiring for seat in seats)),
-            # One that fetches the last version takes work in a moment.
+            # One that fetches the last version, or sleeps, takes work in a moment.
             "count": float(sum(self._takes_work(s) or self._will_soon(s) for s in seats)),
             "absent": float(sum(seat.absent for seat in seats)),
             "restarts": float(sum(self.causes.values())),
@@ -299,36 +301,26 @@ class Dispatch:
 
     # Inside
 
-    def _seat(self, name: str, life: int) -> Seat | None:
-        """The sampler, unless that life of it is over."""
-        seat = self.seats.get(name)
-        return seat if seat is not None and seat.life == life else None
-
     def _seat_for(self, job: Job) -> Seat | None:
         """The sampler that runs a job, if one does."""
         seats = self.seats.values()
         return next((s for s in seats if job.ticket and job.ticket in s.running), None)
 
-    def _open(self, name: str, now: float) -> None:
-        self.seats[name] = Seat(name, 0, now)
-        self._next_seat += 1
-        self._commands.append(Command("start", name, 0))
-
     def _takes_work(self, seat: Seat) -> bool:
-        """Whether it is up, with the policy's weights (before the first, its own), and stays."""
-        return seat.up and seat.version == self.version and not seat.retiring
+        """Whether it is up and awake, with the policy's weights (before the first, its own), and
+        stays."""
+        awake = seat.up and seat.rest == "awake" and not self.resting
+        return awake and seat.version == self.version and not seat.retiring
 
     def _will_soon(self, seat: Seat) -> bool:
-        return seat.renewing is not None and not seat.retiring
-
-    def _fetch(self, seat: Seat, now: float) -> None:
-        seat.renewing = now
-        self._commands.append(Command("renew", seat.name, seat.life))
+        return (seat.busy is not None or seat.rest == "asleep") and not seat.retiring
 
     def _has(self, seat: Seat, version: int | None, now: float) -> None:
         """A sampler holds a version; where that is not the last one, it fetches that now."""
-        seat.version, seat.heard, seat.renewing = version, now, None
-        if version != self.version and self.fetchable:
+        seat.version, seat.heard, seat.busy = version, now, None
+        if self.resting:
+            self._lay_down(seat, now)
+        elif version != self.version and self.fetchable:
             self._fetch(seat, now)
         else:
             self._recovered(seat, now)
@@ -339,16 +331,6 @@ class Dispatch:
         if seat.lost_at is not None:
             self.news.append(News(now, seat.name, "back", recovered_seconds=now - seat.lost_at))
             seat.lost_at = None
-
-    def _start(self, seat: Seat, now: float) -> None:
-        seat.life, seat.started = seat.life + 1, now
-        seat.up, seat.version, seat.renewing = False, None, None
-        seat.images.clear()
-        self._commands.append(Command("start", seat.name, seat.life))
-
-    def _close(self, seat: Seat, action: Literal["kill", "retire"]) -> None:
-        del self.seats[seat.name]
-        self._commands.append(Command(action, seat.name, seat.life))
 
     def _late_start(self, seat: Seat, now: float) -> None:
         """A sampler does not come up: no place for it, say. Others go on without it."""
@@ -366,6 +348,8 @@ class Dispatch:
         seat.tokens -= job.tokens
         if not seat.running:
             seat.idle_since = now
+            if self.resting:
+                self._lay_down(seat, now)
 
     def _drop(self, job: Job, now: float) -> None:
         """Take a job from the sampler that runs it, if one does."""

@@ -2,10 +2,11 @@
 
 Relies on this vLLM surface and nothing else: `EngineArgs` (in `rollout/starting.py`); `LLMEngine`
 with `from_engine_args`, `add_request`, `abort_request`, `step`, `has_unfinished_requests`,
-`collective_rpc`, `set_weight_version`, `reset_prefix_cache`, `reset_encoder_cache`, `model_config`
-and, of its core, `pause_scheduler`, `resume_scheduler`, `batch_queue`, `shutdown` (in
-`rollout/engine_thread.py`); the workers' `start_weight_update`, `update_weights`,
-`finish_weight_update`, `init_weight_transfer_engine` and `compute_weight_checksums`;
+`collective_rpc`, `set_weight_version`, `reset_prefix_cache`, `reset_encoder_cache`, `sleep`,
+`wake_up`, `model_config` and, of its core, `pause_scheduler`, `resume_scheduler`, `batch_queue`,
+`shutdown` (in `rollout/engine_thread.py`; weights and sleep: `rollout/engine_state.py`); the
+workers' `start_weight_update`, `update_weights`, `finish_weight_update`,
+`init_weight_transfer_engine` and `compute_weight_checksums`;
 `SamplingParams` with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`,
 `detokenize=False`, FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading
 of the prefix cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids,
@@ -15,17 +16,16 @@ prompt_logprobs}`, `CompletionOutput.{token_ids, logprobs, weight_versions, fini
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollout.engine_thread import EngineFailed, EngineThread
+from rollout.engine_state import EngineDied, EngineState
+from rollout.engine_thread import EngineThread
 from rollout.environments import EnvironmentPool
 from rollout.episode import Budgets
 from rollout.episodes import Answers, Asked, EpisodeError, Written, converse
@@ -40,16 +40,9 @@ from tasks.images import check_image
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-T = TypeVar("T")
 
 
-class EngineDied(SamplerError):
-    """The engine failed; no later request will be answered."""
-
-
-class Engine:
+class Engine(EngineState):
     """A live vLLM engine holding one policy version at a time."""
 
     def __init__(
@@ -60,14 +53,10 @@ class Engine:
         frozen: bool = False,
         seed: int = 0,
     ) -> None:
-        self._llm = llm
-        self._frozen = frozen
+        super().__init__(llm, name, frozen)
         self._seed = seed
         self._chat = Chat(processor)
         self._prompts = Prompts(self._chat, processor, name)
-        self._name = name
-        self._version = 0
-        self._updating = False
         self._requests = 0
 
     @classmethod
@@ -80,14 +69,17 @@ class Engine:
         transport: str = "host",
         frozen: bool = False,
         seed: int = 0,
+        sleeps: bool = False,
     ) -> Engine:
         """Load the model and start the engine (10-30 s on a CPU).
 
         `frozen`: it takes no weight updates, and its model may be a text-only language model.
+        `sleeps`: it will be asked to `sleep`, and on a GPU allocates what it gives away then by
+        vLLM's own allocator.
         Raises ModelError when the folder has no processor, and EngineNotStarted with the
         engine's own error otherwise.
         """
-        llm, processor = start_engine(model, sampler, transport, frozen, seed)
+        llm, processor = start_engine(model, sampler, transport, frozen, seed, sleeps)
         return cls(llm, processor, name, frozen, seed)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:
@@ -209,94 +201,6 @@ class Engine:
     def vocabulary(self) -> int:
         """How many token ids the model can draw from."""
         return self._llm.vocabulary
-
-    async def ping(self) -> None:
-        """Return between two steps of the engine; raises EngineDied where it takes none."""
-        await self._answered(self._llm.do(lambda llm: None))
-
-    async def init_weight_transfer(self, info: dict[str, Any]) -> None:
-        """Meet the learner on the transport's own terms (NCCL's rendezvous); `host` needs none."""
-        await self._workers("init_weight_transfer_engine", init_info=info)
-
-    async def begin_weight_update(self) -> None:
-        """Freeze generation and open a weight update; running requests keep their place.
-
-        One that was left open, since another sampler failed its part, is closed first: some
-        weights are newer than others until the one that begins here is finished.
-
-        Raises SamplerError where the model is frozen; this and all below raise EngineDied when
-        the engine is gone or goes.
-        """
-        if self._frozen:
-            raise SamplerError(f"{self._name}: a frozen model takes no weight updates")
-        await self._answered(self._llm.pause())
-        if self._updating:
-            await self._workers("finish_weight_update")
-        self._updating = True
-        await self._workers("start_weight_update")
-
-    async def load_weights(self, update: dict[str, Any]) -> None:
-        """Load one bucket of weights (the transport's own update info)."""
-        await self._workers("update_weights", update_info=update)
-
-    async def finish_weight_update(self, version: int) -> None:
-        """Commit the update as `version`, drop every cache made by older weights, go on."""
-
-        def commit(llm: LLMEngine) -> None:
-            llm.set_weight_version(str(version))
-            # What a trained vision tower made lives in two places; a stale one is silent. The
-            # cache of processed images holds pixels, which no weight changes.
-            llm.reset_prefix_cache(reset_running_requests=True)
-            llm.reset_encoder_cache()
-
-        await self._workers("finish_weight_update")
-        self._updating = False
-        await self._answered(self._llm.do(commit))
-        self._version = version
-        await self._answered(self._llm.resume())
-
-    async def renew(self, version: int, buckets: AsyncIterator[tuple[int, dict[str, Any]]]) -> None:
-        """Load a version of the weights (`rollout.transfer.fetched`); generation is paused.
-
-        The next bucket is fetched while one is read. Raises what fetching raises; the update is
-        left open then.
-        """
-        await self.begin_weight_update()
-        reading: asyncio.Future[None] | None = None
-        async for descriptor, update in buckets:
-            if reading is not None:
-                await reading
-            reading = asyncio.ensure_future(self._load_bucket(descriptor, update))
-        if reading is not None:
-            await reading
-        await self.finish_weight_update(version)
-
-    async def _load_bucket(self, descriptor: int, update: dict[str, Any]) -> None:
-        try:
-            await self.load_weights(update)
-        finally:
-            os.close(descriptor)
-
-    async def weight_checksums(self) -> dict[str, str]:
-        """Digest of every parameter as the engine holds it, keyed by rank and name."""
-        per_rank = await self._workers("compute_weight_checksums")
-        return {
-            f"{rank}/{name}": digest
-            for rank, digests in enumerate(per_rank)
-            for name, digest in digests.items()
-        }
-
-    async def _workers(self, method: str, **arguments: Any) -> list[Any]:
-        """What the model's ranks return, called between two steps."""
-        work = self._llm.do(lambda llm: llm.collective_rpc(method, kwargs=arguments))
-        return await self._answered(work)
-
-    async def _answered(self, work: Awaitable[T]) -> T:
-        """What the engine answers; raises EngineDied where it has failed or fails."""
-        try:
-            return await work
-        except EngineFailed as error:
-            raise EngineDied(f"{self._name}: the engine failed: {error}") from error
 
     def shutdown(self) -> None:
         """Stop the engine, and its processes where it has some."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,6 +18,8 @@ Request = SampleRequest | ScoreRequest
 Cause = Literal["actor", "engine", "silent", "overdue", "garbage", "transfer", "start"]
 """Why a sampler is lost: its process or its engine died, it does not answer pings, its oldest
 request is overdue, it returned what cannot be, it failed a weight transfer, it did not start."""
+STOP_SECONDS = 10.0
+"""What an engine is given to shut down."""
 ROUNDING = 1e-3
 """How far above 0 a log-prob may come out by arithmetic, in nats."""
 
@@ -116,7 +121,7 @@ class Job:
 class Command:
     """What the pool must do: to sampler `name` in its life number `life`."""
 
-    do: Literal["start", "renew", "kill", "retire", "send", "drop", "ping"]
+    do: Literal["start", "renew", "sleep", "wake", "kill", "retire", "send", "drop", "ping"]
     name: str
     life: int
     ticket: int = 0
@@ -128,7 +133,8 @@ class Seat:
     """One sampler of the pool, through all its lives (processes).
 
     version: of the weights that it holds; None: those of its checkpoint.
-    renewing: since when it fetches a version.
+    busy: since when it fetches a version, falls asleep or wakes.
+    rest: `down` is one that has no process until the samplers' turn.
     lost_at: since when it is lost; None once it has taken work again.
     """
 
@@ -137,7 +143,8 @@ class Seat:
     started: float
     up: bool = False
     version: int | None = None
-    renewing: float | None = None
+    busy: float | None = None
+    rest: Literal["awake", "falling", "asleep", "waking", "down"] = "awake"
     absent: bool = False
     retiring: bool = False
     vocabulary: int = 0
@@ -219,3 +226,21 @@ def _bad_logprobs(values: np.ndarray) -> str:
 def _type_and_shape(reply: Any) -> str:
     shape = f" of shape {reply.shape}" if isinstance(reply, np.ndarray) else ""
     return type(reply).__name__ + shape
+
+
+def retire(clients: Sequence[PoolClient]) -> None:
+    """Let engines shut down side by side, then end their processes."""
+    calls = [(client, watched(client, "shutdown")) for client in clients]
+    until = time.monotonic() + STOP_SECONDS
+    for client, future in calls:
+        # One that cannot shut down is ended as one that can.
+        with contextlib.suppress(TimeoutError):
+            future.result(max(0.0, until - time.monotonic()))
+        client.kill()
+
+
+def watched(client: PoolClient, method: str) -> Future[Any]:
+    """Call a method; the future's result is what came back, or `Died` or `Refused`."""
+    future: Future[Any] = Future()
+    client.watch(client.call(method), future.set_result)
+    return future

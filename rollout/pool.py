@@ -6,26 +6,35 @@ again what dies, hangs or returns garbage. What it decides is decided by `rollou
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from rollout.dispatch import Dispatch, SamplerLost
-from rollout.jobs import Cause, Command, Died, Job, News, PoolClient, Refused, not_up
+from rollout.jobs import (
+    Cause,
+    Command,
+    Died,
+    Job,
+    News,
+    PoolClient,
+    Refused,
+    not_up,
+    retire,
+    watched,
+)
 from rollout.record import Group, ReplyError, SampleRequest, ScoreRequest, Weights
 from rollout.settings import SamplerConfig
 from tasks.liveness import beat
 
 TICK_SECONDS = 0.5
 """How often the pool looks at the clock when nothing happens."""
-STOP_SECONDS = 10.0
 
 
 class SamplerPool:
@@ -54,6 +63,8 @@ class SamplerPool:
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.RLock())
         self._stopped = False
+        self.turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Entered while the samplers are waited for: it is their turn then."""
         names = [f"{name}-{index}" for index in range(count)]
         self._dispatch = Dispatch(names, settings, time.monotonic(), renewal)
         self._carry_out()
@@ -73,10 +84,11 @@ class SamplerPool:
         error of a request that was refused, and SamplerLost where the pool is past hope.
         """
         dispatch = self._dispatch
-        self._wait(
-            lambda: len(dispatch.complete) >= min(count, len(dispatch.submitted)),
-            None if timeout is None else time.monotonic() + timeout,
-        )
+        with self.turn() if count else nullcontext():
+            self._wait(
+                lambda: len(dispatch.complete) >= min(count, len(dispatch.submitted)),
+                None if timeout is None else time.monotonic() + timeout,
+            )
         with self._changed:
             groups: list[Group] = []
             while dispatch.complete and len(groups) < count:
@@ -101,7 +113,8 @@ class SamplerPool:
         jobs = [Job(request) for request in requests]
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
-            self._wait(_all_over(jobs))
+            with self.turn():
+                self._wait(_all_over(jobs))
             return [job.group() for job in jobs]
         except BaseException:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
@@ -118,7 +131,8 @@ class SamplerPool:
         jobs, lost = [Job(request, until) for request in requests], ""
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
-            self._wait(_all_over(jobs))
+            with self.turn():
+                self._wait(_all_over(jobs))
         except SamplerLost as error:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
             lost = str(error)
@@ -149,12 +163,25 @@ class SamplerPool:
 
         self._tell(published)
 
+    def rest(self) -> None:
+        """Return once no sampler holds memory of a GPU: each sleeps, or has no process.
+
+        Until `wake` none is given work, weights or a new process. Raises as `wait_renewed`.
+        """
+        self._tell(self._dispatch.rest)
+        self._wait(lambda: self._dispatch.at_rest)
+
+    def wake(self) -> None:
+        """It is the samplers' turn; each takes work when it holds the last weights."""
+        self._tell(self._dispatch.wake)
+
     def wait_renewed(self) -> float:
         """Return once all samplers that are up hold the last version: when they did, monotonic.
 
         Raises SamplerLost where one was lost too often.
         """
-        self._wait(lambda: self._dispatch.renewed_at is not None)
+        with self.turn():
+            self._wait(lambda: self._dispatch.renewed_at is not None)
         with self._changed:
             return self._dispatch.renewed_at or 0.0
 
@@ -166,7 +193,9 @@ class SamplerPool:
 
     def wait_clients(self) -> list[PoolClient]:
         """The samplers that are up, as soon as one is. Raises SamplerLost where none will be."""
-        self._wait(lambda: bool(self.clients))
+        if not self.clients:
+            with self.turn():
+                self._wait(lambda: bool(self.clients))
         return self.clients
 
     def begin_transfer(self) -> None:
@@ -224,9 +253,12 @@ class SamplerPool:
         One that dies or does not answer is started again, and is left out. Raises SamplerLost
         where one was lost too often, and a sampler's own error where it refuses.
         """
-        seconds = self._settings.request_timeout_seconds
+        with self.turn():
+            return self._checksums(self._settings.request_timeout_seconds)
+
+    def _checksums(self, seconds: float) -> dict[str, dict[str, str]]:
         while True:
-            calls = [(c, _watched(c, "weight_checksums")) for c in self.wait_clients()]
+            calls = [(c, watched(c, "weight_checksums")) for c in self.wait_clients()]
             until = time.monotonic() + seconds
             checksums: dict[str, dict[str, str]] = {}
             for client, future in calls:
@@ -252,7 +284,7 @@ class SamplerPool:
         self._thread.join()
         with self._changed:
             clients, self._clients = self._clients, {}
-        _retire([client for _, client in clients.values()])
+        retire([client for _, client in clients.values()])
 
     # Inside
 
@@ -316,13 +348,17 @@ class SamplerPool:
                 dispatch.started(name, life, vocabulary, version, now)
             elif action == "renew":
                 dispatch.renewed(name, life, result, now)
+            elif action == "sleep":
+                dispatch.slept(name, life, now)
+            elif action == "wake":
+                dispatch.woken(name, life, result, now)
             else:
                 dispatch.ponged(name, life, now)
         elif action == "start" and dispatch.initial:
             refusal = result.error if isinstance(result, Refused) else None
             dispatch.error = dispatch.error or refusal or SamplerLost(result.message)
         else:
-            cause: Cause = "transfer" if action == "renew" else "engine"
+            cause: Cause = "transfer" if action in ("renew", "wake") else "engine"
             if action == "start":
                 cause = "start"
             elif isinstance(result, Died):  # whatever it was asked to do meanwhile
@@ -356,8 +392,8 @@ class SamplerPool:
             # Its reply may have come between the decision and here.
             if (call := self._calls.pop(command.ticket, None)) is not None:
                 client.cancel(call)
-        elif command.do in ("ping", "renew"):
-            arguments = (self._weights,) if command.do == "renew" else ()
+        elif command.do in ("ping", "renew", "sleep", "wake"):
+            arguments = (self._weights,) if command.do in ("renew", "wake") else ()
             self._watch(command, client, client.call(command.do, *arguments))
         else:
             with self._changed:
@@ -365,29 +401,11 @@ class SamplerPool:
             if command.do == "kill":
                 client.kill()
             else:
-                threading.Thread(target=_retire, args=([client],), daemon=True).start()
+                threading.Thread(target=retire, args=([client],), daemon=True).start()
 
     def _watch(self, command: Command, client: PoolClient, future: Any) -> None:
         heard = (command.do, command.name, command.life, command.ticket)
         client.watch(future, lambda result: self._events.put((*heard, result)))
-
-
-def _retire(clients: Sequence[PoolClient]) -> None:
-    """Let engines shut down side by side, then end their processes."""
-    calls = [(client, _watched(client, "shutdown")) for client in clients]
-    until = time.monotonic() + STOP_SECONDS
-    for client, future in calls:
-        # One that cannot shut down is ended as one that can.
-        with contextlib.suppress(TimeoutError):
-            future.result(max(0.0, until - time.monotonic()))
-        client.kill()
-
-
-def _watched(client: PoolClient, method: str) -> Future[Any]:
-    """Call a method; the future's result is what came back, or `Died` or `Refused`."""
-    future: Future[Any] = Future()
-    client.watch(client.call(method), future.set_result)
-    return future
 
 
 def _all_over(jobs: Sequence[Job]) -> Callable[[], bool]:

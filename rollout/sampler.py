@@ -31,6 +31,7 @@ class Sampler:
         listen()
         self._engine = Engine.start(model, sampler, name, **options)
         self._name = name
+        self._held: int | None = None
         self._environments: EnvironmentPool | None = None
 
     def __repr__(self) -> str:
@@ -45,7 +46,22 @@ class Sampler:
     async def renew(self, weights: Weights) -> int:
         """Fetch a version of the weights, load it, and say which; requests go on under it."""
         await self._engine.renew(weights.version, fetched(weights, self._name))
+        self._held = weights.version
         return weights.version
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to whoever shares it; nothing is to be answered until `wake`."""
+        await self._engine.sleep()
+
+    async def wake(self, weights: Weights | None) -> int | None:
+        """Take it back, with a version of the weights, or those that it slept with.
+
+        Returns the version that it fetched, if it did.
+        """
+        if weights is not None and weights.version != self._held:
+            await self.renew(weights)
+        await self._engine.wake()
+        return weights.version if weights else None
 
     async def ping(self) -> None:
         """Comes back between two steps of the engine."""

@@ -62,7 +62,7 @@ class SamplerConfig(Section):
     max_num_seqs: Positive = 256
     """Responses that one engine samples at a time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Of a GPU's memory, the share that an engine fills."""
+    """Of a GPU's memory, the share that an engine fills, while it is awake."""
     enforce_eager: bool | None = None
     """Run the model without CUDA graphs and compilation: starts sooner, samples slower. By default
     on CPUs only."""
@@ -102,17 +102,6 @@ class SamplerConfig(Section):
                 f"one GPU a tensor-parallel rank: write gpus = {self.tensor_parallel}",
                 "gpus",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fills_its_own_part_of_a_gpu(self) -> SamplerConfig:
-        share = self.gpu_memory_utilization
-        refuse(
-            0 < self.gpus < 1 and share > self.gpus,
-            "gpu_memory_utilization",
-            f"got {share:g} with gpus = {self.gpus:g}: the rest of that GPU belongs to another "
-            f"actor; write {self.gpus:g} or less",
-        )
         return self
 
     def _shares_one_gpu(self) -> bool:

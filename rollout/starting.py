@@ -52,7 +52,12 @@ def plain_path(model: str) -> str:
 
 
 def start_engine(
-    model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
+    model: ModelConfig,
+    sampler: SamplerConfig,
+    transport: str,
+    frozen: bool,
+    seed: int,
+    sleeps: bool = False,
 ) -> tuple[EngineThread, Any]:
     """A started engine, and what reads prompts for it; see `Engine.start`."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -68,14 +73,19 @@ def start_engine(
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         slow.append("torch._inductor.lowering")
     with importing(), hidden(*slow):  # vLLM does without them
-        args, processor = engine_args(model, sampler, transport, frozen, seed)
+        args, processor = engine_args(model, sampler, transport, frozen, seed, sleeps)
         importlib.import_module("vllm.v1.engine.llm_engine")
     with own_errors(model.path):
         return EngineThread(args, sampler.engine_threads), processor
 
 
 def engine_args(
-    model: ModelConfig, sampler: SamplerConfig, transport: str, frozen: bool, seed: int
+    model: ModelConfig,
+    sampler: SamplerConfig,
+    transport: str,
+    frozen: bool,
+    seed: int,
+    sleeps: bool = False,
 ) -> tuple[Any, Any]:
     """What vLLM is told of an engine, and what reads prompts for it."""
     from vllm.config import WeightTransferConfig
@@ -101,6 +111,8 @@ def engine_args(
         # A prompt read in pieces throws the token drawn after each piece away and takes its
         # seed's stream back by an offset, which a CPU's generator does not have.
         options["enable_chunked_prefill"] = False
+    elif sleeps:  # a CPU engine refuses the option, and its workers leave the call unheeded
+        options["enable_sleep_mode"] = True
     args = EngineArgs(
         model=model.path,
         **model.model_dump(include={"dtype", "max_model_len"}),

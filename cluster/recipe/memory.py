@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -210,6 +211,33 @@ def sampler_memory(
         share = sampler.gpu_memory_utilization * min(gpu.memory for gpu in machine.gpus)
         return parts | {"KV cache and buffers": max(0, int(share) - weights)}
     return parts
+
+
+LEFT_BY_A_SLEEPER = GIB
+"""Bytes on a GPU of a process whose states are in main memory: CUDA's context, an engine's graphs,
+NCCL's buffers. A guess, since nothing was measured on a card."""
+
+
+def at_rest(learner: Mapping[str, int]) -> int:
+    """Bytes of main memory that a rank's states take while samplers have its GPU."""
+    kept = ("weights", "optimizer", "reference")
+    return sum(size for part, size in learner.items() if part in kept)
+
+
+def phases(engine: Mapping[str, int], learner: Mapping[str, int], transport: str) -> dict[str, int]:
+    """Bytes on a GPU in each phase of samplers and learner that take turns (`cluster.run.turns`).
+
+    `engine`, `learner`: parts of an engine, and of the rank on its GPU, as above. By transport
+    `ipc` the new weights are there twice while they are handed over.
+    """
+    phases = {
+        "sampling": sum(engine.values()) + LEFT_BY_A_SLEEPER,
+        "learning": sum(learner.values()) + LEFT_BY_A_SLEEPER,
+    }
+    if transport == "ipc":
+        both = engine.get("weights", 0) + learner.get("weights", 0)
+        phases["sending"] = both + 2 * LEFT_BY_A_SLEEPER
+    return phases
 
 
 def cached_tokens(

@@ -139,7 +139,8 @@ def bundled(actors: Sequence[Actor], share_gpus: bool) -> list[Bundle]:
     """Who is on a node with whom; the driver, who is where the command is, is left out.
 
     `share_gpus`: each learner rank has a whole GPU together with the sampler of its number, where
-    there is one. Ray alone would put two parts of any actors on one GPU.
+    there is one, and so has a sampler without a rank. Ray alone would put two parts of any actors
+    on one GPU.
     """
     sharing = {a.index: a for a in actors if a.role == "sampler"} if share_gpus else {}
     paired = {a.index for a in actors if a.role == "learner"} & set(sharing)
@@ -149,7 +150,8 @@ def bundled(actors: Sequence[Actor], share_gpus: bool) -> list[Bundle]:
             other = sharing[actor.index]
             bundles.append(Bundle((actor, other), actor.cpus + other.cpus, 1.0))
         elif actor.role != "driver" and not (actor.role == "sampler" and actor.index in paired):
-            bundles.append(Bundle((actor,), actor.cpus, actor.gpus))
+            alone = share_gpus and actor.role == "sampler"
+            bundles.append(Bundle((actor,), actor.cpus, 1.0 if alone else actor.gpus))
     return bundles
 
 
@@ -192,8 +194,8 @@ def actors_of(recipe: Recipe, command: Command) -> tuple[Actor, ...]:
 
 
 def seated_for(recipe: Recipe, actors: Sequence[Actor], nodes: Sequence[Node]) -> Seating:
-    """`seated` as a recipe says: under transport "ipc" memory is handed over within a GPU."""
-    return seated(actors, recipe.placement, nodes, recipe.transfer.transport == "ipc")
+    """`seated` as a recipe says: a sampler and the rank of its number may share a GPU."""
+    return seated(actors, recipe.placement, nodes, recipe.paired)
 
 
 def lacking(recipe: Recipe, command: Command, nodes: Sequence[Node]) -> str:

@@ -12,9 +12,12 @@ from typing import Literal
 
 from cluster.recipe.hardware import Machine, gib
 from cluster.recipe.memory import (
+    LEFT_BY_A_SLEEPER,
     PolicySize,
+    at_rest,
     cached_tokens,
     learner_memory,
+    phases,
     policy_size,
     sampler_memory,
     stored_weights,
@@ -29,6 +32,8 @@ Role = Literal["sampler", "frozen model", "learner", "reward worker", "reward mo
 
 ROUNDING = 1e-6
 """Of cores and GPUs, which are sums of fractions; Ray counts in steps of 1e-4."""
+SHARING = ("sampler", "learner")
+"""Roles that take turns under `placement.mode` = "colocated"."""
 UNKNOWN_SIZES = ("sampler", "frozen model", "learner", "reward model")
 """Roles whose memory may be unknown; the others take little."""
 
@@ -92,11 +97,13 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     """
     model, sampler = recipe.model, recipe.sampler
     size = policy_size(model.path)
+    turns = shares_by_turns(recipe, command)
     learners = _learners(recipe, size, command) if command in ("train", "sft", "replay") else []
 
     def engine(role: Role, index: int, size: PolicySize | None) -> Actor:
         memory = sampler_memory(model, sampler, size, machine)
-        return Actor(role, index, sampler.cpus, sampler.gpus, memory)
+        asleep = {"weights while it sleeps": memory["weights"]} if size and turns else {}
+        return Actor(role, index, sampler.cpus, sampler.gpus, memory, asleep)
 
     samplers, others = [], []
     if command in ("train", "sample", "eval") or (command == "sft" and recipe.eval.every):
@@ -113,8 +120,20 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     actors = (Actor("driver", 0), *samplers, *learners, *others)
     available = {"cores": machine.cores, "GPUs": len(machine.gpus)}
     shortages = _shortages(_need(recipe, command), available, "this machine has")
+    if turns and frozen:
+        shortages += (
+            'placement.mode = "colocated" has no GPU for the engine of a frozen model '
+            f"({len(frozen)} asked: reward.terms, eval.reader), since samplers and learner fill "
+            'theirs by turns; use "disaggregated"',
+        )
     notes = _notes(recipe, command, size, actors, machine)
     return Placement(actors, machine, shortages, tuple(notes))
+
+
+def shares_by_turns(recipe: Recipe, command: Command) -> bool:
+    """Whether a command's samplers and learner take turns on GPUs."""
+    both = command == "train" or (command == "sft" and recipe.eval.every > 0)
+    return both and recipe.placement.by_turns and recipe.sampler.gpus > 0
 
 
 def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list[Actor]:
@@ -124,6 +143,8 @@ def _learners(recipe: Recipe, size: PolicySize | None, command: Command) -> list
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
     away = [name for name in offloaded[learner.offload] if learner.gpus and name in memory]
     host_memory = {name: memory.pop(name) for name in away}
+    if shares_by_turns(recipe, command):
+        host_memory |= {"states at rest": at_rest(memory)}
     stored = stored_weights(recipe, command)
     fetched = {"two versions to fetch": stored} if stored else {}
     return [
@@ -162,7 +183,14 @@ def _notes(
         notes.append(f"each engine fills {share:.0%} of its GPU with KV cache")
     if "sampler" in roles and size and (machine.gpus or not recipe.sampler.gpus):
         notes.append(_cache_note(recipe, size, machine))
-    for where, estimate, present in _memory_totals(actors, machine):
+    by_phase = _phases(actors, recipe) if shares_by_turns(recipe, command) else {}
+    if size and by_phase and machine.gpus:
+        told = ", ".join(f"{phase} {gib(used)}" for phase, used in by_phase.items())
+        notes.append(
+            f"by turns, on each GPU of {gib(min(g.memory for g in machine.gpus))}: {told}; "
+            f"{gib(LEFT_BY_A_SLEEPER)} is counted for whoever sleeps"
+        )
+    for where, estimate, present in _memory_totals(actors, machine, by_phase):
         if estimate > present:
             notes.append(
                 f"{where} may not suffice: the estimate is {gib(estimate)} of {gib(present)}; "
@@ -191,15 +219,29 @@ def _cache_note(recipe: Recipe, size: PolicySize, machine: Machine) -> str:
     )
 
 
-def _memory_totals(actors: tuple[Actor, ...], machine: Machine) -> list[tuple[str, int, int]]:
-    """(what memory, bytes estimated, bytes there): main memory, and the smallest GPU."""
+def _phases(actors: tuple[Actor, ...], recipe: Recipe) -> dict[str, int]:
+    engine, rank = (
+        next(a.memory for a in actors if a.role == role) for role in ("sampler", "learner")
+    )
+    return phases(engine, rank, recipe.transfer.transport)
+
+
+def _memory_totals(
+    actors: tuple[Actor, ...], machine: Machine, by_phase: Mapping[str, int]
+) -> list[tuple[str, int, int]]:
+    """(what memory, bytes estimated, bytes there): main memory, and the smallest GPU.
+
+    `by_phase`: of samplers and learner that take turns, and have no part of a GPU of their own.
+    """
     main = sum(sum(a.memory.values()) for a in actors if not a.gpus)
     main += sum(sum(a.offloaded.values()) for a in actors)
     totals = [("main memory", main, machine.memory)]
     if machine.gpus:
         # An actor that has a part of a GPU has that part of its memory.
-        on_one = [int(sum(a.memory.values()) / min(a.gpus, 1)) for a in actors if a.gpus]
-        totals.append(("GPU memory", max(on_one, default=0), min(g.memory for g in machine.gpus)))
+        alone = [a for a in actors if a.gpus and not (by_phase and a.role in SHARING)]
+        on_one = [int(sum(a.memory.values()) / min(a.gpus, 1)) for a in alone]
+        most = max([*on_one, *by_phase.values()], default=0)
+        totals.append(("GPU memory", most, min(g.memory for g in machine.gpus)))
     return totals
 
 

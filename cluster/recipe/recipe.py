@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.algorithm import AlgorithmConfig
 from cluster.recipe.errors import Location, dotted, explain
+from cluster.recipe.gpus import paired, refuse_gpus
 from cluster.recipe.sections import (
     TOOL_PASSES,
     EvalConfig,
@@ -86,6 +87,11 @@ class Recipe(Section):
     """Where it is written."""
     job: JobConfig = JobConfig()
     """What a job of a Ray cluster takes along."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether each sampler shares a GPU with the learner rank of its number."""
+        return paired(self.sampler, self.transfer, self.placement)
 
     @field_validator("tasks")
     @classmethod
@@ -193,32 +199,7 @@ class Recipe(Section):
             f"got {sft.vision_warmup_steps if sft else 0}, and warming up changes the weights that "
             "the adapters of [learner.lora] are of; warm up in a recipe without it first",
         )
-        refuse(
-            transfer.transport != "host" and not (sampler.gpus and learner.gpus),
-            "transfer.transport",
-            f'"{transfer.transport}" moves weights between GPUs, and sampler.gpus or '
-            'learner.gpus is 0; use "host"',
-        )
-        refuse(
-            transfer.transport == "ipc"
-            and not (sampler.gpus < 1 and learner.gpus < 1 and sampler.count == learner.ranks),
-            "transfer.transport",
-            '"ipc" hands memory over within a GPU, so each sampler shares that of a learner rank: '
-            "write as many samplers (sampler.count) as ranks (learner.ranks), and parts of a GPU "
-            'for both (sampler.gpus + learner.gpus at most 1); between GPUs use "nccl"',
-        )
-        refuse(
-            transfer.transport == "ipc" and self.placement.samplers != self.placement.learner,
-            "placement.samplers",
-            'differs from placement.learner, and under transport "ipc" a sampler shares the GPU of '
-            "a learner rank; write the same labels",
-        )
-        refuse(
-            transfer.transport == "ipc" and sampler.gpus + learner.gpus > 1,
-            "sampler.gpus",
-            f"got {sampler.gpus:g} beside learner.gpus = {learner.gpus:g}, and a sampler shares a "
-            "GPU with a rank; together they are at most 1",
-        )
+        refuse_gpus(sampler, learner, transfer, self.placement, algorithm.max_staleness)
         refuse(
             transfer.overlap and not algorithm.max_staleness,
             "transfer.overlap",

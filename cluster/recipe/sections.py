@@ -17,10 +17,16 @@ Labels = dict[_Label, _Label]
 
 
 class PlacementConfig(Section):
-    """[placement] On which nodes of a cluster (`--address`) a run's actors are: those with all of
-    these labels. `ray start --labels=role=sampler` gives a node what `{ role = "sampler" }` asks.
+    """[placement] Who shares GPUs with whom, and on which nodes of a cluster (`--address`) a run's
+    actors are: those with all of these labels. `ray start --labels=role=sampler` gives a node what
+    `{ role = "sampler" }` asks.
     """
 
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    """`colocated`: samplers and learner take turns. While one works the other's memory is in main
+    memory, so that each has nearly all of a GPU (docs/step.md); on-policy only, a sampler on the
+    GPU of each learner rank. On CPUs they take turns and free nothing. `disaggregated`: each has
+    its GPUs, or its part of one, all the time."""
     learner: Labels = Field(default_factory=dict)
     """Nodes that the learner's ranks may be on; {}: any. All are on one where one has room for
     them, which is the driver's if it has, else on few."""
@@ -34,6 +40,11 @@ class PlacementConfig(Section):
     """Rather an engine a node than a node full of them."""
     wait_seconds: Amount = 120.0
     """How long a run waits for nodes that are not there yet, or full, before it is refused."""
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether samplers and learner work by turns."""
+        return self.mode == "colocated"
 
 
 class WatchConfig(Section):

@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "sampler.heartbeat_seconds", "sampler.max_restarts", "sampler.restart_window_seconds",
     "transfer.transport", "transfer.deadline_seconds", "transfer.bucket_mib", "transfer.checksum",
     "transfer.overlap",
-    "placement.learner", "placement.samplers", "placement.reward_workers",
+    "placement.mode", "placement.learner", "placement.samplers", "placement.reward_workers",
     "placement.spread_samplers", "placement.wait_seconds",
     "watch.stall_seconds", "watch.on_stall",
     "environment.step_seconds", "environment.seconds", "environment.workers",

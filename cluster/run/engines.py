@@ -40,6 +40,7 @@ def sampler_pool(
         transport=recipe.transfer.transport,
         frozen=frozen is not None,
         seed=recipe.seed,
+        sleeps=recipe.placement.by_turns and not frozen,
     )
     name, count = ("sampler", recipe.sampler.count) if frozen is None else (f"frozen-{frozen}", 1)
     return SamplerPool(start, count, recipe.sampler, name, recipe.transfer.deadline_seconds)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cluster.recipe.nodes import actors_of
@@ -24,6 +25,7 @@ from cluster.run.engines import FrozenPools, frozen_pools, sampler_pool, samplin
 from cluster.run.evaluate import evaluate_all
 from cluster.run.places import Places, places_of
 from cluster.run.session import session
+from cluster.run.turns import Turns
 from learner.actor import LearnerGroup
 from learner.trainer import LearnerSetup
 from rewards.advantages import find_advantage
@@ -139,15 +141,22 @@ class LivePolicy:
         self.places = places = Places(recipe, actors_of(recipe, command))
         self.frozen = frozen_pools(recipe, command, places)
         self.learner = LearnerGroup(learner, lambda rank: places.options("learner", rank))
-        on_one_gpu = recipe.transfer.transport == "ipc"
+        on_one_gpu = recipe.paired
         if on_one_gpu:
             # An engine measures the memory that is free while it starts.
             self._starting = self.learner.start_async()
             self.learner.wait(self._starting)
+            if recipe.placement.by_turns:
+                self.learner.offload()
         start = None if learner.resume else learner.start
         self.samplers = sampler_pool(recipe, places, start)
         if not on_one_gpu:  # last, for it waits for the process of rank 0
             self._starting = self.learner.start_async()
+        self.turns = Turns(self.samplers, self.learner) if recipe.placement.by_turns else None
+        if self.turns:
+            self.samplers.turn = partial(self.turns.enter, "sampling")
+            self.learner.turn = partial(self.turns.enter, "learning")
+            self.learner.sending = partial(self.turns.enter, "sending")
         self._delivery = (
             Delivery(self.samplers, self.learner)
             if recipe.transfer.transport == "host"
@@ -207,8 +216,9 @@ class Run(LivePolicy):
         say.say(f"all up after {time.perf_counter() - start:.0f} s")
 
     def counts(self) -> dict[str, float]:
-        """See `sampler_metrics`."""
-        return sampler_metrics(self.samplers, self.frozen)
+        """What befell the samplers (`sampler_metrics`), and what turns took where there are any."""
+        turns = self.turns.counts() if self.turns else {}
+        return sampler_metrics(self.samplers, self.frozen) | turns
 
     def news(self) -> list[News]:
         """Which samplers, and engines of frozen models, were lost or came back since last asked."""

@@ -62,8 +62,8 @@ def scale_as_asked(live: LivePolicy, run: Path, progress: Progress) -> None:
         samplers = requested(run)
         if samplers is None or samplers == live.samplers.size():
             return
-        if live.recipe.transfer.transport == "ipc":
-            raise UserError('transfer.transport = "ipc" has a sampler a learner rank, no more')
+        if live.recipe.paired:
+            raise UserError("each sampler shares the GPU of a learner rank: there can be no more")
         sampler = live.recipe.sampler.model_copy(update={"count": samplers})
         rescaled = live.recipe.model_copy(update={"sampler": sampler})
         if missing := lacking(rescaled, "train", live_nodes()):

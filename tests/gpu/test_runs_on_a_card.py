@@ -16,6 +16,12 @@ from tests.support.recipes import ROOT
 
 SHARED = ("sampler.gpus=0.5", "learner.gpus=0.5", "sampler.gpu_memory_utilization=0.4")
 APART = ("sampler.gpus=1", "learner.gpus=1")
+TURNS = (
+    "placement.mode=colocated",
+    "sampler.gpus=0.5",
+    "learner.gpus=0.5",
+    "sampler.gpu_memory_utilization=0.85",
+)
 SECONDS = 1200
 
 
@@ -65,6 +71,22 @@ def test_what_a_learner_rank_sends_is_what_a_sampler_holds(
     print(f"{transport} {dtype}: gaps {gap} nats, transfers {seconds} s")
     assert len(gap) == 2 and found["learner/grad_norm"][0] > 0
     assert max(gap) <= MISMATCH_LIMIT[dtype, cards > 0]
+
+
+@pytest.mark.parametrize("transport", ["host", "ipc"])
+def test_by_turns_each_has_nearly_all_of_the_card(
+    transport: str, cards: int, tmp_path: Path
+) -> None:
+    """More than both could have side by side; and they are one policy after each hand-over."""
+    if transport != "host" and not cards:
+        pytest.skip(f"{transport} goes from GPU to GPU")
+    where = TURNS if cards else TURNS[:1]
+    small = ("algorithm.steps=3", "algorithm.problems_per_step=8", "eval.problems=8")
+    how = (f"transfer.transport={transport}", "model.dtype=bfloat16", "checkpoint.every=2")
+    found = trained("sudoku", tmp_path / "run", *where, *small, *how)
+    gap, seconds = found["learner/logprob_gap"], found["turns/seconds"]
+    print(f"by turns, {transport}: gaps {gap} nats, hand-overs so far {seconds} s")
+    assert len(gap) == 3 and max(gap) <= MISMATCH_LIMIT["bfloat16", cards > 0]
 
 
 def test_the_demo_learns_on_the_card(cards: int, tmp_path: Path) -> None:

@@ -67,12 +67,14 @@ ONE = {
     "idefics3": ("0 whole", "0 every term"),
 }
 OPTIONS = {
-    1: ("0 frozen",),
+    1: ("0 frozen", "2 frozen by turns"),
     2: (
         "1 offload optimizer",
         "2 frozen offload optimizer",
         "3 offload all recompute",
         "3 frozen recompute",
+        "2 by turns",
+        "3 offload optimizer by turns",
     ),
 }
 """Of the engine, which change where and what it computes."""
@@ -160,7 +162,8 @@ class Ranks:
             return Job(chosen, updates, RATE, measure=() if "plain" in case else ("all", "head"))
         save = str(self.folder / name.replace("/", "-")) if name in SAVED else None
         loss = EVERY_TERM if every_term else LOSS
-        return Job(chosen, tuple((b, loss) for b in batches), RATE, save)
+        updates = tuple((b, loss) for b in batches)
+        return Job(chosen, updates, RATE, save, turns="by turns" in case)
 
     def refused(self, stage: int) -> Job:
         """Two updates to refuse: one for its gradient, one for its loss."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rollout.dispatch import OVERFILL, Dispatch, SamplerLost
-from rollout.jobs import Died, Job, Refused, fault_of
+from rollout.jobs import Command, Died, Job, Refused, fault_of
 from rollout.record import Group, ReplyError
 from rollout.settings import SamplerConfig
 from tests.support.pretend import VOCABULARY, group, request, score_request
@@ -91,26 +91,28 @@ class World:
             self.later(self.rng.exponential(1.0), (self.renewed, (*at, self.version)))
 
     def obey(self) -> None:
+        for command in self.dispatch.take():
+            self.carry_out(command, (command.name, command.life))
+
+    def carry_out(self, command: Command, at: tuple[str, int]) -> None:
         d = self.dispatch
-        for command in d.take():
-            at = (command.name, command.life)
-            if command.do == "start":
-                assert command.life == 0 or (command.name, command.life - 1) in self.dead
-                fails = self.rng.random() < self.trouble / 4
-                lost = (d.lost, (*at, "start", "no luck"))
-                up = (self.started, (*at, self.version))
-                self.later(self.rng.exponential(3.0), lost if fails else up)
-            elif command.do == "renew":
-                assert at not in self.dead, "weights for the dead"
-                self.renew(at)
-            elif command.do in ("kill", "retire"):
-                self.dead.add(at)
-                self.running = {g: place for g, place in self.running.items() if place != at}
-            elif command.do == "ping":
-                if at not in self.frozen | self.dead:
-                    self.later(self.rng.exponential(0.1), (d.ponged, at))
-            elif command.do == "send":
-                self.work(at, command.ticket, command.request)
+        if command.do == "start":
+            assert command.life == 0 or (command.name, command.life - 1) in self.dead
+            fails = self.rng.random() < self.trouble / 4
+            lost = (d.lost, (*at, "start", "no luck"))
+            up = (self.started, (*at, self.version))
+            self.later(self.rng.exponential(3.0), lost if fails else up)
+        elif command.do == "renew":
+            assert at not in self.dead, "weights for the dead"
+            self.renew(at)
+        elif command.do in ("kill", "retire"):
+            self.dead.add(at)
+            self.running = {g: place for g, place in self.running.items() if place != at}
+        elif command.do == "ping":
+            if at not in self.frozen | self.dead:
+                self.later(self.rng.exponential(0.1), (d.ponged, at))
+        elif command.do == "send":
+            self.work(at, command.ticket, command.request)
 
     def work(self, at: tuple[str, int], ticket: int, asked: Any) -> None:
         assert at not in self.dead, "work for the dead"

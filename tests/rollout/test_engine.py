@@ -595,6 +595,29 @@ def test_two_updates_on_what_was_sampled_keep_sampler_and_learner_agreed(live: L
         optimizer.step()
 
 
+@on("qwen3_vl")
+def test_a_request_to_one_that_sleeps_is_answered_under_the_weights_it_wakes_with(
+    live: Live,
+) -> None:
+    """vLLM's own calls; on a CPU its worker frees nothing, and all else is as on a GPU."""
+    live.send("original", 7)
+    assert live.learner_gap("original", live.sample(mixed_sizes(2))) < 1e-4
+    live.wait(live.call("sleep"), 60)
+    asked = SampleRequest("slept", mixed_sizes(1)[0], 2, Sampling(max_tokens=40))
+    answer = live.call("sample", asked, TASK)
+    live.wait(live.call("ping"), 60)
+    live.send("perturbed", 8)
+    live.wait(live.call("ping"), 60)
+    assert not answer.done(), "no request before the cache is there"
+    live.wait(live.call("wake"), 60)
+    group = live.wait(answer, 300)
+    assert live.learner_gap("perturbed", [group]) < 1e-4 < live.learner_gap("original", [group])
+    assert {int(v) for r in group.rollouts for v in r.versions} == {8}
+    live.wait(live.call("sleep"), 60)
+    live.wait(live.call("wake"), 60)  # with the weights that it slept with
+    assert live.learner_gap("perturbed", live.sample(mixed_sizes(2))) < 1e-4
+
+
 @two_families
 def test_a_request_that_nobody_waits_for_any_more_is_dropped(live: Live) -> None:
     def do(work: Any) -> Any:

@@ -40,6 +40,8 @@ class Job:
     checkpoint: where to write a training checkpoint, and after how many updates; in the
         background it is not begun before the next update is done.
     killed: SIGKILL in the middle of the checkpoint after one update more.
+    turns: its states leave for main memory before each update, all but the weights first, and come
+        back; and once in between with nothing to do.
     """
 
     setup: LearnerSetup
@@ -49,6 +51,7 @@ class Job:
     checkpoint: tuple[int, str] | None = None
     measure: tuple[NormOf, ...] = ()
     killed: bool = False
+    turns: bool = False
 
 
 def setup(model: str, dtype: str = "float32", **learner: Any) -> LearnerSetup:
@@ -222,6 +225,8 @@ def _do(job: Job, world: WorldPlace) -> Outcome:
                 assert Path(job.checkpoint[1]).exists() != job.setup.checkpoint.background
         outcome.measured += [learner.segment_gradients(batch, of) for of in job.measure]
         passes.clear()
+        if job.turns:
+            in_turns(learner)
         try:
             outcome.metrics.append(learner.update(batch, loss, job.learning_rate))
         except NonFiniteLoss as error:
@@ -260,6 +265,19 @@ def _do(job: Job, world: WorldPlace) -> Outcome:
         learner.save(Path(job.save))
     learner.close()
     return outcome
+
+
+def in_turns(learner: DeepSpeedLearner) -> None:
+    """What samplers on a rank's GPU would make it do; on a CPU its own `offload` does nothing."""
+    states = learner._states
+    states.offload(weights=False)
+    assert learner._engine.optimizer.offloaded_states, "DeepSpeed has moved something"
+    list(learner.weights())  # which are sent from the device
+    states.offload(weights=True)
+    states.reload()
+    assert not learner._engine.optimizer.offloaded_states
+    states.offload(weights=True)
+    states.reload()
 
 
 def whole_state(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.recipe.hardware import GIB, Gpu, Machine
+from cluster.recipe.hardware import GIB, Gpu, Machine, gib
 from cluster.recipe.memory import PolicySize, learner_memory, policy_size
 from cluster.recipe.placement import PlacementError, describe, frozen_models, plan
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
@@ -273,6 +273,79 @@ def test_the_dry_run_tells_how_many_tokens_an_engines_cache_has_room_for() -> No
     (said,) = (n for n in plan(gpu(), small).notes if "KV cache has" in n)
     assert "will not start" in said and "gpu_memory_utilization" in said
     assert not any("KV cache has" in n for n in plan(gpu(), TWO_CORES).notes)  # no GPU to fill
+
+
+VARIANTS = ("Colocated, by turns (docs/step.md)", "Engines of two GPUs")
+"""What the head of each GPU recipe says how to set."""
+
+
+def written_in(path: Path) -> dict[str, list[str]]:
+    """Title -> overrides, of the comments at the head of a recipe."""
+    head = path.read_text("utf-8").split("\nname = ")[0].replace("\n#   ", " ")
+    lines = [line for line in head.splitlines() if "--set" in line]
+    return {
+        line.removeprefix("# ").split(":")[0]: re.findall(r"--set (\S+)", line) for line in lines
+    }
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes/gpu").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_each_gpu_recipe_fits_eight_gpus_apart_by_turns_and_with_larger_engines(
+    path: Path,
+) -> None:
+    variants = written_in(path)
+    assert tuple(variants) == VARIANTS
+    for overrides in ([], ["algorithm.max_staleness=0"], *variants.values()):
+        recipe = load_recipe(path, overrides)
+        placed = plan(recipe, EIGHT_GPUS)
+        placed.require()
+        assert placed.gpus == 8 and not recipe.sampler.eager
+        assert not any("may not suffice" in note for note in placed.notes), placed.notes
+        (cache,) = (note for note in placed.notes if "KV cache has room for" in note)
+        assert "will not start" not in cache
+    apart, turns = load_recipe(path), load_recipe(path, variants[VARIANTS[0]])
+    assert turns.placement.by_turns and turns.learner.ranks == turns.sampler.count == 8
+    assert not apart.placement.by_turns and apart.learner.ranks + apart.sampler.count == 8
+    assert load_recipe(path, variants[VARIANTS[1]]).sampler.tensor_parallel == 2
+
+
+def by_turns(*more: str) -> Recipe:
+    path = ROOT / "recipes/gpu/qwen3_vl_4b_sudoku.toml"
+    return load_recipe(path, [*written_in(path)[VARIANTS[0]], *more])
+
+
+def test_by_turns_each_phase_is_added_up_and_what_rests_is_in_main_memory() -> None:
+    weights, card = 2 * 4_437_815_808, EIGHT_GPUS.gpus[0].memory
+    placed = plan(by_turns(), EIGHT_GPUS)
+    engine, rank = (next(a for a in placed.actors if a.role == r) for r in ("sampler", "learner"))
+    assert engine.offloaded == {"weights while it sleeps": weights}
+    assert rank.offloaded == {"states at rest": weights + rank.memory["optimizer"]}
+    learning = sum(rank.memory.values())
+    phases = {"sampling": int(0.85 * card), "learning": learning, "sending": 2 * weights}
+    left = {"sampling": GIB, "learning": GIB, "sending": 2 * GIB}
+    (said,) = (note for note in placed.notes if note.startswith("by turns"))
+    for phase, used in phases.items():
+        assert f"{phase} {gib(used + left[phase])}" in said, said
+    host = plan(by_turns("transfer.transport=host"), EIGHT_GPUS).notes
+    assert not any("sending" in note for note in host)
+    # Held against the whole card, not against halves of it, and phase by phase.
+    for more, fits in (
+        (("sampler.gpu_memory_utilization=0.98",), True),
+        (("sampler.gpu_memory_utilization=1.0",), False),
+        (("learner.micro_batch_tokens=262144",), False),
+    ):
+        notes = plan(by_turns(*more), EIGHT_GPUS).notes
+        assert any("GPU memory may not suffice" in note for note in notes) != fits, more
+    main = Machine(64, 32 * GIB, EIGHT_GPUS.gpus)
+    assert any("main memory may not suffice" in note for note in plan(by_turns(), main).notes)
+
+
+def test_by_turns_there_is_no_gpu_for_a_frozen_model() -> None:
+    with pytest.raises(PlacementError, match="no GPU for the engine of a frozen model"):
+        plan(by_turns('eval.reader="r"'), EIGHT_GPUS).require()
+    cpus = tiny('eval.reader="r"', "placement.mode=colocated")
+    plan(cpus, Machine(3, 24 * GIB)).require()
 
 
 def test_what_is_offloaded_is_in_main_memory() -> None:

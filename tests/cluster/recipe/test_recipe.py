@@ -177,6 +177,44 @@ def test_ipc_needs_a_sampler_and_a_rank_on_each_gpu(recipe: Path) -> None:
     assert load_recipe(recipe, [ipc, *SHARED]).sampler.gpus == 0.5
 
 
+TURNS = ["placement.mode=colocated", *SHARED, "sampler.gpu_memory_utilization=0.9"]
+"""The same by turns, each with nearly all of it."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.max_staleness=1"], "algorithm.max_staleness: got 1 with placement.mode"),
+        (["learner.gpus=0"], 'placement.mode: "colocated" takes turns on the same GPUs'),
+        (["sampler.gpus=0"], 'placement.mode: "colocated" takes turns on the same GPUs'),
+        (["sampler.count=2"], 'placement.mode: under mode "colocated" each sampler shares'),
+        (["sampler.gpus=1", "learner.gpus=1"], "placement.mode: under mode"),
+        (["sampler.gpus=2", "sampler.tensor_parallel=2"], "placement.mode: under mode"),
+        (["learner.gpus=0.6"], "sampler.gpus: got 0.5 beside learner.gpus = 0.6"),
+        (["transfer.transport=nccl"], 'transfer.transport: "nccl" takes no two processes'),
+        (["learner.zero_stage=0"], "learner.zero_stage: got 0, whose states DeepSpeed does not"),
+        (["learner.zero_stage=3"], "learner.zero_stage: got 3, whose states DeepSpeed does not"),
+        (['placement.learner={role="learner"}'], "placement.samplers: differs from"),
+        (["placement.mode=disaggregated"], "sampler.gpu_memory_utilization: got 0.9 with gpus"),
+    ],
+)
+def test_turns_are_refused_where_they_cannot_be_taken(
+    recipe: Path, overrides: list[str], said: str
+) -> None:
+    assert load_recipe(recipe, TURNS).paired
+    line = error(recipe, *TURNS, *overrides)
+    assert line.startswith(f"{recipe}: {said}") and "\n" not in line.strip()
+
+
+def test_turns_are_taken_by_either_transport_and_on_cpus(recipe: Path) -> None:
+    for more in ("transfer.transport=ipc", "learner.lora={rank=4}"):
+        assert load_recipe(recipe, [*TURNS, more]).paired
+    all_there = ["learner.zero_stage=3", 'learner.offload="all"']
+    assert load_recipe(recipe, [*TURNS, *all_there]).placement.by_turns
+    cpus = load_recipe(recipe, ["placement.mode=colocated", "sampler.count=2"])
+    assert cpus.placement.by_turns and not cpus.paired
+
+
 def test_flash_attention_needs_a_gpu_and_bfloat16(recipe: Path) -> None:
     gpu, half = "learner.gpus=1", "model.dtype=bfloat16"
     for alone in (gpu, half):

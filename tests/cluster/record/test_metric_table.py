@@ -29,6 +29,7 @@ from cluster.run.sft import balance_metrics
 from cluster.run.step_metrics import step_metrics
 from cluster.run.stream import GroupStream
 from cluster.run.train import learner_metrics, transfer_metrics
+from cluster.run.turns import Turns
 from learner.balance import SegmentGradients
 from learner.batch import Tokens, TrainBatch
 from learner.loss_settings import LossConfig
@@ -144,7 +145,7 @@ def made_by_the_driver() -> set[str]:
     pool.started("sampler-0", 0, 50, None, 0.0)
     pool.lost("sampler-0", 0, "actor", "gone", 1.0)
     counted: Any = SimpleNamespace(counts=lambda: pool.counts(2.0))
-    names |= set(sampler_metrics(counted, {"m": counted}))
+    names |= set(sampler_metrics(counted, {"m": counted})) | set(Turns(counted, counted).counts())
     plain = {"name": "x", "model": {"path": "m"}, "tasks": [{"name": "sudoku"}] * 2}
     recipe = Recipe.model_validate(plain)
     sources = open_sources(recipe.tasks)

@@ -2,7 +2,8 @@
 
 Engines are slow to start, so one run shows it all. InternVL trains on two ZeRO-3 ranks; its engine
 is killed and may not start again, which ends the run; its last checkpoint is torn; and it goes on
-as a job of a Ray head on loopback, until its budget of tokens is spent.
+as a job of a Ray head on loopback, by turns as on a GPU that sampler and learner share, until its
+budget of tokens is spent.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
         command += [sys.executable, "-m", "cluster", "train", "--resume", str(driver.run)]
         command += ["--set", "checkpoint.background=true"]
+        command += ["--set", "placement.mode=colocated"]
         job = subprocess.run(
             command, env=environment(), capture_output=True, text=True, timeout=1200
         )
@@ -190,6 +192,18 @@ def test_it_goes_on_as_if_it_had_not_ended(
             assert one["total"] == pytest.approx(other["total"], rel=1e-3, abs=1e-5)
             gap = np.abs(np.subtract(one["logprobs"], other["logprobs"])).max()
             assert gap < 1e-4
+
+
+def test_its_second_life_went_by_turns(metrics: dict[tuple[int, str], float], steps: range) -> None:
+    """And drew and learnt what the first did, which went beside each other (above)."""
+    name = "turns/count"
+    counts = {step: metrics[step, name] for step in steps if (step, name) in metrics}
+    assert steps[-1] in counts and len(counts) > 2
+    for step in sorted(counts)[1:]:
+        # To the learner and back, once more for a checkpoint after the step before.
+        assert counts[step] - counts[step - 1] == (4 if (step - 1) % EVERY == 0 else 2), step
+    apart = range(1, min(counts))
+    assert apart and not any((step, name) in metrics for step in apart)
 
 
 def test_it_ends_when_its_budget_is_spent(
