@@ -122,8 +122,10 @@ DECIDES = """
     algorithm.entropy_weight algorithm.drop_zero_variance
     algorithm.max_staleness algorithm.too_old algorithm.order algorithm.updates_per_step
     algorithm.segment_weights.perception algorithm.segment_weights.reasoning
-    algorithm.segment_weights.answer algorithm.entropy_weights.perception
+    algorithm.segment_weights.answer algorithm.segment_weights.act
+    algorithm.entropy_weights.perception
     algorithm.entropy_weights.reasoning algorithm.entropy_weights.answer
+    algorithm.entropy_weights.act
     algorithm.papo.weight algorithm.papo.entropy_weight algorithm.papo.patch_size
     algorithm.papo.share algorithm.correction.kind algorithm.correction.low
     algorithm.correction.high algorithm.dynamic_sampling.max_rounds
