@@ -62,7 +62,8 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own_ray: bool) ->
             waited = f"\nwaited {limit:g} s (placement.wait_seconds) for it" if limit else ""
             raise PlacementError(missing + waited)
         if missing != announced:
-            say(f"waiting for nodes, {limit:g} s at most (placement.wait_seconds): {missing}")
+            limited = f"{limit:g} s at most (placement.wait_seconds)"
+            say(f"waiting for nodes with room, {limited}: {missing}")
             announced = missing
         time.sleep(LOOK_SECONDS)
 
