@@ -244,3 +244,15 @@ def watched(client: PoolClient, method: str) -> Future[Any]:
     future: Future[Any] = Future()
     client.watch(client.call(method), future.set_result)
     return future
+
+
+def all_over(jobs: Sequence[Job]) -> Callable[[], bool]:
+    """Whether all jobs have their outcome; asking costs what was finished since."""
+    unfinished = deque(jobs)
+
+    def over() -> bool:
+        while unfinished and unfinished[0].outcome is not None:
+            unfinished.popleft()
+        return not unfinished
+
+    return over

@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,6 +24,7 @@ from rollout.jobs import (
     News,
     PoolClient,
     Refused,
+    all_over,
     not_up,
     retire,
     watched,
@@ -114,7 +114,7 @@ class SamplerPool:
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
             with self.turn():
-                self._wait(_all_over(jobs))
+                self._wait(all_over(jobs))
             return [job.group() for job in jobs]
         except BaseException:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
@@ -132,7 +132,7 @@ class SamplerPool:
         self._tell(lambda now: self._dispatch.add(jobs, now))
         try:
             with self.turn():
-                self._wait(_all_over(jobs))
+                self._wait(all_over(jobs))
         except SamplerLost as error:
             self._tell(lambda now: self._dispatch.give_up(jobs, now))
             lost = str(error)
@@ -406,15 +406,3 @@ class SamplerPool:
     def _watch(self, command: Command, client: PoolClient, future: Any) -> None:
         heard = (command.do, command.name, command.life, command.ticket)
         client.watch(future, lambda result: self._events.put((*heard, result)))
-
-
-def _all_over(jobs: Sequence[Job]) -> Callable[[], bool]:
-    """Whether all jobs have their outcome; asking costs what was finished since."""
-    unfinished = deque(jobs)
-
-    def over() -> bool:
-        while unfinished and unfinished[0].outcome is not None:
-            unfinished.popleft()
-        return not unfinished
-
-    return over

@@ -120,12 +120,7 @@ def plan(recipe: Recipe, machine: Machine, command: Command = "train") -> Placem
     actors = (Actor("driver", 0), *samplers, *learners, *others)
     available = {"cores": machine.cores, "GPUs": len(machine.gpus)}
     shortages = _shortages(_need(recipe, command), available, "this machine has")
-    if turns and frozen:
-        shortages += (
-            'placement.mode = "colocated" has no GPU for the engine of a frozen model '
-            f"({len(frozen)} asked: reward.terms, eval.reader), since samplers and learner fill "
-            'theirs by turns; use "disaggregated"',
-        )
+    shortages += _beside_turns(recipe, command)
     notes = _notes(recipe, command, size, actors, machine)
     return Placement(actors, machine, shortages, tuple(notes))
 
@@ -312,8 +307,19 @@ def require_cluster(recipe: Recipe, resources: Mapping[str, float], command: Com
     """
     available = {"cores": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
     shortages = _shortages(_need(recipe, command), available, "the cluster has")
+    shortages += _beside_turns(recipe, command)
     if shortages:
         raise PlacementError("\n".join(shortages))
+
+
+def _beside_turns(recipe: Recipe, command: Command) -> tuple[str, ...]:
+    models = frozen_models(recipe, command)
+    if not (models and recipe.placement.by_turns and recipe.sampler.gpus):
+        return ()
+    return (
+        f'placement.mode = "colocated" has no GPU for the engine of {models[0]}, which a reward '
+        'term or eval.reader asks: samplers and learner fill theirs by turns; use "disaggregated"',
+    )
 
 
 def _need(recipe: Recipe, command: Command) -> dict[str, dict[str, float]]:

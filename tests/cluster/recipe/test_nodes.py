@@ -186,9 +186,10 @@ def test_reward_workers_are_on_nodes_without_gpus_where_there_are_some() -> None
         assert [sum(a.role == "reward worker" for a in there) for _, there in found] == counts
 
 
-def test_sharing_a_gpu_takes_all_of_it() -> None:
+@pytest.mark.parametrize("how", ['transfer.transport="ipc"', "placement.mode=colocated"])
+def test_sharing_a_gpu_takes_all_of_it(how: str) -> None:
     recipe = made_recipe(
-        'transfer.transport="ipc"', "sampler.count=2", "learner.ranks=2", "sampler.gpus=0.3",
+        how, "sampler.count=2", "learner.ranks=2", "sampler.gpus=0.3",
         "sampler.gpu_memory_utilization=0.3", "learner.gpus=0.5",
     )  # fmt: skip
     found = seating(recipe, Node("a", 4, 2))
@@ -196,6 +197,8 @@ def test_sharing_a_gpu_takes_all_of_it() -> None:
     assert [b.gpus for b, _ in found.seats if b.gpus] == [1, 1]
     assert "on the GPU of" in lacking(recipe, "train", [Node("a", 2, 1), Node("b", 2, 0.6)])
     assert len(seating(recipe, Node("a", 4, 2), command="replay").seats) == 2, "no samplers there"
+    alone = seating(recipe, Node("a", 4, 2), command="sample")
+    assert [b.gpus for b, _ in alone.seats if b.gpus] == [1, 1], "nor two engines on one"
 
 
 def test_fractions_of_a_core_add_up_to_it() -> None:

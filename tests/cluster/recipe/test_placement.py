@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.recipe.hardware import GIB, Gpu, Machine, gib
 from cluster.recipe.memory import PolicySize, learner_memory, policy_size
-from cluster.recipe.placement import PlacementError, describe, frozen_models, plan
+from cluster.recipe.placement import PlacementError, describe, frozen_models, plan, require_cluster
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
 from learner.outline import Trained
 from learner.policy import load_policy
@@ -342,8 +342,13 @@ def test_by_turns_each_phase_is_added_up_and_what_rests_is_in_main_memory() -> N
 
 
 def test_by_turns_there_is_no_gpu_for_a_frozen_model() -> None:
-    with pytest.raises(PlacementError, match="no GPU for the engine of a frozen model"):
-        plan(by_turns('eval.reader="r"'), EIGHT_GPUS).require()
+    asking, said = by_turns('eval.reader="r"'), "no GPU for the engine of r, which"
+    for command in ("train", "eval"):
+        with pytest.raises(PlacementError, match=said):
+            plan(asking, EIGHT_GPUS, command).require()  # type: ignore[arg-type]
+        with pytest.raises(PlacementError, match=said):
+            require_cluster(asking, {"CPU": 64, "GPU": 16}, command)  # type: ignore[arg-type]
+    plan(asking, EIGHT_GPUS, "replay").require()
     cpus = tiny('eval.reader="r"', "placement.mode=colocated")
     plan(cpus, Machine(3, 24 * GIB)).require()
 
