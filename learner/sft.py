@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
-from rollout.demonstrated import demonstrated
+from rollout.demonstrated import demonstrated, in_form
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat
 from tasks.core import (
@@ -133,7 +133,8 @@ class Demonstrator:
         answers = [Observation(exchange.text, exchange.images) for exchange in earlier]
         turns = tuple(exchange.turn for exchange in earlier)
         if calls and not (turns or blind):
-            turns = calls_of(task, example.problem)
+            problem = example.problem
+            turns = in_form(calls_of(task, problem), self._environment, problem, seed)
         return self.sequence(
             task, example.problem, example.response, blind, turns, answers or None, seed
         )
@@ -144,7 +145,7 @@ class Demonstrator:
         """Ids with a placeholder an image, and expanded: how many there are hangs on sizes only."""
         parts = placed(prompt, sizes)
         parts = opened(text_alone(parts) if blind else parts, opening)
-        ids = self._chat.prompt(parts)
+        ids = self._chat.prompt(parts, opening.tools if opening else "")
         shown = [part for part in parts if not isinstance(part, str)]
         found = [check_image(p, "image").size if isinstance(p, bytes) else p for p in shown]
         return ids, self._chat.expanded(ids, found)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from rollout.environment_worker import Call, Episodes, Settings
 from rollout.episode import Budgets, Episode
 from rollout.episodes import Answers, Asked, Written, run_episode
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat
 from tasks.core import DataError, Problem
-from tasks.environments import Observation
+from tasks.environments import JsonCalls, Observation, load_environment
 from tasks.images import check_image
 
 MOST = 2**40
@@ -24,7 +26,7 @@ class _InProcess:
     spent = 0.0
 
     def __init__(self, config: EnvironmentConfig, problem: Problem, seed: int) -> None:
-        self._episodes = Episodes(Settings(config.name, config.args, config.memory_gib))
+        self._episodes = Episodes(Settings.of(config))
         self._problem, self._seed = problem, seed
         self._turns: tuple[str, ...] = ()
 
@@ -45,6 +47,24 @@ class _Known:
         if text is None:
             return await self._opens.answer(None) if self._opens else None
         return self._answers.pop(0) if self._answers else None
+
+
+def in_form(
+    turns: Sequence[str], environment: EnvironmentConfig | None, problem: Problem, seed: int
+) -> tuple[str, ...]:
+    """A teacher's turns, their calls in tags, as the recipe has calls written.
+
+    Raises DataError for a call that is none of the environment's tools'.
+    """
+    if environment is None or environment.calls == "tags" or not turns:
+        return tuple(turns)
+    try:
+        made = load_environment(environment.name, environment.args, environment.calls)
+        made.reset(problem, np.random.default_rng(seed))
+        assert isinstance(made, JsonCalls)
+        return tuple(map(made.written, turns))
+    except ValueError as error:
+        raise DataError(f"problem {problem.id}: its teacher's call: {error}") from error
 
 
 def demonstrated(

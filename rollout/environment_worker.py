@@ -20,8 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from rollout.settings import EnvironmentConfig
+from tasks.calls import CallForm
 from tasks.core import DataError, Problem
-from tasks.environments import Environment, EnvironmentFailed, Observation, load_environment
+from tasks.environments import (
+    Environment,
+    EnvironmentFailed,
+    Observation,
+    Role,
+    load_environment,
+)
 from tasks.images import check_image
 from tasks.memory import limit_memory
 from tasks.returns import Replaced, Returns
@@ -43,6 +51,12 @@ class Settings:
     name: str
     args: Mapping[str, Any]
     memory_gib: float
+    calls: CallForm
+
+    @classmethod
+    def of(cls, config: EnvironmentConfig) -> Settings:
+        """Those of a recipe's [environment]."""
+        return cls(config.name, config.args, config.memory_gib, config.calls)
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,8 @@ class Episodes:
         answer: Any = None
         try:
             if made is None or done != len(call.turns) - 1 or not call.turns:
-                make = partial(load_environment, self._settings.name, self._settings.args)
+                told = self._settings
+                make = partial(load_environment, told.name, told.args, told.calls)
                 made, done = Replaced(make, call.returns) if call.returns else make(), 0
                 answer = made.reset(call.problem, np.random.default_rng(call.seed))
             for turn in call.turns[done:]:
@@ -90,9 +105,12 @@ def checked(answer: Any) -> Observation:
     """An answer as the policy can be shown it. Raises EnvironmentFailed where it cannot."""
     if not isinstance(answer, Observation):
         raise EnvironmentFailed("unusable", f"not an Observation: {type(answer).__name__}")
-    if not isinstance(answer.text, str) or len(answer.text) > MOST_TEXT:
-        size = len(answer.text) if isinstance(answer.text, str) else type(answer.text).__name__
-        raise EnvironmentFailed("unusable", f"text of at most {MOST_TEXT} characters, got {size}")
+    for text in (answer.text, answer.how, answer.tools):
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            size = len(text) if isinstance(text, str) else type(text).__name__
+            raise EnvironmentFailed(
+                "unusable", f"text of at most {MOST_TEXT} characters, got {size}"
+            )
     try:
         images, defects = tuple(answer.images), tuple(str(one)[:80] for one in answer.defects)
     except TypeError as error:
@@ -110,8 +128,9 @@ def checked(answer: Any) -> Observation:
     if not np.isfinite(reward):
         raise EnvironmentFailed("unusable", f"a reward of {reward}")
     # Half of a pair of surrogates is no text that a file could hold.
-    text = answer.text.encode("utf-8", "replace").decode()
-    return Observation(text, images, reward, bool(answer.done), defects)
+    text, how = (said.encode("utf-8", "replace").decode() for said in (answer.text, answer.how))
+    role: Role = "tool" if answer.role == "tool" else "user"
+    return Observation(text, images, reward, bool(answer.done), defects, how, answer.tools, role)
 
 
 def serve(pipe: Connection) -> None:

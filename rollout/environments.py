@@ -130,7 +130,7 @@ class _Worker:
         self._pipe = Connection(ours.detach())
         config = self._config
         try:
-            self._pipe.send(Settings(config.name, config.args, config.memory_gib))
+            self._pipe.send(Settings.of(config))
             up = self._pipe.poll(START_SECONDS) and self._pipe.recv() == "ready"
         except (EOFError, OSError):
             up = False

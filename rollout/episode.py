@@ -126,7 +126,7 @@ class Episode:
         placeholder = self._chat.image_token
         visual = sum(i == placeholder for size in sizes for i in self._chat.image_block(size))
         parts = [*observation.images, *([observation.text] if observation.text else [])]
-        between = self._chat.turn(parts, self.ids[-1])
+        between = self._chat.turn(parts, self.ids[-1], observation.role)
         expanded = self._chat.expanded(between, sizes)
         limits: tuple[tuple[End, float, float], ...] = (
             ("stop", observation.done, 0),

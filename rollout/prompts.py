@@ -54,7 +54,7 @@ class Prompts:
         try:
             own = placed(problem.prompt, images or problem.images)
             parts = opened(own if images else text_alone(own), opening)
-            ids = self._chat.prompt(parts)
+            ids = self._chat.prompt(parts, opening.tools if opening else "")
             ids += self._chat.text(prefix) if prefix else []
         except DataError as error:
             raise SamplerError(f"problem {problem.id}: its prompt or prefix {error}") from error

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.calls import CallForm
 from tasks.environments import BUILT_IN as ENVIRONMENTS
 from tasks.fields import Amount, Count, OneOf, PathText, Positive, Rate, Section, refusal, refuse
 
@@ -118,6 +119,9 @@ class EnvironmentConfig(Section):
     """`zoom`, `mark`, or a class of your own (docs/environments.md)."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its class."""
+    calls: CallForm = "tags"
+    """How the policy writes a call: `tags` (`<look>0 0 500 500</look>`), or `json` as chat
+    templates have it (`<tool_call>{"name": "look", "arguments": {...}}</tool_call>`)."""
     turns: Positive = 3
     """Of the policy, in one response. `sampler.max_tokens` is for all of them together."""
     images: Count = 4

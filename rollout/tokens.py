@@ -7,12 +7,11 @@ text are the same tokens. Nothing here imports an engine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from PIL import Image
 
 from rollout.decoding import Decoder, encode, special_tokens
@@ -26,7 +25,10 @@ from rollout.models import (
     token_ids,
 )
 from rollout.settings import ModelConfig
+from rollout.template import Template, between
+from tasks.calls import as_prompt
 from tasks.core import NO_SEGMENT, SEGMENTS, DataError, Segment
+from tasks.environments import Observation, Role, opened
 
 
 def load_processor(path: str, field: str = "model.path", reading: ModelConfig | None = None) -> Any:
@@ -154,7 +156,6 @@ class Chat:
         if not reader.chat_template:
             raise ModelError(NO_TEMPLATE)
         self.system: list[str] = []
-        self._plain: tuple[str, ...] = ()
         self.decoder = Decoder(self.tokenizer)
         shows = reader is not self.tokenizer
         config = json_beside(self.tokenizer, "config.json")
@@ -166,8 +167,8 @@ class Chat:
                 "take both from one checkpoint"
             )
         self.image_block = lru_cache(maxsize=256)(self._make_image_block)
-        self._frame = lru_cache(maxsize=256)(self._make_frame)
-        self._frame(0, (True,))
+        self._template = Template(reader, self.tokenizer, self.image_token)
+        self._template.frame(0, (True,))
         self.end, self.ends = self._find_ends(config)
         specials = set(special_tokens(self.tokenizer))
         self.placeholders = sorted(specials - self.ends - {self.tokenizer.pad_token_id})
@@ -181,37 +182,47 @@ class Chat:
         if shows and self.image_token not in self.image_block((64, 64)):
             raise ModelError("its processor makes no image tokens of an image")
 
-    def prompt(self, parts: Sequence[Any]) -> list[int]:
+    def prompt(self, parts: Sequence[Any], tools: str = "") -> list[int]:
         """Ids of a conversation of one user's turn, ending where the response begins.
 
         `parts`: what the user says in order, each a text or anything else for an image (see
-        `tasks.placeholders`), which becomes one `image_token`, not yet expanded. Raises DataError
+        `tasks.placeholders`), which becomes one `image_token`, not yet expanded. `tools`: schemas
+        as a JSON list, told by the chat template, or where it knows none in words. Raises DataError
         where the tokenizer cannot read a text as characters, ModelError where the chat template
         does not write such a turn.
         """
-        return self._turn_ids(self.system, parts or [""])
+        if tools and not self._template.writes(tools, len(self.system)):
+            parts, tools = opened(parts, Observation(as_prompt(tools))), ""
+        return self._turn_ids(self.system, parts or [""], tools=tools)
 
-    def turn(self, parts: Sequence[Any], last: int) -> list[int]:
+    def turn(self, parts: Sequence[Any], last: int, role: Role = "user") -> list[int]:
         """Ids that the template puts between a response and the next one of the conversation.
 
-        They close the response, as far as `last`, its last token, does not; say `parts` as a user;
-        and end where the next response begins. They do not depend on what was said before, which a
-        template may drop or write otherwise: that stays the tokens that were read and sampled.
-        Raises as `prompt`.
+        They close the response, as far as `last`, its last token, does not; say `parts` as a user,
+        or as a tool where the template knows tools and writes these parts in its answer (several
+        leave images out of it); and end where the next response begins. They do not depend on what
+        was said before, which a template may drop or write otherwise: that stays the tokens that
+        were read and sampled. Raises as `prompt`.
         """
-        ids = self._turn_ids([], parts or [""], later=True)
+        said = parts or [""]
+        if role == "tool" and not self._template.answers(_kinds(said)):
+            role = "user"
+        ids = self._turn_ids([], said, True, role)
         return ids[1 + ids.index(self.end) :] if last == self.end in ids else ids
 
     def _turn_ids(
-        self, system_texts: Sequence[str], parts: Sequence[Any], later: bool = False
+        self,
+        system_texts: Sequence[str],
+        parts: Sequence[Any],
+        later: bool = False,
+        role: Role = "user",
+        tools: str = "",
     ) -> list[int]:
         """Ids of a user's turn, after what the system said or after a response."""
-        frame = self._frame(
-            len(system_texts), tuple(isinstance(part, str) for part in parts), later
-        )
+        frame = self._template.frame(len(system_texts), _kinds(parts), later, role, tools)
         turn_texts = [*system_texts, *(part for part in parts if isinstance(part, str))]
         texts = [cut(text) for cut, text in zip(frame.cuts, turn_texts, strict=True)]
-        ids = encode(self.tokenizer, _between(frame.around, texts))
+        ids = encode(self.tokenizer, between(frame.around, texts))
         around = [encode(self.tokenizer, text) for text in frame.around]
         if self._controls(ids) != self._controls(itertools.chain(*around)):
             ids = [*around[0]]
@@ -246,82 +257,15 @@ class Chat:
     def _controls(self, ids: Iterable[int]) -> list[int]:
         return [index for index in ids if index in self._control]
 
-    def _start(self, head: str) -> list[int]:
-        """What the tokenizer begins a text with, where a VLM's template leaves that to it."""
-        first = self.tokenizer.bos_token_id
-        if first is None or self.image_token is None or head.startswith(self.tokenizer.bos_token):
-            return []
-        return [first] if self.tokenizer("a")["input_ids"][0] == first else []
-
-    def _render(self, *turns: tuple[str, Sequence[str | None]]) -> str:
-        """The chat template's text of what each role says, turn by turn; None is an image."""
-        messages: list[dict[str, Any]] = []
-        for role, parts in turns:
-            # Templates of text-only models take a string.
-            alone = self._reader is self.tokenizer or role in self._plain
-            content = [
-                {"type": "image"} if part is None else {"type": "text", "text": part}
-                for part in parts
-            ]
-            if content:
-                messages.append({"role": role, "content": parts[0] if alone else content})
-        try:
-            rendered: str = self._reader.apply_chat_template(
-                messages, add_generation_prompt=turns[-1][0] != "assistant", tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ModelError(f"its chat template fails ({first_line(error)}); mend it") from error
-        return rendered
-
-    def _make_frame(
-        self, system_count: int, kinds: tuple[bool, ...], later: bool = False
-    ) -> _Frame:
-        """How the template writes a user's turn of these parts (True is a text), after
-        `system_count` texts of the system; of a later turn what follows the response before it."""
-        marks = [*[_MARK] * system_count, *(_MARK if text else None for text in kinds)]
-
-        def rendered(marks: Sequence[str | None]) -> str:
-            turns = ("system", marks[:system_count]), ("user", marks[system_count:])
-            if not later:
-                return self._render(*turns)
-            _, mark, text = self._render(*_ANSWERED, *turns).rpartition(_RESPONSE_MARK)
-            if not mark:
-                raise ModelError("its chat template leaves an earlier response out; mend it")
-            return text
-
-        around = rendered(marks).split(_MARK)
-        padded, cuts = f" \n{_MARK}\n ", list[Callable[[str], str]]()
-        for at in (at for at, part in enumerate(marks) if part):
-            probe = rendered([*marks[:at], padded, *marks[at + 1 :]])
-            for cut in (str, str.strip, str.lstrip, str.rstrip):
-                texts = [_MARK] * marks.count(_MARK)
-                texts[len(cuts)] = cut(padded)
-                if len(around) == len(texts) + 1 and probe == _between(around, texts):
-                    cuts.append(cut)
-                    break
-            else:
-                raise ModelError(
-                    "its chat template does not write a user's text once, as it is; mend it"
-                )
-        ids = itertools.chain.from_iterable(encode(self.tokenizer, text) for text in around)
-        placeholders, images = [*ids].count(self.image_token or -1), kinds.count(False)
-        if placeholders != images:
-            token = self.tokenizer.convert_ids_to_tokens(self.image_token)
-            raise ModelError(
-                f"its chat template writes {placeholders} image placeholders ({token!r}) for "
-                f"{images} images; take the template that belongs to the checkpoint"
-            )
-        return _Frame([] if later else self._start(around[0]), around, cuts)
-
     def _instruct(self, prompt: str) -> None:
         """Begin every conversation with this; some templates take it as a string only."""
         self.system = [prompt]
         try:
-            self._frame(1, (True,))
+            self._template.frame(1, (True,))
         except ModelError:
-            self._plain = (*self._plain, "system")
+            self._template.plain = (*self._template.plain, "system")
             try:
-                self._frame(1, (True,))
+                self._template.frame(1, (True,))
             except ModelError as error:
                 raise ModelError(
                     f"model.system_prompt: no place for it: {error}, or leave it empty"
@@ -330,13 +274,7 @@ class Chat:
     def _find_ends(self, config: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
         tokenizer = self.tokenizer
         added = set(tokenizer.added_tokens_decoder)
-        try:
-            _, mark, closing = self._render(*_ANSWERED).rpartition(_RESPONSE_MARK)
-        except ModelError:  # some take an assistant's words as a string only
-            self._plain = ("assistant",)
-            _, mark, closing = self._render(*_ANSWERED).rpartition(_RESPONSE_MARK)
-        if not mark:
-            raise ModelError("its chat template leaves an assistant's text out; mend it")
+        closing = self._template.closing()
         template = [index for index in encode(tokenizer, closing) if index in added][:1]
         tokenizer_end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         declared = token_ids(json_beside(tokenizer, "generation_config.json").get("eos_token_id"))
@@ -367,22 +305,8 @@ class Chat:
             )
 
 
-class _Frame(NamedTuple):
-    """Ids that begin a prompt, text around a user's texts, how white space of each is cut."""
-
-    start: list[int]
-    around: list[str]
-    cuts: list[Callable[[str], str]]
-
-
-def _between(around: Sequence[str], texts: Sequence[str]) -> str:
-    """Each of the texts between two of those around them."""
-    return around[0] + "".join(map("".join, zip(texts, around[1:], strict=True)))
-
-
-_MARK, _RESPONSE_MARK = "sphinxofblackquartz", "judgemyvowpacked"
-"""Texts that occur in no chat template, of a user and of a model."""
-_ANSWERED = ("user", ["a"]), ("assistant", [_RESPONSE_MARK])
+def _kinds(parts: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple(isinstance(part, str) for part in parts)
 
 
 def label_segments(

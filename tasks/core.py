@@ -152,7 +152,7 @@ class DemonstratesCalls(Task, Protocol):
     """A task whose teacher calls an environment before it answers (`sft.call_share`)."""
 
     def calls(self, problem: Problem) -> tuple[str, ...]:
-        """The turns before its demonstration, each a call as the environment reads it.
+        """The turns before its demonstration, each a call in tags as the environment reads it.
 
         None where nothing needs to be called for.
         """

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tasks.calls import SAID, Tool, enclosed, in_tags
 from tasks.core import Problem
 from tasks.drawing import to_png
 from tasks.environments import DONE, Observation
@@ -31,11 +32,7 @@ SIDE = 1000
 """Coordinates go from 0 to this along either side."""
 PLACES_TRIED = 64
 """At random, before a wrong place is taken from a corner."""
-_SAID = {
-    "unclosed_call": "the tag is not closed",
-    "unopened_call": "the tag is not opened",
-    "several_calls": "one call a turn",
-    "text_after_call": "nothing may follow the call",
+_SAID = SAID | {
     "bad_number": f"whole numbers from 0 to {SIDE}, parted by spaces",
     "wrong_count": "not as many numbers as a call has",
     "out_of_range": f"numbers from 0 to {SIDE}",
@@ -62,20 +59,10 @@ def read_call(text: str, tag: str, pictures: int, counts: tuple[int, ...]) -> Ca
 
     `counts`: how many numbers it may have, the picture's own not counted.
     """
-    opened, closed = f"<{tag}>", f"</{tag}>"
-    if opened not in text and closed not in text:
-        return None
-    head, _, rest = text.partition(opened)
-    inside, end, after = rest.partition(closed)
-    if opened not in text or closed in head:
-        return "unopened_call"
-    if not end:
-        return "unclosed_call"
-    if opened in inside or opened in after or closed in after:
-        return "several_calls"
-    if after.strip():
-        return "text_after_call"
-    words = inside.split()
+    found = enclosed(text, tag)
+    if found is None or isinstance(found, str):
+        return found
+    words = found[1].split()
     if not all(re.fullmatch(r"[0-9]{1,4}", word) for word in words):
         return "bad_number"
     picture, numbers = 1, [int(word) for word in words]
@@ -103,6 +90,8 @@ class _Pictures:
     tag: ClassVar[str]
     counts: ClassVar[tuple[int, ...]] = (4,)
     told: ClassVar[str]
+    says: ClassVar[str]
+    at: ClassVar[str] = "x0, y0, x1, y1"
 
     def reset(self, problem: Problem, rng: np.random.Generator) -> Observation | None:
         """How to call, where the policy is to be told; raises DataError for a bad picture."""
@@ -113,7 +102,7 @@ class _Pictures:
             return None
         number = "the picture's number, then " if len(self.pictures) > 1 else ""
         return Observation(
-            f"{self.told.format(number=number)} Numbers go from 0 to {SIDE} across and down. "
+            how=f"{self.told.format(number=number)} Numbers go from 0 to {SIDE} across and down. "
             "One call a turn; a turn without one is the last."
         )
 
@@ -123,7 +112,7 @@ class _Pictures:
         if call is None:
             return DONE
         if isinstance(call, str):
-            said = f"<{self.tag}> was not understood: {_SAID[call]}."
+            said = f"The call was not understood: {_SAID[call]}."
             return Observation(said, defects=(call,))
         return Observation(images=(to_png(self.answer(self.pictures[call.picture], call)),))
 
@@ -137,6 +126,19 @@ class _Pictures:
         across, down = least * SIDE / picture.width, least * SIDE / picture.height
         there = replace(call, numbers=_moved(call.numbers, (across, down), self._rng))
         return (to_png(self.answer(picture, there)),)
+
+    def tools(self) -> tuple[Tool, ...]:
+        """The one tool, as it is called in JSON."""
+        number = {"type": "integer", "description": "number of the picture, from 1"}
+        numbers = {
+            "type": "array",
+            "items": {"type": "integer"},
+            "minItems": min(self.counts),
+            "maxItems": max(self.counts),
+            "description": f"{self.at}, from 0 to {SIDE} across and down the picture",
+        }
+        first = {"picture": number} if len(self.pictures) > 1 else {}
+        return (Tool(self.tag, self.says, first | {"at": numbers}),)
 
     def answer(self, picture: Image.Image, call: Call) -> Image.Image:
         raise NotImplementedError
@@ -167,6 +169,7 @@ class Zoom(_Pictures):
     told: ClassVar[str] = (
         "To see a part of the picture larger, end your turn with <look>{number}x0 y0 x1 y1</look>."
     )
+    says: ClassVar[str] = "See a part of the picture larger. One call a turn."
 
     def __post_init__(self) -> None:
         if self.smallest < 1 or self.aspect < 1 or not self.smallest <= self.side <= 4096:
@@ -207,6 +210,8 @@ class Mark(_Pictures):
         "To mark a box or a point on the picture and see it, end your turn with "
         "<mark>{number}x0 y0 x1 y1</mark> or <mark>{number}x y</mark>."
     )
+    says: ClassVar[str] = "Mark a box or a point on the picture and see it. One call a turn."
+    at: ClassVar[str] = "x0, y0, x1, y1 of a box, or x, y of a point"
     counts: ClassVar[tuple[int, ...]] = (2, 4)
 
     def __post_init__(self) -> None:
@@ -262,5 +267,12 @@ def _moved(
     return (*corner, *ends)[: len(numbers)]
 
 
-CALLS = {made.tag: made.counts for made in (Zoom, Mark)}
-"""The tags of calls, and how many numbers each may have."""
+def pointed_at(turn: str, pictures: int) -> Call | None:
+    """Where a turn's call points, be it a look or a mark, in tags or as JSON."""
+    made = Zoom(), Mark()
+    for each in made:
+        each.pictures = [Image.new("1", (1, 1))] * pictures
+    tools = [tool for each in made for tool in each.tools()]
+    text = in_tags(turn, tools)[0] or turn
+    calls = (read_call(text, each.tag, pictures, each.counts) for each in made)
+    return next((call for call in calls if isinstance(call, Call)), None)

@@ -41,8 +41,10 @@ cells, edges and assignments may be parted by white space of any kind and length
 with or without it, and a list or line may end in a comma; `HARMLESS` says so in the prompts. In
 JSON no more is allowed than JSON allows.
 
-A call of an environment (`tasks/looking.py`) that is written as it should be is no text of the
-response: it stands before the answer, outside of segments, without a defect.
+A call of an environment (`tasks/calls.py`: a look, a mark, or JSON in `<tool_call>`) that is
+written as it should be is no text of the response: it stands before the answer, outside of
+segments, without a defect. What stands in `<tool_call>` is no JSON block of a response without
+tags.
 
 Readers add defects of their own (`bad_cell`, `bad_shape`, ...); those of `read_json` are
 `bad_json`, `json_too_long`, `json_too_deep` and `bad_number`.
@@ -73,7 +75,8 @@ JSON_MAX_DIGITS = 18
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 TAG = re.compile(r"<(/?)(perception|reasoning|answer)>")
-_CALL = re.compile(r"<(look|mark)>[0-9\s]*</\1>")
+_JSON_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_CALL = re.compile(rf"<(look|mark)>[0-9\s]*</\1>|{_JSON_CALL.pattern}", re.DOTALL)
 _BRACKET_OR_STRING_MARK = re.compile(r'[\[\]{}"\\\n]')
 _OPENER = {"]": "[", "}": "{"}
 
@@ -138,7 +141,7 @@ def split_tags(text: str, tags: Mapping[str, Segment]) -> Split:
             spoiled.add(spoils)
 
     def flag_outside(outside: str) -> None:
-        if not (outside if "answer" in spans else _CALL.sub("", outside)).strip():
+        if not (outside if "answer" in spans else _CALL.sub(_unless_bad, outside)).strip():
             return
         if not spans:
             flag(f"text_before_{order[0]}")
@@ -262,6 +265,28 @@ def read_json(text: str) -> tuple[Any | None, tuple[str, ...]]:
     return value, ()
 
 
+def json_call(text: str) -> tuple[str, dict[str, Any]] | str:
+    """The name and the arguments of a call that is JSON, `{"name": ..., "arguments": {...}}`.
+
+    Or the defect: one of `read_json`, or `bad_call`.
+    """
+    value, defects = read_json(text)
+    if defects:
+        return defects[0]
+    if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
+        return "bad_call"
+    name, arguments = value["name"], value["arguments"]
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return "bad_call"
+    return name, arguments
+
+
+def _unless_bad(call: re.Match[str]) -> str:
+    """A call that is not written as it should be stays."""
+    fine = call[1] or (call[0].endswith("</tool_call>") and not isinstance(json_call(call[2]), str))
+    return "" if fine else call[0]
+
+
 def _split_json_style(text: str) -> Split:
     """The public data sets' style: first JSON block, prose, last JSON block."""
     blocks = _json_blocks(text)
@@ -282,11 +307,12 @@ def _split_json_style(text: str) -> Split:
 
 
 def _json_blocks(text: str) -> list[tuple[int, int]]:
-    """Outermost balanced `[...]` and `{...}` blocks in order; linear time.
+    """Outermost balanced `[...]` and `{...}` blocks in order, calls left out; linear time.
 
     An opener that is never closed does not hide the blocks inside it; a bracket that closes
     the wrong opener discards every opener before it.
     """
+    text = _JSON_CALL.sub(lambda call: " " * len(call[0]), text)
     blocks: list[tuple[int, int]] = []
     openers: list[tuple[int, str]] = []
     for position, bracket in _brackets(text):

@@ -9,7 +9,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from rewards.judge import JudgeSettings
 from rewards.settings import BUILT_IN, RewardConfig
 from rewards.terms import load_term
 from rollout.record import Group, Rollout
+from tasks.calls import CallForm
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError
 from tasks.dataset_import import import_rows
@@ -256,6 +257,9 @@ def test_the_example_reward_and_recipes(dots: Any, tmp_path: Path) -> None:
     assert load_recipe(recipe).tasks[0].data == "data/mine"
 
 
+FORMS = get_args(CallForm)
+
+
 def test_the_environments_of_the_guide_and_of_the_example_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,13 +281,19 @@ def test_the_environments_of_the_guide_and_of_the_example_answer(
     assert check_task(maze, maze.spec(side=3), 5) == []
     for index in range(5):
         problem = draw_problem(maze, maze.spec(side=3), "train", 5, index)
-        walk = load_environment(recipe.environment.name)
-        assert walk.reset(problem, rng) is None
+        walk, json_walk = (load_environment(recipe.environment.name, {}, form) for form in FORMS)
+        told = [made.reset(problem, rng) for made in (walk, json_walk)]
+        assert told[0] and told[1] and "<go>" in told[0].how and '"go"' in told[1].tools
         assert walk.step("<go>away</go>").defects == ("bad_move",)
+        assert json_walk.step("<go>up</go>").defects == ("other_form",)
         (x, y), (to_x, to_y) = problem.truth["at"], problem.truth["out"]
         moves = ["right" if to_x > x else "left"] * abs(to_x - x)
         moves += ["down" if to_y > y else "up"] * abs(to_y - y)
+        calls = [json_walk.written(f"I go <go>{move}</go>") for move in moves]  # type: ignore[attr-defined]
+        same = [replace(json_walk.step(call), role="user") for call in calls]
+        assert maze.parse("".join(calls)).answer == moves
         *on_the_way, last = [walk.step(f"I go <go>{move}</go>") for move in moves]
+        assert same == [*on_the_way, last]
         assert all(len(one.images) == 1 and not one.done for one in on_the_way)
         assert (last.reward, last.done) == (1.0, True)
         text = " ".join(f"<go>{move}</go>" for move in moves)

@@ -113,7 +113,8 @@ class Context:
             parts = opened(placed(problem.prompt, problem.images), opening)
             images = [part for part in parts if isinstance(part, bytes)]
             sizes = [check_image(image, "image").size for image in images]
-            return len(self._chat.expanded(self._chat.prompt(parts), sizes))
+            ids = self._chat.prompt(parts, opening.tools if opening else "")
+            return len(self._chat.expanded(ids, sizes))
         except DataError as error:
             return str(error)
 

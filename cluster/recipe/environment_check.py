@@ -27,7 +27,8 @@ def glance_at_environment(recipe: Recipe) -> None:
     if recipe.environment is None:
         return
     try:
-        environment = load_environment(recipe.environment.name, recipe.environment.args)
+        config = recipe.environment
+        environment = load_environment(config.name, config.args, config.calls)
     except ValueError as error:
         raise UserError(f"environment: {error}") from error
     if "returns_elsewhere" in (recipe.eval.passes or ()) and not isinstance(

@@ -22,7 +22,7 @@ from tasks.core import SEGMENTS, DataError, Draws, Parsed, Problem, Task
 from tasks.figures import compared_words, plain_words
 from tasks.images import check_image
 from tasks.load import load_task
-from tasks.looking import CALLS, Call, read_call
+from tasks.looking import pointed_at
 from tasks.turns import read_turns
 
 MOST_STEPS = 250
@@ -226,8 +226,7 @@ def _turns(row: Mapping[str, Any], turns: Sequence[Turn]) -> list[dict[str, Any]
     views = []
     for turn in turns:
         images, at = image_hashes[at : at + turn.images], at + turn.images
-        calls = (read_call(turn.text, tag, pictures, counts) for tag, counts in CALLS.items())
-        call = next((call for call in calls if isinstance(call, Call)), None)
+        call = pointed_at(turn.text, pictures)
         views.append(
             {
                 "text": _cut(turn.text, 1000),

@@ -60,7 +60,7 @@ def every_pass(environment: EnvironmentConfig | None) -> tuple[EvalPass, ...]:
 
 def tool_passes(environment: EnvironmentConfig) -> tuple[EvalPass, ...]:
     """What can be asked about it: a wrong place only where its calls point at one."""
-    loaded = load_environment(environment.name, environment.args)
+    loaded = load_environment(environment.name, environment.args, environment.calls)
     without = () if isinstance(loaded, LooksElsewhere) else ("returns_elsewhere",)
     return tuple(name for name in TOOL_PASSES if name not in without)
 

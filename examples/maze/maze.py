@@ -7,12 +7,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.calls import Tool
 from tasks.core import Parsed, Problem
 from tasks.drawing import to_png
 from tasks.environments import Observation
 
 MOVES = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-PROMPT = "You are red, the way out is green. Write <go>up</go>, down, left or right; one a turn."
+PROMPT = "You are red, the way out is green."
+HOW = "Write <go>up</go>, down, left or right; one a turn."
+WRITTEN = re.compile(r'(?:<go>|"to":\s*")(\w+)')  # in tags, or as JSON
 
 
 class Spec(BaseModel):
@@ -39,7 +42,7 @@ class Maze:
         return Problem(f"maze-{key}", self.name, PROMPT, "", truth, {}, key, (draw(truth, at),))
 
     def parse(self, text: str) -> Parsed:
-        moves = re.findall(r"<go>(\w+)</go>", text)
+        moves = WRITTEN.findall(text)
         return Parsed(None, "", moves or None, {}, () if moves else ("no_move",))
 
     def check(self, problem: Problem, answer: list[str]) -> bool:
@@ -48,8 +51,12 @@ class Maze:
             at = step(problem.truth, at, move)
         return bool(tuple(at) == tuple(problem.truth["out"]))
 
-    def reset(self, problem: Problem, rng: np.random.Generator) -> None:
+    def reset(self, problem: Problem, rng: np.random.Generator) -> Observation:
         self.truth, self.at = problem.truth, tuple(problem.truth["at"])
+        return Observation(how=HOW)
+
+    def tools(self) -> list[Tool]:
+        return [Tool("go", "Go one cell.", {"to": {"type": "string", "enum": [*MOVES]}})]
 
     def step(self, text: str) -> Observation:
         moves = re.findall(r"<go>(\w+)</go>", text)

@@ -14,6 +14,7 @@ import pytest
 from cluster.recipe.context import Context, TokenCounts
 from learner.policy import Policy
 from learner.sft import DemonstrationStream, Demonstrator, Source, calls_of
+from rollout.demonstrated import in_form
 from rollout.episode import Budgets, drift
 from rollout.episodes import Asked, Written, converse
 from rollout.prompts import Prompts
@@ -29,6 +30,7 @@ from tests.support.puzzles import draw
 
 KNOBS: dict[str, Any] = {"size": 4, "cell_size": 16, "font_size": 12, "margin": 0, "detail": 2}
 ZOOM = EnvironmentConfig(name="zoom", turns=5, images=4, image_tokens=4000)
+JSON = ZOOM.model_copy(update={"calls": "json"})
 
 
 class Silent:
@@ -68,7 +70,7 @@ class Here:
     spent = 0.0
 
     def __init__(self, config: EnvironmentConfig, problem: Problem, seed: int) -> None:
-        self.made, self.problem = load_environment(config.name, config.args), problem
+        self.made, self.problem = load_environment(config.name, config.args, config.calls), problem
         self.rng = np.random.default_rng(seed)
 
     async def answer(self, text: str | None) -> Observation | None:
@@ -102,19 +104,27 @@ def sampled(
     return asyncio.run(group).rollouts[0]
 
 
-@pytest.mark.parametrize("config", [ZOOM, HINTING], ids=["zoom", "own"])
+@pytest.mark.parametrize("config", [ZOOM, JSON, HINTING], ids=["zoom", "json", "own"])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_demonstration_is_the_episode_of_a_policy_that_writes_it(
     loaded: tuple[Policy, Any], config: EnvironmentConfig, seed: int
 ) -> None:
     _, processor = loaded
     problem = draw(TASK, seed, **KNOBS)
-    calls = calls_of(TASK, problem) if config is ZOOM else ("<look>0 0 9 9</look>",)
+    calls = calls_of(TASK, problem) if config is not HINTING else ("<look>0 0 9 9</look>",)
+    calls = in_form(calls, config, problem, seed)
+    assert all(('{"name": "look"' in call) == (config is JSON) for call in calls)
     last = TASK.demonstrate(problem, "terse")
     rollout = sampled(processor, problem, [*calls, last], config, seed)
     assert rollout.finish_reason == "stop" and len(rollout.turns) == len(calls) + 1
     made = Demonstrator(processor, environment=config)
     found = made.sequence(TASK, problem, last, calls=calls, seed=seed)
+    if config is not HINTING:
+        whole = made.of(TASK, Example(problem, last), blind=False, calls=True, seed=seed)
+        assert whole.response_ids.tolist() == found.response_ids.tolist()
+    if config is JSON:
+        shown = Chat(processor).decoder.decode(found.prompt_ids)[0]
+        assert "<tool_call>" in shown and "<look>" not in shown
     assert found.prompt_ids.tolist() == rollout.prompt_ids.tolist()
     assert found.response_ids.tolist() == rollout.response_ids.tolist()
     assert found.segments.tolist() == rollout.segments.tolist()

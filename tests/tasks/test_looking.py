@@ -62,7 +62,7 @@ def test_a_call_is_read_strictly(text: str, found: object) -> None:
     told = zoom.step(text)
     if isinstance(found, str):
         assert told.defects == (found,) and not told.images and not told.done
-        assert told.text.startswith("<look> was not understood: ") and "\n" not in told.text
+        assert told.text.startswith("The call was not understood: ") and "\n" not in told.text
     else:
         assert (told is DONE) == (found is None) and bool(told.images) == (found is not None)
 
