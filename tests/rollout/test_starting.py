@@ -108,3 +108,23 @@ def test_on_a_cpu_the_cache_is_as_large_as_asked(tiny_models: dict[str, Path]) -
     model, sampler = ModelConfig(path=str(tiny_models["qwen3_vl"])), SamplerConfig(kv_cache_gib=0.2)
     args, _ = engine_args(model, sampler, "host", False, 0)
     assert args.kv_cache_memory_bytes == pytest.approx(0.2 * 2**30, abs=1)
+
+
+def test_an_engine_that_is_to_sleep_is_told_so_where_vllm_can(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    model = ModelConfig(path=str(tiny_models["qwen3_vl"]))
+
+    def told(sleeps: bool) -> bool:
+        args, _ = engine_args(model, SamplerConfig(), "host", False, 0, sleeps)
+        return bool(args.enable_sleep_mode)
+
+    assert not told(True), "a CPU engine would refuse it"
+    args, _ = engine_args(model, SamplerConfig(), "host", False, 0)
+    args.enable_sleep_mode = True
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        args.create_model_config()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert told(True) and not told(False)
