@@ -11,6 +11,7 @@ import fcntl
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ LOCK = ".lock"
 MARGIN = GIB // 8
 """Of the disk, beside checkpoints: metrics, rollouts and images of a small run."""
 SHARED = Path("/dev/shm")
+FULL = 2**20
+"""Bytes free below which shared memory, which is taken by the page, counts as full."""
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
 LONGEST_SOCKET = 107
@@ -140,6 +143,27 @@ def require_room(recipe: Recipe, command: Command, folder: Path) -> None:
             f"{f' for what {SHARED} has no room for' * (spilled > 0)}; free some, or set TMPDIR to "
             f"a folder on another disk{larger * (spilled > 0)}"
         )
+
+
+def killed_by(number: int) -> str:
+    """What a signal that ended a process says of why."""
+    killed = f"killed by {signal.Signals(number).name}"
+    if number != signal.SIGBUS:
+        return killed
+    return f"{killed}: {SHARED}, or the disk of a file that it had mapped, was full; {_LARGER}"
+
+
+def full_shared_memory() -> str:
+    """That /dev/shm takes no more, and what to do; "" where it does, or there is none.
+
+    Whoever then writes there, as all do that hand something large to Ray, is killed by SIGBUS.
+    """
+    if not SHARED.is_dir() or (room := shutil.disk_usage(SHARED)).free >= FULL:
+        return ""
+    return (
+        f"{SHARED} is full ({gib(room.free)} of {gib(room.total)} are free), which kills whoever "
+        f"hands something on through it; {_LARGER}"
+    )
 
 
 def disk_needed(recipe: Recipe, command: Command, folder: Path) -> dict[str, int]:
@@ -265,6 +289,7 @@ def os_error_text(error: OSError) -> str:
     return where + reason + REMEDIES.get(error.errno or 0, "")
 
 
+_LARGER = "free some, or start the container with a larger --shm-size"
 _ELSEWHERE = "choose another place: --output, or output.folder in the recipe"
 REMEDIES = {
     errno.ENOSPC: f"; free some, or {_ELSEWHERE}",

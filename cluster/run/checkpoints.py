@@ -126,7 +126,9 @@ def resume(
         raise UserError(f"--resume {run}: no run folder: it has no recipe.toml")
     recipe = load_recipe(stored, overrides)
     changed = changed_fields(load_recipe(stored).model_dump(), recipe.model_dump())
-    if wrong := [name for name in changed if name not in MAY_CHANGE]:
+    # Tables of labels and variables are free as a whole: `placement.learner.zone`.
+    free = tuple(f"{name}." for name in MAY_CHANGE)
+    if wrong := [name for name in changed if not f"{name}.".startswith(free)]:
         raise RecipeError(
             f"--resume {run}: --set changes {', '.join(wrong)}, which would make another run of "
             "it; start one, or leave that out (where a run goes on, and in what memory, may change)"

@@ -7,8 +7,22 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ray
 from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]
+
+from cluster.recipe.machine import killed_by
+
+
+def end_of_own_node() -> str:
+    """How the node of a Ray that this process started has ended; "" where it has not."""
+    node = ray._private.worker._global_node
+    started = node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, []) if node else []
+    codes = [info.process.poll() for info in started]
+    if not codes or codes[0] is None:
+        return ""
+    how = killed_by(-codes[0]) if codes[0] < 0 else f"ended with {codes[0]}"
+    return f"the node of Ray's on this machine was {how}"
 
 
 @contextmanager

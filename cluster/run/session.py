@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.recipe.machine import claimed, os_error_text, require_answer
+from cluster.recipe.machine import claimed, full_shared_memory, os_error_text, require_answer
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
@@ -29,7 +29,7 @@ from cluster.record.mirror import require_mirror
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
 from cluster.run.nodes import wait_for_nodes
-from cluster.run.own_ray import closed_to_others
+from cluster.run.own_ray import closed_to_others, end_of_own_node
 from cluster.run.stall import watched
 from rewards.scored import RewardError
 from rollout.dispatch import SamplerLost
@@ -209,7 +209,17 @@ def comes_again(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """The actor's own error first, then where it happened."""
+    """The actor's own error first, then where it happened.
+
+    Of one that died: what else is known to kill, where that is so on this machine now.
+    """
+    told = _explained(error)
+    died = isinstance(error, RayError | SamplerLost) and not isinstance(error, RayTaskError)
+    cause = (end_of_own_node() or full_shared_memory()) if died else ""
+    return f"{cause}; {told}" if cause else told
+
+
+def _explained(error: BaseException) -> str:
     if isinstance(error, RunFailed):
         return str(error)
     if isinstance(error, RayTaskError):

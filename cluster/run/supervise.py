@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from cluster.recipe.machine import killed_by
 from cluster.record.events import ENDINGS, FOR_GOOD, Event, add_events, read_events
 from cluster.record.stored import last_step
 from learner.checkpoint import checkpoint_folders
@@ -103,7 +104,7 @@ def end_of(run: Path, code: int, before: int) -> End:
         return End(code, of_driver[-1].why, step, of_driver[-1].what == FOR_GOOD)
     why = f"exit code {code}"
     if code < 0:
-        why = f"killed by {signal.Signals(-code).name}"
+        why = killed_by(-code)
     if code != 2:
         with suppress(OSError):
             add_events(run, Event("driver", "died", why))

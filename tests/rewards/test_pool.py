@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from rewards.compose import Composition, compose_groups
@@ -122,6 +123,22 @@ def test_a_hang_and_a_crash_are_blamed_on_their_term_and_group_alone(pool: Any) 
 
     # The pool still works, on a worker that was started again.
     assert not made.score(groups[1:])[0].failures
+
+
+def test_a_worker_that_stands_still_is_replaced_and_its_groups_are_scored_again(pool: Any) -> None:
+    made = pool(term("outcome"), deadline_seconds=4.0)
+    groups = [group(i, f"{i};{2 * i};", f"{i};1;") for i in range(3)]
+    before = [g.totals.tolist() for g in made.score(groups)]
+    below = psutil.Process().children(recursive=True)
+    workers = [p for p in below if "ray::RewardWorker" in " ".join(p.cmdline())]
+    assert workers
+    for worker in workers:  # those of other tests have ended, or will not be asked
+        worker.suspend()
+    after = made.score(groups)
+    assert [g.totals.tolist() for g in after] == before
+    assert not any(g.failures for g in after) and made.restarts == 1
+    psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_a_function_scores_a_group_or_the_whole_step_and_fails_for_all_of_it(pool: Any) -> None:

@@ -2,9 +2,10 @@
 
 A node is a process that is the first of its own PID, mount and network namespaces: /dev/shm, /tmp
 and the home are its own and empty, the rest of the disk (the code and the interpreter) is
-read-only. Nodes reach each other through a `Hub`, and nothing else through anything. Whatever ends
-the test's process closes two pipes, and with those every node, all that runs in one, and the cable
-are gone: nothing of them is in a namespace of the machine's own.
+read-only. One that is given a `bucket` has that folder of the machine's too, in the place of what
+holds the copies of runs. Nodes reach each other through a `Hub`, and nothing else through anything.
+Whatever ends the test's process closes two pipes, and with those every node, all that runs in one,
+and the cable are gone: nothing of them is in a namespace of the machine's own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PORTS = (
 )
 """Told, so that a raylet does not wait for its agents to tell: it ends after 15 seconds of that."""
 HOME = "/tmp/home"
+BUCKET = "/tmp/bucket"
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 INSIDE = """
 set -e
@@ -44,8 +46,12 @@ mount -t tmpfs tmpfs /dev/shm
 mkdir /dev/shm/tmp
 mount -t tmpfs tmpfs /dev/shm/tmp
 mkdir -p /dev/shm/tmp/home/.cache/torch_extensions
-built=$1
-shift
+built=$1 bucket=$2
+shift 2
+if [ -n "$bucket" ]; then
+    mkdir /dev/shm/tmp/bucket
+    mount --bind "$bucket" /dev/shm/tmp/bucket
+fi
 [ -z "$built" ] || mount --bind "$built" /dev/shm/tmp/home/.cache/torch_extensions
 for shared in "$@"; do  # what lies below /tmp would be hidden
     case "$shared" in /tmp/*)
@@ -66,12 +72,19 @@ read -r _ || exit 0
 class Node:
     """One machine, as far as what runs on it can tell."""
 
-    def __init__(self, name: str, address: str, built: Path | None = None) -> None:
+    def __init__(
+        self, name: str, address: str, built: Path | None = None, bucket: Path | None = None
+    ) -> None:
         """`built`: a folder of the machine's for what torch compiles, which takes minutes."""
         self.name, self.address = name, address
-        python = Path(sys.executable).parents[1]
+        given = (
+            str(built or ""),
+            str(bucket or ""),
+            str(ROOT),
+            str(Path(sys.executable).parents[1]),
+        )
         self._holder = subprocess.Popen(
-            [*UNSHARE, "bash", "-c", INSIDE, "node", str(built or ""), str(ROOT), str(python)],
+            [*UNSHARE, "bash", "-c", INSIDE, "node", *given],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -145,12 +158,16 @@ class Cluster:
         """Of the head."""
         return f"10.77.0.1:{PORT}"
 
-    def add(self, name: str) -> Node:
-        """A node that is plugged in; nothing runs on it. The first has what torch has compiled."""
+    def add(self, name: str, bucket: Path | None = None) -> Node:
+        """A node that is plugged in; nothing runs on it.
+
+        The first, and what has a bucket (see above), has what torch has compiled.
+        """
         number = len(self.nodes) + 1
         built = Path.home() / ".cache" / "torch_extensions"
         built.mkdir(parents=True, exist_ok=True)
-        node = Node(name, f"10.77.0.{number}", None if self.nodes else built)
+        learns = bucket is not None or not self.nodes
+        node = Node(name, f"10.77.0.{number}", built if learns else None, bucket)
         self._stack.callback(node.kill)
         self.nodes[name] = node
         self.cable("plug", name, pid=node.pid)

@@ -182,10 +182,12 @@ def test_only_what_leaves_the_experiment_alone_may_change(tmp_path: Path) -> Non
         "learner.micro_batch_tokens=100", "learner.logits_mib=1.0", "sampler.max_num_seqs=8",
         "learner.activation_checkpointing=true", "sampler.gpu_memory_utilization=0.5",
         "reward.workers=3", "reward.deadline_seconds=99.0", "transfer.deadline_seconds=600.0",
+        'placement.learner={zone="b"}',
     )  # fmt: skip
     recipe, _ = resume(run, [*fine, *less, "sampler.threads=2", "seed=3"])
     assert (recipe.learner.ranks, recipe.learner.zero_stage, recipe.sampler.count) == (2, 3, 2)
     assert (recipe.learner.micro_batch_tokens, recipe.reward.workers) == (100, 3)
+    assert recipe.placement.learner == {"zone": "b"}
     for override in (
         "seed=4",
         "learner.learning_rate=1e-4",

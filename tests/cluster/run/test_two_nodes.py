@@ -1,28 +1,34 @@
-"""A run on two nodes that share nothing but a cable, which is slow, and cut; one node is lost.
+"""A run on two nodes that share nothing but a cable, which is slow, and cut; both nodes are lost.
 
-The driver and the learner are on one node, the sampler on the other, a reward worker on each. What
-is sampled must be what the same recipe samples on one machine where nothing happens.
+The driver and the learner are on one node, the sampler on the other, a reward worker on each. The
+samplers' node is lost, another joins; then the learner's, and another machine goes on from the
+run's copy. What is sampled must be what the same recipe samples on one machine, where no more than
+a reward worker dies; that run is also the soak of `benchmarks.soak`, in short.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks import soak
 from cluster.record.events import read_events
 from cluster.record.stored import read_rollouts, stored_steps
-from tests.support.live_driver import PATIENCE, Driver
-from tests.support.nodes import Cluster, Node, cluster
+from cluster.run.checkpoints import newest
+from tests.support.live_driver import PATIENCE
+from tests.support.nodes import BUCKET, Cluster, Node, cluster
 from tests.support.recipes import TINY_POLICY, recipe_text
 
-STEPS = 8
+STEPS = 10
 RECIPE = f"""
 seed = 5
 model.max_model_len = 256
@@ -52,8 +58,15 @@ deadline_seconds = 300.0
 [eval]
 problems = 4
 passes = ["greedy"]
+
+[checkpoint]
+every = 2
+keep = 2
 """
 PLACED = f"""{RECIPE}
+[output]
+mirror = "file://{BUCKET}"
+
 [placement]
 learner = {{ role = "learner" }}
 samplers = {{ role = "sampler" }}
@@ -64,21 +77,25 @@ FOLDER = "/tmp/run"
 
 @dataclass(frozen=True)
 class Lived:
-    """A run's folder, copied from the node of its driver, and what was on which node."""
+    """A run's folder, copied from the last node of its driver, and what was on which node.
+
+    copied: the step of the checkpoint from which that node went on.
+    """
 
     run: Path
     actors: dict[str, set[str]]
+    copied: int
 
 
 class Run:
     """The driver on a node, watched from outside."""
 
-    def __init__(self, node: Node, address: str, log: Path) -> None:
-        node.path("/tmp/recipe.toml").write_text(recipe_text(PLACED, model=TINY_POLICY))
-        command = (sys.executable, "-m", "cluster", "train", "/tmp/recipe.toml")
+    def __init__(self, node: Node, log: Path, *what: str) -> None:
+        """`what`: words after `train --output FOLDER`."""
+        command = (sys.executable, "-m", "cluster", "train", "--output", FOLDER)
         self._log = log
         with log.open("w") as out:
-            self.process = node.start(*command, "--output", FOLDER, "--address", address, log=out)
+            self.process = node.start(*command, *what, log=out)
         self.folder = node.path(FOLDER)
 
     def steps(self) -> int:
@@ -107,22 +124,51 @@ def actors(node: Node) -> set[str]:
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
     folder = tmp_path_factory.mktemp("two")
+    bucket = folder / "bucket"
+    bucket.mkdir()
     with cluster(folder) as nodes:
-        head, other = nodes.add("head"), nodes.add("other")
+        head, other = nodes.add("head", bucket), nodes.add("other")
         nodes.join(head, 2, role="learner")
         nodes.wait_head(PATIENCE)
         nodes.join(other, 2, role="sampler")
-        run = Run(head, nodes.address, folder / "driver.log")
+        head.path("/tmp/recipe.toml").write_text(recipe_text(PLACED, model=TINY_POLICY))
+        run = Run(head, folder / "driver.log", "/tmp/recipe.toml", "--address", nodes.address)
         run.wait_step(1)
         where = {"head": actors(head), "other": actors(other)}
         befall(nodes, run, other)
-        run.end()
-        shutil.copytree(run.folder, folder / "run")
-        yield Lived(folder / "run", where)
+        run.wait_step(run.steps() + 2)
+        for node in nodes.nodes.values():  # the learner's, and without its head no Ray is left
+            node.kill()
+        copied = newest(bucket / "run").position.step
+        spare = nodes.add("spare", bucket)
+        here = [f"--set=placement.{role}={{}}" for role in ("learner", "samplers")]
+        again = Run(spare, folder / "again.log", "--resume", f"file://{BUCKET}/run", *here)
+        again.end()
+        shutil.copytree(again.folder, folder / "run")
+        yield Lived(folder / "run", where, copied)
+
+
+@dataclass(frozen=True)
+class Calm:
+    """The run on one machine, and what it took after each step."""
+
+    run: Path
+    rows: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    folder = Path(tempfile.mkdtemp(prefix="calm-", dir="/tmp"))  # below it are sockets
+    text = recipe_text(RECIPE, model=TINY_POLICY)
+    try:
+        rows, run = soak.soaked(folder, text, STEPS // 2, ["reward worker killed"])
+        return Calm(Path(shutil.copytree(run, tmp_path_factory.mktemp("calm") / "run")), rows)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def befall(nodes: Cluster, run: Run, other: Node) -> None:
-    """What happens to the samplers' node, each in the middle of the run."""
+    """What happens to the cable and the samplers' node, each in the middle of the run."""
     nodes.cable("slow", seconds=0.05, loss=0.01)
     run.wait_step(3)
     nodes.cable("slow", seconds=0.0, loss=0.0)
@@ -162,15 +208,33 @@ def test_a_lost_node_costs_its_sampler_and_no_group(lived: Lived) -> None:
     assert events[0] == ("driver", "began") and events[-1] == ("driver", "ended")
 
 
-def test_it_samples_what_one_machine_samples(lived: Lived, tmp_path: Path) -> None:
-    calm = Driver(tmp_path, recipe_text(RECIPE, model=TINY_POLICY))
-    try:
-        assert calm.end() == 0, calm.printed()
-    finally:
-        calm.clean_up()
+def test_another_machine_goes_on_where_the_learners_was_lost(lived: Lived) -> None:
+    assert 0 < lived.copied < STEPS
+    (went_on,) = [event for event in read_events(lived.run) if event.what == "went on"]
+    assert went_on.why == f"from step-{lived.copied:06d}"
+
+
+def test_it_samples_what_one_machine_samples(lived: Lived, calm: Calm) -> None:
     for step in range(1, STEPS + 1):
         here, there = (
             read_rollouts(run, step).select(["group_id", "response_ids"]).to_pylist()
             for run in (calm.run, lived.run)
         )
         assert here == there, f"step {step}"
+
+
+def test_a_soak_counts_what_a_run_takes_and_finds_each_group(calm: Calm, tmp_path: Path) -> None:
+    assert soak.lost_groups(calm.run) == []
+    assert [row["fault"] for row in calm.rows if row["fault"]] == ["reward worker killed"]
+    assert {*range(1, STEPS)} <= {row["step"] for row in calm.rows}
+    for name in {*calm.rows[-1]} - {"fault"}:
+        assert min(row[name] for row in calm.rows) > 0, name
+    # What is missing, or is not of the seed, is found.
+    shutil.copytree(calm.run / "rollouts", tmp_path / "rollouts")
+    shutil.copy(calm.run / "recipe.toml", tmp_path)
+    shutil.copy(
+        tmp_path / "rollouts/step-000003.parquet", tmp_path / "rollouts/step-000004.parquet"
+    )
+    (tmp_path / "rollouts/step-000007.parquet").unlink()
+    missing, other = soak.lost_groups(tmp_path)
+    assert missing == f"steps stored: {STEPS - 1} of {STEPS}" and other.startswith("step 4: ")
