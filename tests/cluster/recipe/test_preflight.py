@@ -410,6 +410,14 @@ BAD = "tests.support.bad_environments:Counting"
             'environment: environment "tasks.looking:Call"',
         ),
         (
+            [f'environment.name="{BAD}"', 'environment.calls="json"'],
+            '": says no tools, which calls = "json" needs',
+        ),
+        (
+            ['environment.name="zoom"', 'environment.calls="json"', "model.max_model_len=300"],
+            "with what it says first, and ",
+        ),
+        (
             [f'environment.name="{BAD}"', 'environment.args.first="raises"'],
             ": exception: KeyError: ",
         ),

@@ -134,7 +134,7 @@ DECIDES = """
     learner.learning_rate learner.weight_decay learner.betas learner.warmup_steps
     learner.max_grad_norm learner.freeze learner.rates learner.lora.rank learner.lora.alpha
     learner.lora.targets learner.lora.dropout
-    environment.name environment.args environment.turns environment.images
+    environment.name environment.args environment.calls environment.turns environment.images
     environment.image_tokens environment.on_failure
     transfer.in_flight eval.problems eval.seed eval.samples eval.passes eval.reader
     eval.sampling.temperature eval.sampling.top_p eval.sampling.top_k eval.sampling.max_tokens
