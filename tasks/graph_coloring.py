@@ -32,6 +32,7 @@ from tasks.graph_puzzle import (
     labelled_key,
 )
 from tasks.graph_teacher import terse_steps, verbose_steps
+from tasks.looking import squares, written
 from tasks.puzzle_task import PuzzleTask
 from tasks.responses import HARMLESS, Read, compose_response, items, read_json
 
@@ -190,6 +191,10 @@ class GraphColoring(PuzzleTask):
             explain(n, edges, colors),
             " ".join(f"{v}:{letter}" for v, letter in _letters(colors)),
         )
+
+    def calls(self, problem: Problem) -> tuple[str, ...]:
+        """Looks that show every pixel of a picture of `detail`, part by part; else none."""
+        return tuple(written("look", *box) for box in squares(problem.knobs.get("detail", 1)))
 
     def vision_labels(self, problem: Problem) -> np.ndarray:
         """int64 [v(v-1)/2]: 1 where an edge joins the pair, pairs in lexicographic order."""

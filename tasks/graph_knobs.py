@@ -16,6 +16,7 @@ Layout = Literal["circle", "spring", "random"]
 Crossings = Literal["any", "few", "many"]
 
 MAX_VERTICES = len(ascii_lowercase)
+MAX_SIDE = 2048
 LEAST_INK_CONTRAST = 1.1
 DEFAULT_DENSITY = 0.5
 MIN_NODE = {0: 6.0, 1: 10.0, 2: 13.0}
@@ -29,13 +30,16 @@ class GraphColoringSpec(Section):
     pairs, clipped to what the other knobs allow; 0.5 if neither is given); `chromatic`, the
     chromatic number; `planar`. Graphs are always connected.
 
-    Perception: `canvas`; `layout` and `crossings` (see `graph_layout.place`; `few` and `many`
-    shape each picture by local search); `line_width`, `node_size` (diameter), `label_size`
-    (font; None: fitting the canvas). `label_size = 0` draws no labels: vertex 0 is then at the
-    top and the others follow clockwise, which asks for the plain circle layout. `background`,
-    `ink` (edges, outlines), `node_fill`: `#rrggbb` or `random`. `jitter`: coordinates move by up
-    to this much. `noise`: standard deviation in grey levels. `contrast`: 1 as drawn, towards 0
-    faded into the background.
+    Perception: `canvas`; `detail`: the picture is so many times as large, the vertices as far
+    apart, but lines, vertices, labels, noise and jitter are as without it. With model.max_pixels
+    the square of `canvas` the policy reads all of it made smaller by `detail`, and a look at
+    1/detail of the side shows every pixel. `layout` and `crossings` (see `graph_layout.place`;
+    `few` and `many` shape each picture by local search); `line_width`, `node_size` (diameter),
+    `label_size` (font; None: fitting the canvas). `label_size = 0` draws no labels: vertex 0 is
+    then at the top and the others follow clockwise, which asks for the plain circle layout.
+    `background`, `ink` (edges, outlines), `node_fill`: `#rrggbb` or `random`. `jitter`: coordinates
+    move by up to this much. `noise`: standard deviation in grey levels. `contrast`: 1 as drawn,
+    towards 0 faded into the background.
 
     `prompt`: `brief` says only what must be known, `full` explains the response format.
 
@@ -52,7 +56,8 @@ class GraphColoringSpec(Section):
     chromatic: int | None = Field(None, ge=2)
     planar: Planarity = "any"
 
-    canvas: int = Field(448, ge=32, le=2048)
+    canvas: int = Field(448, ge=32, le=MAX_SIDE)
+    detail: int = Field(1, ge=1, le=8)
     layout: Layout = "circle"
     crossings: Crossings = "any"
     line_width: float | None = Field(None, ge=0.5, le=32)
@@ -94,6 +99,11 @@ class GraphColoringSpec(Section):
                     "choose colours that differ"
                 )
         _ = self.diameter  # refuses a canvas that is too small
+        if self.side > MAX_SIDE:
+            raise ValueError(
+                f"detail: the image would be {self.side} px wide; lower it or canvas to stay "
+                f"within {MAX_SIDE}"
+            )
         if self.split_by == "auto":
             many = has_many_classes(
                 self.vertices, self.edges, self.drawn_density, self.chromatic, self.planar
@@ -101,6 +111,11 @@ class GraphColoringSpec(Section):
             # Recipes, problems and data sets say which it is.
             object.__setattr__(self, "split_by", "isomorphism" if many else "labelled")
         return self
+
+    @property
+    def side(self) -> int:
+        """Pixels of the picture's side."""
+        return self.canvas * self.detail
 
     @property
     def drawn_density(self) -> float:
@@ -144,7 +159,7 @@ class GraphColoringSpec(Section):
     @property
     def radius(self) -> float:
         """Of the circle layout: as large as fits."""
-        return self.canvas / 2 - self.border
+        return self.side / 2 - self.border
 
     @property
     def border(self) -> float:

@@ -60,7 +60,7 @@ def place(
                 return moved
     raise ValueError(
         f"no legible {look.layout} layout found for {n} vertices and {len(edges)} edges on "
-        f"{look.canvas} px; use a larger canvas, a smaller node_size, line_width or jitter, "
+        f"{look.side} px; use a larger canvas, a smaller node_size, line_width or jitter, "
         'fewer vertices or edges, or another layout ("circle" needs least room)'
     )
 
@@ -77,7 +77,7 @@ def render(
     color_rng, noise_rng = streams(rng, 2)
     background, ink, fill = _colors(color_rng, look)
     scale = 4 if look.canvas <= 160 else 2
-    image = Image.new("RGB", (look.canvas * scale,) * 2, background)
+    image = Image.new("RGB", (look.side * scale,) * 2, background)
     draw = ImageDraw.Draw(image)
     at = [(float(x) * scale, float(y) * scale) for x, y in positions]
     line = max(1, round(look.edge_width * scale))
@@ -159,12 +159,12 @@ def _crossings(positions: np.ndarray, edges: np.ndarray, apart: np.ndarray) -> i
 def _start(
     rng: np.random.Generator, n: int, edges: Sequence[Edge], look: GraphColoringSpec
 ) -> np.ndarray:
-    middle = look.canvas / 2
+    middle = look.side / 2
     if look.layout == "circle":
         angles = 2 * pi * np.arange(n) / n
         return middle + look.radius * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
     if look.layout == "random":
-        return rng.uniform(look.border, look.canvas - look.border, size=(n, 2))
+        return rng.uniform(look.border, look.side - look.border, size=(n, 2))
     free = nx.spring_layout(graph_of(n, edges), seed=int(rng.integers(2**31)))
     positions = np.stack([free[v] for v in range(n)])
     turn = rng.uniform(0, 2 * pi)
@@ -185,7 +185,7 @@ def _search(
     Anywhere in the layout `random`, by a little in `spring`; if `mixed`, either by a coin.
     """
     as_is = look.crossings == "any"
-    low, high = look.border, look.canvas - look.border
+    low, high = look.border, look.side - look.border
     if as_is and look.layout == "circle":
         return positions
     n = len(positions)
@@ -203,7 +203,7 @@ def _search(
             if far:
                 trial[v] = rng.uniform(low, high, size=2)
             else:
-                trial[v] = (trial[v] + rng.normal(0, look.canvas / 10, size=2)).clip(low, high)
+                trial[v] = (trial[v] + rng.normal(0, look.side / 10, size=2)).clip(low, high)
         trial_score = judge.score(trial)
         if trial_score <= score:
             positions, score = trial, trial_score

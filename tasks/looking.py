@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -52,6 +53,12 @@ class Call:
 def written(tag: str, *numbers: int) -> str:
     """A call as `read_call` reads it."""
     return f"<{tag}>{' '.join(map(str, numbers))}</{tag}>"
+
+
+def squares(count: int) -> list[tuple[int, int, int, int]]:
+    """`count` by `count` boxes that a picture is seen whole in, in reading order; of one none."""
+    edges = [*pairwise(round(SIDE * k / count) for k in range(count + 1))] if count > 1 else []
+    return [(left, top, right, bottom) for top, bottom in edges for left, right in edges]
 
 
 def read_call(text: str, tag: str, pictures: int, counts: tuple[int, ...]) -> Call | str | None:

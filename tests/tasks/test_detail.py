@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from tasks.core import Problem
 from tasks.environments import load_environment
+from tasks.graph_knobs import GraphColoringSpec
 from tasks.images import check_image
 from tasks.looking import read_call
 from tasks.sudoku_knobs import SudokuSpec
 from tasks.sudoku_render import render
+from tests.support.puzzles import GRAPHS, draw
 from tests.support.puzzles import SUDOKU as TASK
-from tests.support.puzzles import draw
 
 LOOK: dict[str, Any] = {"size": 4, "blanks": 8, "cell_size": 8, "font_size": 7, "margin": 0}
 """Without `detail` the picture is 32 pixels wide: what a policy of max_pixels = 1024 reads."""
@@ -136,3 +138,41 @@ def test_who_knows_every_digit_reads_the_noisy_grid_by_looks_alone() -> None:
             apart = [((cells(view, 4) - digit) ** 2).sum(1) for digit in known[name]]
             right[name] += bool((np.argmin(apart, axis=0) == truth).all())
     assert right["looks"] >= 55 and right["whole"] <= 25
+
+
+PLAIN: dict[str, Any] = {"vertices": 5, "canvas": 96}
+
+
+@pytest.mark.parametrize("layout", ["circle", "spring", "random"])
+@pytest.mark.parametrize("detail", [2, 3])
+def test_a_graph_is_spread_and_its_vertices_and_labels_are_not(layout: str, detail: int) -> None:
+    knobs = PLAIN | {"layout": layout}
+    plain, fine = (draw(GRAPHS, 3, **knobs, detail=d) for d in (1, detail))
+    assert plain.truth == fine.truth and plain.perception == fine.perception
+    small, large = (check_image(one.images[0], "picture") for one in (plain, fine))
+    assert small.size == (96, 96) and large.size == (96 * detail, 96 * detail)
+    # As many pixels of the vertices' own colour, which labels and outlines leave.
+    filled = [
+        (np.abs(np.asarray(one, int) - (255, 227, 154)).max(axis=-1) < 3).sum()
+        for one in (small, large)
+    ]
+    assert filled[0] > 100 and abs(filled[1] - filled[0]) < 0.25 * filled[0]
+    assert GRAPHS.calls(plain) == ()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("detail", [2, 4])
+def test_a_graphs_looks_show_every_pixel_once(detail: int) -> None:
+    problem = draw(GRAPHS, 1, **PLAIN, detail=detail)
+    zoom = load_environment("zoom", {"side": 96})
+    zoom.reset(problem, np.random.default_rng(0))
+    calls = GRAPHS.calls(problem)  # type: ignore[attr-defined]
+    answers = [zoom.step(call).images for call in calls]
+    parts = [np.asarray(check_image(image, "crop"), int) for (image,) in answers]
+    rows = [np.hstack(parts[k : k + detail]) for k in range(0, len(parts), detail)]
+    whole = np.asarray(check_image(problem.images[0], "picture"), int)
+    assert len(parts) == detail**2 and (np.vstack(rows) == whole).all()
+
+
+def test_a_graph_that_detail_makes_too_large_is_refused() -> None:
+    with pytest.raises(ValidationError, match="detail: the image would be 2688 px wide"):
+        GraphColoringSpec(detail=6)
