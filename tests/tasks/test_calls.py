@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tasks.calls import SAID, Tool, call_span, in_json, in_tags
 from tasks.environments import DONE, load_environment
-from tasks.load import load_task
 from tasks.looking import Call, pointed_at
-from tasks.responses import split_response
+from tasks.responses import split_response, without_preamble
 from tests.tasks.test_looking import pictured
 
 
@@ -159,11 +158,12 @@ def test_an_environment_without_tools_is_not_called_in_json() -> None:
 
 
 def test_a_call_is_no_perception_and_no_text_of_a_response() -> None:
-    grid = load_task("sudoku")
-    plain = '{"puzzle": [[1]]} so {"solution": [[1]]}'
-    for call in (FINE, "<tool_call>{", '<tool_call>{"name": [1]}</tool_call>'):
-        found = grid.parse(call if call.endswith("{") else f"{call} {plain}")
-        assert found.perception == (None if call.endswith("{") else grid.parse(plain).perception)
+    for call in (FINE, '<tool_call>{"name": [1]}</tool_call>', "<tool_call>{}{}</tool_call>"):
+        text = f"{call} I see [[1]] so {{}}"
+        (start, end), split = split_response(text).inner["perception"], split_response(text)
+        assert text[start:end] == "[[1]]" and not split.defects
+        assert without_preamble(text[: split.spans["perception"][1]]) == "[[1]]"
+    assert "missing_perception" in split_response("<tool_call>[[1]] {}").defects
     tagged = "<perception>1</perception>{}<reasoning>r</reasoning><answer>1</answer>"
     assert "text_between_segments" not in split_response(tagged.format(FINE)).defects
     for bad in (FINE + "so", "<tool_call>{}</tool_call>", "<tool_call>"):

@@ -28,13 +28,13 @@ from cluster.record.tracker import Tracker
 from cluster.report.charts import CELLS, Series, evaluation_curves, plane, smoothed
 from cluster.report.choice import Entry, choose
 from cluster.report.plots import MOST_POINTS, Chart, Line, thinned, to_svg, to_svg_file
-from cluster.report.rollouts import embedded, read_shown
+from cluster.report.rollouts import _pieces, embedded, read_shown
 from cluster.report.run_report import NoRun, build, draw_report, read_run, run_report, write_report
 from cluster.report.run_words import asymmetry_of, events_table, verdict, warnings
 from rewards.advantages import NO_CALL_COLUMNS
 from rewards.compose import Composition, compose_groups
 from rewards.terms import Outcome, score_group
-from tasks.core import SEGMENTS, Problem
+from tasks.core import SEGMENTS, Parsed, Problem
 from tasks.figures import Words
 from tasks.graph_coloring import GraphColoring
 from tasks.sudoku import Sudoku
@@ -391,6 +391,17 @@ def test_a_users_own_task_is_compared_as_text(
     found = read_shown(tmp_path)
     assert "no_such" in found.problems[0]
     assert found.rollouts[0]["pieces"] == [["", "5;10;"]]
+
+
+def test_a_call_is_a_piece_of_its_own_wherever_it_stands() -> None:
+    text = "I see. <look>1</look>so<look>2</look>4"
+    spans = {"reasoning": (7, 37), "answer": (37, 38)}
+    parsed = Parsed(None, "", None, spans, ())  # type: ignore[arg-type]
+    assert _pieces(text, parsed, [(7, 21), (23, 37)]) == [
+        ["", "I see. "], ["act", "<look>1</look>"], ["reasoning", "so"],
+        ["act", "<look>2</look>"], ["answer", "4"],
+    ]  # fmt: skip
+    assert _pieces(text, None, []) == [["", text]]
 
 
 def test_advantages_are_shown_by_segment(run: Path) -> None:
