@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, scaling, tables
+from benchmarks import machine, scaling, soak, tables
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import kept_by_a_layer, storage, tensors_in
 from benchmarks.memory_that_fits import configs, folders, parameters, row
@@ -185,3 +185,20 @@ def test_the_page_on_scaling_is_what_its_command_writes_and_a_larger_run_asks_fo
             assert large.nccl == small.nccl, "a broadcast takes as long, however many hear it"
             assert large.host > small.host
         assert loads[0].host == 0, "nothing leaves a single node"
+
+
+@pytest.mark.parametrize("thing", ["descriptors", "memory_mib"])
+def test_a_soak_tells_a_leak_from_noise_and_from_what_a_run_takes_to_settle(thing: str) -> None:
+    dice, steps = np.random.default_rng(0), np.arange(1, 301)
+
+    def grew(values: np.ndarray) -> bool:
+        pairs = zip(steps, values, strict=True)
+        (row,) = soak.growth([{"step": s, "at": 0.0, "fault": "", thing: v} for s, v in pairs])
+        return bool(row["grew"] == "yes")
+
+    steady = 500 * dice.normal(1, 0.05, len(steps))
+    assert not grew(steady)
+    assert not grew(steady + np.where(steps <= soak.SETTLED, -450, 0))
+    assert grew(steady + steps / 2)
+    faults = np.isin(steps % 20, range(3))  # what lives on of an actor that was killed
+    assert grew(steady + 12 * np.cumsum(faults) / 3)

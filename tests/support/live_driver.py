@@ -126,6 +126,13 @@ class Driver:
                     found.append(process)
         return found
 
+    def training(self) -> psutil.Process:
+        """What trains, where this is its supervisor."""
+        (one,) = [
+            p for p in psutil.Process(self.process.pid).children() if p in self.below("train")
+        ]
+        return one
+
     def samplers(self) -> list[psutil.Process]:
         """Sampler actors, oldest first; some may still start."""
         return sorted(self.below("ray::Sampler"), key=lambda process: process.create_time())

@@ -38,6 +38,19 @@ PORTS = (
 """Told, so that a raylet does not wait for its agents to tell: it ends after 15 seconds of that."""
 HOME = "/tmp/home"
 BUCKET = "/tmp/bucket"
+CLOCK = """
+import os, time
+
+def now(true=time.time):
+    try:
+        return true() + os.stat("/tmp/ahead").st_size
+    except OSError:
+        return true()
+
+time.time = now
+"""
+"""What every Python of a node begins with: its wall clock is ahead by as many seconds as a file has
+bytes. (The system's own clock is the whole machine's.)"""
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 INSIDE = """
 set -e
@@ -97,11 +110,13 @@ class Node:
         (first,) = psutil.Process(self._holder.pid).children()
         self.pid = first.pid
         self._first = first
+        self.path("/tmp/clock").mkdir()
+        self.path("/tmp/clock/sitecustomize.py").write_text(CLOCK)
 
     def start(self, *command: str, log: IO[str] | int | None = None, **more: str) -> psutil.Popen:
         """Begin a command on the node; `more`: variables that it sees."""
         inside = ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", f"--wd={ROOT}"]
-        own = environment(HOME=HOME, PYTHONPATH=str(ROOT), **more)
+        own = environment(HOME=HOME, PYTHONPATH=f"/tmp/clock:{ROOT}", **more)
         return psutil.Popen(
             [*inside, *command],
             env={name: value for name, value in own.items() if name != "TMPDIR"},
@@ -125,6 +140,10 @@ class Node:
             except (psutil.Error, OSError):
                 continue  # it ended meanwhile
         return found
+
+    def jump(self, seconds: int) -> None:
+        """Its clock is so far ahead from now on (see CLOCK)."""
+        self.path("/tmp/ahead").write_bytes(bytes(seconds))
 
     def kill(self) -> None:
         """The power goes, if it has not."""

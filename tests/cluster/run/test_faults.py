@@ -1,11 +1,11 @@
 """A run with groups in flight between its steps: whatever dies, hangs, comes or goes, it goes on.
 
-One run proves it all, since engines are slow to start. It samples a step ahead
-(`max_staleness = 1`), learns while its weights travel (`overlap`) and replaces groups without
-variance (dynamic sampling); a turn that ends is answered with a picture. It gets a second sampler
-and gives it back; a sampler is killed, a reward worker, the driver, and in the end the learner; a
-sampler hangs. What it leaves behind must be what its seed says, each group once, each token under
-the weights it names.
+One run proves it all, since engines are slow to start. It samples a step ahead (`max_staleness =
+1`), learns while its weights travel (`overlap`) and replaces groups without variance (dynamic
+sampling); a turn that ends is answered with a picture. It gets a second sampler and gives it back;
+a sampler is killed, a reward worker, the driver, and in the end the learner; a sampler hangs, and
+the driver stands still for a while. It helps itself, below a supervisor. What it leaves behind must
+be what its seed says, each group once, each token under the weights it names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ class Lived:
 
     Attributes:
         before: its folder when it was killed; saved: where it then went on.
-        outlived: processes below the driver that its death did not end.
+        outlived: processes below the driver that lived when the next began.
         doors, guests: `listening` and `guests` of its first Ray.
         told_in: where a planted key, that Ray's token and a word of the recipe are: below the run,
             in that Ray's session, in the last one's.
@@ -132,7 +131,8 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("faults")
     text = recipe_text(RECIPE, model=tiny_models["qwen3_vl"])
     mirror = f'output.mirror="file://{folder}/copies"'
-    driver = Driver(folder, text, mirror, command="train", HF_TOKEN=PLANTED, WANDB_API_KEY=PLANTED)
+    restarts = "checkpoint.restarts=2"
+    driver = Driver(folder, text, mirror, restarts, HF_TOKEN=PLANTED, WANDB_API_KEY=PLANTED)
 
     def samplers(count: int) -> None:
         driver.wait(f"{count} samplers", lambda: driver.metric("sampler/count") == count)
@@ -171,17 +171,21 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         driver.wait("the other's end", lambda: len(driver.samplers()) == 1)
         samplers_left = driver.samplers()
         # A step that was never saved is done, and the groups of others are in flight.
-        while driver.process.send_signal(signal.SIGSTOP) or driver.steps() % EVERY == 0:
-            driver.process.send_signal(signal.SIGCONT)
+        training, all_of_it = driver.training(), driver.below("")
+        while training.suspend() or driver.steps() % EVERY == 0:
+            training.resume()
             driver.wait("an unsaved step", lambda: driver.steps() % EVERY == 1, pause=0.02)
-        outlived = driver.kill()
-        saved, killed_at = newest(driver.run).position, driver.steps()
-        shutil.copytree(driver.run, driver.before)
-        # From here on below a supervisor: the learner's death costs a restart and nobody's help.
-        driver.resume("checkpoint.restarts=1")
+        killed_at = driver.steps()
+        with stopped(driver.below("ray::LearnerRank")):  # nobody writes to the folder
+            shutil.copytree(driver.run, driver.before)
+            training.kill()
+        driver.wait("its next life", lambda: told(driver.run)[-1] == ("driver", "went on"))
+        outlived = [process for process in all_of_it if process.is_running()]
+        saved_in = driver.run / "checkpoints" / read_events(driver.run)[-1].why.split()[-1]
+        saved = Position.from_dict(check(saved_in))
         driver.wait("new steps", lambda: driver.steps() >= killed_at + 2, pause=0.05)
         driver.below("ray::LearnerRank")[0].kill()
-        driver.wait("its next life", lambda: told(driver.run)[-1] == ("driver", "went on"))
+        driver.wait("and its next", lambda: told(driver.run)[-1] == ("driver", "went on"))
         again = driver.steps()
         driver.wait("steps of it", lambda: driver.steps() >= again + 1, pause=0.05)
         *_, last = ray_of(driver.below(""))
@@ -214,7 +218,7 @@ def test_all_of_it_happened(lived: Lived, metrics: dict[str, dict[int, float]]) 
     assert max(metrics["sampler/restarts/actor"].values()) >= 1
     assert max(metrics["sampler/resampled"].values()) >= 1
     assert max(metrics["reward/worker_restarts"].values()) >= 1
-    assert lived.samplers and not set(lived.samplers) & set(lived.outlived)
+    assert lived.samplers and not lived.outlived
 
 
 def test_its_ray_is_for_this_machine_and_for_who_has_its_token(lived: Lived) -> None:
@@ -289,7 +293,9 @@ def told(run: Path) -> list[tuple[str, str]]:
     return [(event.who, event.what) for event in read_events(run)]
 
 
-def test_the_run_tells_what_befell_it_and_goes_on_when_its_learner_dies(lived: Lived) -> None:
+def test_the_run_tells_what_befell_it_and_goes_on_when_its_driver_or_learner_dies(
+    lived: Lived,
+) -> None:
     """That no group is lost by it is what the tests of the whole run below say."""
     events = [
         event
@@ -297,8 +303,9 @@ def test_the_run_tells_what_befell_it_and_goes_on_when_its_learner_dies(lived: L
         if event[0] in ("driver", "supervisor") and event[1] != "stalled"
     ]
     assert events == [
-        *[("driver", "began"), ("driver", "went on"), ("driver", "failed")],
-        *[("supervisor", "restart"), ("driver", "went on"), ("driver", "stopped")],
+        *[("driver", "began"), ("driver", "died"), ("supervisor", "restart")],
+        *[("driver", "went on"), ("driver", "failed"), ("supervisor", "restart")],
+        *[("driver", "went on"), ("driver", "stopped")],
     ]
     by = {event[:2]: event for event in read_events(lived.run)}  # the last of each
     restart, went_on = by["supervisor", "restart"], by["driver", "went on"]

@@ -10,18 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from cluster.run.nodes import leaving
+from cluster.run.nodes import leaving, own_actors
+from cluster.run.runtime import sft_setup
+from learner.actor import LearnerGroup
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
 from rollout.settings import SamplerConfig
 from tests.support.light_sampler import LightSampler, wait_for_nodes
 from tests.support.pretend import request
+from tests.support.recipes import made_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -102,6 +106,21 @@ def test_a_job_joins_its_cluster_and_has_or_is_raised_what_is_asked_meanwhile(
     )
     said = connecting(code, RAY_ADDRESS=cluster.address)
     assert said == ["had 42", f"at {cluster.address}", "raised 'rows' False"]
+
+
+def test_a_learner_that_stands_still_is_named_once_it_is_late_and_ends_with_the_run(
+    cluster: Cluster,
+) -> None:
+    setup = sft_setup(made_recipe("learner.timeout_seconds=3.0", "learner.cpus=0.1"))
+    learner = LearnerGroup(setup)
+    until(lambda: [actor["ActorClassName"] for actor in own_actors()] == ["LearnerRank"])
+    rank = psutil.Process(own_actors()[0]["Pid"])
+    rank.suspend()
+    late = r"no answer from learner rank 0 within 3 s \(learner\.timeout_seconds\)"
+    with pytest.raises(TimeoutError, match=late):
+        learner.start()
+    learner.stop()
+    rank.wait(60)
 
 
 def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(

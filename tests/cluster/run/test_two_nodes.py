@@ -40,7 +40,10 @@ start_timeout_seconds = 900.0
 heartbeat_seconds = 120.0
 
 [reward]
-terms = [{{ name = "perception_graded" }}]
+terms = [
+    {{ name = "perception_graded" }},
+    {{ name = "tests.support.wordiness:Wordiness" }},  # each step has something to learn
+]
 workers = 2
 
 [algorithm]
@@ -73,6 +76,7 @@ samplers = {{ role = "sampler" }}
 wait_seconds = 600.0
 """
 FOLDER = "/tmp/run"
+JUMP = 3600
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,14 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
 
 
 def befall(nodes: Cluster, run: Run, other: Node) -> None:
-    """What happens to the cable and the samplers' node, each in the middle of the run."""
+    """What happens to cable, clocks and the samplers' node, each in the middle of the run."""
     nodes.cable("slow", seconds=0.05, loss=0.01)
     run.wait_step(3)
     nodes.cable("slow", seconds=0.0, loss=0.0)
+    busy(run, other)
+    nodes.nodes["head"].jump(JUMP)
+    other.jump(JUMP)
+    run.wait_step(run.steps() + 1)
     busy(run, other)
     nodes.cable("cut", "other")
     time.sleep(3)
@@ -206,6 +214,16 @@ def test_a_lost_node_costs_its_sampler_and_no_group(lived: Lived) -> None:
     events = [(event.who, event.what) for event in read_events(lived.run)]
     assert {("sampler-0", "lost"), ("sampler-0", "back")} <= {*events}
     assert events[0] == ("driver", "began") and events[-1] == ("driver", "ended")
+
+
+def test_a_clock_that_jumps_an_hour_ahead_is_not_missed(lived: Lived) -> None:
+    """On two nodes of three, while the run is on; of what goes by time nothing comes of it."""
+    events = read_events(lived.run)
+    times = [event.wall_seconds for event in events]
+    assert max(times) - times[0] > JUMP and times[-1] - times[0] < JUMP
+    recovered = [event.recovered_seconds for event in events if event.what == "back"]
+    assert recovered and all(0 < seconds < JUMP for seconds in recovered if seconds is not None)
+    assert "stalled" not in {event.what for event in events}
 
 
 def test_another_machine_goes_on_where_the_learners_was_lost(lived: Lived) -> None:
