@@ -18,10 +18,12 @@ def record() -> AblationRecord:
     return read_ablation(FOLDER / NAME)
 
 
-def test_a_page_and_its_report_are_what_the_raw_table_gives(record: AblationRecord) -> None:
-    page = (FOLDER / f"{NAME}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", [NAME, "frontier"])
+def test_a_page_and_its_report_are_what_the_raw_table_gives(name: str) -> None:
+    record = read_ablation(FOLDER / name)
+    page = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
     assert with_tables(page, record) == page
-    report = (FOLDER / NAME / "report.md").read_text(encoding="utf-8")
+    report = (FOLDER / name / "report.md").read_text(encoding="utf-8")
     assert build_ablation(record).to_markdown("report-figures") == report
 
 
