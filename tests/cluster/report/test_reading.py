@@ -68,11 +68,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def stop(self) -> None:
             said.append("stopped")
 
-    def pool(recipe: Any, model: str, name: str, frozen: bool) -> Pool:
-        said.append(f"{model} {name} {frozen}")
+    def pool(recipe: Any, places: Any, model: str, frozen: int) -> Pool:
+        said.append(f"{model} {frozen}")
         return Pool(doubles)
 
     monkeypatch.setattr(reading, "sampler_pool", pool)
+    monkeypatch.setattr(reading, "places_of", lambda recipe, actors: nullcontext())
     monkeypatch.setattr(reading, "connected", lambda address: nullcontext())
     monkeypatch.setattr(reading, "require_model", lambda model, field: None)
     return said
@@ -82,7 +83,7 @@ def test_a_stored_run_is_read_and_told(
     run: Path, scripted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = reading.read_run(run, READER)
-    assert scripted == [f"{READER} reader True", "ready", "stopped"]
+    assert scripted == [f"{READER} 0", "ready", "stopped"]
     scores = load_scores(run)
     assert set(found) == {(s.step, s.group_id) for s in scores}
     (report,) = run_diagnose(run, as_json=True, reader=READER, readings=found)
