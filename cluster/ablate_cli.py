@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from cluster.ablation.launch import (
     slots_for,
 )
 from cluster.ablation.progress import GridProgress, cost_table
+from cluster.recipe.fetching import pinned_recipe
 from cluster.recipe.hardware import Machine
 from cluster.recipe.memory import trained_of
 from cluster.recipe.placement import plan
@@ -27,6 +30,17 @@ from tasks.core import DataError
 
 INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
+
+
+def _pinned(ablation: Ablation, dry_run: bool, console: Console) -> Ablation:
+    """What cells name by URI is of one content in all of them."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    pin = partial(pinned_recipe, say=say, dry_run=dry_run, known={})
+    cells = tuple(replace(cell, recipe=pin(cell.recipe)) for cell in ablation.cells)
+    return replace(ablation, base=pin(ablation.base), cells=cells)
 
 
 def _ask_all(ablation: Ablation, cells: Sequence[Cell], console: Console) -> None:
@@ -70,6 +84,8 @@ def ablate_to_the_end(
     if not 0 < difference <= 1:
         raise UserError(f"--difference {difference:g}: expected a difference of accuracies, 0 to 1")
     console = Console(soft_wrap=True)
+    if address is None and runner is None:
+        ablation = _pinned(ablation, dry_run, console)
     folder = output or Path(ablation.base.output.folder) / ablation.name
     machine = Machine.detect()
     # Cells of a launcher that is a job itself join its cluster.

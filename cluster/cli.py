@@ -97,18 +97,20 @@ def train(
         from cluster.run.replay import recorded, run_replay
 
         again, source = recorded(replay, set_ or ())
-        if ready(again, "replay", address, dry_run, replay, output):
-            run_replay(again, source, address=address, output=output)
+        if pinned := ready(again, "replay", address, dry_run, replay, output):
+            run_replay(pinned, source, address=address, output=output)
         return
     config, resumed = loaded("train", recipe, set_, output, resume)
-    if not ready(config, "train", address, dry_run, recipe or resume, None if resumed else output):
+    new = None if resumed else output
+    pinned = ready(config, "train", address, dry_run, recipe or resume, new)
+    if pinned is None:
         return
     ended = supervised("train", config, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.train import run_training
 
-    folder = run_training(config, address=address, output=output, resumed=resumed)
+    folder = run_training(pinned, address=address, output=output, resumed=resumed)
     from cluster.report.run_report import draw_report
 
     draw_report(folder)
@@ -128,8 +130,8 @@ def sample(
     from cluster.start import ready
 
     config = recipe_to_sample(where, set_ or ())
-    if ready(config, "sample", address, dry_run, where, output):
-        run_sampling(config, steps, address=address, output=output)
+    if pinned := ready(config, "sample", address, dry_run, where, output):
+        run_sampling(pinned, steps, address=address, output=output)
 
 
 @app.command()
@@ -150,14 +152,16 @@ def sft(
         f"{recipe}: sft: `equipoise sft` needs this section and it is missing; add [sft] "
         "with steps = 650, or see recipes/tiny/cold_start.toml",
     )
-    if not ready(config, "sft", address, dry_run, recipe or resume, None if resumed else output):
+    new = None if resumed else output
+    pinned = ready(config, "sft", address, dry_run, recipe or resume, new)
+    if pinned is None:
         return
     ended = supervised("sft", config, recipe, set_, address, output, resumed)
     if ended is not None:
         raise typer.Exit(ended)
     from cluster.run.sft import run_sft
 
-    run_sft(config, address=address, output=output, resumed=resumed)
+    run_sft(pinned, address=address, output=output, resumed=resumed)
 
 
 app.command(name="eval")(evaluate)

@@ -29,13 +29,13 @@ ReaderPlace = Annotated[
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A folder with a policy, or a hub name")],
+    checkpoint: Annotated[str, typer.Argument(help="A folder with a policy, a hub name or a URI")],
     task: Annotated[
         str, typer.Option(help="sudoku, graph_coloring or module:Class; with --data, vqa")
     ] = "",
     data: Annotated[
         str,
-        typer.Option(help="A file, folder or hub name: questions of your own, all by default"),
+        typer.Option(help="A file, folder, hub name or URI: questions of your own, all by default"),
     ] = "",
     set_: Annotated[
         list[str] | None,
@@ -78,6 +78,7 @@ def evaluate(
     from cluster.recipe.recipe import data_task, load_recipe, task_of
     from cluster.start import refuse
     from rollout.models import require_model
+    from tasks.fetched import is_uri
 
     refuse(not (task or data), "eval: give --task, or --data with questions of your own")
     refuse(not data and bool(by or against), "--by, --against: they go with --data")
@@ -86,7 +87,8 @@ def evaluate(
         output.parent.mkdir(parents=True, exist_ok=True)  # now, not after the evaluation
     like = load_recipe(recipe) if recipe else None
     task_config = data_task(data, task, set_ or (), like) if data else task_of(task, set_ or ())
-    require_model(checkpoint)
+    if not is_uri(checkpoint):  # which is fetched first
+        require_model(checkpoint)
     if data:
         from cluster.report.run_report import draw_report
         from cluster.run.evaluate_data import run_data_eval
@@ -174,6 +176,10 @@ def diagnose(
     readings = None
     if reader:
         from cluster.run.reading import read_run
+        from tasks.fetched import is_uri, pinned
 
-        readings = read_run(run, expanded(reader), reader_place, address)
+        model = expanded(reader)
+        if is_uri(model):
+            model = pinned(model, partial(print, file=sys.stderr), weights=True)
+        readings = read_run(run, model, reader_place, address)
     run_diagnose(run, rescore or (), as_json, markdown, reader, readings)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.recipe.fetching import pinned_recipe
 from cluster.recipe.hardware import Machine
 from cluster.recipe.machine import new_run_folder, os_error_text, require_free
 from cluster.recipe.nodes import describe_nodes, seated_for
@@ -27,6 +28,11 @@ from tasks.core import DataError
 
 if TYPE_CHECKING:
     from cluster.run.checkpoints import Resumable, Resumed
+
+
+def tell(line: str) -> None:
+    """Say it beside what a command prints."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def refuse(wrong: bool, message: str) -> None:
@@ -59,7 +65,7 @@ def loaded(
             from cluster.record.mirror import fetch
 
             folder = output or Path("runs") / folder.name
-            fetch(resume, folder, lambda text: print(text, file=sys.stderr))
+            fetch(resume, folder, tell)
         return go_on(folder, overrides or (), command)
     if recipe is None:
         raise UserError(f"equipoise {command}: give a recipe, or --resume RUN to go on with a run")
@@ -96,15 +102,17 @@ def ready(
     dry_run: bool,
     source: Path | str | None,
     output: Path | None,
-) -> bool:
-    """Whether to go on and run. A dry run prints the resolved recipe and the placement instead.
+) -> Recipe | None:
+    """The recipe to run, its URIs pinned. A dry run prints it and the placement, and returns None.
 
     The placement comes as comments, so that all that is printed is a recipe again; with `address`
     also which node of the cluster has room for whom. Raises
     PlacementError where this machine lacks what the recipe asks for and no cluster is given,
     RecipeError, which names `source`, where it names parts that the policy does not have, and what
-    `glance` and `require_free` raise.
+    `pinned_recipe`, `glance` and `require_free` raise.
     """
+    notes: list[str] = []
+    recipe = pinned_recipe(recipe, notes.append if dry_run else tell, dry_run=dry_run)
     if not dry_run:
         if output is not None:
             require_free(output, "--output")
@@ -114,17 +122,16 @@ def ready(
     except ModelError as error:
         raise RecipeError(f"{source}: {error}") from error
     if dry_run:
-        notes: list[str] = []
         print(resolved_toml(preflight(recipe, command, notes.append, dry_run=True).recipe))
         lines = [*describe(placement).splitlines(), *(f"note: {note}" for note in notes)]
         if address is not None:
             lines += ["", f"the cluster at {address}, with what its nodes have left now:"]
             lines += _on_cluster(recipe, placement, address).splitlines()
         print("\n".join(f"# {line}".rstrip() for line in lines))
-        return False
+        return None
     if address is None:
         placement.require()
-    return True
+    return recipe
 
 
 def _on_cluster(recipe: Recipe, placement: Placement, address: str) -> str:

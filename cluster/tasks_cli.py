@@ -23,9 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cluster.recipe.fetching import pinned_recipe
 from cluster.recipe.machine import require_free
 from cluster.recipe.problems import opened_rows
-from cluster.recipe.recipe import UserError, load_recipe, task_of
+from cluster.recipe.recipe import Recipe, UserError, load_recipe, task_of
 from cluster.record.terminal import printable
 from tasks.contract import check_task
 from tasks.core import DataError, Demonstrates, Generates, Problem, Task, labelled, need
@@ -130,7 +131,7 @@ def show_command(
     with _for_the_user():
         reader: Task | None
         if source.endswith(".toml"):
-            configs = load_recipe(Path(source), settings or ()).tasks
+            configs = _recipe(source, settings).tasks
             index = next((at for at, c in enumerate(configs) if c.data is not None), None)
             if index is None:
                 raise UserError(f"{source}: tasks: none has data; show a task by its name")
@@ -184,7 +185,7 @@ def check_command(
         if task.endswith(".toml"):
             from cluster.recipe.data_check import check_data
 
-            wrong = check_data(load_recipe(Path(task), settings or ()), _echo)
+            wrong = check_data(_recipe(task, settings), _echo)
             if wrong:
                 raise UserError("\n".join(["a run would refuse this:", *wrong]))
             return
@@ -193,6 +194,11 @@ def check_command(
         if wrong:
             raise UserError("\n".join(f"{task}: {line}" for line in wrong))
     _echo(f"{task}: all its abilities keep the contract on {problems} fresh problems")
+
+
+def _recipe(file: str, settings: list[str] | None) -> Recipe:
+    """A recipe whose data is here; its model may not be."""
+    return pinned_recipe(load_recipe(Path(file), settings or ()), _echo, dry_run=True)
 
 
 def _generator(name: str, settings: list[str] | None) -> tuple[Generates, BaseModel]:

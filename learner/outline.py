@@ -16,6 +16,7 @@ from learner.parts import freeze, parameter_groups
 from learner.policy import Policy
 from learner.settings import LoraConfig
 from rollout.tokens import NOT_ITS_CODE, ModelError
+from tasks.fetched import local
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def what_is_trained(
 def _outline(path: str) -> Policy:
     """The policy of a folder with shapes and names in place of weights."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, **NOT_ITS_CODE)
+        config = AutoConfig.from_pretrained(local(path), local_files_only=True, **NOT_ITS_CODE)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError) as error:

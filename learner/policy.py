@@ -18,6 +18,7 @@ from learner.batch import MicroBatch
 from learner.families import family_of
 from rollout.settings import ModelConfig
 from rollout.tokens import NOT_ITS_CODE, ModelError, load_processor
+from tasks.fetched import fetched
 
 LOGITS_MIB = 256.0
 """Of one table of logits; a few of the same size live beside it."""
@@ -162,7 +163,7 @@ def load_policy(
     logits_mib: float = LOGITS_MIB,
     reading: ModelConfig | None = None,
 ) -> tuple[Policy, Any]:
-    """(policy, processor) of a checkpoint folder or hub name; `reading`: see `load_processor`.
+    """(policy, processor) of a folder, hub name or pinned URI; `reading`: see `load_processor`.
 
     Raises ModelError when the weights or the processor cannot be loaded, or the model lacks what
     the learner needs.
@@ -172,7 +173,7 @@ def load_policy(
     processor = load_processor(path, reading=reading)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            path,
+            fetched(path),
             **NOT_ITS_CODE,
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa" if attention == "flash" else attention,

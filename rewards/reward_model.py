@@ -16,6 +16,7 @@ from rewards.settings import ARGUMENTS
 from rollout.record import Group
 from rollout.tokens import NOT_ITS_CODE, encode
 from tasks.core import Task
+from tasks.fetched import fetched, local
 from tasks.fields import Amount, Count, Positive, Share
 from tasks.files import expanded
 
@@ -31,7 +32,7 @@ class RewardModel:
     special token spelled out in them is read as plain characters.
 
     Args:
-        model: folder or hub name.
+        model: folder, hub name or URI.
         label: index of the label that is paid, where the classifier has several.
         dtype: of the weights.
         batch_size: responses in one forward pass.
@@ -49,7 +50,7 @@ class RewardModel:
     gpus: Share = 0.0
 
     def __post_init__(self) -> None:
-        file = Path(self.model) / "config.json"
+        file = Path(local(self.model)) / "config.json"
         self._classifier: Any = None
         self._alone = ThreadPoolExecutor(1)
         if not file.is_file():
@@ -98,9 +99,9 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         torch.set_num_threads(max(1, int(self.cpus)))
-        self._tokenizer = AutoTokenizer.from_pretrained(self.model, **NOT_ITS_CODE)
+        self._tokenizer = AutoTokenizer.from_pretrained(fetched(self.model), **NOT_ITS_CODE)
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            self.model, **NOT_ITS_CODE, dtype=getattr(torch, self.dtype)
+            fetched(self.model), **NOT_ITS_CODE, dtype=getattr(torch, self.dtype)
         )
         config = classifier.config
         self._require_label(config.num_labels)

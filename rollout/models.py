@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.fetched import fetched, is_uri
 from tasks.files import recover
 
 NOT_ITS_CODE = {"trust_remote_code": False}
@@ -24,10 +25,14 @@ class ModelError(ValueError):
     """A checkpoint that cannot be used; the message names the folder and the remedy."""
 
 
-def require_model(path: str, field: str = "model.path") -> None:
-    """Raise ModelError, naming `field`, for a model that is nowhere or whose files will not do."""
-    if wrong := why_missing(path) or _why_unusable(Path(path)):
+def require_model(path: str, field: str = "model.path") -> str:
+    """The folder that has its files on this node (`tasks.fetched`), or its hub name.
+
+    Raises ModelError, naming `field`, for a model that is nowhere or whose files will not do.
+    """
+    if wrong := why_missing(path) or _why_unusable(Path(fetched(path))):
         raise ModelError(f"{field}: {path}: {wrong}")
+    return fetched(path)
 
 
 def _why_unusable(folder: Path) -> str:
@@ -58,11 +63,13 @@ def _why_unusable(folder: Path) -> str:
 
 
 def why_missing(model: str) -> str:
-    """What is wrong with a model's path or hub name, in words; empty where it can be had.
+    """What is wrong with a model's path, hub name or URI, in words; empty where it can be had.
 
     The hub is asked once, for a name that is not in its cache.
     """
-    folder = Path(model)
+    folder = Path(fetched(model))
+    if is_uri(str(model)) and not folder.is_dir():
+        return "was not fetched; cluster.recipe.fetching pins a recipe's URIs"
     recover(folder)
     if (folder / "config.json").is_file():
         return ""

@@ -17,7 +17,8 @@ class ModelConfig(Section):
     """[model] The policy: where its weights come from and how they are held."""
 
     path: PathText
-    """A folder with config, weights, tokenizer and processor, or a hub name."""
+    """A folder with config, weights, tokenizer and processor, a hub name, or the URI of such a
+    folder (`s3://…`, `gs://…`, `file:///…`), of which each node fetches a copy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights, in the samplers and in the learner."""
     max_model_len: Positive = 1024

@@ -18,6 +18,7 @@ import torch
 from rollout.engine_thread import EngineThread
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor, load_reader, pixel_limits, tokenizer_of
+from tasks.fetched import fetched
 from tasks.importing import hidden, importing
 
 PLAIN = re.compile(r"[\w./-]+", re.ASCII)
@@ -114,7 +115,7 @@ def engine_args(
     elif sleeps:  # a CPU engine refuses the option, and its workers leave the call unheeded
         options["enable_sleep_mode"] = True
     args = EngineArgs(
-        model=model.path,
+        model=fetched(model.path),
         **model.model_dump(include={"dtype", "max_model_len"}),
         **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization"}),
         enforce_eager=sampler.eager,
@@ -125,7 +126,7 @@ def engine_args(
         disable_log_stats=True,
         **options,
     )
-    args.model = plain_path(model.path)
+    args.model = plain_path(fetched(model.path))
     return args, processor
 
 

@@ -32,7 +32,7 @@ from tasks.environments import Observation, Role, opened
 
 
 def load_processor(path: str, field: str = "model.path", reading: ModelConfig | None = None) -> Any:
-    """The Hugging Face processor of a checkpoint folder or hub name.
+    """The Hugging Face processor of a checkpoint folder, hub name or pinned URI.
 
     `reading` says how images and prompts are read (`min_pixels`, `max_pixels`, `system_prompt`);
     the processor carries it wherever it goes, so sampler, learner and SFT read alike.
@@ -40,11 +40,11 @@ def load_processor(path: str, field: str = "model.path", reading: ModelConfig | 
     Raises ModelError naming `field` and the folder when it holds none, none that reads images, or
     one that `Chat` cannot use or that cannot be told so.
     """
-    require_model(path, field)
+    place = require_model(path, field)
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(path, **NOT_ITS_CODE)
+        processor = AutoProcessor.from_pretrained(place, **NOT_ITS_CODE)
     except Exception as error:  # tokenizers raises no narrower one
         raise ModelError(
             f"{field}: {path}: no processor could be loaded ({first_line(error)}); a "
@@ -99,14 +99,14 @@ def load_reader(path: str, field: str = "frozen model") -> Any:
     Raises ModelError when the checkpoint has no config, not the reader its config asks for, or one
     that `Chat` cannot use.
     """
-    require_model(path, field)
+    place = require_model(path, field)
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path, **NOT_ITS_CODE)
+        config = AutoConfig.from_pretrained(place, **NOT_ITS_CODE)
         if hasattr(config, "vision_config"):
             return load_processor(path, field)
-        tokenizer = AutoTokenizer.from_pretrained(path, **NOT_ITS_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(place, **NOT_ITS_CODE)
     except ModelError:
         raise
     except Exception as error:

@@ -25,7 +25,8 @@ class TaskConfig(Section):
     """A data set to draw problems from instead of generating them; needed by a task that generates
     none. The folder of one that `equipoise tasks generate` or `import` made; of `vqa` any folder or
     file of rows (Parquet, JSON lines, JSON, Arrow), a name on the Hugging Face hub (`owner/name`,
-    `owner/name:config`), or `{ train = ..., test = ... }`."""
+    `owner/name:config`), or `{ train = ..., test = ... }`. Files and folders also by URI
+    (`s3://…`)."""
     columns: dict[str, str | list[str]] = Field(default_factory=dict)
     """Of `vqa`: which column is `question`, `images`, `answer`, `choices`, `perception`, `response`
     or `split`; a struct's field has a dot (`reward_model.ground_truth`). Layouts of the public data

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from cluster.ablation.grid import CellName
 from cluster.ablation.settings import CellCommand
 from cluster.record.folder import DEMONSTRATION_SCHEMA, ROLLOUT_SCHEMA, read_rows
+from tasks.fetched import local
 from tasks.files import put_text
 
 CELL_SCHEMA = pa.schema(
@@ -94,7 +95,7 @@ def pairing_faults(
 def hash_weights(model: str) -> str:
     """SHA-256 over the files of a checkpoint folder, names included; of the name of a hub model."""
     digest = hashlib.sha256()
-    path = Path(model)
+    path = Path(local(model))
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     for file in files:
         digest.update(f"{file.relative_to(path)}\0".encode())

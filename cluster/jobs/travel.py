@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster.recipe.hardware import gib
 from cluster.recipe.recipe import Recipe, UserError
+from tasks.fetched import is_uri
 from tasks.fields import OWN_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,9 +171,10 @@ def texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
 
 def _add_path(luggage: Luggage, label: str, value: str, root: Path, required: bool) -> None:
     """`required`: the text is a path or a name on the hub; else it may be anything."""
-    if "://" in value or value[:1] in "/~$":
+    if is_uri(value) or value[:1] in "/~$":
         if required:
-            luggage.note(f"{label}: {value}: stays; it must be there on the cluster")
+            why = "each node fetches it" if is_uri(value) else "it must be there on the cluster"
+            luggage.note(f"{label}: {value}: stays; {why}")
         return
     source = root / value
     if os.path.exists(source):

@@ -19,6 +19,7 @@ from cluster.recipe.hardware import GIB, Machine
 from cluster.recipe.recipe import Recipe, UserError
 from learner.settings import LearnerConfig, LoraConfig
 from rollout.settings import ModelConfig, SamplerConfig
+from tasks.fetched import local
 
 if TYPE_CHECKING:
     from learner.outline import Trained
@@ -82,7 +83,7 @@ def policy_size(path: str) -> PolicySize | None:
 
     Raises UserError for a folder whose files cannot be read.
     """
-    folder = Path(path)
+    folder = Path(local(path))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         return KNOWN_POLICIES.get(path)
@@ -122,7 +123,7 @@ def trained_of(policy: str, learner: LearnerConfig) -> Trained | None:
     Raises ModelError for a part or pattern that matches nothing.
     """
     partial = learner.freeze or learner.rates or learner.lora
-    if not partial or not (Path(policy) / "config.json").is_file():
+    if not partial or not (Path(local(policy)) / "config.json").is_file():
         return None
     return _trained(policy, learner.freeze, tuple(learner.rates.items()), learner.lora)
 

@@ -35,6 +35,7 @@ from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
 from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
 from tasks.datasets import Example
+from tasks.fetched import is_uri, local
 from tasks.load import BUILT_IN
 from tasks.responses import TAG
 from tasks.splits import SPLITS, Split
@@ -385,7 +386,9 @@ def _ask_loss(recipe: Recipe) -> None:
 def _ask_context(recipe: Recipe) -> None:
     """Raise UserError where a policy in a folder has fewer positions than the recipe asks for."""
     try:
-        config = json.loads((Path(recipe.model.path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(
+            (Path(local(recipe.model.path)) / "config.json").read_text(encoding="utf-8")
+        )
         text = config.get("text_config", config)
         scaled = "factor" in (text.get("rope_parameters") or text.get("rope_scaling") or {})
         positions = int(text["max_position_embeddings"])
@@ -399,10 +402,12 @@ def _ask_context(recipe: Recipe) -> None:
 
 
 def is_here(model: str) -> bool:
-    """Whether a model is on this machine; what is no name of the hub's cannot be elsewhere."""
+    """Whether a model is on this machine, or is neither a URI nor a name of the hub's."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    if is_uri(model):
+        return local(model) != model
     try:
         return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
     except HFValidationError:

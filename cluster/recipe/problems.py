@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from cluster.recipe.context import Context
 from cluster.recipe.rows import watched
 from tasks.core import DataError, Generates, Problem, Task, need
+from tasks.fetched import fetched, local
 from tasks.load import load_task
 from tasks.rows import Rows
 from tasks.settings import TaskConfig
@@ -127,15 +128,21 @@ def opened_rows(config: TaskConfig, index: int) -> Opened:
     assert config.data is not None
     try:
         if config.name == "vqa":
-            return open_data(config.data, row_reader(config), watched)
-        return open_stored(config.data_named, config.name, watched)
+            data = config.data
+            there = (
+                fetched(data)
+                if isinstance(data, str)
+                else {side: fetched(part) for side, part in data.items()}
+            )
+            return open_data(there, row_reader(config), watched)
+        return open_stored(fetched(config.data_named), config.name, watched)
     except DataError as error:
         raise DataError(f"tasks[{index}].data: {error}") from error
 
 
 def require_data(config: TaskConfig, index: int) -> None:
     """Raise DataError where what an entry names as stored problems is not of the right kind."""
-    folder = Path(config.data_named)
+    folder = Path(local(config.data_named))
     if config.data is not None and config.name != "vqa" and not folder.is_dir():
         defect = "is one file" if folder.exists() else f"no such folder ({folder.absolute()})"
         raise DataError(

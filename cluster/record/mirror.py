@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.recipe.recipe import RunFailed, UserError
 from learner.checkpoint import MANIFEST, checkpoint_folders
+from tasks import fetched
+from tasks.core import DataError
 from tasks.files import put_text, replacing
 
 STATE = "mirror.json"
@@ -37,17 +38,10 @@ def opened(uri: str, label: str) -> tuple[Any, str]:
     Raises UserError, which begins with `label`: an unknown protocol, a package that is not
     installed, keys in the URI.
     """
-    import fsspec
-
-    if urlsplit(uri).username or urlsplit(uri).password:
-        raise UserError(
-            f"{label}: keys in a URI would be stored with the run; set them in the environment"
-        )
     try:
-        file_system, path = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{label}: {uri}: {error}") from error
-    return file_system, str(path).rstrip("/")
+        return fetched.opened(uri)
+    except DataError as error:
+        raise UserError(f"{label}: {error}") from error
 
 
 def require_mirror(uri: str, run: Path, resumed: bool) -> None:

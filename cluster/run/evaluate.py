@@ -157,7 +157,8 @@ def run_eval(
     with session(recipe, "eval", address, None, console.print) as ready:
         count = len(held_out(ready.sources[0], seed, problems))
         console.print(f"{count} held-out problems; starting the sampler (vLLM) ...")
-        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen, _):
+        recipe = ready.recipe
+        with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen, _):
             (table,) = evaluate_all(pool, ready.sources, recipe, frozen).values()
     printed = {"checkpoint": checkpoint, "task": task.name, "seed": seed} | table.to_dict()
     if output:

@@ -83,11 +83,11 @@ def run_data_eval(
     with session(recipe, "eval", address, folder, console.print) as ready:
         (source,) = ready.sources
         count = min(problems or len(source.test), len(source.test))
-        chosen = recipe.eval.model_copy(update={"problems": count})
-        recipe = recipe.model_copy(update={"eval": chosen})
+        chosen = ready.recipe.eval.model_copy(update={"problems": count})
+        recipe = ready.recipe.model_copy(update={"eval": chosen})
         _require_columns(by, held_out(source, seed, count))
         console.print(f"{count} problems; starting the sampler (vLLM) ...")
-        with sampling_from(recipe, checkpoint, "eval") as (pool, frozen, _):
+        with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen, _):
             tables = evaluate_all(pool, ready.sources, recipe, frozen, keep=groups_of.update)
     made = keep(folder, recipe, source, tables[source.label], groups_of, by, earlier)
     if as_json:

@@ -9,13 +9,21 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.recipe.nodes import Node, lacking
 from cluster.recipe.placement import Command, PlacementError
 from cluster.recipe.preflight import Say
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, RunFailed
+from cluster.recipe.sections import PlacementConfig
+from tasks.fetched import fetched
+from tasks.liveness import beat
 
 LOOK_SECONDS = 1.0
+TELL_SECONDS = 30.0
+FETCH_SECONDS = 6 * 3600.0
+"""For what nodes fetch; a transfer that stands still is ended by its own protocol before."""
 
 
 def live_nodes() -> list[Node]:
@@ -66,6 +74,44 @@ def wait_for_nodes(recipe: Recipe, command: Command, say: Say, own_ray: bool) ->
             say(f"waiting for nodes with room, {limited}: {missing}")
             announced = missing
         time.sleep(LOOK_SECONDS)
+
+
+def fetch_on_nodes(uris: Sequence[str], placement: PlacementConfig, say: Say) -> None:
+    """Have every node but this one that actors may go to fetch what is pinned in `uris`.
+
+    One that joins later fetches when an actor starts on it. Raises RunFailed naming the node.
+    """
+    if not uris:
+        return
+    here, calls = ray.get_runtime_context().get_node_id(), {}
+    places = (placement.learner, placement.samplers, placement.reward_workers)
+    for node in ray.nodes():
+        asked_of = any(labels.items() <= node["Labels"].items() for labels in places)
+        if node["Alive"] and asked_of and node["NodeID"] != here:
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            fetching = ray.remote(num_cpus=0, max_retries=0)(_fetch)
+            call = fetching.options(scheduling_strategy=on_node).remote(uris)
+            calls[call] = node["NodeManagerAddress"]
+    pending, until = [*calls], time.monotonic() + FETCH_SECONDS
+    while pending:
+        done, pending = ray.wait(pending, timeout=TELL_SECONDS)
+        beat()
+        for call in done:
+            try:
+                ray.get(call)
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                raise RunFailed(f"node {calls[call]}: {cause}") from error
+        waiting = ", ".join(calls[call] for call in pending)
+        if pending and time.monotonic() > until:
+            raise RunFailed(f"node {waiting}: nothing fetched within {FETCH_SECONDS / 3600:g} h")
+        if pending:
+            say(f"{waiting}: fetching {', '.join(uris)} ...")
+
+
+def _fetch(uris: Sequence[str]) -> None:
+    for uri in uris:
+        fetched(uri)
 
 
 def leaving(roles: Sequence[str] = ("LearnerRank",)) -> str:

@@ -79,8 +79,9 @@ def run_replay(
     are. The largest difference to the losses of the run is printed. Raises as `run_training`.
     """
     folder, progress = new_run_folder(recipe, output), Progress(len(source.steps))
-    with session(recipe, "replay", address, folder, progress.say):
+    with session(recipe, "replay", address, folder, progress.say) as ready:
         progress.say("starting learner (DeepSpeed) ...")
+        recipe = ready.recipe
         setup = learner_setup(recipe)
         with (
             learning(recipe, setup) as learner,
@@ -137,6 +138,7 @@ def run_sampling(
     count = recipe.algorithm.problems_per_step
     with session(recipe, "sample", address, folder, progress.say) as ready:
         progress.say("starting samplers (vLLM) and reward workers ...")
+        recipe = ready.recipe
         with (
             sampling_and_scoring(recipe) as (samplers, scoring),
             run_log(recipe, folder, progress, steps) as log,

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.recipe.fetching import model_uris, pinned_recipe
 from cluster.recipe.machine import claimed, full_shared_memory, os_error_text, require_answer
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
@@ -28,7 +29,7 @@ from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.record.mirror import require_mirror
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
-from cluster.run.nodes import wait_for_nodes
+from cluster.run.nodes import fetch_on_nodes, wait_for_nodes
 from cluster.run.own_ray import closed_to_others, end_of_own_node
 from cluster.run.stall import watched
 from rewards.scored import RewardError
@@ -146,9 +147,11 @@ def session(
 ) -> Iterator[Ready]:
     """A command's folder, if it writes one, its input, and a Ray that has room for it.
 
-    Input that cannot be used is refused before more than Ray is started, or anything is written.
+    What the recipe names by URI is on every node then, and pinned in `Ready.recipe`. Input that
+    cannot be used is refused before more than Ray is started, or anything is written.
     Raises RunFailed with the failing actor's own error on top, also in `<folder>/error.txt`.
     """
+    recipe = pinned_recipe(recipe, say)
     with claimed(folder, new=resumed is None) if folder else nullcontext():
         ask_machine(recipe, command, say, folder=folder)
         if recipe.output.mirror and folder and command != "eval":
@@ -160,6 +163,7 @@ def session(
             watched(recipe.watch, folder, say),
         ):
             wait_for_nodes(recipe, command, say, own_ray=address is None and not _told_by_job())
+            fetch_on_nodes(model_uris(recipe), recipe.placement, say)
             for reason in resumed.refused if resumed else ():
                 say(f"warning: checkpoint refused: {reason}")
             if resumed:

@@ -83,6 +83,7 @@ def run_sft(
         tempfile.TemporaryDirectory(prefix="equipoise-warm-") as scratch,
         session(recipe, "sft", address, folder, progress.say, resumed) as ready,
     ):
+        recipe = ready.recipe
         sources = demonstration_sources(recipe, ready.sources)
         with run_log(recipe, folder, progress, sft.steps, resumed, "sft") as log:
             start = ""

@@ -51,6 +51,7 @@ def measure_tool(
     """
     with session(recipe, "eval", address, None, say) as ready:
         say(f"{recipe.eval.problems} problems a task; starting the sampler (vLLM) ...")
+        recipe = ready.recipe
         with sampling_from(recipe, recipe.model.path, "eval") as (pool, frozen, _):
             tables = evaluate_all(pool, ready.sources, recipe, frozen)
     tables_json = {task: table.to_dict() for task, table in tables.items()}

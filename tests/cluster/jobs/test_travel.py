@@ -132,7 +132,8 @@ def test_absolute_paths_and_uris_stay_as_they_are_even_where_something_is_here(
     made = pack(here)
     assert places(made) == {"x.toml"}
     (note,) = made.luggage.notes
-    assert "model.path" in note and "must be there on the cluster" in note
+    why = "each node fetches it" if "://" in model else "it must be there on the cluster"
+    assert "model.path" in note and note.endswith(f": stays; {why}")
 
 
 def test_what_is_not_here_is_a_name_on_the_hub_or_refused(here: Path) -> None:

@@ -3,7 +3,8 @@
 The driver and the learner are on one node, the sampler on the other, a reward worker on each. The
 samplers' node is lost, another joins; then the learner's, and another machine goes on from the
 run's copy. What is sampled must be what the same recipe samples on one machine, where no more than
-a reward worker dies; that run is also the soak of `benchmarks.soak`, in short.
+a reward worker dies; that run is also the soak of `benchmarks.soak`, in short. The model is named
+by URI on the nodes, which have caches of their own, and by path on the one machine.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import psutil
 import pytest
 
 from benchmarks import soak
+from cluster.recipe.recipe import load_recipe
 from cluster.record.events import read_events
 from cluster.record.stored import read_rollouts, stored_steps
 from cluster.run.checkpoints import newest
+from tasks.fetched import PIN
 from tests.support.live_driver import PATIENCE
-from tests.support.nodes import BUCKET, Cluster, Node, cluster
+from tests.support.nodes import BUCKET, HOME, Cluster, Node, cluster
 from tests.support.recipes import TINY_POLICY, recipe_text
 
 STEPS = 10
@@ -76,12 +79,14 @@ samplers = {{ role = "sampler" }}
 wait_seconds = 600.0
 """
 FOLDER = "/tmp/run"
+MODEL = f"file://{TINY_POLICY}"
 JUMP = 3600
 
 
 @dataclass(frozen=True)
 class Lived:
-    """A run's folder, copied from the last node of its driver, and what was on which node.
+    """A run's folder, copied from the last node of its driver, and what was on which node: actors,
+    and contents that it had fetched.
 
     copied: the step of the checkpoint from which that node went on.
     """
@@ -89,6 +94,7 @@ class Lived:
     run: Path
     actors: dict[str, set[str]]
     copied: int
+    fetched: dict[str, set[str]]
 
 
 class Run:
@@ -125,6 +131,12 @@ def actors(node: Node) -> set[str]:
     return {title for title in titles if node.processes(f"ray::{title}")}
 
 
+def contents(node: Node) -> set[str]:
+    """The hashes of what a node has fetched."""
+    cache = node.path(f"{HOME}/.cache/equipoise/fetched")
+    return {entry.name for entry in cache.glob("[0-9a-f]*") if entry.is_dir()}
+
+
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
     folder = tmp_path_factory.mktemp("two")
@@ -135,12 +147,14 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
         nodes.join(head, 2, role="learner")
         nodes.wait_head(PATIENCE)
         nodes.join(other, 2, role="sampler")
-        head.path("/tmp/recipe.toml").write_text(recipe_text(PLACED, model=TINY_POLICY))
+        head.path("/tmp/recipe.toml").write_text(recipe_text(PLACED, model=MODEL))
         run = Run(head, folder / "driver.log", "/tmp/recipe.toml", "--address", nodes.address)
         run.wait_step(1)
         where = {"head": actors(head), "other": actors(other)}
-        befall(nodes, run, other)
+        fetched = {"head": contents(head), "other": contents(other)}
+        third = befall(nodes, run, other)
         run.wait_step(run.steps() + 2)
+        fetched["third"] = contents(third)
         for node in nodes.nodes.values():  # the learner's, and without its head no Ray is left
             node.kill()
         copied = newest(bucket / "run").position.step
@@ -149,7 +163,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
         again = Run(spare, folder / "again.log", "--resume", f"file://{BUCKET}/run", *here)
         again.end()
         shutil.copytree(again.folder, folder / "run")
-        yield Lived(folder / "run", where, copied)
+        yield Lived(folder / "run", where, copied, fetched | {"spare": contents(spare)})
 
 
 @dataclass(frozen=True)
@@ -171,8 +185,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def befall(nodes: Cluster, run: Run, other: Node) -> None:
-    """What happens to cable, clocks and the samplers' node, each in the middle of the run."""
+def befall(nodes: Cluster, run: Run, other: Node) -> Node:
+    """What happens to cable, clocks and the samplers' node, each in the middle of the run; the node
+    that takes its place."""
     nodes.cable("slow", seconds=0.05, loss=0.01)
     run.wait_step(3)
     nodes.cable("slow", seconds=0.0, loss=0.0)
@@ -185,9 +200,11 @@ def befall(nodes: Cluster, run: Run, other: Node) -> None:
     time.sleep(3)
     nodes.cable("mend", "other")
     run.wait_step(run.steps() + 1)
-    nodes.join(nodes.add("third"), 2, role="sampler")
+    third = nodes.add("third")
+    nodes.join(third, 2, role="sampler")
     busy(run, other)
     other.kill()
+    return third
 
 
 def busy(run: Run, node: Node) -> None:
@@ -207,6 +224,13 @@ def test_each_actor_is_on_a_node_with_its_labels(lived: Lived) -> None:
         "head": {"LearnerRank", "RewardWorker"},
         "other": {"Sampler", "RewardWorker"},
     }
+
+
+def test_each_node_fetches_the_one_content_that_the_recipe_is_pinned_to(lived: Lived) -> None:
+    """Also one that joins in the middle, and the machine that goes on from the copy."""
+    pin = PIN.fullmatch(load_recipe(lived.run / "recipe.toml").model.path)
+    assert pin and pin[1] == MODEL
+    assert lived.fetched == {node: {pin[2]} for node in ("head", "other", "third", "spare")}
 
 
 def test_a_lost_node_costs_its_sampler_and_no_group(lived: Lived) -> None:
