@@ -96,11 +96,12 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         tensors = mapped(update_info)
+        model: Any = self.model  # a module, which says of no method of its own
         if any(map(is_adapter, tensors)):
             self._base = self._base or BaseWeights(self.model_config.model)
-            self.model.load_weights(with_adapters(self._base, tensors, self._adapted))
+            model.load_weights(with_adapters(self._base, tensors, self._adapted))
         else:
-            self.model.load_weights(iter(tensors.items()))
+            model.load_weights(iter(tensors.items()))
 
     def shutdown(self) -> None:
         pass
@@ -124,7 +125,7 @@ class WatchedInitInfo(NCCLWeightTransferInitInfo):
 class WatchedNcclEngine(NCCLWeightTransferEngine):
     """vLLM's `nccl`, which does not wait for ever: an NCCL call has no deadline of its own."""
 
-    init_info_cls = WatchedInitInfo
+    init_info_cls: Any = WatchedInitInfo  # of a narrower type than vLLM declares
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         assert isinstance(init_info, WatchedInitInfo)

@@ -153,7 +153,8 @@ def _only_gather(source: Any) -> None:
     """What a rank does that sends nothing, so that the others are not left in a gather."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-    NCCLTrainerWeightTransferEngine(client=None, source=source, is_sender=False).send_weights()
+    nobody: Any = None
+    NCCLTrainerWeightTransferEngine(client=nobody, source=source, is_sender=False).send_weights()
 
 
 def _abort(engine: Any) -> None:
