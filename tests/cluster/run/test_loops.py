@@ -175,13 +175,16 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
             return context
 
-        session = SimpleNamespace(sources=made.sources, processor=None)
+        @contextmanager
+        def session(asked: Recipe, *_: Any) -> Iterator[Any]:
+            yield SimpleNamespace(recipe=asked, sources=made.sources, processor=None)
+
+        for command in ("replay", "sft"):
+            monkeypatch.setattr(f"cluster.run.{command}.session", session)
         for name, value in {
             "train.running": made,
-            "replay.session": session,
             "replay.learning": made.learner,
             "replay.sampling_and_scoring": (made.samplers, made.scoring),
-            "sft.session": session,
             "sft.tuning": (made.learner, made if recipe.eval.every else None),
         }.items():
             monkeypatch.setattr(f"cluster.run.{name}", gives(value))
