@@ -99,7 +99,7 @@ class DeepSpeedLearner(Trainer):
         if learner.activation_checkpointing:
             keep_no_activations(policy)
         self._setup, self._world, self._writer = setup, world, Writer()
-        self._dtype: torch.dtype = getattr(torch, model.dtype)
+        self._dtype: torch.dtype = getattr(torch, model.learner_dtype)
         self._start(policy, learner)
         device = self._engine.device
         self._reference = Reference(setup, self._adapters, device) if setup.reference else None
@@ -243,7 +243,8 @@ class DeepSpeedLearner(Trainer):
         if self._adapters:
             return AdapterWeights(self._adapters, self._gather, self._dtype)
         bucket = int(self._setup.transfer.bucket_mib * 2**20)
-        return GatheredWeights(self._engine.module.model, self._gather, self._dtype, bucket)
+        sent: torch.dtype = getattr(torch, self._setup.model.sampler_dtype)
+        return GatheredWeights(self._engine.module.model, self._gather, sent, bucket)
 
     def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         """A context in which parameters are whole; under ZeRO-3 all ranks must enter it."""

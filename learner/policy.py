@@ -30,7 +30,8 @@ class Policy(nn.Module):
     The LM head runs in float32 whatever the body's dtype: bfloat16 logits are the main source
     of sampler-learner mismatch (2506.13585). It runs on as many tokens at a time as keep their
     [tokens, vocabulary] logits within `logits_mib`; with more tokens than that no logits are kept
-    for the backward pass, which makes them again.
+    for the backward pass, which makes them again. Where it is `mixed`, matrices are multiplied in
+    bfloat16 and the weights are of another type; the head is not, if it runs in float32.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         head_float32: bool = True,
         logits_mib: float = LOGITS_MIB,
+        mixed: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -46,6 +48,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.head_float32 = head_float32
         self.logits_mib = logits_mib
+        self.mixed = mixed
         _read_in_turns(model.lm_head, self)
 
     def forward(
@@ -56,6 +59,23 @@ class Policy(nn.Module):
         Entropies carry a gradient only if asked to: it keeps another table of logits alive.
         """
         model: Any = self.model
+        with self.multiplying():
+            hidden = self._hidden(model, batch)
+        chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
+        # One call of the head however many turns it takes: under ZeRO-3 a call is a collective, and
+        # ranks have other numbers of tokens.
+        logprobs_entropy: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
+            chosen, batch.tokens.ids, entropy_gradient
+        )
+        return logprobs_entropy
+
+    def multiplying(self, also: bool = True) -> AbstractContextManager[Any]:
+        """Within, a mixed policy multiplies in bfloat16, if `also` is true."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.mixed and also)
+
+    def _hidden(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """[B, L, hidden]: what the head may read."""
         vision = batch.vision
         features = self.family.image_features(model, vision.inputs)
         inputs: dict[str, Any] = dict(batch.inputs)
@@ -66,14 +86,8 @@ class Policy(nn.Module):
         else:
             visual_inputs = _seen_by(model.get_input_embeddings(), self.family.total(features))
         with visual_inputs:
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, L, hidden]
-        chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
-        # One call of the head however many turns it takes: under ZeRO-3 a call is a collective, and
-        # ranks have other numbers of tokens.
-        logprobs_entropy: tuple[torch.Tensor, torch.Tensor] = model.lm_head(
-            chosen, batch.tokens.ids, entropy_gradient
-        )
-        return logprobs_entropy
+            hidden: torch.Tensor = model.model(**inputs, use_cache=False).last_hidden_state
+        return hidden
 
     def run(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, typed."""
@@ -114,7 +128,8 @@ def _read_in_turns(head: Any, policy: Policy) -> None:
         )
 
     def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
+        with policy.multiplying(not policy.head_float32):
+            return nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
 
     def read_off(
         hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, entropy_gradient: bool
@@ -165,6 +180,8 @@ def load_policy(
 ) -> tuple[Policy, Any]:
     """(policy, processor) of a folder, hub name or pinned URI; `reading`: see `load_processor`.
 
+    `dtype` as in [model].
+
     Raises ModelError when the weights or the processor cannot be loaded, or the model lacks what
     the learner needs.
     """
@@ -175,7 +192,7 @@ def load_policy(
         model = AutoModelForImageTextToText.from_pretrained(
             fetched(path),
             **NOT_ITS_CODE,
-            dtype=getattr(torch, dtype),
+            dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
             attn_implementation="sdpa" if attention == "flash" else attention,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -192,7 +209,7 @@ def load_policy(
 
         model.get_decoder().config._attn_implementation = FLASH
     _make_savable(model)
-    return Policy(model, temperature, head_float32, logits_mib), processor
+    return Policy(model, temperature, head_float32, logits_mib, dtype == "mixed"), processor
 
 
 def _make_savable(model: Any) -> None:

@@ -108,6 +108,9 @@ class SftConfig(Section):
     """Updates."""
     batch_size: Positive = 64
     """Demonstrations an update."""
+    part: Literal["whole", "perception"] = "whole"
+    """Of a demonstration. `perception`: it breaks off where the perception ends, with nothing to
+    say that a response does; so a new vision tower learns to write down what it sees."""
     untagged: Literal["error", "whole"] = "error"
     """Of a response without any tag that its task cannot read (a chat of another kind): refused, or
     learnt as a whole, without segments; `balance = "token_mean"` then weighs every token alike."""
@@ -151,6 +154,17 @@ class SftConfig(Section):
     """Learning rate of these."""
     save_every: Count = 0
     """Updates between snapshots of the checkpoint; 0: only at the end."""
+
+    @model_validator(mode="after")
+    def _the_part_is_learnt(self) -> SftConfig:
+        if self.part == "perception" and (self.blind_share or self.untagged == "whole"):
+            wrong = "blind_share" if self.blind_share else "untagged"
+            raise refusal(
+                f'got {getattr(self, wrong)!r} with part = "perception", which leaves nothing to '
+                "learn of such demonstrations; leave it out",
+                wrong,
+            )
+        return self
 
     @model_validator(mode="after")
     def _ngdiff_measures(self) -> SftConfig:

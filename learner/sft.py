@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
 from torch.utils.data import IterableDataset, get_worker_info
 
 from learner.batch import TrainSequence, demonstration
+from learner.losses import PERCEPTION
 from rollout.demonstrated import demonstrated, in_form
 from rollout.settings import EnvironmentConfig
 from rollout.tokens import Chat
@@ -43,12 +44,14 @@ class Demonstrator:
         processor: Any,
         untagged: bool = False,
         environment: EnvironmentConfig | None = None,
+        part: Literal["whole", "perception"] = "whole",
     ) -> None:
         """`untagged`: a response without any tag is learnt whole where its task cannot read it.
 
-        `environment` answers between turns, as it does in sampling.
+        `environment` answers between turns, as it does in sampling. `part`: see [sft].
         """
         self._chat, self._untagged, self._environment = Chat(processor), untagged, environment
+        self._part = part
         self._prompt = lru_cache(maxsize=256)(self._make_prompt)
 
     def sequence(
@@ -70,8 +73,8 @@ class Demonstrator:
         prefix gives it.
 
         Raises DataError when the task's own parser finds a defect in the response (a defect
-        that is taught is a defect that is learnt), no perception in one to be given, or where the
-        environment does not take the turns as they are meant.
+        that is taught is a defect that is learnt), no perception in one to be given or learnt
+        alone, or where the environment does not take the turns as they are meant.
         """
         said = "".join([*calls, response])
         parsed = read_turns(task, [*calls, response])
@@ -114,11 +117,18 @@ class Demonstrator:
             parsed = read_turns(task, [before + first, *later])
         if whole:
             parsed = replace(parsed, spans={}, earlier=())
+        segments = episode.labelled(parsed, offsets, len(before))
+        end = len(segments)
+        if self._part == "perception":
+            seen = np.flatnonzero(segments == PERCEPTION)
+            if not len(seen):
+                raise DataError(f"problem {problem.id}: response has no perception (sft.part)")
+            end = int(seen[-1]) + 1
         return demonstration(
             np.asarray(asked.prompt_ids, np.int32),
-            np.asarray(episode.ids, np.int32),
+            np.asarray(episode.ids[:end], np.int32),
             tuple(episode.images),
-            episode.labelled(parsed, offsets, len(before)),
+            segments[:end],
         )
 
     def of(

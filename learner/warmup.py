@@ -40,8 +40,7 @@ def warm_up_vision(
     seeing, part_of = ("vision", "merger"), policy.family.part_of
     tower = [p for name, p in model.named_parameters() if part_of(name) in seeing]
     probes: dict[str, nn.Linear] = {}  # of each task: all features of an image to K labels of C
-    classes: dict[str, int] = {}
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer = torch.optim.AdamW(tower, lr=learning_rate)
     metrics: dict[str, float] = {}
     model.train()
     for step in range(steps):
@@ -53,17 +52,15 @@ def warm_up_vision(
             name: _features(policy, collate, [p.images for p, _ in rows])
             for name, rows in by_task.items()
         }
-        if optimizer is None:
-            for name, rows in by_task.items():
-                classes[name] = 1 + max(int(labels.max()) for _, labels in rows)
-                outputs = len(rows[0][1]) * classes[name]
-                probes[name] = nn.Linear(features[name].shape[1], outputs)
-            trained = [p for probe in probes.values() for p in probe.parameters()]
-            optimizer = torch.optim.AdamW([*tower, *trained], lr=learning_rate)
         total = torch.zeros(())
         for name, rows in by_task.items():
             truth = torch.from_numpy(np.stack([labels for _, labels in rows])).long()
-            logits = probes[name](features[name]).view(*truth.shape, classes[name])
+            labels, needed = truth.shape[1], 1 + int(truth.max())
+            known = probes.get(name)
+            if known is None or known.out_features < labels * needed:
+                probes[name] = _probe(features[name].shape[1], labels, needed, known)
+                optimizer.add_param_group({"params": list(probes[name].parameters())})
+            logits = probes[name](features[name]).view(*truth.shape, -1)
             right = (logits.argmax(-1) == truth).float().mean()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten())
             total = total + loss
@@ -76,6 +73,18 @@ def warm_up_vision(
         report(step, metrics)
     model.zero_grad()
     return metrics
+
+
+def _probe(inputs: int, labels: int, classes: int, narrower: nn.Linear | None) -> nn.Linear:
+    """A new probe, which knows what one of fewer classes knew."""
+    probe = nn.Linear(inputs, labels * classes)
+    if narrower:
+        with torch.no_grad():
+            for new, old in zip(probe.parameters(), narrower.parameters(), strict=True):
+                shape = (labels, -1, *old.shape[1:])
+                known = old.view(shape)
+                new.view(shape)[:, : known.shape[1]] = known
+    return probe
 
 
 def _features(policy: Policy, collate: Any, images: Sequence[Sequence[bytes]]) -> torch.Tensor:

@@ -19,8 +19,9 @@ class ModelConfig(Section):
     path: PathText
     """A folder with config, weights, tokenizer and processor, a hub name, or the URI of such a
     folder (`s3://…`, `gs://…`, `file:///…`), of which each node fetches a copy."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights, in the samplers and in the learner."""
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Of the weights, in the samplers and in the learner. `mixed`: bfloat16 in the samplers;
+    float32 in checkpoints and in the learner, which multiplies in bfloat16 (autocast)."""
     max_model_len: Positive = 1024
     """Prompt and response together, in tokens, image placeholders included."""
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
@@ -36,6 +37,16 @@ class ModelConfig(Section):
     system_prompt: str = ""
     """What the policy is told before the user's turn: in training, evaluation and SFT. Frozen
     models of reward terms are not told."""
+
+    @property
+    def learner_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the learner's weights, and of checkpoints."""
+        return "float32" if self.dtype == "mixed" else self.dtype
+
+    @property
+    def sampler_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the samplers' weights, and of what they are sent."""
+        return "bfloat16" if self.dtype == "mixed" else self.dtype
 
     @model_validator(mode="after")
     def _pixels_fit(self) -> ModelConfig:

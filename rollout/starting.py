@@ -103,7 +103,7 @@ def engine_args(
             most = max(limits["shortest_edge"], min(limits["longest_edge"], fitting))
             options["mm_processor_kwargs"] = scaled_to(limits | {"longest_edge": most})
     if not frozen:
-        if model.dtype != "float32" and model.lm_head_float32:
+        if model.sampler_dtype != "float32" and model.lm_head_float32:
             options["hf_overrides"] = {"head_dtype": "float32"}  # as the learner's is
         options["worker_extension_cls"] = "rollout.transports.WorkerExtension"
         options["weight_transfer_config"] = WeightTransferConfig(backend=ENGINE_BACKENDS[transport])
@@ -116,7 +116,8 @@ def engine_args(
         options["enable_sleep_mode"] = True
     args = EngineArgs(
         model=fetched(model.path),
-        **model.model_dump(include={"dtype", "max_model_len"}),
+        dtype=model.sampler_dtype,
+        max_model_len=model.max_model_len,
         **sampler.model_dump(include={"max_num_seqs", "gpu_memory_utilization"}),
         enforce_eager=sampler.eager,
         tensor_parallel_size=sampler.tensor_parallel,

@@ -21,11 +21,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to place on: cores this process may use, bytes of memory, GPUs."""
+    """What there is to place on: cores this process may use, bytes of memory, GPUs.
+
+    bfloat16: whether the processor multiplies it (AVX512-BF16, AMX); on others it is slower than
+    float32.
+    """
 
     cores: int
     memory: int
     gpus: tuple[Gpu, ...] = ()
+    bfloat16: bool = False
 
     @classmethod
     def detect(cls) -> Machine:
@@ -38,7 +43,7 @@ class Machine:
         limit = _first_line("/sys/fs/cgroup/memory.max")
         if limit.isdigit():
             memory = min(memory, int(limit))
-        return cls(cores=cores or 1, memory=memory, gpus=_detect_gpus())
+        return cls(cores or 1, memory, _detect_gpus(), _multiplies_bfloat16())
 
 
 def gib(size: float) -> str:
@@ -62,6 +67,16 @@ def _detect_gpus() -> tuple[Gpu, ...]:
         return tuple(gpus)
     chosen = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
     return tuple(gpus[: len(chosen)])
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the kernel lists the processor's instructions for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def _first_line(path: str) -> str:

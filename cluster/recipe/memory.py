@@ -141,8 +141,13 @@ def _trained(
 
 
 def width(model: ModelConfig) -> int:
-    """Bytes of a weight."""
-    return 4 if model.dtype == "float32" else 2
+    """Bytes of a weight of the learner."""
+    return 4 if model.learner_dtype == "float32" else 2
+
+
+def sampler_width(model: ModelConfig) -> int:
+    """Bytes of a weight of an engine, and of one that is sent."""
+    return 4 if model.sampler_dtype == "float32" else 2
 
 
 def learner_memory(
@@ -165,7 +170,8 @@ def learner_memory(
     layer has them, and of the others the input is kept (arXiv 2205.05198, section 5). To them
     comes one table of float32 logits (`learner.logits_mib`) and its gradient. A
     float32 head of bfloat16 weights is a copy, whole on every rank, with its gradient and that of
-    one turn beside it where it is trained. What each stands on: docs/capacity.md.
+    one turn beside it where it is trained. `mixed` counts as float32, with the weights once more in
+    bfloat16. What each stands on: docs/capacity.md.
     """
     if size is None:
         return {}
@@ -175,15 +181,16 @@ def learner_memory(
 
     stored = size.parameters + (trained.added if trained else 0)
     stepped = trained.trained if trained else size.parameters
-    no_master = learner.zero_stage == 0 and model.dtype == "float32"
+    no_master = learner.zero_stage == 0 and model.learner_dtype == "float32"
     tokens = learner.micro_batch_tokens
-    activations = size.kept_by_a_layer(exact=model.dtype == "float32")
+    activations = size.kept_by_a_layer(exact=model.learner_dtype == "float32")
     again = learner.activation_checkpointing
     per_token = activations + size.layers * size.hidden if again else size.layers * activations
-    copied = model.lm_head_float32 and model.dtype != "float32"
+    copied = model.lm_head_float32 and model.learner_dtype != "float32"
     copies = 1 if learner.lora or "head" in learner.freeze else 3
     head = {"head in float32": copies * 4 * size.hidden * size.vocabulary} if copied else {}
     copy = {"reference": width(model) * size.parameters} if reference and not learner.lora else {}
+    cast = {"weights in bfloat16": 2 * stored} if model.dtype == "mixed" else {}
     return (
         head
         | {
@@ -194,6 +201,7 @@ def learner_memory(
             + min(8 * tokens * size.vocabulary, 2 * math.ceil(learner.logits_mib * 2**20)),
         }
         | copy
+        | cast
     )
 
 
@@ -204,7 +212,8 @@ def sampler_memory(
 
     On a GPU the engine fills `gpu_memory_utilization` of it, whatever the policy's size.
     """
-    weights = math.ceil(width(model) * size.parameters / sampler.tensor_parallel) if size else 0
+    whole = sampler_width(model) * size.parameters if size else 0
+    weights = math.ceil(whole / sampler.tensor_parallel)
     parts = {"weights": weights} if size else {}
     if not sampler.gpus:
         return parts | {"KV cache": int(sampler.kv_cache_gib * GIB)}
@@ -248,7 +257,7 @@ def cached_tokens(
 
     A token has a key and a value of each layer, divided over tensor-parallel ranks.
     """
-    token = 2 * size.layers * size.keys * width(model) / sampler.tensor_parallel
+    token = 2 * size.layers * size.keys * sampler_width(model) / sampler.tensor_parallel
     parts = sampler_memory(model, sampler, size, machine)
     room = sum(memory for part, memory in parts.items() if part.startswith("KV cache"))
     return int(room / token)
@@ -265,5 +274,6 @@ def stored_weights(recipe: Recipe, command: str) -> int:
     if size is None or not fetched or recipe.transfer.transport != "host":
         return 0
     trained = trained_of(recipe.model.path, recipe.learner)
-    sent = trained.added if trained and recipe.learner.lora else size.parameters
-    return 2 * width(recipe.model) * sent
+    if trained and recipe.learner.lora:
+        return 2 * width(recipe.model) * trained.added
+    return 2 * sampler_width(recipe.model) * size.parameters

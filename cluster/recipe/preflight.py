@@ -342,9 +342,9 @@ def _response_fault(
         defect = parsed.defects[0]
         reason = f"has defect {defect!r}; demonstrations must parse without defects"
         return Fault("response", reason, damaged=True)
-    if sft and sft.blind_share and "perception" not in parsed.spans:
-        reason = "has no perception to be given (sft.blind_share)"
-        return Fault("response", reason, damaged=True)
+    if sft and "perception" not in parsed.spans and (sft.blind_share or sft.part == "perception"):
+        use = "be given (sft.blind_share)" if sft.blind_share else "be learnt alone (sft.part)"
+        return Fault("response", f"has no perception to {use}", damaged=True)
     return context.response_lack(counts, example, later)
 
 

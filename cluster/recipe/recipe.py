@@ -213,7 +213,7 @@ class Recipe(Section):
             'learner\'s own memory while it stands still; use false, or transport "host"',
         )
         refuse(
-            model.attention == "flash" and (not learner.gpus or model.dtype == "float32"),
+            model.attention == "flash" and (not learner.gpus or model.dtype != "bfloat16"),
             "model.attention",
             f'"flash" needs a GPU and bfloat16; learner.gpus is {learner.gpus:g} and model.dtype '
             f'"{model.dtype}"; use "sdpa"',

@@ -9,6 +9,8 @@ MISMATCH_LIMIT = {
     ("float32", True): 0.1,
     ("bfloat16", False): 2.0,
     ("bfloat16", True): 2.0,
+    ("mixed", False): 2.0,
+    ("mixed", True): 2.0,
 }
 """Largest on-policy log-prob gap in nats that arithmetic alone explains: (dtype, on GPUs).
 

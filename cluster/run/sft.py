@@ -94,7 +94,7 @@ def run_sft(
                 warm_up(recipe, sft, sources, Path(scratch), log)
             setup = sft_setup(recipe, start, resume=resumed is not None)
             whole = sft.untagged == "whole"
-            writer = partial(Demonstrator, ready.processor, whole, recipe.environment)
+            writer = partial(Demonstrator, ready.processor, whole, recipe.environment, sft.part)
             batches = demonstrations(sources, writer, sft, recipe.seed, log.at.step)
             with tuning(recipe, ready.sources, setup, progress) as (learner, live):
                 tables = fine_tune(sft, learner, live, batches, log)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from learner.batch import Layout, TrainBatch, TrainSequence
 from learner.collate import Collator
@@ -508,11 +509,12 @@ def test_buckets_join_neighbours_within_their_size_and_lose_none() -> None:
                 assert following[0].split(".")[0] != bucket[-1].split(".")[0]
 
 
-def test_bfloat16_gradients_of_many_micro_batches_add_up_in_float32(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    """8 equal parts of a mean add up to any of them, if nothing is rounded on the way."""
-    path = str(tiny_models["internvl"])
+@pytest.fixture(scope="module")
+def low_precision(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, Outcome]]:
+    """(where they start, what the mixed one saved, outcomes by job)."""
+    path, folder = str(tiny_models["internvl"]), tmp_path_factory.mktemp("low")
     _, processor = load_policy(path)
     one = mixed_batch(processor).sequences[0]
     jobs = {
@@ -524,7 +526,32 @@ def test_bfloat16_gradients_of_many_micro_batches_add_up_in_float32(
         for stage in (2, 3)
         for count in (1, 8)
     }
-    found = run_ranks(1, jobs, tmp_path, 300)
+    saved = folder / "mixed"
+    mixed = setup(path, "mixed", zero_stage=0, freeze=("language",))
+    jobs["mixed"] = Job(mixed, ((TrainBatch((one,)), LOSS),), RATE, save=str(saved))
+    return Path(path), saved, run_ranks(1, jobs, folder, 300)
+
+
+def test_a_mixed_learner_keeps_float32_and_sends_bfloat16(
+    low_precision: tuple[Path, Path, dict[str, Outcome]],
+) -> None:
+    start, saved, outcomes = low_precision
+    found = outcomes["mixed"]
+    old, new = (load_file(folder / "model.safetensors") for folder in (start, saved))
+    assert old.keys() == new.keys() and {t.dtype for t in new.values()} == {torch.float32}
+    moved = [name for name, weight in new.items() if not torch.equal(old[name], weight)]
+    assert len(moved) > 0.8 * len(found.weights)
+    assert not [name for name in moved if "language_model" in name or "lm_head" in name]
+    assert found.weights.keys() >= set(moved)
+    for name, sent in found.weights.items():
+        assert sent.dtype == torch.bfloat16 and torch.equal(sent, new[name].bfloat16()), name
+
+
+def test_bfloat16_gradients_of_many_micro_batches_add_up_in_float32(
+    low_precision: tuple[Path, Path, dict[str, Outcome]],
+) -> None:
+    """8 equal parts of a mean add up to any of them, if nothing is rounded on the way."""
+    _, _, found = low_precision
     for stage in (2, 3):
         whole, parts = (found[f"{stage} {count}"].gradients for count in (1, 8))
         for name, gradient in whole.items():

@@ -172,8 +172,9 @@ def without_gradient(policy: Policy, processor: Any) -> list[str]:
     return [n for n, p in policy.model.named_parameters() if p.grad is None]
 
 
-def test_the_head_computes_in_float32_whatever_the_body(model_path: str) -> None:
-    policy, processor = load_policy(model_path, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_the_head_computes_in_float32_whatever_the_body(model_path: str, dtype: str) -> None:
+    policy, processor = load_policy(model_path, dtype=dtype)
     micro = Collator(policy, processor)([sequence(processor, 0, (64, 64), 15)])
     seen: list[torch.Tensor] = []
     head: Any = policy.model.lm_head
@@ -183,6 +184,26 @@ def test_the_head_computes_in_float32_whatever_the_body(model_path: str) -> None
         seen = [head(seen[0])]
     assert seen[0].dtype == torch.float32
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
+def test_a_mixed_policy_multiplies_in_bfloat16_and_learns_in_float32(model_path: str) -> None:
+    of = {name: load_policy(model_path, dtype=name)[0] for name in ("float32", "mixed")}
+    _, processor = load_policy(model_path)
+    micro = Collator(of["mixed"], processor)([sequence(processor, 0, (64, 64), 15)])
+    logprobs, slopes = {}, {}
+    for name, policy in of.items():
+        logprobs[name], _ = policy.eval().run(micro)
+        logprobs[name].sum().backward()
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        slopes[name] = torch.cat([g.flatten() for g in gradients])
+    gap = (logprobs["mixed"] - logprobs["float32"]).detach().abs()
+    assert 1e-5 < float(gap.max()) < 0.1
+    assert torch.cosine_similarity(slopes["mixed"], slopes["float32"], dim=0) > 0.99
+    whole, _ = load_policy(model_path, dtype="mixed", head_float32=False)
+    hidden = torch.randn(5, whole.model.lm_head.in_features)
+    logits = whole.model.lm_head(hidden)
+    assert logits.dtype == torch.bfloat16  # as the samplers' is then
 
 
 def test_the_heads_gradient_is_rounded_once_in_however_many_turns(model_path: str) -> None:

@@ -105,6 +105,28 @@ def test_a_blind_demonstration_starts_where_a_blind_request_does(loaded: Loaded,
     assert blind.segments.tolist() == whole.segments[-len(blind.segments) :].tolist()
 
 
+@pytest.mark.parametrize("task", [TASK, GRAPHS], ids=lambda task: task.name)
+def test_a_demonstration_of_the_perception_alone_breaks_off_behind_it(
+    loaded: Loaded, task: Any
+) -> None:
+    _, processor = loaded
+    drawn = task.generate(np.random.default_rng(3), SPEC if task is TASK else task.spec())
+    response = task.demonstrate(drawn, "terse")
+    whole = Demonstrator(processor).sequence(task, drawn, response)
+    part = Demonstrator(processor, part="perception").sequence(task, drawn, response)
+    end = len(part.response_ids)
+    assert content(part) == content(
+        replace(whole, response_ids=whole.response_ids[:end], segments=whole.segments[:end])
+    )
+    text, _ = Decoder(processor.tokenizer).decode(part.response_ids)
+    assert text.strip() == task.oracle_prefix(drawn).strip()
+    assert SEGMENTS.index("perception") not in whole.segments[end:]
+    with pytest.raises(DataError, match=r"has no perception \(sft\.part\)"):
+        Demonstrator(processor, untagged=True, part="perception").sequence(
+            load_task("vqa"), replace(drawn, task="vqa"), "It is a cat."
+        )
+
+
 def test_a_defective_demonstration_is_refused(loaded: Loaded) -> None:
     drawn = problem(0)
     response = TASK.demonstrate(drawn, "terse").replace("</answer>", "")

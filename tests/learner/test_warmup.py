@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from learner.policy import load_policy
@@ -48,3 +50,18 @@ def test_a_few_steps_read_digits_better_and_leave_the_language_model_alone(
     assert len(moved) > 0.8 * len(tower)
     gradients: list[Any] = [p.grad for p in policy.model.parameters()]
     assert not any(g is not None and g.any() for g in gradients)
+
+
+def test_labels_that_come_late_are_learnt_too(tiny_models: dict[str, Path]) -> None:
+    """The first batch knows two classes only; what the probe read by then it still reads."""
+    policy, processor = load_policy(str(tiny_models["idefics3"]))
+    torch.manual_seed(0)
+    drawn = next(batches(8))
+    few = [(name, p, np.minimum(labels, 1)) for name, p, labels in drawn]
+    curve: list[dict[str, float]] = []
+    stream = iter([*[few] * 8, *[drawn] * 24])
+    warm_up_vision(policy, processor, stream, 32, 1e-3, lambda step, m: curve.append(dict(m)))
+    read = [metrics[f"warmup/{TASK.name}/accuracy"] for metrics in curve]
+    same = np.mean([(few[i][2] == drawn[i][2]).mean() for i in range(8)])
+    assert read[7] > 0.9 and read[8] == pytest.approx(same, abs=0.1)
+    assert read[-1] > 0.9

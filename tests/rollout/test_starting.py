@@ -23,6 +23,7 @@ from tests.support.samples import problem
         ({"dtype": "bfloat16"}, False, torch.float32),
         ({"dtype": "bfloat16", "lm_head_float32": False}, False, torch.bfloat16),
         ({"dtype": "bfloat16"}, True, torch.bfloat16),
+        ({"dtype": "mixed"}, False, torch.float32),
         ({}, False, torch.float32),
     ],
 )
@@ -33,7 +34,7 @@ def test_the_head_is_of_the_learners_type(
     args, _ = engine_args(model, SamplerConfig(), "host", frozen, 0)
     made = args.create_model_config()
     assert made.head_dtype == head
-    assert made.dtype == getattr(torch, model.dtype)
+    assert made.dtype == (torch.bfloat16 if "dtype" in fields else torch.float32)
     assert made.max_model_len == model.max_model_len and made.enforce_eager
     assert (args.weight_transfer_config is None) == frozen
 

@@ -138,7 +138,7 @@ DECIDES = """
     environment.image_tokens environment.on_failure
     transfer.in_flight eval.problems eval.seed eval.samples eval.passes eval.reader
     eval.sampling.temperature eval.sampling.top_p eval.sampling.top_k eval.sampling.max_tokens
-    sft.batch_size sft.untagged sft.learning_rate sft.warmup_steps sft.schedule sft.balance
+    sft.batch_size sft.part sft.untagged sft.learning_rate sft.warmup_steps sft.schedule sft.balance
     sft.perception_weight sft.blind_share sft.norm_every sft.norm_of sft.norm_smoothing
     sft.call_share sft.curriculum sft.curriculum_share sft.curriculum_weight sft.vision_warmup_steps
     sft.vision_warmup_lr
