@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from cluster.recipe.recipe import Recipe
+from rewards.language import OwnText
 from rollout.tokens import Chat, load_processor
 from tasks.core import DataError, Problem
 from tasks.datasets import Example
@@ -65,6 +66,18 @@ class Context:
         """That of a recipe's policy, which is on this machine. Raises ModelError."""
         processor = load_processor(recipe.model.path, reading=recipe.model)
         return cls(processor, recipe.model.max_model_len, recipe.sampler.max_tokens)
+
+    def require_own_text(self) -> None:
+        """Raise DataError where what `eval.text` asks does not fit."""
+        longest = max(
+            len(self._chat.prompt([request.problem.prompt])) + len(request.response_ids)
+            for request in OwnText.read().requests(self._chat.text)
+        )
+        if longest > self.length:
+            raise DataError(
+                f"eval.text: its longest passage takes {longest:,} tokens, which do not fit in "
+                f"model.max_model_len = {self.length:,}; raise that, or leave eval.text out"
+            )
 
     def token_counts(self, prompts: Sequence[tuple[str, tuple[Size, ...]]]) -> list[TokenCounts]:
         """What each prompt with images of those sizes takes."""

@@ -113,6 +113,8 @@ def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = Fal
         say(f"model.path = {recipe.model.path} is not on this machine, so no row was measured")
         return Ready(sources, None, _in_steps(recipe, sources, say))
     context = Context.of(recipe)
+    if recipe.eval.text and command in ("train", "sft"):
+        context.require_own_text()
     for model in frozen_models(recipe, command):
         if is_here(model) or not dry_run:
             load_reader(model)

@@ -116,6 +116,10 @@ class EvalConfig(Section):
     `oracle_tool` is `oracle` with it; `returns_blank`, `returns_other` and `returns_elsewhere` show
     other pictures than it returns."""
 
+    text: bool = False
+    """Measure what the policy keeps of language too: `text_loss`, on ten passages written for this
+    purpose, and `text_right`, the share of 40 questions without a picture whose right answer is the
+    likeliest of four (docs/pretrained.md)."""
     reader: Annotated[str, AfterValidator(expanded)] = ""
     """Checkpoint of a frozen text-only reader that is asked the questions again, with the policy's
     own perceptions (of the pass `greedy`) in place of the images: `sufficiency`, `used` and the

@@ -17,7 +17,7 @@ from cluster.recipe.sections import EvalPass
 from cluster.record.table import Table
 from cluster.record.tool_values import COMPARED, FREE, PerProblem, called, compared, looked
 from rewards.diagnosis import diagnose
-from rewards.intervals import mean_interval
+from rewards.intervals import mean_interval, t_interval
 from rewards.reader import Reading, refused
 from rewards.tool_use import four
 from rollout.record import Group
@@ -69,7 +69,8 @@ def paired_p(changes: np.ndarray, puzzles: Sequence[str] = ()) -> float:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One metric with its 95 % interval (`mean_interval`); `n` counts problems.
+    """One metric with its 95 % interval (`mean_interval`; of a loss `t_interval`); `n` counts
+    problems.
 
     `puzzles`: how many different ones these are, if fewer; None where each is its own.
     """
@@ -166,15 +167,26 @@ def with_readings(table: EvalTable, readings: Mapping[str, Reading]) -> EvalTabl
     return replace(table, per_problem={**others, **nonempty, **defects})
 
 
+def with_language(
+    tables: Mapping[str, EvalTable], values: Mapping[str, Mapping[str, float]]
+) -> dict[str, EvalTable]:
+    """Every task's table with what the policy keeps of language, which is the same for all."""
+    return {
+        label: replace(table, per_problem={**table.per_problem, **values})
+        for label, table in tables.items()
+    }
+
+
 def pooled(tables: Mapping[str, EvalTable]) -> EvalTable:
     """One table over the problems of several entries, by label, each metric of those that have it.
 
-    Every problem counts once in each entry that holds it, as `<label>/<id>`.
+    Every problem counts once in each entry that holds it, as `<label>/<id>`. What is of no entry
+    (`with_language`) is left out.
     """
     values: dict[str, dict[str, float]] = {}
     for label, table in tables.items():
         for metric, by_problem in table.per_problem.items():
-            if not metric.startswith("defect/"):
+            if not metric.startswith(("defect/", "text_")):
                 problems = {f"{label}/{problem}": value for problem, value in by_problem.items()}
                 values.setdefault(metric, {}).update(problems)
     return EvalTable(
@@ -288,7 +300,7 @@ def _row(metric: str, per_problem: Mapping[str, float], puzzles: Mapping[str, st
     values = np.array(list(per_problem.values()))
     names = [puzzles.get(problem, problem) for problem in per_problem]
     n, different = len(values), len(set(names))
-    low, high = mean_interval(values, names)
+    low, high = mean_interval(values, names) if metric != "text_loss" else t_interval(values)
     return EvalRow(metric, float(values.mean()), n, low, high, different if different < n else None)
 
 

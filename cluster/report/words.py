@@ -24,6 +24,8 @@ METRIC_NAMES = {
     "a_r_tool": "a_r_tool: thinking, given p*, with the tool",
     "sufficiency": "sufficiency: enough seen for a text-only reader",
     "used": "used: right where that is so",
+    "text_loss": "text_loss: nats a token of a text of ours",
+    "text_right": "text_right: questions without a picture",
     "reader_blind": "reader_blind: that reader, given nothing",
     "reader_ceiling": "reader_ceiling: that reader, given p*",
     "leak": "leak: seen wrong, answered right",

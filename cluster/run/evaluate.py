@@ -14,21 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from cluster.recipe.problems import ProblemSource, held_out
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, RunFailed
 from cluster.recipe.sections import EvalConfig, EvalPass, EvalSampling
-from cluster.record.evaluation import EvalTable, eval_table, with_readings
+from cluster.record.evaluation import EvalTable, eval_table, with_language, with_readings
 from cluster.run.engines import sampling_from
 from cluster.run.passes import asked_of, every_pass, passes_of
 from cluster.run.standstill import unread_tables
+from rewards.language import OwnText
 from rewards.reader import Reader, readings
 from rewards.scored import Answerer
 from rewards.settings import Place
 from rollout.pool import SamplerPool
-from rollout.record import Group, SampleRequest
+from rollout.record import Group, ReplyError, SampleRequest
 from rollout.settings import ModelConfig, SamplerConfig
+from rollout.tokens import Chat, load_processor
 from tasks.core import labelled
 from tasks.files import put_text
 from tasks.response_form import form_of, oracle_prefix_in
@@ -83,7 +86,21 @@ def evaluate_all(
                 if s is source and reading is not None
             }
             tables[source.label] = with_readings(tables[source.label], of_source)
-    return tables
+    return with_language(tables, kept_of_language(samplers, recipe)) if recipe.eval.text else tables
+
+
+def kept_of_language(samplers: SamplerPool, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """What `rewards.language` makes of the policy that the samplers have.
+
+    Raises RunFailed where one of its requests has no answer.
+    """
+    chat, own = Chat(load_processor(recipe.model.path, reading=recipe.model)), OwnText.read()
+    requests = own.requests(chat.text)
+    replies = samplers.answer(requests, recipe.sampler.request_timeout_seconds)
+    answered = [reply for reply in replies if isinstance(reply, np.ndarray)]
+    if lost := [reply for reply in replies if isinstance(reply, ReplyError)]:
+        raise RunFailed(f"eval.text: {lost[0].message}")
+    return own.values(answered)
 
 
 def _in_the_policys_form(

@@ -21,9 +21,10 @@ from cluster.record.evaluation import (
     paired_p,
     pass_at_k,
     pooled,
+    with_language,
     with_readings,
 )
-from rewards.intervals import mean_interval, wilson
+from rewards.intervals import mean_interval, t_interval, wilson
 from rewards.reader import Reading
 from tests.support.toys import TASK, group
 
@@ -54,6 +55,23 @@ def test_mean_interval_covers_and_never_claims_certainty() -> None:
     for value in (1 / 3, 5 / 6, 0.1):  # whose sums are rounded
         low, high = mean_interval(np.full(60, value))
         assert low < value - 0.01 and high > value + 0.01
+
+
+def test_a_loss_has_students_interval_and_stays_out_of_what_is_pooled() -> None:
+    values = np.array([3.1, 2.7, 4.0, 3.3])
+    expected = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert t_interval(values) == pytest.approx(expected)
+    assert t_interval(values[:1]) == (values[0], values[0])
+    one = EvalTable({"a": {"p": 1.0, "q": 0.0}})
+    text = {"text_loss": dict(zip("wxyz", values, strict=True)), "text_right": {"Who?": 1.0}}
+    both = with_language({"one": one, "two": one}, text)
+    assert both["two"]["text_loss"].value == pytest.approx(values.mean())
+    assert (both["one"]["text_loss"].low, both["one"]["text_loss"].high) == t_interval(values)
+    assert [row.metric for row in both["one"].rows] == ["a", "text_loss", "text_right"]
+    assert [row.metric for row in pooled(both).rows] == ["a"]
+    later = with_language({"one": one}, {"text_right": {"Who?": 0.0}})["one"]
+    (change,) = [c for c in before_after(both["one"], later) if c.metric == "text_right"]
+    assert (change.lost, change.difference, change.p) == (1, -1.0, 1.0)
 
 
 def test_pass_at_k_equals_drawing_every_subset() -> None:

@@ -136,7 +136,7 @@ DECIDES = """
     learner.lora.targets learner.lora.dropout
     environment.name environment.args environment.calls environment.turns environment.images
     environment.image_tokens environment.on_failure
-    transfer.in_flight eval.problems eval.seed eval.samples eval.passes eval.reader
+    transfer.in_flight eval.problems eval.seed eval.samples eval.passes eval.text eval.reader
     eval.sampling.temperature eval.sampling.top_p eval.sampling.top_k eval.sampling.max_tokens
     sft.batch_size sft.part sft.untagged sft.learning_rate sft.warmup_steps sft.schedule sft.balance
     sft.perception_weight sft.blind_share sft.norm_every sft.norm_of sft.norm_smoothing

@@ -37,7 +37,7 @@ from tests.support.samples import SPEC, TASK
 STEPS, SAVED = 12, 5
 RECIPE = f"""
 seed = 3
-model.max_model_len = 192
+model.max_model_len = 512
 
 [sampler]
 max_tokens = 48
@@ -55,6 +55,7 @@ vision_warmup_steps = 2
 [eval]
 problems = 4
 passes = ["greedy", "sampled", "oracle", "oracle_blank", "blind"]
+text = true
 every = {SAVED}
 
 [checkpoint]
@@ -227,6 +228,15 @@ def test_it_is_measured_on_the_way_and_tells_before_and_after(lived: Lived) -> N
     sent = {step for step, name in lived.ended if name == "transfer/bytes"}
     assert sent == {5, 10, STEPS} and lived.ended[STEPS, "transfer/bytes"] > 1e6
     evaluation = json.loads((lived.before / "evaluation.json").read_text())
+    kept = {
+        name: {row["metric"]: row for row in table["before"]["rows"]}
+        for name, table in evaluation.items()
+    }
+    assert all(rows["text_loss"]["n"] == 10 for rows in (kept["sudoku"], kept["graph_coloring"]))
+    assert kept["sudoku"]["text_right"] == kept["graph_coloring"]["text_right"]
+    # Random weights: about as sure as a die with as many sides as there are tokens.
+    assert 5.5 < kept["sudoku"]["text_loss"]["value"] < 7.5
+    assert "text_loss" not in kept["all tasks"]
     for task in ("sudoku", "graph_coloring"):
         for when, step in (("before", 0), ("after", STEPS)):
             for row in evaluation[task][when]["rows"]:
