@@ -1,5 +1,6 @@
 # Every target does what set-up is still missing first; a second call does none.
 #   make demo    RL from the shipped tiny policy, then the table before and after
+#   make pretrained  SmolLM2 learns to see: fetch, graft, align, SFT, RL; a second call goes on
 #   make test    all tests          make check   linters, formatter, types
 #   make check-gpu  types of the GPU transports against vLLM itself (SET=cuda: the CUDA build, minutes)
 #   make test-gpu  those for a machine with a GPU (SET=cuda); REHEARSE=1: what a CPU can run of them
@@ -20,7 +21,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-$(SET)
 UV_VERSION := 0.13.9
 
-.PHONY: setup demo test test-gpu check check-gpu audit bench models results reference lock clean
+.PHONY: setup demo pretrained test test-gpu check check-gpu audit bench models results reference lock clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,9 @@ $(STAMP): pyproject.toml requirements/$(SET).txt requirements/overrides.txt
 
 demo: $(STAMP)
 	$(RUN)/equipoise demo
+
+pretrained: $(STAMP)
+	$(RUN)/equipoise pretrained
 
 test: $(STAMP)
 	# Three processes for two cores, since live tests wait a lot; a file's tests in one of them, in

@@ -303,6 +303,21 @@ def demo() -> None:
     run_demo()
 
 
+@app.command()
+def pretrained(
+    out: Annotated[Path, typer.Option(help="Folder below which each stage has its own")] = Path(
+        "build/pretrained"
+    ),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what there is to do, how long it takes, and stop")
+    ] = False,
+) -> None:
+    """Give a language model that others trained eyes: fetch, graft, align, SFT, RL; or go on."""
+    from cluster.pretrained import run_pretrained
+
+    run_pretrained(out, dry_run)
+
+
 def main() -> None:
     """Run the command line; what the user can put right is one message and exit code 2."""
     for stream in (sys.stdout, sys.stderr):

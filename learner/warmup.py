@@ -92,6 +92,7 @@ def _features(policy: Policy, collate: Any, images: Sequence[Sequence[bytes]]) -
     encoded = collate.encode_images([image for of in images for image in of])
     names = encoded[0].inputs
     inputs = {name: torch.cat([image.inputs[name] for image in encoded]) for name in names}
-    output = policy.family.image_features(policy.model, inputs).pooler_output
+    with policy.multiplying():
+        output = policy.family.image_features(policy.model, inputs).pooler_output
     tensors = output if isinstance(output, list | tuple) else list(output)
-    return torch.cat([t.flatten() for t in tensors]).view(len(images), -1)
+    return torch.cat([t.flatten() for t in tensors]).view(len(images), -1).float()

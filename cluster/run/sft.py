@@ -297,8 +297,9 @@ def warm_up(
     log: RunLog,
 ) -> None:
     """Warm the vision tower up and write the policy to `out` (see `learner.warmup`)."""
+    dtype = "mixed" if recipe.model.dtype == "mixed" else "float32"
     policy, processor = load_policy(
-        recipe.model.path, "float32", recipe.model.attention, reading=recipe.model
+        recipe.model.path, dtype, recipe.model.attention, reading=recipe.model
     )
 
     def batches() -> Iterator[list[tuple[str, Problem, np.ndarray]]]:
