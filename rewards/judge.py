@@ -150,7 +150,7 @@ class Judge:
                 askers.setdefault(text, []).append(i)
         # All of them end before an error is raised: no request outlives its call.
         verdicts = await asyncio.gather(
-            *(self._verdict(group.problem, text) for text in askers), return_exceptions=True
+            *(self.verdict(group.problem, text) for text in askers), return_exceptions=True
         )
         for rows, verdict in zip(askers.values(), verdicts, strict=True):
             if isinstance(verdict, BaseException):
@@ -182,7 +182,7 @@ class Judge:
         text = (rollout.prefix + rollout.text)[start:end].strip()
         return text.removeprefix("<perception>").removesuffix("</perception>").strip()
 
-    async def _verdict(self, problem: Problem, text: str) -> Any:
+    async def verdict(self, problem: Problem, text: str) -> Any:
         """The judge's verdict on one perception, from the cache if it is there."""
         images = problem.images if self.settings.send_image else ()
         hashes = [content_hash(image) for image in images]

@@ -19,7 +19,7 @@ from rewards.scored import Answerer, RewardError
 from rewards.settings import Place
 from rewards.surrogates import blind_prefix, different
 from rollout.record import Group, ReplyError, Rollout, SampleRequest, Sampling
-from tasks.core import Problem, Task, labelled, perceives
+from tasks.core import HasKinds, Problem, Task, labelled, perceives
 from tasks.free_text import instructions
 from tasks.load import load_task
 from tasks.placeholders import escaped, removed
@@ -137,12 +137,14 @@ class Reading:
         ceiling: whether it does from `p*`; None where the problem has no label.
         stated: bool [G], the perception states the answer (`rewards.leaks`), so that nothing is
             left to conclude.
+        kind: of question, where the task knows several (`tasks.core.HasKinds`).
     """
 
     sufficient: np.ndarray
     blind: bool
     ceiling: bool | None
     stated: np.ndarray
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Reader:
                 ],
                 bool,
             ),
+            kind=task.question_kind(group.problem) if isinstance(task, HasKinds) else "",
         )
 
     def _own_texts(self, task: Task, group: Group) -> list[str | None]:
@@ -230,20 +233,43 @@ def readings(
 
 
 def refused(results: Sequence[Reading]) -> str | None:
-    """Why a reader is not to be believed on a task; None where `p*` helps it by `NEAR` or more.
+    """For what a reader is not to be believed, and why; None where that is nothing.
 
-    Where fewer than `LEAST` are labelled too little is known of its ceiling to refuse it.
+    It is judged on each kind of question by itself.
     """
-    pairs = [(r.ceiling, r.blind) for r in results if r.ceiling is not None]
+    whys = _refusals(results)
+    named = {kind: f"questions of kind {kind}" if kind else "this task" for kind in whys}
+    return "; ".join(f"{named[kind]}: {why}" for kind, why in whys.items()) or None
+
+
+def believed(results: Sequence[Reading]) -> list[int]:
+    """The places of the readings of kinds of question for which the reader is not refused."""
+    whys = _refusals(results)
+    return [place for place, reading in enumerate(results) if reading.kind not in whys]
+
+
+def _refusals(results: Sequence[Reading]) -> dict[str, str]:
+    """Kind -> why a reader is not to be believed on it, of those that there are."""
+    whys = {}
+    for kind in dict.fromkeys(reading.kind for reading in results):
+        of_kind = [r for r in results if r.kind == kind and r.ceiling is not None]
+        if why := refusal([(bool(r.ceiling), r.blind) for r in of_kind]):
+            whys[kind] = why
+    return whys
+
+
+def refusal(pairs: Sequence[tuple[float, float]]) -> str | None:
+    """Why a reader is refused that was right from `p*` and from nothing, a pair a problem.
+
+    None where `p*` helps it by `NEAR` or more, and where fewer than `LEAST` are labelled: too
+    little is known of its ceiling.
+    """
     if len(pairs) < LEAST:
         return None
-    ceiling, floor = np.mean(pairs, axis=0).tolist()
-    return None if round(ceiling - floor, 9) >= NEAR else refusal(ceiling, floor, len(pairs))
-
-
-def refusal(ceiling: float, floor: float, n: int) -> str:
-    """What is said of a reader that is refused."""
+    ceiling, floor = np.mean(pairs, axis=0, dtype=float).tolist()
+    if round(ceiling - floor, 9) >= NEAR:
+        return None
     return (
-        f"from p* it answers {ceiling:.2f} of {n} labelled problems right and from nothing "
-        f"{floor:.2f}, so it cannot tell what is in a perception; take a stronger reader"
+        f"from p* it answers {ceiling:.2f} of {len(pairs)} labelled problems right and from "
+        f"nothing {floor:.2f}, so it cannot tell what is in a perception; take a stronger reader"
     )

@@ -22,7 +22,7 @@ from rewards.intervals import (
     group_bootstrap,
     mean_interval,
 )
-from rewards.reader import Reading, refused
+from rewards.reader import Reading, believed, refused
 
 NO_OUTCOME = Correlations(UNDEFINED, UNDEFINED, 0, 0, None)
 
@@ -44,8 +44,9 @@ class Sufficiency:
         outcome: correlations of right answers with sufficiency, as of any skill.
         rollouts, groups: behind all of it but the ceiling.
         labelled: groups behind the ceiling.
-        refusal: why the reader is not to be believed here; sufficiency, used, unused, gain,
-            asymmetry and outcome are undefined then.
+        refusal: for what the reader is not to be believed, and why. Groups of such a kind of
+            question are left out; where there are no others, sufficiency, used, unused, gain,
+            asymmetry and outcome are undefined, and the rest is of all.
     """
 
     sufficiency: Interval = UNDEFINED
@@ -77,6 +78,9 @@ def sufficiency(
     if not right:
         return Sufficiency()
     puzzles = puzzles or [str(k) for k in range(len(right))]
+    refusal, trusted = refused(readings), believed(readings)
+    if trusted:
+        right, readings, puzzles = ([of[k] for k in trusted] for of in (right, readings, puzzles))
     sizes = [len(a) for a in right]
     of_rollouts = np.repeat(puzzles, sizes)
     a, enough = np.concatenate(right), np.concatenate([r.sufficient for r in readings])
@@ -89,8 +93,8 @@ def sufficiency(
             np.repeat([puzzles[k] for k in labelled], [sizes[k] for k in labelled]),
         ),
     }
-    outcome, refusal = NO_OUTCOME, refused(readings)
-    if not refusal:
+    outcome = NO_OUTCOME
+    if trusted:
         gain, asymmetry = group_bootstrap(
             _statistics(_sums(right, readings)), len(right), puzzles, resamples, seed
         )

@@ -221,6 +221,14 @@ class ComparesAnswers(Protocol):
 
 
 @runtime_checkable
+class HasKinds(Protocol):
+    """A task that asks several kinds of question; a reader is judged on each by itself."""
+
+    def question_kind(self, problem: Problem) -> str:
+        """The kind of a problem's question, in a word or two."""
+
+
+@runtime_checkable
 class Draws(Protocol):
     """A task that draws what a model saw and answered, beside the image, errors marked.
 

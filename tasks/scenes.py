@@ -143,6 +143,15 @@ class Scenes(PuzzleTask):
             (r, c, *cell) for r, row in enumerate(perception) for c, cell in enumerate(row)
         )
 
+    def question_kind(self, problem: Problem) -> str:
+        """`count`, `sum`, `compare`, `look up` or `walk`."""
+        question = problem.truth["question"]
+        if question["ask"] == "sum" and len(question["kinds"]) == 1:
+            return "count"
+        if question["ask"] == "walk" and not question["moves"]:
+            return "look up"
+        return str(question["ask"])
+
     def states_answer(self, problem: Problem, perception: Scene) -> bool:
         """Whether a perception of another shape than the picture's holds nothing but the answer.
 

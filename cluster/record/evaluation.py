@@ -18,7 +18,7 @@ from cluster.record.table import Table
 from cluster.record.tool_values import COMPARED, FREE, PerProblem, called, compared, looked
 from rewards.diagnosis import diagnose
 from rewards.intervals import mean_interval, t_interval
-from rewards.reader import Reading, refused
+from rewards.reader import Reading, believed
 from rewards.tool_use import four
 from rollout.record import Group
 from tasks.core import ComparesAnswers, Problem, Task
@@ -148,19 +148,24 @@ def eval_table(task: Task, passes: Mapping[EvalPass, Sequence[Group]]) -> EvalTa
 def with_readings(table: EvalTable, readings: Mapping[str, Reading]) -> EvalTable:
     """An evaluation with what a text-only reader makes of the pass `greedy`, by problem.
 
-    `used` is of the problems whose perception suffices. Of a reader that is `refused` only floor
-    and ceiling are given, which show why.
+    `used` is of the problems whose perception suffices. Of a kind of question for which the reader
+    is `refused` only floor and ceiling are given, which show why.
     """
+    places, trusted = believed([*readings.values()]), list(readings.items())
+    trusted = [trusted[place] for place in places]
     by_metric: dict[str, dict[str, float]] = {
-        "sufficiency": {i: float(r.sufficient.mean()) for i, r in readings.items()},
-        "used": {i: table.per_problem["a"][i] for i, r in readings.items() if r.sufficient.all()},
+        "sufficiency": {i: float(r.sufficient.mean()) for i, r in trusted},
+        "used": {i: table.per_problem["a"][i] for i, r in trusted if r.sufficient.all()},
         "reader_blind": {i: float(r.blind) for i, r in readings.items()},
         "reader_ceiling": {
             i: float(r.ceiling) for i, r in readings.items() if r.ceiling is not None
         },
     }
-    if refused([*readings.values()]):
-        del by_metric["sufficiency"], by_metric["used"]
+    for kind in sorted({r.kind for r in readings.values()} - {""}):
+        of_kind = {i for i, r in readings.items() if r.kind == kind}
+        for bound in ("reader_blind", "reader_ceiling"):
+            chosen = {i: value for i, value in by_metric[bound].items() if i in of_kind}
+            by_metric[f"{bound}/{kind}"] = chosen
     nonempty = {metric: values for metric, values in by_metric.items() if values}
     defects = {m: v for m, v in table.per_problem.items() if m.startswith("defect/")}
     others = {m: v for m, v in table.per_problem.items() if m not in defects}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from cluster.record.table import Table
 from cluster.report.words import interval_cell, number_cell
 from rewards.hacking import PHASES, thirds
 from rewards.intervals import UNDEFINED, Interval
-from rewards.reader import Reading
+from rewards.reader import Reading, believed
 from rewards.sufficiency import Sufficiency, asymmetry_change, sufficiency
 
 Readings = Mapping[tuple[int, str], Reading]
@@ -82,7 +82,7 @@ def reading_sheets(report: ReadingReport) -> list[Table]:
         )
     refusal, unread = report.phases[0][2].refusal, report.unread
     notes = [
-        f"{report.reader} is refused for this task: {refusal}." if refusal else "",
+        f"{report.reader} is refused for {refusal}." if refusal else "",
         f"{unread} groups are left out: it could not be asked, or the task's code failed."
         if unread
         else "",
@@ -121,21 +121,31 @@ def _report(
         for s in scores
         if s.diagnosis is not None and (s.step, s.group_id) in readings
     ]
+    trusted = {readings_of_steps[k][2].kind for k in believed([r for *_, r in readings_of_steps])}
 
-    def lot(steps: frozenset[int]) -> tuple[list[np.ndarray], list[Reading], list[str]]:
-        inside = [(s.symmetry_key, a, r) for s, a, r in readings_of_steps if s.step in steps]
+    def lot(
+        steps: frozenset[int], kinds: Collection[str] = trusted
+    ) -> tuple[list[np.ndarray], list[Reading], list[str]]:
+        inside = [
+            (s.symmetry_key, a, r)
+            for s, a, r in readings_of_steps
+            if s.step in steps and (r.kind in kinds or not kinds)
+        ]
         return [a for _, a, _ in inside], [r for *_, r in inside], [key for key, *_ in inside]
 
     every = frozenset(s.step for s in scores)
     parts = thirds([s.step for s in scores])
     named = [("all", every), *zip(PHASES, parts, strict=True)]
     phases = [(name, steps) for name, steps in named if steps and (name == "all" or steps < every)]
-    whole = sufficiency(*lot(every))
-    withheld = whole.refusal is not None or len(every) < len(parts)
+    whole = sufficiency(*lot(every, ()))
+    withheld = not trusted or len(every) < len(parts)
     return ReadingReport(
         task,
         reader,
-        tuple((name, (min(steps), max(steps)), sufficiency(*lot(steps))) for name, steps in phases),
+        tuple(
+            (name, (min(steps), max(steps)), whole if steps == every else sufficiency(*lot(steps)))
+            for name, steps in phases
+        ),
         UNDEFINED if withheld else asymmetry_change(lot(parts[0]), lot(parts[-1])),
         len(scores) - len(readings_of_steps),
     )

@@ -14,6 +14,8 @@ LEAST_SHARE = 0.9
 """Of responses with one defect: from there on it is the form that is measured, and no skill."""
 HARMLESS = ("text_before_perception", "text_between_segments")
 """Defects that spoil nothing (`tasks.responses`)."""
+CEILING = "reader_ceiling"
+"""A metric, and with `/<kind>` behind it that of a kind of question."""
 PATIENCE = 3
 """Steps in a row without an update that are told; told again at each doubling."""
 
@@ -56,11 +58,14 @@ def unread_tables(tables: Mapping[str, EvalTable]) -> list[str]:
                 n.removeprefix("defect/"): v for n, v in values.items() if n.startswith("defect/")
             }
             warnings.append(unread(task, table["a"].n, values["a"], values.get("a_p", 1.0), shares))
-        if "reader_ceiling" in values and "sufficiency" not in values:
-            blind, ceiling = table.per_problem["reader_blind"], table["reader_ceiling"]
-            known = [blind[problem] for problem in table.per_problem["reader_ceiling"]]
-            why = refusal(ceiling.value, sum(known) / len(known), ceiling.n)
-            warnings.append(f"{task}: eval.reader: no sufficiency and no used: {why}")
+        bounds = [m for m in values if m.startswith(CEILING)]
+        for metric in [m for m in bounds if m != CEILING] or bounds:
+            kind = metric.removeprefix(CEILING)
+            floor = table.per_problem[f"reader_blind{kind}"]
+            pairs = [(c, floor[problem]) for problem, c in table.per_problem[metric].items()]
+            where = f" on questions of kind {kind[1:]}" if kind else ""
+            if why := refusal(pairs):
+                warnings.append(f"{task}: eval.reader: no sufficiency and no used{where}: {why}")
     return [line for line in warnings if line]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rewards.coupling import coupling
-from rewards.reader import LEAST, NEAR, Reading, refused
+from rewards.reader import LEAST, NEAR, Reading, believed, refused
 from rewards.sufficiency import Sufficiency, asymmetry_change, sufficiency
 
 
@@ -122,6 +123,27 @@ def test_a_reader_that_p_star_hardly_helps_is_refused() -> None:
     for name in ("sufficiency", "used", "unused", "gain", "asymmetry"):
         assert getattr(withheld, name).value is None
     assert withheld.outcome == Sufficiency().outcome
+
+
+def test_a_reader_is_judged_on_each_kind_of_question_by_itself() -> None:
+    """Of the kinds it is refused for nothing counts: the numbers are those of the others alone."""
+    rng = np.random.default_rng(5)
+    right, found = random_groups(rng, 30)
+    good = [replace(r, kind="count", ceiling=True) for r in found]
+    bad = [replace(r, kind="sum", ceiling=r.blind) for r in reversed(found)]
+    few = [replace(r, kind="walk", ceiling=False) for r in found[: LEAST - 1]]
+    mixed = [r for pair in zip(good, bad, strict=True) for r in pair]
+    names = [f"p{k}" for k in range(30)]
+    twice = [k for k in range(30) for _ in range(2)]
+    both = sufficiency([right[k] for k in twice], mixed, [names[k] for k in twice])
+    alone = sufficiency(right, good, names)
+    assert both == replace(alone, refusal=both.refusal) and alone.refusal is None
+    told = both.refusal or ""
+    assert told.startswith("questions of kind sum: from p* it answers") and "count" not in told
+    assert believed(mixed) == list(range(0, 60, 2))
+    assert refused([*good, *few]) is None and len(believed([*good, *few])) == 30 + len(few)
+    whole = sufficiency(right, bad, names)
+    assert whole.refusal and whole.sufficiency.value is None and whole.groups == 30
 
 
 def test_without_groups_or_without_enough_nothing_is_a_number() -> None:

@@ -161,6 +161,20 @@ def test_demonstrations_and_rows_say_the_same_again(knobs: dict[str, Any]) -> No
         assert again == problem
 
 
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [
+        ("count", {"ask": "sum", "steps": 0}),
+        ("sum", {"ask": "sum", "steps": 1}),
+        ("compare", {"ask": "compare", "steps": 1}),
+        ("look up", {"ask": "walk", "steps": 0}),
+        ("walk", {"ask": "walk", "steps": 2}),
+    ],
+)
+def test_a_question_is_of_the_kind_that_was_asked_for(kind: str, knobs: dict[str, Any]) -> None:
+    assert {TASK.question_kind(problem) for problem in many(12, **knobs)} == {kind}
+
+
 def test_a_wrong_reading_is_paid_for_what_is_right_of_it() -> None:
     for problem in many(20):
         scene = seen_in(problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from cluster.record.evaluation import (
     with_language,
     with_readings,
 )
+from cluster.run.standstill import unread_tables
 from rewards.intervals import mean_interval, t_interval, wilson
 from rewards.reader import Reading
 from tests.support.toys import TASK, group
@@ -167,6 +168,21 @@ def test_of_a_refused_reader_only_its_bounds_are_told() -> None:
         assert ("sufficiency" in found, "used" in found) == (not refused, not refused)
         assert sum(found["reader_ceiling"].values()) == 5 + better
         assert sum(found["reader_blind"].values()) == 5
+
+
+def test_a_reader_that_is_refused_for_a_kind_of_question_is_believed_on_the_others() -> None:
+    groups = [group(i, f"{i};{2 * i};", name=f"p{i}") for i in range(20)]
+    table = eval_table(TASK, {"greedy": groups})
+    kinds = {f"p{i}": "count" if i < 10 else "sum" for i in range(20)}
+    readings = {
+        name: replace(read(True, kind == "sum", True), kind=kind) for name, kind in kinds.items()
+    }
+    found = with_readings(table, readings)
+    assert set(found.per_problem["sufficiency"]) == {n for n, k in kinds.items() if k == "count"}
+    assert len(found.per_problem["used"]) == 10 and found["reader_ceiling"].n == 20
+    assert [found[f"reader_blind/{kind}"].value for kind in ("count", "sum")] == [0.0, 1.0]
+    (line,) = unread_tables({"toy": found})
+    assert "toy: eval.reader: no sufficiency and no used on questions of kind sum: from p*" in line
 
 
 def test_intervals_of_sampled_passes_count_problems_not_responses() -> None:
