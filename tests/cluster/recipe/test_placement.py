@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.recipe.hardware import GIB, Gpu, Machine, gib
-from cluster.recipe.memory import PolicySize, learner_memory, policy_size
+from cluster.recipe.memory import PolicySize, learner_memory, policy_size, sampler_memory
 from cluster.recipe.placement import PlacementError, describe, frozen_models, plan, require_cluster
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe
 from learner.outline import Trained
@@ -146,6 +146,22 @@ def test_what_shares_a_gpu_is_held_against_its_part_of_the_memory() -> None:
     )
     assert not any("GPU memory may not suffice" in note for note in fits)
     assert any("GPU memory may not suffice" in note for note in over)
+
+
+def test_mixed_states_are_those_of_float32_and_samplers_hold_half_of_that() -> None:
+    whole, half = (memory_of(tiny(f"model.dtype={d}"), SIZE) for d in ("float32", "bfloat16"))
+    mixed = memory_of(tiny("model.dtype=mixed"), SIZE)
+    assert mixed == whole | {"weights in bfloat16": half["weights"]}
+    weights = [
+        sampler_memory(tiny(f"model.dtype={d}").model, tiny().sampler, SIZE, TWO_CORES)["weights"]
+        for d in ("float32", "mixed", "bfloat16")
+    ]
+    assert weights[0] == 2 * weights[1] and weights[1] == weights[2]
+
+
+def test_whether_the_processor_multiplies_bfloat16_is_what_torch_says_of_it() -> None:
+    says = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert Machine.detect().bfloat16 == says
 
 
 def test_a_float32_head_of_bfloat16_weights_takes_what_is_told(
