@@ -267,6 +267,7 @@ ABILITIES = (
     HasPerceptionItems,
     CanLeak,
     ComparesAnswers,
+    HasKinds,
     Draws,
     TellsHeldOut,
 )
