@@ -40,7 +40,7 @@ from tests.support.languages import lines
 from tests.support.ranks import setup
 
 SCENES = load_task("scenes")
-SPEC = SCENES.spec(rows=2, columns=2, kinds=2, most=2, place_size=128)
+SPEC = SCENES.spec(rows=2, columns=2, kinds=2, most=2, place_size=128, prompt="brief")
 RATES = {"align": 1e-3, "sft": 1e-4, "rl": 1e-5}
 
 
@@ -128,7 +128,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
         one, several = problems[0], problems[2]
         text = replace(one, id="text", prompt="Why is the sky blue?", images=())
         pictures = tuple(image for p in problems for image in p.images)
-        several = replace(several, prompt="Tell <image_2>, <image> apart.", images=pictures[:2])
+        several = replace(several, prompt="Tell <image_2>, <image_1> apart.", images=pictures[:2])
         three = replace(one, id="three", prompt="Which is the odd one out?", images=pictures)
         groups = asyncio.run(sampled(folder / "sft", [text, one, several, three]))
         run("rl", "sft", sequences(groups), [PolicyLoss(LossConfig())])

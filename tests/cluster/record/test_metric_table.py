@@ -15,7 +15,7 @@ import torch
 from cluster.recipe.algorithm import DynamicSamplingConfig
 from cluster.recipe.problems import left_out, open_sources
 from cluster.recipe.recipe import Recipe
-from cluster.record.evaluation import eval_table, with_readings
+from cluster.record.evaluation import eval_table, with_language, with_readings
 from cluster.record.metric_table import all_metrics, page, pattern, unlisted
 from cluster.record.stored import read_metrics
 from cluster.record.tracker import Tracker, UnlistedMetric
@@ -98,7 +98,9 @@ def made_by_scoring() -> set[str]:
     passes = {name: [group(1, "1;2;x", "1;3;")] for name in ASKS}
     passes["greedy"] = [replace(groups[0], problem=passes["greedy"][0].problem)]
     reading = Reading(np.ones(1, bool), False, True, np.zeros(1, bool))
-    rows = with_readings(eval_table(TASK, passes), {"n1": reading}).rows
+    table = with_readings(eval_table(TASK, passes), {"n1": replace(reading, kind="sum")})
+    text = {"text_loss": {"passage 1": 3.0}, "text_right": {"Who?": 1.0}}
+    rows = with_language({TASK.name: table}, text)[TASK.name].rows
     return set(step_metrics(scored, 7)) | {f"eval/{TASK.name}/{row.metric}" for row in rows}
 
 
