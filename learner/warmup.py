@@ -55,10 +55,10 @@ def warm_up_vision(
         total = torch.zeros(())
         for name, rows in by_task.items():
             truth = torch.from_numpy(np.stack([labels for _, labels in rows])).long()
-            labels, needed = truth.shape[1], 1 + int(truth.max())
+            count, needed = truth.shape[1], 1 + int(truth.max())
             known = probes.get(name)
-            if known is None or known.out_features < labels * needed:
-                probes[name] = _probe(features[name].shape[1], labels, needed, known)
+            if known is None or known.out_features < count * needed:
+                probes[name] = _probe(features[name].shape[1], count, needed, known)
                 optimizer.add_param_group({"params": list(probes[name].parameters())})
             logits = probes[name](features[name]).view(*truth.shape, -1)
             right = (logits.argmax(-1) == truth).float().mean()

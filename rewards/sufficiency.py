@@ -80,7 +80,8 @@ def sufficiency(
     puzzles = puzzles or [str(k) for k in range(len(right))]
     refusal, trusted = refused(readings), believed(readings)
     if trusted:
-        right, readings, puzzles = ([of[k] for k in trusted] for of in (right, readings, puzzles))
+        right, readings = [right[k] for k in trusted], [readings[k] for k in trusted]
+        puzzles = [puzzles[k] for k in trusted]
     sizes = [len(a) for a in right]
     of_rollouts = np.repeat(puzzles, sizes)
     a, enough = np.concatenate(right), np.concatenate([r.sufficient for r in readings])
