@@ -26,6 +26,9 @@ from tasks.core import ComparesAnswers, Problem, Task
 TRUTHS = ("a", "a_p", "a_p_graded", "leak", "self_consistency", "reread_gain", "reread_loss")
 """Of a `Diagnosis`, in the order of a table; a problem without a label has some of them only."""
 
+LOSS = "text_loss"
+"""The one metric that is no share (`with_language`)."""
+
 TRUNCATED = "truncated"
 """Stands among an evaluation's defects for a response that reached the token limit."""
 
@@ -305,7 +308,7 @@ def _row(metric: str, per_problem: Mapping[str, float], puzzles: Mapping[str, st
     values = np.array(list(per_problem.values()))
     names = [puzzles.get(problem, problem) for problem in per_problem]
     n, different = len(values), len(set(names))
-    low, high = mean_interval(values, names) if metric != "text_loss" else t_interval(values)
+    low, high = mean_interval(values, names) if metric != LOSS else t_interval(values)
     return EvalRow(metric, float(values.mean()), n, low, high, different if different < n else None)
 
 
@@ -317,7 +320,8 @@ class Change:
         difference: after − before.
         overlap: whether the two 95 % intervals share a point.
         paired: problems measured both times (0 where the two sets differ).
-        gained, lost: paired problems that went from wrong to right, and back.
+        gained, lost: paired problems that went from wrong to right, and back; of a loss the
+            passages on which it rose, and fell.
         p: exact p-value of gained against lost (`paired_p`); None where not paired or graded.
     """
 
@@ -363,7 +367,9 @@ def _change(
 ) -> Change:
     old, new = _row(metric, was, puzzles), _row(metric, now, puzzles)
     changes = np.array([now[i] - was[i] for i in was] if was.keys() == now.keys() else [])
-    binary = {*was.values(), *now.values()} <= {0.0, 1.0}
+    if metric == LOSS:  # of the same passages: what counts is on how many it rose
+        changes = np.sign(changes)
+    paired = metric == LOSS or {*was.values(), *now.values()} <= {0.0, 1.0}
     names = [puzzles.get(problem, problem) for problem in was]
     return Change(
         metric=metric,
@@ -374,7 +380,7 @@ def _change(
         paired=len(changes),
         gained=int((changes == 1).sum()),
         lost=int((changes == -1).sum()),
-        p=paired_p(changes, names) if len(changes) and binary else None,
+        p=paired_p(changes, names) if len(changes) and paired else None,
     )
 
 

@@ -32,6 +32,9 @@ from cluster.report.words import (
 from rewards.advantages import is_constant
 from tasks.core import SEGMENTS
 
+TOLD = ("a", "a_p", "a_r", "text_loss", "text_right")
+"""What is told of a task in words: what was learnt, and what was forgotten."""
+
 
 def lead(recipe: Mapping[str, Any], metrics: Metrics) -> str:
     """What was trained, on what, by which reward, for how long."""
@@ -67,7 +70,7 @@ def findings(evaluation: Mapping[str, Any], metrics: Metrics) -> tuple[Finding, 
     # With several tasks the verdict is on all of them first.
     for task in sorted(compared, key=lambda t: (t != "all tasks", list(compared).index(t))):
         rows = {row["metric"]: row for row in compared[task]["change"]["rows"]}
-        changes = tuple(_change_words(m, rows[m]) for m in ("a", "a_p", "a_r") if m in rows)
+        changes = tuple(_change_words(m, rows[m]) for m in TOLD if m in rows)
         text = verdict(compared[task])
         where = f"{task}: {text[0].lower()}{text[1:]}" if len(compared) > 1 else text
         results.append(Finding(where, changes))

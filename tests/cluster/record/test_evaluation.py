@@ -70,9 +70,15 @@ def test_a_loss_has_students_interval_and_stays_out_of_what_is_pooled() -> None:
     assert (both["one"]["text_loss"].low, both["one"]["text_loss"].high) == t_interval(values)
     assert [row.metric for row in both["one"].rows] == ["a", "text_loss", "text_right"]
     assert [row.metric for row in pooled(both).rows] == ["a"]
-    later = with_language({"one": one}, {"text_right": {"Who?": 0.0}})["one"]
-    (change,) = [c for c in before_after(both["one"], later) if c.metric == "text_right"]
-    assert (change.lost, change.difference, change.p) == (1, -1.0, 1.0)
+    worse = {name: value + 0.01 for name, value in text["text_loss"].items()}
+    later = {"text_loss": worse, "text_right": {"Who?": 0.0}}
+    changes = {
+        c.metric: c for c in before_after(both["one"], with_language({"one": one}, later)["one"])
+    }
+    right, loss = changes["text_right"], changes["text_loss"]
+    assert (right.lost, right.difference, right.p) == (1, -1.0, 1.0)
+    # It rose on all four passages, however much they differ among themselves.
+    assert (loss.gained, loss.lost, loss.p) == (4, 0, 2 / 2**4) and loss.overlap
 
 
 def test_pass_at_k_equals_drawing_every_subset() -> None:
