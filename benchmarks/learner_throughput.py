@@ -1,13 +1,15 @@
 """How near does an update come to a bare PyTorch loop's, and to what the same cores multiply?
 
     python -m benchmarks.learner_throughput [--threads 2] [--repeats 5]
+    python -m benchmarks.learner_throughput --model build/pretrained/model --dtypes bfloat16
 
 Rollout-like groups of the demo's tasks, terse and verbose, through a real `DeepSpeedLearner` on
-one rank: forward, backward, AdamW. The shipped policy (1.8 M parameters) and the same family at
-about 30 M. Operations are counted by torch's own counter while an update runs, so padding counts
-as work done; the share of it is printed beside. Each update is timed between two float32 matrix
-products of 1024 x 1024 and beside one of a bare loop on ready micro-batches of the same layout:
-forward, loss, backward, clipping, AdamW. So all meet the same noise; ratios are pair by pair.
+one rank: forward, backward, AdamW. The shipped policy (1.8 M parameters), the same family at about
+30 M, or a model of one's own. Operations are counted by torch's own counter while an update runs,
+so padding counts as work done; the share of it is printed beside. Each update is timed between two
+matrix products of 1024 x 1024 in the policy's type and beside one of a bare loop on ready
+micro-batches of the same layout: forward, loss, backward, clipping, AdamW. So all meet the same
+noise; ratios are pair by pair. The bare loop keeps no float32 masters of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +48,8 @@ from tasks.splits import draw_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = 8
-PROBLEMS = (8, 2)
-"""Groups in an update of the small and of the larger policy."""
+SIZES = {"2M": 8, "30M": 2}
+"""Policies that are made here, and the groups in an update of each."""
 SIDE = 1024
 WAYS: tuple[tuple[Layout, int], ...] = (
     ("padded", 1),
@@ -55,6 +58,7 @@ WAYS: tuple[tuple[Layout, int], ...] = (
     ("shared_prefix", 2048),
 )
 """Before: every sequence alone. After: micro-batches of like lengths, and what packing adds."""
+KEYS = ("size", "dtype", "layout", "micro-batch", "threads")
 
 
 def main() -> None:
@@ -63,38 +67,53 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sizes", nargs="+", default=["2M", "30M"], choices=["2M", "30M"])
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--model", type=Path, help="a folder, in place of --sizes")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="as model.dtype")
+    parser.add_argument("--layouts", nargs="+", default=[layout for layout, _ in WAYS[1:]])
     parser.add_argument("--problems", type=int, help="groups an update, in place of the size's own")
     parser.add_argument("--to", type=Path, help="a JSON file; without it docs/ is written")
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     args = parser.parse_args()
     machine.refuse_if_busy(args.busy_ok)
+    ways = [way for way in WAYS if way[0] in args.layouts]
     with tempfile.TemporaryDirectory(prefix="equipoise-bench-") as scratch:
-        larger = Path(scratch) / "30m"
-        model = larger_model(str(SHIPPED), args.seed)
-        print(f"larger: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-        model.save_pretrained(larger)
-        load_processor(str(SHIPPED)).save_pretrained(larger)
-        for index, (size, path) in enumerate((("2M", SHIPPED), ("30M", larger))):
-            if size not in args.sizes:
-                continue
-            batch = groups(args.problems or PROBLEMS[index], args.seed)
-            rows = [
-                {"size": size, "layout": layout, "micro-batch": budget, "threads": args.threads}
-                | measure(path, batch, layout, budget, args.threads, args.repeats, index)
-                for layout, budget in WAYS
-            ]
-            tables.keep("learner", ("size", "layout", "micro-batch", "threads"), rows, args.to)
+        for size, path in policies(args.sizes, args.model, args.seed, Path(scratch)).items():
+            batch = groups(args.problems or SIZES.get(size, 2), args.seed, path)
+            for dtype in args.dtypes:
+                rows = [
+                    {
+                        "size": size,
+                        "dtype": dtype,
+                        "layout": layout,
+                        "micro-batch": budget,
+                        "threads": args.threads,
+                    }
+                    | measure(path, batch, dtype, layout, budget, args.threads, args.repeats)
+                    for layout, budget in ways
+                ]
+                tables.keep("learner", KEYS, rows, args.to)
+
+
+def policies(sizes: Sequence[str], own: Path | None, seed: int, scratch: Path) -> dict[str, Path]:
+    """Size -> folder; of one's own model the size is counted."""
+    if own:
+        shapes = load_policy(str(own))[0].parameters()
+        return {f"{sum(p.numel() for p in shapes) / 1e6:.0f}M": own}
+    if "30M" in sizes:
+        larger_model(str(SHIPPED), seed).save_pretrained(scratch)
+        load_processor(str(SHIPPED)).save_pretrained(scratch)
+    return {size: SHIPPED if size == "2M" else scratch for size in sizes}
 
 
 def measure(
     path: Path,
     batch: TrainBatch,
+    dtype: str,
     layout: Layout,
     budget: int,
     threads: int,
     repeats: int,
-    index: int,
 ) -> tables.Row:
     """The columns of an update with micro-batches of at most `budget` tokens."""
     learning = LearnerConfig(
@@ -104,10 +123,9 @@ def measure(
         micro_batch_tokens=budget,
         threads=threads,
     )
-    setup = LearnerSetup(
-        ModelConfig(path=str(path)), learning, TransferConfig(), CheckpointConfig()
-    )
-    learner = DeepSpeedLearner(setup, WorldPlace(master=f"127.0.0.1:{29610 + index}"))
+    model = ModelConfig.model_validate({"path": str(path), "dtype": dtype})
+    setup = LearnerSetup(model, learning, TransferConfig(), CheckpointConfig())
+    learner = DeepSpeedLearner(setup, WorldPlace(master="127.0.0.1:29610"))
     logprobs = learner.logprobs(batch)
     batch = TrainBatch(
         tuple(
@@ -119,19 +137,19 @@ def measure(
         metrics = learner.update(batch, PolicyLoss(LossConfig()))
     work = float(counter.get_total_flops())
     tokens = sum(len(s) for s in batch.sequences)
-    loop = BareLoop(path, batch, layout, budget)
+    loop = BareLoop(path, batch, dtype, layout, budget)
     loop.update()
     shared, of_peak = machine.Shared(), []
     ours: list[float] = []
     bare: list[float] = []
     for repeat in range(repeats):
-        before = matmul_rate()
+        before = matmul_rate(dtype)
         for measured, update in ((ours, partial(learner.update, batch, PolicyLoss(LossConfig()))),
                               (bare, loop.update))[:: 1 if repeat % 2 else -1]:  # fmt: skip
             start = time.perf_counter()
             update()
             measured.append(time.perf_counter() - start)
-        of_peak.append(work / ours[-1] / ((before + matmul_rate()) / 2))
+        of_peak.append(work / ours[-1] / ((before + matmul_rate(dtype)) / 2))
     learner.close()
     return {
         "ours over bare": tables.spread(tables.ratios(bare, ours)),
@@ -150,8 +168,10 @@ def measure(
 class BareLoop:
     """What PyTorch takes for the same micro-batches, ready beforehand: no engine, no metrics."""
 
-    def __init__(self, path: Path, batch: TrainBatch, layout: Layout, budget: int) -> None:
-        self._policy, processor = load_policy(str(path))
+    def __init__(
+        self, path: Path, batch: TrainBatch, dtype: str, layout: Layout, budget: int
+    ) -> None:
+        self._policy, processor = load_policy(str(path), dtype)
         self._policy.train()
         collate = Collator(self._policy, processor, layout)
         items = [describe(s, collate.image_token_id) for s in batch.sequences]
@@ -175,9 +195,9 @@ class BareLoop:
         self._optimizer.zero_grad()
 
 
-def matmul_rate(seconds: float = 0.5) -> float:
-    """Floating-point operations a second of a float32 product of two square matrices."""
-    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+def matmul_rate(dtype: str, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of a product of two square matrices."""
+    a, b = torch.randn(2, SIDE, SIDE, dtype=getattr(torch, dtype))
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         torch.mm(a, b)
@@ -185,11 +205,11 @@ def matmul_rate(seconds: float = 0.5) -> float:
     return count * 2 * SIDE**3 / (time.perf_counter() - start)
 
 
-def groups(problems: int, seed: int) -> TrainBatch:
+def groups(problems: int, seed: int, model: Path) -> TrainBatch:
     """Groups of 8 responses to problems of the demo's tasks, half terse, half verbose."""
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "demo.toml")
     rng = np.random.default_rng(seed)
-    demonstrator = Demonstrator(load_processor(str(SHIPPED)))
+    demonstrator = Demonstrator(load_processor(str(model)))
     sequences: list[TrainSequence] = []
     for index in range(problems):
         config = recipe.tasks[index % len(recipe.tasks)]

@@ -34,13 +34,14 @@ SIZES = ("2M", "10M", "30M")
 LENGTHS = (64, 256)
 SHIPPED_LENGTH = 128
 ENGINES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
-    "as shipped": (
-        (),
-        {"on-policy": (), "max_staleness = 1": ("algorithm.max_staleness=1",)},
+    "by turns": (("sampler.threads=2",), {"on-policy": ()}),
+    "side by side": (
+        ("learner.threads=1",),
+        {"max_staleness = 1": ("algorithm.max_staleness=1",)},
     ),
-    "threads": (("sampler.threads=2",), {"on-policy, threads = 2": ()}),
 }
-"""How our actors are started, and the variants that take turns with TRL on them."""
+"""How our actors are started, and the variants that take turns with TRL on them: on-policy one side
+waits for the other, so each has both cores; ahead of the learner both work, on one core each."""
 KV_CACHE_GIB = {"shipped": 0.25, "2M": 0.25, "10M": 1.0, "30M": 2.0}
 """For all responses of a step at once."""
 APART = 4

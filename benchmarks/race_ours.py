@@ -49,7 +49,12 @@ def race_recipe(work: Work, settings: Sequence[str] = ()) -> Recipe:
             "steps": 10**6,
             "drop_zero_variance": False,  # TRL learns from all
         },
-        "learner": {"learning_rate": RATE, "zero_stage": 2, "threads": 2},
+        "learner": {
+            "learning_rate": RATE,
+            "zero_stage": 0,  # one rank
+            "threads": 2,
+            "micro_batch_tokens": 16384,
+        },
         "eval": {"problems": 2},
     }
     return check_recipe(data, [*work.settings, *settings], "race")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # and NumPy are imported; what tests start inherits it, and what has threads of its own sets them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cluster.__main__` has it
 
 # The same examples each time, however long a busy machine takes over one.
 settings.register_profile("here", deadline=None, derandomize=True)

@@ -86,7 +86,7 @@ def ask_machine(
     `folder`: what the run will write, where it has a name already.
     """
     glance(recipe, command, _is_measured(recipe, dry_run))
-    for line in settle_environment(os.environ):
+    for line in (*settle_environment(os.environ), *crowded_threads(recipe, command)):
         say(line)
     try:
         if command != "eval":
@@ -95,6 +95,28 @@ def ask_machine(
         if not dry_run:  # which may be of a recipe for another machine
             raise
         say(str(error))
+
+
+def crowded_threads(recipe: Recipe, command: Command) -> list[str]:
+    """A line for a role on CPUs with more threads than cores while the other role works too.
+
+    Threads of one operation wait for each other, so the slowest core decides. On-policy the
+    roles take turns, and each may have all cores.
+    """
+    staleness = recipe.algorithm.max_staleness
+    if command != "train" or not staleness:
+        return []
+    roles = {
+        "sampler": (recipe.sampler, recipe.sampler.engine_threads),
+        "learner": (recipe.learner, recipe.learner.intra_op_threads),
+    }
+    return [
+        f"{role}.threads = {threads} is more than {role}.cpus = {section.cpus:g} while samplers "
+        f"and learner work at once (algorithm.max_staleness = {staleness}), which is slower; leave "
+        f"{role}.threads out"
+        for role, (section, threads) in roles.items()
+        if not section.gpus and threads > max(1, section.cpus)
+    ]
 
 
 def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = False) -> Ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import cluster.__main__
 from cluster.cli import app, main
 from cluster.tasks_cli import app as tasks_app
 from tests.support.terminal import run
@@ -73,3 +75,24 @@ def test_what_eval_could_not_write_is_told_before_anything_is_measured(
     assert run(monkeypatch, *words, "--output", tmp_path / "file" / "found.json") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in said and "no-model" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "300000"}, None),
+    ],
+)
+def test_threads_wait_without_spinning_unless_the_environment_says_otherwise(
+    given: dict[str, str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["equipoise", "--version"])
+    with pytest.raises(SystemExit):
+        cluster.__main__.main()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy

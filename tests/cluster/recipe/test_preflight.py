@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from cluster.recipe.context import Context, Size
-from cluster.recipe.preflight import preflight
+from cluster.recipe.placement import Command
+from cluster.recipe.preflight import crowded_threads, preflight
 from cluster.recipe.problems import held_out, left_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
 from cluster.recipe.rows import row_takes
@@ -30,7 +31,14 @@ from tasks.datasets import read_examples
 from tasks.rows import Rows
 from tasks.sudoku import Sudoku
 from tasks.vqa.opening import open_stored
-from tests.support.recipes import SUDOKU, TINY_POLICY, recipe_file, stored, write_problems
+from tests.support.recipes import (
+    SUDOKU,
+    TINY_POLICY,
+    made_recipe,
+    recipe_file,
+    stored,
+    write_problems,
+)
 from tests.support.terminal import run
 
 NARROW = "model.max_model_len = 256\nsampler.max_tokens = 128\n"
@@ -457,3 +465,29 @@ def test_an_environment_that_can_be_had_says_what_may_not_fit(
     wide, zoom = "model.max_model_len=600", 'environment.name="zoom"'
     code, printed, told = dry_run(tmp_path, monkeypatch, capsys, wide, zoom)
     assert code == 0 and "ends by its context_budget" in printed + told, told
+
+
+AHEAD = "algorithm.max_staleness=1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "command", "roles"),
+    [
+        (["sampler.threads=2", "learner.threads=2"], "train", []),  # by turns
+        ([AHEAD], "train", []),
+        ([AHEAD, "sampler.threads=1", "learner.threads=1"], "train", []),
+        ([AHEAD, "learner.threads=2"], "train", ["learner"]),
+        ([AHEAD, "sampler.threads=2", "learner.threads=3"], "train", ["sampler", "learner"]),
+        ([AHEAD, "sampler.threads=2", "sampler.cpus=2"], "train", []),
+        ([AHEAD, "sampler.threads=1", "sampler.cpus=0.5"], "train", []),  # it needs one
+        ([AHEAD, "learner.threads=2"], "sft", []),
+        ([AHEAD, "learner.threads=2", "learner.gpus=1"], "train", []),
+    ],
+)
+def test_more_threads_than_cores_are_named_where_both_roles_work_at_once(
+    settings: list[str], command: Command, roles: list[str]
+) -> None:
+    lines = crowded_threads(made_recipe(*settings), command)
+    assert [line.partition(".")[0] for line in lines] == roles
+    for line, role in zip(lines, roles, strict=True):
+        assert f"leave {role}.threads out" in line
