@@ -141,6 +141,7 @@ def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
         "race",
         "sampling",
         "learner",
+        "floor",
         "startup",
         "transfer",
         "driver",
