@@ -106,16 +106,17 @@ def crowded_threads(recipe: Recipe, command: Command) -> list[str]:
     staleness = recipe.algorithm.max_staleness
     if command != "train" or not staleness:
         return []
-    roles = {
-        "sampler": (recipe.sampler, recipe.sampler.engine_threads),
-        "learner": (recipe.learner, recipe.learner.intra_op_threads),
-    }
+    sampler, learner = recipe.sampler, recipe.learner
+    roles = (
+        ("sampler", sampler.engine_threads, sampler.cpus, sampler.gpus),
+        ("learner", learner.intra_op_threads, learner.cpus, learner.gpus),
+    )
     return [
-        f"{role}.threads = {threads} is more than {role}.cpus = {section.cpus:g} while samplers "
-        f"and learner work at once (algorithm.max_staleness = {staleness}), which is slower; leave "
+        f"{role}.threads = {threads} is more than {role}.cpus = {cpus:g} while samplers and "
+        f"learner work at once (algorithm.max_staleness = {staleness}), which is slower; leave "
         f"{role}.threads out"
-        for role, (section, threads) in roles.items()
-        if not section.gpus and threads > max(1, section.cpus)
+        for role, threads, cpus, gpus in roles
+        if not gpus and threads > max(1, cpus)
     ]
 
 
