@@ -21,6 +21,7 @@ from cluster.models_cli import app as models_app
 from cluster.names import require_own_names
 from cluster.record.terminal import as_written
 from cluster.submit_cli import COMMANDS as JOB_COMMANDS
+from cluster.submit_cli import At, status_of_job
 from tasks.files import expanded
 
 app = typer.Typer(
@@ -187,16 +188,23 @@ def report(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, whatever became of it")],
+    run: Annotated[str, typer.Argument(help="The folder of a run, or the name of a job")],
+    address: At = None,
 ) -> None:
     """Say how far a run is, how fast, who waits for whom, and what befell it."""
     from rich.console import Console
 
+    from cluster.recipe.recipe import UserError
     from cluster.record.status import event_table, read_status, status_table
 
-    state = read_status(run)
+    folder = Path(run)
+    if not folder.exists():
+        if address is None:
+            raise UserError(f"status {run}: no such folder; of a job, give --address too")
+        raise typer.Exit(status_of_job(run, address))
+    state = read_status(folder)
     console = Console()
-    console.print(status_table(run, state).to_rich())
+    console.print(status_table(folder, state).to_rich())
     if state.events:
         console.print(event_table(state).to_rich())
 

@@ -1,4 +1,4 @@
-"""`equipoise submit`, `jobs`, `logs`, `stop`, `resume`: runs and ablations as jobs of a cluster."""
+"""`equipoise submit`, `jobs`, `logs`, `stop`, `resume`, `status NAME`: jobs of a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.record.terminal import printable
 if TYPE_CHECKING:
     from cluster.jobs.head import Head
     from cluster.jobs.packing import Packed
-    from cluster.jobs.request import Request
+    from cluster.jobs.request import Job, Request
 
 At = Annotated[
     str | None,
@@ -89,12 +89,7 @@ def jobs(address: At = None) -> None:
     """List the jobs of a cluster that `equipoise submit` started, the newest last."""
     known_jobs = _head(address).jobs()
     for job in known_jobs:
-        request = job.request
-        seconds = (job.ended or time.time()) - job.started if job.started else 0.0
-        start = datetime.fromtimestamp(job.started, UTC)
-        life = f" (life {request.life})" if request.life > 1 else ""
-        line = f"{request.name}  {job.status}  {request.command} {request.recipe}{life}"
-        print(printable(f"{line}  {start:%Y-%m-%d %H:%M:%S} + {seconds:.0f} s  {request.output}"))
+        print(_line(job))
     if not known_jobs:
         print("no jobs of `equipoise submit`")
 
@@ -147,6 +142,19 @@ def resume(
     raise typer.Exit(_started(head, packed_job, packed_job.words(set_ or ()), detach))
 
 
+def status_of_job(name: str, address: str) -> int:
+    """Print how far a job's run is, read where it writes; the exit code."""
+    from cluster.jobs.travel import Luggage, add_rooms
+
+    head, luggage = _head(address), Luggage()
+    job = head.job(name)
+    print(_line(job), flush=True)
+    add_rooms(luggage)
+    well, text = head.said(job, luggage, ["status", job.request.output])
+    _write(text)
+    return int(not well)
+
+
 def _head(address: str | None) -> Head:
     from cluster.recipe.recipe import UserError
 
@@ -155,6 +163,16 @@ def _head(address: str | None) -> Head:
     from cluster.jobs.head import Head
 
     return Head(address)
+
+
+def _line(job: Job) -> str:
+    """What there is to say of a job in a line."""
+    request = job.request
+    seconds = (job.ended or time.time()) - job.started if job.started else 0.0
+    start = datetime.fromtimestamp(job.started, UTC)
+    life = f" (life {request.life})" if request.life > 1 else ""
+    line = f"{request.name}  {job.status}  {request.command} {request.recipe}{life}"
+    return printable(f"{line}  {start:%Y-%m-%d %H:%M:%S} + {seconds:.0f} s  {request.output}")
 
 
 def _started(head: Head, packed_job: Packed, words: str, detach: bool) -> int:

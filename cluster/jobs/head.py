@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs.request import Job, Request, latest, read_record
+from cluster.jobs.request import OVER, Job, Request, latest, read_record
 from cluster.jobs.travel import Luggage
 from cluster.recipe.machine import require_answer
 from cluster.recipe.recipe import UserError
@@ -21,6 +22,8 @@ from cluster.recipe.recipe import UserError
 POLL_SECONDS = 0.5
 SETTLES_SECONDS = 60.0
 """After the end of a job's log, by when Ray says how it ended."""
+ANSWER_SECONDS = 300.0
+"""For a command at the head that only looks."""
 
 
 class Head:
@@ -44,6 +47,30 @@ class Head:
         self, request: Request, luggage: Luggage, runtime_env: Mapping[str, Any], words: str
     ) -> None:
         """Start a job under `request.id` with what travels."""
+        ours = {"submission_id": request.id, "metadata": request.record()}
+        self._start(luggage, runtime_env, words, **ours)
+
+    def said(self, job: Job, luggage: Luggage, command: Sequence[str]) -> tuple[bool, str]:
+        """Whether `python -m cluster COMMAND` ended well where a job runs, and what it printed.
+
+        It is a job of its own, of the same Python and environment, and is forgotten afterwards.
+        """
+        with self._errors_in_words():
+            first = self._client.get_job_info(job.request.id)
+        words = shlex.join([shlex.split(first.entrypoint)[0], "-m", "cluster", *command])
+        env = dict(first.runtime_env or {})
+        wide = {"COLUMNS": str(shutil.get_terminal_size((132, 24)).columns)}
+        name = self._start(luggage, {**env, "env_vars": {**env.get("env_vars", {}), **wide}}, words)
+        status = self._over(name, f"equipoise {shlex.join(command)}", ANSWER_SECONDS).status
+        with self._errors_in_words():
+            log = str(self._client.get_job_logs(name))
+            self._client.delete_job(name)
+        # What Ray says of a job stands above, and ends with the words.
+        return _word(status) == "SUCCEEDED", log.partition(f"{words}\n")[2] or log
+
+    def _start(
+        self, luggage: Luggage, runtime_env: Mapping[str, Any], words: str, **more: Any
+    ) -> str:
         with tempfile.TemporaryDirectory(prefix="equipoise-job-") as staging:
             # In a folder of their own no .gitignore says which of them stay.
             for relative, file in luggage.files.items():
@@ -51,12 +78,8 @@ class Head:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
             with self._errors_in_words():
-                self._client.submit_job(
-                    entrypoint=words,
-                    submission_id=request.id,
-                    runtime_env={**runtime_env, "working_dir": staging},
-                    metadata=request.record(),
-                )
+                env = {**runtime_env, "working_dir": staging}
+                return str(self._client.submit_job(entrypoint=words, runtime_env=env, **more))
 
     def jobs(self) -> list[Job]:
         """The jobs of ours, each name's last life, by when they were started."""
@@ -96,16 +119,22 @@ class Head:
 
     def ended(self, request: Request, seconds: float) -> Job:
         """The job once it is over."""
+        job = _job(self._over(request.id, request.name, seconds))
+        if job is None:
+            raise UserError(f"{request.name}: is no job of `equipoise submit` any more")
+        return job
+
+    def _over(self, job_id: str, name: str, seconds: float) -> Any:
+        """What Ray knows of a job once it is over."""
         deadline = time.monotonic() + seconds
         while True:
             with self._errors_in_words():
-                job = _job(self._client.get_job_info(request.id))
-            if job is not None and job.over:
-                return job
+                details = self._client.get_job_info(job_id)
+            if _word(details.status) in OVER:
+                return details
             if time.monotonic() > deadline:
-                state = job.status if job else "gone"
                 raise UserError(
-                    f"{request.name}: is {state} after {seconds:.0f} s; look again by "
+                    f"{name}: is {_word(details.status)} after {seconds:.0f} s; look again by "
                     f"`equipoise jobs --address {self.address}`"
                 )
             time.sleep(POLL_SECONDS)
@@ -137,14 +166,18 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _word(status: Any) -> str:
+    """Ray's status as a word: it may be an enumeration's member."""
+    return str(getattr(status, "value", status))
+
+
 def _job(details: Any) -> Job | None:
     """A job of ours out of Ray's own words for it."""
     request = read_record(details.metadata)
     if request is None:
         return None
-    status = getattr(details.status, "value", details.status)
     started, ended = ((stamp or 0) / 1000 for stamp in (details.start_time, details.end_time))
-    return Job(request, str(status), details.message or "", started, ended)
+    return Job(request, _word(details.status), details.message or "", started, ended)
 
 
 @contextmanager

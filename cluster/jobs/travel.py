@@ -38,7 +38,7 @@ class Luggage:
         mib: how much may travel, all files together.
     """
 
-    mib: int
+    mib: int = 64
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -114,8 +114,7 @@ def pack(
     out of the folder, not there.
     """
     luggage = Luggage(max(recipe.job.travel_mib for recipe in loaded))
-    for room in ROOMS:
-        luggage.add("equipoise", ROOT / room, room)
+    add_rooms(luggage)
     for path, file in recipes.items():
         luggage.add(str(file), file, path)
     recipe_file = str(next(iter(recipes.values())))
@@ -131,6 +130,12 @@ def pack(
         luggage.add(f"--include {name}", root / name, inside(f"--include {name}", name))
     luggage.require_small()
     return luggage
+
+
+def add_rooms(luggage: Luggage) -> None:
+    """Equipoise itself."""
+    for room in ROOMS:
+        luggage.add("equipoise", ROOT / room, room)
 
 
 def inside(label: str, name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.recipe.recipe import Recipe, UserError, load_recipe
+from cluster.recipe.recipe import UserError, read_toml
 from cluster.record.events import ENDINGS, Event, read_events
 from cluster.record.stored import read_metrics
 from cluster.record.table import Table
@@ -29,6 +29,7 @@ class Status:
         state: `runs`, or the ending that its last event is.
         silent: seconds since it last wrote a metric or an event; None: it wrote none.
         step, steps: done, and of the recipe (at most, under a budget).
+        spent: the share of its budget, in words and in [0, 1]; None where it has none.
         step_seconds: mean of the last steps, logging and evaluation included; None: under two.
         latest: name -> the last value of each metric.
         events: oldest first.
@@ -42,13 +43,21 @@ class Status:
     latest: Mapping[str, float]
     events: tuple[Event, ...]
     next_checkpoint: int | None
+    spent: tuple[str, float] | None = None
 
     @property
     def left_seconds(self) -> float | None:
-        """Until the last step is done, at the pace of the last ones; None where it does not run."""
+        """Until the last step is done, or the budget spent, at the last steps' pace; None where
+        it does not run, or nothing is spent yet."""
         if self.state != "runs" or self.step_seconds is None:
             return None
-        return (self.steps - self.step) * self.step_seconds
+        to_do = float(self.steps - self.step)
+        if self.spent is not None:
+            share = self.spent[1]
+            if not share:
+                return None
+            to_do = min(to_do, max(0.0, self.step / share - self.step))
+        return to_do * self.step_seconds
 
     def waits(self) -> str:
         """Who waits for whom, in words: by the idle shares of the last step."""
@@ -67,7 +76,8 @@ def read_status(run: Path, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     if not (run / "recipe.toml").is_file():
         raise UserError(f"status {run}: no run folder: it has no recipe.toml")
-    recipe, events = load_recipe(run / "recipe.toml"), tuple(read_events(run))
+    # Not `load_recipe`, which needs the user's own modules; a run's has every default spelled out.
+    recipe, events = read_toml(run / "recipe.toml"), tuple(read_events(run))
     rows = _metric_rows(run)
     # The warm-up of vision counts steps of its own.
     rows = [row for row in rows if not row["name"].startswith("warmup/")]
@@ -81,15 +91,21 @@ def read_status(run: Path, now: float | None = None) -> Status:
     step = max(ended_at, default=0)
     signs = [row["wall_seconds"] for row in rows] + [event.wall_seconds for event in events]
     last = events[-1].what if events else ""
+    try:
+        steps = (recipe["sft"] if of_sft else recipe["algorithm"])["steps"]
+        every = recipe["checkpoint"]["every"]
+    except KeyError as no:
+        raise UserError(f"status {run}: its recipe.toml is none of a run: it has no {no}") from no
     return Status(
         state=last if last in ENDINGS else "runs",
         silent=max(0.0, now - max(signs)) if signs else None,
         step=step,
-        steps=recipe.sft.steps if of_sft and recipe.sft else recipe.algorithm.steps,
+        steps=steps,
         step_seconds=_pace(ended_at, events),
         latest=latest,
         events=events,
-        next_checkpoint=_next_checkpoint(recipe, step),
+        next_checkpoint=(step // every + 1) * every if every else None,
+        spent=None if of_sft else _spent(recipe["algorithm"].get("budget"), latest),
     )
 
 
@@ -107,7 +123,7 @@ def status_table(run: Path, status: Status) -> Table:
     lost = sum(event.what == "lost" for event in status.events)
     rows = [
         ("state", status.state + silent),
-        ("step", f"{status.step} of {status.steps}"),
+        ("step", f"{status.step} of {status.steps if status.spent is None else status.spent[0]}"),
         ("pace", ", ".join([pace, *rates])),
         ("who waits", status.waits()),
         ("restarts", f"{restarts} of the run, {lost} of samplers"),
@@ -157,9 +173,14 @@ def _pace(ended_at: Mapping[int, float], events: tuple[Event, ...]) -> float | N
     return (ended_at[steps[-1]] - ended_at[steps[0]]) / (steps[-1] - steps[0])
 
 
-def _next_checkpoint(recipe: Recipe, step: int) -> int | None:
-    every = recipe.checkpoint.every
-    return (step // every + 1) * every if every else None
+def _spent(
+    budget: Mapping[str, Any] | None, latest: Mapping[str, float]
+) -> tuple[str, float] | None:
+    if budget is None:
+        return None
+    kind, amount = budget["kind"], budget["amount"]
+    share = min(1.0, latest.get(f"spent/{kind}", 0.0) / amount)
+    return f"at most {amount:,} {kind}, {share:.0%} of them spent", share
 
 
 def _span(seconds: float) -> str:

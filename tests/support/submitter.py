@@ -1,8 +1,8 @@
 """`python -m tests.support.submitter ADDRESS`: a user at a cluster's head, from any other folder.
 
 What stands for Python on the head is a script that tells what it was given, ends by SIGTERM as a
-run does, and goes on: no engine is started. The last job is our program itself. Prints as JSON the
-exit code and words of each command.
+run does, and goes on: no engine is started. Of `status`, and of the last job, it is our program
+itself. Prints as JSON the exit code and words of each command.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.support.recipes import ROOT, SMALL, recipe_file
 Said = dict[str, tuple[int, str]]
 WANTED, PLANTED = "wanted-5d1c", "planted-9f3e"
 STAND_IN = """#!/bin/sh
+case "$*" in *" status "*) exec $REAL "$@";; esac
 echo "words: $*"; find . -name '*.py' | sort | head -400; cat data.txt
 env | grep -E 'WANTED|PLANTED|STOP'
 case "$*" in *--resume*) echo "going on"; exit 0;; esac
@@ -83,17 +84,24 @@ def said(*words: str) -> tuple[int, str]:
 
 def session(address: str) -> Said:
     """The commands, one after the other."""
+    from cluster.recipe.recipe import load_recipe, resolved_toml
+    from cluster.record.tracker import Tracker
+
     os.environ["RAY_ADDRESS"] = "127.0.0.1:1"  # `--address` is what counts
     at = ("--address", address)
     stand_in = f"job.python={Path('python').resolve()}"
+    told = ("--set", stand_in, "--set", f"job.runtime_env={{env_vars={{REAL='{sys.executable}'}}}}")
     output = str(Path("run").resolve())
     asked = ("--env", "WANTED", "--include", "data.txt", "--name", "job", "--output", output)
-    found = {"submit": said("submit", "x.toml", *at, *asked, "--detach", "--set", stand_in)}
+    found = {"submit": said("submit", "x.toml", *at, *asked, "--detach", *told)}
     deadline = time.monotonic() + 200
     while "training" not in said("logs", "job", *at)[1] and time.monotonic() < deadline:
         time.sleep(0.3)
     found["busy"] = said("resume", "job", *at)
     found["jobs"] = said("jobs", *at)
+    with Tracker(Path(output), resolved_toml(load_recipe(Path("x.toml")))) as tracker:
+        tracker.log(3, {"time/step": 1.0})
+    found["status"] = said("status", "job", *at)
     found["unknown"] = said("stop", "jop", *at)
     found["stop"] = said("stop", "job", *at)
     found["logs"] = said("logs", "job", *at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,24 @@ from tests.support.terminal import run as equipoise
 RECIPE = "algorithm.steps = 20\nreward.terms = [{ name = 'outcome' }]\ncheckpoint.every = 3\n"
 
 
-def make_run(folder: Path, monkeypatch: pytest.MonkeyPatch, ends: list[float]) -> Path:
+def make_run(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: list[float],
+    more: str = "",
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """A run whose step n was logged at `ends[n - 1]`."""
-    recipe = load_recipe(recipe_file(folder, RECIPE))
+    folder.mkdir(exist_ok=True)
+    recipe = load_recipe(recipe_file(folder, more + RECIPE))
     clock = iter(ends)
     run = folder / "run"
     with Tracker(run, resolved_toml(recipe)) as log, monkeypatch.context() as patched:
         for step in range(1, len(ends) + 1):
             now = next(clock)
             patched.setattr("cluster.record.tracker.time.time", lambda now=now: now)
-            log.log(step, {"idle/sampler": 0.7, "idle/learner": 0.2, "time/step": 1.0})
+            idle = {"idle/sampler": 0.7, "idle/learner": 0.2, "time/step": 1.0}
+            log.log(step, idle | dict(metrics or {}))
     return run
 
 
@@ -42,6 +51,34 @@ def test_step_pace_and_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     add_events(run, Event("driver", "went on", wall_seconds=235.0))
     found = read_status(run, now=247.0)
     assert found.step_seconds is None and found.left_seconds is None
+
+
+def test_under_a_budget_what_is_spent_tells_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = 'algorithm.budget = { kind = "tokens", amount = 1000 }\n'
+    run = make_run(tmp_path, monkeypatch, [100.0, 110.0], budget)
+    assert read_status(run, now=111.0).left_seconds is None  # nothing tells what a step takes
+    run = make_run(tmp_path / "b", monkeypatch, [100.0, 110.0], budget, {"spent/tokens": 400.0})
+    found = read_status(run, now=111.0)
+    # 200 tokens a step: three more, though the recipe allows 18.
+    assert found.left_seconds == pytest.approx(30.0)
+    assert found.spent == ("at most 1,000 tokens, 40% of them spent", 0.4)
+
+
+def test_a_run_with_code_that_is_not_here_has_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, monkeypatch, [100.0, 110.0])
+    file = run / "recipe.toml"
+    file.write_text(file.read_text().replace('"sudoku"', '"gone_with_its_folder:Own"'))
+    with pytest.raises(UserError, match="gone_with_its_folder"):
+        load_recipe(file)
+    found = read_status(run)
+    assert (found.step, found.steps, found.next_checkpoint) == (2, 20, 3)
+    file.write_text("seed = 3\n")
+    with pytest.raises(UserError, match="none of a run: it has no 'algorithm'"):
+        read_status(run)
 
 
 def test_a_run_that_is_over_has_no_time_left(
