@@ -45,7 +45,7 @@ GROWN = 1.1
 NOISE = {"descriptors": 20.0, "threads": 10.0, "processes": 2.0}
 """Differences that are none; of sizes 16 MiB."""
 OWN_SHM = 'mount -t tmpfs -o size=8g tmpfs /dev/shm && exec "$@"'
-RECORDS = ("rollouts", "images", "metrics", "metrics.parquet", "events.parquet")
+RECORDS = ("rollouts", "images", "metrics", "metrics.parquet", "events.parquet", "logs")
 """What a run's folder has of each step; by design it grows with them."""
 RECIPE = """
 name = "soak"

@@ -33,8 +33,8 @@ class LearnerRank:
     _trainer: Trainer
 
     def __init__(self, rank: int, size: int) -> None:
-        listen()
         self._rank, self._size = rank, size
+        listen(repr(self))
 
     def __repr__(self) -> str:
         return f"learner-{self._rank}"  # Ray's dashboard and logs show it

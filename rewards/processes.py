@@ -94,8 +94,10 @@ class Workers:
             "max_concurrency": self._slots + 2 if remote else 1,
         }
         memory = 0.0 if facts and facts.weights else config.memory_gib
+        roles = [f"reward-{remote}" if remote else f"reward-worker-{n}" for n in range(len(places))]
         self._workers = [
-            _Worker(actor.options(**options, **place).remote(entries, memory)) for place in places
+            _Worker(actor.options(**options, **place).remote(entries, memory, role))
+            for place, role in zip(places, roles, strict=True)
         ]
         for worker in self._workers:
             worker.start()

@@ -37,10 +37,18 @@ task_named = functools.cache(load_task)
 class RewardWorker:
     """Terms that compute, the tasks their groups name, and nothing else."""
 
-    def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
-        listen()
-        self.entries = entries
+    def __init__(
+        self,
+        entries: Sequence[RewardTermConfig],
+        memory_gib: float,
+        role: str = "reward-worker-0",
+    ) -> None:
+        listen(role)
+        self.entries, self._role = entries, role
         limit_memory(memory_gib)
+
+    def __repr__(self) -> str:
+        return self._role  # Ray's dashboard and logs show it
 
     @functools.cached_property
     def terms(self) -> dict[str, Term]:
@@ -90,15 +98,17 @@ class RewardWorker:
 class RemoteWorker:
     """One term that waits for others; its calls share an event loop."""
 
-    def __init__(self, entries: Sequence[RewardTermConfig], memory_gib: float) -> None:
+    def __init__(
+        self, entries: Sequence[RewardTermConfig], memory_gib: float, role: str = "reward"
+    ) -> None:
         """`memory_gib` 0: no limit."""
-        listen()
-        self.entries = entries
+        listen(role)
+        self.entries, self._role = entries, role
         if memory_gib:
             limit_memory(memory_gib)
 
     def __repr__(self) -> str:
-        return f"reward-{self.entries[0].name}"  # Ray's dashboard and logs show it
+        return self._role  # Ray's dashboard and logs show it
 
     @ray.method(max_task_retries=-1)
     async def ready(self) -> None:

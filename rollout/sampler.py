@@ -28,7 +28,7 @@ class Sampler:
         self, model: ModelConfig, sampler: SamplerConfig, name: str, **options: Any
     ) -> None:
         """`options`: of `Engine.start`."""
-        listen()
+        listen(name)
         self._engine = Engine.start(model, sampler, name, **options)
         self._name = name
         self._held: int | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,12 +30,15 @@ def silent_since() -> float:
     return _last_beat
 
 
-def listen() -> None:
+def listen(role: str = "") -> None:
     """From now on this process tells `stacks_of` where its threads are; a second call does nothing.
 
     It is told in C, so that a thread that holds the interpreter cannot keep it from it. What is
-    told is in memory: no file is left, and no other user can read it.
+    told is in memory: no file is left, and no other user can read it. `role`: whose log the lines
+    go to that it prints from here on, `sampler-0`.
     """
+    for stream in (sys.stdout, sys.stderr) if role else ():
+        print(f":actor_name:{role}", file=stream, flush=True)  # what Ray's log monitor reads
     if _stack_file(os.getpid()) is None:
         faulthandler.register(signal.SIGUSR2, os.memfd_create(_NAME), all_threads=True)
 

@@ -3,7 +3,7 @@
 The copy has the tree of the folder. Records travel before the checkpoints that were whole when the
 pass began, so a checkpoint that is there has the records of its steps; whether it is whole there
 its own manifest says (`learner.checkpoint`). `mirror.json` in the folder names what was copied, and
-stays at home.
+stays at home, as do `logs/`, which grow while they are read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.recipe.recipe import RunFailed, UserError
+from cluster.record.role_logs import LOGS
 from learner.checkpoint import MANIFEST, checkpoint_folders
 from tasks import fetched
 from tasks.core import DataError
 from tasks.files import put_text, replacing
 
 STATE = "mirror.json"
+STAYS = (STATE, LOGS)
 STILL_SECONDS = 300.0
 """At the end of a run: without a byte on its way for so long, the copy is given up."""
 
@@ -235,7 +237,7 @@ def _files(folder: Path, without: str = "") -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and parts[0] not in (without, STATE):
+        if file.is_file() and not hidden and parts[0] not in (without, *STAYS):
             yield file
 
 

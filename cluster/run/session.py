@@ -27,8 +27,10 @@ from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
 from cluster.recipe.recipe import Recipe, RunFailed, UserError
 from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.record.mirror import require_mirror
+from cluster.record.role_logs import RoleLogs, driver_log
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
+from cluster.run.logs import actor_logs
 from cluster.run.nodes import fetch_on_nodes, wait_for_nodes
 from cluster.run.own_ray import closed_to_others, end_of_own_node
 from cluster.run.stall import watched
@@ -151,14 +153,19 @@ def session(
     cannot be used is refused before more than Ray is started, or anything is written.
     Raises RunFailed with the failing actor's own error on top, also in `<folder>/error.txt`.
     """
-    recipe = pinned_recipe(recipe, say)
-    with claimed(folder, new=resumed is None) if folder else nullcontext():
+    logs = RoleLogs(folder) if folder else None
+    with (
+        driver_log(logs),
+        claimed(folder, new=resumed is None) if folder else nullcontext(),
+    ):
+        recipe = pinned_recipe(recipe, say)
         ask_machine(recipe, command, say, folder=folder)
         if recipe.output.mirror and folder and command != "eval":
             require_mirror(recipe.output.mirror, folder, resumed is not None)
         ask = partial(ask_input, recipe, command, say)
         with (
             connected(address, ask) as ready,
+            actor_logs(logs),
             actor_errors(folder),
             watched(recipe.watch, folder, say),
         ):
@@ -169,6 +176,8 @@ def session(
             if resumed:
                 unit = "update" if command == "sft" else "step"
                 say(f"going on after {unit} {resumed.position.step}, from {resumed.checkpoint}")
+            if logs:
+                logs.open()
             yield ready
 
 

@@ -6,6 +6,7 @@ Random policies solve nothing, so their groups would have no variance under the 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 
 from rollout.record import Group
@@ -19,6 +20,14 @@ class Wordiness:
 
     def __call__(self, task: Task, group: Group) -> list[float]:
         return [sum(c.isalpha() for c in r.text) / max(1, len(r.text)) for r in group.rollouts]
+
+
+class Loud(Wordiness):
+    """The same; prints what a model wrote as the title of a window, and a key that it was given."""
+
+    def __call__(self, task: Task, group: Group) -> list[float]:
+        print(f"\x1b]0;{group.rollouts[0].text}\x07 {os.environ.get('HF_TOKEN')}", flush=True)
+        return super().__call__(task, group)
 
 
 class Moody(Wordiness):
