@@ -91,8 +91,10 @@ def supervised(
     where = ["--address", address] if address else []
     run = resumed.run if resumed else new_run_folder(recipe, output)
     again = [command, "--resume", str(run), *where]
-    first = [*again, *settings] if resumed else [command, str(file), "--output", str(run)]
-    return supervise(first if resumed else [*first, *settings, *where], again, run, budget)
+    if resumed:  # a life that dies before it begins has not written down what it was told
+        return supervise([*again, *settings], [*again, *settings], run, budget)
+    first = [command, str(file), "--output", str(run), *settings, *where]
+    return supervise(first, again, run, budget)
 
 
 def ready(

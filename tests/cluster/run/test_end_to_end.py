@@ -3,23 +3,27 @@
 Engines are slow to start, so one run shows it all. InternVL trains on two ZeRO-3 ranks; its engine
 is killed and may not start again, which ends the run; its last checkpoint is torn; and it goes on
 as a job of a Ray head on loopback, by turns as on a GPU that sampler and learner share, until its
-budget of tokens is spent.
+budget of tokens is spent. The job's driver is killed while its engine starts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from cluster.recipe.problems import open_sources, step_problems
 from cluster.recipe.recipe import load_recipe
+from cluster.record.events import read_events
 from cluster.record.stored import read_metrics, read_rollouts
 from cluster.run.checkpoints import newest
 from cluster.run.stream import free_requests
@@ -31,6 +35,7 @@ from tests.support.submitter import PLANTED, WANTED, Said
 from tests.support.submitter import submitted as at_the_head
 from tests.support.terminal import run
 
+KEY = "planted-71c04e"
 PLACES, SIZE, TOKENS, EVERY, KILLED_AT = 4, 4, 24, 2, 5
 BUDGET = 9 * PLACES * SIZE * TOKENS
 """Response tokens; a policy with random weights hardly ends one early."""
@@ -48,7 +53,7 @@ start_timeout_seconds = 900.0  # a machine may have other work
 terms = [
     {{ name = "outcome", weight = 0.5 }},
     {{ name = "perception", weight = 0.5 }},
-    {{ name = "tests.support.wordiness:Wordiness", weight = 0.1 }},
+    {{ name = "tests.support.wordiness:Loud", weight = 0.1 }},
     {{ name = "group_agreement", weight = 0.1, segments = ["perception"] }},
     {{ name = "blind_solver", weight = 0.0, gate = "perception" }},
     {{ name = "blind_policy", weight = 0.1, args = {{ max_tokens = 8 }} }},
@@ -105,7 +110,8 @@ class Lived:
 @pytest.fixture(scope="module")
 def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lived:
     folder, model = tmp_path_factory.mktemp("lived"), tiny_models["internvl"]
-    driver = Driver(folder, recipe_text(RECIPE, model=model, tasks=f"{SUDOKU}, {GRAPH}"))
+    text = recipe_text(RECIPE, model=model, tasks=f"{SUDOKU}, {GRAPH}")
+    driver = Driver(folder, text, HF_TOKEN=KEY)
     try:
         driver.wait("a step beyond a checkpoint", lambda: driver.steps() >= KILLED_AT, pause=0.05)
         (sampler,) = driver.samplers()
@@ -115,18 +121,45 @@ def lived(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     finally:
         driver.clean_up()
     torn = driver.keep_and_tear()
-    with ray_head(folder / "head.log") as address:
+    with ray_head(folder / "head.log", HF_TOKEN=KEY) as address:
         submitted = at_the_head(address, folder / "elsewhere")
         command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
         command += [sys.executable, "-m", "cluster", "train", "--resume", str(driver.run)]
         command += ["--set", "checkpoint.background=true"]
         command += ["--set", "placement.mode=colocated"]
-        job = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=1200
-        )
-    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
-    printed = (driver.printed(), job.stdout)
+        command += ["--set", "checkpoint.restarts=1"]
+        with (folder / "job.log").open("w") as log:
+            job = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        try:
+            kill_driver_of(job, driver.run, driver.before)
+            job.wait(1200)
+        finally:
+            job.kill()
+    said = (folder / "job.log").read_text()
+    assert job.returncode == 0, said[-6000:]
+    printed = (driver.printed(), said)
     return Lived(model, driver.before, driver.run, code, torn, submitted, printed)
+
+
+def kill_driver_of(job: subprocess.Popen[bytes], run: Path, before: Path) -> None:
+    """Once its sampler starts, of a job that goes on with a run; its supervisor is above it."""
+    log, old = (folder / "logs" / "sampler-0.log" for folder in (run, before))
+    until = time.monotonic() + 600
+    while log.stat().st_size == old.stat().st_size:
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.2)
+    lines = [(process, words(process)) for process in psutil.process_iter()]
+    of_run = [p for p, line in lines if f"cluster train --resume {run}" in line]
+    below = [p for p in of_run if p.pid != job.pid and p.pid not in {q.ppid() for q in of_run}]
+    (driver,) = below
+    driver.kill()
+
+
+def words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
 
 
 def metrics_of(run: Path) -> dict[tuple[int, str], float]:
@@ -192,6 +225,40 @@ def test_it_goes_on_as_if_it_had_not_ended(
             assert one["total"] == pytest.approx(other["total"], rel=1e-3, abs=1e-5)
             gap = np.abs(np.subtract(one["logprobs"], other["logprobs"])).max()
             assert gap < 1e-4
+
+
+def test_a_job_whose_driver_dies_is_the_same_job_and_goes_on(lived: Lived) -> None:
+    """That nothing of the run is lost by it is what the other tests say."""
+    events = read_events(lived.run)[len(read_events(lived.before)) :]
+    assert [(event.who, event.what) for event in events] == [
+        *[("driver", "died"), ("supervisor", "restart")],
+        *[("driver", "went on"), ("driver", "ended")],
+    ]
+    assert events[1].why == "killed by SIGKILL" and (events[2].recovered_seconds or 0) > 0
+    assert lived.printed[1].count("supervisor: restart 1 of 1, from the last checkpoint: ") == 1
+
+
+@pytest.mark.parametrize("life", [0, 1])
+def test_what_each_process_printed_is_in_the_file_of_its_role(lived: Lived, life: int) -> None:
+    """Of the Ray that the run started, and of a head that it was sent to."""
+    folder = (lived.before, lived.run)[life] / "logs"
+    logs = {file.stem: file.read_text() for file in folder.iterdir()}
+    if life:  # what was there before is still
+        before = {file.stem: file.read_text() for file in (lived.before / "logs").iterdir()}
+        assert all(logs[role].startswith(text) for role, text in before.items())
+        logs = {role: text.removeprefix(before.get(role, "")) for role, text in logs.items()}
+        logs = {role: text for role, text in logs.items() if text}
+        assert "going on after step " in logs["driver"]
+    assert {"driver", "sampler-0", "learner-0", "learner-1", "reward-worker-0"} <= logs.keys()
+    assert all(text.startswith("== ") for text in logs.values())
+    assert "vLLM" in logs["sampler-0"] and "step" in logs["driver"]
+    # What was said there cannot steer a terminal, and holds no key.
+    said = logs["reward-worker-0"].splitlines()
+    assert [line for line in said if line.startswith("\\x1b]0;")]
+    assert [line for line in said if line.endswith("\\x07 <HF_TOKEN>")]
+    for text in logs.values():
+        assert KEY not in text
+        assert all(c.isprintable() for line in text.split("\n") for c in line)
 
 
 def test_its_second_life_went_by_turns(metrics: dict[tuple[int, str], float], steps: range) -> None:
@@ -341,6 +408,10 @@ def test_a_job_is_submitted_from_any_folder_and_takes_along_what_was_chosen(live
 def test_a_job_is_found_stopped_and_gone_on_with_by_its_name(lived: Lived) -> None:
     told = lived.submitted
     assert "job  RUNNING  train x.toml  " in told["jobs"][1]
+    code, status = told["status"]
+    assert code == 0 and status.startswith("job  RUNNING  train x.toml  ")
+    assert re.search(r"\bstep +3 of \d+", status) and "INFO" not in status
+    assert len(told["over"][1].splitlines()) == 2, "who asked is no job"
     assert told["busy"] == (2, "job: is RUNNING; stop it first: equipoise stop job\n")
     assert told["unknown"][0] == 2 and "no such job at " in told["unknown"][1]
     assert told["unknown"][1].endswith("; did you mean job?\n")
