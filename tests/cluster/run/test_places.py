@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from ray.cluster_utils import Cluster
 
 from cluster.recipe.nodes import actors_of, seated_for
 from cluster.recipe.placement import Actor, PlacementError
-from cluster.recipe.recipe import Recipe
-from cluster.run.nodes import free_nodes
+from cluster.recipe.recipe import Recipe, RunFailed
+from cluster.recipe.sections import PlacementConfig
+from cluster.run.nodes import fetch_on_nodes, free_nodes
 from cluster.run.places import Places, places_of
 from tests.support.ray_heads import ROOT
 from tests.support.recipes import made_recipe
@@ -136,3 +138,14 @@ def test_each_rank_shares_a_gpu_with_the_sampler_of_its_number_and_keeps_it() ->
         assert where([again]) == [seen[actors[0].role, actors[0].index]]
         for handle in (*handles[1:], again):
             ray.kill(handle)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_node_that_finds_other_content_at_a_uri_ends_the_run_with_its_address(
+    tmp_path: Path,
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    here = ray.util.get_node_ip_address()
+    with pytest.raises(RunFailed, match=rf"^node {here}: file://{tmp_path}: other content lies "):
+        fetch_on_nodes([f"file://{tmp_path}#sha256={'0' * 64}"], PlacementConfig(), print)
