@@ -34,7 +34,8 @@ class LearnerConfig(Section):
     gpus: Share = 0.0
     """GPUs of one rank."""
     threads: Count = 0
-    """Intra-op threads of a rank; 0: as many as `cpus`."""
+    """Intra-op threads of a rank; 0: as many as `cpus`. More only where samplers and learner take
+    turns (`algorithm.max_staleness` = 0)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO divides over the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
     learning_rate: Rate = 2e-5
