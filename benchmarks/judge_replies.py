@@ -51,9 +51,7 @@ class Replies:
         told = [0.5 * ((true > false) + (true >= false)) for true, false in self.pairs]
         tells = f"{sum(told) / len(told):.2f} of {len(told)}" if told else "none came in pairs"
         pause = self.seconds / max(1, self.asked)
-        return (
-            f"| {lost / max(1, self.asked):.2f} of {self.asked} | {kinds} | {tells} | {pause:.2f} |"
-        )
+        return f"| {lost} | {kinds} | {tells} | {pause:.2f} |"
 
 
 def asked_of(count: int, seed: int) -> list[tuple[Problem, str, str]]:

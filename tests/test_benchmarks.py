@@ -3,17 +3,20 @@ policies that never end; and that what they find lands where it is looked for.""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, scaling, soak, tables
+from benchmarks import judge_replies, machine, scaling, soak, tables
 from benchmarks.driver_ceiling import Driver
 from benchmarks.learner_memory import kept_by_a_layer, storage, tensors_in
 from benchmarks.memory_that_fits import configs, folders, parameters, row
@@ -22,9 +25,13 @@ from benchmarks.race import schedule
 from benchmarks.score_rollouts import GROUP, TASKS, made_up
 from cluster.recipe.memory import KNOWN_POLICIES, PolicySize
 from rewards.diagnosis import diagnose
+from rewards.judge import Judge
 from rollout.record import Group
 from rollout.tokens import Chat, load_processor
+from tasks.core import DataError
 from tasks.load import load_task
+from tasks.scenes_things import OPENMOJI
+from tests.support.judge_server import Reply, Server, gives, says
 
 
 def test_made_up_rollouts_are_a_mixture_and_the_same_for_a_seed() -> None:
@@ -207,3 +214,32 @@ def test_a_soak_tells_a_leak_from_noise_and_from_what_a_run_takes_to_settle(thin
     assert grew(steady + steps / 2)
     faults = np.isin(steps % 20, range(3))  # what lives on of an actor that was killed
     assert grew(steady + 12 * np.cumsum(faults) / 3)
+
+
+def test_what_a_judge_says_of_true_and_false_lists_is_counted() -> None:
+    """By a server that reads, and at the last problem chatters."""
+    try:
+        OPENMOJI.fetched()
+    except DataError as error:
+        pytest.skip(str(error))
+    problems = judge_replies.asked_of(4, seed=0)
+    assert all(true != false and true in p.prompt for p, true, false in problems)
+    server = Server()
+
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        said = json.loads(body["messages"][-1]["content"].splitlines()[1])
+        place = next(i for i, (_, *both) in enumerate(problems) if said in both)
+        if place == 3:
+            return Reply(200, says("Sure! The score is 9."))
+        score = {0: (9, 2), 1: (5, 5), 2: (1, 8)}[place][said == problems[place][2]]
+        return gives(score)
+
+    server.reply = reply
+    try:
+        judge = Judge(base_url=server.url, model="m", structured=False, retries=0)
+        found = asyncio.run(judge_replies.replies_of(judge, problems))
+    finally:
+        server.stop()
+    assert sorted(found.pairs) == [(0.1, 0.8), (0.5, 0.5), (0.9, 0.2)]
+    assert found.failures == {"malformed": 2} and found.asked == 8
+    assert found.line.startswith("| 0.25 of 8 | malformed 2 | 0.50 of 3 |")
