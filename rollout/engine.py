@@ -79,7 +79,9 @@ class Engine(EngineState):
         Raises ModelError when the folder has no processor, and EngineNotStarted with the
         engine's own error otherwise.
         """
-        llm, processor = start_engine(model, sampler, transport, frozen, seed, sleeps)
+        llm, processor = start_engine(
+            model, sampler, transport=transport, frozen=frozen, seed=seed, sleeps=sleeps
+        )
         return cls(llm, processor, name, frozen, seed)
 
     async def sample(self, request: SampleRequest, task: Task) -> Group:

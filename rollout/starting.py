@@ -53,14 +53,9 @@ def plain_path(model: str) -> str:
 
 
 def start_engine(
-    model: ModelConfig,
-    sampler: SamplerConfig,
-    transport: str,
-    frozen: bool,
-    seed: int,
-    sleeps: bool = False,
+    model: ModelConfig, sampler: SamplerConfig, **options: Any
 ) -> tuple[EngineThread, Any]:
-    """A started engine, and what reads prompts for it; see `Engine.start`."""
+    """A started engine, and what reads prompts for it. `options`: of `engine_args`."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # Cores are Ray's to hand out; vLLM's own pinning would stack two engines on one core.
@@ -74,7 +69,7 @@ def start_engine(
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         slow.append("torch._inductor.lowering")
     with importing(), hidden(*slow):  # vLLM does without them
-        args, processor = engine_args(model, sampler, transport, frozen, seed, sleeps)
+        args, processor = engine_args(model, sampler, **options)
         importlib.import_module("vllm.v1.engine.llm_engine")
     with own_errors(model.path):
         return EngineThread(args, sampler.engine_threads), processor

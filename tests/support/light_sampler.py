@@ -9,21 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollout.record import Group, SampleRequest, ScoreRequest
 from tests.support.pretend import group
-
-
-def wait_for_nodes(seconds: float = 300) -> None:
-    """Until each node starts processes in the job's environment: its agents come up by and by."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    ray.get([_here.options(scheduling_strategy=one).remote() for one in on], timeout=seconds)
-
-
-@ray.remote
-def _here() -> None: ...
 
 
 @ray.remote(num_cpus=0)

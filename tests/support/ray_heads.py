@@ -14,8 +14,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 ROOT = str(Path(__file__).resolve().parents[2])
 RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
@@ -31,14 +35,21 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def local_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
-    """A Ray of this process's own. Its node hands its environment on, the path to the tests in it,
-    so that the workers that it starts at once are those that actors get."""
-    import ray
-
+def _handed_on() -> Iterator[None]:
+    """Nodes begun within hand their environment on, the path to the tests in it, so that the
+    workers that they start at once are those that actors get."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(PYTHONPATH=ROOT).items():
             patch.setenv(name, value)
+        yield
+
+
+@contextmanager
+def local_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
+    """A Ray of this process's own."""
+    import ray
+
+    with _handed_on():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -49,6 +60,25 @@ def local_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
         )
     yield
     ray.shutdown()
+
+
+@contextmanager
+def local_cluster(*nodes: dict[str, Any], **head: Any) -> Iterator[Cluster]:
+    """A Ray of several nodes on this machine, which this process is connected to; it leaves
+    nothing behind for another Ray. `nodes` and `head`: what each is started with."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if ray.is_initialized():
+        ray.shutdown()
+    with _handed_on():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for node in nodes:
+            cluster.add_node(**node)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 def takes_jobs(address: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,45 +24,38 @@ from learner.actor import LearnerGroup
 from rollout.pool import SamplerPool
 from rollout.sampler import RaySamplerClient
 from rollout.settings import SamplerConfig
-from tests.support.light_sampler import LightSampler, wait_for_nodes
+from tests.support.light_sampler import LightSampler
 from tests.support.pretend import request
+from tests.support.ray_heads import local_cluster
 from tests.support.recipes import made_recipe
 
 ROOT = Path(__file__).parents[3]
+START_SECONDS = 300.0
+"""More than a busy machine takes for an actor; for what has no place it is put forward."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with one core; it leaves nothing behind for other modules' own Ray. The last test has
-    notice given to its nodes."""
-    if ray.is_initialized():
-        ray.shutdown()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ray.init(
-        address=made.address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": variables},
-    )
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    """A head with one core. The last test has notice given to its nodes."""
+    with local_cluster(num_cpus=1) as made:
+        yield made
 
 
 @contextlib.contextmanager
 def pool_of_two() -> Iterator[SamplerPool]:
-    """Two actors of a core each, on nodes that start processes by now; late after 200 seconds, as
-    one took 60 where two cores had six processes more."""
-    wait_for_nodes()
+    """Two actors of a core each."""
     pool = SamplerPool(
         lambda name: RaySamplerClient(name, LightSampler.options(num_cpus=1).remote(name)),  # type: ignore[attr-defined]
         2,
-        SamplerConfig(max_num_seqs=8, start_timeout_seconds=200.0),
+        SamplerConfig(
+            max_num_seqs=8,
+            start_timeout_seconds=START_SECONDS,
+            heartbeat_seconds=10 * START_SECONDS,
+        ),
         "told",
     )
     try:
-        pool.wait_ready(300)
+        pool.wait_ready(START_SECONDS)
         yield pool
     finally:
         pool.stop()
@@ -124,14 +118,19 @@ def test_a_learner_that_stands_still_is_named_once_it_is_late_and_ends_with_the_
 
 
 def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
-    cluster: Cluster,
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ahead = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("rollout.pool.time", clock)
     other = cluster.add_node(num_cpus=1)
     with pool_of_two() as pool:
         pool.submit([request(f"g-{i}") for i in range(12)])
         cluster.remove_node(other, allow_graceful=False)
         found = pool.collect(12, 300)
         assert sorted(g.group_id for g in found) == sorted(f"g-{i}" for i in range(12))
+        until(lambda: pool.counts()["restarts"] == 1)
+        ahead[0] = START_SECONDS + 1  # there is no place, however long it waits
         until(lambda: pool.counts()["absent"] == 1)
         assert pool.counts()["count"] == 1 and pool.counts()["restarts"] == 1
         cluster.add_node(num_cpus=1)

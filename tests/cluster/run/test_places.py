@@ -18,7 +18,7 @@ from cluster.recipe.recipe import Recipe, RunFailed
 from cluster.recipe.sections import PlacementConfig
 from cluster.run.nodes import fetch_on_nodes, free_nodes
 from cluster.run.places import Places, places_of
-from tests.support.ray_heads import ROOT
+from tests.support.ray_heads import local_cluster
 from tests.support.recipes import made_recipe
 
 APART = (
@@ -34,21 +34,9 @@ SHARING = (
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without GPUs, where the driver is, and two nodes that have some."""
-    if ray.is_initialized():
-        ray.shutdown()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
-    for gpus in (2, 4):
-        made.add_node(num_cpus=6, num_gpus=gpus, labels={"gpus": str(gpus)})
-    variables = {"PYTHONPATH": str(ROOT)}
-    ray.init(
-        address=made.address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": variables},
-    )
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    some = [{"num_cpus": 6, "num_gpus": n, "labels": {"gpus": str(n)}} for n in (2, 4)]
+    with local_cluster(*some, num_cpus=1, num_gpus=0) as made:
+        yield made
 
 
 @ray.remote
