@@ -1,8 +1,8 @@
 """Which sampler works on what, and what becomes of work whose sampler is lost. Pure.
 
 `Dispatch` is told of every event and of the time, and answers with commands. It knows neither
-threads nor Ray, so that a test can play any order of deaths and delays. `rollout.pool` carries
-its commands out.
+threads nor Ray, so that a test can play any order of deaths and delays. `rollout.pool_thread`
+carries its commands out.
 """
 
 from __future__ import annotations

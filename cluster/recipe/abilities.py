@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.recipe.placement import Command
 from cluster.recipe.problems import ProblemSource, held_out
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, Say
 from rewards.leaks import WITHOUT
 from rewards.settings import OF_CALLS, RewardTermConfig
 from rewards.terms import TermFacts, facts_of
@@ -77,7 +77,7 @@ def ask_labels(
     recipe: Recipe,
     command: Command,
     sources: Sequence[ProblemSource],
-    say: Callable[[str], None],
+    say: Say,
     draw: bool = True,
 ) -> None:
     """Ask whether there are perception labels where they are needed, and say where there are none.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.recipe.context import Context
 from cluster.recipe.preflight import is_here
 from cluster.recipe.problems import opened_rows
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, Say
 from cluster.recipe.rows import row_takes
 from tasks.checkers import CHECKERS
 from tasks.core import Problem, ScoresPerception, perceives
@@ -20,8 +20,6 @@ from tasks.settings import TaskConfig
 from tasks.splits import SPLITS
 from tasks.vqa.opening import SHOWN, Opened
 from tasks.vqa.task import gold_of
-
-Say = Callable[[str], None]
 
 
 def check_data(recipe: Recipe, say: Say) -> list[str]:

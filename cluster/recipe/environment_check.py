@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cluster.recipe.context import Context
 from cluster.recipe.problems import ProblemSource
-from cluster.recipe.recipe import Recipe, UserError
+from cluster.recipe.recipe import Recipe, Say, UserError
 from rollout.environments import EnvironmentPool
 from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
@@ -41,7 +41,7 @@ def glance_at_environment(recipe: Recipe) -> None:
 
 
 def try_environment(
-    recipe: Recipe, sources: Sequence[ProblemSource], context: Context, say: Callable[[str], None]
+    recipe: Recipe, sources: Sequence[ProblemSource], context: Context, say: Say
 ) -> None:
     """Reset it and let it take a step on a problem of each source, as a sampler would.
 

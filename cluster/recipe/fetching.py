@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.recipe.machine import settle_environment
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, Say
 from tasks.core import DataError
 from tasks.fetched import is_uri, pinned
 
-Say = Callable[[str], None]
 Change = Callable[[str, str, bool], str]
 """(field, URI, whether it is a model's) -> what is to stand there."""
 

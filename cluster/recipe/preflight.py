@@ -8,47 +8,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from cluster.recipe.abilities import ask_labels, ask_tasks
-from cluster.recipe.context import Context, Fault, Size, TokenCounts
+from cluster.recipe.context import Context
 from cluster.recipe.environment_check import glance_at_environment, try_environment
+from cluster.recipe.fitting import fitting_draws, fitting_rows
 from cluster.recipe.machine import require_room, settle_environment
 from cluster.recipe.placement import Command, frozen_models, reward_models
 from cluster.recipe.problems import ProblemSource, open_sources, require_data
-from cluster.recipe.recipe import Recipe, UserError
-from cluster.recipe.rows import row_takes
+from cluster.recipe.recipe import Recipe, Say, UserError
 from cluster.recipe.strategies import make_strategy
 from learner.loss_settings import LOSS_DEFAULTS
-from learner.settings import SftConfig
 from rewards.advantages import find_advantage
 from rewards.scored import RewardError, TermError
 from rewards.terms import facts_of
 from rollout.models import require_model, why_missing
 from rollout.tokens import load_reader
 from tasks.contract import check_problems, check_task
-from tasks.core import DataError, Demonstrates, Task, TellsHeldOut, labelled
-from tasks.datasets import Example
+from tasks.core import DataError, TellsHeldOut
 from tasks.fetched import is_uri, local
 from tasks.load import BUILT_IN
-from tasks.responses import TAG
-from tasks.splits import SPLITS, Split
-from tasks.turns import read_turns
+from tasks.splits import SPLITS
 
-FRESH = 3
-"""Problems a split that are drawn of a task without data, to be measured."""
 TRIED = 3
 """Problems that a user's own task is tried on."""
-SHOWN = 5
-"""Bad rows that are listed; the others are counted."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,9 @@ def ask_input(recipe: Recipe, command: Command, say: Say, *, dry_run: bool = Fal
         if (is_here(facts.weights) or not dry_run) and (wrong := why_missing(facts.weights)):
             raise UserError(f"reward.terms: reward_model: args.model: {facts.weights}: {wrong}")
     fitting = [
-        _fitting_rows(recipe, command, index, source, context, say)
+        fitting_rows(recipe, command, index, source, context, say)
         if source.spec is None
-        else _fitting_draws(recipe, command, index, source, context)
+        else fitting_draws(recipe, command, index, source, context)
         for index, source in enumerate(sources)
     ]
     for index, source in enumerate(fitting):
@@ -212,165 +200,6 @@ def glance(recipe: Recipe, command: Command, model_here: bool = True) -> None:
         glance_at_environment(recipe)
     if command in ("train", "replay"):
         _ask_loss(recipe)
-
-
-def _fitting_draws(
-    recipe: Recipe, command: Command, index: int, source: ProblemSource, context: Context
-) -> ProblemSource:
-    """A source of generated problems that will fit; a few are drawn and measured here."""
-    config = recipe.tasks[index]
-    source = replace(source, context=context, redraws=config.too_long == "drop")
-    for draw in range(FRESH):
-        if command != "sample":
-            source.problem("test", recipe.eval.seed, draw)
-        if command == "eval":
-            continue
-        problem = source.problem("train", recipe.seed, draw)
-        if command == "sft":
-            assert isinstance(source.task, Demonstrates)  # `ask_tasks` asked
-            example = Example(problem, source.task.demonstrate(problem, config.style))
-            counts = context.token_counts_of(problem)
-            fault = _response_fault(recipe.sft, source.task, example, context, counts)
-            if fault is not None:
-                raise DataError(
-                    f"tasks[{index}]: demonstration of problem {problem.id}: {fault.reason}"
-                )
-            if recipe.environment:
-                _ask_episode(recipe, index, source.task, example, context)
-    return source
-
-
-def _ask_episode(
-    recipe: Recipe, index: int, task: Task, example: Example, context: Context
-) -> None:
-    """Raise DataError where a demonstration cannot be shown to what answers its turns."""
-    from learner.sft import Demonstrator  # imports torch, which takes seconds
-
-    calls = recipe.sft is not None and recipe.sft.call_share > 0
-    try:
-        writer = Demonstrator(context.processor, environment=recipe.environment)
-        found = writer.of(task, example, blind=False, calls=calls)
-    except DataError as error:
-        raise DataError(f"tasks[{index}]: demonstration of {error}") from error
-    if len(found) > context.length:
-        raise DataError(
-            f"tasks[{index}]: demonstration of problem {example.problem.id}: {len(found):,} tokens "
-            "with what answers it do not fit in model.max_model_len = "
-            f"{context.length:,}; raise that"
-        )
-
-
-def _fitting_rows(
-    recipe: Recipe, command: Command, index: int, source: ProblemSource, context: Context, say: Say
-) -> ProblemSource:
-    """The source with the stored rows that fit; raises DataError where some must not be left out.
-
-    Both splits are measured whole, so that no row ends a run when its turn comes.
-    """
-    config, task = recipe.tasks[index], source.task
-    fitting_rows: dict[Split, list[int]] = {"train": [], "test": []}
-    taking: list[TokenCounts] = []
-    bad: list[tuple[Split, str, bool]] = []
-    for split in SPLITS:
-        rows = source.rows(split)
-        learns = command == "sft" and split == "train"
-        if learns and not any(rows.fact(at).responds for at in range(len(rows))):
-            raise DataError(
-                f"tasks[{index}].data: {config.data_named}: no row of split train has a response "
-                "to learn from; SFT needs demonstrations (column `response`)"
-            )
-        examples = (
-            rows.without_images() if learns or (split == "test" and rows.labelled) else repeat(None)
-        )
-        for row, (counts, example) in enumerate(
-            zip(row_takes(rows, context), examples, strict=False)
-        ):
-            if not learns:
-                prefix = ""
-                if example and split == "test" and labelled(task, example.problem):
-                    prefix = task.oracle_prefix(example.problem)
-                fault = context.lack(counts, prefix)
-            elif example and example.response:
-                later = rows.fact(row).later
-                fault = _response_fault(recipe.sft, task, example, context, counts, later)
-            else:
-                continue
-            if fault is not None:
-                line = f"{rows.where(row, fault.field)}: {fault.reason}"
-                bad.append((split, line, fault.damaged))
-                continue
-            fitting_rows[split].append(row)
-            if split == "train":
-                taking.append(counts)
-    if command in ("train", "sample"):
-        _ask_swapped(recipe, taking, context)
-    if not bad:
-        return source
-    lines = [line for _, line, _ in bad]
-    notices = lines[:SHOWN]
-    if len(lines) > SHOWN:
-        notices.append(f"... and {len(lines) - SHOWN:,} more")
-    count = f"{len(lines):,} row{'s' * (len(lines) > 1)} of"
-    where = f"tasks[{index}].data: {count} {config.data_named}"
-    empty = next((split for split, fitting in fitting_rows.items() if not fitting), None)
-    wrong = ""
-    if any(damaged for _, _, damaged in bad):
-        wrong = "cannot be used; mend or remove them"
-    elif config.too_long == "error":
-        wrong = (
-            "do not fit the policy; raise model.max_model_len, or leave them out by "
-            f'tasks[{index}].too_long = "drop"'
-        )
-    elif empty:
-        wrong = f"do not fit, and none of {empty} is left"
-    if wrong:
-        raise DataError("\n".join([*notices, f"{where} {wrong}"]))
-    for line in (*notices, f"{where} do not fit the policy and are left out"):
-        say(line)
-    left_out = Counter(split for split, _, _ in bad)
-    train, test = (
-        source.train.chosen(fitting_rows["train"]),
-        source.test.chosen(fitting_rows["test"]),
-    )
-    return replace(source, train=train, test=test, left_out=left_out)
-
-
-def _ask_swapped(recipe: Recipe, taking: Sequence[TokenCounts], context: Context) -> None:
-    """Raise DataError where one row's image behind another's query would not fit."""
-    if not any(term.args.get("view") == "swapped" for term in recipe.reward.effective_terms()):
-        return
-    query = max((counts.prompt - counts.image for counts in taking), default=0)
-    image = max((counts.image for counts in taking), default=0)
-    if query + image + context.answer > context.length:
-        raise DataError(
-            f"reward.terms: view = \"swapped\" shows one row's image behind another's query: "
-            f"{image:,} and {query:,} tokens and sampler.max_tokens = {context.answer:,} do not "
-            f"fit in model.max_model_len = {context.length:,}; raise it, or choose another view"
-        )
-
-
-def _response_fault(
-    sft: SftConfig | None,
-    task: Task,
-    example: Example,
-    context: Context,
-    counts: TokenCounts,
-    later: Sequence[Size] = (),
-) -> Fault | None:
-    """Why a response cannot be learnt from behind its prompt, where it cannot."""
-    if counts.fault:
-        return counts.fault
-    turns = [*(exchange.turn for exchange in example.earlier), example.response]
-    parsed = read_turns(task, turns)
-    whole = sft and sft.untagged == "whole" and not TAG.search("".join(turns))
-    if parsed.defects and not whole:
-        defect = parsed.defects[0]
-        reason = f"has defect {defect!r}; demonstrations must parse without defects"
-        return Fault("response", reason, damaged=True)
-    if sft and "perception" not in parsed.spans and (sft.blind_share or sft.part == "perception"):
-        use = "be given (sft.blind_share)" if sft.blind_share else "be learnt alone (sft.part)"
-        return Fault("response", f"has no perception to {use}", damaged=True)
-    return context.response_lack(counts, example, later)
 
 
 def _ask_contract(index: int, source: ProblemSource) -> None:

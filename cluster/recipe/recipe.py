@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,9 @@ from rewards.settings import RewardConfig
 from rollout.settings import EnvironmentConfig, ModelConfig, SamplerConfig, TransferConfig
 from tasks.fields import Count, Name, Section, refusal, refuse
 from tasks.settings import TaskConfig
+
+Say = Callable[[str], None]
+"""What a line is told with that a person should read."""
 
 
 class UserError(Exception):

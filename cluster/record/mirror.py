@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cluster.recipe.recipe import RunFailed, UserError
+from cluster.recipe.recipe import RunFailed, Say, UserError
 from cluster.record.role_logs import LOGS
 from learner.checkpoint import MANIFEST, checkpoint_folders
 from tasks import fetched
@@ -70,7 +70,7 @@ def require_mirror(uri: str, run: Path, resumed: bool) -> None:
 class Mirror:
     """Keeps the copy of one run's folder up to date, by a thread of its own."""
 
-    def __init__(self, uri: str, run: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, uri: str, run: Path, say: Say) -> None:
         """Begin with what `mirror.json` says of an earlier life of the run."""
         self._file_system, root = opened(uri, "output.mirror")
         self._run, self._say = run, say
@@ -165,7 +165,7 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(uri: str, run: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def mirrored(uri: str, run: Path, say: Say) -> Iterator[Callable[[], None]]:
     """Yields what brings a run's copy up to date; it is whole when the block ends.
 
     Raises RunFailed where it is not, unless the block itself raised. Without a URI nothing is done.
@@ -185,7 +185,7 @@ def mirrored(uri: str, run: Path, say: Callable[[str], None]) -> Iterator[Callab
     mirror.close()
 
 
-def fetch(uri: str, run: Path, say: Callable[[str], None]) -> None:
+def fetch(uri: str, run: Path, say: Say) -> None:
     """Copy a mirrored run into a folder that is not there yet.
 
     Raises UserError: no run there, the folder is taken, or the network's own error.

@@ -14,8 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.recipe.nodes import Node, lacking
 from cluster.recipe.placement import Command, PlacementError
-from cluster.recipe.preflight import Say
-from cluster.recipe.recipe import Recipe, RunFailed
+from cluster.recipe.recipe import Recipe, RunFailed, Say
 from cluster.recipe.sections import PlacementConfig
 from tasks.fetched import fetched
 from tasks.liveness import beat

@@ -23,8 +23,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster.recipe.fetching import model_uris, pinned_recipe
 from cluster.recipe.machine import claimed, full_shared_memory, os_error_text, require_answer
 from cluster.recipe.placement import Command
-from cluster.recipe.preflight import Ready, Say, ask_input, ask_machine
-from cluster.recipe.recipe import Recipe, RunFailed, UserError
+from cluster.recipe.preflight import Ready, ask_input, ask_machine
+from cluster.recipe.recipe import Recipe, RunFailed, Say, UserError
 from cluster.record.events import FOR_GOOD, Event, add_events
 from cluster.record.mirror import require_mirror
 from cluster.record.role_logs import RoleLogs, driver_log

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.recipe.preflight import Say
+from cluster.recipe.recipe import Say
 from cluster.recipe.sections import WatchConfig
 from cluster.record.events import Event, add_events
 from cluster.run.nodes import own_actors

@@ -5,8 +5,9 @@ What is said is a pure function of counts; `Standstill` says it while a run goes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from cluster.recipe.recipe import Say
 from cluster.record.evaluation import TRUNCATED, EvalTable
 from rewards.reader import refusal
 
@@ -101,7 +102,7 @@ def why_no_update(metrics: Mapping[str, float]) -> str:
 class Standstill:
     """Counts the steps of a run that made no update, and says what must be said of it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Say) -> None:
         """`say` shows a line."""
         self._say = say
         self._form_is_known = False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.recipe.recipe import Recipe, UserError, load_recipe
+from cluster.recipe.recipe import Recipe, Say, UserError, load_recipe
 from cluster.record.evaluation import EvalTable
 from cluster.record.folder import TOOL_FILE
 from cluster.run.engines import sampling_from
@@ -43,7 +43,7 @@ def recipe_with_tool(run: Path, problems: int | None = None) -> Recipe:
 
 
 def measure_tool(
-    run: Path, recipe: Recipe, address: str | None, say: Callable[[str], None]
+    run: Path, recipe: Recipe, address: str | None, say: Say
 ) -> Mapping[str, EvalTable]:
     """Evaluate, and keep the tables in the run's folder; a table a task.
 

@@ -122,7 +122,7 @@ def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
 ) -> None:
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
-    monkeypatch.setattr("rollout.pool.time", clock)
+    monkeypatch.setattr("rollout.pool_thread.time", clock)
     other = cluster.add_node(num_cpus=1)
     with pool_of_two() as pool:
         pool.submit([request(f"g-{i}") for i in range(12)])
