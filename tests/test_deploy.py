@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from cluster.recipe.nodes import Node, lacking
 from cluster.recipe.recipe import load_recipe
 from cluster.record.metric_table import all_metrics
 from tests.support.recipes import ROOT
+from tests.support.waiting import until
 
 DEPLOY = ROOT / "deploy"
 IMAGES = {"equipoise:cpu", "equipoise:cuda"}
@@ -135,12 +135,12 @@ def ended(job: subprocess.Popen[bytes]) -> int:
 def test_a_job_of_slurm_starts_a_head_and_the_others_and_ends_in_order(tmp_path: Path) -> None:
     run = tmp_path / "run"
     job, told = under_slurm(tmp_path, "recipe.toml", str(run), "--set", "seed=1")
-    until = time.monotonic() + 60
-    while not told.exists() or not (
-        "waits" in told.read_text() and told.read_text().count("srun") == 2
-    ):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+
+    def both_started() -> bool:
+        said = told.read_text() if told.exists() else ""
+        return "waits" in said and said.count("srun") == 2
+
+    until(both_started, 60)
     job.send_signal(signal.SIGTERM)
     assert ended(job) == 0
     lines = told.read_text().splitlines()

@@ -18,7 +18,7 @@ from rollout.record import Group, SampleRequest
 from tasks.core import Problem
 from tasks.free_text import instructions
 from tasks.load import load_task
-from tests.rewards.test_surrogates import HOSTILE, perception_length, rollout_of, says
+from tests.support.surrogate_groups import HOSTILE, perception_length, rollout_of, says
 
 VQA = load_task("vqa")
 TRUE = {"red": "3", "blue": "12", "pet": "cat", "left": "yes"}

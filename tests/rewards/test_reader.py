@@ -15,7 +15,8 @@ from rollout.record import Group, ReplyError, SampleRequest
 from tasks.core import Problem, perceives
 from tasks.load import load_task
 from tasks.placeholders import escaped, placed, removed
-from tests.rewards.test_surrogates import (
+from tests.support.prose import GuardedProse, LabelledProse, Prose, prose, says
+from tests.support.surrogate_groups import (
     PUZZLE,
     SUDOKU,
     TRUE,
@@ -24,8 +25,7 @@ from tests.rewards.test_surrogates import (
     reason,
     rollout_of,
 )
-from tests.rewards.test_surrogates import says as says_puzzle
-from tests.support.prose import GuardedProse, LabelledProse, Prose, prose, says
+from tests.support.surrogate_groups import says as says_puzzle
 
 DOTS = "there are 7 dots"
 

@@ -14,7 +14,7 @@ from rewards.view_agreement import ViewAgreement, agreement
 from rollout.record import Group
 from tasks.graph_coloring import GraphColoring, GraphColoringSpec
 from tasks.views import another_view
-from tests.rewards.test_surrogates import HOSTILE, group_of, perception_length, rollout_of, says
+from tests.support.surrogate_groups import HOSTILE, group_of, perception_length, rollout_of, says
 from tests.support.toys import TASK, group
 
 GRAPHS = GraphColoring()

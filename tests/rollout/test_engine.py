@@ -1,6 +1,6 @@
 """The engine against the learner: same weights, same tokens, same log-probs, on real vLLM.
 
-One engine a family serves the whole module; it is started from *perturbed* weights, so that a
+One file, as one engine a family serves all of it; it is started from *perturbed* weights, so that a
 transfer of the original ones has something to change and a way back to compare with. Idefics3 is
 started with images in tiles: a square one is 2 x 2 tiles and the whole of it. Qwen2.5-VL's folder
 is one as other people leave them (see `tests.support.habits`), with a system prompt and a limit of
@@ -12,13 +12,11 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -40,19 +38,21 @@ from rollout.record import Group, SampleRequest, Sampling, ScoreRequest
 from rollout.settings import EnvironmentConfig, ModelConfig, SamplerConfig
 from rollout.tokens import Chat
 from rollout.transfer import WeightTransferError
-from tasks.core import SEGMENTS, Problem
-from tasks.environments import Observation
+from tasks.core import SEGMENTS
 from tasks.returns import Returns
 from tests.support.habits import no_pad, sentencepiece, several_ends, with_habits
 from tests.support.live_engine import (
     TASK,
     Live,
+    Showing,
     drawn,
     mixed_sizes,
     perturbed_engine,
+    steps_in_flight,
     worst,
 )
 from tests.support.samples import problem as picture
+from tests.support.waiting import until
 
 
 def on(*families: str) -> pytest.MarkDecorator:
@@ -112,7 +112,7 @@ def test_the_kv_cache_has_the_room_that_the_dry_run_tells(live: Live) -> None:
         cache = llm.vllm_config.cache_config
         return int(cache.num_gpu_blocks * cache.block_size)
 
-    there = asyncio.run_coroutine_threadsafe(live.engine._llm.do(ask), live.loop).result(60)
+    there = live.do(ask)
     size = policy_size(str(live.folder))
     assert size is not None
     model = ModelConfig(path=str(live.folder), max_model_len=512)
@@ -144,28 +144,6 @@ def test_log_probs_agree_with_several_images_and_none_in_one_batch(live: Live) -
     assert worst(turned, rollouts[:2]) > 1e-3, "which image stands where makes a difference"
     for view in ("blank", "none"):
         assert live.learner_gap("perturbed", live.sample(several, kind="blind", view=view)) < 1e-4
-
-
-class Showing:
-    """Environments, as many as episodes, that each show another number of pictures a turn."""
-
-    place, spent = 0, 0.0
-    returns: ClassVar[list[Returns | None]] = []
-
-    def open(
-        self, name: str, problem: Problem, seed: int, returns: Returns | None = None
-    ) -> Showing:
-        self.returns.append(returns)
-        shown = Showing()
-        shown.place = int(name.rpartition("/")[-1])
-        return shown
-
-    async def answer(self, text: str | None) -> Observation | None:
-        sizes = [(96, 40), (64, 64), (40, 90), (128, 64)][self.place % 4 :][: self.place % 3]
-        if text is not None:
-            shown = picture(self.place, *sizes).images if sizes else ()
-            return Observation(f"So? {text[:9]} <|im_end|>", shown)
-        return Observation("Look.", picture(9, (48, 48)).images) if self.place == 5 else None
 
 
 @every_family
@@ -337,12 +315,9 @@ def test_an_engine_takes_a_step_a_token_and_computes_no_token_twice(live: Live) 
     def stop(llm: Any) -> None:
         del llm.engine_core.engine_core.model_executor.execute_model
 
-    def ask(work: Callable[[Any], None]) -> None:
-        asyncio.run_coroutine_threadsafe(live.engine._llm.do(work), live.loop).result(60)
-
-    ask(count)
+    live.do(count)
     groups = live.sample(mixed_sizes(2), n=4)
-    ask(stop)
+    live.do(stop)
     rows = [rollout for group in groups for rollout in group.rollouts]
     longest = max(len(r.response_ids) for r in rows)
     steps = [count for count in tokens if count]
@@ -466,23 +441,6 @@ def renewed_while_sampling(live: Live) -> list[Group]:
     live.sample(problems[:1], sampling=Sampling(max_tokens=4))  # by then the others have begun
     live.send("original", 1)
     return [live.wait(future, 300) for future in waiting]
-
-
-@contextmanager
-def steps_in_flight(live: Live) -> Iterator[None]:
-    """Within, vLLM keeps a step in flight, as it does on accelerators."""
-
-    def keep(queue: deque[Any] | None) -> Any:
-        def change(llm: Any) -> None:
-            core = llm.engine_core.engine_core
-            core.batch_queue, core.batch_queue_size = queue, 1 if queue is None else 2
-            core.step_fn = core.step if queue is None else core.step_with_batch_queue
-
-        return asyncio.run_coroutine_threadsafe(live.engine._llm.do(change), live.loop).result(60)
-
-    keep(deque(maxlen=2))
-    yield
-    keep(None)
 
 
 @two_families
@@ -624,17 +582,14 @@ def test_a_request_that_nobody_waits_for_any_more_is_dropped(live: Live) -> None
         return asyncio.run_coroutine_threadsafe(work, live.loop).result(60)
 
     def unfinished() -> int:
-        return int(do(live.engine._llm.do(lambda llm: llm.get_num_unfinished_requests())))
+        return int(live.do(lambda llm: llm.get_num_unfinished_requests()))
 
     problem = mixed_sizes(1)[0]
     do(live.engine._llm.pause())  # it would end by itself
     future = live.call("sample", SampleRequest("g0", problem, 4, Sampling(max_tokens=8)), TASK)
-    until = time.monotonic() + 60
-    while unfinished() != 4:
-        assert time.monotonic() < until
+    until(lambda: unfinished() == 4, 60)
     future.cancel()
-    while unfinished():
-        assert time.monotonic() < until
+    until(lambda: not unfinished(), 60)
     do(live.engine._llm.resume())
     assert live.sample([problem])
 

@@ -16,6 +16,7 @@ from rollout.jobs import Died, Refused
 from rollout.record import Group, Weights
 from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request, score_request
+from tests.support.waiting import until
 
 LIMITS = SamplerConfig(max_num_seqs=16, max_restarts=10**9)
 
@@ -169,10 +170,7 @@ def test_a_sampler_replaced_by_the_driver_hands_its_work_on(samplers: Samplers) 
     assert pool.clients[0] is first[0] and pool.clients[1] is not first[1]
     pool.resize(1)
     assert pool.size() == 1 and isinstance(pool.sample([request("h")])[0], Group)
-    until = time.monotonic() + 30
-    while samplers.lives[-1].alive:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: not samplers.lives[-1].alive, 30)
     pool.stop()
 
 

@@ -40,9 +40,10 @@ from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
 from tests.rewards.test_surrogates import rollout_of
-from tests.support.light_sampler import LightSampler, waits_for
+from tests.support.light_sampler import LightSampler
 from tests.support.prose import LabelledProse, prose, says
 from tests.support.ray_heads import local_ray
+from tests.support.waiting import until
 
 TASK = load_task("graph_coloring")
 ONE = np.zeros(1, np.int32)
@@ -159,14 +160,13 @@ def kinds(replies: Sequence[Any]) -> list[Any]:
 
 def cancelled(pool: SamplerPool, *ids: str) -> None:
     """Wait until none of these calls runs in the one sampler any more."""
-    until = time.monotonic() + 30
-    while True:
+
+    def over() -> bool:
         (client,) = pool.clients
         begun, ended = ray.get(client.call("log"))
-        if not (set(begun) - set(ended)) & set(ids):
-            return
-        assert time.monotonic() < until, f"still running: {set(ids) - set(ended)}"
-        time.sleep(0.05)
+        return not (set(begun) - set(ended)) & set(ids)
+
+    until(over, 30, "still running")
 
 
 def test_replies_come_in_order_and_a_refusal_spoils_nothing() -> None:
@@ -200,7 +200,7 @@ def test_a_sampler_that_does_not_listen_costs_the_deadline_and_then_drops_what_w
 ) -> None:
     with told(1) as pool:
         busy = pool.clients[0].call("answer", asked(f"block-{tmp_path}")[0])
-        waits_for(tmp_path / "begun")
+        until((tmp_path / "begun").exists, 120)
         replies = pool.answer(asked("hang-1", "hang-2"), 0.5)
         assert kinds(replies) == ["deadline", "deadline"]
         assert not ray.wait([busy], timeout=0)[0], "the answer came while the sampler was busy"
@@ -245,10 +245,8 @@ def test_a_stopped_process_is_seen_by_its_silence_and_replaced() -> None:
         groups = pool.collect(6, 120)
         assert sorted(g.group_id for g in groups) == [r.group_id for r in requests]
         assert pool.counts()["restarts/silent"] >= 1 and pool.pending() == 0
-        until = time.monotonic() + 30
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < until, "the stopped process was not ended"
-            time.sleep(0.1)
+        zombie = psutil.STATUS_ZOMBIE
+        until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == zombie, 30)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
-"""What an engine is told, as vLLM itself understands it; nothing is started."""
+"""What an engine is told, as vLLM itself understands it; what it says when it does not start."""
 
 from __future__ import annotations
 
+import glob
+import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ from transformers import AutoProcessor
 
 from rollout.engine import Engine
 from rollout.settings import ModelConfig, SamplerConfig
-from rollout.starting import engine_args
+from rollout.starting import EngineNotStarted, engine_args, own_errors, own_words, plain_path
 from rollout.tokens import Chat
 from tests.support.habits import with_habits
+from tests.support.recipes import TINY_POLICY
 from tests.support.samples import problem
 
 
@@ -129,3 +134,42 @@ def test_an_engine_that_is_to_sleep_is_told_so_where_vllm_can(
         args.create_model_config()
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     assert told(True) and not told(False)
+
+
+def test_a_path_of_any_name_reaches_an_engine_as_a_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "a [1] *?\n'\" é:#"
+    (odd / "policy").mkdir(parents=True)
+    (odd / "policy" / "model.safetensors").touch()
+    for place in (tmp_path / "plain", odd):
+        place.mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        for _ in range(2):
+            path = plain_path(str(odd / "policy"))
+            assert glob.glob(os.path.join(path, "*.safetensors"))
+            assert len(list((tmp_path / "plain").iterdir())) == 1
+    for same in (str(TINY_POLICY), "Qwen/Qwen3-VL-4B-Instruct", "no [folder]"):
+        assert plain_path(same) == same
+
+
+def test_an_engine_that_does_not_start_says_its_own_last_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    core = (
+        "import sys; print('(EngineCore pid=7) ERROR 11-26 22:05:01 [core.py:1104] Traceback:');"
+        "print('(EngineCore pid=7) ERROR 11-26 22:05:01 [core.py:1104] '"
+        "'torch.OutOfMemoryError: tried to allocate 3 GiB');"
+        "print('(EngineCore pid=7) bye', file=sys.stderr)"
+    )
+    with pytest.raises(EngineNotStarted) as refused, own_errors("a/policy"):
+        os.system(f'{sys.executable} -c "{core}"')
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed: {}")
+    assert str(refused.value) == (
+        "model a/policy: the engine does not start: torch.OutOfMemoryError: tried to allocate 3 GiB"
+    )
+    told = f"ActorDiedError: in its creation task\n  File x\na.EngineNotStarted: {refused.value}\n"
+    assert own_words(told) == str(refused.value)
+    assert own_words("ActorDiedError: killed\nby hand") == "ActorDiedError: killed\nby hand"
+    with pytest.raises(EngineNotStarted, match="start: ValueError: too long"), own_errors("x"):
+        raise ValueError("too long")

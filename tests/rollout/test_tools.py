@@ -10,8 +10,7 @@ import pytest
 
 from rollout.tokens import Chat, load_processor
 from tasks.calls import Tool, as_prompt
-from tests.rollout.test_chat import whole
-from tests.support.habits import with_habits
+from tests.support.habits import whole, with_habits
 
 FAMILIES = ["qwen3_vl", "internvl", "qwen2_5_vl", "idefics3"]
 LOOK = Tool("look", "See a part larger.", {"at": {"type": "array", "items": {"type": "integer"}}})

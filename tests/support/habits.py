@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from learner.tiny import VOCAB_SIZE, _corpus
+from rollout.tokens import Chat, ModelError, load_processor, load_reader
 
 Habit = Callable[[Path], None]
 """Changes a folder in place."""
@@ -83,3 +85,30 @@ def sentencepiece(folder: Path) -> None:
     )
     processor.tokenizer.chat_template = old.chat_template
     processor.save_pretrained(folder)
+
+
+def assert_refused(model: Path, words: str) -> None:
+    """By the loader of policies and by that of frozen models, in one line with the folder."""
+    for load in (load_processor, load_reader):
+        with pytest.raises(ModelError) as refusal:
+            load(str(model))
+        message = str(refusal.value)
+        assert words in message and str(model) in message and "\n" not in message
+
+
+def whole(chat: Chat, processor: object, said: list[tuple[str, list[str | None]]]) -> str:
+    """A conversation that ends with a user's turn, as the template itself renders it."""
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "image"} if part is None else {"type": "text", "text": part}
+                for part in parts
+            ],
+        }
+        for role, parts in said
+    ]
+    found: str = processor.apply_chat_template(  # type: ignore[attr-defined]
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import ray
 
 from rollout.record import Group, SampleRequest, ScoreRequest
 from tests.support.pretend import group
+from tests.support.waiting import until
 
 
 @ray.remote(num_cpus=0)
@@ -82,12 +82,5 @@ class LightSampler:
 def _blocked(folder: Path) -> np.ndarray:
     """Keep the whole process from listening until the file `end` is there."""
     (folder / "begun").touch()
-    waits_for(folder / "end")
+    until((folder / "end").exists, 120)
     return np.array([0.0], np.float32)
-
-
-def waits_for(file: Path) -> None:
-    until = time.monotonic() + 120
-    while not file.exists():
-        assert time.monotonic() < until, f"{file.name} did not come"
-        time.sleep(0.01)

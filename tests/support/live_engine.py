@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -31,8 +32,11 @@ from rollout.settings import ModelConfig, SamplerConfig
 from rollout.tokens import load_processor
 from rollout.transfer import TransferReport, fetched
 from tasks.core import Problem
+from tasks.environments import Observation
 from tasks.load import load_task
+from tasks.returns import Returns
 from tasks.splits import draw_problem
+from tests.support.samples import problem as picture
 
 TASK = load_task("graph_coloring")
 
@@ -82,6 +86,10 @@ class Live:
 
     def wait(self, future: Any, seconds: float) -> Any:
         return future.result(seconds)
+
+    def do(self, work: Callable[[Any], Any]) -> Any:
+        """What the engine's thread makes of vLLM's own engine between two steps."""
+        return asyncio.run_coroutine_threadsafe(self.engine._llm.do(work), self.loop).result(60)
 
     def checksums(self) -> dict[str, str]:
         found: dict[str, str] = self.wait(self.call("weight_checksums"), 60)
@@ -227,3 +235,39 @@ def worst(found: Sequence[np.ndarray], rollouts: Sequence[Rollout]) -> float:
     return max(
         float(np.abs(f - r.logprobs).max()) for f, r in zip(found, rollouts, strict=True) if len(f)
     )
+
+
+class Showing:
+    """Environments, as many as episodes, that each show another number of pictures a turn."""
+
+    place, spent = 0, 0.0
+    returns: ClassVar[list[Returns | None]] = []
+
+    def open(
+        self, name: str, problem: Problem, seed: int, returns: Returns | None = None
+    ) -> Showing:
+        self.returns.append(returns)
+        shown = Showing()
+        shown.place = int(name.rpartition("/")[-1])
+        return shown
+
+    async def answer(self, text: str | None) -> Observation | None:
+        sizes = [(96, 40), (64, 64), (40, 90), (128, 64)][self.place % 4 :][: self.place % 3]
+        if text is not None:
+            shown = picture(self.place, *sizes).images if sizes else ()
+            return Observation(f"So? {text[:9]} <|im_end|>", shown)
+        return Observation("Look.", picture(9, (48, 48)).images) if self.place == 5 else None
+
+
+@contextmanager
+def steps_in_flight(live: Live) -> Iterator[None]:
+    """Within, vLLM keeps a step in flight, as it does on accelerators."""
+
+    def keep(llm: Any, queue: deque[Any] | None) -> None:
+        core = llm.engine_core.engine_core
+        core.batch_queue, core.batch_queue_size = queue, 1 if queue is None else 2
+        core.step_fn = core.step if queue is None else core.step_with_batch_queue
+
+    live.do(lambda llm: keep(llm, deque(maxlen=2)))
+    yield
+    live.do(lambda llm: keep(llm, None))

@@ -5,9 +5,20 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from cluster.recipe.recipe import Recipe, check_recipe
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.recipe.recipe import (
+    Recipe,
+    RecipeError,
+    check_recipe,
+    load_recipe,
+)
 from tasks.dataset_write import write_dataset
 from tasks.load import load_task
+from tests.support.image_files import encoded
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_POLICY = ROOT / "models" / "tiny-qwen3-vl"
@@ -54,3 +65,35 @@ def recipe_file(
     path = folder / "x.toml"
     path.write_text(recipe_text(more, model=model, tasks=tasks), encoding="utf-8")
     return path
+
+
+SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if p.parent.name != "ablations")
+
+
+def errors(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def error(path: Path, *overrides: str) -> str:
+    (line,) = errors(path, *overrides)
+    return line
+
+
+NARROW = "model.max_model_len = 256\nsampler.max_tokens = 128\n"
+
+
+def change(folder: Path, split: str, row: int, **values: object) -> None:
+    """Give a stored row other values; an image by its size in pixels. The manifest is dropped."""
+    file = folder / f"{split}.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    if "image" in values:
+        values["image"] = {
+            "bytes": encoded(Image.new("RGB", values["image"], "white")),  # type: ignore[arg-type]
+            "path": None,
+        }
+    rows[row] |= values
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    (folder / "manifest.json").unlink(missing_ok=True)

@@ -7,11 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 
+from cluster.record.evaluation import EvalTable, before_after
+from cluster.record.tracker import Tracker
 from rewards.compose import Composition, compose_groups
 from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception, score_group
@@ -147,3 +150,78 @@ def assert_inert(found: Page, html: str) -> None:
     assert not re.search(r"https?:|//\w|@import|url\((?!#)|innerHTML|eval\(", rest)
     assert not re.search(r"[<>&]", found.scripts[0])
     assert not re.search(r"[\u202a-\u202e\u2066-\u2069\u200b\x00\x07\x1b]", html)
+
+
+def table_of(**values: Sequence[float]) -> EvalTable:
+    per = {m: {f"p{i}": float(v) for i, v in enumerate(vs)} for m, vs in values.items()}
+    return EvalTable(per)
+
+
+def evaluation(before: EvalTable, after: EvalTable) -> dict[str, Any]:
+    change = before_after(before, after)
+    return {
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "change": {"rows": [asdict(row) for row in change]},
+    }
+
+
+def coins(share: float, n: int = 200) -> list[float]:
+    return [float(i < share * n) for i in range(n)]
+
+
+SEEING = evaluation(
+    table_of(a=coins(0.3), a_p=coins(0.3), a_r=coins(0.5)),
+    table_of(a=coins(0.5), a_p=coins(0.8), a_r=coins(0.5)),
+)
+
+
+RUN_RECIPE = """
+name = "trial"
+question = "Is it seeing?"
+seed = 3
+[model]
+path = "/somewhere/secret/tiny-vlm"
+dtype = "float32"
+[[tasks]]
+name = "sudoku"
+[reward]
+alpha = 0.25
+[algorithm]
+steps = 3
+problems_per_step = 2
+group_size = 4
+"""
+
+
+def log_steps(tracker: Tracker, steps: int = 3) -> None:
+    for step in range(1, steps + 1):
+        tracker.log(
+            step,
+            {
+                "acc/a": 0.1 * step,
+                "acc/a_p": 0.2 * step,
+                "acc/self_consistency": 0.5,
+                "reward/outcome/mean": 0.1 * step,
+                "reward/outcome/failures": float(step == 2),
+                "reliability/outcome/within": 0.3,
+                "reliability/outcome/auc": 0.6,
+                "coupling/outcome_perception/within": 0.2,
+                "learner/loss": 0.1,
+                "learner/entropy/perception": 0.2,
+                "learner/logprob_gap": 1e-5,
+                "response/share/perception": 0.4,
+                "response/share/reasoning": 0.6,
+                "group/dropped": 0.0,
+                "time/sample": 2.0,
+                "time/learn": 1.0,
+                "time/step": 3.0,
+                "idle/learner": 0.6,
+            },
+        )
+        problem = grid_problem(step % 2)  # that of step 1 comes again at step 3
+        groups = [rollouts(Sudoku(), problem, four_cells(problem), step)]
+        graph = graph_problem(step)
+        texts = [GraphColoring().demonstrate(graph, "terse"), "nothing", *HOSTILE]
+        groups.append(rollouts(GraphColoring(), graph, texts, step))
+        tracker.log_rollouts(step, groups)

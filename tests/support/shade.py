@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.core import DataError, Parsed, Problem, Style
 from tasks.datasets import read_examples
 from tasks.responses import Read, compose_response, oracle_prefix, parse_response
+from tests.support.image_files import encoded
 
 
 class ShadeSpec(BaseModel):
@@ -102,9 +103,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def png(shade: int = 0, side: int = 4) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, 0, 0)).save(out, format="PNG")
-    return out.getvalue()
+    return encoded(Image.new("RGB", (side, side), (shade, 0, 0)))
 
 
 def read_dataset(path: str | Path, split: str = "train", **options: Any) -> list[Problem]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import sys
 import zlib
@@ -13,11 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.ablation.cells import read_result
+from cluster.ablate_cli import ablate_to_the_end
+from cluster.ablation.cells import (
+    read_result,
+)
 from cluster.ablation.grid import Ablation, Cell, load_ablation
-from cluster.ablation.launch import Runner, run_ablation
+from cluster.ablation.launch import MARK, Runner, run_ablation
 from cluster.ablation.progress import GridProgress
 from cluster.record.folder import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
+from cluster.report.ablation_report import read_ablation
 
 TOY_BASE = """
 name = "base"
@@ -174,3 +180,50 @@ def answers(chance: random.Random, gain: float) -> dict[str, object]:
     level = {"a": 0.3 + gain, "a_p": 0.4 + gain, "a_r": 0.6 + gain / 2}
     values = {m: {f"t{i}": float(chance.random() < v) for i in range(40)} for m, v in level.items()}
     return {"rows": [], "per_problem": values}
+
+
+class Launcher:
+    """A launcher in a process of its own, forked so that it starts at once; prints to a file."""
+
+    def __init__(self, path: Path, folder: Path, **environment: str) -> None:
+        self._log = path.with_suffix(".log")
+        self._log.write_text("")
+
+        def work() -> None:
+            os.environ.update(environment)
+            sys.stdout = self._log.open("w", buffering=1)
+            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS))
+
+        self.process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+        self.process.start()
+
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def end(self, number: int) -> int | None:
+        """Send a signal and return the exit code."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        self.process.join(60)
+        return self.process.exitcode
+
+
+def outcome(folder: Path) -> tuple[list[object], dict[str, object], list[object]]:
+    """All that an ablation concludes: rows, summary, and each cell's hashes."""
+    cells = []
+    for file in sorted(folder.glob("cells/*/result.json")):
+        cells.append({k: v for k, v in json.loads(file.read_text()).items() if k != "seconds"})
+    found = read_ablation(folder)
+    return found.table.to_pylist(), found.summary.to_dict(), cells
+
+
+def marked(folder: Path) -> list[str]:
+    """Living processes of the cells of an ablation."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={folder}".encode() in environ.read_bytes():
+                found.append((environ.parent / "cmdline").read_text())
+        except OSError:
+            continue
+    return found

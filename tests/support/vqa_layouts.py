@@ -1,4 +1,4 @@
-"""The layouts of public data sets, each with what its rows must be read as."""
+"""The layouts of public data sets, each with what its rows must be read as. One file: one table."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tasks.liveness import stacks_of
 from tests.support.recipes import ROOT
+from tests.support.waiting import until
 
 Started = Callable[[str], subprocess.Popen[str]]
 HANGS = """
@@ -53,9 +53,7 @@ def test_each_thread_of_a_process_that_hangs_is_told_of_each_time(
     started: Started, what: str
 ) -> None:
     process = started(HANGS.format(what=what))
-    until = time.monotonic() + 60
-    while "in waits_for_ever" not in stacks_of(process.pid):  # it is up, and about to
-        assert time.monotonic() < until
+    until(lambda: "in waits_for_ever" in stacks_of(process.pid), 60)  # it is up, and about to
     for _ in range(2):
         told = stacks_of(process.pid)
         assert told.count("in waits_for_ever") == told.count("in another_thread") == 1

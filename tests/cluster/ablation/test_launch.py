@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -32,7 +31,17 @@ from cluster.recipe.recipe import UserError
 from cluster.report.ablation_report import read_ablation
 from tests.support.ray_heads import RAY, environment, ray_head
 from tests.support.recipes import TINY_POLICY
-from tests.support.toy_runs import TOY_BASE, TOY_CELLS, make_runs, results_of, run_cells
+from tests.support.toy_runs import (
+    TOY_BASE,
+    TOY_CELLS,
+    Launcher,
+    make_runs,
+    marked,
+    outcome,
+    results_of,
+    run_cells,
+)
+from tests.support.waiting import until
 
 CHANGE = """
 def change(path):
@@ -95,60 +104,6 @@ def row(made: Path) -> Path:
     return folder
 
 
-class Launcher:
-    """A launcher in a process of its own, forked so that it starts at once; prints to a file."""
-
-    def __init__(self, path: Path, folder: Path, **environment: str) -> None:
-        self._log = path.with_suffix(".log")
-        self._log.write_text("")
-
-        def work() -> None:
-            os.environ.update(environment)
-            sys.stdout = self._log.open("w", buffering=1)
-            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS))
-
-        self.process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-        self.process.start()
-
-    def printed(self) -> str:
-        return self._log.read_text()
-
-    def end(self, number: int) -> int | None:
-        """Send a signal and return the exit code."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-        self.process.join(60)
-        return self.process.exitcode
-
-
-def outcome(folder: Path) -> tuple[list[object], dict[str, object], list[object]]:
-    """All that an ablation concludes: rows, summary, and each cell's hashes."""
-    cells = []
-    for file in sorted(folder.glob("cells/*/result.json")):
-        cells.append({k: v for k, v in json.loads(file.read_text()).items() if k != "seconds"})
-    found = read_ablation(folder)
-    return found.table.to_pylist(), found.summary.to_dict(), cells
-
-
-def marked(folder: Path) -> list[str]:
-    """Living processes of the cells of an ablation."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{MARK}={folder}".encode() in environ.read_bytes():
-                found.append((environ.parent / "cmdline").read_text())
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +113,7 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
     for least in range(3):
         launcher = Launcher(path, killed, TOY_SLEEP="1.2")
         started = [f"[{done}/6] started" for done in range(least, 6)]
-        wait_for(lambda: any(s in launcher.printed() for s in started), "none started")  # noqa: B023
+        until(lambda: any(s in launcher.printed() for s in started), 60, "none started")  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.5))
         assert launcher.end(signal.SIGKILL) == -signal.SIGKILL
         assert {file: file.stat().st_mtime_ns for file in finished} == finished
@@ -178,12 +133,12 @@ def test_a_launcher_holds_its_folder_and_its_cells_die_with_it(
 ) -> None:
     path, folder = write(), tmp_path / "out"
     first = Launcher(path, folder, TOY_SLEEP="600")
-    wait_for(lambda: list(folder.glob("cells/*/run/rollouts/*")), "no cell began")
+    until(lambda: list(folder.glob("cells/*/run/rollouts/*")), 60, "no cell began")
     with pytest.raises(UserError, match=rf"process {first.process.pid}\) is at work"):
         run_cells(path, folder)
     assert first.process.is_alive() and marked(folder)
     first.end(signal.SIGKILL)
-    wait_for(lambda: not marked(folder), "the cell outlived its launcher")
+    until(lambda: not marked(folder), 60, "the cell outlived its launcher")
     (started,) = folder.glob("cells/*")
     assert not (started / "result.json").exists()
     # The lock died with its holder, whatever the file says, and the cell starts from nothing.
@@ -225,7 +180,7 @@ def test_a_process_that_a_cell_left_behind_is_ended_before_the_cell_starts_again
 def test_ctrl_c_ends_the_cells_and_goes_on_later(write: Write, tmp_path: Path) -> None:
     path, folder = write(parallel=2), tmp_path / "out"
     launcher = Launcher(path, folder, TOY_SLEEP="600")
-    wait_for(lambda: len(list(folder.glob("cells/*/run/rollouts/*"))) == 2, "no two cells")
+    until(lambda: len(list(folder.glob("cells/*/run/rollouts/*"))) == 2, 60, "no two cells")
     assert launcher.end(signal.SIGTERM) == 130
     assert "goes on from here" in launcher.printed()
     assert not marked(folder)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +18,6 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.names import other_than_ours
 from cluster.recipe import machine
 from cluster.recipe.machine import claimed, require_room
 from cluster.recipe.recipe import RunFailed, UserError, load_recipe
@@ -29,7 +26,6 @@ from cluster.run.keeping import Keeper
 from cluster.run.session import connected
 from cluster.run.train import save_and_measure
 from rollout.models import why_missing
-from rollout.starting import EngineNotStarted, own_errors, own_words, plain_path
 from tasks.files import put, replacing
 from tasks.settings import TaskConfig
 from tests.support.killed import contents
@@ -361,79 +357,3 @@ def test_errors_of_the_system_are_one_line(
         said = capsys.readouterr().err.strip().splitlines()
         assert "/proc" in said[-1] or "xxx" in said[-1]
         assert not any("Traceback" in line for line in said)
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    "name", ["rewards.py", "tasks.py", "learner.py", "rollout.py", "cluster.py", "datasets.py"]
-)
-def test_a_module_of_the_users_own_that_is_named_like_ours_is_named(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-) -> None:
-    (tmp_path / name).write_text("raise SystemExit('the module of the user was run')")
-    monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "train", recipe_file(tmp_path, model=TINY_POLICY), "--dry-run") == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"{tmp_path / name}: has the name of a module that Equipoise is")
-    assert said.err.count("\n") == 1 and said.out == ""
-    if name == "rewards.py":  # as one process has it that searches the working folder first
-        command = [sys.executable, "-m", "cluster", "doctor", "--quick"]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stderr) == (2, said.err)
-
-
-def test_modules_and_folders_of_other_names_are_the_users_business(tmp_path: Path) -> None:
-    for name in ("my_rewards.py", "random.py", "utils.py"):
-        (tmp_path / name).touch()
-    (tmp_path / "data").mkdir()
-    assert other_than_ours(str(tmp_path), sys.path) == ""
-    for name in ("tasks", "cluster"):  # and a folder of data does not hide an installed package
-        (tmp_path / name).mkdir()
-    assert other_than_ours(str(tmp_path), [str(Path(machine.__file__).parents[2])]) == ""
-
-
-# Engines
-
-
-def test_a_path_of_any_name_reaches_an_engine_as_a_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    odd = tmp_path / "a [1] *?\n'\" é:#"
-    (odd / "policy").mkdir(parents=True)
-    (odd / "policy" / "model.safetensors").touch()
-    for place in (tmp_path / "plain", odd):
-        place.mkdir(exist_ok=True)
-        monkeypatch.setattr(tempfile, "tempdir", str(place))
-        for _ in range(2):
-            path = plain_path(str(odd / "policy"))
-            assert glob.glob(os.path.join(path, "*.safetensors"))
-            assert len(list((tmp_path / "plain").iterdir())) == 1
-    for same in (str(TINY_POLICY), "Qwen/Qwen3-VL-4B-Instruct", "no [folder]"):
-        assert plain_path(same) == same
-
-
-def test_an_engine_that_does_not_start_says_its_own_last_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    core = (
-        "import sys; print('(EngineCore pid=7) ERROR 11-26 22:05:01 [core.py:1104] Traceback:');"
-        "print('(EngineCore pid=7) ERROR 11-26 22:05:01 [core.py:1104] '"
-        "'torch.OutOfMemoryError: tried to allocate 3 GiB');"
-        "print('(EngineCore pid=7) bye', file=sys.stderr)"
-    )
-    with pytest.raises(EngineNotStarted) as refused, own_errors("a/policy"):
-        os.system(f'{sys.executable} -c "{core}"')
-        raise RuntimeError("Engine core initialization failed. See root cause above. Failed: {}")
-    assert str(refused.value) == (
-        "model a/policy: the engine does not start: torch.OutOfMemoryError: tried to allocate 3 GiB"
-    )
-    told = f"ActorDiedError: in its creation task\n  File x\na.EngineNotStarted: {refused.value}\n"
-    assert own_words(told) == str(refused.value)
-    assert own_words("ActorDiedError: killed\nby hand") == "ActorDiedError: killed\nby hand"
-    with pytest.raises(EngineNotStarted, match="start: ValueError: too long"), own_errors("x"):
-        raise ValueError("too long")

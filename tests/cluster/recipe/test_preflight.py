@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,90 +10,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from pydantic import BaseModel
 
-from cluster.recipe.context import Context, Size
 from cluster.recipe.placement import Command
 from cluster.recipe.preflight import crowded_threads, preflight
 from cluster.recipe.problems import held_out, left_out, open_sources, step_problems
 from cluster.recipe.recipe import Recipe, UserError, load_recipe
-from cluster.recipe.rows import row_takes
 from cluster.run.checkpoints import MAY_CHANGE, changed_fields
 from cluster.run.replay import run_sampling
 from cluster.run.sft import run_sft
 from cluster.run.train import run_training
-from rollout.tokens import load_processor
 from tasks.core import DataError, Problem
 from tasks.datasets import read_examples
-from tasks.rows import Rows
 from tasks.sudoku import Sudoku
-from tasks.vqa.opening import open_stored
 from tests.support.recipes import (
+    NARROW,
     SUDOKU,
     TINY_POLICY,
+    change,
     made_recipe,
     recipe_file,
     stored,
-    write_problems,
 )
-from tests.support.terminal import run
+from tests.support.terminal import dry_run
 
-NARROW = "model.max_model_len = 256\nsampler.max_tokens = 128\n"
 LONG, THIN, FITTING = (640, 480), (10, 2500), (64, 64)
 
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_problems(tmp_path / "data", 8, 6)
-
-
-def png(size: Size) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, "white").save(out, "PNG")
-    return out.getvalue()
-
-
-def change(folder: Path, split: str, row: int, **values: object) -> None:
-    """Give a row other values; an image by its size in pixels. The manifest is dropped."""
-    file = folder / f"{split}.parquet"
-    table = pq.read_table(file)
-    rows = table.to_pylist()
-    if "image" in values:
-        values["image"] = {"bytes": png(values["image"]), "path": None}  # type: ignore[arg-type]
-    rows[row] |= values
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
-    (folder / "manifest.json").unlink(missing_ok=True)
+pytestmark = pytest.mark.usefixtures("no_ray", "own_cache")
 
 
 def recipe(tmp_path: Path, data: Path | str, *settings: str) -> Recipe:
     more = NARROW + "eval.problems = 4\nsft.steps = 1\n"
     path = recipe_file(tmp_path, more, model=TINY_POLICY, tasks=stored(data))
     return load_recipe(path, settings)
-
-
-def dry_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *settings: str,
-    command: str = "train",
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `equipoise COMMAND x.toml --dry-run`."""
-    words = [word for setting in settings for word in ("--set", setting)]
-    path = str(tmp_path / "x.toml")
-    code = run(monkeypatch, command, path, "--dry-run", *words)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
 
 
 BAD_ROWS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -299,57 +247,6 @@ def test_a_dry_run_refuses_what_cannot_run(
     assert not (tmp_path / "out").exists()
 
 
-SIZES = [(64, 64), (100, 300), (1, 1), (640, 480), (1500, 300), (31, 33), (17, 90), (512, 64)]
-
-
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl", "idefics3"])
-def test_a_prompt_takes_what_the_processor_makes_of_it(
-    tiny_models: dict[str, Path], family: str
-) -> None:
-    processor = load_processor(str(tiny_models[family]))
-    groups = [*((size,) for size in SIZES), tuple(SIZES[:3]), (SIZES[3], SIZES[3]), ()]
-    asked = [(f"What is here? {n}", sizes) for n, sizes in enumerate(groups)]
-    found = Context(processor, 256, 128).token_counts(asked)
-    for (prompt, sizes), counts in zip(asked, found, strict=True):
-        said = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": said}], add_generation_prompt=True
-        )
-        images = [Image.new("RGB", size) for size in sizes]
-        made = processor(images=[images] if images else None, text=[text])
-        assert counts.fault is None
-        assert counts.prompt == len(made["input_ids"][0])
-        assert (counts.image > 0) == bool(sizes) and counts.image < counts.prompt
-
-
-def test_rows_are_measured_once_and_again_when_data_or_processor_change(
-    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    processor = load_processor(str(TINY_POLICY))
-
-    def rows() -> Rows:
-        return open_stored(str(data), "sudoku").rows["train"]
-
-    found = row_takes(rows(), Context(processor, 256, 128))
-    (kept,) = cache.rglob("rows/*.json")
-    # What is kept is believed, so a mark in it shows who reads it.
-    takes = json.loads(kept.read_text())
-    takes[0][0] += 1000
-    kept.write_text(json.dumps(takes))
-    assert row_takes(rows(), Context(processor, 999, 9))[0].prompt == found[0].prompt + 1000
-    kept.write_text("[[")
-    assert row_takes(rows(), Context(processor, 256, 128)) == found
-    takes[0][0] += 1000
-    kept.write_text(json.dumps(takes))
-    other = load_processor(str(TINY_POLICY))
-    other.chat_template += "{# another #}"
-    assert row_takes(rows(), Context(other, 256, 128))[0].prompt < 1000
-    change(data, "train", 1, image=LONG)
-    assert row_takes(rows(), Context(processor, 256, 128))[1].image > 900
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert len(row_takes(rows(), Context(processor, 256, 128))) == 8
-
-
 class WordySudoku(Sudoku):
     """Every third puzzle or so is asked about at length."""
 
@@ -397,74 +294,6 @@ def test_knobs_that_never_fit_are_refused(
         code, _, message = dry_run(tmp_path, monkeypatch, capsys, f'tasks[0].too_long="{setting}"')
         assert code == 2 and "do not fit in model.max_model_len = 130" in message
         assert message.count("\n") == 1
-
-
-BAD = "tests.support.bad_environments:Counting"
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (['environment.name="zom"'], 'environment.name: got "zom"; known: zoom, mark'),
-        (["environment.turns=2"], "environment.name: "),
-        (
-            ['environment.name="zoom"', "environment.seconds=600"],
-            "environment.seconds: got 600, and a sampler counts as hanging after ",
-        ),
-        (['environment.name="zoom"', "environment.args.side=0"], "environment: "),
-        (['environment.name="no_such:Game"'], 'environment: environment "no_such:Game": no module'),
-        (
-            ['environment.name="tasks.looking:Call"'],
-            'environment: environment "tasks.looking:Call"',
-        ),
-        (
-            [f'environment.name="{BAD}"', 'environment.calls="json"'],
-            '": says no tools, which calls = "json" needs',
-        ),
-        (
-            ['environment.name="zoom"', 'environment.calls="json"', "model.max_model_len=300"],
-            "with what it says first, and ",
-        ),
-        (
-            [f'environment.name="{BAD}"', 'environment.args.first="raises"'],
-            ": exception: KeyError: ",
-        ),
-        ([f'environment.name="{BAD}"', 'environment.args.first="dies"'], "(exit code 3)"),
-        (['environment.name="zoom"', "model.max_model_len=180"], "with what it says first, and "),
-        (
-            [f'environment.name="{BAD}"', 'eval.passes=["returns_elsewhere"]'],
-            'eval.passes: "returns_elsewhere" shows a wrong place, and calls of environment "',
-        ),
-        (
-            ['reward.terms=[{name="outcome"}, {name="call_cost"}]'],
-            'reward.terms[1]: "call_cost" is paid for calls, and there is no [environment]',
-        ),
-        (
-            ['environment.name="zoom"', 'reward.terms=[{name="image_dependence"}]'],
-            'reward.terms[0]: "image_dependence" cannot be had on responses of several turns',
-        ),
-    ],
-)
-def test_an_environment_is_tried_before_anything_is_started(
-    settings: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
-    code, printed, message = dry_run(tmp_path, monkeypatch, capsys, *settings)
-    assert (code, printed) == (2, "") and said in message, message
-    assert len(message.splitlines()) == 1
-
-
-def test_an_environment_that_can_be_had_says_what_may_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
-    wide, zoom = "model.max_model_len=600", 'environment.name="zoom"'
-    code, printed, told = dry_run(tmp_path, monkeypatch, capsys, wide, zoom)
-    assert code == 0 and "ends by its context_budget" in printed + told, told
 
 
 AHEAD = "algorithm.max_staleness=1"

@@ -12,10 +12,9 @@ from jsonschema import Draft202012Validator
 
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.reference import page, schema_text
-from tests.support.recipes import GRAPH, ROOT, SUDOKU, TOY, recipe_text
+from tests.support.recipes import GRAPH, ROOT, SHIPPED, SUDOKU, TOY, recipe_text
 
 SCHEMA = ROOT / "recipes" / "recipe.schema.json"
-SHIPPED = sorted(p for p in SCHEMA.parent.rglob("*.toml") if p.parent.name != "ablations")
 
 
 def test_page_and_schema_are_up_to_date() -> None:

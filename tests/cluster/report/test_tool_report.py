@@ -18,8 +18,8 @@ from cluster.report.run_report import run_report
 from cluster.report.tool_use import print_tool, read_tables, tool_reports
 from cluster.run.tool_use import recipe_with_tool
 from rewards.tool_use import four, tool_use
-from tests.cluster.report.test_run_report import log_steps
 from tests.support.recipes import TINY_POLICY, recipe_text
+from tests.support.report_pages import log_steps
 
 SEEN = "graph [red]<script>"
 ZOOM = '[environment]\nname = "zoom"\n'

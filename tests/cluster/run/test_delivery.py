@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from rollout.record import Piece, Weights
 from rollout.settings import SamplerConfig, TransferConfig
 from rollout.transfer import TransferReport, WeightTransferError
 from tests.support.pretend import Samplers, Threaded, request
+from tests.support.waiting import until
 
 MANIFEST = tuple((Piece(f"layer.{i}", "float32", (2,), 8, ""),) for i in range(3))
 
@@ -154,10 +154,7 @@ def test_a_version_that_was_begun_and_failed_is_made_good(
     wanted = 3 if newer else 2
     pool.submit([request(f"g-{i}", n=200) for i in range(8)])
     assert len(pool.collect(8, 60)) == 8
-    until = time.monotonic() + 60
-    while bad.alive or pool.counts()["count"] < 2:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: not bad.alive and pool.counts()["count"] >= 2, 60)
     assert not bad.alive and pool.counts()["restarts/transfer"] == 1
     assert {life.version for life in samplers.lives if life.alive} == {wanted}
     assert learner.published == [1, *range(2, wanted + 1)]

@@ -36,6 +36,7 @@ from rollout.sampler import RaySamplerClient, Sampler
 from rollout.settings import ModelConfig, SamplerConfig
 from tests.support.live_engine import gaps, mixed_sizes
 from tests.support.ray_heads import RAY
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 FAR = "mount -t tmpfs tmpfs /dev/shm && exec {command}"
@@ -216,13 +217,6 @@ def test_a_sampler_that_shares_no_memory_trains_along_and_needs_no_learner_to_co
             os.kill(learner_process.pid, signal.SIGCONT)
     finally:
         pool.stop()
-
-
-def until(what: Any, seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def check(groups: list[Group], folder: str, version: int) -> None:

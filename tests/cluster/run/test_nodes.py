@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +28,7 @@ from tests.support.light_sampler import LightSampler
 from tests.support.pretend import request
 from tests.support.ray_heads import local_cluster
 from tests.support.recipes import made_recipe
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 START_SECONDS = 300.0
@@ -59,13 +60,6 @@ def pool_of_two() -> Iterator[SamplerPool]:
         yield pool
     finally:
         pool.stop()
-
-
-def until(what: Callable[[], object], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def connecting(code: str, **variables: str) -> list[str]:
