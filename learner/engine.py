@@ -26,7 +26,6 @@ from learner.batch import MicroBatch, TrainBatch
 from learner.builds import watch_builds
 from learner.checkpoint import STATE, TRAINING, Writer, prune, seal, write_json
 from learner.collate import Collator
-from learner.host_states import HostStates
 from learner.lora import ADAPTER, Adapters, AdapterWeights
 from learner.losses import Loss, View
 from learner.metrics import Metric, Total, combined, layout_metrics, values
@@ -45,7 +44,7 @@ from learner.state import (
 )
 from learner.trainer import LearnerSetup, NonFiniteLoss, Trainer, WorldPlace
 from learner.weights import GatheredWeights, OfferedWeights, layer_groups
-from learner.zero import gradient_dtype, zero_optimization
+from learner.zero import HostStates, gradient_dtype, zero_optimization
 from rollout.tokens import ModelError
 from tasks.files import replacing
 

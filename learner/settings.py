@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -80,6 +81,12 @@ class LearnerConfig(Section):
         """What `threads` comes to."""
         return self.threads or max(1, int(self.cpus))
 
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step of RL (from 1): linear warm-up, then constant."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        return self.learning_rate
+
     @model_validator(mode="after")
     def _adapters_or_weights(self) -> LearnerConfig:
         if self.lora and self.freeze:
@@ -155,6 +162,21 @@ class SftConfig(Section):
     """Learning rate of these."""
     save_every: Count = 0
     """Updates between snapshots of the checkpoint; 0: only at the end."""
+
+    def rate_at(self, update: int) -> float:
+        """The learning rate of an update (from 1): linear warm-up, then the schedule.
+
+        `linear` and `cosine` fall to a tenth of the peak at the last update.
+        """
+        peak, warmup = self.learning_rate, self.warmup_steps
+        if update <= warmup:
+            return peak * update / warmup
+        progress = (update - 1 - warmup) / max(1, self.steps - 1 - warmup)
+        if self.schedule == "linear":
+            return peak * (1 - 0.9 * progress)
+        if self.schedule == "cosine":
+            return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return peak
 
     @model_validator(mode="after")
     def _the_part_is_learnt(self) -> SftConfig:

@@ -40,7 +40,6 @@ from learner.actor import LearnerGroup
 from learner.balance import Balance, SegmentGradients
 from learner.batch import TrainBatch, TrainSequence
 from learner.policy import load_policy
-from learner.schedule import learning_rate_at
 from learner.settings import SftConfig
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from learner.trainer import LearnerSetup
@@ -171,8 +170,7 @@ def update(
     sft: SftConfig, learner: LearnerGroup, balance: Balance, step: int, batch: TrainBatch
 ) -> Metrics:
     """One update, and what it measured."""
-    rate = learning_rate_at(step - 1, sft.steps, sft.learning_rate, sft.warmup_steps, sft.schedule)
-    gradients = None
+    gradients, rate = None, sft.rate_at(step)
     if balance.measures(step):
         gradients = learner.segment_gradients(batch, sft.norm_of)
         balance.observe(step, gradients)

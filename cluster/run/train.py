@@ -32,8 +32,6 @@ from learner.actor import LearnerGroup
 from learner.batch import TrainBatch, TrainSequence
 from learner.correction import with_old_logprobs
 from learner.policy_loss import PolicyLoss
-from learner.schedule import learning_rate_at
-from learner.settings import LearnerConfig
 from rewards.advantages import token_advantages
 from rewards.scored import ScoredGroup
 from rollout.transfer import TransferReport, WeightTransferError
@@ -101,7 +99,7 @@ def learn(
     Measured: `learner/`, and the learner's tokens/s over batching and updates.
     """
     start, algorithm, loss = time.perf_counter(), recipe.algorithm, policy_loss(recipe)
-    rate = learning_rate(recipe.learner, algorithm.steps, step)
+    rate = recipe.learner.rate_at(step)
     batches = anchored(algorithm, train_batches(algorithm, scored), learner)
     updates = [learner.update(batch, loss, rate) for batch in batches]
     metrics = learner_metrics(updates) | {"learner/lr": rate}
@@ -168,13 +166,6 @@ def anchored(
 def policy_loss(recipe: Recipe) -> PolicyLoss:
     """The loss a recipe asks for."""
     return PolicyLoss(recipe.algorithm, recipe.sampler.max_tokens)
-
-
-def learning_rate(learner: LearnerConfig, steps: int, step: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant."""
-    return learning_rate_at(
-        step - 1, steps, learner.learning_rate, learner.warmup_steps, "constant"
-    )
 
 
 def verify_transfer(run: LivePolicy, version: int) -> None:

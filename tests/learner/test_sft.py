@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from learner.batch import TrainSequence
-from learner.schedule import learning_rate_at
+from learner.settings import SftConfig
 from learner.sft import DemonstrationStream, Demonstrator, Source, draw
 from rollout.decoding import Decoder, encode
 from rollout.tokens import Chat
@@ -180,9 +180,10 @@ def test_draws_follow_the_weights_and_take_stored_rows_where_there_are_some() ->
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
 )
 def test_the_learning_rate_rises_to_its_peak_and_never_again(
-    steps: int, warmup: int, schedule: str
+    steps: int, warmup: int, schedule: Literal["constant", "linear", "cosine"]
 ) -> None:
-    rates = [learning_rate_at(i, steps, 2.0, warmup, schedule) for i in range(steps)]
+    sft = SftConfig(steps=steps, learning_rate=2.0, warmup_steps=warmup, schedule=schedule)
+    rates = [sft.rate_at(update) for update in range(1, steps + 1)]
     assert all(0 < rate <= 2.0 for rate in rates)
     rise, fall = rates[:warmup], rates[warmup:]
     assert rise == pytest.approx([2.0 * (i + 1) / warmup for i in range(len(rise))])

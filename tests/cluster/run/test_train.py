@@ -26,7 +26,6 @@ from cluster.run.stream import free_requests
 from cluster.run.train import (
     anchored,
     learner_metrics,
-    learning_rate,
     policy_loss,
     report_change,
     save_and_measure,
@@ -201,7 +200,7 @@ def test_what_rounding_explains_depends_on_type_and_device() -> None:
 
 
 def test_the_learning_rate_warms_up_and_stays(recipe: Recipe) -> None:
-    rates = [learning_rate(recipe.learner, 40, step) for step in range(1, 8)]
+    rates = [recipe.learner.rate_at(step) for step in range(1, 8)]
     assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4])
 
 
