@@ -13,8 +13,15 @@ from typing import Any
 from tasks.core import DataError, Problem, ReadsRows, Task, need
 from tasks.data_files import files_below
 from tasks.dataset_write import SplitWriter, question_of, staged, write_manifest
-from tasks.datasets import SOURCE_COLUMNS, as_text, file_hash, open_parquet, parquet_rows
-from tasks.image_cells import Beside, image_bytes, shown
+from tasks.datasets import (
+    SOURCE_COLUMNS,
+    as_text,
+    file_hash,
+    open_parquet,
+    parquet_rows,
+    text_or_json,
+)
+from tasks.image_cells import Beside, image_bytes
 from tasks.images import check_image
 from tasks.placeholders import check_placed
 from tasks.split_names import side_of, split_of_file, tells_side
@@ -174,7 +181,7 @@ def _from_source(
             raise DataError(f"{name}: is missing; the row has {', '.join(map(str, row))}")
     texts = {
         "query": row["query"],
-        "ground_truth": _truth_text(row["ground_truth"]),
+        "ground_truth": text_or_json(row["ground_truth"], "ground_truth"),
         "response": "" if row.get("response") is None else row["response"],
     }
     for name, text in texts.items():
@@ -190,15 +197,6 @@ def _from_source(
     problem = task.from_row(texts["query"], image, texts["ground_truth"])
     check_placed(problem.prompt, problem.images, "query")
     return problem, texts["ground_truth"], texts["response"]
-
-
-def _truth_text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        raise DataError(f"ground_truth: {shown(value)}: neither text nor a JSON value") from None
 
 
 def _bad_rows_message(skipped: list[dict[str, str]], empty: list[str]) -> str:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import DataError, Problem
+from tasks.image_cells import shown
 from tasks.images import check_image
 from tasks.placeholders import check_placed
 
@@ -321,6 +322,16 @@ def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | DataError]:
         if batch.num_rows == 1:
             return [DataError(f"a value cannot be read ({error}); write the row again")]
         return [row for at in range(batch.num_rows) for row in _rows(batch.slice(at, 1))]
+
+
+def text_or_json(value: Any, name: str) -> str:
+    """A value that is text, or is written as JSON. Raises DataError naming the field."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(f"{name}: {shown(value)}: neither text nor a JSON value") from None
 
 
 def as_text(value: Any, location: str) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.checkers.gold import Gold, number_option, option_fault
+from tasks.checkers.gold import Checker, Gold, number_option, option_fault
 from tasks.checkers.reading import tidy
-from tasks.checkers.stated import states
 from tasks.responses import read_json
 
 MAX_BOXES = 64
@@ -30,7 +29,7 @@ _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S)
 _MARKS = re.compile(r"<\|?/?(?:box|point)(?:_start|_end)?\|?>")
 
 
-class BoxChecker:
+class BoxChecker(Checker):
     """See the module's docstring."""
 
     name = "box"
@@ -63,12 +62,8 @@ class BoxChecker:
                 return f"answer {true[:40]!r}: not [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
         return option_fault(gold, threshold=1.0) if gold.answers else "answer: none"
 
-    def states(self, text: str, gold: Gold) -> bool:
-        """Whether prose gives such a box as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))
 
-
-class PointChecker:
+class PointChecker(Checker):
     """A point `(x, y)` is right inside the gold's box, its edges included; see the module's."""
 
     name = "point"
@@ -85,18 +80,10 @@ class PointChecker:
             for left, top, right, bottom in _boxes(true)
         )
 
-    def graded(self, answer: str, gold: Gold) -> float:
-        """1 or 0."""
-        return float(self.right(answer, gold))
-
     def fault(self, gold: Gold) -> str | None:
         """A gold that is no box."""
         box_fault = BoxChecker().fault(Gold(gold.answers))
         return box_fault or option_fault(gold)
-
-    def states(self, text: str, gold: Gold) -> bool:
-        """Whether prose gives such a point as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))
 
 
 def iou(one: Sequence[float], other: Sequence[float]) -> float:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tasks.checkers.gold import Gold, option_fault
+from tasks.checkers.gold import Checker, Gold, option_fault
 from tasks.checkers.quantity import read_quantity
 from tasks.checkers.reading import normal, plain, tidy
-from tasks.checkers.stated import states
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -32,7 +31,7 @@ _REASON = re.compile(r"(?:because|since)\b", re.I)
 _DENIAL = re.compile(r"(?:no|not|none|neither|wrong|incorrect|false|maybe)\b", re.I)
 
 
-class Choice:
+class Choice(Checker):
     """See the module's docstring."""
 
     name = "choice"
@@ -46,10 +45,6 @@ class Choice:
         if (index := _option_index(tidied, texts)) is None:
             return False
         return any(index == _option_index(tidy(true) or "", texts) for true in gold.answers)
-
-    def graded(self, answer: str, gold: Gold) -> float:
-        """1 or 0."""
-        return float(self.right(answer, gold))
 
     def fault(self, gold: Gold) -> str | None:
         """A gold that is no option, options that are the same, several letters."""
@@ -66,10 +61,6 @@ class Choice:
             if texts and sum(_alike(texts[index], text) for text in texts) > 1:
                 return f"choices: {texts[index][:40]!r} is there twice"
         return option_fault(gold)
-
-    def states(self, text: str, gold: Gold) -> bool:
-        """Whether prose gives the letter, or the option's text, as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))
 
 
 def _option_index(answer: str, texts: Sequence[str]) -> int | None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from tasks.checkers.algebra import TooLong, equivalent
 from tasks.checkers.choice import Choice
-from tasks.checkers.gold import Gold, option_fault
+from tasks.checkers.gold import Checker, Gold, option_fault
 from tasks.checkers.quantity import KNOWN_UNITS, read_quantity
 from tasks.checkers.reading import normal, plain, tidy
 from tasks.checkers.stated import states
@@ -60,7 +60,7 @@ _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 _LETTER = re.compile(r"\(?[A-J]\)?\.?")
 
 
-class Expression:
+class Expression(Checker):
     """See the module's docstring."""
 
     name = "expression"
@@ -71,10 +71,6 @@ class Expression:
             return self._right(answer, gold)
         except TooLong:
             return False
-
-    def graded(self, answer: str, gold: Gold) -> float:
-        """1 or 0."""
-        return float(self.right(answer, gold))
 
     def fault(self, gold: Gold) -> str | None:
         """No gold, one that is too long, or prose."""

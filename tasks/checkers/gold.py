@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+from tasks.checkers.stated import states
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Gold:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Checker(Protocol):
+class Checker(ABC):
     """Judges the text of an answer segment.
 
     That text is hostile: nothing here raises on it or evaluates it, each is judged within a
@@ -31,17 +34,21 @@ class Checker(Protocol):
 
     name: str
 
+    @abstractmethod
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether the text gives one answer, and that is right."""
 
     def graded(self, answer: str, gold: Gold) -> float:
-        """How near it comes, in [0, 1]."""
+        """How near it comes, in [0, 1]; where nearness is not told, 1 or 0."""
+        return float(self.right(answer, gold))
 
+    @abstractmethod
     def fault(self, gold: Gold) -> str | None:
         """Why this gold cannot be used, in one line; None where it can. Cheap."""
 
     def states(self, text: str, gold: Gold) -> bool:
         """Whether prose states the answer; see `tasks.checkers.stated` for what that can tell."""
+        return states(text, lambda candidate: self.right(candidate, gold))
 
 
 def number_option(gold: Gold, name: str, default: float) -> float:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from tasks.checkers.gold import Gold, option_fault
+from tasks.checkers.gold import Checker, Gold, option_fault
 from tasks.checkers.quantity import Quantity, read_quantity
 from tasks.checkers.reading import normal, plain, tidy
-from tasks.checkers.stated import states
 
 
-class Number:
+class Number(Checker):
     """See the module's docstring, and `tasks.checkers.quantity` for what is read as a number."""
 
     name = "number"
@@ -35,19 +34,11 @@ class Number:
                 return True
         return False
 
-    def graded(self, answer: str, gold: Gold) -> float:
-        """1 or 0."""
-        return float(self.right(answer, gold))
-
     def fault(self, gold: Gold) -> str | None:
         """No gold."""
         if not gold.answers or any(tidy(true) is None for true in gold.answers):
             return "answer: empty, or holds several that differ"
         return option_fault(gold, tolerance=1.0)
-
-    def states(self, text: str, gold: Gold) -> bool:
-        """Whether prose gives a number that is right as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))
 
 
 def _quantity_of(text: str) -> Quantity | None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from rapidfuzz.distance import Levenshtein
 
-from tasks.checkers.gold import Gold, number_option, option_fault
+from tasks.checkers.gold import Checker, Gold, number_option, option_fault
 from tasks.checkers.reading import normal, plain, tidy
-from tasks.checkers.stated import states
 
 
-class Text:
+class Text(Checker):
     """See the module's docstring."""
 
     name = "text"
@@ -42,7 +41,3 @@ class Text:
         if not gold.answers or not all(map(normal, gold.answers)):
             return "answer: empty"
         return option_fault(gold, threshold=1.0)
-
-    def states(self, text: str, gold: Gold) -> bool:
-        """Whether prose gives a gold as the answer."""
-        return states(text, lambda candidate: self.right(candidate, gold))

@@ -15,7 +15,7 @@ from tasks.checkers import CHECKERS, Gold
 from tasks.checkers.reading import boxes
 from tasks.core import DataError, Problem
 from tasks.data_files import Row
-from tasks.datasets import Example, Exchange
+from tasks.datasets import Example, Exchange, text_or_json
 from tasks.image_cells import Beside, cell_images, shown
 from tasks.images import content_hash
 from tasks.placeholders import check_placed
@@ -273,12 +273,7 @@ def _boxes_alone(gold: str) -> str:
 def _gold_text(value: Any, name: str) -> str:
     if value is None:
         raise DataError(f"{name}: is missing; a row needs a right answer")
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: {shown(value)}: neither text nor a JSON value") from error
+    return text_or_json(value, name)
 
 
 def _choices(row: Row, name: str) -> tuple[str, ...]:
