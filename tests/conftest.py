@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from tests.support.ray_heads import TOKEN
 
 if TYPE_CHECKING:
     from tests.support.pretend import Samplers
+    from tests.support.terminal import Equipoise
 
 # Tiny matrices on a shared machine: threads that wait for each other only cost time. Before torch
 # and NumPy are imported; what tests start inherits it, and what has threads of its own sets them.
@@ -67,6 +69,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[family] = tmp_path_factory.mktemp("models") / family
         make_tiny(family, folders[family], seed=0)
     return folders
+
+
+@pytest.fixture
+def equipoise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Equipoise:
+    """Runs the command, as a user types it, in this process."""
+    from tests.support.terminal import typed
+
+    return partial(typed, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import pytest
 from typer.main import get_command
 
 import cluster.__main__
-from cluster.cli import app, main
+from cluster.cli import app
 from cluster.tasks_cli import app as tasks_app
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 
 
-def printed(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
+@pytest.fixture
+def printed(equipoise: Equipoise, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """What `equipoise WORDS` prints, on a terminal as wide as its longest text."""
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setattr(sys, "argv", ["equipoise", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    return capsys.readouterr().out
+
+    def of(*words: str) -> str:
+        said = equipoise(*words)
+        assert said.code == 0
+        return said.out
+
+    return of
 
 
 def commands(made: Any, words: list[str]) -> list[tuple[list[str], Any]]:
@@ -42,39 +44,36 @@ ALL += commands(get_command(tasks_app), ["tasks"])
 
 @pytest.mark.parametrize(("words", "command"), ALL, ids=[" ".join(words) for words, _ in ALL])
 def test_help_shows_every_text_as_it_was_written(
-    words: list[str],
-    command: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], command: Any, printed: Callable[..., str]
 ) -> None:
-    shown = re.sub(r"\s+", " ", printed([*words, "--help"], monkeypatch, capsys))
+    shown = re.sub(r"\s+", " ", printed(*words, "--help"))
     texts = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
     for text in filter(None, texts):
         assert re.sub(r"\s+", " ", text).strip() in shown
 
 
 def test_version_and_completion(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, printed: Callable[..., str]
 ) -> None:
     version = importlib.metadata.version("equipoise")
-    assert printed(["--version"], monkeypatch, capsys) == f"equipoise {version}\n"
+    assert printed("--version") == f"equipoise {version}\n"
     with monkeypatch.context() as patched:  # else the shell above this process has to be found
         patched.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-        assert "complete" in printed(["--show-completion", "bash"], patched, capsys)
+        assert "complete" in printed("--show-completion", "bash")
     monkeypatch.setenv("_EQUIPOISE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "equipoise e")
     monkeypatch.setenv("COMP_CWORD", "1")
-    assert printed([], monkeypatch, capsys).split() == ["eval"]
+    assert printed().split() == ["eval"]
 
 
 def test_what_eval_could_not_write_is_told_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, equipoise: Equipoise
 ) -> None:
     (tmp_path / "file").touch()
     words = ["eval", tmp_path / "no-model", "--task", "sudoku"]
-    assert run(monkeypatch, *words, "--output", tmp_path / "file" / "found.json") == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "file") in said and "no-model" not in said
+    code, _, error = equipoise(*words, "--output", tmp_path / "file" / "found.json")
+    (said,) = error.splitlines()
+    assert code == 2 and str(tmp_path / "file") in said and "no-model" not in said
 
 
 @pytest.mark.parametrize(

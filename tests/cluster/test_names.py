@@ -11,23 +11,21 @@ import pytest
 from cluster.names import other_than_ours
 from cluster.recipe import machine
 from tests.support.recipes import TINY_POLICY, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 
 
 @pytest.mark.parametrize(
     "name", ["rewards.py", "tasks.py", "learner.py", "rollout.py", "cluster.py", "datasets.py"]
 )
 def test_a_module_of_the_users_own_that_is_named_like_ours_is_named(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, equipoise: Equipoise
 ) -> None:
     (tmp_path / name).write_text("raise SystemExit('the module of the user was run')")
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "train", recipe_file(tmp_path, model=TINY_POLICY), "--dry-run") == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"{tmp_path / name}: has the name of a module that Equipoise is")
+    said = equipoise("train", recipe_file(tmp_path, model=TINY_POLICY), "--dry-run")
+    assert said.code == 2 and said.err.startswith(
+        f"{tmp_path / name}: has the name of a module that Equipoise is"
+    )
     assert said.err.count("\n") == 1 and said.out == ""
     if name == "rewards.py":  # as one process has it that searches the working folder first
         command = [sys.executable, "-m", "cluster", "doctor", "--quick"]

@@ -1,33 +1,39 @@
-"""`equipoise` as a user types it, in this process."""
+"""`equipoise` as a user types it, in this process; the fixture of that name runs it."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
 from cluster.cli import main
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit code of `equipoise WORDS`; what it prints is `capsys`'s."""
+class Said(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Equipoise = Callable[..., Said]
+"""Runs `equipoise WORDS`."""
+
+
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> Said:
+    """What came of `equipoise WORDS`."""
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
-    return int(ended.value.code or 0)
+    return Said(int(ended.value.code or 0), *capsys.readouterr())
 
 
-def dry_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *settings: str,
-    command: str = "train",
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `equipoise COMMAND x.toml --dry-run`."""
-    words = [word for setting in settings for word in ("--set", setting)]
-    path = str(tmp_path / "x.toml")
-    code = run(monkeypatch, command, path, "--dry-run", *words)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+def with_set(*overrides: str) -> list[str]:
+    """As `--set` takes them."""
+    return [word for override in overrides for word in ("--set", override)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from cluster.cli import main
 from tasks.contract import check_problems, check_task
 from tasks.core import Problem
 from tasks.figures import Words
 from tasks.sudoku import Sudoku
 from tests.support.shade import SHADE, SPEC, Shade, shades
+from tests.support.terminal import Equipoise
 
 AIR, NUMBERS = np.random.default_rng(1), count()
 (THREE,) = (replace(problem, images=(SHADE.picture(3),)) for problem in shades([3]))
@@ -172,15 +171,7 @@ class States(Shade):
         return True
 
 
-def test_the_command_and_a_run_name_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
-) -> None:
-    def ended(*arguments: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["equipoise", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code
-
+def test_the_command_and_a_run_name_what_is_wrong(tmp_path: Any, equipoise: Equipoise) -> None:
     recipe = tmp_path / "own.toml"
     recipe.write_text(
         f'name = "own"\nmodel.path = "models/tiny-qwen3-vl"\n[[tasks]]\nname = "{States.name}"\n'
@@ -189,8 +180,8 @@ def test_the_command_and_a_run_name_what_is_wrong(
         (["tasks", "check", States.name], ""),
         (["train", str(recipe), "--dry-run"], "tasks[0]: "),
     ):
-        assert ended(*arguments) == 2
+        code, _, error = equipoise(*arguments)
         said = f"{where}{States.name}: states_answer: must be False for p* (problem shade-"
-        assert said in capsys.readouterr().err
-    assert ended("tasks", "check", "sudoku", "--set", "size=4") == 0
-    assert "all its abilities keep the contract on 8 fresh problems" in capsys.readouterr().out
+        assert code == 2 and said in error
+    code, printed, _ = equipoise("tasks", "check", "sudoku", "--set", "size=4")
+    assert code == 0 and "all its abilities keep the contract on 8 fresh problems" in printed

@@ -13,7 +13,7 @@ from cluster.jobs.request import Request
 from cluster.jobs.travel import ROOMS, ROOT, Luggage, below, inside
 from cluster.recipe.recipe import UserError
 from tests.support.recipes import SUDOKU, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 
 OWN_TERM = '[[reward.terms]]\nname = "{name}"\n'
 
@@ -206,31 +206,31 @@ def test_an_ablation_takes_its_base_and_what_any_cell_needs(here: Path) -> None:
 
 
 def test_an_ablation_is_known_by_itself_and_its_job_runs_and_goes_on_as_one(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, equipoise: Equipoise
 ) -> None:
     write_study(here)
     words = ("study/over/a.toml", "--output", "/o/a", "--name", "n", "--dry-run")
-    assert run(monkeypatch, "submit", *words) == 0
-    said = capsys.readouterr().out
+    code, said, _ = equipoise("submit", *words)
+    assert code == 0
     assert "job n: python -m cluster ablate study/over/a.toml --output /o/a\n" in said
     assert all(f"travels: {file} (" in said for file in ("study/base.toml", "other.py"))
-    assert run(monkeypatch, "submit", *words, "--command", "train") == 2
-    assert run(monkeypatch, "submit", *words, "--set", "seed=1") == 2
-    assert "of an ablation its own file says what is set" in capsys.readouterr().err
+    assert equipoise("submit", *words, "--command", "train").code == 2
+    code, _, said = equipoise("submit", *words, "--set", "seed=1")
+    assert code == 2 and "of an ablation its own file says what is set" in said
     again = pack(here, recipe="study/over/a.toml", command="ablate").again()
     assert again.request.id == "n.2"
     assert again.words() == "python -m cluster ablate study/over/a.toml --output /o"
 
 
 def test_a_dry_run_lists_all_of_it_and_asks_nobody(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     write(here, "a b.txt")
     recipe_file(here, tasks=SUDOKU)
     monkeypatch.setenv("WANTED", "the-value")
     words = ("--include", "a b.txt", "--env", "WANTED", "--output", "/o/it's", "--dry-run")
-    assert run(monkeypatch, "submit", "x.toml", *words, "--name", "n") == 0
-    said = capsys.readouterr().out
+    code, said, _ = equipoise("submit", "x.toml", *words, "--name", "n")
+    assert code == 0
     assert "travels: a b.txt (6 bytes)\n" in said and "variables: WANTED\n" in said
     assert """job n: python -m cluster train x.toml --output '/o/it'"'"'s'\n""" in said
     assert "the-value" not in said
@@ -263,10 +263,9 @@ def test_what_cannot_be_submitted_is_one_line_before_anyone_is_asked(
     words: tuple[str, ...],
     line: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    equipoise: Equipoise,
 ) -> None:
     recipe_file(here)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert run(monkeypatch, "submit", "x.toml", *words) == 2
-    said = capsys.readouterr().err
-    assert line in said and len(said.splitlines()) == 1
+    code, _, said = equipoise("submit", "x.toml", *words)
+    assert code == 2 and line in said and len(said.splitlines()) == 1

@@ -10,16 +10,14 @@ import pytest
 from cluster.recipe.data_check import check_data, judges_itself
 from tasks.core import Problem
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise, with_set
 from tests.support.vqa_files import bars as row
 from tests.support.vqa_files import cell, write_parquet
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_a_data_set_is_told_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_data_set_is_told_as_it_is(tmp_path: Path, equipoise: Equipoise) -> None:
     train = [
         row(1),
         row(1, answer="one"),
@@ -35,8 +33,8 @@ def test_a_data_set_is_told_as_it_is(
     fits = "model.max_model_len = 512\nsampler.max_tokens = 128\n"
     tasks = f'{{ name = "vqa", data = "{tmp_path / "bars"}", form = "boxed" }}'
     recipe_file(tmp_path, fits, model=TINY_POLICY, tasks=tasks)
-    assert run(monkeypatch, "tasks", "check", str(tmp_path / "x.toml")) == 2
-    told, refused = capsys.readouterr()
+    code, told, refused = equipoise("tasks", "check", tmp_path / "x.toml")
+    assert code == 2
     for said in (
         "splits     test 2, train 6",
         "rows       5 to train on, 2 held out",
@@ -54,9 +52,8 @@ def test_a_data_set_is_told_as_it_is(
     ):
         assert said in told, said
     assert len(re.findall("tasks\\[0\\]: (?:bad rows|too long)", refused)) == 3
-    skips = ["tasks[0].bad_rows=skip", "tasks[0].too_long=drop"]
-    words = [word for setting in skips for word in ("--set", setting)]
-    assert run(monkeypatch, "tasks", "check", str(tmp_path / "x.toml"), *words) == 0
+    skips = with_set("tasks[0].bad_rows=skip", "tasks[0].too_long=drop")
+    assert equipoise("tasks", "check", tmp_path / "x.toml", *skips).code == 0
 
 
 def test_a_policy_that_is_not_here_leaves_tokens_out(tmp_path: Path) -> None:

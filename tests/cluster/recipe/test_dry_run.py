@@ -13,27 +13,22 @@ from cluster.recipe.recipe import (
     load_recipe,
 )
 from tests.support.recipes import ROOT, SHIPPED, TINY_POLICY, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise, with_set
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_dry_runs_without_an_accelerator(
-    path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     command = "sft" if load_recipe(path).sft else "train"
     # Some start from what another recipe makes.
     shipped = [] if path.parent.name == "gpu" else ["model.path=models/tiny-qwen3-vl"]
-    settings = [word for setting in shipped for word in ("--set", setting)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for engine in ("ray", "vllm", "deepspeed"):
         monkeypatch.setitem(sys.modules, engine, None)  # cannot be imported
-    code = run(monkeypatch, command, path, "--dry-run", *settings)
-    printed = capsys.readouterr()
-    assert (code, printed.err) == (0, "")
+    printed = equipoise(command, path, "--dry-run", *with_set(*shipped))
+    assert (printed.code, printed.err) == (0, "")
     assert "# learner 0" in printed.out
     generated = [task.knobs for task in load_recipe(path).tasks if task.data is None]
     assert printed.out.count(": held out: ") == len(generated)
@@ -89,14 +84,14 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     said: str,
+    equipoise: Equipoise,
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     filled = [argument.format(recipe=recipe) for argument in arguments]
-    assert run(monkeypatch, *filled) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and said in printed.err and "Traceback" not in printed.err
+    printed = equipoise(*filled)
+    assert (printed.code, printed.out) == (2, "")
+    assert said in printed.err and "Traceback" not in printed.err
     assert sorted(tmp_path.rglob("*")) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.recipes import NARROW, SUDOKU, TINY_POLICY, recipe_file
-from tests.support.terminal import dry_run
+from tests.support.terminal import Equipoise, with_set
 
 pytestmark = pytest.mark.usefixtures("no_ray", "own_cache")
 
@@ -15,7 +15,7 @@ BAD = "tests.support.bad_environments:Counting"
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("overrides", "said"),
     [
         (['environment.name="zom"'], 'environment.name: got "zom"; known: zoom, mark'),
         (["environment.turns=2"], "environment.name: "),
@@ -58,22 +58,18 @@ BAD = "tests.support.bad_environments:Counting"
     ],
 )
 def test_an_environment_is_tried_before_anything_is_started(
-    settings: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    overrides: list[str], said: str, tmp_path: Path, equipoise: Equipoise
 ) -> None:
-    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
-    code, printed, message = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    path = recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
+    code, printed, message = equipoise("train", path, "--dry-run", *with_set(*overrides))
     assert (code, printed) == (2, "") and said in message, message
     assert len(message.splitlines()) == 1
 
 
 def test_an_environment_that_can_be_had_says_what_may_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, equipoise: Equipoise
 ) -> None:
-    recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
+    path = recipe_file(tmp_path, NARROW, model=TINY_POLICY, tasks=SUDOKU)
     wide, zoom = "model.max_model_len=600", 'environment.name="zoom"'
-    code, printed, told = dry_run(tmp_path, monkeypatch, capsys, wide, zoom)
+    code, printed, told = equipoise("train", path, "--dry-run", *with_set(wide, zoom))
     assert code == 0 and "ends by its context_budget" in printed + told, told

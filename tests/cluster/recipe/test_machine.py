@@ -30,7 +30,7 @@ from tasks.files import put, replacing
 from tasks.settings import TaskConfig
 from tests.support.killed import contents
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 
 # Paths
 
@@ -47,13 +47,13 @@ def test_paths_of_a_recipe_are_those_of_the_reader(
 
 
 def test_a_home_that_the_shell_left_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for words in (("--out=~/made",), ("--out", "~/made as well")):
         knobs = ("--train", 1, "--test", 0, "--set", "size=4", "--set", "blanks=6")
-        assert run(monkeypatch, "tasks", "generate", "sudoku", *knobs, *words) == 0
+        assert equipoise("tasks", "generate", "sudoku", *knobs, *words).code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "made as well"]
 
 
@@ -70,11 +70,7 @@ def test_a_home_that_the_shell_left_as_it_is(
     ],
 )
 def test_a_missing_model_is_said_at_once_with_where_it_was_looked_for(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    model: str,
-    said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, said: str, equipoise: Equipoise
 ) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
     (home / "x").mkdir(parents=True)
@@ -82,11 +78,10 @@ def test_a_missing_model_is_said_at_once_with_where_it_was_looked_for(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
     start = time.monotonic()
-    assert (
-        run(monkeypatch, "train", recipe_file(here, model=model), "--output", tmp_path / "run") == 2
-    )
+    found = equipoise("train", recipe_file(here, model=model), "--output", tmp_path / "run")
     assert time.monotonic() - start < 60  # it was 157 s, and 10 at most are a wait for the hub
-    printed = capsys.readouterr().err.splitlines()
+    printed = found.err.splitlines()
+    assert found.code == 2
     said = said.replace("HOME", str(home)).replace("HERE", str(here))
     assert len(printed) == 1 and re.match(r"model\.path: [^ ]+: ", printed[0])
     assert said in printed[0]
@@ -100,28 +95,22 @@ def test_a_model_that_is_here_is_not_asked_of_the_hub() -> None:
 # Writing over what is there
 
 
-def test_a_model_is_not_made_over_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_not_made_over_anything(tmp_path: Path, equipoise: Equipoise) -> None:
     trained = tmp_path / "checkpoint"
     trained.mkdir()
     (trained / "model.safetensors").write_text("trained for a week")
     before = contents(tmp_path)
-    assert run(monkeypatch, "models", "make", "qwen3_vl", "--out", trained) == 2
-    assert capsys.readouterr().err == (
-        f"--out {trained}: already holds something; name a new one\n"
-    )
+    code, _, said = equipoise("models", "make", "qwen3_vl", "--out", trained)
+    assert (code, said) == (2, f"--out {trained}: already holds something; name a new one\n")
     assert contents(tmp_path) == before
 
 
-def test_a_file_of_the_users_own_is_not_written_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_the_users_own_is_not_written_over(tmp_path: Path, equipoise: Equipoise) -> None:
     mine = tmp_path / "mine.png"
     mine.write_text("a photograph")
     for words in (("report", tmp_path, "--output"), ("tasks", "show", "sudoku", "--image")):
-        assert run(monkeypatch, *words, mine) == 2
-        assert f"{words[-1]} {mine}: is there already; name a new one" in capsys.readouterr().err
+        code, _, said = equipoise(*words, mine)
+        assert code == 2 and f"{words[-1]} {mine}: is there already; name a new one" in said
     assert mine.read_text() == "a photograph"
 
 
@@ -162,18 +151,19 @@ def test_of_many_that_are_told_one_folder_at_once_one_gets_it(tmp_path: Path) ->
 
 
 def test_a_run_that_another_has_is_refused_before_anything_is_started_or_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     folder, file = tmp_path / "run", recipe_file(tmp_path, model=TINY_POLICY)
     with claimed(folder):
         before = contents(tmp_path)
         for command in ("train", "sample"):
-            assert run(monkeypatch, command, file, "--output", folder) == 2
-            said = capsys.readouterr().err.splitlines()
-            assert said[-1].startswith(f"--output {folder}: already holds something")
+            code, _, said = equipoise(command, file, "--output", folder)
+            assert code == 2 and said.splitlines()[-1].startswith(
+                f"--output {folder}: already holds something"
+            )
         monkeypatch.setattr("cluster.run.train.new_run_folder", lambda *_: folder)  # told at once
-        assert run(monkeypatch, "train", file) == 2
-        assert capsys.readouterr().err == f"{folder}: another process is still running it\n"
+        code, _, said = equipoise("train", file)
+        assert (code, said) == (2, f"{folder}: another process is still running it\n")
         assert contents(tmp_path) == before
     assert not ray.is_initialized()
 
@@ -210,23 +200,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
-    tmp_path: Path,
-    small_disk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, small_disk: Path, equipoise: Equipoise
 ) -> None:
     file = recipe_file(
         tmp_path,
         f'output.folder = "{small_disk}"\ncheckpoint.every = 2',
         model=TINY_POLICY,
     )
-    assert run(monkeypatch, "train", file) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"{small_disk}/x-") and said.count("\n") == 1
+    code, _, said = equipoise("train", file)
+    assert code == 2 and said.startswith(f"{small_disk}/x-") and said.count("\n") == 1
     needs = ": 1 MiB are free there, and the run needs 0.1 GiB for its records, "
     assert needs in said and "3 training checkpoints" in said
-    assert run(monkeypatch, "train", file, "--dry-run") == 0  # the recipe may be for another
-    assert f"# note: {small_disk}{needs}" in capsys.readouterr().out
+    code, printed, _ = equipoise("train", file, "--dry-run")  # the recipe may be for another
+    assert code == 0 and f"# note: {small_disk}{needs}" in printed
     assert list(small_disk.iterdir()) == []
 
 
@@ -346,14 +332,13 @@ def test_a_cluster_that_is_dead_is_said_at_once(
             pass
 
 
-def test_errors_of_the_system_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_of_the_system_are_one_line(tmp_path: Path, equipoise: Equipoise) -> None:
     for words in (
         ("tasks", "generate", "sudoku", "--train", 1, "--out", "/proc/x"),
         ("train", tmp_path / ("x" * 300)),
     ):
-        assert run(monkeypatch, *words) == 2
-        said = capsys.readouterr().err.strip().splitlines()
+        code, _, printed = equipoise(*words)
+        said = printed.strip().splitlines()
+        assert code == 2
         assert "/proc" in said[-1] or "xxx" in said[-1]
         assert not any("Traceback" in line for line in said)

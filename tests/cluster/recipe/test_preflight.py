@@ -32,7 +32,7 @@ from tests.support.recipes import (
     recipe_file,
     stored,
 )
-from tests.support.terminal import dry_run
+from tests.support.terminal import Equipoise, with_set
 
 LONG, THIN, FITTING = (640, 480), (10, 2500), (64, 64)
 
@@ -72,16 +72,12 @@ BAD_ROWS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_a_row_that_does_not_fit_is_refused_by_every_command_in_the_same_words(
-    kind: str,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kind: str, data: Path, tmp_path: Path, equipoise: Equipoise
 ) -> None:
     spoil, words = BAD_ROWS[kind]
     spoil(data)
     wanted, out = recipe(tmp_path, data), tmp_path / "out"
-    code, printed, message = dry_run(tmp_path, monkeypatch, capsys)
+    code, printed, message = equipoise("train", tmp_path / "x.toml", "--dry-run")
     assert (code, printed) == (2, "") and words in message
     assert 'or leave them out by tasks[0].too_long = "drop"' in message
     for start in (
@@ -98,10 +94,7 @@ def test_a_row_that_does_not_fit_is_refused_by_every_command_in_the_same_words(
 
 
 def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    data: Path, tmp_path: Path, equipoise: Equipoise
 ) -> None:
     bad = [("train", 3, LONG), ("train", 6, THIN), ("test", 0, LONG), ("test", 4, THIN)]
     ids = {split: [e.problem.id for e in read_examples(data, split)] for split in ("train", "test")}
@@ -119,20 +112,19 @@ def test_rows_that_do_not_fit_are_left_out_on_request_counted_and_never_drawn(
     # A run that met such a problem may go on without it.
     changed = changed_fields(recipe(tmp_path, data).model_dump(), wanted.model_dump())
     assert changed == ["tasks.too_long"] and set(changed) <= set(MAY_CHANGE)
-    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, 'tasks[0].too_long="drop"')
+    code, printed, _ = equipoise(
+        "train", tmp_path / "x.toml", "--dry-run", *with_set('tasks[0].too_long="drop"')
+    )
     assert code == 0 and all(f"# note: {line}\n" in printed for line in told)
     # What is held out is counted without them, too.
     settings = ['tasks[0].too_long="drop"', "eval.problems=5"]
-    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    code, printed, _ = equipoise("train", tmp_path / "x.toml", "--dry-run", *with_set(*settings))
     assert code == 0 and "eval.problems = 5, and 4 rows are held out: all are taken" in printed
     assert {p.id for p in held_out(source, 1, 5)} == left["test"]
 
 
 def test_epochs_are_of_the_rows_that_fit_and_each_comes_once_in_each(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    data: Path, tmp_path: Path, equipoise: Equipoise
 ) -> None:
     rows = [e.problem.id for e in read_examples(data, "train")]
     change(data, "train", 3, image=LONG)
@@ -145,7 +137,7 @@ def test_epochs_are_of_the_rows_that_fit_and_each_comes_once_in_each(
     first, second, rest = drawn[:7], drawn[7:14], drawn[14:]
     assert sorted(first) == sorted(second) == sorted({*rows} - {rows[3]})
     assert first != second and len({*rest}) == 2
-    code, printed, _ = dry_run(tmp_path, monkeypatch, capsys, *settings)
+    code, printed, _ = equipoise("train", tmp_path / "x.toml", "--dry-run", *with_set(*settings))
     assert code == 0 and "\nsteps = 4\nepochs = 2\n" in printed
     plain = recipe(tmp_path, data, 'tasks[0].too_long="drop"')
     assert preflight(plain, "train", told.append).recipe == plain
@@ -230,16 +222,11 @@ def test_a_response_that_cannot_be_learnt_from_is_found_before_the_learner_start
     ],
 )
 def test_a_dry_run_refuses_what_cannot_run(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: list[str],
-    words: str,
+    data: Path, tmp_path: Path, settings: list[str], words: str, equipoise: Equipoise
 ) -> None:
     filled = [setting.format(data=data) for setting in settings]
     wanted = recipe(tmp_path, data, *filled)
-    code, _, message = dry_run(tmp_path, monkeypatch, capsys, *filled)
+    code, _, message = equipoise("train", tmp_path / "x.toml", "--dry-run", *with_set(*filled))
     assert code == 2 and words in message and message.count("\n") == 1
     with pytest.raises((DataError, UserError)) as caught:
         run_training(wanted, output=tmp_path / "out")
@@ -286,12 +273,12 @@ def test_generated_problems_that_do_not_fit_are_refused_or_drawn_anew(tmp_path: 
     assert step_problems([again], 3, 0, 30) == problems
 
 
-def test_knobs_that_never_fit_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_knobs_that_never_fit_are_refused(tmp_path: Path, equipoise: Equipoise) -> None:
     recipe_file(tmp_path, NARROW.replace("256", "130"), model=TINY_POLICY)
     for setting in ("error", "drop"):
-        code, _, message = dry_run(tmp_path, monkeypatch, capsys, f'tasks[0].too_long="{setting}"')
+        code, _, message = equipoise(
+            "train", tmp_path / "x.toml", "--dry-run", *with_set(f'tasks[0].too_long="{setting}"')
+        )
         assert code == 2 and "do not fit in model.max_model_len = 130" in message
         assert message.count("\n") == 1
 

@@ -15,7 +15,7 @@ from tasks.core import CanLeak, DataError, ScoresPerception, labelled
 from tasks.free_text import instructions
 from tasks.load import load_task
 from tests.support.recipes import TINY_POLICY, made_recipe, recipe_file
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 from tests.support.vqa_files import bars as row
 from tests.support.vqa_files import picture, write_lines, write_parquet
 
@@ -185,16 +185,13 @@ def test_a_data_set_that_is_all_held_out_is_for_evaluation_alone(
     assert len(ready.test) == 4
 
 
-def test_a_dry_run_tells_what_is_held_out(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_tells_what_is_held_out(data: Path, tmp_path: Path, equipoise: Equipoise) -> None:
     (data / "test.parquet").unlink()
     write_parquet(data / "train.parquet", [row(n) for n in range(9)])
     recipe_file(tmp_path, FITS, model=TINY_POLICY, tasks=entry(data))
-    settings = ["--set", "eval.problems=1"]
-    assert run(monkeypatch, "train", str(tmp_path / "x.toml"), "--dry-run", *settings) == 0
-    printed = capsys.readouterr().out
-    assert "# note: tasks[0].data: nothing is held out by name" in printed
+    words = ("train", tmp_path / "x.toml", "--dry-run", "--set", "eval.problems=1")
+    code, printed, _ = equipoise(*words)
+    assert code == 0 and "# note: tasks[0].data: nothing is held out by name" in printed
 
 
 def test_a_test_split_of_no_row_is_named(data: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster.cli import main
 from cluster.recipe.recipe import RunFailed, UserError
 from cluster.record.mirror import Mirror, fetch, mirrored, opened, require_mirror
 from cluster.run.checkpoints import newest
 from learner.checkpoint import checkpoint_folder, prune
 from tests.cluster.run.test_resume import make_run
+from tests.support.terminal import Equipoise
 
 URI = "memory://bucket/runs"
 
@@ -173,7 +172,7 @@ def test_another_runs_copy_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_the_command_line_goes_on_from_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     run = make_run(tmp_path / "run", 3)
     with mirrored(URI, run, print):
@@ -182,23 +181,16 @@ def test_the_command_line_goes_on_from_a_copy(
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def train(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["equipoise", "train", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0)
-
-    code = train("--resume", f"{URI}/run", "--dry-run")
-    printed = capsys.readouterr()
-    assert code == 0 and "checkpoint" in printed.out, printed.err
+    code, printed, error = equipoise("train", "--resume", f"{URI}/run", "--dry-run")
+    assert code == 0 and "checkpoint" in printed, error
     assert newest(here / "runs" / "run").position == newest(run).position
     for arguments, says in (
         (["--resume", f"{URI}/run"], "runs/run is there already; --resume runs/run goes on"),
         (["--resume", f"{URI}/none"], "no run there: it has no recipe.toml"),
         (["--resume", "nosuch://x/y"], "Protocol not known: nosuch"),
     ):
-        assert train(*arguments) == 2
-        assert says in capsys.readouterr().err
+        code, _, error = equipoise("train", *arguments)
+        assert code == 2 and says in error
 
 
 def test_a_bucket_cannot_write_beside_the_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cluster.record.events import Event, add_events
 from cluster.record.status import read_status
 from cluster.record.tracker import Tracker
 from tests.support.recipes import recipe_file
-from tests.support.terminal import run as equipoise
+from tests.support.terminal import Equipoise
 
 RECIPE = "algorithm.steps = 20\nreward.terms = [{ name = 'outcome' }]\ncheckpoint.every = 3\n"
 
@@ -93,15 +93,14 @@ def test_a_run_that_is_over_has_no_time_left(
 
 
 def test_as_a_user_types_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     run = make_run(tmp_path, monkeypatch, [100.0, 110.0])
     add_events(run, Event("sampler-0", "lost", "\x1b[2Jevil [red]text", "3 requests"))
     add_events(run, Event("sampler-0", "back", recovered_seconds=12.0))
     monkeypatch.setenv("COLUMNS", "300")
-    assert equipoise(monkeypatch, "status", run) == 0
-    said = capsys.readouterr().out
-    assert "2 of 20" in said and "after step 3" in said and "12 s" in said
+    code, said, _ = equipoise("status", run)
+    assert code == 0 and "2 of 20" in said and "after step 3" in said and "12 s" in said
     assert "\x1b[2J" not in said and "evil [red]text" in said
     with pytest.raises(UserError, match="no run folder"):
         read_status(tmp_path / "none")

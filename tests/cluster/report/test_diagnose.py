@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cluster.cli import main
 from cluster.recipe.recipe import UserError
 from cluster.record.tracker import Tracker
 from cluster.report.diagnose import run_diagnose, sheets, task_reports
@@ -23,6 +21,7 @@ from rewards.scored import ScoredGroup
 from rewards.terms import Outcome, Perception
 from rollout.record import Group
 from tasks.core import DataError, Task
+from tests.support.terminal import Equipoise
 from tests.support.toys import TASK, group, score
 
 EVIL = "evil [red]\x1b[2J|*x*"
@@ -205,40 +204,26 @@ def test_names_cannot_steer_a_terminal_or_a_document(run: Path) -> None:
     assert "REWARD UP, a_p DOWN" in shown
 
 
-def equipoise(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command(
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert equipoise(monkeypatch, "diagnose", run) == 0
-    tables = capsys.readouterr().out
-    assert "what the outcome is coupled with" in tables and "REWARD UP" in tables
-    assert equipoise(monkeypatch, "diagnose", run, "--json", "--rescore", "format") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["run"] == "known"
+def test_the_command(run: Path, tmp_path: Path, equipoise: Equipoise) -> None:
+    code, tables, _ = equipoise("diagnose", run)
+    assert code == 0 and "what the outcome is coupled with" in tables and "REWARD UP" in tables
+    code, printed, _ = equipoise("diagnose", run, "--json", "--rescore", "format")
+    found = json.loads(printed)
+    assert code == 0 and found["run"] == "known"
     (task,) = found["tasks"]
     assert task["task"] == TASK.name
     assert task["drifts"]["total"]["flagged"] is True
     assert "format (rescored)" in task["phases"][0]["terms"]
-    assert equipoise(monkeypatch, "diagnose", run, "--markdown") == 0
-    assert capsys.readouterr().out.startswith("### ")
+    code, printed, _ = equipoise("diagnose", run, "--markdown")
+    assert code == 0 and printed.startswith("### ")
     for arguments, words in (
         ((tmp_path / "nowhere",), "nowhere: no folder"),
         ((tmp_path,), "no run with rollouts"),
         ((run, "--json", "--markdown"), "choose one"),
         ((run, "--rescore", "percption"), "no reward term"),
     ):
-        assert equipoise(monkeypatch, "diagnose", *arguments) == 2
-        error = capsys.readouterr().err
-        assert words in error and "Traceback" not in error
+        code, _, error = equipoise("diagnose", *arguments)
+        assert code == 2 and words in error and "Traceback" not in error
 
 
 def test_a_run_where_the_task_failed_on_everything_is_no_crash(tmp_path: Path) -> None:

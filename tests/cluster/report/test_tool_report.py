@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.cli import main
 from cluster.record.evaluation import EvalTable
 from cluster.record.folder import TOOL_FILE
 from cluster.record.tracker import Tracker
@@ -20,6 +18,7 @@ from cluster.run.tool_use import recipe_with_tool
 from rewards.tool_use import four, tool_use
 from tests.support.recipes import TINY_POLICY, recipe_text
 from tests.support.report_pages import log_steps
+from tests.support.terminal import Equipoise
 
 SEEN = "graph [red]<script>"
 ZOOM = '[environment]\nname = "zoom"\n'
@@ -142,16 +141,8 @@ def test_a_run_is_measured_by_its_last_policy_and_what_concerns_the_tool(tmp_pat
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_line(
-    more: str,
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    more: str, words: list[str], said: str, tmp_path: Path, equipoise: Equipoise
 ) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(more), "utf-8")
-    monkeypatch.setattr(sys, "argv", ["equipoise", "diagnose", str(tmp_path), "--tool", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    told = capsys.readouterr()
-    assert ended.value.code == 2 and said in told.err and told.err.count("\n") == 1
+    told = equipoise("diagnose", tmp_path, "--tool", *words)
+    assert told.code == 2 and said in told.err and told.err.count("\n") == 1

@@ -33,7 +33,7 @@ from tests.support.ray_heads import RAY, environment, ray_head
 from tests.support.recipes import GRAPH, ROOT, SUDOKU, recipe_text
 from tests.support.submitter import PLANTED, WANTED, Said
 from tests.support.submitter import submitted as at_the_head
-from tests.support.terminal import run
+from tests.support.terminal import Equipoise
 
 KEY = "planted-71c04e"
 PLACES, SIZE, TOKENS, EVERY, KILLED_AT = 4, 4, 24, 2, 5
@@ -353,11 +353,12 @@ def test_the_learner_alone_makes_the_updates_of_a_run_again(
     metrics: dict[tuple[int, str], float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    equipoise: Equipoise,
 ) -> None:
     replay = tmp_path / "replay"
     monkeypatch.chdir(ROOT)
     words = ("train", "--replay", lived.run, "--output", replay)
-    assert run(monkeypatch, *words, "--set", f"algorithm.steps={EVERY}") == 0
+    assert equipoise(*words, "--set", f"algorithm.steps={EVERY}").code == 0
     again = metrics_of(replay)
     for step in range(1, EVERY + 1):
         for name in ("loss", "grad_norm", "entropy/other", "mismatch/k3", "lr"):
@@ -370,13 +371,13 @@ def test_the_learner_alone_makes_the_updates_of_a_run_again(
 
 
 def test_the_samplers_alone_draw_what_a_run_drew_under_the_same_weights(
-    lived: Lived, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lived: Lived, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equipoise: Equipoise
 ) -> None:
     """A checkpoint holds the weights of the step after it, and of no other."""
     sampled = tmp_path / "sampled"
     monkeypatch.chdir(ROOT)
     words = ("sample", checkpoint_folder(lived.run, EVERY), "--output", sampled)
-    assert run(monkeypatch, *words, "--steps", EVERY + 1) == 0
+    assert equipoise(*words, "--steps", EVERY + 1).code == 0
     for step in range(1, EVERY + 2):
         asked, again = (read_rollouts(f, step).to_pylist() for f in (lived.run, sampled))
         for name in ("rollout_id", "problem_id"):

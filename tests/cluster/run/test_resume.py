@@ -12,7 +12,6 @@ from typing import get_args
 
 import pytest
 
-from cluster.cli import main
 from cluster.recipe.machine import claimed
 from cluster.recipe.recipe import Recipe, RecipeError, UserError, load_recipe, resolved_toml
 from cluster.record.evaluation import EvalTable
@@ -29,6 +28,7 @@ from learner.checkpoint import checkpoint_folder, seal, write_json
 from tasks.fields import Section
 from tasks.files import replacing
 from tests.support.recipes import ROOT, recipe_file
+from tests.support.terminal import Equipoise
 
 RECIPE = """
 seed = 3
@@ -216,15 +216,12 @@ def test_the_command_line_says_what_is_wrong(
     arguments: list[str],
     said: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
+    equipoise: Equipoise,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["equipoise", "train", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    code, _, error = equipoise("train", *arguments)
+    assert code == 2 and said in error
 
 
 def test_the_first_signal_is_a_wish_and_a_later_one_ends() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import main
 from cluster.recipe.machine import claimed
 from cluster.recipe.nodes import Node
 from cluster.recipe.recipe import UserError, load_recipe
@@ -17,6 +16,7 @@ from cluster.run.scaling import WISH, ask, requested, scale_as_asked
 from rollout.settings import SamplerConfig
 from tests.support.pretend import Samplers, request
 from tests.support.recipes import recipe_text
+from tests.support.terminal import Equipoise
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_wish_is_heard_once_and_the_last_one_counts(run: Path) -> None:
 
 
 def test_only_a_run_that_goes_on_can_be_asked(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    run: Path, tmp_path: Path, equipoise: Equipoise
 ) -> None:
     with pytest.raises(UserError, match=r"not a run folder \(it has no recipe.toml\)"):
         ask(tmp_path, 2)
@@ -46,10 +46,8 @@ def test_only_a_run_that_goes_on_can_be_asked(
             ask(run, 2)
         with claimed(run):
             pass
-    monkeypatch.setattr("sys.argv", ["equipoise", "scale", str(run), "--samplers", "2"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2 and "no process is running it" in capsys.readouterr().err
+    code, _, error = equipoise("scale", run, "--samplers", 2)
+    assert code == 2 and "no process is running it" in error
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"samplers": 0}', '{"samplers": true}', '{"a": 1}'])
