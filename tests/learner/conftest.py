@@ -10,6 +10,7 @@ import torch
 
 from learner.policy import Policy, load_policy
 from learner.tiny import FAMILIES
+from tests.support.shaken import shaken
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,19 +27,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def model_path(family: str, tiny_models: dict[str, Path], tmp_path_factory: Any) -> str:
-    """A tiny policy whose weights are all in play.
-
-    A fresh one has zero biases and unit norms, behind which a swapped or lost tensor hides.
-    """
-    policy, processor = load_policy(str(tiny_models[family]))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    out = tmp_path_factory.mktemp("shaken") / family
-    policy.model.save_pretrained(out)  # type: ignore[operator]
-    processor.save_pretrained(out)
-    return str(out)
+    """A tiny policy whose weights are all in play."""
+    return str(shaken(tiny_models[family], tmp_path_factory.mktemp("shaken") / family, seed=7))
 
 
 @pytest.fixture(scope="session")

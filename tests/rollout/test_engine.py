@@ -52,6 +52,7 @@ from tests.support.live_engine import (
     worst,
 )
 from tests.support.samples import problem as picture
+from tests.support.shaken import shake
 from tests.support.waiting import until
 
 
@@ -330,11 +331,7 @@ def test_an_engine_takes_a_step_a_token_and_computes_no_token_twice(live: Live) 
 def test_what_is_frozen_is_not_sent_and_the_engine_is_right_all_the_same(live: Live) -> None:
     policy, _ = load_policy(str(live.folder))
     freeze(policy, ("vision", "*.layers.1.*", "*.layers.2.self_attn.q_proj.*"))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    shake(policy, seed=4, by=0.03)
     live.weights["trained"] = policy
     live.send("perturbed", 0)
     alone = GatheredWeights(policy.model, nullcontext, torch.float32)

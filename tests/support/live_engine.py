@@ -37,6 +37,7 @@ from tasks.load import load_task
 from tasks.returns import Returns
 from tasks.splits import draw_problem
 from tests.support.samples import problem as picture
+from tests.support.shaken import shake
 
 TASK = load_task("graph_coloring")
 
@@ -199,10 +200,7 @@ def perturbed_engine(
     perturbed, _ = load_policy(str(policy))
     if image_size:
         plain.image_processor.size = image_size
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in perturbed.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    shake(perturbed, seed=1)
     start_from = folders.mktemp("perturbed") / policy.name
     perturbed.model.save_pretrained(start_from)  # type: ignore[operator]
     plain.save_pretrained(start_from)

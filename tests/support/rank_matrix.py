@@ -17,10 +17,12 @@ from learner.losses import BalancedLoss
 from learner.policy import load_policy
 from learner.policy_loss import PolicyLoss
 from learner.tiny import FAMILIES
+from rollout.tokens import load_processor
 from tasks.images import mask_patches
 from tests.support.plain import plain_logprobs
 from tests.support.ranks import Job, Outcome, run_ranks, setup
 from tests.support.samples import CliffLoss, mixed_batch
+from tests.support.shaken import shaken
 
 RATE = 1e-3
 PART_OF = FAMILY["qwen3_vl"].part_of
@@ -88,15 +90,8 @@ class Ranks:
         self.folder, self.paths, self.bases = folder, {}, tiny_models
         self.batches: dict[str, tuple[TrainBatch, ...]] = {}
         for family in FAMILIES:
-            policy, processor = load_policy(str(tiny_models[family]))
-            generator = torch.Generator().manual_seed(7)
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-            self.paths[family] = folder / family
-            policy.model.save_pretrained(self.paths[family])  # type: ignore[operator]
-            processor.save_pretrained(self.paths[family])
-            mixed = mixed_batch(processor)
+            self.paths[family] = shaken(tiny_models[family], folder / family, seed=7)
+            mixed = mixed_batch(load_processor(str(self.paths[family])))
             # In the second update one rank sees an image while the other reads blind.
             self.batches[family] = (mixed, TrainBatch(mixed.sequences[1:3]))
         self.outcomes: dict[str, Outcome] = {}
