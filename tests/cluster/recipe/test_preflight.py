@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.run.checkpoints import MAY_CHANGE, changed_fields
 from cluster.run.replay import run_sampling
 from cluster.run.sft import run_sft
 from cluster.run.train import run_training
+from rollout.models import ModelError
 from tasks.core import DataError, Problem
 from tasks.datasets import read_examples
 from tasks.sudoku import Sudoku
@@ -166,14 +168,37 @@ def test_only_the_first_bad_rows_are_listed(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_image_is_no_row_to_leave_out(data: Path, tmp_path: Path) -> None:
+    """Nor for any command. What else can be wrong with a row: tests/tasks/test_datasets.py."""
     file = data / "test.parquet"
     rows = pq.read_table(file).to_pylist()
     rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:-20]
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(file)), file)
     (data / "manifest.json").unlink()
-    wanted = recipe(tmp_path, data, 'tasks[0].too_long="drop"')
-    with pytest.raises(DataError, match=r"test\.parquet: row 2: image: the image is damaged"):
-        preflight(wanted, "train", print)
+    wanted, out = recipe(tmp_path, data, 'tasks[0].too_long="drop"'), tmp_path / "out"
+    for command in (run_training, run_sft):
+        with pytest.raises(DataError, match=r"test\.parquet: row 2: image: the image is damaged"):
+            command(wanted, output=out)
+        assert not out.exists()
+
+
+def test_a_training_row_of_a_held_out_problem_is_refused(data: Path, tmp_path: Path) -> None:
+    train, test = (pq.read_table(data / f"{split}.parquet") for split in ("train", "test"))
+    pq.write_table(pa.concat_tables([train, test.slice(2, 1)]), data / "train.parquet")
+    (data / "manifest.json").unlink()
+    problem = test["id"][2].as_py()
+    with pytest.raises(DataError, match=rf"{data}: problem {problem} of split train is, up to sym"):
+        open_sources(recipe(tmp_path, data).tasks)
+
+
+def test_a_model_folder_without_a_processor_is_refused(data: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    files = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+    shutil.copytree(TINY_POLICY, model, ignore=shutil.ignore_patterns(*files))
+    wanted = recipe(tmp_path, data, f'model.path="{model}"')
+    for command in (run_training, run_sft):
+        with pytest.raises(ModelError, match=rf"{model}: .*processor"):
+            command(wanted, output=out)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
