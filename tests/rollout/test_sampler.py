@@ -39,10 +39,10 @@ from rollout.transfer import fetched
 from tasks.core import Problem
 from tasks.load import load_task
 from tasks.splits import draw_problem
-from tests.rewards.test_surrogates import rollout_of
 from tests.support.light_sampler import LightSampler
 from tests.support.prose import LabelledProse, prose, says
 from tests.support.ray_heads import local_ray
+from tests.support.surrogate_groups import rollout_of
 from tests.support.waiting import until
 
 TASK = load_task("graph_coloring")

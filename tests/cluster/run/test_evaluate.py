@@ -18,8 +18,8 @@ from rollout.record import Group, SampleRequest, Sampling, Turn
 from rollout.settings import EnvironmentConfig
 from tasks.core import Problem
 from tasks.load import load_task
-from tests.rewards.test_surrogates import answered, reason, rollout_of
 from tests.support.recipes import TOY, made_recipe
+from tests.support.surrogate_groups import answered, reason, rollout_of
 from tests.support.toys import Doubling, group, problem
 
 
