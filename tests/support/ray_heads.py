@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,22 @@ def local_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
     ray.shutdown()
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, on loopback."""
+    with ExitStack() as open_ones:
+        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def node_args(**args: Any) -> dict[str, Any]:
+    """What a node of a `local_cluster` is started with, the ports of its agents among it: a raylet
+    that waits to be told of them ends after 15 seconds, which a busy machine may take."""
+    names = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    return dict(zip(names, free_ports(3), strict=True)) | args
+
+
 @contextmanager
 def local_cluster(*nodes: dict[str, Any], **head: Any) -> Iterator[Cluster]:
     """A Ray of several nodes on this machine, which this process is connected to; it leaves
@@ -72,9 +88,9 @@ def local_cluster(*nodes: dict[str, Any], **head: Any) -> Iterator[Cluster]:
     if ray.is_initialized():
         ray.shutdown()
     with _handed_on():
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = Cluster(initialize_head=True, head_node_args=node_args(**head))
         for node in nodes:
-            cluster.add_node(**node)
+            cluster.add_node(**node_args(**node))
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     ray.shutdown()
@@ -100,11 +116,7 @@ def ray_head(log: Path, **more: str) -> Iterator[str]:
 
     `more`: variables that its jobs see.
     """
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    ports = free_ports(3)
     # Ray puts sockets under its temporary folder, whose path must stay short.
     scratch = Path(f"/tmp/eq-{os.getpid()}")
     with log.open("w") as out:

@@ -26,13 +26,13 @@ from rollout.sampler import RaySamplerClient
 from rollout.settings import SamplerConfig
 from tests.support.light_sampler import LightSampler
 from tests.support.pretend import request
-from tests.support.ray_heads import local_cluster
+from tests.support.ray_heads import local_cluster, node_args
 from tests.support.recipes import made_recipe
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 START_SECONDS = 300.0
-"""More than a busy machine takes for an actor; for what has no place it is put forward."""
+"""More than a busy machine takes for an actor; the pool's clock is put forward past it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def pool_of_two() -> Iterator[SamplerPool]:
         SamplerConfig(
             max_num_seqs=8,
             start_timeout_seconds=START_SECONDS,
-            heartbeat_seconds=10 * START_SECONDS,
+            heartbeat_seconds=4 * START_SECONDS,
         ),
         "told",
     )
@@ -117,17 +117,18 @@ def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     monkeypatch.setattr("rollout.pool_thread.time", clock)
-    other = cluster.add_node(num_cpus=1)
+    other = cluster.add_node(**node_args(num_cpus=1))
     with pool_of_two() as pool:
         pool.submit([request(f"g-{i}") for i in range(12)])
         cluster.remove_node(other, allow_graceful=False)
         found = pool.collect(12, 300)
         assert sorted(g.group_id for g in found) == sorted(f"g-{i}" for i in range(12))
+        ahead[0] += START_SECONDS + 1  # one that idles is asked for a sign of life
         until(lambda: pool.counts()["restarts"] == 1)
-        ahead[0] = START_SECONDS + 1  # there is no place, however long it waits
+        ahead[0] += START_SECONDS + 1  # there is no place, however long it waits
         until(lambda: pool.counts()["absent"] == 1)
         assert pool.counts()["count"] == 1 and pool.counts()["restarts"] == 1
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(**node_args(num_cpus=1))
         until(lambda: pool.counts()["count"] == 2)
         assert pool.counts()["absent"] == 0
         assert len(pool.sample([request(f"h-{i}") for i in range(12)])) == 12

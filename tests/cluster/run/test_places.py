@@ -17,7 +17,7 @@ from cluster.recipe.recipe import Recipe, RunFailed
 from cluster.recipe.sections import PlacementConfig
 from cluster.run.nodes import fetch_on_nodes, free_nodes
 from cluster.run.places import Places, places_of
-from tests.support.ray_heads import local_cluster
+from tests.support.ray_heads import local_cluster, node_args
 from tests.support.recipes import made_recipe
 from tests.support.waiting import until
 
@@ -95,7 +95,7 @@ def test_actors_are_where_the_plan_said_and_an_engine_starts_again_elsewhere(
         cluster.remove_node(sorted_nodes(cluster)[0])
         places.leave(lost.role, lost.index)
         (again,) = started(places, [lost])
-        joined = cluster.add_node(num_cpus=6, num_gpus=2, labels={"gpus": "2"})
+        joined = cluster.add_node(**node_args(num_cpus=6, num_gpus=2, labels={"gpus": "2"}))
         assert where([again])[0][0] == joined.node_id
         # Its old process may answer for a while.
         until(lambda: where([worker])[0][0] == joined.node_id, 120)
