@@ -84,7 +84,7 @@ def test_scenes_hold_what_their_labels_and_answers_say(made: Any) -> None:
             )  # fmt: skip
             answer = row.question.gold
             truth = [column_at * 16, row_at * 16, column_at * 16 + 16, row_at * 16 + 16]
-            assert CHECKERS["box"].graded(str(truth), Gold((answer,))) > 0.5
+            assert CHECKERS["box"].right(str(truth), Gold((answer,)))
             continue
         if words.startswith("Are there"):
             truth_text = "yes" if discs > total - discs else "no"

@@ -43,18 +43,6 @@ class BoxChecker(Checker):
             for true in map(_boxes, gold.answers)
         )
 
-    def graded(self, answer: str, gold: Gold) -> float:
-        """The sum of IoU over the best matching, over the larger of both numbers of boxes."""
-        answered = _boxes(answer)
-        return max(
-            (
-                float(matched(answered, true).sum()) / max(len(answered), len(true))
-                for true in map(_boxes, gold.answers)
-                if answered and true
-            ),
-            default=0.0,
-        )
-
     def fault(self, gold: Gold) -> str | None:
         """A gold that is no box."""
         for true in gold.answers:

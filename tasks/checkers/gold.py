@@ -38,10 +38,6 @@ class Checker(ABC):
     def right(self, answer: str, gold: Gold) -> bool:
         """Whether the text gives one answer, and that is right."""
 
-    def graded(self, answer: str, gold: Gold) -> float:
-        """How near it comes, in [0, 1]; where nearness is not told, 1 or 0."""
-        return float(self.right(answer, gold))
-
     @abstractmethod
     def fault(self, gold: Gold) -> str | None:
         """Why this gold cannot be used, in one line; None where it can. Cheap."""

@@ -19,14 +19,11 @@ class Text(Checker):
     name = "text"
 
     def right(self, answer: str, gold: Gold) -> bool:
-        """Whether the answer is a gold up to case, white space and punctuation around it."""
-        return self.graded(answer, gold) > 0
+        """Whether the answer is a gold up to case, white space and punctuation around it.
 
-    def graded(self, answer: str, gold: Gold) -> float:
-        """1 where it is the same, with `threshold` the similarity, else 0."""
-        tidied = tidy(answer)
-        threshold = number_option(gold, "threshold", 1.0)
-        similarity = 0.0
+        With `threshold`: whether it is as similar to one.
+        """
+        tidied, similarity = tidy(answer), 0.0
         for true in gold.answers:
             if tidied is None or not normal(answer):
                 break
@@ -34,7 +31,7 @@ class Text(Checker):
                 one, other = normal(plain(mine)), normal(plain(true))
                 if one and other:
                     similarity = max(similarity, Levenshtein.normalized_similarity(one, other))
-        return similarity if similarity >= threshold else 0.0
+        return 0 < similarity >= number_option(gold, "threshold", 1.0)
 
     def fault(self, gold: Gold) -> str | None:
         """No gold, or an empty one."""
