@@ -128,15 +128,14 @@ def test_a_pool_goes_on_smaller_when_a_node_is_lost_and_grows_with_a_new_one(
         ahead[0] += START_SECONDS + 1  # there is no place, however long it waits
         until(lambda: pool.counts()["absent"] == 1)
         assert pool.counts()["count"] == 1 and pool.counts()["restarts"] == 1
-        cluster.add_node(**node_args(num_cpus=1))
+        joined = cluster.add_node(**node_args(num_cpus=1))
         until(lambda: pool.counts()["count"] == 2)
         assert pool.counts()["absent"] == 0
         assert len(pool.sample([request(f"h-{i}") for i in range(12)])) == 12
         # A notice that a node is taken away is one to whom it hosts.
         told = "LightSampler"
-        others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != own_node()]
         assert leaving((told,)) == ""
-        drain(others[0])
+        drain(joined.node_id)
         until(lambda: leaving((told,)) == told)
         assert leaving(("LearnerRank",)) == ""
         drain(own_node())
