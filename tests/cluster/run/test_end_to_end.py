@@ -1,9 +1,10 @@
 """One run on real parts, Ray, vLLM and DeepSpeed, from its first step to its report.
 
-One file, as engines are slow to start and one run shows it all. InternVL trains on two ZeRO-3 ranks; its engine
-is killed and may not start again, which ends the run; its last checkpoint is torn; and it goes on
-as a job of a Ray head on loopback, by turns as on a GPU that sampler and learner share, until its
-budget of tokens is spent. The job's driver is killed while its engine starts.
+One file, as engines are slow to start and one run shows it all. InternVL trains on two ZeRO-3
+ranks; its engine is killed and may not start again, which ends the run; its last checkpoint is
+torn; and it goes on as a job of a Ray head on loopback, by turns as on a GPU that sampler and
+learner share, until its budget of tokens is spent. The job's driver is killed while its engine
+starts.
 """
 
 from __future__ import annotations
