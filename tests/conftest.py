@@ -33,6 +33,7 @@ LONGEST = (
     "tests/learner/test_deepspeed.py",
     "tests/cluster/run/test_faults.py",
     "tests/learner/test_resume.py",
+    "tests/learner/test_smollm2.py",
     "tests/cluster/run/test_sft.py",
     "tests/cluster/run/test_two_nodes.py",
     "tests/cluster/run/test_far_sampler.py",
