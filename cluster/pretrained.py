@@ -29,9 +29,9 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "pretrained"
 TIMES = "stages.json"
 SHOWN = ("a", "a_p", "a_p_graded", "a_r", "text_loss", "text_right")
 MINUTES = {"smollm2": 1.0, "model": 0.5, "align": 45.0, "sft": 40.0, "rl": 30.0}
-"""Of each stage where it was measured (docs/pretrained.md), two cores at `GFLOPS`."""
+"""Of each stage on two cores at `GFLOPS`, worked out from its products of matrices."""
 GFLOPS = 300.0
-"""What `speed` said there."""
+"""What `speed` says of such a machine."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def run_pretrained(out: Path, dry_run: bool = False) -> None:
 
 
 def plan_table(chain: tuple[Stage, ...], out: Path, slower: float, dtype: str) -> Table:
-    """What is there and what is to come; `slower`: than the machine that was measured."""
+    """What is there and what is to come; `slower`: than the machine of `GFLOPS`."""
     rows, total = [], 0.0
     for stage in chain:
         minutes = 0.0 if stage.done(out) else MINUTES[stage.name] * slower
@@ -137,7 +137,7 @@ def plan_table(chain: tuple[Stage, ...], out: Path, slower: float, dtype: str) -
         ("stage", "what", "left"),
         tuple(rows),
         f"model.dtype = {dtype}; by one product of matrices this machine takes {slower:.2f} times "
-        "as long as the one that was measured",
+        "as long as the one that the minutes were worked out for",
         align="llr",
     )
 
