@@ -12,12 +12,8 @@ from rich.console import Console
 
 from cluster.ablation.cells import is_finished, read_result
 from cluster.ablation.grid import Ablation, Cell
-from cluster.ablation.launch import (
-    Runner,
-    program,
-    run_ablation,
-    slots_for,
-)
+from cluster.ablation.launch import run_ablation, slots_for
+from cluster.ablation.processes import Runner, runner_of
 from cluster.ablation.progress import GridProgress, cost_table
 from cluster.recipe.fetching import pinned_recipe
 from cluster.recipe.hardware import Machine
@@ -111,8 +107,7 @@ def ablate_to_the_end(
     if not elsewhere:
         for cell in ablation.cells:
             plan(cell.recipe, machine, cell.command).require()
-    words = program(ablation.config.command)
-    chosen = runner or Runner(words, address)
+    chosen = runner or runner_of(ablation.config.command, address)
     try:
         with GridProgress(ablation.cells, console) as progress:
             failed = run_ablation(ablation, folder, chosen, slots, progress)

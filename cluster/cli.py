@@ -254,6 +254,14 @@ def ablate(
     raise typer.Exit(code)
 
 
+@app.command(hidden=True)
+def cells() -> None:
+    """Run cells that an ablation's launcher asks for on standard input, one after another."""
+    from cluster.cells_cli import run_cells
+
+    raise typer.Exit(run_cells(main))
+
+
 for _command in JOB_COMMANDS:
     app.command()(_command)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import socket
 import time
@@ -30,7 +31,8 @@ WRITE_SECONDS = 60.0
 class LearnerRank:
     """One rank's trainer in its own process."""
 
-    _trainer: Trainer
+    _trainer: Any = None
+    """A `Trainer` once it is started."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -54,6 +56,10 @@ class LearnerRank:
         with importing():
             from learner.engine import DeepSpeedLearner
 
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
+            gc.collect()
         self._trainer = DeepSpeedLearner(setup, WorldPlace(self._rank, self._size, master))
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
@@ -118,6 +124,10 @@ class LearnerGroup:
             LearnerRank.options(**options, **placed(rank)).remote(rank, learner.ranks)  # type: ignore[attr-defined]
             for rank in range(learner.ranks)
         ]
+        self._setup = setup
+
+    def begin(self, setup: LearnerSetup) -> None:
+        """Take another setup for the same ranks; the next `start` makes their trainers anew."""
         self._setup = setup
 
     def start(self) -> None:

@@ -84,6 +84,10 @@ class Engine(EngineState):
         )
         return cls(llm, processor, name, frozen, seed)
 
+    def begin(self, seed: int) -> None:
+        """Draw from now on as an engine that was started with `seed`."""
+        self._seed = seed
+
     async def sample(self, request: SampleRequest, task: Task) -> Group:
         """Sample `request.n` responses to one problem as one engine request.
 

@@ -53,13 +53,17 @@ class PoolThread:
 
     def stop(self) -> None:
         """Shut the engines down, then their actors; nothing where that is done."""
+        retire(self.release())
+
+    def release(self) -> list[PoolClient]:
+        """End the pool and not its samplers, which are returned for another pool to start with."""
         with self._changed:
             self._stopped = True
         self._events.put(())
         self._thread.join()
         with self._changed:
             clients, self._clients = self._clients, {}
-        retire([client for _, client in clients.values()])
+        return [client for _, client in clients.values()]
 
     def _tell(self, event: Callable[[float], None]) -> None:
         """Let the dispatch know of something, and the thread carry out what follows."""

@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rollout.engine import Engine, EngineDied
 from rollout.environments import EnvironmentPool
-from rollout.jobs import Cause, Died, Refused
+from rollout.jobs import Cause, Died, PoolClient, Refused
 from rollout.record import Group, SampleRequest, ScoreRequest, Weights
 from rollout.settings import ModelConfig, SamplerConfig
 from rollout.starting import own_words
@@ -36,6 +36,11 @@ class Sampler:
 
     def __repr__(self) -> str:
         return self._name  # Ray's dashboard and logs show it
+
+    async def begin(self, seed: int) -> None:
+        """Be as new for another run; its weights are still to come."""
+        self._engine.begin(seed)
+        self._held = None
 
     async def ready(self, weights: Weights | None) -> tuple[int, int | None]:
         """How many token ids the model has, and the version that it holds: `weights` by then."""
@@ -151,16 +156,21 @@ def ray_samplers(
     sampler: SamplerConfig,
     placed: Callable[[int], dict[str, Any]] = lambda index: {},
     left: Callable[[int], None] = lambda index: None,
+    waiting: dict[str, PoolClient] | None = None,
     **options: Any,
-) -> Callable[[str], RaySamplerClient]:
+) -> Callable[[str], PoolClient]:
     """What starts a `Sampler` actor under a name ("sampler-3"), with cores and GPUs of its own.
 
     `placed`: where its number is to run, as options of the actor; `left`: is told when that ended.
-    `options`: of `Engine.start`.
+    `waiting`: samplers of an earlier pool, started alike but for the seed, by name; one that is
+    there is taken out, and begins again. `options`: of `Engine.start`.
     """
     resources = {"num_cpus": sampler.cpus, "num_gpus": sampler.gpus}
 
-    def start(name: str) -> RaySamplerClient:
+    def start(name: str) -> PoolClient:
+        if waiting and (kept := waiting.pop(name, None)) is not None:
+            kept.call("begin", options["seed"])
+            return kept
         index = int(name.rpartition("-")[-1])
         actor = Sampler.options(**resources, **placed(index)).remote(  # type: ignore[attr-defined]
             model, sampler, name, **options

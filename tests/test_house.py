@@ -31,8 +31,8 @@ CLUSTER_MAY_IMPORT = {
 }
 """The rooms inside cluster/; the commands, its flat files, may import all of them."""
 COMMANDS = {
-    "__init__", "__main__", "ablate_cli", "cli", "demo", "doctor", "measure_cli", "models_cli",
-    "names", "pretrained", "start", "submit_cli", "tasks_cli",
+    "__init__", "__main__", "ablate_cli", "cells_cli", "cli", "demo", "doctor", "measure_cli",
+    "models_cli", "names", "pretrained", "start", "submit_cli", "tasks_cli",
 }  # fmt: skip
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 LONGEST_FILE = 400

@@ -14,16 +14,13 @@ has a folder was interrupted or failed and starts anew, after its leftover proce
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,68 +36,27 @@ from cluster.ablation.cells import (
     write_json,
 )
 from cluster.ablation.grid import Ablation, Cell, changes
+from cluster.ablation.processes import (
+    CellProcess,
+    CellProcesses,
+    Runner,
+    end_marked,
+    mark_of_many,
+)
 from cluster.ablation.progress import GridProgress
-from cluster.ablation.settings import CellCommand
 from cluster.recipe.hardware import Machine
 from cluster.recipe.placement import plan
 from cluster.recipe.recipe import RecipeError, UserError, load_recipe, resolved_toml
 from tasks.files import put_text
 
-MARK = "EQUIPOISE_CELL"
-"""Environment variable that a cell's processes carry: the folder of the cell."""
-
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 20.0
-"""What a cell gets to end after SIGTERM, before SIGKILL."""
-
-
-def program(command: CellCommand) -> tuple[str, ...]:
-    """The words that run one of our commands with this Python."""
-    return (sys.executable, "-m", "cluster", command)
-
-
-@dataclass(frozen=True)
-class Runner:
-    """How a cell becomes a process, and how one that a dead launcher left behind is ended.
-
-    Attributes:
-        program: the words that arguments are put after.
-        address: of a Ray cluster's dashboard: each cell is a job there, else a process here. The
-            working directory travels with the job. The ablation's folder and this Python must be
-            at the same place on the cluster's head node: shared storage, one image.
-    """
-
-    program: tuple[str, ...]
-    address: str | None = None
-
-    def command(self, recipe: Path, run: Path, job: str) -> list[str]:
-        """The command that trains by `recipe` into the new folder `run`, as job `job`.
-
-        `ray job submit` waits for the job and has its exit code.
-        """
-        words = [*self.program, str(recipe), "--output", str(run)]
-        if self.address is None:
-            return words
-        submit = [*_ray_job("submit", self.address), "--submission-id", job]
-        return [*submit, "--working-dir", os.getcwd(), "--", *words]
-
-    def end(self, job: str) -> None:
-        """End a job whose process marks cannot be seen here; one that is over stays as it is."""
-        if self.address is not None:
-            command = [*_ray_job("stop", self.address), job]
-            subprocess.run(command, capture_output=True, timeout=120, check=False)
-
-
-def _ray_job(subcommand: str, address: str) -> list[str]:
-    beside = Path(sys.executable).parent / "ray"
-    return [str(beside) if beside.is_file() else "ray", "job", subcommand, "--address", address]
 
 
 @dataclass
 class _Running:
     cell: Cell
     job: str
-    process: subprocess.Popen[bytes]
+    process: CellProcess
     started: float = field(default_factory=time.monotonic)
 
 
@@ -123,22 +79,24 @@ def run_ablation(
             else:
                 _clear(folder, cell, runner)
                 waiting.append(cell)
+        end_marked(mark_of_many(folder))
         failed: list[str] = []
         running: list[_Running] = []
+        processes = CellProcesses(folder, runner)
         try:
             while waiting or running:
                 while waiting and len(running) < slots:
-                    running.append(_start(folder, waiting.pop(0), runner))
+                    running.append(_start(folder, waiting.pop(0), processes))
                     progress.started(running[-1].cell.id)
                 for item in list(running):
-                    code = item.process.poll()
+                    code = item.process.code()
                     if code is None:
                         run = cell_folder(folder, item.cell) / "run"
                         progress.at_step(item.cell.id, last_step_of(run, item.cell.command))
                         continue
                     running.remove(item)
                     seconds = time.monotonic() - item.started
-                    _end_marked(folder, item.cell)
+                    processes.ended(item.process, code)
                     error = _conclude(folder, item.cell, code, seconds)
                     if error is None:
                         progress.finished(item.cell.id, seconds)
@@ -149,11 +107,13 @@ def run_ablation(
                 time.sleep(POLL_SECONDS)
         finally:
             for item in running:
-                _end(folder, item, runner)
+                runner.end(item.job)
+                item.process.end()
+            processes.close()
     return failed
 
 
-def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
+def _start(folder: Path, cell: Cell, processes: CellProcesses) -> _Running:
     cell_path = cell_folder(folder, cell)
     cell_path.mkdir(parents=True)
     job = f"equipoise-{uuid4().hex[:16]}"
@@ -161,18 +121,7 @@ def _start(folder: Path, cell: Cell, runner: Runner) -> _Running:
     put_text(recipe, resolved_toml(cell.recipe))
     started = {"job": job, "weights": hash_weights(cell.recipe.model.path), "time": time.time()}
     write_json(cell_path / "started.json", started)
-    with (cell_path / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            runner.command(recipe, cell_path / "run", job),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {MARK: str(cell_path), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            # Safe between fork and exec: this process has one thread.
-            preexec_fn=_die_with(os.getpid()),
-        )
-    return _Running(cell, job, process)
+    return _Running(cell, job, processes.start(recipe, job))
 
 
 def _conclude(folder: Path, cell: Cell, code: int, seconds: float) -> str | None:
@@ -229,7 +178,7 @@ def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
     started = cell_path / "started.json"
     if started.is_file() and not (cell_path / "failure.json").is_file():
         runner.end(json.loads(started.read_text(encoding="utf-8"))["job"])
-    _end_marked(folder, cell)
+    end_marked(str(cell_path))
     if not (cell_path / "failure.json").is_file():
         shutil.rmtree(cell_path)
         return
@@ -237,63 +186,6 @@ def _clear(folder: Path, cell: Cell, runner: Runner) -> None:
     aside.mkdir(exist_ok=True)
     tries = len(list(aside.glob(f"{cell.id}-try-*")))
     cell_path.rename(aside / f"{cell.id}-try-{tries + 1}")
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a child runs before its command: have the kernel end it when this launcher dies."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-
-    def before() -> None:
-        libc.prctl(set_death_signal, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-    return before
-
-
-def _end(folder: Path, item: _Running, runner: Runner) -> None:
-    """End a running cell: ask its processes, then insist."""
-    runner.end(item.job)
-    try:
-        os.killpg(item.process.pid, signal.SIGTERM)
-        item.process.wait(GRACE_SECONDS)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass  # `_end_marked` sees to the rest
-    _end_marked(folder, item.cell)
-    item.process.wait()
-
-
-def _end_marked(folder: Path, cell: Cell) -> None:
-    """SIGKILL every process that carries the cell's mark, until there is none.
-
-    Ray and vLLM start processes of their own, which outlive a driver that was killed by a little
-    while. Without /proc (not Linux) there is nothing to see, and they end by themselves.
-    """
-    mark = f"{MARK}={cell_folder(folder, cell)}".encode()
-    deadline = time.monotonic() + 60
-    while pids := list(_carrying(mark)):
-        if time.monotonic() > deadline:
-            raise UserError(f"{cell.id}: processes {pids} of an earlier try do not end; end them")
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.05)
-
-
-def _carrying(mark: bytes) -> Iterator[int]:
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            carries_mark = mark in environ.read_bytes().split(b"\0")
-            zombie = carries_mark and b") Z " in (environ.parent / "stat").read_bytes()
-        except OSError:
-            continue  # another user's, or gone meanwhile
-        if carries_mark and not zombie and int(environ.parent.name) != os.getpid():
-            yield int(environ.parent.name)
 
 
 @contextmanager

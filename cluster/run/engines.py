@@ -10,6 +10,7 @@ from cluster.recipe.nodes import actors_of
 from cluster.recipe.placement import Command, Role, frozen_models
 from cluster.recipe.recipe import Recipe
 from cluster.run.places import Places, places_of
+from rollout.jobs import PoolClient
 from rollout.pool import SamplerPool
 from rollout.sampler import ray_samplers
 
@@ -22,10 +23,12 @@ def sampler_pool(
     places: Places,
     model: str | None = None,
     frozen: int | None = None,
+    waiting: dict[str, PoolClient] | None = None,
 ) -> SamplerPool:
     """The recipe's samplers on the policy or another checkpoint, or the engine of a frozen model.
 
-    They are not yet waited for. `frozen`: the number of the frozen model.
+    They are not yet waited for. `frozen`: the number of the frozen model; `waiting`: of
+    `ray_samplers`.
     """
 
     def who(index: int) -> tuple[Role, int]:
@@ -37,6 +40,7 @@ def sampler_pool(
         recipe.sampler,
         lambda index: places.options(*who(index)),
         lambda index: places.leave(*who(index)),
+        waiting,
         transport=recipe.transfer.transport,
         frozen=frozen is not None,
         seed=recipe.seed,
@@ -65,9 +69,14 @@ def sampling_from(
                 each.stop()
 
 
-def frozen_pools(recipe: Recipe, command: Command, places: Places) -> FrozenPools:
-    """Start them; they are not yet waited for."""
+def frozen_pools(
+    recipe: Recipe,
+    command: Command,
+    places: Places,
+    waiting: dict[str, PoolClient] | None = None,
+) -> FrozenPools:
+    """Start them; they are not yet waited for. `waiting`: of `ray_samplers`."""
     return {
-        model: sampler_pool(recipe, places, model, index)
+        model: sampler_pool(recipe, places, model, index, waiting)
         for index, model in enumerate(frozen_models(recipe, command))
     }

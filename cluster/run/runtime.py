@@ -23,6 +23,7 @@ from cluster.run.checkpoints import Resumed
 from cluster.run.delivery import Delivery, GpuDelivery
 from cluster.run.engines import FrozenPools, frozen_pools, sampler_pool, sampling_from
 from cluster.run.evaluate import evaluate_all
+from cluster.run.kept import Parts, leave, shape_of, take
 from cluster.run.places import Places, places_of
 from cluster.run.session import session
 from cluster.run.turns import Turns
@@ -123,6 +124,13 @@ def sampler_metrics(samplers: SamplerPool, frozen: Mapping[str, SamplerPool]) ->
     return {f"sampler/{name}": value for name, value in samplers.counts().items()} | of_frozen
 
 
+def new_parts(recipe: Recipe, command: Command, learner: LearnerSetup) -> Parts:
+    """Places of a command's actors, and the learner's ranks in theirs; no sampler yet."""
+    places = Places(recipe, actors_of(recipe, command))
+    group = LearnerGroup(learner, lambda rank: places.options("learner", rank))
+    return Parts(shape_of(recipe, command), places, group)
+
+
 class LivePolicy:
     """A learner and the samplers that get its weights by transfer; all that SFT measures with.
 
@@ -138,9 +146,11 @@ class LivePolicy:
         command: Command = "sft",
     ) -> None:
         self.recipe, self.sources = recipe, sources
-        self.places = places = Places(recipe, actors_of(recipe, command))
-        self.frozen = frozen_pools(recipe, command, places)
-        self.learner = LearnerGroup(learner, lambda rank: places.options("learner", rank))
+        self.parts = take(recipe, command) or new_parts(recipe, command, learner)
+        places, waiting = self.parts.places, self.parts.samplers
+        self.frozen = frozen_pools(recipe, command, places, waiting)
+        self.places, self.learner = places, self.parts.learner
+        self.learner.begin(learner)
         on_one_gpu = recipe.paired
         if on_one_gpu:
             # An engine measures the memory that is free while it starts.
@@ -149,7 +159,7 @@ class LivePolicy:
             if recipe.placement.by_turns:
                 self.learner.offload()
         start = None if learner.resume else learner.start
-        self.samplers = sampler_pool(recipe, places, start)
+        self.samplers = sampler_pool(recipe, places, start, waiting=waiting)
         if not on_one_gpu:  # last, for it waits for the process of rank 0
             self._starting = self.learner.start_async()
         self.turns = Turns(self.samplers, self.learner) if recipe.placement.by_turns else None
@@ -188,12 +198,15 @@ class LivePolicy:
         """Wait for a transfer that was begun."""
         self._delivery.settle()
 
-    def stop(self) -> None:
-        """End every actor."""
-        for pool in (self.samplers, *self.frozen.values()):
+    def stop(self, ended_well: bool = False) -> None:
+        """End every actor, or leave them to the next run (`cluster.run.kept`)."""
+        pools = (self.samplers, *self.frozen.values())
+        # Engines that GPUs send weights to are not left: that was never run.
+        if ended_well and self.recipe.transfer.transport == "host" and leave(self.parts, pools):
+            return
+        for pool in pools:
             pool.stop()
-        self.learner.stop()
-        self.places.release()
+        self.parts.stop()
 
 
 class Run(LivePolicy):
@@ -225,10 +238,10 @@ class Run(LivePolicy):
         pools = (self.samplers, *self.frozen.values())
         return [one for pool in pools for one in pool.news()]
 
-    def stop(self) -> None:
-        """End every actor."""
-        super().stop()
+    def stop(self, ended_well: bool = False) -> None:
+        """The same, and end the reward workers."""
         self.scoring.stop()
+        super().stop(ended_well)
 
 
 @contextmanager
@@ -243,7 +256,9 @@ def running(
     with session(recipe, "train", address, folder, say.say, resumed) as ready:
         say.steps = ready.recipe.algorithm.steps
         run = Run(ready.recipe, ready.sources, say, resumed.checkpoint if resumed else None)
+        ended_well = False
         try:
             yield run
+            ended_well = True
         finally:
-            run.stop()
+            run.stop(ended_well)

@@ -30,6 +30,7 @@ from cluster.record.mirror import require_mirror
 from cluster.record.role_logs import RoleLogs, driver_log
 from cluster.run.checkpoints import Resumed
 from cluster.run.keeping import disk_error
+from cluster.run.kept import is_keeping
 from cluster.run.logs import actor_logs
 from cluster.run.nodes import fetch_on_nodes, wait_for_nodes
 from cluster.run.own_ray import closed_to_others, end_of_own_node
@@ -46,6 +47,8 @@ LOCAL_RAY_TRIES = 3
 def connected(address: str | None, meanwhile: Callable[[], Any] = lambda: None) -> Iterator[Any]:
     """Attach to a Ray cluster, or start a local one; leave it, or end it, with the block.
 
+    Within `cluster.run.kept.keeping` it stays, and is there already for the next.
+
     `meanwhile` is called on another thread, since a Ray that starts is mostly waited for; the
     block gets what it returns, and what it raises is raised here. (Ray itself starts on this
     thread: its processes end with the thread that began them.)
@@ -61,7 +64,8 @@ def connected(address: str | None, meanwhile: Callable[[], Any] = lambda: None) 
     try:
         yield answer.result()
     finally:
-        ray.shutdown()
+        if not is_keeping():
+            ray.shutdown()
 
 
 def _call(work: Callable[[], Any], outcome: Future[Any]) -> None:

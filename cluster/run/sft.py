@@ -196,11 +196,13 @@ def tuning(
     if recipe.eval.every:
         progress.say("starting the learner (DeepSpeed), and samplers (vLLM) to measure with ...")
         live = LivePolicy(recipe, opened, setup)
+        ended_well = False
         try:
             live.wait_ready()
             yield live.learner, live
+            ended_well = True
         finally:
-            live.stop()
+            live.stop(ended_well)
         return
     with learning(recipe, setup) as learner:
         yield learner, None

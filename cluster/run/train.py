@@ -173,13 +173,14 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
 
     Sampler and learner loaded the same checkpoint, so tensors that land in the wrong place or
     dtype show here, before a step is spent; that they land at all shows in `learner/logprob_gap`
-    of the next steps. Under `transfer.checksum = "never"`, and for the trained weights of a
+    of the next steps. Samplers that had another run's weights are held against what they held
+    before that one. Under `transfer.checksum = "never"`, and for the trained weights of a
     resumed run, only the transfer is made. A sampler that is lost on the way is started again
     (`SamplerPool.weight_checksums`, `Delivery`). Raises WeightTransferError naming the sampler and
     the first parameter that changed.
     """
     check = run.recipe.transfer.checksum != "never" and version == 0
-    before = run.samplers.weight_checksums() if check else {}
+    before = run.parts.first_held or (run.samplers.weight_checksums() if check else {})
     run.send_weights(version)
     after = run.samplers.weight_checksums() if check else {}
     for sampler, new in after.items():
@@ -192,6 +193,7 @@ def verify_transfer(run: LivePolicy, version: int) -> None:
                 f"has, {len(changed)} of its {len(old)} parameters differ, first {changed[0]!r}; "
                 "sampler and learner do not agree on this model's parameter names"
             )
+    run.parts.first_held = before
 
 
 def conclude(

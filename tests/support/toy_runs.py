@@ -9,6 +9,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from cluster.ablation.cells import (
     read_result,
 )
 from cluster.ablation.grid import Ablation, Cell, load_ablation
-from cluster.ablation.launch import MARK, Runner, run_ablation
+from cluster.ablation.launch import run_ablation
+from cluster.ablation.processes import MARK, Runner
 from cluster.ablation.progress import GridProgress
 from cluster.record.folder import DEMONSTRATION_SCHEMA, METRIC_SCHEMA
 from cluster.report.ablation_report import read_ablation
@@ -52,6 +54,10 @@ MADE_WITH = {
 """What a run's `versions.json` says, as `cluster.record.versions.environment` makes it."""
 TOY_CELLS = Runner((sys.executable, "-S", str(Path(__file__).with_name("toy_cell.py"))))
 """Runs `toy_cell.py` in place of each cell's training."""
+TOY_ROW = replace(
+    TOY_CELLS, in_a_row=(sys.executable, "-S", str(Path(__file__).with_name("toy_row.py")))
+)
+"""The same, one cell after another in one process."""
 
 
 def run_cells(path: Path, folder: Path, runner: Runner = TOY_CELLS, slots: int = 1) -> list[str]:
@@ -185,14 +191,14 @@ def answers(chance: random.Random, gain: float) -> dict[str, object]:
 class Launcher:
     """A launcher in a process of its own, forked so that it starts at once; prints to a file."""
 
-    def __init__(self, path: Path, folder: Path, **environment: str) -> None:
+    def __init__(self, path: Path, folder: Path, runner: Runner, **environment: str) -> None:
         self._log = path.with_suffix(".log")
         self._log.write_text("")
 
         def work() -> None:
             os.environ.update(environment)
             sys.stdout = self._log.open("w", buffering=1)
-            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS))
+            raise SystemExit(ablate_to_the_end(load_ablation(path), folder, runner=runner))
 
         self.process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
         self.process.start()

@@ -24,7 +24,8 @@ from cluster.ablation.cells import (
     read_result,
 )
 from cluster.ablation.grid import load_ablation
-from cluster.ablation.launch import MARK, Runner, slots_for
+from cluster.ablation.launch import slots_for
+from cluster.ablation.processes import MARK, Runner
 from cluster.ablation.progress import cost_table
 from cluster.recipe.hardware import Machine
 from cluster.recipe.recipe import UserError
@@ -34,6 +35,7 @@ from tests.support.recipes import TINY_POLICY
 from tests.support.toy_runs import (
     TOY_BASE,
     TOY_CELLS,
+    TOY_ROW,
     Launcher,
     make_runs,
     marked,
@@ -92,6 +94,13 @@ def write(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return written
 
 
+@pytest.fixture(params=[TOY_CELLS, TOY_ROW], ids=["apart", "in a row"])
+def runner(request: pytest.FixtureRequest) -> Runner:
+    """Each cell in a process of its own, or one after another in one."""
+    runner: Runner = request.param
+    return runner
+
+
 @pytest.fixture(scope="module")
 def row(made: Path) -> Path:
     """The finished ablation of two arms and two seeds, its cells in a row; not to be changed."""
@@ -105,13 +114,13 @@ def row(made: Path) -> Path:
 
 
 def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, killed = write(seeds=(1, 2, 5)), tmp_path / "killed"
     chance = random.Random(4)
     finished: dict[Path, int] = {}
     for least in range(3):
-        launcher = Launcher(path, killed, TOY_SLEEP="1.2")
+        launcher = Launcher(path, killed, runner, TOY_SLEEP="1.2")
         started = [f"[{done}/6] started" for done in range(least, 6)]
         until(lambda: any(s in launcher.printed() for s in started), 60, "none started")  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.5))
@@ -119,7 +128,7 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
         assert {file: file.stat().st_mtime_ns for file in finished} == finished
         finished = {f: f.stat().st_mtime_ns for f in killed.glob("cells/*/result.json")}
     assert 0 < len(finished) < 6, "nothing to keep, or nothing left to do"
-    assert run_cells(path, killed) == []
+    assert run_cells(path, killed, runner) == []
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert capsys.readouterr().out.count("had result") == len(finished)
     assert run_cells(path, tmp_path / "calm") == []
@@ -129,10 +138,10 @@ def test_a_launcher_killed_three_times_ends_with_what_an_undisturbed_one_finds(
 
 
 def test_a_launcher_holds_its_folder_and_its_cells_die_with_it(
-    write: Write, tmp_path: Path
+    write: Write, tmp_path: Path, runner: Runner
 ) -> None:
     path, folder = write(), tmp_path / "out"
-    first = Launcher(path, folder, TOY_SLEEP="600")
+    first = Launcher(path, folder, runner, TOY_SLEEP="600")
     until(lambda: list(folder.glob("cells/*/run/rollouts/*")), 60, "no cell began")
     with pytest.raises(UserError, match=rf"process {first.process.pid}\) is at work"):
         run_cells(path, folder)
@@ -177,9 +186,11 @@ def test_a_process_that_a_cell_left_behind_is_ended_before_the_cell_starts_again
         bystander.wait()
 
 
-def test_ctrl_c_ends_the_cells_and_goes_on_later(write: Write, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_cells_and_goes_on_later(
+    write: Write, tmp_path: Path, runner: Runner
+) -> None:
     path, folder = write(parallel=2), tmp_path / "out"
-    launcher = Launcher(path, folder, TOY_SLEEP="600")
+    launcher = Launcher(path, folder, runner, TOY_SLEEP="600")
     until(lambda: len(list(folder.glob("cells/*/run/rollouts/*"))) == 2, 60, "no two cells")
     assert launcher.end(signal.SIGTERM) == 130
     assert "goes on from here" in launcher.printed()
@@ -188,11 +199,11 @@ def test_ctrl_c_ends_the_cells_and_goes_on_later(write: Write, tmp_path: Path) -
 
 
 def test_cells_side_by_side_find_what_cells_in_a_row_find(
-    write: Write, tmp_path: Path, row: Path
+    write: Write, tmp_path: Path, runner: Runner, row: Path
 ) -> None:
     path = write(parallel=3, seeds=(1, 2))
     assert slots_for(load_ablation(path), Machine(cores=8, memory=1)) == 3
-    assert run_cells(path, tmp_path / "together", slots=3) == []
+    assert run_cells(path, tmp_path / "together", runner, slots=3) == []
     assert outcome(tmp_path / "together") == outcome(row)
 
 
@@ -207,12 +218,13 @@ def test_slots_follow_the_cores(write: Write) -> None:
 def test_a_failed_cell_stops_no_other_and_is_tried_again(
     write: Write,
     tmp_path: Path,
+    runner: Runner,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, folder = write(seeds=(1, 2, 5)), tmp_path / "out"
     monkeypatch.setenv("TOY_FAILS", "half--seed-2")
-    assert ablate_to_the_end(load_ablation(path), folder, runner=TOY_CELLS) == 1
+    assert ablate_to_the_end(load_ablation(path), folder, runner=runner) == 1
     printed = capsys.readouterr().out
     assert "FAILED    half--seed-2" in printed and "ToyError: no luck today" in printed
     assert "5 of 6 cells finished" in printed
@@ -223,7 +235,8 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
     # Differences rest on the seeds that both arms have.
     assert {c["difference"]["seeds"] for c in summary["comparisons"]} == {2}  # type: ignore[attr-defined]
     monkeypatch.delenv("TOY_FAILS")
-    assert run_cells(path, folder) == []
+    assert run_cells(path, folder, runner) == []
+    assert not marked(folder)
     assert (folder / "aside" / "half--seed-2-try-1" / "failure.json").is_file()
     assert "had result outcome--seed-1" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from cluster.ablation.cells import (
     read_result,
 )
 from cluster.ablation.grid import Ablation, load_ablation, stored_ablation
-from cluster.ablation.launch import program
+from cluster.ablation.processes import program
 from cluster.ablation.progress import cost_table
 from cluster.ablation.statistics import seed_interval
 from cluster.ablation.summary import SHARES
