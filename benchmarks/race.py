@@ -2,9 +2,10 @@
 
     python -m benchmarks.race                                    # all sizes, both lengths
     python -m benchmarks.race --sizes 2M --lengths 64 --pairs 3  # some minutes
+    python -m benchmarks.race --dtypes mixed                     # products in bfloat16 (TRL: bf16)
 
 Both start from the same weights, draw 8 responses to each of the same 16 problems, score them by
-the same function and make one float32 update of them, by the same loss; a fixed batch shows that
+the same function and make one update of them, by the same loss; a fixed batch shows that
 (`same work`: the relative difference in loss and in gradient norm). `2M`, `10M` and `30M` are
 policies whose responses end where they are cut, so both sample the same number of tokens;
 `shipped` is the checkpoint in models/, which ends as it will. TRL samples by HF generate.
@@ -22,14 +23,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 from benchmarks import machine, tables
 from benchmarks.race_work import PROBLEMS, Fixed, Step, Turn, Work, write
 from benchmarks.sides import Racer, side
 
-KEYS = ("size", "cap", "ours")
+KEYS = ("size", "dtype", "cap", "ours")
 SIZES = ("2M", "10M", "30M")
 LENGTHS = (64, 256)
 SHIPPED_LENGTH = 128
@@ -53,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=(*SIZES, "shipped"))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens a response")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "mixed"])
     parser.add_argument("--engines", nargs="+", default=[*ENGINES], choices=[*ENGINES])
     parser.add_argument("--pairs", type=int, default=5, help="of turns")
     parser.add_argument("--steps", type=int, default=6, help="of a turn that count")
@@ -62,13 +64,15 @@ def main() -> None:
     args = parser.parse_args()
     machine.refuse_if_busy(args.busy_ok)
     for size in args.sizes:
-        for length in args.lengths if size != "shipped" else [SHIPPED_LENGTH]:
-            for engine in args.engines:
-                rows = race(size, length, engine, args)
-                tables.keep("race", KEYS, rows, args.to)
+        lengths = args.lengths if size != "shipped" else [SHIPPED_LENGTH]
+        for dtype, length, engine in product(args.dtypes, lengths, args.engines):
+            rows = race(size, dtype, length, engine, args)
+            tables.keep("race", KEYS, rows, args.to)
 
 
-def race(size: str, length: int, engine: str, args: argparse.Namespace) -> list[tables.Row]:
+def race(
+    size: str, dtype: str, length: int, engine: str, args: argparse.Namespace
+) -> list[tables.Row]:
     """TRL against the variants of one way to start ours; a row each."""
     threads, variants = ENGINES[engine]
     settings = (*threads, f"sampler.kv_cache_gib={KV_CACHE_GIB[size]}")
@@ -76,7 +80,7 @@ def race(size: str, length: int, engine: str, args: argparse.Namespace) -> list[
         folder = Path(scratch)
         model, parameters = policy(size, folder / "model")
         turns = schedule(len(variants), args.pairs, args.steps + 1)
-        mine = Work(model, "", length, (), problems=args.problems, settings=settings)
+        mine = Work(model, "", length, (), "", args.problems, settings, dtype == "mixed")
         same = (turns[0][0], *(pair[0] for pair in turns[1:]))
         drawn = draw(mine, same, folder / "problems")
         theirs = replace(mine, turns=same, drawn=drawn)
@@ -85,7 +89,7 @@ def race(size: str, length: int, engine: str, args: argparse.Namespace) -> list[
             with side("ours", "benchmarks.race_ours:ours", mine, folder) as ours:
                 ready["ours"] = started(ours, same[0])
                 agreed = agreement(ours, trl, str(folder / "fixed"))
-                print(f"{size}, {length} tokens: same work: {agreed}", flush=True)
+                print(f"{size}, {dtype}, {length} tokens: same work: {agreed}", flush=True)
                 pairs_of = {name: Pairs() for name in variants}
                 for number, pair in enumerate(turns[1:]):
                     take_pair(number, pair, variants, ours, trl, pairs_of)
@@ -94,6 +98,7 @@ def race(size: str, length: int, engine: str, args: argparse.Namespace) -> list[
         {
             "size": size,
             "parameters, M": f"{parameters / 1e6:.1f}",
+            "dtype": dtype,
             "cap": length,
             "ours": name,
             **pairs.row(),

@@ -39,7 +39,11 @@ def race_recipe(work: Work, settings: Sequence[str] = ()) -> Recipe:
     """What we are started with: recipes/tiny/sudoku.toml on the race's policy and reward."""
     data: dict[str, Any] = {
         "name": "race",
-        "model": {"path": work.model, "max_model_len": work.max_tokens + 160},
+        "model": {
+            "path": work.model,
+            "max_model_len": work.max_tokens + 160,
+            "dtype": "mixed" if work.mixed else "float32",
+        },
         "tasks": [{"name": TASK, "knobs": KNOBS}],
         "sampler": {"max_tokens": work.max_tokens},
         "reward": {"terms": [{"name": "benchmarks.race_work:Score"}]},

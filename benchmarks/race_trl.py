@@ -64,7 +64,7 @@ def trl(connection: Any, work: Work) -> None:
         args=GRPOConfig(
             output_dir=str(Path(work.folder) / "trl"),
             use_cpu=True,
-            bf16=False,
+            bf16=work.mixed,
             gradient_checkpointing=False,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=batch // micro,

@@ -49,6 +49,8 @@ class Work:
     problems: int = PROBLEMS
     settings: tuple[str, ...] = ()
     """Of our recipe from the start on, as `--set`."""
+    mixed: bool = False
+    """Products in bfloat16, weights of what learns in float32; else all in float32."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--busy-ok", action="store_true", help="run beside other work all the same")
     args = parser.parse_args()
     machine.refuse_if_busy(args.busy_ok)
+    machine.keep_orphans()
     shared, repeats = machine.Shared(), []
     for repeat in range(args.repeats + 1):
         repeats.append(measured(args.recipe, tuple(args.settings)))
