@@ -8,9 +8,10 @@ with `from_engine_args`, `add_request`, `abort_request`, `step`, `has_unfinished
 workers' `start_weight_update`, `update_weights`, `finish_weight_update`,
 `init_weight_transfer_engine` and `compute_weight_checksums`;
 `SamplingParams` with `n`, `seed`, `logprobs=0`, `flat_logprobs`, `ignore_eos`, `stop_token_ids`,
-`detokenize=False`, FINAL_ONLY outputs, and for scoring `prompt_logprobs=0` (which turns the reading
-of the prefix cache off) and `logprob_token_ids`; `RequestOutput.{prompt_token_ids,
-prompt_logprobs}`, `CompletionOutput.{token_ids, logprobs, weight_versions, finish_reason}`;
+`stop`, `include_stop_str_in_output`, `detokenize`, FINAL_ONLY outputs, and for scoring
+`prompt_logprobs=0` (which turns the reading of the prefix cache off) and `logprob_token_ids`;
+`RequestOutput.{prompt_token_ids, prompt_logprobs}`, `CompletionOutput.{token_ids, logprobs,
+weight_versions, finish_reason}`;
 `worker_extension_cls` and the weight-transfer registry.
 """
 
@@ -248,7 +249,9 @@ class Engine(EngineState):
             ignore_eos=True,
             stop_token_ids=sorted({*self._chat.ends, *self._chat.placeholders}),
             seed=request_seed(self._seed, request.group_id),
-            detokenize=False,
+            stop=sampling.until or None,
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.until),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -28,12 +28,14 @@ ImageView = Literal["shown", "blank", "none"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature=0` is greedy."""
+    """How tokens are drawn. `temperature=0` is greedy; `until` is text that ends a response too,
+    as the last of it."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
+    until: str = ""
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ _EXPECTED = (
 
 def _kinds_drawn(rng: np.random.Generator, spec: ScenesSpec) -> list[str]:
     """The words of a scene's kinds."""
-    sorts = groups(spec.things == "held_out")
+    sorts = [sort[: spec.variety] for sort in groups(spec.things == "held_out")]
     pool = [word for sort in sorts for word in sort]
     if spec.look_alikes:
         pool = list(sorts[int(rng.integers(len(sorts)))])

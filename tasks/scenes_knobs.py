@@ -39,6 +39,7 @@ class ScenesSpec(Section):
     things: Literal["training", "held_out"] = Field(
         default="training", description="which are shown; `held_out` for evaluation only"
     )
+    variety: int = Field(default=9, ge=1, le=9, description="things of each of the 12 sorts")
     look_alikes: bool = Field(default=False, description="things of one sort, such as fruit")
     place_size: int = Field(default=80, ge=16, le=400, description="a place's side, pixels")
     thing_size: float = Field(default=0.9, ge=0.1, le=1.0, description="of the room that it has")
@@ -66,11 +67,11 @@ class ScenesSpec(Section):
             raise ValueError("steps: a comparison is at least one; raise steps")
         if self.ask == "walk" and self.steps and self.rows * self.columns == 1:
             raise ValueError("steps: one place leaves nowhere to go; raise rows or columns")
-        available = 3 if self.things == "held_out" else 9
+        available = min(self.variety, 3 if self.things == "held_out" else 9)
         if self.look_alikes and self.kinds > available:
             raise ValueError(
-                f"kinds: {available} things of one sort are the most; lower kinds, or look_alikes "
-                "= false"
+                f"kinds: {available} things of one sort are the most; lower kinds, raise variety, "
+                "or look_alikes = false"
             )
         if self.place_size * max(self.rows, self.columns) > MAX_IMAGE_SIDE:
             raise ValueError(

@@ -96,13 +96,16 @@ def pass_request(
     """
     asks = ASKS[name]
     sampling = eval_sampling(recipe)
+    if recipe.sft and recipe.sft.part == "perception" and asks.kind == "free":
+        # What would come after it was never learnt.
+        sampling = replace(sampling, until="</perception>")
     entry = source.label.removeprefix(source.task.name)
     other_problem = other if asks.returns == "other" else None
     return SampleRequest(
         group_id=f"eval/{name}/{problem.id}{entry}",
         problem=problem,
         n=recipe.eval.samples if name == "sampled" else 1,
-        sampling=sampling if name == "sampled" else Sampling(0.0, max_tokens=sampling.max_tokens),
+        sampling=sampling if name == "sampled" else greedy(sampling),
         kind=asks.kind,
         view=asks.view,
         # An engine itself forces `p*` only where a response is one turn.
@@ -110,6 +113,11 @@ def pass_request(
         environment=recipe.environment if asks.tool else None,
         returns=Returns(asks.returns, other_problem) if asks.returns else None,
     )
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """The likeliest tokens, ended alike."""
+    return Sampling(0.0, max_tokens=sampling.max_tokens, until=sampling.until)
 
 
 def _others(problems: Sequence[Problem]) -> list[Problem | None]:

@@ -376,6 +376,19 @@ def test_greedy_is_deterministic(live: Live) -> None:
 
 
 @two_families
+def test_a_text_ends_a_response_of_which_it_is_the_last(live: Live) -> None:
+    problems, greedy = mixed_sizes(1), Sampling(temperature=0.0, max_tokens=24)
+    (whole,) = live.sample(problems, n=1, sampling=greedy)[0].rollouts
+    until = whole.text[8:11]
+    (cut,) = live.sample(problems, n=1, sampling=replace(greedy, until=until))[0].rollouts
+    end = whole.text.index(until) + len(until)
+    assert cut.text[:end] == whole.text[:end]
+    assert len(cut.response_ids) < len(whole.response_ids) == 24
+    assert cut.response_ids.tolist() == whole.response_ids[: len(cut.response_ids)].tolist()
+    assert cut.finish_reason == "stop" and len(cut.logprobs) == len(cut.response_ids)
+
+
+@two_families
 def test_a_response_goes_on_from_what_it_is_forced_to_begin_with(live: Live) -> None:
     problem, chat = mixed_sizes(1)[0], Chat(live.processor)
     specials = special_tokens(chat.tokenizer)

@@ -40,6 +40,14 @@ def test_an_evaluation_draws_as_training_does_or_as_it_is_told() -> None:
         assert training_sampling(recipe) == Sampling(0.8, max_tokens=64)
 
 
+def test_where_only_perception_is_learnt_a_free_response_ends_with_it() -> None:
+    recipe = made_recipe("sft.steps=1", 'sft.part="perception"', tasks=TOY)
+    (source,) = open_sources(recipe.tasks)
+    problem = source.problem("test", 0, 0)
+    ends = {name: pass_request(recipe, source, name, problem).sampling.until for name in PASSES}
+    assert ends == {name: "</perception>" if ASKS[name].kind == "free" else "" for name in PASSES}
+
+
 class Samplers:
     """Right answers where the image is shown, and nothing that can be read where it is not."""
 
