@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -42,16 +41,6 @@ def machine_seconds() -> tuple[float, float]:
     user, nice, system, idle, waiting, *rest = [int(word) / TICKS for word in line[1:9]]
     busy = user + nice + system + sum(rest)
     return busy, busy + idle + waiting
-
-
-def keep_orphans() -> None:
-    """Have this process inherit whatever is below it and outlives its parent, as Ray's workers do.
-
-    What they took would else be foreign. They stay zombies to the end of this process.
-    """
-    PR_SET_CHILD_SUBREAPER = 36
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def own_seconds(roots: Sequence[int]) -> float:

@@ -12,9 +12,9 @@ import numpy as np
 from benchmarks.race_work import (
     GROUP,
     KNOBS,
-    RATE,
     TASK,
     Fixed,
+    Save,
     Step,
     Turn,
     Work,
@@ -39,6 +39,7 @@ def race_recipe(work: Work, settings: Sequence[str] = ()) -> Recipe:
     """What we are started with: recipes/tiny/sudoku.toml on the race's policy and reward."""
     data: dict[str, Any] = {
         "name": "race",
+        "seed": work.seed,
         "model": {
             "path": work.model,
             "max_model_len": work.max_tokens + 160,
@@ -54,7 +55,7 @@ def race_recipe(work: Work, settings: Sequence[str] = ()) -> Recipe:
             "drop_zero_variance": False,  # TRL learns from all
         },
         "learner": {
-            "learning_rate": RATE,
+            "learning_rate": work.rate,
             "zero_stage": 0,  # one rank
             "threads": 2,
             "micro_batch_tokens": 16384,
@@ -80,6 +81,9 @@ def ours(connection: Any, work: Work) -> None:
                 chosen = race_recipe(work, message.settings)
                 metrics_of_steps, scored = take_turn(run, log, chosen, message.first, message.steps)
                 connection.send([step_of(metrics) for metrics in metrics_of_steps])
+            elif isinstance(message, Save):
+                run.learner.save(Path(message.folder))
+                connection.send("saved")
             else:
                 connection.send(fixed(run, message, scored))
 

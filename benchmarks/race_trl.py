@@ -17,9 +17,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from benchmarks.race_work import (
     GROUP,
-    RATE,
     TASK,
     Fixed,
+    Save,
     Step,
     Turn,
     Work,
@@ -73,7 +73,8 @@ def trl(connection: Any, work: Work) -> None:
             temperature=1.0,
             shuffle_dataset=False,
             max_steps=sum(turn.steps for turn in work.turns),
-            learning_rate=RATE,
+            learning_rate=work.rate,
+            seed=work.seed,
             lr_scheduler_type="constant",
             adam_beta2=0.999,
             max_grad_norm=1.0,
@@ -131,7 +132,11 @@ class Turns(TrainerCallback):
             if message is None:
                 control.should_training_stop = True
                 return
-            self._connection.send(fixed(self._trainer, message))
+            if isinstance(message, Save):
+                self._trainer.save_model(message.folder)
+                self._connection.send("saved")
+            else:
+                self._connection.send(fixed(self._trainer, message))
         self._steps_left, self._steps = message.steps, []
         self._begin = time.perf_counter()
 

@@ -51,6 +51,15 @@ class Work:
     """Of our recipe from the start on, as `--set`."""
     mixed: bool = False
     """Products in bfloat16, weights of what learns in float32; else all in float32."""
+    rate: float = RATE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Save:
+    """Asks a side to write its policy, as it is now, to a folder."""
+
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Fixed:
 Side = Callable[[Any, Work], None]
 """Runs in a process of its own, over a connection: sends "ready", then a list of `Step`s for each
 `Turn` it is sent, and for a file's name (`write`: sequences to learn from) what it makes of that
-`Fixed` batch, which our side writes there itself; ends when it is sent None."""
+`Fixed` batch, which our side writes there itself; for a `Save` "saved"; ends when it is sent
+None."""
 
 
 def score(task: Any, problem: Problem, parsed: Parsed, text: str) -> float:

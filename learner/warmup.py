@@ -29,10 +29,12 @@ def warm_up_vision(
     steps: int,
     learning_rate: float,
     report: Callable[[int, dict[str, float]], None],
+    as_words: bool = False,
 ) -> dict[str, float]:
     """Train the vision tower (and nothing else) for `steps` batches; returns the last metrics.
 
-    The images of each problem of a task must give the same number of visual features. Metrics:
+    The images of each problem of a task must give the same number of visual features. `as_words`:
+    these are left as large as the language model's words (`size_as_words`). Metrics:
     `warmup/<task>/loss` and `warmup/<task>/accuracy` (share of labels read right).
     """
     model: Any = policy.model
@@ -49,7 +51,7 @@ def warm_up_vision(
         for name, problem, labels in batch:
             by_task.setdefault(name, []).append((problem, labels))
         features = {
-            name: _features(policy, collate, [p.images for p, _ in rows])
+            name: visual_features(policy, collate, [p.images for p, _ in rows])
             for name, rows in by_task.items()
         }
         total = torch.zeros(())
@@ -72,7 +74,42 @@ def warm_up_vision(
         collate.forget()
         report(step, metrics)
     model.zero_grad()
+    if as_words:
+        images = [problem.images for _, problem, _ in batch[:16]]
+        size_as_words(policy, lambda: visual_features(policy, collate, images))
+        collate.forget()
     return metrics
+
+
+@torch.no_grad()
+def size_as_words(policy: Policy, features: Callable[[], torch.Tensor]) -> float:
+    """Scale the merger's last linear layer so that `features` are as large as words; the factor.
+
+    A probe asks for no size, and features grow under it, to some 25 times a word's. For a language
+    model that stays as it is such inputs drown what its layers add to them, and a step of the
+    merger hardly turns them. Sizes are roots of mean squares. A merger that ends with something
+    else is left as it is: 1.
+    """
+    model: Any = policy.model
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and policy.family.part_of(f"{name}.weight") == "merger"
+    ]
+    wanted, before = _size(model.get_input_embeddings().weight), _size(features())
+    factor = wanted / before
+    for layer in reversed(linear):  # a family may have mergers for other depths beside it
+        for parameter in layer.parameters():
+            parameter.mul_(factor)
+        if abs(_size(features()) / wanted - 1) < 0.05:
+            return factor
+        for parameter in layer.parameters():
+            parameter.div_(factor)
+    return 1.0
+
+
+def _size(values: torch.Tensor) -> float:
+    return float(values.float().square().mean().sqrt())
 
 
 def _probe(inputs: int, labels: int, classes: int, narrower: nn.Linear | None) -> nn.Linear:
@@ -87,7 +124,9 @@ def _probe(inputs: int, labels: int, classes: int, narrower: nn.Linear | None) -
     return probe
 
 
-def _features(policy: Policy, collate: Any, images: Sequence[Sequence[bytes]]) -> torch.Tensor:
+def visual_features(
+    policy: Policy, collate: Any, images: Sequence[Sequence[bytes]]
+) -> torch.Tensor:
     """[B, F] visual features of each problem's images, flattened in reading order."""
     encoded = collate.encode_images([image for of in images for image in of])
     names = encoded[0].inputs

@@ -146,6 +146,7 @@ def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
     page = tables.PAGE.read_text(encoding="utf-8")
     for name in (
         "race",
+        "same_learning",
         "sampling",
         "learner",
         "floor",
@@ -183,25 +184,6 @@ def test_what_a_process_and_its_children_took_is_their_own() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert machine.own_seconds([os.getpid()]) - before > 0.2
     assert machine.own_seconds([]) == 0 and 0 <= machine.Shared().foreign() <= 1
-
-
-def test_what_outlived_its_parent_is_own_too_once_orphans_are_kept() -> None:
-    spin = "import time\nwhile time.process_time() < 0.3: pass"
-    code = f"""
-import os, subprocess, sys, time
-from benchmarks import machine
-machine.keep_orphans()
-before = machine.own_seconds([os.getpid()])
-lasts = [sys.executable, "-c", {spin!r}]
-start = f"import subprocess; print(subprocess.Popen({{lasts!r}}).pid)"
-pid = int(subprocess.run([sys.executable, "-c", start], capture_output=True, check=True).stdout)
-until = time.monotonic() + 60
-while ") Z " not in open(f"/proc/{{pid}}/stat").read() and time.monotonic() < until:
-    time.sleep(0.05)
-print(machine.own_seconds([os.getpid()]) - before)
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(ran.stdout) > 0.25
 
 
 def test_the_page_on_scaling_is_what_its_command_writes_and_a_larger_run_asks_for_more() -> None:

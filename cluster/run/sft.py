@@ -320,7 +320,13 @@ def warm_up(
             log.say(f"vision warm-up {step + 1}/{sft.vision_warmup_steps}  {shown}")
 
     warm_up_vision(
-        policy, processor, batches(), sft.vision_warmup_steps, sft.vision_warmup_lr, report
+        policy,
+        processor,
+        batches(),
+        sft.vision_warmup_steps,
+        sft.vision_warmup_lr,
+        report,
+        as_words="language" in recipe.learner.freeze,
     )
     policy.model.save_pretrained(out)  # type: ignore[operator]
     processor.save_pretrained(out)

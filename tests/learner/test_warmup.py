@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from learner.collate import Collator
 from learner.policy import load_policy
-from learner.warmup import warm_up_vision
+from learner.warmup import size_as_words, visual_features, warm_up_vision
 from tasks.core import Problem
 from tests.support.samples import TASK
 
@@ -65,3 +66,25 @@ def test_labels_that_come_late_are_learnt_too(tiny_models: dict[str, Path]) -> N
     same = np.mean([(few[i][2] == drawn[i][2]).mean() for i in range(8)])
     assert read[7] > 0.9 and read[8] == pytest.approx(same, abs=0.1)
     assert read[-1] > 0.9
+
+
+def test_features_are_left_as_large_as_words_and_say_the_same(model_path: str) -> None:
+    policy, processor = load_policy(model_path)
+    torch.manual_seed(0)
+    warm_up_vision(policy, processor, batches(8), 4, 1e-2, lambda step, m: None)
+    collate = Collator(policy, processor)
+    images = [problem.images for _, problem, _ in next(batches(4))]
+
+    def features() -> torch.Tensor:
+        with torch.no_grad():
+            return visual_features(policy, collate, images)
+
+    words: torch.Tensor = policy.model.get_input_embeddings().weight  # type: ignore[operator]
+    before = features()
+    factor = size_as_words(policy, features)
+    assert factor != 1.0
+    after = features()
+    assert after.square().mean().sqrt() == pytest.approx(
+        words.square().mean().sqrt().item(), rel=0.05
+    )
+    assert torch.allclose(after, before * factor, rtol=1e-3, atol=1e-5)
