@@ -115,9 +115,9 @@ def run_pretrained(out: Path, dry_run: bool = False) -> None:
         code, peak = _run([sys.executable, "-m", "cluster", *words])
         _note(out, stage.name, time.perf_counter() - began, peak)
         if code or not stage.done(out):
+            how = f"ended with code {code}" if code else "was stopped"
             raise RunFailed(
-                f"stage {stage.name}: `equipoise {words[0]}` ended with code {code}; "
-                f"the same call goes on from {out}"
+                f"stage {stage.name}: `equipoise {words[0]}` {how}; the same call goes on from {out}"
             )
     console.print(results_table(read_results(out, chain), _noted(out)).to_rich())
 

@@ -169,11 +169,11 @@ def test_rows_replace_those_of_the_same_cell_and_each_table_has_its_place(
     found = tables.PAGE.read_text(encoding="utf-8")
     lines = [
         line
-        for line in found.split("## Sampling")[0].splitlines()
+        for line in found.split("<!-- race: end")[0].splitlines()
         if line.startswith(("| 2M", "| 30M", "(1)"))
     ]
     assert lines == ["| 2M | 1.30 | (1) |", "| 30M | 1.20 | (1) |", "(1) M; `c`."]
-    assert found.split("## Sampling")[1] == page.split("## Sampling")[1]
+    assert found.split("<!-- race: end")[1] == page.split("<!-- race: end")[1]
     with pytest.raises(ValueError, match="no place"):
         tables.between_marks(page, "unknown", "")
 
