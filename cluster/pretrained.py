@@ -117,7 +117,8 @@ def run_pretrained(out: Path, dry_run: bool = False) -> None:
         if code or not stage.done(out):
             how = f"ended with code {code}" if code else "was stopped"
             raise RunFailed(
-                f"stage {stage.name}: `equipoise {words[0]}` {how}; the same call goes on from {out}"
+                f"stage {stage.name}: `equipoise {words[0]}` {how}; "
+                f"the same call goes on from {out}"
             )
     console.print(results_table(read_results(out, chain), _noted(out)).to_rich())
 
