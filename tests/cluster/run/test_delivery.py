@@ -242,7 +242,8 @@ def test_weights_that_are_sent_go_again_to_those_left_and_leave_nothing_for_othe
 def verify(pool: SamplerPool, sent: Callable[[int], TransferReport]) -> None:
     """As a run does before its first step."""
     recipe = SimpleNamespace(transfer=SimpleNamespace(checksum="first"))
-    live: Any = SimpleNamespace(recipe=recipe, samplers=pool, send_weights=sent)
+    parts = SimpleNamespace(first_held={})
+    live: Any = SimpleNamespace(recipe=recipe, samplers=pool, send_weights=sent, parts=parts)
     verify_transfer(live, 0)
 
 

@@ -126,6 +126,7 @@ class Parts:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.sources = recipe, open_sources(recipe.tasks)
         self.samplers, self.learner = Samplers(), Learner()
+        self.parts = SimpleNamespace(first_held={})
         self.scoring = SimpleNamespace(score=self.score)
 
     def score(
