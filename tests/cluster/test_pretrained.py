@@ -45,21 +45,21 @@ def test_a_stage_begins_with_what_the_one_before_leaves() -> None:
     out = Path("x y")
     chain = stages(out, "mixed")
     assert {stage.name for stage in chain} == set(MINUTES)
-    *_, graft, align, sft, rl = chain
+    *_, graft, tower, first, align, sft, rl = chain
     assert graft.words(out)[2:4] == ["--language", str(out / "smollm2")]
-    for stage, before in ((align, out / "model"), (sft, out / "align" / "checkpoint"),
-                          (rl, out / "sft" / "checkpoint")):  # fmt: skip
+    begun_from = {tower: "model", first: "tower/checkpoint", align: "first/checkpoint"}
+    for stage, before in (begun_from | {sft: "align/checkpoint", rl: "sft/checkpoint"}).items():
         words = stage.words(out)
         assert words[2:4] == ["--output", str(out / stage.name)]
         recipe = load_recipe(Path(words[1]), words[5::2])
-        assert (recipe.model.path, recipe.model.dtype) == (str(before), "mixed")
+        assert (recipe.model.path, recipe.model.dtype) == (str(out / before), "mixed")
         assert recipe.checkpoint.every and recipe.eval.text
 
 
 def test_one_that_was_stopped_goes_on_and_one_without_a_checkpoint_is_told_of(
     tmp_path: Path,
 ) -> None:
-    align = stages(tmp_path, "float32")[2]
+    align = stages(tmp_path, "float32")[4]
     (tmp_path / "align").mkdir()
     (tmp_path / "align" / "recipe.toml").touch()
     with pytest.raises(UserError, match=r"align: holds a stage .* remove it"):
@@ -73,7 +73,7 @@ def test_one_that_was_stopped_goes_on_and_one_without_a_checkpoint_is_told_of(
     made(tmp_path, "align")
     assert align.done(tmp_path)
     later = plan_table(stages(tmp_path, "float32"), tmp_path, 1.0, "float32")
-    assert later.rows[2][2] == "done"
+    assert later.rows[4][2] == "done"
     assert f"about {sum(MINUTES.values()) - MINUTES['align']:.0f} minutes" in later.title
 
 
@@ -98,18 +98,18 @@ def test_the_chain_makes_what_is_missing_stops_at_a_failure_and_goes_on(
     assert not ran
     with pytest.raises(RunFailed, match=r"stage sft: .* code 1; the same call goes on"):
         run_pretrained(tmp_path)
-    assert [name for name, *_ in ran] == ["smollm2", "model", "align", "sft"]
+    assert [name for name, *_ in ran] == ["smollm2", "model", "tower", "first", "align", "sft"]
     ran.clear()
     run_pretrained(tmp_path)
     assert [name for name, *_ in ran] == ["sft", "rl"]
     times = json.loads((tmp_path / "stages.json").read_text())
     assert times["rl"]["memory"] == 2**30 and times.keys() == MINUTES.keys()
-    assert "stage 5 of 5" in capsys.readouterr().out
+    assert "stage 7 of 7" in capsys.readouterr().out
     results = read_results(tmp_path, stages(tmp_path, "mixed"))
-    assert list(results) == ["before", "align", "sft", "rl"]
+    assert list(results) == ["before", "tower", "first", "align", "sft", "rl"]
     rows = {name: cells for name, *cells in results_table(results, times).rows}
-    assert [cell[:5] for cell in rows["a"]] == ["0.000", "1.000", "1.000", "1.000"]
-    assert rows["text_right"][0].startswith("1.000") and rows["a_r"] == [""] * 4
+    assert [cell[:5] for cell in rows["a"]] == ["0.000", *["1.000"] * 5]
+    assert rows["text_right"][0].startswith("1.000") and rows["a_r"] == [""] * 6
     assert rows["memory"][0] == "" and rows["memory"][-1] == "1.0 GiB"
 
 
