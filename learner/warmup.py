@@ -85,7 +85,7 @@ def warm_up_vision(
 def size_as_words(policy: Policy, features: Callable[[], torch.Tensor]) -> float:
     """Scale the merger's last linear layer so that `features` are as large as words; the factor.
 
-    A probe asks for no size, and features grow under it, to some 25 times a word's. For a language
+    A probe asks for no size, and features grow under it, to eight times a word's. For a language
     model that stays as it is such inputs drown what its layers add to them, and a step of the
     merger hardly turns them. Sizes are roots of mean squares. A merger that ends with something
     else is left as it is: 1.
