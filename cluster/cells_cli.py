@@ -15,14 +15,14 @@ from pathlib import Path
 from cluster.run.kept import keeping
 
 
-def run_cells(command_line: Callable[[], None]) -> int:
+def run_cells(command_line: Callable[[], None], answers: int) -> int:
     """Run what standard input asks for, until it ends or one fails; the exit code of the last.
 
     A line is one cell, as JSON: `words` of the command line, and `log`, where all that it prints is
-    added. `command_line` runs the words that are in `sys.argv`. Standard output, as it is now, gets
-    the exit code of each. After one that failed nothing here is as it should be, so none follows.
+    added. `command_line` runs the words that are in `sys.argv`. The exit code of each is written to
+    the descriptor `answers`. After one that failed nothing here is as it should be: none follows.
     """
-    answers, code = os.dup(1), 0
+    code = 0
     with keeping():
         while not code and (line := sys.stdin.readline()):
             cell = json.loads(line)

@@ -257,9 +257,12 @@ def ablate(
 @app.command(hidden=True)
 def cells() -> None:
     """Run cells that an ablation's launcher asks for on standard input, one after another."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no answer
+
     from cluster.cells_cli import run_cells
 
-    raise typer.Exit(run_cells(main))
+    raise typer.Exit(run_cells(main, answers))
 
 
 for _command in JOB_COMMANDS:
